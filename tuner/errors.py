@@ -1,0 +1,48 @@
+"""The errors a user can meet, each with its exit code and its fix."""
+
+from __future__ import annotations
+
+
+class TunerError(Exception):
+    """An error with one clear line for the user; never shown as a traceback.
+
+    ``where`` is ``file:line`` (or a file, or empty), ``fix`` is what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{line}. {self.fix}" if self.fix else line
+
+
+class UsageError(TunerError):
+    """A bad file, a bad flag or a bad value: exit code 2."""
+
+    exit_code = 2
+
+
+class NothingFeasible(TunerError):
+    """No configuration meets the SLOs (or a promise no longer holds): exit code 3."""
+
+    exit_code = 3
+
+
+class EnvironmentFault(TunerError):
+    """The machine lacks something (engine, GPU, disk, port): exit code 4."""
+
+    exit_code = 4
+
+
+class Infeasible(Exception):
+    """Raised by a function engine's callable: this configuration cannot serve, and why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

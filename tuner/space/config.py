@@ -1,0 +1,53 @@
+"""A serving config: the exact flags and environment of one server, frozen and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class ServingConfig:
+    """One server, to the last flag.
+
+    ``params`` are the search space's parameters and their values (what the sampler sees, conditional ones that do not
+    apply left out); ``flags`` maps a flag without dashes (``max-num-batched-tokens``) to its value (``None``: a
+    switch without a value) in the order in which they are passed; ``env`` are the environment variables that belong
+    to the config; ``model_variant`` names a derived model folder (``w8a8-int8``), empty for the model as it is;
+    ``gpus`` is how many GPUs one replica takes (0 on a CPU server).
+    """
+
+    model: str
+    params: Mapping[str, Value]
+    flags: Mapping[str, Value | None]
+    env: Mapping[str, str] = field(default_factory=dict)
+    model_variant: str = ""
+    gpus: int = 1
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits over all that decides how the server behaves (``params`` do not: their flags do)."""
+        data = {name: value for name, value in asdict(self).items() if name != "params"}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+    def args(self) -> list[str]:
+        """The flags as command-line words, ``--name value`` (a JSON value is passed as it is)."""
+        words: list[str] = []
+        for name, value in self.flags.items():
+            words.append(f"--{name}")
+            if value is not None:
+                words.append(str(value))
+        return words
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; :meth:`from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ServingConfig:
+        return cls(**data)

@@ -1,0 +1,182 @@
+"""The search space: which serving parameters may vary, over which values, under which conditions and rules."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tuner.space.condition import Condition, holds
+from tuner.space.config import ServingConfig, Value
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What one value of a parameter adds to the server: flags (``speculative-config.method`` is a key inside the JSON
+    value of ``--speculative-config``), environment, and a variant of the model folder."""
+
+    flags: Mapping[str, Value | None] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    model_variant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One knob: it knows its grid, its default, its neighbours and its flags.
+
+    ``values`` is the whole grid, in order. ``numeric`` grids have a distance (``log`` says in logarithms), others are
+    categories. At its ``default`` a parameter adds no flag: the engine's own default is the baseline. ``when`` says
+    under which other parameters it applies at all. ``alters_answers`` marks what can change the model's output (the
+    quality floor is checked). ``counts_gpus``: its value is the number of GPUs of one replica.
+    """
+
+    name: str
+    values: tuple[Value, ...]
+    emissions: tuple[Emission, ...]
+    default: Value
+    numeric: bool = False
+    log: bool = False
+    when: Condition = field(default_factory=dict)
+    trades: str = ""
+    alters_answers: bool = False
+    counts_gpus: bool = False
+
+    def snap(self, value: Value) -> Value:
+        """The grid value nearest to ``value`` (in logarithms on a log grid); raises ``ValueError`` for a category
+        that is not in the grid."""
+        for known in self.values:
+            if known == value and isinstance(known, bool) == isinstance(value, bool):
+                return known
+        if not self.numeric or isinstance(value, (bool, str)):
+            raise ValueError(f"{self.name} has no value {value!r}; it has {', '.join(map(str, self.values))}")
+        scale = (lambda v: math.log(max(float(v), 1e-9))) if self.log else float
+        return min(self.values, key=lambda known: abs(scale(known) - scale(value)))
+
+    def position(self, value: Value) -> float:
+        """Where ``value`` lies on the grid, 0 to 1 (by value for numbers, by index for categories)."""
+        if not self.numeric:
+            return self.values.index(value) / max(len(self.values) - 1, 1)
+        scale = (lambda v: math.log(max(float(v), 1e-9))) if self.log else float
+        low, high = scale(min(self.values)), scale(max(self.values))
+        return (scale(value) - low) / (high - low) if high > low else 0.0
+
+    def emission(self, value: Value) -> Emission:
+        """What ``value`` adds to the server; nothing at the default."""
+        if value == self.default and isinstance(value, bool) == isinstance(self.default, bool):
+            return Emission()
+        return self.emissions[self.values.index(value)]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A combination that is known not to work: where ``deny`` holds, ``because`` is the reason."""
+
+    deny: Condition
+    because: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """Parameters, rules and the facts (of machine, model and trace) that conditions may name.
+
+    ``fixed`` flags and ``env`` go to every server of the study, the baseline included.
+    """
+
+    name: str
+    engine: str
+    parameters: tuple[Parameter, ...]
+    rules: tuple[Rule, ...] = ()
+    checked_with: tuple[str, ...] = ()
+    fixed: Mapping[str, Value | None] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Parameter:
+        return next(p for p in self.parameters if p.name == name)
+
+    def size(self) -> int:
+        """How many combinations the full grid has, conditions and rules not counted."""
+        return math.prod(len(p.values) for p in self.parameters)
+
+    def default(self) -> dict[str, Value]:
+        """Every parameter at its default: the baseline, which is launched with none of the space's flags."""
+        return {p.name: p.default for p in self.parameters}
+
+    def grid(self) -> Iterator[dict[str, Value]]:
+        """Every combination, in order; conditional parameters that do not apply are left at their default, so that no
+        server comes twice."""
+        for combination in itertools.product(*(p.values for p in self.parameters)):
+            params = dict(zip((p.name for p in self.parameters), combination, strict=True))
+            if all(params[p.name] == p.default for p in self.parameters if p.name not in self.active(params)):
+                yield params
+
+    def active(self, params: Mapping[str, Value]) -> dict[str, Value]:
+        """The parameters that apply: those whose ``when`` holds, given the others that apply."""
+        applied: dict[str, Value] = {}
+        waiting = list(self.parameters)
+        while waiting:
+            ready = [p for p in waiting if not p.when or holds(p.when, {**self.facts, **applied})]
+            if not ready:
+                break
+            applied |= {p.name: params[p.name] for p in ready}
+            waiting = [p for p in waiting if p not in ready]
+        return {p.name: applied[p.name] for p in self.parameters if p.name in applied}
+
+    def snap(self, params: Mapping[str, Value]) -> dict[str, Value]:
+        """``params`` on the grid, absent ones at their default, those that do not apply set to their default."""
+        full = {p.name: p.snap(params.get(p.name, p.default)) for p in self.parameters}
+        active = self.active(full)
+        return {p.name: active.get(p.name, p.default) for p in self.parameters}
+
+    def denied(self, params: Mapping[str, Value]) -> str:
+        """Why this combination is known not to work; empty where no rule speaks against it."""
+        known = {**self.facts, **self.active(params)}
+        return next((rule.because for rule in self.rules if holds(rule.deny, known)), "")
+
+    def config(self, params: Mapping[str, Value], model: str) -> ServingConfig:
+        """The serving config of ``params`` (snapped first)."""
+        active = self.active(self.snap(params))
+        flags: dict[str, Value | None] = dict(self.fixed)
+        env, variant, gpus = dict(self.env), "", 0 if self.facts.get("platform") == "cpu" else 1
+        nested: dict[str, dict[str, Any]] = {}
+        for name, value in active.items():
+            parameter = self[name]
+            emission = parameter.emission(value)
+            for flag, setting in emission.flags.items():
+                if isinstance(setting, str) and setting.startswith("$"):
+                    setting = self.facts.get(setting[1:])
+                head, dot, tail = flag.partition(".")
+                if dot:
+                    nested.setdefault(head, {})[tail] = setting
+                else:
+                    flags[flag] = setting
+            env |= emission.env
+            variant = emission.model_variant or variant
+            if parameter.counts_gpus:
+                gpus = max(gpus, 1) * int(value)
+        for head, body in nested.items():
+            flags[head] = json.dumps(body, sort_keys=True)
+        return ServingConfig(model, active, flags, env, variant, gpus)
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The flat Optuna space: every parameter always (conditional ones are ignored where they do not apply, since
+        a space that changes from trial to trial drops them from the model-based samplers)."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        space: dict[str, BaseDistribution] = {}
+        for p in self.parameters:
+            numbers = [v for v in p.values if not isinstance(v, (bool, str))]
+            if not p.numeric or len(numbers) < 2:
+                space[p.name] = CategoricalDistribution(p.values)
+            elif all(isinstance(v, int) for v in numbers):
+                space[p.name] = IntDistribution(int(min(numbers)), int(max(numbers)), log=p.log and min(numbers) > 0)
+            else:
+                space[p.name] = FloatDistribution(float(min(numbers)), float(max(numbers)), log=p.log)
+        return space

@@ -1,0 +1,36 @@
+"""The objective: the two axes of the front, the SLOs, the price, the quality floor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuner.spec.slo import Slo
+
+
+@dataclass(frozen=True, slots=True)
+class QualityFloor:
+    """How far the answers may move from the unquantized baseline's; None switches a test off.
+
+    ``kl_max`` in nats per token, ``top1_min`` and ``greedy_min`` as shares.
+    """
+
+    kl_max: float | None = None
+    top1_min: float | None = None
+    greedy_min: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is wanted. Cost is USD per million output tokens served within SLO; ``latency`` names the other axis
+    (``tpot_p99``). ``price_usd_per_gpu_hour`` is per GPU, or per server on CPU servers."""
+
+    name: str
+    latency: str
+    slos: tuple[Slo, ...]
+    price_usd_per_gpu_hour: float
+    quality: QualityFloor = QualityFloor()
+
+    @property
+    def latency_key(self) -> str:
+        """The latency axis in a step's metrics: ``tpot_p99_s``."""
+        return f"{self.latency}_s"

@@ -1,0 +1,87 @@
+"""An SLO: a latency percentile (or an error rate) and its limit, as ``ttft_p99=500ms``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm_latency")
+_NAME = re.compile(rf"^({'|'.join(LATENCIES)})_(p\d{{1,2}}(?:\.\d+)?|mean|max)$")
+_LIMIT = re.compile(r"^\s*([0-9.]+(?:e-?[0-9]+)?)\s*(us|ms|s|min|%)?\s*$")
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """``metric`` (``ttft_p99``, ``error_rate``) must be at most ``limit`` (seconds; a share for ``error_rate``)."""
+
+    metric: str
+    limit: float
+
+    @property
+    def key(self) -> str:
+        """The metric's name in a step's metrics, with its unit: ``ttft_p99_s``."""
+        return self.metric if self.metric == "error_rate" else f"{self.metric}_s"
+
+    @property
+    def latency(self) -> str:
+        """``ttft``, ``tpot``, ``itl``, ``e2e``, ``norm_latency``; empty for ``error_rate``."""
+        return "" if self.metric == "error_rate" else self.metric.rsplit("_", 1)[0]
+
+    @property
+    def quantile(self) -> float | None:
+        """The percentile as a fraction (0.99), or None for a mean, a maximum or the error rate."""
+        stat = self.metric.rsplit("_", 1)[1]
+        return float(stat[1:]) / 100 if stat[0] == "p" else None
+
+    def miss(self, metrics: Mapping[str, float]) -> str:
+        """In words how ``metrics`` misses this SLO; empty where it holds. An absent metric is a miss."""
+        value = metrics.get(self.key)
+        if value is None:
+            return f"{self.metric} was not measured"
+        return "" if value <= self.limit else f"{self.metric} {self.show(value)} > {self.show(self.limit)}"
+
+    def show(self, value: float) -> str:
+        """``value`` as the user reads it: milliseconds, or per cent."""
+        if self.metric == "error_rate":
+            return f"{value * 100:.2g} %"
+        return f"{value * 1e3:,.4g} ms"
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.show(self.limit).replace(' ', '').replace(',', '')}"
+
+
+def check_metric(name: str) -> str:
+    """``name`` if it names a latency statistic (``tpot_p95``) or ``error_rate``; else raises ``ValueError``."""
+    if name != "error_rate":
+        match = _NAME.match(name)
+        if not match:
+            raise ValueError(
+                f"unknown metric {name!r}: write {', '.join(LATENCIES)} followed by _p50, _p99, _mean ..., or error_rate"
+            )
+    return name
+
+
+def parse_limit(metric: str, text: str | int | float) -> float:
+    """``500ms`` -> 0.5, ``1%`` -> 0.01. A latency without a unit is refused: raises ``ValueError``."""
+    match = _LIMIT.match(str(text))
+    unit = match.group(2) if match else None
+    wants_share = metric == "error_rate"
+    if not match or (not wants_share and unit not in _SECONDS) or (wants_share and unit not in (None, "%")):
+        example = "1% or 0.01" if wants_share else "500ms or 2s"
+        raise ValueError(f"bad limit {text!r} for {metric}: write for example {example}")
+    number = float(match.group(1))
+    value = number / 100 if unit == "%" else number if wants_share else number * _SECONDS[str(unit)]
+    if value <= 0 and not wants_share:
+        raise ValueError(f"the limit of {metric} must be above zero, not {text!r}")
+    return value
+
+
+def parse(text: str) -> Slo:
+    """``ttft_p99=500ms`` as an :class:`Slo`. Raises ``ValueError`` with what to write instead."""
+    name, sep, limit = text.partition("=")
+    if not sep:
+        raise ValueError(f"bad SLO {text!r}: write for example ttft_p99=500ms")
+    metric = check_metric(name.strip())
+    return Slo(metric, parse_limit(metric, limit))

@@ -1,0 +1,125 @@
+"""What a trial ended as: Measured, Infeasible, Untrusted or Aborted. Failure is a value with evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """A server's start-up: seconds per phase, and what its log said about itself.
+
+    ``phases_s`` maps phase name (imports, weights, compile, graphs, kv, ready, ...) to seconds, in order.
+    ``facts`` maps names with units to numbers, e.g. ``kv_cache_tokens``, ``max_concurrency``,
+    ``weights_bytes``, ``free_bytes``.
+    """
+
+    total_s: float = 0.0
+    phases_s: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One load of the ladder, measured on a running server.
+
+    ``metrics`` are floats whose names carry their unit (``ttft_p99_s``, ``output_tokens_per_s``,
+    ``goodput_output_tokens_per_s``, ``cost_usd_per_mtok_output``); latencies are in seconds.
+    ``intervals`` holds 95 % confidence intervals for the metrics that have one.
+    """
+
+    load: float
+    window: str
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    slo_misses: tuple[str, ...] = ()  # e.g. "ttft_p99 812 ms > 500 ms"
+    untrusted: tuple[str, ...] = ()  # why the measurement, not the server, was at fault
+    stopped_early: str = ""  # why the step was ended before its last request
+    records: str = ""  # Parquet file, relative to the trial's folder
+
+    @property
+    def ok(self) -> bool:
+        """Whether every SLO held and the measurement can be believed."""
+        return not self.slo_misses and not self.untrusted
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The ladder ran; some of its steps may have missed an SLO."""
+
+    steps: tuple[Step, ...]
+    boot: Boot = Boot()
+
+
+@dataclass(frozen=True, slots=True)
+class Infeasible:
+    """The configuration cannot serve.
+
+    ``cause`` is a slug of the diagnosis (``oom-kv``, ``invalid-combination``, ``unknown-flag``, ...), ``evidence``
+    the log line (or figure) that proves it, ``fix`` what to do. ``stage`` is one of ``before launch``,
+    ``start-up``, ``under load``, ``quality``. ``short_bytes`` says by how much memory was missed, where known.
+    ``transient`` failures may be retried once.
+    """
+
+    cause: str
+    message: str
+    evidence: str = ""
+    fix: str = ""
+    stage: str = "start-up"
+    short_bytes: int | None = None
+    transient: bool = False
+    steps: tuple[Step, ...] = ()
+    boot: Boot = Boot()
+
+
+@dataclass(frozen=True, slots=True)
+class Untrusted:
+    """The measurement was at fault (client lag, throttled GPU, ...), so there is no number."""
+
+    reasons: tuple[str, ...]
+    steps: tuple[Step, ...] = ()
+    boot: Boot = Boot()
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """Stopped early (interrupt, budget, racing) with what was known until then."""
+
+    reason: str
+    steps: tuple[Step, ...] = ()
+    boot: Boot = Boot()
+
+
+Outcome = Measured | Infeasible | Untrusted | Aborted
+_KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Measured, Infeasible, Untrusted, Aborted)}
+
+
+def to_dict(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as JSON-ready data, with its kind under ``kind``."""
+    return {"kind": type(outcome).__name__.lower(), **asdict(outcome)}
+
+
+def from_dict(data: Mapping[str, Any]) -> Outcome:
+    """The inverse of :func:`to_dict`. Raises ``ValueError`` on an unknown kind."""
+    fields = dict(data)
+    kind = _KINDS.get(fields.pop("kind", ""))
+    if kind is None:
+        raise ValueError(f"unknown outcome kind {data.get('kind')!r}")
+    fields["steps"] = tuple(_step(step) for step in fields.get("steps", ()))
+    fields["boot"] = Boot(**fields.get("boot", {}))
+    if "reasons" in fields:
+        fields["reasons"] = tuple(fields["reasons"])
+    return kind(**fields)
+
+
+def _step(data: Mapping[str, Any]) -> Step:
+    return Step(
+        **{
+            **data,
+            "intervals": {name: (low, high) for name, (low, high) in data.get("intervals", {}).items()},
+            "slo_misses": tuple(data.get("slo_misses", ())),
+            "untrusted": tuple(data.get("untrusted", ())),
+        }
+    )
