@@ -1,7 +1,7 @@
 """Conditions as data: a mapping of names to what they must be. Never ``eval``.
 
 ``{speculation: [ngram, draft]}`` holds where ``speculation`` is one of the two; ``{block_size: {lt: 32}}`` compares; a
-string operand that starts with ``$`` names another parameter or a fact (``{max_num_seqs: {gt: $max_num_batched_tokens}}``).
+string operand that starts with ``$`` names another parameter or a fact (``{max_num_seqs: {gt: $batch}}``).
 All entries must hold. A name that is neither a parameter in force nor a known fact makes the condition false.
 """
 
