@@ -58,7 +58,7 @@ def check_metric(name: str) -> str:
         match = _NAME.match(name)
         if not match:
             raise ValueError(
-                f"unknown metric {name!r}: write {', '.join(LATENCIES)} followed by _p50, _p99, _mean ..., or error_rate"
+                f"unknown metric {name!r}: write {', '.join(LATENCIES)} with _p50, _p99, _mean ..., or error_rate"
             )
     return name
 
