@@ -1,0 +1,100 @@
+"""A study as the rest of the code sees it: frozen, resolved, every name replaced by what it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuner.space.space import SearchSpace
+from tuner.spec.objective import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Which engine, where it lives and what every server of the study gets.
+
+    ``command`` or ``python`` say which installation; ``options`` are the engine's own (``target`` of a function, ``gpu``
+    of the emulator, ``url`` of attach).
+    """
+
+    kind: str
+    command: tuple[str, ...] = ()
+    python: str = ""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSpec:
+    """The trace file and how it is cut into windows. Lengths in seconds of the trace at load 1.
+
+    ``search_windows`` windows for the search and ``heldout_windows`` that it never sees, each ``window_s`` long.
+    """
+
+    file: str
+    format: str = "auto"
+    window_s: float = 60.0
+    search_windows: int = 1
+    heldout_windows: int = 3
+    max_input_tokens: int | None = None
+    max_output_tokens: int | None = None
+    output: str = "forced"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpec:
+    """The ladder: factors on the trace's arrival rate, from low to high; how a step is replayed."""
+
+    ladder: tuple[float, ...]
+    warmup_s: float = 5.0
+    request_timeout_s: float = 600.0
+    early_stop: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Whichever is spent first ends the search; None does not limit. ``verify_share`` is kept for verification."""
+
+    launches: int | None = None
+    hours: float | None = None
+    usd: float | None = None
+    verify_share: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareSpec:
+    """``name`` of the GPU (a row of the hardware table) or ``cpu``; how many ``gpus`` the study may use."""
+
+    name: str
+    gpus: int
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One tuning run of one model on one kind of hardware under one workload.
+
+    ``folder`` is the study folder; ``source`` the file it was read from; ``frozen`` the resolved document that is
+    written to ``study.yaml`` (reading it again gives the same study).
+    """
+
+    name: str
+    folder: str
+    source: str
+    model: str
+    engine: EngineSpec
+    hardware: HardwareSpec
+    space: SearchSpace
+    objective: Objective
+    trace: TraceSpec
+    load: LoadSpec
+    budget: Budget
+    sampler: str = "auto"
+    seed: int = 0
+    parallel: int = 1
+    warm_start: tuple[str, ...] = ()
+    tracking_uri: str = ""
+    frozen: Mapping[str, Any] = field(default_factory=dict)

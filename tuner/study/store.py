@@ -1,0 +1,170 @@
+"""The study folder: what is written, in which order, and how it is read back. A trial without ``outcome.json`` did
+not happen; everything a report says can be computed from here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.space.config import ServingConfig
+from tuner.study.outcome import Outcome, from_dict, to_dict
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """One finished trial. ``role`` is ``search`` or ``verify``; ``baseline`` marks the engine's default;
+    ``remeasure_of`` the trial whose config this one measured again (None: a config of its own); times are Unix
+    seconds; ``extra`` is what the loop noted (predicted metrics, sampler's reason, device, versions)."""
+
+    number: int
+    folder: Path
+    config: ServingConfig
+    outcome: Outcome
+    params: Mapping[str, Any]
+    started_s: float
+    ended_s: float
+    baseline: bool = False
+    emulated: bool = False
+    role: str = "search"
+    remeasure_of: int | None = None
+    extra: Mapping[str, Any] | None = None
+
+
+class Store:
+    """Reads and writes one study folder. One writer at a time (the study loop holds the lock); any number of readers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def study_file(self) -> Path:
+        return self.folder / "study.yaml"
+
+    @property
+    def database(self) -> str:
+        """Optuna's storage URL."""
+        return f"sqlite:///{self.folder.resolve() / 'study.db'}"
+
+    def trial_folder(self, number: int) -> Path:
+        """``trials/0007``; created when asked for."""
+        path = self.folder / "trials" / f"{number:04d}"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def start_trial(self, number: int, config: ServingConfig, params: Mapping[str, Any], **notes: Any) -> Path:
+        """Writes ``config.json`` before the launch; returns the trial's folder."""
+        folder = self.trial_folder(number)
+        document = {
+            "number": number,
+            "params": dict(params),
+            "config": config.to_dict(),
+            "started_s": time.time(),
+            **notes,
+        }
+        write_json(folder / "config.json", document)
+        return folder
+
+    def end_trial(self, number: int, outcome: Outcome, **notes: Any) -> None:
+        """Writes ``outcome.json``, last and atomically: from here on the trial happened."""
+        document = {"outcome": to_dict(outcome), "ended_s": time.time(), **notes}
+        write_json(self.trial_folder(number) / "outcome.json", document)
+
+    def trials(self) -> list[TrialRecord]:
+        """Every finished trial, by number."""
+        return list(self._read())
+
+    def trial(self, number: int) -> TrialRecord | None:
+        """One finished trial, or None."""
+        return next((t for t in self._read(f"{number:04d}")), None)
+
+    def _read(self, only: str = "[0-9][0-9][0-9][0-9]*") -> Iterator[TrialRecord]:
+        for folder in sorted((self.folder / "trials").glob(only), key=lambda path: int(path.name)):
+            if not (folder / "outcome.json").exists():
+                continue
+            start, end = read_json(folder / "config.json"), read_json(folder / "outcome.json")
+            known = {"number", "params", "config", "started_s", "baseline", "emulated", "role", "remeasure_of"}
+            yield TrialRecord(
+                number=start["number"],
+                folder=folder,
+                config=ServingConfig.from_dict(start["config"]),
+                outcome=from_dict(end["outcome"]),
+                params=start["params"],
+                started_s=start["started_s"],
+                ended_s=end["ended_s"],
+                baseline=start.get("baseline", False),
+                emulated=start.get("emulated", False),
+                role=start.get("role", "search"),
+                remeasure_of=start.get("remeasure_of"),
+                extra={k: v for k, v in {**start, **end}.items() if k not in known | {"outcome", "ended_s"}},
+            )
+
+    def log(self, event: str, **data: Any) -> None:
+        """One line in ``events.jsonl``."""
+        append_json(self.folder / "events.jsonl", {"at_s": time.time(), "event": event, **data})
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.folder / "events.jsonl")
+
+    def refuse(self, params: Mapping[str, Any], reason: str) -> None:
+        """One line in ``refused.jsonl``: a combination that was never launched, and why."""
+        append_json(self.folder / "refused.jsonl", {"params": dict(params), "reason": reason})
+
+    def refused(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.folder / "refused.jsonl")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes through a temporary file and a rename, so that a reader (or a kill) never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(_finite(data), file, indent=1, allow_nan=False, default=str)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return _infinite(json.loads(path.read_text(encoding="utf-8")))
+
+
+def append_json(path: Path, data: Any) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(data), allow_nan=False, default=str) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every whole line; a last line cut short by a kill is passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(_infinite(json.loads(line)))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no infinity: written as the strings ``inf``, ``-inf``, ``nan`` (and read back as floats)."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return data
+
+
+def _infinite(data: Any) -> Any:
+    if isinstance(data, str) and data in ("inf", "-inf", "nan"):
+        return float(data)
+    if isinstance(data, dict):
+        return {key: _infinite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_infinite(value) for value in data]
+    return data
