@@ -33,7 +33,8 @@ class Parameter:
     ``values`` is the whole grid, in order. ``numeric`` grids have a distance (``log`` says in logarithms), others are
     categories. At its ``default`` a parameter adds no flag: the engine's own default is the baseline. ``when`` says
     under which other parameters it applies at all. ``alters_answers`` marks what can change the model's output (the
-    quality floor is checked). ``counts_gpus``: its value is the number of GPUs of one replica.
+    quality floor is checked). ``counts_gpus``: its value is the number of GPUs of one replica. ``always``: the flag
+    is passed at the default too, because the engine has none of its own.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Parameter:
     trades: str = ""
     alters_answers: bool = False
     counts_gpus: bool = False
+    always: bool = False
 
     def snap(self, value: Value) -> Value:
         """The grid value nearest to ``value`` (in logarithms on a log grid); raises ``ValueError`` for a category
@@ -67,8 +69,8 @@ class Parameter:
         return (scale(value) - low) / (high - low) if high > low else 0.0
 
     def emission(self, value: Value) -> Emission:
-        """What ``value`` adds to the server; nothing at the default."""
-        if value == self.default and isinstance(value, bool) == isinstance(self.default, bool):
+        """What ``value`` adds to the server; nothing at the default (unless ``always``)."""
+        if not self.always and value == self.default and isinstance(value, bool) == isinstance(self.default, bool):
             return Emission()
         return self.emissions[self.values.index(value)]
 

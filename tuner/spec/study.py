@@ -14,8 +14,8 @@ from tuner.spec.objective import Objective
 class EngineSpec:
     """Which engine, where it lives and what every server of the study gets.
 
-    ``command`` or ``python`` say which installation; ``options`` are the engine's own (``target`` of a function, ``gpu``
-    of the emulator, ``url`` of attach).
+    ``command`` or ``python`` say which installation; ``options`` are the engine's own (``target`` of a function,
+    ``gpu`` of the emulator, ``url`` of attach).
     """
 
     kind: str

@@ -37,7 +37,7 @@ class TrialRecord:
 
 
 class Store:
-    """Reads and writes one study folder. One writer at a time (the study loop holds the lock); any number of readers."""
+    """Reads and writes one study folder. One writer at a time (the loop holds a lock); any number of readers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

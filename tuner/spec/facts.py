@@ -1,0 +1,93 @@
+"""Facts of machine, model and trace that a search space's conditions, rules and defaults may name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FACTS: Mapping[str, str] = {
+    "platform": "cuda or cpu",
+    "gpus": "how many GPUs the study may use (0 on a CPU server)",
+    "gpu_name": "the GPU's row in the hardware table",
+    "gpu_memory_gib": "memory of one GPU",
+    "compute_capability": "9.0 for Hopper; absent on CPUs",
+    "cpu_cores": "cores this process may use",
+    "memory_gib": "the host's memory",
+    "engine_version": "the engine's version, as text",
+    "max_model_len": "longest request the servers take, in tokens",
+    "num_heads": "attention heads",
+    "num_kv_heads": "KV heads",
+    "hidden_size": "width of the model",
+    "num_layers": "layers",
+    "vocab_size": "size of the vocabulary",
+    "moe": "true for a mixture of experts",
+    "num_experts": "experts per layer",
+    "quantized": "true where the model as given is quantized already",
+    "draft_model": "the study's draft model, where it names one",
+    "eagle_model": "the study's EAGLE head, where it names one",
+    "dummy_weights": "true with --load-format dummy",
+    "max_input_tokens": "longest prompt of the trace",
+    "max_output_tokens": "longest answer of the trace",
+    "max_total_tokens": "longest request of the trace, prompt and answer",
+}
+
+
+def of_model(model: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts from the model folder's ``config.json``; fewer where the model is an id that is not on this machine."""
+    facts: dict[str, Any] = {"dummy_weights": args.get("load-format") == "dummy"}
+    config = model_config(model)
+    text = config.get("text_config") or config
+    names = {
+        "num_heads": ("num_attention_heads", "n_head"),
+        "num_kv_heads": ("num_key_value_heads", "num_attention_heads", "n_head"),
+        "hidden_size": ("hidden_size", "n_embd"),
+        "num_layers": ("num_hidden_layers", "n_layer"),
+        "vocab_size": ("vocab_size",),
+        "max_model_len": ("max_position_embeddings", "n_positions"),
+        "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    }
+    for fact, keys in names.items():
+        value = next((text[key] for key in keys if isinstance(text.get(key), int)), None)
+        if value is not None:
+            facts[fact] = value
+    if config:
+        facts["moe"] = facts.get("num_experts", 0) > 1
+        facts["quantized"] = "quantization_config" in config
+    if isinstance(args.get("max-model-len"), int):
+        facts["max_model_len"] = args["max-model-len"]
+    return facts
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """The model's ``config.json``: from its folder, or from the local Hugging Face cache; empty where there is none."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub"))
+        found = cache.expanduser().glob(f"models--{model.replace('/', '--')}/snapshots/*/config.json")
+        path = next(iter(sorted(found)), path)
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return data if isinstance(data, dict) else {}
+
+
+def of_machine() -> dict[str, Any]:
+    """Cores and memory of this host."""
+    import psutil
+
+    return {
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def of_trace(input_tokens: Any, output_tokens: Any) -> dict[str, Any]:
+    """Facts of a trace's lengths (arrays of tokens)."""
+    return {
+        "max_input_tokens": int(input_tokens.max()),
+        "max_output_tokens": int(output_tokens.max()),
+        "max_total_tokens": int((input_tokens + output_tokens).max()),
+    }

@@ -1,0 +1,420 @@
+"""A study file (or the flags of the common case) -> :class:`Study`, every name resolved."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from tuner.errors import UsageError
+from tuner.spec import facts as facts_
+from tuner.spec import shipped, slo
+from tuner.spec.objective import Objective, QualityFloor
+from tuner.spec.spacefile import SpaceFile, build
+from tuner.spec.study import Budget, EngineSpec, HardwareSpec, LoadSpec, Study, TraceSpec
+from tuner.spec.text import Document, Strict, read, suggest, validate
+
+ENGINES = ("vllm", "sglang", "command", "attach", "function", "emulator")
+SAMPLERS = ("auto", "gp", "tpe", "nsga2", "random", "grid")
+_DURATION = re.compile(r"^\s*([0-9.]+)\s*(s|min|m|h|d)?\s*$")
+_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+
+
+class EngineFile(Strict):
+    kind: Literal["vllm", "sglang", "command", "attach", "function", "emulator"] = "vllm"
+    command: list[str] | str | None = None
+    python: str = ""
+    args: dict[str, bool | int | float | str] = {}
+    env: dict[str, str | int | float] = {}
+    trust_remote_code: bool = False
+    options: dict[str, Any] = {}
+
+
+class HardwareFile(Strict):
+    gpu: str = "auto"
+    gpus: int | Literal["auto"] = "auto"
+
+
+class TraceFile(Strict):
+    file: str
+    format: str = "auto"
+    window: str | float = "60s"
+    search_windows: int = 1
+    heldout_windows: int = 3
+    max_input_tokens: int | None = None
+    max_output_tokens: int | None = None
+    output: Literal["forced", "free"] = "forced"
+
+
+class LoadFile(Strict):
+    ladder: list[float] = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+    warmup: str | float = "5s"
+    request_timeout: str | float = "10min"
+    early_stop: bool = True
+
+    @field_validator("ladder")
+    @classmethod
+    def _rising(cls, loads: list[float]) -> list[float]:
+        if not loads or any(not math.isfinite(x) or x <= 0 for x in loads) or sorted(set(loads)) != loads:
+            raise ValueError(f"the ladder is a rising list of loads above zero, not {loads}")
+        return loads
+
+
+class BudgetFile(Strict):
+    launches: int | None = None
+    hours: float | None = None
+    usd: float | None = None
+    verify_share: float = 0.2
+
+
+class QualityFile(Strict):
+    kl_max: float | None = None
+    top1_min: float | None = None
+    greedy_min: float | None = None
+
+
+class ObjectiveFile(Strict):
+    name: str = ""
+    latency: str
+    slo: dict[str, str | float | int]
+    price_usd_per_gpu_hour: float | None = None
+    quality: QualityFile = QualityFile()
+
+
+class StudyFile(Strict):
+    name: str = ""
+    model: str
+    draft_model: str = ""
+    eagle_model: str = ""
+    engine: EngineFile = EngineFile()
+    hardware: HardwareFile = HardwareFile()
+    search_space: str | dict[str, Any] = ""
+    parameters: dict[str, Any] = {}
+    objective: str | dict[str, Any] = "chat"
+    slo: dict[str, str | float | int] = {}
+    price_usd_per_gpu_hour: float | None = None
+    trace: TraceFile | str
+    load: LoadFile = LoadFile()
+    budget: BudgetFile | str = BudgetFile()
+    sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
+    seed: int = 0
+    parallel: int = 1
+    warm_start: list[str] = []
+    reports: str = "reports"
+    tracking_uri: str = ""
+    frozen: dict[str, Any] | None = None  # what was resolved when the study began; only in a study folder
+
+
+def seconds(text: str | float | int) -> float:
+    """``90s``, ``5min``, ``4h`` or a number of seconds. Raises ``ValueError``."""
+    match = _DURATION.match(str(text))
+    if not match or float(match.group(1)) <= 0:
+        raise ValueError(f"bad duration {text!r}: write for example 30s, 5min or 4h")
+    return float(match.group(1)) * _SECONDS[match.group(2)]
+
+
+def load(path: Path) -> Study:
+    """Reads and resolves a study file, or the ``study.yaml`` of a study folder. Raises UsageError with file:line."""
+    if path.is_dir():
+        path = path / "study.yaml"
+    return resolve(read(path, "study"), path.parent)
+
+
+def resolve(document: Document, beside: Path) -> Study:
+    """A study document as a :class:`Study`; relative paths are relative to ``beside``."""
+    file = validate(StudyFile, document)
+    frozen = file.frozen or {}
+    base = Path(frozen.get("beside", beside))
+    trace = _trace(file.trace, document, base)
+    engine = _engine(file.engine, base)
+    model = _model(file.model, document, base, must_exist=not frozen)
+    facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace)
+    hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(file.hardware, document, engine, facts)
+    space = _space(file, document, base, facts)
+    if space.engine != engine.kind and engine.kind in ("vllm", "sglang"):
+        raise document.error(
+            f"the search space {space.name!r} is for {space.engine}, the study's engine is {engine.kind}",
+            ("search_space",),
+        )
+    objective = _objective(file, document, base, hardware, frozen)
+    name = file.name or (Path(document.path).stem if document.tree is not None else Path(model).name)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise document.error(f"bad study name {name!r}", ("name",), "use letters, digits, '.', '_' and '-'")
+    folder = frozen.get("folder") or str((Path(file.reports) if file.reports else Path("reports")) / name)
+    budget = _budget(file.budget, document)
+    resolved = {
+        "beside": str(base.resolve()),
+        "folder": folder,
+        "facts": dict(facts),
+        "hardware": asdict(hardware),
+        "price_usd_per_gpu_hour": objective.price_usd_per_gpu_hour,
+    }
+    whole = {**document.data, "name": name, "search_space": _inline(file, document, base), "frozen": resolved}
+    whole["objective"] = _objective_data(file, document, base)[0]
+    return Study(
+        name=name,
+        folder=folder,
+        source=document.path,
+        model=model,
+        engine=engine,
+        hardware=hardware,
+        space=space,
+        objective=objective,
+        trace=trace,
+        load=LoadSpec(
+            tuple(file.load.ladder),
+            _seconds(file.load.warmup, document, ("load", "warmup"), zero=True),
+            _seconds(file.load.request_timeout, document, ("load", "request_timeout")),
+            file.load.early_stop,
+        ),
+        budget=budget,
+        sampler=file.sampler,
+        seed=file.seed,
+        parallel=max(1, file.parallel),
+        warm_start=tuple(file.warm_start),
+        tracking_uri=file.tracking_uri,
+        frozen=whole,
+    )
+
+
+def _seconds(text: str | float, document: Document, at: tuple[str, ...], zero: bool = False) -> float:
+    if zero and text in (0, "0", "0s"):
+        return 0.0
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise document.error(f"{'.'.join(at)}: {error}", at) from None
+
+
+def _budget(file: BudgetFile | str, document: Document) -> Budget:
+    """``4h``, ``20 launches``, ``15 usd`` or a mapping of the three."""
+    if isinstance(file, str):
+        try:
+            return parse_budget(file)
+        except ValueError as error:
+            raise document.error(str(error), ("budget",)) from None
+    for key in ("launches", "hours", "usd"):
+        value = getattr(file, key)
+        if value is not None and value <= 0:
+            raise document.error(f"budget.{key} must be above zero, not {value}", ("budget", key))
+    if not 0 <= file.verify_share < 1:
+        raise document.error("budget.verify_share is a share from 0 to below 1", ("budget", "verify_share"))
+    budget = Budget(file.launches, file.hours, file.usd, file.verify_share)
+    return budget if (file.launches or file.hours or file.usd) else Budget(20, None, None, file.verify_share)
+
+
+def parse_budget(text: str) -> Budget:
+    """``4h``, ``90min``, ``20`` or ``20 launches``, ``15usd``. Raises ``ValueError``."""
+    word = text.strip().lower()
+    for ending, key in (("launches", "launches"), ("launch", "launches"), ("usd", "usd"), ("$", "usd")):
+        if word.endswith(ending):
+            word, kind = word.removesuffix(ending).strip(), key
+            break
+    else:
+        kind = "launches" if word.isdigit() else "hours"
+    try:
+        value = seconds(word) / 3600 if kind == "hours" else float(word)
+        if value <= 0 or (kind == "launches" and not value.is_integer()):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"bad budget {text!r}: write for example 4h, '20 launches' or 15usd") from None
+    if kind == "launches":
+        return Budget(launches=int(value))
+    return Budget(hours=value) if kind == "hours" else Budget(usd=value)
+
+
+def _trace(file: TraceFile | str, document: Document, base: Path) -> TraceSpec:
+    spec = TraceFile(file=file) if isinstance(file, str) else file
+    at = ("trace",) if isinstance(file, str) else ("trace", "file")
+    path = base / spec.file
+    if not path.is_file():
+        near = suggest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
+        raise document.error(f"no such trace file: {spec.file}", at, near)
+    if spec.search_windows < 1 or spec.heldout_windows < 0:
+        raise document.error("a study needs at least one search window", ("trace", "search_windows"))
+    return TraceSpec(
+        str(path),
+        spec.format,
+        _seconds(spec.window, document, ("trace", "window")),
+        spec.search_windows,
+        spec.heldout_windows,
+        spec.max_input_tokens,
+        spec.max_output_tokens,
+        spec.output,
+    )
+
+
+def _engine(file: EngineFile, base: Path) -> EngineSpec:
+    command = tuple(file.command.split()) if isinstance(file.command, str) else tuple(file.command or ())
+    python = str(base / file.python) if file.python.startswith(".") else file.python
+    args = {name.lstrip("-").replace("_", "-"): value for name, value in file.args.items()}
+    env = {name: str(value) for name, value in file.env.items()}
+    options = {**file.options, "beside": str(base.resolve())}
+    return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, options)
+
+
+def _model(model: str, document: Document, base: Path, must_exist: bool, at: str = "model") -> str:
+    path = Path(model).expanduser()
+    looks_like_path = model.startswith((".", "/", "~")) or (base / path).is_dir() or model.count("/") > 1
+    if not looks_like_path:
+        if must_exist and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+            raise document.error(
+                f"{at} {model!r} is neither a folder nor a model id", (at,), "write ./folder or org/name"
+            )
+        return model
+    path = base / path
+    if must_exist and not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "does not exist"
+        raise document.error(f"the {at} folder {model} {what}", (at,), "give a model folder or a model id")
+    return str(path)
+
+
+def _facts(
+    file: StudyFile, document: Document, base: Path, model: str, engine: EngineSpec, trace: TraceSpec
+) -> dict[str, Any]:
+    """Facts of machine, model and trace as they are now."""
+    from tuner.load import formats
+
+    facts = {**facts_.of_machine(), **facts_.of_model(model, engine.args)}
+    for key in ("draft_model", "eagle_model"):
+        given = getattr(file, key)
+        if given:
+            facts[key] = _model(given, document, base, True, key)
+    whole = formats.read(Path(trace.file), trace.format)
+    return {
+        **facts,
+        **facts_.of_trace(whole.input_tokens, whole.output_tokens),
+        **gpu_facts(file.hardware, document, engine),
+    }
+
+
+def gpu_facts(file: HardwareFile, document: Document, engine: EngineSpec) -> dict[str, Any]:
+    """Platform and GPU: from the study where it names them (an emulated GPU always is), else from this machine."""
+    from tuner.search import hardware
+
+    wanted = str(engine.options.get("gpu", file.gpu)) if engine.kind == "emulator" else file.gpu
+    if wanted == "auto" and engine.kind == "emulator":
+        wanted = "H100-SXM"
+    found = hardware.detect()
+    if wanted == "auto" and engine.kind in ("function", "attach"):
+        wanted = "cpu" if found is None or found.kind == "cpu" else found.name
+    if wanted == "auto":
+        if found is None:
+            raise document.error(
+                "this machine's GPU is not in the hardware table", ("hardware",), "write hardware: {gpu: NAME}"
+            )
+        spec, count = found, hardware.count()
+    else:
+        try:
+            spec = hardware.lookup(wanted)
+        except KeyError:
+            raise document.error(
+                f"unknown GPU {wanted!r}", ("hardware", "gpu"), suggest(wanted, hardware.names())
+            ) from None
+        count = hardware.count() or 1
+    if spec.kind == "cpu":
+        return {"platform": "cpu", "gpus": 0, "gpu_name": spec.name}
+    gpus = count if file.gpus == "auto" else int(file.gpus)
+    facts = {"platform": "cuda", "gpus": max(1, gpus), "gpu_name": spec.name}
+    facts["gpu_memory_gib"] = round(spec.memory_bytes / 2**30, 1)
+    if spec.compute_capability:
+        facts["compute_capability"] = spec.compute_capability
+    return facts
+
+
+def _hardware(file: HardwareFile, document: Document, engine: EngineSpec, facts: Mapping[str, Any]) -> HardwareSpec:
+    memory = int(facts.get("gpu_memory_gib", facts.get("memory_gib", 0)) * 2**30)
+    return HardwareSpec(str(facts["gpu_name"]), int(facts["gpus"]), memory)
+
+
+def _space_name(file: StudyFile, facts: Mapping[str, Any]) -> str:
+    if isinstance(file.search_space, str) and file.search_space:
+        return file.search_space
+    if file.engine.kind == "sglang":
+        return "sglang/quick"
+    return "vllm-cpu/quick" if facts.get("platform") == "cpu" else "vllm/quick"
+
+
+def _space(file: StudyFile, document: Document, base: Path, facts: Mapping[str, Any]) -> Any:
+    if isinstance(file.search_space, dict):
+        return build(document, facts, file.parameters, ("search_space",))
+    name = _space_name(file, facts)
+    path = shipped.find("search_spaces", name, base, document.where(("search_space",)))
+    try:
+        space = build(read(path, "search space"), facts, file.parameters)
+    except UsageError as error:
+        for parameter in file.parameters:
+            if repr(parameter) in error.message or error.message.startswith(parameter):
+                raise document.error(error.message, ("parameters", parameter), error.fix) from None
+        raise
+    return space
+
+
+def _inline(file: StudyFile, document: Document, base: Path) -> dict[str, Any]:
+    """The search space's own text, inlined into the frozen study."""
+    if isinstance(file.search_space, dict):
+        return file.search_space
+    frozen = {} if file.engine.kind == "sglang" else {"platform": "cpu"}
+    name = file.search_space or _space_name(file, frozen)
+    data = read(shipped.find("search_spaces", name, base, document.where(("search_space",))), "search space").data
+    return validate(SpaceFile, Document(name, data)).model_dump(exclude_unset=True) | {"name": data.get("name", name)}
+
+
+def _objective_data(
+    file: StudyFile, document: Document, base: Path
+) -> tuple[dict[str, Any], Document, tuple[str, ...]]:
+    if isinstance(file.objective, dict):
+        return file.objective, document, ("objective",)
+    path = shipped.find("objectives", file.objective, base, document.where(("objective",)))
+    inner = read(path, "objective")
+    return {"name": file.objective, **inner.data}, inner, ()
+
+
+def _objective(
+    file: StudyFile, document: Document, base: Path, hardware: HardwareSpec, frozen: Mapping[str, Any]
+) -> Objective:
+    data, source, prefix = _objective_data(file, document, base)
+    spec = validate(ObjectiveFile, source, data, prefix)
+    slos = [_slo(k, v, source, (*prefix, "slo", k)) for k, v in spec.slo.items() if k not in file.slo]
+    slos += [_slo(k, v, document, ("slo", k)) for k, v in file.slo.items()]
+    try:
+        slo.check_metric(spec.latency)
+        if spec.latency == "error_rate":
+            raise ValueError("the latency axis is a latency, not error_rate")
+    except ValueError as error:
+        raise source.error(str(error), (*prefix, "latency")) from None
+    price = file.price_usd_per_gpu_hour or spec.price_usd_per_gpu_hour or frozen.get("price_usd_per_gpu_hour")
+    if price is None:
+        from tuner.search import hardware as table
+
+        price = table.lookup(hardware.name).price_usd_per_hour
+    if price <= 0:
+        raise document.error("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
+    return Objective(spec.name, spec.latency, tuple(slos), float(price), QualityFloor(**spec.quality.model_dump()))
+
+
+def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> slo.Slo:
+    try:
+        return slo.Slo(slo.check_metric(metric), slo.parse_limit(metric, limit))
+    except ValueError as error:
+        raise document.error(str(error), at) from None
+
+
+def fingerprint(study: Study) -> str:
+    """Twelve hex digits over what must not change under a resumed study (budget, sampler and parallelism may)."""
+    data = {
+        "model": study.model,
+        "engine": asdict(study.engine),
+        "space": asdict(study.space),
+        "objective": asdict(study.objective),
+        "trace": asdict(study.trace),
+        "load": asdict(study.load),
+        "hardware": asdict(study.hardware),
+    }
+    return hashlib.sha256(repr(data).encode()).hexdigest()[:12]
