@@ -6,17 +6,18 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import field_validator
 
 from tuner.errors import UsageError
+from tuner.space.space import SearchSpace
 from tuner.spec import facts as facts_
 from tuner.spec import shipped, slo
 from tuner.spec.objective import Objective, QualityFloor
-from tuner.spec.spacefile import SpaceFile, build
+from tuner.spec.spacefile import build
 from tuner.spec.study import Budget, EngineSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.spec.text import Document, Strict, read, suggest, validate
 
@@ -131,12 +132,12 @@ def resolve(document: Document, beside: Path) -> Study:
     file = validate(StudyFile, document)
     frozen = file.frozen or {}
     base = Path(frozen.get("beside", beside))
-    trace = _trace(file.trace, document, base)
+    trace = _trace(file.trace, document, base, must_exist=not frozen)
     engine = _engine(file.engine, base)
     model = _model(file.model, document, base, must_exist=not frozen)
     facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace)
     hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(file.hardware, document, engine, facts)
-    space = _space(file, document, base, facts)
+    space = _with_args(_space(file, document, base, facts), engine, document)
     if space.engine != engine.kind and engine.kind in ("vllm", "sglang"):
         raise document.error(
             f"the search space {space.name!r} is for {space.engine}, the study's engine is {engine.kind}",
@@ -146,16 +147,15 @@ def resolve(document: Document, beside: Path) -> Study:
     name = file.name or (Path(document.path).stem if document.tree is not None else Path(model).name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise document.error(f"bad study name {name!r}", ("name",), "use letters, digits, '.', '_' and '-'")
-    folder = frozen.get("folder") or str((Path(file.reports) if file.reports else Path("reports")) / name)
+    folder = str(beside) if frozen else str(Path(file.reports) / name)
     budget = _budget(file.budget, document)
     resolved = {
         "beside": str(base.resolve()),
-        "folder": folder,
         "facts": dict(facts),
         "hardware": asdict(hardware),
         "price_usd_per_gpu_hour": objective.price_usd_per_gpu_hour,
     }
-    whole = {**document.data, "name": name, "search_space": _inline(file, document, base), "frozen": resolved}
+    whole = {**document.data, "name": name, "search_space": _inline(file, document, base, facts), "frozen": resolved}
     whole["objective"] = _objective_data(file, document, base)[0]
     return Study(
         name=name,
@@ -229,11 +229,11 @@ def parse_budget(text: str) -> Budget:
     return Budget(hours=value) if kind == "hours" else Budget(usd=value)
 
 
-def _trace(file: TraceFile | str, document: Document, base: Path) -> TraceSpec:
+def _trace(file: TraceFile | str, document: Document, base: Path, must_exist: bool) -> TraceSpec:
     spec = TraceFile(file=file) if isinstance(file, str) else file
     at = ("trace",) if isinstance(file, str) else ("trace", "file")
     path = base / spec.file
-    if not path.is_file():
+    if must_exist and not path.is_file():
         near = suggest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
         raise document.error(f"no such trace file: {spec.file}", at, near)
     if spec.search_windows < 1 or spec.heldout_windows < 0:
@@ -341,7 +341,7 @@ def _space_name(file: StudyFile, facts: Mapping[str, Any]) -> str:
     return "vllm-cpu/quick" if facts.get("platform") == "cpu" else "vllm/quick"
 
 
-def _space(file: StudyFile, document: Document, base: Path, facts: Mapping[str, Any]) -> Any:
+def _space(file: StudyFile, document: Document, base: Path, facts: Mapping[str, Any]) -> SearchSpace:
     if isinstance(file.search_space, dict):
         return build(document, facts, file.parameters, ("search_space",))
     name = _space_name(file, facts)
@@ -356,14 +356,27 @@ def _space(file: StudyFile, document: Document, base: Path, facts: Mapping[str, 
     return space
 
 
-def _inline(file: StudyFile, document: Document, base: Path) -> dict[str, Any]:
+def _inline(file: StudyFile, document: Document, base: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The search space's own text, inlined into the frozen study."""
     if isinstance(file.search_space, dict):
         return file.search_space
-    frozen = {} if file.engine.kind == "sglang" else {"platform": "cpu"}
-    name = file.search_space or _space_name(file, frozen)
-    data = read(shipped.find("search_spaces", name, base, document.where(("search_space",))), "search space").data
-    return validate(SpaceFile, Document(name, data)).model_dump(exclude_unset=True) | {"name": data.get("name", name)}
+    name = _space_name(file, facts)
+    path = shipped.find("search_spaces", name, base, document.where(("search_space",)))
+    return {"name": name, **read(path, "search space").data}
+
+
+def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> SearchSpace:
+    """The space with the study's own flags and environment on every server."""
+    given = {name: None if value is True else value for name, value in engine.args.items() if value is not False}
+    for parameter in space.parameters:
+        tuned = {flag.partition(".")[0] for emission in parameter.emissions for flag in emission.flags}
+        for flag in sorted(tuned & set(given)):
+            raise document.error(
+                f"--{flag} is fixed in engine.args and tuned as {parameter.name}",
+                ("engine", "args", flag),
+                f"remove it there, or pin it with parameters: {{{parameter.name}: {given[flag]}}}",
+            )
+    return replace(space, fixed={**given, **space.fixed}, env={**engine.env, **space.env})
 
 
 def _objective_data(

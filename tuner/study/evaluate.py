@@ -1,0 +1,113 @@
+"""One trial: one launch, one ladder, one outcome."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent, Server, Site, StepPlan, Teardown
+from tuner.load.trace import Trace
+from tuner.space.config import ServingConfig
+from tuner.spec.study import Study
+from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
+from tuner.study.price import priced
+
+Check = Callable[[Server, ServingConfig], Infeasible | None]
+Beaten = Callable[[Sequence[Step]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every trial of a study shares. ``quality`` looks at a fresh server's answers; ``beaten`` says after each
+    step why the rest of the ladder cannot matter any more (empty: go on)."""
+
+    study: Study
+    engine: Engine
+    cancel: threading.Event
+    on_event: OnEvent
+    quality: Check = lambda _server, _config: None
+    beaten: Beaten = lambda _steps: ""
+
+
+def evaluate(
+    bench: Bench, config: ServingConfig, folder: Path, gpus: tuple[int, ...], window: Trace
+) -> tuple[Outcome, Teardown]:
+    """Launches ``config`` in ``folder``, measures the ladder from low to high, stops the server.
+
+    The ladder ends at the first SLO miss. Never raises for what a server can do; a bug does raise, after the teardown.
+    """
+    steps: list[Step] = []
+    boot, teardown = Boot(), Teardown()
+    try:
+        server = bench.engine.launch(config, Site(folder, gpus, bench.cancel, bench.on_event))
+    except LaunchFailed as failure:
+        return failure.outcome, teardown
+    except Cancelled:
+        return Aborted("interrupted"), teardown
+    try:
+        boot = server.boot
+        refused = bench.quality(server, config)
+        outcome = replace(refused, boot=boot) if refused else _ladder(bench, server, config, folder, window, steps)
+    except LaunchFailed as failure:
+        outcome = replace(failure.outcome, steps=tuple(steps), boot=boot)
+    except Cancelled:
+        outcome = Aborted("interrupted", tuple(steps), boot)
+    finally:
+        bench.on_event("phase", {"name": "stopping"})
+        teardown = server.stop()
+    return outcome, teardown
+
+
+def _ladder(
+    bench: Bench, server: Server, config: ServingConfig, folder: Path, window: Trace, steps: list[Step]
+) -> Outcome:
+    ladder = bench.study.load.ladder
+    for index, load in enumerate(ladder):
+        bench.on_event("step", {"index": index + 1, "of": len(ladder), "load": load})
+        step = _measure(bench, server, config, folder, window, load)
+        steps.append(step)
+        bench.on_event(
+            "measured", {"load": load, "ok": step.ok, "misses": step.slo_misses, "untrusted": step.untrusted}
+        )
+        if not step.ok:
+            break
+        why = bench.beaten(steps)
+        if why:
+            return Aborted(why, tuple(steps), server.boot)
+    if not any(not step.untrusted for step in steps):
+        return Untrusted(steps[-1].untrusted, tuple(steps), server.boot)
+    return Measured(tuple(steps), server.boot)
+
+
+def _measure(bench: Bench, server: Server, config: ServingConfig, folder: Path, window: Trace, load: float) -> Step:
+    """One step; repeated once, at once, where the measurement (not the server) was at fault."""
+    study = bench.study
+    for attempt in ("", "-again"):
+        plan = StepPlan(
+            load=load,
+            trace=window,
+            window=window.name,
+            slos=study.objective.slos,
+            records=folder / f"records-{load:g}{attempt}.parquet",
+            warmup_s=study.load.warmup_s,
+            output=study.trace.output,
+            seed=study.seed,
+            request_timeout_s=study.load.request_timeout_s,
+            early_stop=study.load.early_stop,
+            quantiles=_quantiles(study),
+            cancel=bench.cancel,
+            on_event=bench.on_event,
+        )
+        step = priced(server.measure(plan), config, study.objective)
+        if not step.untrusted:
+            break
+    return step
+
+
+def _quantiles(study: Study) -> tuple[float, ...]:
+    """The usual ones and the latency axis's own."""
+    stat = study.objective.latency.rsplit("_", 1)[1]
+    own = (float(stat[1:]) / 100,) if stat.startswith("p") else ()
+    return tuple(sorted({0.5, 0.9, 0.95, 0.99, *own}))

@@ -1,0 +1,66 @@
+"""The study's traffic: the trace, cut to what the model takes, and its search and held-out windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tuner.errors import UsageError
+from tuner.load import formats, windows
+from tuner.load.trace import Trace
+from tuner.spec.study import Study
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths, ``cut`` how many
+    requests had their lengths cut."""
+
+    whole: Trace
+    search: tuple[Trace, ...]
+    heldout: tuple[Trace, ...]
+    cut: int
+
+
+def read(study: Study) -> Workload:
+    """Reads the study's trace. Raises UsageError where it is too short for the windows asked for."""
+    spec = study.trace
+    trace = formats.read(Path(spec.file), spec.format)
+    longest = study.space.facts.get("max_model_len")
+    trace, cut = shorten(trace, spec.max_input_tokens, spec.max_output_tokens, longest)
+    search, heldout = windows.split(
+        trace, window_s=spec.window_s, search=spec.search_windows, heldout=spec.heldout_windows
+    )
+    if not search or any(len(window) == 0 for window in search):
+        raise UsageError(
+            "the trace has no request in its search window", where=spec.file, fix="use a longer trace.window"
+        )
+    return Workload(trace, tuple(search), tuple(heldout), cut)
+
+
+def shorten(trace: Trace, inputs: int | None, outputs: int | None, longest: int | None) -> tuple[Trace, int]:
+    """``trace`` with prompts and answers cut to the limits given (tokens), and how many requests that changed.
+
+    ``longest`` bounds prompt and answer together: the prompt is cut first.
+    """
+    given = np.iinfo(np.int64).max
+    new_out = np.minimum(trace.output_tokens, outputs or given)
+    new_in = np.minimum(trace.input_tokens, inputs or given)
+    if longest:
+        new_out = np.minimum(new_out, max(1, longest // 2))
+        new_in = np.minimum(new_in, longest - new_out)
+    changed = int(np.count_nonzero((new_in != trace.input_tokens) | (new_out != trace.output_tokens)))
+    if not changed:
+        return trace, 0
+    cut = replace(trace, input_tokens=new_in, output_tokens=new_out)
+    if not trace.block_tokens:
+        return cut, changed
+    # a shorter prompt keeps its leading blocks only
+    keep = -(-new_in // trace.block_tokens)
+    counts = np.minimum(np.diff(trace.block_offsets), keep)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    pieces = [trace.block_ids[start : start + n] for start, n in zip(trace.block_offsets[:-1], counts, strict=True)]
+    ids = np.concatenate(pieces) if pieces else trace.block_ids[:0]
+    return replace(cut, block_ids=ids, block_offsets=offsets), changed
