@@ -1,0 +1,119 @@
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from tests import studies
+from tuner.pareto.choice import choose, compare, nearest
+from tuner.study.outcome import Infeasible, Measured
+from tuner.study.store import Store
+
+OBJECTIVE = studies.objective()
+FASTER = {"max_num_batched_tokens": 8192}
+
+
+def served(tokens_per_s: float, tpot_s: float = 0.02, load: float = 1.0, **more):
+    return (studies.step(load, OBJECTIVE, tokens_per_s=tokens_per_s, tpot_s=tpot_s, **more),)
+
+
+def test_the_cheapest_configuration_within_slo_is_chosen_and_compared_with_the_default(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000), store, baseline=True)
+    studies.measured(1, served(2000, load=2.0), store, params=FASTER)
+    studies.measured(2, served(9000, tpot_s=0.09), store, params={"max_num_seqs": 512})  # cheapest, but misses
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.point.trial == 1 and choice.baseline and choice.baseline.trial == 0
+    assert choice.cost_change and choice.cost_change.value == pytest.approx(-0.5) and choice.cost_change.proven
+    assert "max-num-batched-tokens=8192" in choice.text and "-50.0 %" in choice.text
+
+
+def test_of_equally_cheap_configurations_the_faster_is_chosen(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(500), store, baseline=True)
+    studies.measured(1, served(1010, tpot_s=0.040), store, params=FASTER)
+    studies.measured(2, served(1000, tpot_s=0.020), store, params={"max_num_seqs": 512, **FASTER})
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.point.trial == 2
+    assert [p.trial for p in choice.tied] == [1] and "cannot be told apart from trial 1" in choice.text
+
+
+def test_what_cannot_be_told_apart_falls_to_the_default(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000, tpot_s=0.0202), store, baseline=True)
+    studies.measured(1, served(1010, tpot_s=0.0200), store, params=FASTER)
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.point.baseline and "nothing measured is proven to be better" in choice.text
+
+
+def test_without_intervals_a_cent_decides(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000, intervals={}), store, baseline=True)
+    studies.measured(1, served(1010, intervals={}), store, params=FASTER)
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.point.trial == 1
+    assert choice.cost_change and not choice.cost_change.proven and "no interval known" in choice.text
+
+
+def test_once_verified_only_the_verified_measurements_count(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000), store, baseline=True)
+    studies.measured(1, served(3000), store, params=FASTER)
+    studies.measured(2, served(1000), store, baseline=True, role="verify")
+    studies.measured(3, served(3000, tpot_s=0.06), store, params=FASTER, role="verify")  # did not hold
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.point.trial == 2 and "verified measurements" in choice.text
+
+
+def test_a_default_that_fails_is_said_to_meet_the_slos_nowhere(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.add(0, Infeasible("oom-kv", "no"), store, baseline=True)
+    studies.measured(1, served(1000), store, params=FASTER)
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.baseline is None and "meets the SLOs at no measured load" in choice.text
+
+
+def test_when_nothing_meets_the_slos_the_nearest_is_named_with_its_distance(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000, tpot_s=0.10), store, baseline=True)
+    studies.measured(1, served(1000, tpot_s=0.06), store, params=FASTER)
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point is None and choice.nearest and choice.nearest.trial == 1
+    assert choice.nearest.excess == pytest.approx(0.2)
+    assert "20 % over" in choice.text and "tpot_p99 60 ms > 50 ms" in choice.text
+
+
+def test_the_nearest_is_judged_by_its_worst_slo(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000, tpot_s=0.051, ttft_s=5.0), store)  # 2 % and 900 % over
+    studies.measured(1, served(1000, tpot_s=0.10), store, params=FASTER)  # 100 % over
+    found = nearest(store.trials(), OBJECTIVE)
+    assert found and found.trial == 1 and found.excess == pytest.approx(1.0)
+
+
+def test_a_step_without_a_finite_latency_can_be_the_only_nearest(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=math.inf, error_rate=1.0),), store)
+    found = nearest(store.trials(), OBJECTIVE)
+    assert found and math.isinf(found.excess) and "no finite latency" in found.text
+
+
+def test_where_nothing_was_measured_the_reasons_are_counted(tmp_path: Path):
+    store = Store(tmp_path)
+    assert choose([], OBJECTIVE).text == "No trial has finished yet."
+    for number in range(3):
+        studies.add(number, Infeasible("oom-kv", "no"), store)
+    studies.add(3, Measured(()), store)
+    assert choose(store.trials(), OBJECTIVE).text == "No configuration was measured: 3 x oom-kv, 1 x no trusted step."
+
+
+def test_the_interval_of_a_change_covers_the_truth_about_95_times_in_100():
+    rng = random.Random(3)
+    truth, error, covered = 0.8, 0.04, 0
+    for _ in range(1000):
+        a, b = 0.8 * math.exp(rng.gauss(0, error)), math.exp(rng.gauss(0, error))
+        half = math.exp(1.96 * error)
+        change = compare(a, (a / half, a * half), b, (b / half, b * half))
+        low, high = change.interval or (0, 0)
+        covered += low <= truth - 1 <= high
+    assert 930 <= covered <= 970

@@ -1,0 +1,154 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import studies
+from tuner.pareto.front import Point, front, points
+from tuner.space.config import ServingConfig
+from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
+from tuner.study.store import Store
+
+OBJECTIVE = studies.objective()
+
+
+def point(trial: int, cost: float, latency: float, ok: bool = True, spread: float = 0.0) -> Point:
+    between = (cost * (1 - spread), cost * (1 + spread)), (latency * (1 - spread), latency * (1 + spread))
+    config = ServingConfig("m", {}, {"max-num-seqs": trial})
+    return Point(trial, 1.0, cost, latency, *between, baseline=False, ok=ok, config=config)
+
+
+def dominates(a: Point, b: Point) -> bool:
+    return a.cost <= b.cost and a.latency <= b.latency and (a.cost, a.latency) != (b.cost, b.latency)
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.booleans()), max_size=25))
+def test_the_front_is_exactly_the_points_within_slo_that_none_dominates(rows):
+    given_points = [point(i, cost, latency, ok) for i, (cost, latency, ok) in enumerate(rows)]
+    good = [p for p in given_points if p.ok]
+    wanted = {p.trial for p in good if not any(dominates(q, p) for q in good)}
+    found = front(given_points)
+    assert {p.trial for p in found} == wanted
+    assert [p.cost for p in found] == sorted(p.cost for p in found)
+
+
+def test_points_whose_intervals_overlap_in_both_axes_are_ties_even_off_the_front():
+    best, level, clear = point(1, 1.0, 0.020, spread=0.05), point(2, 1.05, 0.021, spread=0.05), point(3, 2.0, 0.05)
+    found = front([best, level, clear])
+    assert [p.trial for p in found] == [1]
+    assert found[0].ties == ((2, 1.0),)
+
+
+def test_points_that_overlap_in_one_axis_only_are_told_apart():
+    found = front([point(1, 1.0, 0.020, spread=0.05), point(2, 1.05, 0.015, spread=0.05)])
+    assert [p.ties for p in found] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Infeasible("oom-kv", "out of memory"),
+        # a server that died under load keeps the steps it served: they are no recommendation
+        Infeasible("crash", "died", stage="under load", steps=(studies.step(1.0, OBJECTIVE, tpot_s=0.001),)),
+        Untrusted(("client lag",), (studies.step(1.0, OBJECTIVE, tpot_s=0.001),)),
+        Aborted("interrupt"),
+        Measured((replace(studies.step(1.0, OBJECTIVE), untrusted=("throttled",)),)),
+        Measured(()),
+    ],
+    ids=["out of memory", "died under load", "untrusted", "aborted", "untrusted step", "no step"],
+)
+def test_what_was_not_measured_has_no_point(tmp_path: Path, outcome):
+    store = Store(tmp_path)
+    studies.add(0, outcome, store)
+    assert points(store.trials(), OBJECTIVE) == []
+
+
+@pytest.mark.parametrize("name", ["cost_usd_per_mtok_output", "tpot_p99_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, None])
+def test_a_crash_scored_as_zero_or_minus_one_is_not_the_best_configuration(tmp_path: Path, name, value):
+    # the peers export the crash: its "latency" of 0.0 (or -1) beats every server that works
+    store = Store(tmp_path)
+    good = studies.step(1.0, OBJECTIVE)
+    metrics = {**good.metrics, name: value}
+    if value is None:
+        del metrics[name]
+    studies.measured(0, (good,), store)
+    studies.measured(1, (replace(good, metrics=metrics),), store, params={"max_num_seqs": 64})
+    assert [p.trial for p in front(points(store.trials(), OBJECTIVE))] == [0]
+
+
+def test_failed_requests_make_a_point_dearer_not_faster(tmp_path: Path):
+    # half of the requests fail at once, so that the served ones are fast: the peers leave the failed ones out
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.02, tokens_per_s=1000),), store)
+    broken = studies.step(1.0, OBJECTIVE, tpot_s=0.01, tokens_per_s=1000, error_rate=0.5)
+    studies.measured(1, (broken,), store, params={"max_num_seqs": 64})
+    sound, failing = points(store.trials(), OBJECTIVE)
+    assert failing.cost == pytest.approx(2 * sound.cost)
+    assert not failing.ok and any("error_rate" in miss for miss in failing.misses)
+    assert [p.trial for p in front([sound, failing])] == [0]
+
+
+def test_the_requested_load_ranks_nothing(tmp_path: Path):
+    # trial 1 was asked for three times the load and served no more than trial 0: it is not three times as cheap
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.020, tokens_per_s=1000),), store)
+    studies.measured(
+        1, (studies.step(3.0, OBJECTIVE, tpot_s=0.021, tokens_per_s=1000),), store, params={"max_num_seqs": 64}
+    )
+    assert [p.trial for p in front(points(store.trials(), OBJECTIVE))] == [0]
+
+
+def test_every_load_of_a_ladder_is_a_point_and_the_missed_one_is_not_ok(tmp_path: Path):
+    store = Store(tmp_path)
+    steps = (studies.step(1.0, OBJECTIVE), studies.step(2.0, OBJECTIVE, tpot_s=0.08, tokens_per_s=2000))
+    studies.measured(0, steps, store, baseline=True)
+    found = points(store.trials(), OBJECTIVE)
+    assert [(p.load, p.ok, p.baseline) for p in found] == [(1.0, True, True), (2.0, False, True)]
+    assert found[1].misses == ("tpot_p99 80 ms > 50 ms",)
+
+
+def test_repeats_of_a_config_become_one_point_with_a_narrower_interval(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.0200),), store)
+    studies.measured(1, (studies.step(1.0, OBJECTIVE, tpot_s=0.0202),), store, remeasure_of=0)
+    (found,) = points(store.trials(), OBJECTIVE)
+    assert found.trials == (0, 1)
+    assert found.latency == pytest.approx(math.sqrt(0.0200 * 0.0202))
+    low, high = found.latency_interval or (0, 0)
+    assert low < found.latency < high and high - low < 0.02 * 0.06
+
+
+def test_repeats_that_disagree_widen_the_interval(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.020, spread=0.01),), store)
+    studies.measured(1, (studies.step(1.0, OBJECTIVE, tpot_s=0.030, spread=0.01),), store, remeasure_of=0)
+    (found,) = points(store.trials(), OBJECTIVE)
+    low, high = found.latency_interval or (0, 0)
+    assert low < 0.0202 and high > 0.0297
+
+
+def test_a_lucky_run_does_not_outvote_its_own_miss(tmp_path: Path):
+    # "feasible if any one repeat passed" is a peer's rule
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.049),), store)
+    studies.measured(1, (studies.step(1.0, OBJECTIVE, tpot_s=0.052),), store, remeasure_of=0)
+    (found,) = points(store.trials(), OBJECTIVE)
+    assert not found.ok and front([found]) == []
+
+
+def test_verification_is_not_mixed_with_the_search(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.020),), store)
+    studies.measured(1, (studies.step(1.0, OBJECTIVE, tpot_s=0.024, window="heldout-0"),), store, role="verify")
+    assert [(p.role, p.latency) for p in points(store.trials(), OBJECTIVE)] == [("search", 0.020), ("verify", 0.024)]
+
+
+def test_emulated_trials_are_left_out_beside_real_ones(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.001),), store, emulated=True)
+    studies.measured(1, (studies.step(1.0, OBJECTIVE),), store, params={"max_num_seqs": 64})
+    assert [p.trial for p in points(store.trials(), OBJECTIVE)] == [1]

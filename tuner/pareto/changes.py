@@ -1,0 +1,40 @@
+"""In what a serving config differs from the engine's default: what a reader wants to see of it, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tuner.space.config import ServingConfig, Value
+from tuner.study.store import TrialRecord
+
+ABSENT = "(not set)"
+
+
+def baseline_of(trials: Iterable[TrialRecord]) -> TrialRecord | None:
+    """The first launch of the engine's default, whatever became of it; None where it was never tried."""
+    return next((t for t in trials if t.baseline), None)
+
+
+def changes(config: ServingConfig, default: ServingConfig | None) -> dict[str, Value | None]:
+    """Flags (and environment, and the model's variant) that ``default`` does not have or has with another value.
+
+    A flag of the default that ``config`` lacks maps to ``(not set)``. Without a default every flag counts.
+    """
+    base_flags: Mapping[str, Value | None] = default.flags if default else {}
+    base_env = default.env if default else {}
+    found: dict[str, Value | None] = {}
+    if config.model_variant != (default.model_variant if default else ""):
+        found["model-variant"] = config.model_variant or ABSENT
+    for name, value in config.flags.items():
+        if name not in base_flags or base_flags[name] != value:
+            found[name] = value
+    found |= {name: ABSENT for name in base_flags if name not in config.flags}
+    found |= {name: value for name, value in config.env.items() if base_env.get(name) != value}
+    return found
+
+
+def describe(config: ServingConfig, default: ServingConfig | None) -> str:
+    """The differences on one line, ``max-num-batched-tokens=8192 no-enable-prefix-caching``; ``engine default``
+    where there are none."""
+    words = [name if value is None else f"{name}={value}" for name, value in changes(config, default).items()]
+    return " ".join(words) or "engine default"

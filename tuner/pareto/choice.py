@@ -1,0 +1,193 @@
+"""The choice: which point to deploy, against what it was weighed, and, where nothing will do, what came nearest."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tuner.pareto.changes import baseline_of, changes, describe
+from tuner.pareto.front import Interval, Point, overlap, points, trusted_steps
+from tuner.space.config import ServingConfig
+from tuner.spec.objective import Objective
+from tuner.study.outcome import Aborted, Infeasible, Step, Untrusted
+from tuner.study.store import TrialRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A relative difference: -0.23 is 23 % less. ``interval`` is 95 %, None where a measurement had none."""
+
+    value: float
+    interval: Interval | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+    def __str__(self) -> str:
+        text = f"{self.value * 100:+.1f} %"
+        if self.interval:
+            text += f" ({self.interval[0] * 100:+.1f} to {self.interval[1] * 100:+.1f} %)"
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """The step that came nearest to meeting every SLO. ``excess`` is the worst relative overrun (0.12: 12 % over)."""
+
+    trial: int
+    load: float
+    step: Step
+    config: ServingConfig
+    excess: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``point`` is what to deploy (None: nothing meets the SLOs, then ``nearest`` says what came closest).
+
+    ``baseline`` is the engine's default at its own capacity (None: it met the SLOs at no load, or was not measured);
+    ``cost_change`` and ``latency_change`` compare with it. ``tied`` are the configurations whose cost cannot be told
+    apart from the chosen one's. ``text`` explains all of it.
+    """
+
+    point: Point | None
+    baseline: Point | None
+    cost_change: Change | None
+    latency_change: Change | None
+    tied: tuple[Point, ...]
+    nearest: Near | None
+    text: str
+
+
+def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
+    """The cheapest step that meets every SLO.
+
+    Each configuration stands with its cheapest step within SLO. Of those whose cost interval overlaps the cheapest
+    one's the lowest latency wins; of those whose latency cannot be told apart from that, the one with the fewest
+    flags off the default (so the default itself wins a draw). Where any other configuration than the default was
+    verified, only the verified measurements count, whether they hold or not.
+    """
+    found = points(trials, objective)
+    again = [p for p in found if p.role == "verify"]
+    verified = any(not p.baseline for p in again)
+    contenders = _cheapest_each([p for p in (again if verified else found) if p.ok])
+    if not contenders:
+        near = nearest(trials, objective)
+        return Choice(None, None, None, None, (), near, near.text if near else _nothing_measured(trials))
+    default = baseline_of(trials)
+    default_config = default.config if default else None
+    cheapest = contenders[0]
+    level = [p for p in contenders if overlap(p.cost, p.cost_interval, cheapest.cost, cheapest.cost_interval)]
+    fastest = min(level, key=lambda p: (p.latency, p.cost))
+    last = [p for p in level if overlap(p.latency, p.latency_interval, fastest.latency, fastest.latency_interval)]
+    point = min(last, key=lambda p: (len(changes(p.config, default_config)), p.latency, p.cost, p.trial))
+    base = next((p for p in contenders if p.baseline), None)
+    cost = compare(point.cost, point.cost_interval, base.cost, base.cost_interval) if base else None
+    latency = compare(point.latency, point.latency_interval, base.latency, base.latency_interval) if base else None
+    tied = tuple(p for p in level if p is not point)
+    text = _explain(point, base, cost, latency, tied, objective, default, verified)
+    return Choice(point, base, cost, latency, tied, None, text)
+
+
+def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:
+    """The trusted step whose worst SLO overrun is smallest; None where no step was measured."""
+    best: Near | None = None
+    for trial, step in trusted_steps(trials):
+        over = max((_overrun(step, slo.key, slo.limit) for slo in objective.slos), default=0.0)
+        if best is None or over < best.excess:
+            best = Near(trial.number, step.load, step, trial.config, over, "")
+    if best is None:
+        return None
+    default = baseline_of(trials)
+    misses = [slo.miss(best.step.metrics) for slo in objective.slos]
+    words = "; ".join([miss for miss in misses if miss] or best.step.slo_misses) or "no SLO in numbers"
+    amount = f"{best.excess * 100:.0f} % over" if math.isfinite(best.excess) else "no finite latency"
+    name = describe(best.config, default.config if default else None)
+    lowest = min(step.load for _, step in trusted_steps(trials))
+    text = (
+        f"No configuration meets every SLO. Nearest: trial {best.trial} ({name}) at load {best.load:g}, "
+        f"{amount} at worst: {words}. "
+        f"Loosen the SLO, give the study more GPUs, or add a load below {lowest:g} to the ladder."
+    )
+    return Near(best.trial, best.load, best.step, best.config, best.excess, text)
+
+
+def compare(a: float, a_interval: Interval | None, b: float, b_interval: Interval | None) -> Change:
+    """a / b - 1 with its 95 % interval, from the two intervals taken as independent: their half widths in logarithms
+    are added in quadrature (MOVER; Zou and Donner, 2008)."""
+    ratio = math.log(a / b)
+    if a_interval is None or b_interval is None or min(*a_interval, *b_interval) <= 0:
+        return Change(a / b - 1)
+    down = math.hypot(math.log(a / a_interval[0]), math.log(b_interval[1] / b))
+    up = math.hypot(math.log(a_interval[1] / a), math.log(b / b_interval[0]))
+    return Change(math.expm1(ratio), (math.expm1(ratio - down), math.expm1(ratio + up)))
+
+
+def _cheapest_each(good: Sequence[Point]) -> list[Point]:
+    best: dict[str, Point] = {}
+    for point in sorted(good, key=lambda p: (p.cost, p.latency, p.trial)):
+        best.setdefault(point.config.hash, point)
+    return list(best.values())
+
+
+def _overrun(step: Step, key: str, limit: float) -> float:
+    value = step.metrics.get(key, math.inf)
+    if math.isnan(value):
+        return math.inf
+    if limit <= 0:
+        return 0.0 if value <= limit else math.inf
+    return max(value / limit - 1, 0.0)
+
+
+def _explain(
+    point: Point,
+    base: Point | None,
+    cost: Change | None,
+    latency: Change | None,
+    tied: Sequence[Point],
+    objective: Objective,
+    default: TrialRecord | None,
+    verified: bool,
+) -> str:
+    name = objective.latency.replace("_", " ").upper().replace(" P", " p")
+    words = [
+        f"Trial {point.trial} ({describe(point.config, default.config if default else None)}) at load {point.load:g}: "
+        f"${point.cost:.3g} per million output tokens within SLO, {name} {point.latency * 1e3:.4g} ms."
+    ]
+    if point.baseline:
+        words.append("That is the engine's default: nothing measured is proven to be better.")
+    elif base and cost and latency:
+        sure = "" if cost.proven else " (not proven at 95 %)" if cost.interval else " (no interval known)"
+        words.append(f"Against the engine's default at its capacity (load {base.load:g}): cost {cost}{sure},")
+        words.append(f"{name} {latency}.")
+    elif default is None:
+        words.append("The engine's default was not tried.")
+    else:
+        words.append("The engine's default meets the SLOs at no measured load.")
+    if tied:
+        trials = ", ".join(str(p.trial) for p in tied[:5]) + (" ..." if len(tied) > 5 else "")
+        words.append(f"Its cost cannot be told apart from trial {trials}: lower latency, then fewer flags, decided.")
+    words.append("From verified measurements." if verified else "From search measurements, not yet verified.")
+    return " ".join(words)
+
+
+def _nothing_measured(trials: Sequence[TrialRecord]) -> str:
+    if not trials:
+        return "No trial has finished yet."
+    reasons: Counter[str] = Counter()
+    for trial in trials:
+        match trial.outcome:
+            case Infeasible(cause=cause):
+                reasons[cause] += 1
+            case Untrusted():
+                reasons["untrusted measurement"] += 1
+            case Aborted(reason=reason):
+                reasons[reason] += 1
+            case _:
+                reasons["no trusted step"] += 1
+    return "No configuration was measured: " + ", ".join(f"{n} x {why}" for why, n in reasons.most_common()) + "."

@@ -1,0 +1,150 @@
+"""The front: the (config, load) points that no other point beats in both cost and latency, with their uncertainty.
+
+A point comes only from a load step that a server really served: an outcome that is not Measured has none, so a crash
+can never look fast or cheap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tuner.space.config import ServingConfig
+from tuner.spec.objective import Objective
+from tuner.study.outcome import Measured, Step
+from tuner.study.store import TrialRecord
+
+COST = "cost_usd_per_mtok_output"
+COST_TOTAL = "cost_usd_per_mtok_total"
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One serving config at one load.
+
+    ``cost`` is USD per million output tokens within SLO, ``latency`` the objective's latency in seconds; the
+    intervals are 95 % (None: not known). ``trials`` are all trials that measured this config at this load, ``trial``
+    the first of them. ``ok``: every one of those measurements met every SLO. ``misses`` says in words what was
+    missed. ``ties`` names the (trial, load) of other points that cannot be told apart (set by :func:`front`).
+    ``metrics`` are the means over the measurements.
+    """
+
+    trial: int
+    load: float
+    cost: float
+    latency: float
+    cost_interval: Interval | None
+    latency_interval: Interval | None
+    baseline: bool
+    ok: bool
+    config: ServingConfig
+    role: str = "search"
+    trials: tuple[int, ...] = ()
+    misses: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    ties: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def key(self) -> tuple[int, float]:
+        return self.trial, self.load
+
+
+def trusted_steps(trials: Iterable[TrialRecord]) -> list[tuple[TrialRecord, Step]]:
+    """Every believable step of the Measured trials. Emulated trials are left out where the study has real ones."""
+    measured = [t for t in trials if isinstance(t.outcome, Measured)]
+    real = [t for t in measured if not t.emulated]
+    return [(t, step) for t in (real or measured) for step in t.outcome.steps if not step.untrusted]
+
+
+def points(trials: Iterable[TrialRecord], objective: Objective) -> list[Point]:
+    """Every trusted step of the Measured trials that has a cost and a latency, by trial and load.
+
+    Measurements of one config at one load (in the same role: search or verify) become one point, so that a lucky run
+    does not stand beside its own correction. A cost or a latency that is not finite and above zero is no measurement.
+    """
+    groups: dict[tuple[str, float, str], list[tuple[TrialRecord, Step]]] = defaultdict(list)
+    for trial, step in trusted_steps(trials):
+        values = (step.metrics.get(COST, math.nan), step.metrics.get(objective.latency_key, math.nan))
+        if all(math.isfinite(value) and value > 0 for value in values):
+            groups[trial.config.hash, step.load, trial.role].append((trial, step))
+    found = [_point(group, objective) for group in groups.values()]
+    return sorted(found, key=lambda p: (p.trial, p.load))
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points within SLO that no other point within SLO dominates (at most as costly and as slow, and better in
+    one), cheapest first. Each names in ``ties`` the points within SLO, on the front or not, whose intervals overlap
+    its own in both axes."""
+    good = sorted((p for p in points if p.ok), key=lambda p: (p.cost, p.latency, p.trial))
+    best = math.inf
+    kept: list[Point] = []
+    for point in good:
+        same = bool(kept) and (point.cost, point.latency) == (kept[-1].cost, kept[-1].latency)
+        if point.latency < best or same:
+            kept.append(point)
+            best = point.latency
+    return [replace(p, ties=tuple(q.key for q in good if q is not p and indistinct(p, q))) for p in kept]
+
+
+def indistinct(one: Point, other: Point) -> bool:
+    """Whether two points cannot be told apart: their 95 % intervals overlap in cost and in latency. Two loads of one
+    configuration are different points whatever their intervals say."""
+    if one.config.hash == other.config.hash:
+        return False
+    return overlap(one.cost, one.cost_interval, other.cost, other.cost_interval) and overlap(
+        one.latency, one.latency_interval, other.latency, other.latency_interval
+    )
+
+
+def overlap(a: float, a_interval: Interval | None, b: float, b_interval: Interval | None) -> bool:
+    """Whether two intervals share a value; a value without an interval is a point."""
+    (a_low, a_high), (b_low, b_high) = a_interval or (a, a), b_interval or (b, b)
+    return a_low <= b_high and b_low <= a_high
+
+
+def _point(group: Sequence[tuple[TrialRecord, Step]], objective: Objective) -> Point:
+    trial, first = group[0]
+    cost, cost_interval = _mean([step for _, step in group], COST)
+    latency, latency_interval = _mean([step for _, step in group], objective.latency_key)
+    names = set.intersection(*(set(step.metrics) for _, step in group))
+    return Point(
+        trial=trial.number,
+        load=first.load,
+        cost=cost,
+        latency=latency,
+        cost_interval=cost_interval,
+        latency_interval=latency_interval,
+        baseline=any(t.baseline for t, _ in group),
+        ok=all(step.ok for _, step in group),
+        config=trial.config,
+        role=trial.role,
+        trials=tuple(t.number for t, _ in group),
+        misses=tuple(dict.fromkeys(miss for _, step in group for miss in step.slo_misses)),
+        metrics={n: math.fsum(s.metrics[n] for _, s in group) / len(group) for n in first.metrics if n in names},
+    )
+
+
+def _mean(steps: Sequence[Step], name: str) -> tuple[float, Interval | None]:
+    """The geometric mean of a metric over repeats and its 95 % interval: the single intervals pooled (in logarithms,
+    as independent), but never narrower than what the repeats' own spread says (1.96 s / sqrt(n))."""
+    if len(steps) == 1:
+        return steps[0].metrics[name], steps[0].intervals.get(name)
+    n = len(steps)
+    logs = [math.log(step.metrics[name]) for step in steps]
+    centre = math.fsum(logs) / n
+    spread = 1.96 * math.sqrt(math.fsum((x - centre) ** 2 for x in logs) / (n - 1) / n)
+    halves = []
+    for value, step in zip(logs, steps, strict=True):
+        low, high = step.intervals.get(name, (0.0, 0.0))
+        if not (0 < low <= high < math.inf):
+            break
+        halves.append((value - math.log(low), math.log(high) - value))
+    if len(halves) < n:
+        down = up = spread
+    else:
+        down = max(spread, math.sqrt(math.fsum(d * d for d, _ in halves)) / n)
+        up = max(spread, math.sqrt(math.fsum(u * u for _, u in halves)) / n)
+    return math.exp(centre), (math.exp(centre - down), math.exp(centre + up))
