@@ -1,0 +1,209 @@
+"""What is launched next: Optuna proposes, rules and memory refuse free of charge, nothing is launched twice."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tuner.search import ledger
+from tuner.space.config import ServingConfig, Value
+from tuner.spec.study import Study
+from tuner.study.outcome import Aborted, Infeasible, Outcome
+from tuner.study.store import Store, TrialRecord
+
+if TYPE_CHECKING:
+    import optuna
+
+PATIENCE = 40  # proposals in a row that were refused or known, before the grid is walked for something new
+
+
+@dataclass(slots=True)
+class Proposal:
+    """One trial to run. ``repeat`` counts earlier launches of the same config; ``gpus`` are leased just before it."""
+
+    number: int
+    trial: optuna.Trial
+    params: Mapping[str, Value]
+    config: ServingConfig
+    baseline: bool
+    why: str
+    repeat: int = 0
+    remeasure_of: int | None = None
+    gpus: tuple[int, ...] = field(default=())
+
+
+class Queue:
+    """Proposals of one study. ``refuse`` says why a config cannot run at all (memory), empty where it may."""
+
+    def __init__(self, study: Study, store: Store, book: optuna.Study, refuse: Callable[[ServingConfig], str]) -> None:
+        self.study, self.store, self.book, self.refuse = study, store, book, refuse
+        self.space = study.space
+        self.baseline_hash = self.space.config(self.space.default(), study.model).hash
+        records = store.trials()
+        self._known: dict[str, TrialRecord | None] = {}
+        for record in records:
+            self._remember(record.config.hash, record, again=bool((record.extra or {}).get("again")))
+        self._launches = Counter(record.config.hash for record in records)
+        self._next = max((record.number for record in records), default=-1) + 1
+        self._refused = {str(sorted(entry["params"].items())) for entry in store.refused()}
+        self._recover(records)
+
+    def propose(self) -> Proposal | None:
+        """The next trial, written to the store as started; None where the whole space has been tried."""
+        for _ in range(PATIENCE):
+            trial = self.book.ask(self.space.distributions())
+            params = self.space.snap(trial.params)
+            reason = self.why_not(params)
+            config = self.space.config(params, self.study.model)
+            remeasure = trial.user_attrs.get("remeasure_of")
+            if reason:
+                self._refuse(params, reason)
+                outcome = Infeasible("refused", reason, stage="before launch")
+                self._tell(trial, params, outcome)
+            elif config.hash in self._known and remeasure is None:
+                record = self._known[config.hash]
+                self._repeat(trial, params, record)
+            else:
+                return self._start(trial, params, config, remeasure)
+        return self._walk()
+
+    def why_not(self, params: Mapping[str, Value]) -> str:
+        """Why ``params`` will not be launched; empty where they may."""
+        return self.space.denied(params) or self.refuse(self.space.config(params, self.study.model))
+
+    def tell(self, proposal: Proposal, outcome: Outcome, again: bool) -> None:
+        """Optuna is told; with ``again`` the same parameters are queued once more (a new trial)."""
+        self._tell(proposal.trial, proposal.params, outcome)
+        record = self.store.trial(proposal.number)
+        self._remember(proposal.config.hash, record, again)
+        if again:
+            self.book.enqueue_trial(dict(proposal.params), user_attrs={"why": "again after " + _short(outcome)})
+
+    def withdraw(self, proposal: Proposal) -> None:
+        """Takes back a proposal that was never launched; its number is free again."""
+        self._shelve(proposal.number)
+        self._fail(proposal.trial)
+        self.book.enqueue_trial(dict(proposal.params), user_attrs={"why": proposal.why})
+
+    def _tell(self, trial: optuna.Trial, params: Mapping[str, Value], outcome: Outcome) -> None:
+        trial.set_user_attr("params", dict(params))
+        ledger.tell(self.book, trial, self.space, self.study.objective, outcome)
+
+    def _fail(self, trial: optuna.Trial) -> None:
+        """A trial that never was: FAIL is invisible to samplers, which is what is wanted here and only here."""
+        from optuna.trial import TrialState
+
+        self.book.tell(trial, state=TrialState.FAIL)
+
+    def _start(
+        self, trial: optuna.Trial, params: Mapping[str, Value], config: ServingConfig, remeasure: int | None
+    ) -> Proposal:
+        number, self._next = self._next, self._next + 1
+        baseline = config.hash == self.baseline_hash
+        why = trial.user_attrs.get("why") or ("the engine's default" if baseline else self.study.sampler)
+        repeat = self._launches[config.hash]
+        self._launches[config.hash] += 1
+        self._known.setdefault(config.hash, None)
+        trial.set_user_attr("trial", number)
+        notes = {"baseline": baseline, "emulated": self.study.engine.kind == "emulator", "why": why, "repeat": repeat}
+        predicted = trial.user_attrs.get("predicted")
+        self.store.start_trial(
+            number, config, params, optuna=trial.number, remeasure_of=remeasure, predicted=predicted, **notes
+        )
+        return Proposal(number, trial, params, config, baseline, why, repeat, remeasure)
+
+    def _remember(self, key: str, record: TrialRecord | None, again: bool) -> None:
+        if again:
+            self._known.pop(key, None)
+        else:
+            self._known[key] = record
+
+    def _refuse(self, params: Mapping[str, Value], reason: str) -> None:
+        key = str(sorted(params.items()))
+        if key not in self._refused:
+            self._refused.add(key)
+            self.store.refuse(params, reason)
+
+    def _repeat(self, trial: optuna.Trial, params: Mapping[str, Value], record: TrialRecord | None) -> None:
+        """A sampler asked for what is known (it gets the known outcome) or runs right now (it is told nothing)."""
+        trial.set_user_attr("repeat_of", record.number if record else -1)
+        if record is None:
+            self._fail(trial)
+        else:
+            self._tell(trial, params, record.outcome)
+
+    def _walk(self) -> Proposal | None:
+        """Samplers that only repeat themselves: the next untried configuration of the grid, if there is one."""
+        import random
+
+        if self.space.size() > 200_000:
+            return None
+        grid = list(self.space.grid())
+        random.Random(self.study.seed + self._next).shuffle(grid)
+        for params in grid:
+            config = self.space.config(params, self.study.model)
+            if config.hash not in self._known and not self.why_not(params):
+                self.book.enqueue_trial(dict(params), user_attrs={"why": "untried; the sampler repeats itself"})
+                trial = self.book.ask(self.space.distributions())
+                return self._start(trial, params, config, None)
+        return None
+
+    def _recover(self, records: list[TrialRecord]) -> None:
+        """After a kill: trials that ended but were not told are told; those that did not end never happened."""
+        import optuna
+        from optuna.trial import TrialState
+
+        ended = {int((record.extra or {})["optuna"]): record for record in records if "optuna" in (record.extra or {})}
+        queued = self.book.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        waiting = [t.system_attrs.get("fixed_params") for t in queued]
+        for frozen in self.book.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            trial = optuna.Trial(self.book, frozen._trial_id)
+            record = ended.get(frozen.number)
+            if record is not None:
+                self._tell(trial, record.params, record.outcome)
+                continue
+            self._fail(trial)
+            number = frozen.user_attrs.get("trial")
+            if number is not None:
+                params = self._shelve(int(number))
+                if params and params not in waiting:
+                    why = {"why": "again: the tuner was killed"}
+                    self.book.enqueue_trial(params, user_attrs=why)
+        for record in records:
+            lost = (record.extra or {}).get("again") and record.config.hash not in self._known
+            if lost and dict(record.params) not in waiting and self._launches[record.config.hash] == 1:
+                self.book.enqueue_trial(
+                    dict(record.params), user_attrs={"why": "again after " + _short(record.outcome)}
+                )
+        numbers = [int(p.name) for p in (self.store.folder / "trials").glob("[0-9]*")]
+        for number in set(numbers) - {record.number for record in records}:
+            self._shelve(number)
+        if not records and not self.book.get_trials(deepcopy=False):
+            self.book.enqueue_trial(self.space.default(), user_attrs={"why": "the engine's default"})
+
+    def _shelve(self, number: int) -> dict[str, Any]:
+        """Moves the folder of a trial that never ended to ``interrupted/``; returns its parameters."""
+        from tuner.study.store import read_json
+
+        folder = self.store.folder / "trials" / f"{number:04d}"
+        params: dict[str, Any] = {}
+        if (folder / "config.json").exists():
+            params = read_json(folder / "config.json")["params"]
+        if folder.exists():
+            target = self.store.folder / "interrupted" / f"{number:04d}-{int(time.time())}"
+            target.parent.mkdir(exist_ok=True)
+            shutil.move(folder, target)
+        return params
+
+
+def refusals(space_params: list[Mapping[str, Value]], why_not: Callable[[Mapping[str, Value]], str]) -> Counter[str]:
+    """How many of the combinations given are refused, by reason."""
+    return Counter(reason for params in space_params if (reason := why_not(params)))
+
+
+def _short(outcome: Outcome) -> str:
+    return outcome.reason if isinstance(outcome, Aborted) else getattr(outcome, "cause", type(outcome).__name__.lower())
