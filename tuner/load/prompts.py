@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from tuner.errors import UsageError
 from tuner.load.trace import Trace
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -115,6 +118,19 @@ def model_folder(model: str | Path) -> Path:
             f"model {model} is neither a folder nor in the local Hugging Face cache",
             fix="Give a folder that holds tokenizer.json and config.json",
         ) from error
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder or cached model; UsageError where it has no ``tokenizer.json``."""
+    from tokenizers import Tokenizer
+
+    path = model_folder(model) / "tokenizer.json"
+    if not path.is_file():
+        raise UsageError("there is no tokenizer.json", where=str(path.parent), fix="Give the folder of the model")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise UsageError(f"cannot be read as a tokenizer ({error})", where=str(path)) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
