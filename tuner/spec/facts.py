@@ -91,3 +91,32 @@ def of_trace(input_tokens: Any, output_tokens: Any) -> dict[str, Any]:
         "max_output_tokens": int(output_tokens.max()),
         "max_total_tokens": int((input_tokens + output_tokens).max()),
     }
+
+
+def of_gpus() -> dict[str, Any]:
+    """How many NVIDIA GPUs there are, and the first one's compute capability; empty without a driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver or no library is no GPU, whatever NVML calls it
+        return {}
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        if not count:
+            return {}
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return {"gpus": count, "compute_capability": float(f"{major}.{minor}")}
+    finally:
+        pynvml.nvmlShutdown()
+
+
+#: CUDA compute capability by the start of the hardware table's name (NVIDIA's list "CUDA GPU Compute Capability").
+_CAPABILITY = {"A100": 8.0, "A10": 8.6, "L40": 8.9, "L4": 8.9, "H": 9.0, "B200": 10.0, "GB200": 10.0}
+_CAPABILITY |= {"RTX-5090": 12.0, "RTX-4090": 8.9, "RTX-6000-Ada": 8.9}
+
+
+def compute_capability(name: str) -> float | None:
+    """The compute capability of a row of the hardware table; None where it is not an NVIDIA GPU that we know."""
+    fitting = [prefix for prefix in _CAPABILITY if name.startswith(prefix)]
+    return _CAPABILITY[max(fitting, key=len)] if fitting else None

@@ -298,34 +298,27 @@ def gpu_facts(file: HardwareFile, document: Document, engine: EngineSpec) -> dic
     """Platform and GPU: from the study where it names them (an emulated GPU always is), else from this machine."""
     from tuner.search import hardware
 
-    wanted = str(engine.options.get("gpu", file.gpu)) if engine.kind == "emulator" else file.gpu
-    if wanted == "auto" and engine.kind == "emulator":
-        wanted = "H100-SXM"
-    found = hardware.detect()
-    if wanted == "auto" and engine.kind in ("function", "attach"):
-        wanted = "cpu" if found is None or found.kind == "cpu" else found.name
+    wanted = file.gpu
+    if engine.kind == "emulator":
+        wanted = str(engine.options.get("gpu") or ("H100-SXM" if file.gpu == "auto" else file.gpu))
     if wanted == "auto":
-        if found is None:
-            raise document.error(
-                "this machine's GPU is not in the hardware table", ("hardware",), "write hardware: {gpu: NAME}"
-            )
-        spec, count = found, hardware.count()
+        row, found = hardware.detect()
+        if row is None:
+            raise document.error(found, ("hardware",), "or name a row: hardware: {gpu: NAME}")
     else:
-        try:
-            spec = hardware.lookup(wanted)
-        except KeyError:
-            raise document.error(
-                f"unknown GPU {wanted!r}", ("hardware", "gpu"), suggest(wanted, hardware.names())
-            ) from None
-        count = hardware.count() or 1
-    if spec.kind == "cpu":
-        return {"platform": "cpu", "gpus": 0, "gpu_name": spec.name}
-    gpus = count if file.gpus == "auto" else int(file.gpus)
-    facts = {"platform": "cuda", "gpus": max(1, gpus), "gpu_name": spec.name}
-    facts["gpu_memory_gib"] = round(spec.memory_bytes / 2**30, 1)
-    if spec.compute_capability:
-        facts["compute_capability"] = spec.compute_capability
-    return facts
+        row = hardware.detect()[0] if wanted == "cpu" else hardware.lookup(wanted)
+        if row is None:
+            raise document.error(f"unknown GPU {wanted!r}", ("hardware", "gpu"), suggest(wanted, hardware.table()))
+    if row.kind == "cpu":
+        return {"platform": "cpu", "gpus": 0, "gpu_name": row.name}
+    here = facts_.of_gpus()
+    gpus = here.get("gpus", 1) if file.gpus == "auto" else int(file.gpus)
+    if gpus < 1:
+        raise document.error(f"hardware.gpus must be at least 1, not {gpus}", ("hardware", "gpus"))
+    capability = facts_.compute_capability(row.name) if wanted != "auto" else here.get("compute_capability")
+    known = {"compute_capability": capability} if capability else {}
+    memory_gib = round(row.memory_bytes / 2**30, 1)
+    return {"platform": "cuda", "gpus": gpus, "gpu_name": row.name, "gpu_memory_gib": memory_gib, **known}
 
 
 def _hardware(file: HardwareFile, document: Document, engine: EngineSpec, facts: Mapping[str, Any]) -> HardwareSpec:
@@ -406,7 +399,8 @@ def _objective(
     if price is None:
         from tuner.search import hardware as table
 
-        price = table.lookup(hardware.name).price_usd_per_hour
+        row = table.detect()[0] if hardware.gpus == 0 else table.lookup(hardware.name)
+        price = row.price_usd_per_hour if row else 1.0
     if price <= 0:
         raise document.error("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
     return Objective(spec.name, spec.latency, tuple(slos), float(price), QualityFloor(**spec.quality.model_dump()))

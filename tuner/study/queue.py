@@ -55,18 +55,17 @@ class Queue:
     def propose(self) -> Proposal | None:
         """The next trial, written to the store as started; None where the whole space has been tried."""
         for _ in range(PATIENCE):
-            trial = self.book.ask(self.space.distributions())
-            params = self.space.snap(trial.params)
+            trial, params = ledger.ask(self.book, self.space)
             reason = self.why_not(params)
             config = self.space.config(params, self.study.model)
             remeasure = trial.user_attrs.get("remeasure_of")
             if reason:
                 self._refuse(params, reason)
                 outcome = Infeasible("refused", reason, stage="before launch")
-                self._tell(trial, params, outcome)
+                self._tell(trial, outcome, free=True)
             elif config.hash in self._known and remeasure is None:
                 record = self._known[config.hash]
-                self._repeat(trial, params, record)
+                self._repeat(trial, record)
             else:
                 return self._start(trial, params, config, remeasure)
         return self._walk()
@@ -77,8 +76,8 @@ class Queue:
 
     def tell(self, proposal: Proposal, outcome: Outcome, again: bool) -> None:
         """Optuna is told; with ``again`` the same parameters are queued once more (a new trial)."""
-        self._tell(proposal.trial, proposal.params, outcome)
         record = self.store.trial(proposal.number)
+        self._tell(proposal.trial, outcome, record)
         self._remember(proposal.config.hash, record, again)
         if again:
             self.book.enqueue_trial(dict(proposal.params), user_attrs={"why": "again after " + _short(outcome)})
@@ -89,9 +88,11 @@ class Queue:
         self._fail(proposal.trial)
         self.book.enqueue_trial(dict(proposal.params), user_attrs={"why": proposal.why})
 
-    def _tell(self, trial: optuna.Trial, params: Mapping[str, Value], outcome: Outcome) -> None:
-        trial.set_user_attr("params", dict(params))
-        ledger.tell(self.book, trial, self.space, self.study.objective, outcome)
+    def _tell(
+        self, trial: optuna.Trial, outcome: Outcome, record: TrialRecord | None = None, free: bool = False
+    ) -> None:
+        times = {"started_s": record.started_s, "ended_s": record.ended_s} if record else {}
+        ledger.tell(self.book, trial, self.space, self.study.objective, outcome, **times, free=free)
 
     def _fail(self, trial: optuna.Trial) -> None:
         """A trial that never was: FAIL is invisible to samplers, which is what is wanted here and only here."""
@@ -104,7 +105,8 @@ class Queue:
     ) -> Proposal:
         number, self._next = self._next, self._next + 1
         baseline = config.hash == self.baseline_hash
-        why = trial.user_attrs.get("why") or ("the engine's default" if baseline else self.study.sampler)
+        notes = trial.user_attrs
+        why = notes.get("why") or notes.get("reason") or ("the engine's default" if baseline else self.study.sampler)
         repeat = self._launches[config.hash]
         self._launches[config.hash] += 1
         self._known.setdefault(config.hash, None)
@@ -128,13 +130,13 @@ class Queue:
             self._refused.add(key)
             self.store.refuse(params, reason)
 
-    def _repeat(self, trial: optuna.Trial, params: Mapping[str, Value], record: TrialRecord | None) -> None:
+    def _repeat(self, trial: optuna.Trial, record: TrialRecord | None) -> None:
         """A sampler asked for what is known (it gets the known outcome) or runs right now (it is told nothing)."""
         trial.set_user_attr("repeat_of", record.number if record else -1)
         if record is None:
             self._fail(trial)
         else:
-            self._tell(trial, params, record.outcome)
+            self._tell(trial, record.outcome, free=True)
 
     def _walk(self) -> Proposal | None:
         """Samplers that only repeat themselves: the next untried configuration of the grid, if there is one."""
@@ -148,7 +150,7 @@ class Queue:
             config = self.space.config(params, self.study.model)
             if config.hash not in self._known and not self.why_not(params):
                 self.book.enqueue_trial(dict(params), user_attrs={"why": "untried; the sampler repeats itself"})
-                trial = self.book.ask(self.space.distributions())
+                trial, params = ledger.ask(self.book, self.space)
                 return self._start(trial, params, config, None)
         return None
 
@@ -164,7 +166,7 @@ class Queue:
             trial = optuna.Trial(self.book, frozen._trial_id)
             record = ended.get(frozen.number)
             if record is not None:
-                self._tell(trial, record.params, record.outcome)
+                self._tell(trial, record.outcome, record)
                 continue
             self._fail(trial)
             number = frozen.user_attrs.get("trial")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.errors import UsageError
 from tuner.load import formats, windows
 from tuner.load.trace import Trace
 from tuner.spec.study import Study
@@ -30,14 +29,10 @@ def read(study: Study) -> Workload:
     trace = formats.read(Path(spec.file), spec.format)
     longest = study.space.facts.get("max_model_len")
     trace, cut = shorten(trace, spec.max_input_tokens, spec.max_output_tokens, longest)
-    search, heldout = windows.split(
-        trace, window_s=spec.window_s, search=spec.search_windows, heldout=spec.heldout_windows
+    parts = windows.split(
+        trace, search=spec.search_windows, held_out=max(1, spec.heldout_windows), max_seconds=spec.window_s
     )
-    if not search or any(len(window) == 0 for window in search):
-        raise UsageError(
-            "the trace has no request in its search window", where=spec.file, fix="use a longer trace.window"
-        )
-    return Workload(trace, tuple(search), tuple(heldout), cut)
+    return Workload(trace, parts.search, parts.held_out, cut)
 
 
 def shorten(trace: Trace, inputs: int | None, outputs: int | None, longest: int | None) -> tuple[Trace, int]:
