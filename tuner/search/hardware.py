@@ -1,0 +1,202 @@
+"""The hardware a study runs on: a row of the table in gpus.yaml, or of the user's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import UsageError
+
+_TABLE = Path(__file__).with_name("gpus.yaml")
+_NEEDED = frozenset({"name", "memory_gib", "bandwidth", "tflops", "source"})
+_KEYS = _NEEDED | {"match", "kind", "bandwidth_limit", "link", "link_latency_us", "op_us", "price"}
+_FORMATS = frozenset({"bf16", "fp8", "int8", "fp4", "fp32"})
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One accelerator, or one CPU server.
+
+    ``flops`` maps a number format to dense operations per second; formats that the hardware lacks run as bf16
+    (:meth:`rate`). ``link_bytes_per_s`` is one direction to the node's other GPUs. ``op_s`` is the cost of one
+    operation where the hardware (a CPU) has its own; None: the model's kernel time. ``price_usd_per_hour`` is per GPU,
+    or per server. ``source`` names the data sheet.
+    """
+
+    name: str
+    memory_bytes: int
+    bandwidth_bytes_per_s: float
+    flops: Mapping[str, float]
+    link_bytes_per_s: float
+    link_latency_s: float
+    price_usd_per_hour: float
+    kind: str = "gpu"
+    op_s: float | None = None
+    cores: int = 0
+    match: tuple[str, ...] = ()
+    source: str = ""
+    bandwidth_limit: float = field(default=float("inf"), repr=False)
+
+    def rate(self, fmt: str) -> float:
+        """Operations per second in ``fmt``. fp4 without its own units is widened to bf16 while it is read; a missing
+        fp8, int8 or fp32 runs on the bf16 units."""
+        return self.flops.get(fmt) or self.flops["bf16"]
+
+    def with_cores(self, cores: int, memory_bytes: int | None = None) -> Hardware:
+        """This CPU row for ``cores`` cores: arithmetic and price scale, bandwidth up to the socket's limit."""
+        return replace(
+            self,
+            cores=cores,
+            memory_bytes=memory_bytes or self.memory_bytes,
+            bandwidth_bytes_per_s=min(self.bandwidth_bytes_per_s * cores, self.bandwidth_limit),
+            flops={fmt: rate * cores for fmt, rate in self.flops.items()},
+            price_usd_per_hour=self.price_usd_per_hour * cores,
+        )
+
+
+def table(extra: str | Path | None = None) -> dict[str, Hardware]:
+    """All rows by name: ours, then the user's file ``extra``, whose rows win. Raises :class:`UsageError` with file and
+    line where a row is wrong."""
+    rows = _read(_TABLE)
+    return {**rows, **_read(Path(extra))} if extra else rows
+
+
+def lookup(name: str, rows: Mapping[str, Hardware] | None = None) -> Hardware | None:
+    """The row that ``name`` means: the row's own name (``H100-SXM``, in any case, with any of ``-_ ``), or a name as
+    the driver writes it (``NVIDIA H100 80GB HBM3``); None where no row matches."""
+    rows = table() if rows is None else rows
+    wanted = _plain(name)
+    for row in rows.values():
+        if _plain(row.name) == wanted:
+            return row
+    words = set(name.replace("-", " ").replace("_", " ").replace("/", " ").lower().split())
+    matching = [row for row in rows.values() if row.match and {m.lower() for m in row.match} <= words]
+    return max(matching, key=lambda row: len(row.match), default=None)
+
+
+def detect(
+    extra: str | Path | None = None, probe: Callable[[], tuple[str, int, int] | None] | None = None
+) -> tuple[Hardware | None, str]:
+    """The hardware of this machine and a line that says what was found.
+
+    ``probe`` gives the first GPU's name, memory in bytes and link generation, or None without a GPU (NVML by default).
+    A GPU without a row: None, and which row to add; no GPU: the CPU's row.
+    """
+    rows = table(extra)
+    found = (probe or _nvml)()
+    if found is None:
+        cpu = _cpu(rows)
+        return cpu, f"no GPU; {cpu.cores} CPU cores as {cpu.name}"
+    name, memory_bytes, _ = found
+    row = lookup(name, rows)
+    if row is None:
+        near = nearest(memory_bytes, rows)
+        return None, (
+            f"{name} ({memory_bytes / 2**30:.0f} GiB) is not in the hardware table: the search works without a model. "
+            f"Nearest by memory is {near.name}; copy its row from {_TABLE.name} and put {name}'s figures in"
+        )
+    return replace(row, memory_bytes=memory_bytes), f"{name} as {row.name}"
+
+
+def nearest(memory_bytes: int, rows: Mapping[str, Hardware]) -> Hardware:
+    """The GPU row whose memory is nearest to ``memory_bytes``."""
+    gpus: Iterable[Hardware] = (row for row in rows.values() if row.kind == "gpu")
+    return min(gpus, key=lambda row: abs(row.memory_bytes - memory_bytes))
+
+
+def _nvml() -> tuple[str, int, int] | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library: no NVIDIA GPU
+        return None
+    try:
+        if pynvml.nvmlDeviceGetCount() == 0:
+            return None
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        name = pynvml.nvmlDeviceGetName(handle)
+        memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        return name.decode() if isinstance(name, bytes) else str(name), memory, 0
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _cpu(rows: Mapping[str, Hardware]) -> Hardware:
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    flags = _cpu_flags()
+    name = "cpu-amx" if "amx_bf16" in flags else "cpu-avx512" if "avx512f" in flags else "cpu-avx2"
+    return rows[name].with_cores(cores, int(psutil.virtual_memory().total))
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def _read(path: Path) -> dict[str, Hardware]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        entries: Any = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("no such hardware table", where=str(path)) from None
+    except (OSError, YAMLError) as error:
+        raise UsageError(f"cannot read the hardware table: {error}", where=str(path)) from None
+    if not isinstance(entries, Sequence):
+        raise UsageError("a hardware table is a list of rows", where=str(path), fix=f"See {_TABLE}")
+    lines: Any = entries.lc  # ruamel keeps where each item stood
+    rows = [_row(entry, f"{path}:{lines.item(i)[0] + 1}") for i, entry in enumerate(entries)]
+    return {row.name: row for row in rows}
+
+
+def _row(entry: Any, where: str) -> Hardware:
+    if not isinstance(entry, Mapping):
+        raise UsageError("a row of the hardware table is a mapping", where=where)
+    unknown = sorted(set(entry) - _KEYS)
+    missing = sorted(_NEEDED - set(entry))
+    if unknown or missing:
+        what = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+        raise UsageError(f"a row of the hardware table {what}", where=where, fix=f"Keys: {', '.join(sorted(_KEYS))}")
+    tflops = entry["tflops"]
+    if not isinstance(tflops, Mapping) or "bf16" not in tflops or set(tflops) - _FORMATS:
+        raise UsageError(f"tflops maps {', '.join(sorted(_FORMATS))} to numbers and needs bf16", where=where)
+    try:
+        return Hardware(
+            name=str(entry["name"]),
+            memory_bytes=round(_positive(entry, "memory_gib") * 2**30),
+            bandwidth_bytes_per_s=_positive(entry, "bandwidth") * 1e9,
+            flops={str(fmt): _positive(tflops, fmt) * 1e12 for fmt in tflops},
+            link_bytes_per_s=float(entry.get("link", 32)) * 1e9,
+            link_latency_s=float(entry.get("link_latency_us", 25)) * 1e-6,
+            price_usd_per_hour=float(entry.get("price", 0.0)),
+            kind=str(entry.get("kind", "gpu")),
+            op_s=float(entry["op_us"]) * 1e-6 if "op_us" in entry else None,
+            match=tuple(str(word) for word in entry.get("match", ())),
+            source=str(entry["source"]),
+            bandwidth_limit=float(entry.get("bandwidth_limit", float("inf"))) * 1e9,
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{entry['name']}: {error}", where=where) from None
+
+
+def _positive(entry: Mapping[str, Any], key: str) -> float:
+    value = float(entry[key])
+    if not value > 0:
+        raise ValueError(f"{key} must be above zero, not {entry[key]!r}")
+    return value
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())

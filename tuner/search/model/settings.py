@@ -1,0 +1,189 @@
+"""What a serving config means to the model: its flags under vLLM's names, with the engine's defaults where absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.search.hardware import Hardware
+from tuner.search.model import precision as precisions
+from tuner.search.model.precision import Precision
+from tuner.search.model.shape import ModelShape
+from tuner.space.config import ServingConfig, Value
+
+_GIB = 2**30
+# Chance that one draft token is accepted, before anything was measured. n-gram prompts hit rarely outside of
+# summaries and code edits; draft models and EAGLE heads: the ranges of Leviathan et al. 2023 (table 3) and Li et al.
+# 2024 (EAGLE, table 1); MTP: the 85 to 90 % of the second token in the DeepSeek-V3 report, section 5.4.3.
+_ACCEPTANCE: Mapping[str, float] = {"ngram": 0.25, "suffix": 0.3, "draft_model": 0.65, "eagle": 0.7, "mtp": 0.8}
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """``tokens`` drafted per step by ``method``, each accepted with chance ``acceptance``; ``length`` is the mean
+    number of tokens a step yields where the config states it (synthetic acceptance), else 0."""
+
+    method: str
+    tokens: int
+    acceptance: float
+    model: str = ""
+    length: float = 0.0
+
+    @property
+    def per_step(self) -> float:
+        """Tokens one step yields: (1 - a^(k+1)) / (1 - a), Leviathan et al. 2023, equation 1."""
+        if self.length:
+            return self.length
+        a = self.acceptance
+        return self.tokens + 1.0 if a >= 1 else (1 - a ** (self.tokens + 1)) / (1 - a)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One server's settings, every default resolved. ``prefill_first``: the scheduler stops decoding while there are
+    prompts (SGLang's default), instead of mixing both in one step."""
+
+    tp: int
+    pp: int
+    dp: int
+    expert_parallel: bool
+    max_batched_tokens: int
+    max_seqs: int
+    block_size: int
+    memory_share: float
+    kv_bytes: float | None
+    chunked_prefill: bool
+    prefix_caching: bool
+    eager: bool
+    max_model_len: int
+    precision: Precision
+    speculation: Speculation | None = None
+    prefill_first: bool = False
+    engine: str = "vllm"
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str = "vllm") -> Settings:
+    """The settings of ``config``. A flag whose value cannot be read counts as absent: the server, not the model,
+    judges it."""
+    flags = config.flags
+    tp = _int(flags, 1, "tensor-parallel-size", "tp-size", "tp")
+    pp = _int(flags, 1, "pipeline-parallel-size", "pp-size", "pp")
+    dp = _int(flags, 1, "data-parallel-size", "dp-size", "dp")
+    tokens, seqs = batch_defaults(hardware, tp * pp, engine)
+    on_cpu = hardware.kind == "cpu"
+    space_gib = config.env.get("VLLM_CPU_KVCACHE_SPACE", "")
+    explicit_kv = flags.get("kv-cache-memory-bytes")
+    kv_bytes = float(space_gib) * _GIB if on_cpu and space_gib.replace(".", "", 1).isdigit() else None
+    if isinstance(explicit_kv, int) and not isinstance(explicit_kv, bool):
+        kv_bytes = float(explicit_kv)
+    model_len = _int(flags, shape.max_model_len, "max-model-len", "context-length")
+    batched = _int(flags, max(tokens, 0), "max-num-batched-tokens", "chunked-prefill-size")
+    chunked = _switch(flags, "chunked-prefill", True)
+    return Settings(
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        expert_parallel="enable-expert-parallel" in flags or _int(flags, 1, "ep-size", "ep") > 1,
+        max_batched_tokens=batched if chunked else max(batched, model_len),
+        max_seqs=_int(flags, seqs, "max-num-seqs", "max-running-requests"),
+        block_size=_int(flags, 128 if on_cpu else 16, "block-size", "page-size"),
+        memory_share=_float(
+            flags, 0.88 if engine == "sglang" else 0.92, "gpu-memory-utilization", "mem-fraction-static"
+        ),
+        kv_bytes=kv_bytes,
+        chunked_prefill=chunked,
+        prefix_caching=_switch(flags, "prefix-caching", True) and "disable-radix-cache" not in flags,
+        eager="enforce-eager" in flags or "disable-cuda-graph" in flags,
+        max_model_len=model_len,
+        precision=precision_of(config, shape),
+        speculation=_speculation(flags),
+        prefill_first=engine == "sglang" and "enable-mixed-chunk" not in flags,
+        engine=engine,
+    )
+
+
+def batch_defaults(hardware: Hardware, world_size: int, engine: str = "vllm") -> tuple[int, int]:
+    """Default token and sequence budget of a step: vLLM's ``get_batch_defaults`` for its API server; SGLang's chunk."""
+    gib = hardware.memory_bytes / _GIB
+    if hardware.kind == "cpu":
+        return 2048 * world_size, 128 * world_size
+    if engine == "sglang":
+        return (8192 if gib >= 60 else 2048 if gib < 35 else 4096), 1024
+    if gib >= 160:
+        return 16384, 1024
+    if gib >= 70 and "A100" not in hardware.name:
+        return 8192, 1024
+    return 2048, 256
+
+
+def precision_of(config: ServingConfig, shape: ModelShape) -> Precision:
+    """The precision the server runs: the checkpoint's own, its variant's, or ``--quantization`` applied to it."""
+    result = shape.precision
+    variant = precisions.method_of(config.model_variant)
+    flag = precisions.method_of(str(config.flags.get("quantization") or ""))
+    if variant:
+        result = precisions.apply(result, variant)
+    elif flag and not result.quantized:
+        result = precisions.apply(result, flag)
+    dtype = str(config.flags.get("dtype") or "auto")
+    wide = 32.0 if dtype in ("float32", "float") else 16.0 if dtype != "auto" else None
+    if wide:
+        scale = {16.0: "bf16", 32.0: "fp32"}
+        dense = result.linear_bits >= 16
+        result = precisions.replace(
+            result,
+            linear_bits=wide if dense else result.linear_bits,
+            expert_bits=wide if result.expert_bits >= 16 else result.expert_bits,
+            embedding_bits=wide,
+            compute=scale[wide] if dense else result.compute,
+            expert_compute=scale[wide] if result.expert_bits >= 16 else result.expert_compute,
+        )
+    kv = precisions.kv_bits(str(config.flags.get("kv-cache-dtype") or "auto"), result.embedding_bits)
+    return precisions.replace(result, kv_bits=kv)
+
+
+def _speculation(flags: Mapping[str, Value | None]) -> Speculation | None:
+    raw = flags.get("speculative-config")
+    try:
+        body: Any = json.loads(str(raw)) if raw else None
+    except ValueError:
+        return None
+    if not isinstance(body, Mapping):
+        return None
+    tokens = int(body.get("num_speculative_tokens") or 1)
+    name = str(body.get("method") or ("draft_model" if body.get("model") else "ngram"))
+    method = "mtp" if "mtp" in name else "eagle" if "eagle" in name else "ngram" if "ngram" in name else name
+    rates = body.get("synthetic_acceptance_rates")
+    length = float(body.get("synthetic_acceptance_length") or (1 + sum(rates) if isinstance(rates, list) else 0))
+    return Speculation(method, tokens, _ACCEPTANCE.get(method, 0.5), str(body.get("model") or ""), length)
+
+
+def _int(flags: Mapping[str, Value | None], default: int, *names: str) -> int:
+    return int(_float(flags, default, *names))
+
+
+def _float(flags: Mapping[str, Value | None], default: float, *names: str) -> float:
+    for name in names:
+        value = flags.get(name)
+        if value is None or isinstance(value, bool):
+            continue
+        try:
+            number = float(str(value).lower().replace("k", "e3"))
+        except ValueError:
+            continue
+        if number > 0:
+            return number
+    return default
+
+
+def _switch(flags: Mapping[str, Value | None], name: str, default: bool) -> bool:
+    if f"no-enable-{name}" in flags:
+        return False
+    value = flags.get(f"enable-{name}", default)
+    return default if value is default else value is None or str(value).lower() != "false"

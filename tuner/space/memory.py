@@ -1,0 +1,203 @@
+"""Will it fit? Weights, overheads and KV cache of one serving config against the memory of its GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from tuner.study.outcome import Infeasible, Measured, Outcome
+
+if TYPE_CHECKING:
+    from tuner.search.hardware import Hardware
+    from tuner.search.model.settings import Settings
+    from tuner.search.model.shape import ModelShape
+    from tuner.space.config import ServingConfig
+
+_GIB = 2**30
+_CONTEXT_BYTES = 0.9 * _GIB  # CUDA context, cuBLAS and NCCL workspaces of one process
+_GRAPH_BYTES = 0.6 * _GIB  # captured CUDA graphs, default capture sizes
+_GRAPH_BYTES_PER_LAYER = 0.012 * _GIB
+_CPU_RUNTIME_BYTES = 2.5 * _GIB  # three Python processes with torch imported
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCorrection:
+    """What the server's own logs taught about memory: ``overhead_bytes`` per GPU on top of the arithmetic (negative:
+    it was too pessimistic), ``weights_share`` and ``kv_share``: measured over predicted. ``seen`` counts launches."""
+
+    overhead_bytes: float = 0.0
+    weights_share: float = 1.0
+    kv_share: float = 1.0
+    seen: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether a config fits. ``kv_tokens`` is the room for the KV cache in tokens of one replica's data-parallel rank;
+    ``short_bytes`` what is missing per GPU (0 where it fits); ``reason`` says so in words; ``parts`` are bytes per GPU:
+    ``memory``, ``weights``, ``activations``, ``graphs``, ``context``, ``kv``, and ``kv_per_token``."""
+
+    fits: bool
+    kv_tokens: float
+    short_bytes: int = 0
+    reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+def fits(
+    shape: ModelShape,
+    hardware: Hardware,
+    config: ServingConfig,
+    engine: str = "vllm",
+    correction: MemoryCorrection | None = None,
+) -> Fit:
+    """Memory arithmetic for ``config`` (its flags under the engine's names). Pure; microseconds."""
+    from tuner.search.model import settings
+
+    return fits_settings(shape, hardware, settings.of(config, shape, hardware, engine), correction)
+
+
+def fits_settings(
+    shape: ModelShape, hardware: Hardware, settings: Settings, correction: MemoryCorrection | None = None
+) -> Fit:
+    """:func:`fits` for settings that are resolved already."""
+    impossible = _impossible(shape, settings)
+    if impossible:
+        return Fit(False, 0.0, 0, impossible)
+    learned = correction or MemoryCorrection()
+    parts = _parts(shape, hardware, settings, learned)
+    used = parts["weights"] + parts["activations"] + parts["graphs"] + parts["context"]
+    per_token, fixed = parts["kv_per_token"], parts["kv_fixed"]
+    sequence = per_token * settings.max_model_len + fixed
+    room = parts["memory"] - used if settings.kv_bytes is None else settings.kv_bytes
+    room *= learned.kv_share
+    if hardware.kind == "cpu" and settings.kv_bytes is not None:
+        spare = parts["memory"] - used - settings.kv_bytes
+        if spare < 0:
+            return _short(-spare, parts, hardware, settings, "the KV cache that VLLM_CPU_KVCACHE_SPACE asks for")
+    parts = {**parts, "kv": max(room, 0.0)}
+    if room < sequence:
+        what = "any KV cache" if room <= 0 else f"one sequence of {settings.max_model_len:,} tokens"
+        return _short(sequence - room, parts, hardware, settings, what)
+    blocks = (room - fixed * _resident(room, per_token, fixed, settings)) / max(per_token, 1e-9)
+    tokens = blocks // settings.block_size * settings.block_size
+    return Fit(True, max(tokens, 0.0), 0, "", parts)
+
+
+def correct(fit: Fit, boot_facts: Mapping[str, float], learned: MemoryCorrection | None = None) -> MemoryCorrection:
+    """What one launch teaches. ``fit`` is what had been predicted for it (with no correction), ``boot_facts`` what the
+    server's log said: ``kv_cache_tokens`` or ``max_concurrency``, ``weights_bytes``, ``free_bytes``. Averages over
+    launches; facts that are absent change nothing."""
+    learned = learned or MemoryCorrection()
+    n, known = learned.seen, dict(boot_facts)
+    weights_share = known["weights_bytes"] / fit.parts["weights"] if _has(known, fit, "weights") else None
+    per_token = fit.parts.get("kv_per_token", 0.0)
+    overhead = None
+    if known.get("kv_cache_tokens", 0) > 0 and per_token > 0 and "memory" in fit.parts:
+        weights = known.get("weights_bytes") or fit.parts["weights"]
+        kv = known["kv_cache_tokens"] * per_token
+        predicted = sum(fit.parts[part] for part in ("activations", "graphs", "context"))
+        overhead = fit.parts["memory"] - weights - kv - predicted
+    if overhead is None and weights_share is None:
+        return learned
+    return MemoryCorrection(
+        overhead_bytes=_mean(learned.overhead_bytes, overhead, n),
+        weights_share=_mean(learned.weights_share, weights_share, n),
+        kv_share=learned.kv_share,
+        seen=n + 1,
+    )
+
+
+def learn(fit: Fit, outcome: Outcome, learned: MemoryCorrection | None = None) -> MemoryCorrection:
+    """:func:`correct` from an outcome. A server that ran teaches by its log; one that failed for memory where the
+    arithmetic said it fits raises the overhead by what was missing (``short_bytes``), or by a GiB where that is not
+    known."""
+    learned = learned or MemoryCorrection()
+    if isinstance(outcome, (Measured, Infeasible)) and outcome.boot.facts:
+        learned = correct(fit, outcome.boot.facts, learned)
+    if isinstance(outcome, Infeasible) and outcome.cause.startswith("oom") and fit.fits:
+        margin = fit.parts.get("kv", 0.0) - fit.parts.get("sequence", 0.0)
+        missing = (outcome.short_bytes if outcome.short_bytes is not None else _GIB) + max(margin, 0.0)
+        if outcome.cause == "oom-kv" or outcome.stage == "start-up":
+            learned = replace(learned, overhead_bytes=max(learned.overhead_bytes, missing), seen=learned.seen + 1)
+        else:  # under load: activations were underestimated, the start-up's arithmetic was not
+            more = outcome.short_bytes if outcome.short_bytes is not None else _GIB
+            learned = replace(learned, overhead_bytes=learned.overhead_bytes + more, seen=learned.seen + 1)
+    return learned
+
+
+def _parts(shape: ModelShape, hardware: Hardware, settings: Settings, learned: MemoryCorrection) -> dict[str, float]:
+    p, ranks = settings.precision, settings.tp * settings.pp
+    experts_over = ranks * (settings.dp if settings.expert_parallel else 1)
+    weights = (
+        shape.linear_weights * p.linear_bits / 8 / ranks
+        + shape.expert_weights * p.expert_bits / 8 / experts_over
+        + shape.embedding_weights * p.embedding_bits / 8 / settings.tp
+    ) * learned.weights_share
+    if settings.speculation and settings.speculation.method in ("draft_model", "eagle", "mtp"):
+        layer = (shape.linear_weights + shape.expert_weights) / shape.layers * p.linear_bits / 8 / settings.tp
+        weights += layer if settings.speculation.method != "draft_model" else 0.1 * weights
+    # vLLM profiles a step of max_num_batched_tokens: hidden rows in and out, the widest product, logits in 32 bits.
+    rows = min(settings.max_batched_tokens, settings.max_model_len * max(settings.max_seqs, 1))
+    widest = max([f.weights / shape.hidden / (1 if f.experts else 3) for f in shape.ffn] + [2.0 * shape.hidden])
+    routed = max([f.top_k * f.expert_weights / shape.hidden / 3 for f in shape.ffn if f.experts], default=0.0)
+    activations = rows * (4 * shape.hidden + 2 * (widest + 2 * routed) / settings.tp) * 2.0
+    activations += min(settings.max_seqs, rows) * shape.vocab * 4.0 * 1.5
+    on_cpu = hardware.kind == "cpu"
+    graphs = 0.0 if settings.eager or on_cpu else _GRAPH_BYTES + shape.layers / settings.pp * _GRAPH_BYTES_PER_LAYER
+    kv_per_token = kv_fixed = 0.0
+    for a in shape.attention:
+        split = min(settings.tp, a.kv_heads) * settings.pp
+        token = a.layers * a.cache * p.kv_bits / 8 / split
+        kv_per_token += 0.0 if a.kind == "window" else token
+        kv_fixed += token * min(a.window + settings.block_size, settings.max_model_len) if a.kind == "window" else 0.0
+        kv_fixed += a.layers * a.state * 2.0 / settings.tp / settings.pp
+    share = settings.memory_share if not on_cpu else 0.95
+    return {
+        "memory": hardware.memory_bytes / (settings.tp * settings.pp * settings.dp if on_cpu else 1) * share,
+        "weights": weights,
+        "activations": activations,
+        "graphs": graphs,
+        "context": (_CPU_RUNTIME_BYTES if on_cpu else _CONTEXT_BYTES) + learned.overhead_bytes,
+        "kv": 0.0,
+        "kv_per_token": kv_per_token,
+        "kv_fixed": kv_fixed,
+        "sequence": kv_per_token * settings.max_model_len + kv_fixed,
+    }
+
+
+def _impossible(shape: ModelShape, settings: Settings) -> str:
+    if shape.heads % settings.tp:
+        return f"{shape.heads} attention heads cannot be split over {settings.tp} GPUs (tensor-parallel-size)"
+    if settings.pp > shape.layers:
+        return f"{shape.layers} layers cannot be split into {settings.pp} pipeline stages"
+    return ""
+
+
+def _resident(room: float, per_token: float, fixed: float, settings: Settings) -> float:
+    """How many sequences' fixed states (windows, recurrent states) the cache has to hold beside the tokens."""
+    return min(settings.max_seqs, room / max(fixed + per_token * 0.25 * settings.max_model_len, 1.0)) if fixed else 0.0
+
+
+def _short(short: float, parts: Mapping[str, float], hardware: Hardware, settings: Settings, what: str) -> Fit:
+    used = ", ".join(
+        f"{name} {parts[name] / _GIB:.1f} GiB"
+        for name in ("weights", "activations", "graphs", "context")
+        if parts[name]
+    )
+    share = f" x {settings.memory_share:g}" if hardware.kind != "cpu" else ""
+    over = f" on each of {settings.gpus} GPUs" if settings.gpus > 1 and hardware.kind != "cpu" else ""
+    reason = (
+        f"{used} and {what} do not fit {hardware.memory_bytes / _GIB:.0f} GiB{share}{over}: "
+        f"{short / _GIB:.1f} GiB short"
+    )
+    return Fit(False, 0.0, round(short), reason, dict(parts))
+
+
+def _has(known: Mapping[str, float], fit: Fit, part: str) -> bool:
+    return known.get(f"{part}_bytes", 0) > 0 and fit.parts.get(part, 0) > 0
+
+
+def _mean(before: float, now: float | None, n: int) -> float:
+    return before if now is None else (before * n + now) / (n + 1)
