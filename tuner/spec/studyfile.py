@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -131,7 +130,7 @@ def resolve(document: Document, beside: Path) -> Study:
     """A study document as a :class:`Study`; relative paths are relative to ``beside``."""
     file = validate(StudyFile, document)
     frozen = file.frozen or {}
-    base = Path(frozen.get("beside", beside))
+    base = Path(frozen.get("beside", beside)).resolve()
     trace = _trace(file.trace, document, base, must_exist=not frozen)
     engine = _engine(file.engine, base)
     model = _model(file.model, document, base, must_exist=not frozen)
@@ -413,15 +412,7 @@ def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> sl
         raise document.error(str(error), at) from None
 
 
-def fingerprint(study: Study) -> str:
-    """Twelve hex digits over what must not change under a resumed study (budget, sampler and parallelism may)."""
-    data = {
-        "model": study.model,
-        "engine": asdict(study.engine),
-        "space": asdict(study.space),
-        "objective": asdict(study.objective),
-        "trace": asdict(study.trace),
-        "load": asdict(study.load),
-        "hardware": asdict(study.hardware),
-    }
-    return hashlib.sha256(repr(data).encode()).hexdigest()[:12]
+def differences(before: Study, now: Study) -> list[str]:
+    """Which parts of a study changed in a way that makes its measurements incomparable."""
+    parts = ("model", "engine", "space", "objective", "trace", "load", "hardware")
+    return [part for part in parts if getattr(before, part) != getattr(now, part)]

@@ -1,0 +1,172 @@
+"""The `tuner` command. Every command imports what it needs when it runs, so that `tuner --help` is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli import replay as replay_command
+from tuner.cli import trace as trace_command
+from tuner.errors import TunerError
+
+app = typer.Typer(
+    name="tuner",
+    help="Find the cheapest way to serve your model fast enough.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(trace_command.app, name="trace", help="Look at traces, convert, cut and synthesise them.")
+app.command("replay", rich_help_panel="Measure")(replay_command.replay)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file, or a study folder.")]
+
+
+@app.command(rich_help_panel="Tune")
+def tune(
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY]", help="A study file; run it again to resume.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="A model folder or id (instead of a study file).")] = "",
+    trace: Annotated[Path | None, typer.Option(help="The traffic to tune for.")] = None,
+    slo: Annotated[list[str] | None, typer.Option(help="An SLO, for example ttft_p99=500ms; may be repeated.")] = None,
+    gpu_price: Annotated[float | None, typer.Option(help="USD per GPU-hour (per server-hour on CPUs).")] = None,
+    budget: Annotated[str, typer.Option(help="When to stop: 4h, '20 launches' or 15usd.")] = "",
+    objective: Annotated[str, typer.Option(help="chat, code-completion, rag, batch, or a file.")] = "",
+    space: Annotated[str, typer.Option(help="A search space: vllm/quick, ..., or a file.")] = "",
+    sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2, random or grid.")] = "",
+    engine: Annotated[str, typer.Option(help="vllm, sglang, command, attach, function or emulator.")] = "",
+    name: Annotated[str, typer.Option(help="The study's name; its folder is reports/NAME.")] = "",
+    parallel: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
+    plain: Annotated[bool, typer.Option(help="Plain lines instead of the live view.")] = False,
+) -> None:
+    """Search, launch, measure: end with a front, a best-config YAML, a report and an MLflow study."""
+    from tuner.cli import tune as command
+
+    flags = command.Flags(
+        model, trace, tuple(slo or ()), gpu_price, budget, objective, space, sampler, engine, name, parallel
+    )
+    raise typer.Exit(command.run(study, flags, plain))
+
+
+@app.command(rich_help_panel="Tune")
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("study.yaml"),
+    model: Annotated[str, typer.Option(help="A model folder or id.")] = "",
+    trace: Annotated[str, typer.Option(help="The traffic to tune for.")] = "",
+    force: Annotated[bool, typer.Option(help="Write over an existing file.")] = False,
+) -> None:
+    """Write a commented study file."""
+    from tuner.cli import init as command
+
+    command.run(path, model, trace, force)
+
+
+@app.command(rich_help_panel="Tune")
+def check(study: StudyArgument, json: Json = False) -> None:
+    """Validate a study and print what would run, without launching anything."""
+    from tuner.cli import check as command
+
+    command.run(study, json)
+
+
+@app.command(rich_help_panel="Tune")
+def plan(study: StudyArgument, json: Json = False) -> None:
+    """What is feasible, the predicted front, how long and how expensive the study will be."""
+    from tuner.cli import plan as command
+
+    command.run(study, json)
+
+
+@app.command(rich_help_panel="Read")
+def front(study: StudyArgument, json: Json = False) -> None:
+    """The Pareto front of cost against latency."""
+    from tuner.cli import read as command
+
+    raise typer.Exit(command.front(study, json))
+
+
+@app.command(rich_help_panel="Read")
+def show(study: StudyArgument, number: Annotated[int, typer.Argument(metavar="N")], json: Json = False) -> None:
+    """One trial: its configuration, its ladder, or why it failed."""
+    from tuner.cli import read as command
+
+    command.show(study, number, json)
+
+
+@app.command(rich_help_panel="Read")
+def report(
+    study: StudyArgument,
+    out: Annotated[Path | None, typer.Option(help="The HTML file (default: report.html in the study folder).")] = None,
+) -> None:
+    """Make the offline HTML report again from the study folder."""
+    from tuner.cli import read as command
+
+    command.report(study, out)
+
+
+@app.command(rich_help_panel="Read")
+def ui(
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]")] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """MLflow's UI on the study's store."""
+    from tuner.cli import read as command
+
+    raise typer.Exit(command.ui(study, port))
+
+
+@app.command(rich_help_panel="Deploy")
+def export(
+    study: StudyArgument,
+    form: Annotated[str, typer.Option("--format", help="vllm, compose, k8s or helm.")] = "vllm",
+    out: Annotated[Path | None, typer.Option(help="Where to write (default: the study folder).")] = None,
+) -> None:
+    """Write the best configuration for deployment."""
+    from tuner.cli import read as command
+
+    command.export(study, form, out)
+
+
+@app.command(rich_help_panel="Read")
+def sync(study: StudyArgument) -> None:
+    """Log to MLflow what an unreachable server missed."""
+    from tuner.cli import read as command
+
+    command.sync(study)
+
+
+@app.command(rich_help_panel="Tune")
+def doctor(json: Json = False) -> None:
+    """What this machine has and lacks, each with its fix."""
+    from tuner.cli import doctor as command
+
+    raise typer.Exit(command.run(json))
+
+
+def main() -> None:
+    """Entry point: one clear line and the right exit code instead of a traceback; a bug keeps its traceback."""
+    code: object = 0
+    try:
+        code = app(standalone_mode=False)
+    except TunerError as error:
+        print(f"tuner: {error}", file=sys.stderr)
+        code = error.exit_code
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+    except Exception as error:
+        show = getattr(error, "show", None)  # the command line's own errors print their usage
+        if show is None:
+            raise
+        show()
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)

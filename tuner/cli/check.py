@@ -1,0 +1,88 @@
+"""`tuner check`: what a study would run, without launching anything."""
+
+from __future__ import annotations
+
+import json as json_
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tuner.cli.tune import Flags, read
+
+
+def run(path: Path, json: bool) -> None:
+    """Validates everything up to the installed engine's flags, and prints what would run."""
+    from tuner.study import session
+
+    study = read(path, Flags())
+    ready = session.prepare(study)
+    data = describe(ready)
+    if json:
+        print(json_.dumps(data, indent=1))
+        return
+    console = Console()
+    console.print(f"[bold]{study.name}[/] is valid. {data['engine']} would serve {study.model} on {data['hardware']}.")
+    console.print(f"Trace: {data['trace']}")
+    console.print(f"Goal: {data['goal']}")
+    console.print(
+        f"Ladder: loads {', '.join(f'{x:g}' for x in study.load.ladder)}; a step takes {data['step_seconds']}"
+    )
+    console.print(
+        f"Budget: {data['budget']}; sampler {study.sampler}; model: {ready.no_model or 'analytic, of this hardware'}"
+    )
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for title in ("parameter", "values", "default", "trades"):
+        table.add_column(title)
+    for row in data["parameters"]:
+        table.add_row(row["name"], ", ".join(map(str, row["values"])), str(row["default"]), row["trades"])
+    console.print(table)
+    console.print(f"{data['allowed']} of {data['combinations']} combinations may be launched.")
+    for reason, count in data["refused"].items():
+        console.print(f"  {count} refused: {reason}")
+    console.print(f"First launch, the engine's default: {data['default_command']}", soft_wrap=True)
+
+
+def describe(ready: Any) -> dict[str, Any]:
+    """The study in words and figures, as ``--json`` prints it."""
+    from tuner.study.queue import refusals
+
+    study, space = ready.study, ready.study.space
+    grid = list(space.grid()) if space.size() <= 20_000 else []
+
+    def why_not(params: Any) -> str:
+        return space.denied(params) or ready.why_not(space.config(params, study.model))
+
+    refused = refusals(grid, why_not)
+    window = ready.traffic.search[0]
+    span_s = float(window.arrival_s[-1])
+    budget = study.budget
+    limits = {"launches": budget.launches, "hours": budget.hours, "usd": budget.usd}
+    default = space.config(space.default(), study.model)
+    return {
+        "name": study.name,
+        "folder": study.folder,
+        "model": study.model,
+        "engine": f"{study.engine.kind} {ready.engine.version()}",
+        "hardware": f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name,
+        "trace": (
+            f"{len(ready.traffic.whole)} requests; {len(ready.traffic.search)} search and {len(ready.traffic.heldout)} "
+            f"held-out windows of up to {study.trace.window_s:g} s ({len(window)} requests in the first)"
+            + (f"; {ready.traffic.cut} requests cut to what the model takes" if ready.traffic.cut else "")
+        ),
+        "goal": (
+            f"lowest USD per million output tokens ({study.objective.price_usd_per_gpu_hour:g} USD per hour) against "
+            f"{study.objective.latency}, with {', '.join(map(str, study.objective.slos))}"
+        ),
+        "step_seconds": f"{span_s / study.load.ladder[-1]:.0f} to {span_s / study.load.ladder[0]:.0f} s and its tail",
+        "budget": ", ".join(f"{value:g} {key}" for key, value in limits.items() if value) or "none",
+        "parameters": [
+            {"name": p.name, "values": list(p.values), "default": p.default, "trades": p.trades}
+            for p in space.parameters
+        ],
+        "combinations": len(grid) or space.size(),
+        "allowed": len(grid) - sum(refused.values()) if grid else None,
+        "refused": dict(refused),
+        "default_command": " ".join([study.engine.kind, "serve", study.model, *default.args()]),
+    }

@@ -1,0 +1,119 @@
+"""`tuner doctor`: what this machine has and lacks, each with its fix."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``state`` is ok, warn or bad; ``fix`` says what to do about the latter two."""
+
+    what: str
+    state: str
+    found: str
+    fix: str = ""
+
+
+def run(json: bool) -> int:
+    """Prints the findings; returns 4 where something is missing without which nothing can be tuned."""
+    findings = [python(), *packages(), gpu(), engine(), memory(), disk(), clock()]
+    if json:
+        print(json_.dumps([asdict(f) for f in findings], indent=1))
+    else:
+        console = Console(highlight=False)
+        marks = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "bad": "[red]bad [/]"}
+        for f in findings:
+            console.print(f"{marks[f.state]}  [bold]{f.what}[/]: {f.found}", soft_wrap=True)
+            if f.fix:
+                console.print(f"      fix: {f.fix}", soft_wrap=True)
+    return 4 if any(f.state == "bad" for f in findings) else 0
+
+
+def python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < (3, 11):
+        return Finding("Python", "bad", version, "tuner needs Python 3.11 or newer")
+    return Finding("Python", "ok", version)
+
+
+def packages() -> list[Finding]:
+    names = ("optuna", "mlflow", "plotly", "pandas", "pyarrow", "torch")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        return [Finding("packages", "bad", f"missing: {', '.join(missing)}", "pip install tuner")]
+    return [Finding("packages", "ok", ", ".join(names))]
+
+
+def gpu() -> Finding:
+    from tuner.search import hardware
+    from tuner.spec.facts import of_gpus
+
+    row, words = hardware.detect()
+    found = of_gpus()
+    if found:
+        state = "ok" if row else "warn"
+        fix = "" if row else "add a row to your own table: the search then has an analytic model"
+        return Finding("GPU", state, f"{found['gpus']} x {words}", fix)
+    if shutil.which("nvidia-smi"):
+        return Finding("GPU", "warn", "nvidia-smi is here, but NVML finds no GPU", "check the driver: nvidia-smi")
+    return Finding(
+        "GPU", "warn", words, "without a GPU only vLLM's CPU build can be tuned (search space vllm-cpu/quick)"
+    )
+
+
+def engine() -> Finding:
+    """The first vLLM found where tuner looks: beside tuner, .venv-vllm, then `vllm` on the path."""
+    beside = [sys.executable, ".venv-vllm/bin/python"]
+    code = (
+        "import importlib.metadata as m\n"
+        "for n in ('vllm','vllm-cpu'):\n"
+        "    try: print(n, m.version(n)); break\n"
+        "    except m.PackageNotFoundError: pass"
+    )
+    for candidate in beside:
+        if not Path(candidate).exists():
+            continue
+        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        if done.stdout.strip():
+            return Finding("vLLM", "ok", f"{done.stdout.strip()} in {candidate}")
+    command = shutil.which("vllm")
+    if command:
+        return Finding("vLLM", "ok", command)
+    return Finding(
+        "vLLM",
+        "bad",
+        "not found beside tuner, in .venv-vllm or on the path",
+        "make setup, or pip install vllm (GPU) in an environment of its own and name it as engine.python",
+    )
+
+
+def memory() -> Finding:
+    import psutil
+
+    free_gib = psutil.virtual_memory().available / 2**30
+    fix = "" if free_gib > 8 else "a vLLM server takes several GiB of host memory; close other programs"
+    return Finding("memory", "ok" if free_gib > 8 else "warn", f"{free_gib:.1f} GiB free", fix)
+
+
+def disk() -> Finding:
+    free_gib = shutil.disk_usage(".").free / 2**30
+    fix = "" if free_gib > 10 else "records and logs need room; free some or set reports: in the study"
+    return Finding("disk", "ok" if free_gib > 10 else "warn", f"{free_gib:.0f} GiB free here", fix)
+
+
+def clock() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    busy = load > 0.5 * cores
+    fix = "other work on these cores disturbs what is measured; stop it before tuning" if busy else ""
+    return Finding("load", "warn" if busy else "ok", f"{load:.1f} on {cores} cores", fix)

@@ -1,0 +1,182 @@
+"""The live view of a running study on stderr: a few lines that change, or plain lines where it is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tuner.study.outcome import Infeasible, Measured
+from tuner.study.price import COST
+
+if TYPE_CHECKING:
+    from tuner.spec.study import Study
+    from tuner.study.session import Prepared
+
+
+class View:
+    """Takes the loop's events from any thread; draws about four times a second, or prints one line per event."""
+
+    def __init__(self, study: Study, plain: bool) -> None:
+        self.study = study
+        self.plain = plain
+        self.console = Console(stderr=True, highlight=False)
+        self.began_s = time.monotonic()
+        self.running: dict[int, dict[str, Any]] = {}
+        self.points: list[tuple[int, float, float, float, bool]] = []
+        self.failures: Counter[str] = Counter()
+        self.refused = ""
+        self.budget = ""
+        self.done = 0
+        self.live: Live | None = None
+
+    def __enter__(self) -> View:
+        if not self.plain:
+            self.live = Live(self, console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        if self.plain:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.console.print(text)
+
+    def begin(self, ready: Prepared) -> None:
+        study = self.study
+        self.say(
+            f"Study {study.name}: {study.engine.kind} {ready.engine.version()} on {study.hardware.name}, "
+            f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} x "
+            f"{len(ready.traffic.search[0])} requests"
+        )
+        if ready.no_model:
+            self.say(f"No analytic model: {ready.no_model}. The search works without one.")
+
+    def on_event(self, name: str, data: Any) -> None:
+        """One of the loop's or the engine's events."""
+        handler = getattr(self, f"_on_{name}", None)
+        if handler:
+            handler(data.get("trial", -1), data)
+
+    def _on_refused(self, _: int, data: Any) -> None:
+        reasons = data["reasons"]
+        self.refused = f"{sum(reasons.values())} of {data['of']} combinations refused before any launch"
+        if reasons:
+            self.say(self.refused)
+            for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+                self.say(f"  {count} x {reason}")
+
+    def _on_budget(self, _: int, data: Any) -> None:
+        self.budget = data["left"]
+
+    def _on_launch(self, trial: int, data: Any) -> None:
+        flags = " ".join(data["config"].args()) or "no flags"
+        self.running[trial] = {"since_s": time.monotonic(), "phase": "starting", "flags": flags, "why": data["why"]}
+        if self.plain:
+            self.say(f"[{trial}] launching ({data['why']}): {flags}")
+
+    def _on_phase(self, trial: int, data: Any) -> None:
+        if trial in self.running:
+            self.running[trial]["phase"] = data.get("name", "")
+            self.running[trial].pop("progress", None)
+
+    def _on_step(self, trial: int, data: Any) -> None:
+        phase = f"replaying {data['index']}/{data['of']} at load {data['load']:g}"
+        self.running.get(trial, {}).update(phase=phase)
+        if self.plain:
+            self.say(f"[{trial}] {phase}")
+
+    def _on_progress(self, trial: int, data: Any) -> None:
+        self.running.get(trial, {}).update(progress=data)
+
+    def _on_measured(self, trial: int, data: Any) -> None:
+        if self.plain:
+            bad = [*data["misses"], *data["untrusted"]]
+            self.say(f"[{trial}] load {data['load']:g}: {'; '.join(bad) if bad else 'within SLO'}")
+
+    def _on_trial(self, trial: int, data: Any) -> None:
+        self.running.pop(trial, None)
+        self.done += 1
+        outcome = data["outcome"]
+        good = [step for step in outcome.steps if step.ok]
+        key = self.study.objective.latency_key
+        self.points += [
+            (
+                trial,
+                step.load,
+                step.metrics.get(COST, float("inf")),
+                step.metrics.get(key, 0.0),
+                False,
+            )
+            for step in good
+        ]
+        self.say(f"[{trial}] {self._told(outcome, good)}")
+
+    def _told(self, outcome: Any, good: list[Any]) -> str:
+        if isinstance(outcome, Infeasible):
+            self.failures[outcome.cause] += 1
+            return f"cannot serve ({outcome.cause}): {outcome.message}"
+        if not isinstance(outcome, Measured) and not good:
+            words = getattr(outcome, "reason", "") or "; ".join(getattr(outcome, "reasons", ()))
+            self.failures[type(outcome).__name__.lower()] += 1
+            return f"{type(outcome).__name__.lower()}: {words}"
+        if not good:
+            self.failures["slo missed"] += 1
+            return f"no load within SLO: {'; '.join(outcome.steps[-1].slo_misses)}"
+        best = min(good, key=lambda step: step.metrics.get(COST, float("inf")))
+        latency = best.metrics.get(self.study.objective.latency_key, float("nan"))
+        return (
+            f"capacity {good[-1].load:g}, {best.metrics.get(COST, float('nan')):.4g} USD/M output tokens, "
+            f"{self.study.objective.latency} {latency * 1e3:.1f} ms"
+        )
+
+    def __rich__(self) -> Group:
+        parts: list[Any] = []
+        elapsed = time.monotonic() - self.began_s
+        head = f"{self.study.name}  {self.done} trials done, {_clock(elapsed)}"
+        parts.append(Text(head + (f", left: {self.budget}" if self.budget else ""), style="bold"))
+        for number, state in sorted(self.running.items()):
+            progress = state.get("progress") or {}
+            share = f"  {progress['done']}/{progress['total']} requests" if progress.get("total") else ""
+            remaining = f", {_clock(progress['remaining_s'])} left" if progress.get("remaining_s") else ""
+            age = _clock(time.monotonic() - state["since_s"])
+            parts.append(Text(f"  trial {number}  {state['phase']}{share}{remaining}  ({age})"))
+            parts.append(Text(f"    {state['why']}: {state['flags']}", style="dim", overflow="ellipsis", no_wrap=True))
+        front = self._front()
+        if front:
+            table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+            for title in ("  front: trial", "load", "USD/M output tokens", f"{self.study.objective.latency} ms"):
+                table.add_column(title, justify="right")
+            for trial, load, cost, latency, _ in front:
+                table.add_row(str(trial), f"{load:g}", f"{cost:.4g}", f"{latency * 1e3:.1f}")
+            parts.append(table)
+        if self.failures:
+            parts.append(
+                Text("  failed: " + ", ".join(f"{n} x {why}" for why, n in self.failures.most_common()), style="yellow")
+            )
+        return Group(*parts)
+
+    def _front(self) -> list[tuple[int, float, float, float, bool]]:
+        """The non-dominated points so far, cheapest first."""
+        best: list[tuple[int, float, float, float, bool]] = []
+        for point in sorted(self.points, key=lambda p: (p[2], p[3])):
+            if not best or point[3] < best[-1][3]:
+                best.append(point)
+        return best[:8]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

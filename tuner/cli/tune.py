@@ -1,0 +1,134 @@
+"""`tuner tune`: from a study file, or from flags alone, to a best configuration."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import NothingFeasible, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What may be said without a study file; with one, these win over it."""
+
+    model: str = ""
+    trace: Path | None = None
+    slo: tuple[str, ...] = ()
+    gpu_price: float | None = None
+    budget: str = ""
+    objective: str = ""
+    space: str = ""
+    sampler: str = ""
+    engine: str = ""
+    name: str = ""
+    parallel: int | None = None
+
+
+def run(path: Path | None, flags: Flags, plain: bool) -> int:
+    """Runs or resumes a study; returns the exit code."""
+    from tuner.cli.live import View
+    from tuner.study import finish, session
+
+    study = read(path, flags)
+    cancel = threading.Event()
+    again = resume_command(path, sys.argv[1:])
+    with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study) as store:
+        previous = {s: signal.signal(s, _stopper(cancel, view)) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            ready = session.prepare(study)
+            with finish.recorder(study, store, view.say) as recorder:
+                view.begin(ready)
+                ended = session.search(ready, store, recorder, cancel, view.on_event)
+                store.log("ended", why=ended)
+                result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    finish.show(study, store, result)
+    if cancel.is_set():
+        print(f"Interrupted; everything measured is kept. Resume: {again}", file=sys.stderr)
+        return 130
+    if result.best is None:
+        raise NothingFeasible(result.words)
+    return 0
+
+
+def read(path: Path | None, flags: Flags) -> Any:
+    """The study of a file with the flags laid over it, or of the flags alone."""
+    from tuner.spec import studyfile
+    from tuner.spec.text import Document
+    from tuner.spec.text import read as read_yaml
+
+    over = _overrides(flags)
+    if path is None:
+        if not flags.model or flags.trace is None:
+            raise UsageError(
+                "tune needs a study file, or --model and --trace", fix="Write one with: tuner init study.yaml"
+            )
+        return studyfile.resolve(Document("command line", over), Path())
+    if path.is_dir():
+        path = path / "study.yaml"
+    document = read_yaml(path, "study")
+    if over:
+        document = Document(document.path, {**document.data, **over}, document.tree)
+    return studyfile.resolve(document, path.parent)
+
+
+def _overrides(flags: Flags) -> dict[str, Any]:
+    over: dict[str, Any] = {}
+    for key in ("model", "budget", "objective", "sampler", "name", "parallel"):
+        if getattr(flags, key):
+            over[key] = getattr(flags, key)
+    if flags.space:
+        over["search_space"] = flags.space
+    if flags.trace is not None:
+        if not flags.trace.is_file():
+            raise UsageError(f"no such trace file: {flags.trace}")
+        over["trace"] = str(flags.trace.resolve())
+    if flags.gpu_price is not None:
+        over["price_usd_per_gpu_hour"] = flags.gpu_price
+    if flags.engine:
+        over["engine"] = {"kind": flags.engine}
+    if flags.slo:
+        pairs = [text.partition("=") for text in flags.slo]
+        for name, sep, limit in pairs:
+            if not sep or not limit:
+                raise UsageError(f"bad SLO {name!r}", fix="write for example --slo ttft_p99=500ms")
+        over["slo"] = {name.strip(): limit.strip() for name, _, limit in pairs}
+        if not flags.objective:
+            over["objective"] = _objective(over["slo"])
+    return over
+
+
+def _objective(slos: dict[str, str]) -> dict[str, Any]:
+    """SLOs given alone make the objective: the last latency named is the front's second axis."""
+    latencies = [name for name in slos if name != "error_rate"] or ["tpot_p99"]
+    return {"name": "from flags", "latency": latencies[-1], "slo": {"error_rate": "1%"}}
+
+
+def resume_command(path: Path | None, words: list[str]) -> str:
+    """The command that resumes this study: the same one."""
+    import shlex
+
+    return "tuner " + " ".join(shlex.quote(word) for word in words) if words else f"tuner tune {path}"
+
+
+def _stopper(cancel: threading.Event, view: Any) -> Any:
+    asked_s: list[float] = []
+
+    def handle(_signal: int, _frame: object) -> None:
+        now = time.monotonic()
+        if asked_s and now - asked_s[0] > 1.0:
+            raise KeyboardInterrupt
+        if not asked_s:
+            asked_s.append(now)
+            cancel.set()
+            view.say("Stopping: the running server is shut down first. Again to leave at once.")
+
+    return handle

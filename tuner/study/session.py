@@ -1,0 +1,213 @@
+"""One session of a study: open or resume the folder, run the loop, and leave a choice, a YAML and a report behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.engines import build
+from tuner.engines.protocol import Engine, OnEvent
+from tuner.errors import UsageError
+from tuner.search.prediction import Predictor
+from tuner.space.config import ServingConfig
+from tuner.spec import studyfile
+from tuner.spec.study import Study
+from tuner.spec.text import suggest
+from tuner.study import budget, queue, workload
+from tuner.study.evaluate import Bench
+from tuner.study.loop import Loop, Recorder
+from tuner.study.store import Store
+
+if TYPE_CHECKING:
+    import optuna
+
+REFUSE_MARGIN = 0.05  # memory arithmetic may be wrong by this share of a GPU before it refuses a launch
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything a study needs before its first launch; nothing in it has touched a GPU."""
+
+    study: Study
+    engine: Engine
+    traffic: workload.Workload
+    predictor: Predictor | None
+    no_model: str  # why there is no analytic model, in words
+
+    def why_not(self, config: ServingConfig) -> str:
+        """Why memory arithmetic refuses ``config``; empty where it may run."""
+        if self.predictor is None:
+            return ""
+        prediction = self.predictor.predict(config, self.study.load.ladder[0])
+        margin = REFUSE_MARGIN * self.study.hardware.memory_bytes
+        return "" if prediction.fits or prediction.short_bytes <= margin else prediction.reason
+
+
+def prepare(study: Study) -> Prepared:
+    """Builds engine, traffic and model, and checks the space's flags against the installed version.
+
+    Raises UsageError (unknown flag, trace) or EnvironmentFault (no such engine here).
+    """
+    engine = build.engine(study)
+    check_flags(study, engine)
+    traffic = workload.read(study)
+    predictor, no_model = model_of(study, traffic)
+    return Prepared(study, engine, traffic, predictor, no_model)
+
+
+def check_flags(study: Study, engine: Engine) -> None:
+    """Raises UsageError with the nearest name where the space uses a flag that the installed version does not know."""
+    known = engine.flags()
+    if known is None:
+        return
+    used = {flag: "engine.args" for flag in study.space.fixed}
+    for parameter in study.space.parameters:
+        for emission in parameter.emissions:
+            used |= {flag.partition(".")[0]: f"parameter {parameter.name}" for flag in emission.flags}
+    for flag, where in used.items():
+        if flag not in known and flag.removeprefix("no-") not in known:
+            raise UsageError(
+                f"{study.engine.kind} {engine.version()} knows no flag --{flag} ({where})",
+                where=study.source,
+                fix=suggest(flag, known)
+                if len(suggest(flag, known)) < 100
+                else "Choose another search space or version",
+            )
+
+
+def model_of(study: Study, traffic: workload.Workload) -> tuple[Predictor | None, str]:
+    """The analytic model of this study, or None and why there is none."""
+    from tuner.search import hardware
+    from tuner.search.model import predictor
+    from tuner.search.model.shape import ModelShape
+    from tuner.spec.facts import model_config
+
+    if study.engine.kind in ("function", "attach"):
+        return None, f"the {study.engine.kind} engine says nothing about its hardware"
+    row = hardware.detect()[0] if study.hardware.gpus == 0 else hardware.lookup(study.hardware.name)
+    if row is None:
+        return None, f"{study.hardware.name} is not in the hardware table"
+    if not model_config(study.model):
+        return None, f"{study.model} has no config.json on this machine"
+    try:
+        shape = ModelShape.from_folder(study.model)
+    except UsageError as error:
+        return None, str(error)
+    objective = study.objective
+    model = predictor.build(
+        shape,
+        row,
+        traffic.search[0],
+        objective.slos,
+        objective.latency,
+        objective.price_usd_per_gpu_hour,
+        engine="vllm" if study.engine.kind == "emulator" else study.engine.kind,
+    )
+    return model, ""
+
+
+@contextmanager
+def opened(study: Study) -> Iterator[Store]:
+    """The study's folder, frozen at the first opening and locked while this process uses it.
+
+    Raises UsageError where another tuner runs the study, or where the study file was changed since it began.
+    """
+    store = Store(Path(study.folder))
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with (store.folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UsageError(
+                f"another tuner (pid {lock.read().strip() or '?'}) runs this study", where=study.folder
+            ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        _freeze(study, store)
+        yield store
+
+
+def _freeze(study: Study, store: Store) -> None:
+    from ruamel.yaml import YAML
+
+    if store.study_file.exists():
+        changed = studyfile.differences(studyfile.load(store.folder), study)
+        if changed:
+            raise UsageError(
+                f"the study in {store.folder} was begun with another {', another '.join(changed)}",
+                where=study.source,
+                fix="give this one another name, or remove that folder",
+            )
+        return
+    temporary = store.study_file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        YAML().dump(dict(study.frozen), file)
+    temporary.replace(store.study_file)
+
+
+def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.Event, on_event: OnEvent) -> str:
+    """Runs the search until budget, gain or the user ends it; returns why, in words."""
+    study = ready.study
+    book, stop_early = _book(ready, store)
+    proposals = queue.Queue(study, store, book, ready.why_not)
+    _tell_refusals(study, store, proposals, on_event)
+    share = 1 - study.budget.verify_share
+
+    def stop_reason() -> str:
+        used = budget.spent(study, store.trials())
+        on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
+        return budget.exhausted(study, used, share) or stop_early()
+
+    bench = Bench(study, ready.engine, cancel, on_event)
+    gpus = tuple(range(study.hardware.gpus))
+    return Loop(bench, store, proposals, ready.traffic, recorder, on_event, stop_reason, gpus).run()
+
+
+def _book(ready: Prepared, store: Store) -> tuple[optuna.Study, Callable[[], str]]:
+    """Optuna's study with the sampler of the user's choice, and what says that further launches would not pay."""
+    import optuna
+
+    from tuner.search import choose
+
+    study = ready.study
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = choose.sampler(
+        study.sampler,
+        space=study.space,
+        objective=study.objective,
+        loads=study.load.ladder,
+        predictor=ready.predictor,
+        model=study.model,
+        seed=study.seed,
+    )
+    book = optuna.create_study(
+        storage=store.database,
+        study_name=study.name,
+        directions=["minimize", "minimize"],
+        sampler=sampler,
+        load_if_exists=True,
+    )
+    return book, lambda: ""
+
+
+def _tell_refusals(study: Study, store: Store, proposals: queue.Queue, on_event: OnEvent) -> None:
+    """What of the space is refused before any launch, by reason (the whole grid, where it can be walked)."""
+    if study.space.size() > 20_000:
+        return
+    grid = list(study.space.grid())
+    by_reason = queue.refusals(grid, proposals.why_not)
+    on_event("refused", {"of": len(grid), "reasons": dict(by_reason)})
+    if not store.refused():
+        for params in grid:
+            reason = proposals.why_not(params)
+            if by_reason.pop(reason, None):
+                store.refuse(params, reason)
