@@ -1,0 +1,72 @@
+"""An arm of a verification: one configuration at one load, and the launches that measured it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tuner.space.config import ServingConfig
+from tuner.spec.slo import Slo
+from tuner.study.outcome import Infeasible, Step
+
+Range = tuple[float, float, float]  # middle, low, high
+COST = "cost_usd_per_mtok_output"
+FAR = 3.0  # a margin beyond e^3 = 20 times the limit says nothing more
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """A point that may be the best. ``load`` is where it is to be deployed (its capacity in the search); ``value`` its
+    search-time cost in USD per million output tokens (None: it met the SLOs at no load), ``interval`` that cost's
+    search-time interval; ``trial`` the search's number of it."""
+
+    label: str
+    config: ServingConfig
+    load: float
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    trial: int | None = None
+    baseline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """One launch of an arm in one round: its steps, or why it failed."""
+
+    arm: str
+    round: int
+    steps: tuple[Step, ...] = ()
+    failure: Infeasible | None = None
+
+
+def margin(step: Step, slos: Sequence[Slo]) -> float:
+    """How far the worst SLO is missed: ``log(value / limit)`` for a latency, the share above the limit for the error
+    rate; negative where all hold. A step that missed an SLO (or ended early for it) is never better than +5 %."""
+    worst = -FAR
+    for slo in slos:
+        value = step.metrics.get(slo.key, math.nan)
+        if math.isnan(value):
+            gap = FAR
+        elif slo.latency:
+            gap = math.log(max(value, 1e-9) / slo.limit) if math.isfinite(value) else FAR
+        else:
+            gap = value - slo.limit
+        worst = max(worst, min(gap, FAR))
+    return max(worst, 0.05) if step.slo_misses else worst
+
+
+def logs(launches: Sequence[Launched], load_of: dict[str, float], metric: str) -> dict[tuple[str, int, str], float]:
+    """(arm, round, window) -> log of ``metric`` at the arm's load, from trusted
+    steps where it is finite and above zero."""
+    found: dict[tuple[str, int, str], float] = {}
+    for launch in launches:
+        for step in launch.steps:
+            value = step.metrics.get(metric, math.nan)
+            if same(step.load, load_of.get(launch.arm, math.nan)) and not step.untrusted and 0 < value < math.inf:
+                found[launch.arm, launch.round, step.window] = math.log(value)
+    return found
+
+
+def same(load: float, other: float) -> bool:
+    return math.isclose(load, other, rel_tol=1e-9)

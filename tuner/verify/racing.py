@@ -1,0 +1,125 @@
+"""Racing: when a trial cannot matter any more, which points cannot be told apart, and what to measure again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from tuner.pareto.front import COST, Interval, Point
+from tuner.spec.objective import Objective
+from tuner.study.outcome import Step
+
+LAUNCH_SPREAD = 0.03
+"""What launches of one configuration differ by (standard deviation of log cost and log latency) before a study has
+repeats of its own to learn it from. An assumption, stated wherever it decides."""
+
+
+def should_stop(
+    steps: Sequence[Step],
+    front: Sequence[Point],
+    ladder: Sequence[float],
+    objective: Objective,
+    *,
+    spread: float = LAUNCH_SPREAD,
+    confidence: float = 0.95,
+) -> str:
+    """Why no further load of this trial can reach the front any more; empty where one still can.
+
+    For every load that is left the trial is given its best case: the cost falls in proportion to the load (no request
+    late), the latency stays what it was at the highest load measured (it cannot fall as load rises), and both get the
+    favourable end of their interval, widened by the launch spread. The trial stops when a point of the front, each at
+    the unfavourable end of its own, is at least as good as that best case in both axes at every load left.
+    """
+    trusted = [s for s in steps if not s.untrusted]
+    if not trusted or not front:
+        return ""
+    last = max(trusted, key=lambda s: s.load)
+    left = [load for load in ladder if load > last.load * (1 + 1e-9)]
+    cost, latency = last.metrics.get(COST, math.nan), last.metrics.get(objective.latency_key, math.nan)
+    if not left or not all(math.isfinite(v) and v > 0 for v in (cost, latency)):
+        return ""
+    best_cost = end(cost, last.intervals.get(COST), spread, confidence, low=True)
+    best_latency = end(latency, last.intervals.get(objective.latency_key), spread, confidence, low=True)
+    beaten_by: list[Point] = []
+    for load in left:
+        reachable = best_cost * last.load / load
+        by = next((p for p in front if _dominates(p, reachable, best_latency, spread, confidence)), None)
+        if by is None:
+            return ""
+        beaten_by.append(by)
+    by = beaten_by[-1]
+    return (
+        f"cannot beat the front at {confidence * 100:g} %: at load {left[-1]:g} it would cost at best "
+        f"${best_cost * last.load / left[-1]:.3g} at {objective.latency} {best_latency * 1e3:.3g} ms, "
+        f"trial {by.trial} has ${by.cost:.3g} at {by.latency * 1e3:.3g} ms"
+    )
+
+
+def end(value: float, interval: Interval | None, spread: float, confidence: float, *, low: bool) -> float:
+    """The low (or high) one-sided limit of ``value``: what the interval (95 %, within one launch) and the launch
+    spread say together, added in quadrature on the log scale."""
+    inside = 0.0
+    if interval is not None and 0 < interval[0] <= interval[1] < math.inf:
+        inside = math.log(interval[1] / interval[0]) / (2 * 1.96)
+    reach = float(stats.norm.ppf(confidence)) * math.hypot(inside, spread)
+    return value * math.exp(-reach if low else reach)
+
+
+def _dominates(point: Point, cost: float, latency: float, spread: float, confidence: float) -> bool:
+    repeats = math.sqrt(max(len(point.trials), 1))
+    return (
+        end(point.cost, point.cost_interval, spread / repeats, confidence, low=False) <= cost
+        and end(point.latency, point.latency_interval, spread / repeats, confidence, low=False) <= latency
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """Two points that cannot be told apart; ``closeness`` is the p-value (two-sided) of "they are equal" in cost."""
+
+    first: Point
+    second: Point
+    closeness: float
+
+
+def ties(points: Sequence[Point], *, spread: float = LAUNCH_SPREAD, confidence: float = 0.95) -> list[Tie]:
+    """Every pair whose difference is proven in neither axis, the closest in cost first."""
+    found = []
+    for i, first in enumerate(points):
+        for second in points[i + 1 :]:
+            cost = _equal(first, second, "cost", spread)
+            if cost > 1 - confidence and _equal(first, second, "latency", spread) > 1 - confidence:
+                found.append(Tie(first, second, cost))
+    return sorted(found, key=lambda tie: -tie.closeness)
+
+
+def measure_again(
+    points: Sequence[Point], *, spread: float = LAUNCH_SPREAD, confidence: float = 0.95, most: int = 3
+) -> Point | None:
+    """Which of ``points`` (each configuration's own best one) another launch teaches most: of the cheapest and those
+    tied with it in cost the one with the fewest launches (at most ``most``), then the cheapest (a lucky best is what
+    a repeat corrects). None where the best stands alone, or every tie has been measured often enough."""
+    if len(points) < 2:
+        return None
+    cheapest = min(points, key=lambda p: (p.cost, p.latency))
+    tied = [p for p in points if p is not cheapest and _equal(cheapest, p, "cost", spread) > 1 - confidence]
+    open_points = [p for p in (cheapest, *tied) if len(p.trials) < most] if tied else []
+    return min(open_points, key=lambda p: (len(p.trials), p.cost, p.trial), default=None)
+
+
+def _equal(first: Point, second: Point, axis: str, spread: float) -> float:
+    """Two-sided p-value of "equal", from the intervals and the launch spread (z test on the log ratio)."""
+    error = math.hypot(*(_error(point, axis, spread) for point in (first, second)))
+    gap = abs(math.log(getattr(first, axis) / getattr(second, axis)))
+    return float(2 * stats.norm.sf(gap / error)) if error > 0 else float(gap == 0)
+
+
+def _error(point: Point, axis: str, spread: float) -> float:
+    interval: Interval | None = getattr(point, f"{axis}_interval")
+    inside = 0.0
+    if interval is not None and 0 < interval[0] <= interval[1] < math.inf:
+        inside = math.log(interval[1] / interval[0]) / (2 * 1.96)
+    return math.hypot(inside, spread / math.sqrt(max(len(point.trials), 1)))

@@ -1,0 +1,172 @@
+"""Repeats: the same configurations launched again and again on the same windows, and what can be concluded from that.
+
+The model, on the logarithm of a metric:
+
+    y[arm, round, window] = arm + round + window + arm x window + launch + rest
+
+A round launches every arm once, so slow drift of the machine falls on all arms alike; a window is measured by every
+launch, so that hard traffic falls on all arms alike. What separates two arms is then judged against how much launches
+differ (``launch``) and how much the difference itself changes from window to window (``arm x window``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.verify.statistics import Estimate, combine, mean, pool
+
+NOTHING = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How much launches of one configuration differ: variance of the log metric and its degrees of freedom."""
+
+    variance: float = 0.0
+    freedom: float = 0.0
+
+
+class Repeats:
+    """``values`` maps (arm, round, window) to the log of a metric. An arm may miss rounds (it dropped out); a launch
+    that did not measure every window of the table is left out. ``known`` is a launch spread learnt elsewhere (repeats
+    in the search) that is pooled with the one seen here."""
+
+    def __init__(self, values: Mapping[tuple[str, int, str], float], known: Spread | None = None) -> None:
+        self.windows: tuple[str, ...] = tuple(dict.fromkeys(w for _, _, w in values))
+        launches = sorted({(arm, number) for arm, number, _ in values}, key=lambda key: (key[1], key[0]))
+        rows: list[tuple[str, int, np.ndarray]] = []
+        for arm, number in launches:
+            row = np.array([values.get((arm, number, w), math.nan) for w in self.windows])
+            if np.all(np.isfinite(row)):
+                rows.append((arm, number, row))
+        self.launches = [(arm, number) for arm, number, _ in rows]
+        self.arms: tuple[str, ...] = tuple(dict.fromkeys(arm for arm, _ in self.launches))
+        self.rounds: tuple[int, ...] = tuple(sorted({number for _, number in self.launches}))
+        self._cells = np.array([row for _, _, row in rows]).reshape(len(rows), len(self.windows))
+        self._known = known or Spread()
+
+    def count(self, arm: str) -> int:
+        """How many launches of ``arm`` measured every window."""
+        return sum(1 for name, _ in self.launches if name == arm)
+
+    def estimate(self, arm: str) -> Estimate:
+        """The arm's own mean, over launches and windows. Its error holds what differs from launch to launch (drift
+        included, pooled over the arms) and from window to window: two crossed random effects, so
+        ``var = s2_launch / R + s2_window / W - s2_rest / (R W)``, never less than the larger part (Satterthwaite)."""
+        mine = self._of(arm)
+        if len(mine) == 0:
+            raise ValueError(f"{arm} was not measured")
+        count, width = mine.shape
+        between, freedom = pool(
+            [
+                *(_variance(self._of(name).mean(axis=1)) for name in self.arms),
+                (self._known.variance, self._known.freedom),
+            ]
+        )
+        launches = (between / count, freedom)
+        windows, rest = NOTHING, 0.0
+        if width > 1:
+            spread, window_freedom = _variance(mine.mean(axis=0))
+            windows = (spread / width, window_freedom)
+            rest = self._rest()[0] / (count * width)
+        return _estimate(float(mine.mean()), launches, windows, rest)
+
+    def difference(self, arm: str, other: str) -> Estimate:
+        """``arm`` minus ``other``: paired by round and window, by least squares of the launch means on arm and round
+        (for two arms in every round: the paired t test). The error holds the launch spread and the change of the
+        difference from window to window, each pooled over the arms."""
+        arms, means = self.arms, self._cells.mean(axis=1)
+        design, contrast = self._design(arm, other)
+        solution, _, rank, _ = np.linalg.lstsq(design, means, rcond=None)
+        residual = means - design @ solution
+        freedom = len(means) - int(rank)
+        inside, inside_freedom = pool(
+            [
+                (float(residual @ residual) / freedom if freedom > 0 else 0.0, freedom),
+                (self._known.variance, self._known.freedom),
+            ]
+        )
+        leverage = float(contrast @ np.linalg.pinv(design.T @ design) @ contrast)
+        launches = (inside * leverage, inside_freedom)
+        windows, rest, width = NOTHING, 0.0, len(self.windows)
+        if width > 1 and len(arms) > 1:
+            profile = np.array([self._of(name).mean(axis=0) for name in arms])
+            profile = profile - profile.mean(axis=1, keepdims=True) - profile.mean(axis=0) + profile.mean()
+            interaction_freedom = (len(arms) - 1) * (width - 1)
+            windows = (2 * float(np.sum(profile**2)) / interaction_freedom / width, interaction_freedom)
+            rest = self._rest()[0] * leverage / width
+        return _estimate(float(contrast @ solution), launches, windows, rest)
+
+    def draws(self, count: int, seed: int) -> np.ndarray:
+        """``count`` draws of all arms' means (columns in the order of ``arms``) from what the measurements leave open:
+        Student's t around the paired estimates (the reference posterior of the normal model; Gelman et al., Bayesian
+        Data Analysis, 3rd edition, section 3.2)."""
+        rng = np.random.default_rng(seed)
+        arms = self.arms
+        if len(arms) == 1:
+            return np.zeros((count, 1))
+        gaps = [self.difference(arm, arms[0]) for arm in arms[1:]]
+        freedom = min(g.freedom for g in gaps)
+        if freedom <= 0:
+            return rng.normal(size=(count, len(arms)))
+        # every arm carries its own half of the pairwise error, so differences between any two come out right
+        share = float(np.mean([g.error for g in gaps])) / math.sqrt(2)
+        weight = np.array([math.sqrt(len(self.rounds) / max(self.count(arm), 1)) for arm in arms])
+        middle = np.array([0.0, *(g.mean for g in gaps)])
+        scale = np.sqrt(freedom / rng.chisquare(freedom, size=(count, 1)))
+        return middle + rng.normal(size=(count, len(arms))) * share * weight * scale
+
+    def spread(self) -> Spread:
+        """The launch spread seen here, pooled over the arms."""
+        return Spread(*pool([_variance(self._of(name).mean(axis=1)) for name in self.arms]))
+
+    def single_error(self) -> float:
+        """The standard deviation of one launch's measurement of one window around its arm's mean."""
+        launch = self.spread().variance
+        window = float(np.mean([_variance(self._of(name).mean(axis=0))[0] for name in self.arms]))
+        return math.sqrt(launch + (window if len(self.windows) > 1 else 0.0))
+
+    def _of(self, arm: str) -> np.ndarray:
+        return self._cells[[i for i, (name, _) in enumerate(self.launches) if name == arm]]
+
+    def _design(self, arm: str, other: str) -> tuple[np.ndarray, np.ndarray]:
+        columns = [*self.arms, *self.rounds[1:]]
+        design = np.zeros((len(self.launches), len(columns)))
+        for i, (name, number) in enumerate(self.launches):
+            design[i, self.arms.index(name)] = 1.0
+            if number in self.rounds[1:]:
+                design[i, len(self.arms) + self.rounds[1:].index(number)] = 1.0
+        contrast = np.zeros(len(columns))
+        contrast[self.arms.index(arm)] += 1.0
+        contrast[self.arms.index(other)] -= 1.0
+        return design, contrast
+
+    def _rest(self) -> tuple[float, float]:
+        """What neither arm, launch nor window explains: variance and freedom of one cell."""
+        squares, freedom = 0.0, 0
+        for arm in self.arms:
+            cells = self._of(arm)
+            rows, columns = cells.shape
+            left = cells - cells.mean(axis=1, keepdims=True) - cells.mean(axis=0) + cells.mean()
+            squares += float(np.sum(left**2))
+            freedom += (rows - 1) * (columns - 1)
+        return (squares / freedom if freedom > 0 else 0.0), freedom
+
+
+def _variance(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    if len(values) < 2:
+        return NOTHING
+    single = mean(list(values))
+    return (single.error * math.sqrt(len(values))) ** 2, single.freedom
+
+
+def _estimate(middle: float, launches: tuple[float, float], windows: tuple[float, float], rest: float) -> Estimate:
+    if launches[1] <= 0:
+        return Estimate(middle, math.inf, 0.0)
+    total, freedom = combine([launches, windows] if windows[1] > 0 else [launches])
+    floor = max(launches[0], windows[0])
+    return Estimate(middle, math.sqrt(max(total - rest, floor)), freedom)

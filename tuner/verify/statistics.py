@@ -1,0 +1,155 @@
+"""The statistics behind a recommendation, as pure functions. docs/statistics.md explains each in words.
+
+Costs and latencies are compared on a logarithmic scale: their noise is proportional to their size, and a difference of
+logarithms is a ratio ("8 % cheaper"). Arguments named ``values`` are already on the scale on which they are averaged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its standard error and the degrees of freedom behind that error (on the scale of the values)."""
+
+    mean: float
+    error: float
+    freedom: float
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """Student's t interval, equal tails. Infinite where no spread could be estimated (``freedom`` 0)."""
+        tail = (1 - confidence) / 2
+        return self.between(tail, tail)
+
+    def between(self, tail_below: float, tail_above: float) -> Interval:
+        """The interval that leaves ``tail_below`` of the doubt under it and ``tail_above`` over it."""
+        if self.freedom <= 0:
+            return (-math.inf, math.inf)
+        below, above = stats.t.isf([tail_below, tail_above], self.freedom)
+        return (self.mean - float(below) * self.error, self.mean + float(above) * self.error)
+
+    def doubt(self, limit: float = 0.0) -> float:
+        """One-sided p-value of "the true mean is ``limit`` or more": small where the mean is proven to lie below."""
+        if self.freedom <= 0:
+            return 1.0
+        if self.error <= 0:
+            return 0.0 if self.mean < limit else 1.0
+        return float(stats.t.cdf((self.mean - limit) / self.error, self.freedom))
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of independent values: error ``s / sqrt(n)``, ``n - 1`` degrees of freedom (Student 1908)."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("the mean of no values")
+    spread = float(np.std(values, ddof=1)) if n > 1 else math.inf
+    return Estimate(float(np.mean(values)), spread / math.sqrt(n), n - 1)
+
+
+def combine(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Adds variances that were each estimated: ``(variance, freedom)`` pairs -> the sum and its degrees of freedom.
+
+    ``freedom = (sum v)^2 / sum(v^2 / f)`` (Satterthwaite 1946). A part without freedom makes the sum unknown (0).
+    """
+    total = sum(variance for variance, _ in parts)
+    if any(variance > 0 and freedom <= 0 for variance, freedom in parts):
+        return total, 0.0
+    below = sum(variance**2 / freedom for variance, freedom in parts if freedom > 0)
+    return total, total**2 / below if below > 0 else max((freedom for _, freedom in parts), default=0.0)
+
+
+def pool(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """One variance from several estimates of the same variance, weighted by their degrees of freedom."""
+    freedom = sum(f for _, f in parts)
+    return (sum(v * f for v, f in parts) / freedom if freedom > 0 else 0.0), freedom
+
+
+def blocks(values: np.ndarray, length: int) -> list[np.ndarray]:
+    """``values`` (n,) in order, cut into runs of about ``length``. Requests that follow each other share a queue, so
+    runs of requests, not requests, are resampled (Kuensch 1989; Lahiri 2003, chapter 2)."""
+    count = max(len(values) // max(length, 1), 1)
+    return [part for part in np.array_split(np.asarray(values), count) if len(part)]
+
+
+def block_bootstrap(
+    parts: Sequence[np.ndarray],
+    statistic: Callable[[np.ndarray], float],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    method: str = "bca",
+) -> Interval:
+    """The interval of ``statistic`` over ``parts`` (windows, or blocks of requests), whole parts resampled.
+
+    ``method`` is ``percentile`` or ``bca`` (bias-corrected and accelerated, Efron 1987; the acceleration comes from
+    leaving out one part at a time). With fewer than about 20 parts either is too short (docs/statistics.md has the
+    measured coverage): for a handful of windows or launches take :func:`mean`.
+    """
+    if len(parts) < 2:
+        return (-math.inf, math.inf)
+    rng = np.random.default_rng(seed)
+    seen = statistic(np.concatenate(parts))
+    picks = rng.integers(0, len(parts), size=(draws, len(parts)))
+    replicas = np.sort([statistic(np.concatenate([parts[i] for i in pick])) for pick in picks])
+    levels = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    if method == "bca":
+        share = (np.sum(replicas < seen) + 0.5 * np.sum(replicas == seen)) / draws
+        bias = stats.norm.ppf(np.clip(share, 1 / draws, 1 - 1 / draws))
+        left_out = np.array(
+            [statistic(np.concatenate([p for j, p in enumerate(parts) if j != i])) for i in range(len(parts))]
+        )
+        gaps = left_out.mean() - left_out
+        scale = float(np.sum(gaps**2)) ** 1.5
+        skew = float(np.sum(gaps**3)) / (6 * scale) if scale > 0 else 0.0
+        shifted = bias + stats.norm.ppf(levels)
+        levels = stats.norm.cdf(bias + shifted / (1 - skew * shifted))
+    low, high = np.quantile(replicas, levels)
+    return (float(low), float(high))
+
+
+def holm(doubts: Sequence[float]) -> list[float]:
+    """Adjusts p-values for being several: the smallest times n, the next times n - 1, ... never decreasing (Holm 1979).
+    Holds for any dependence between them."""
+    n = len(doubts)
+    adjusted, highest = [1.0] * n, 0.0
+    for rank, i in enumerate(sorted(range(n), key=lambda i: doubts[i])):
+        highest = max(highest, min(1.0, (n - rank) * doubts[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def chosen_tails(candidates: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Tails (below, above) of the interval of the *lowest* of ``candidates`` means, which flatters itself.
+
+    Being chosen for being low, it is more often too low than too high: the tail above gets ``1 - c^(1/k)`` (Sidak 1967)
+    and the tail below the rest of ``1 - c``. The interval then covers with at least ``c`` both where the candidates are
+    equal (the minimum of k is too low with ``1 - (1 - tail)^k``) and where one is far ahead (both tails count once).
+    """
+    doubt = 1 - confidence
+    above = 1 - confidence ** (1 / max(candidates, 2))
+    return doubt - above, above
+
+
+def share_best(draws: np.ndarray) -> np.ndarray:
+    """How often each column of ``draws`` (n, k) is the lowest of its row: the probability of being the best, (k,)."""
+    return np.bincount(np.argmin(draws, axis=1), minlength=draws.shape[1]) / len(draws)
+
+
+def ratio(estimate: Estimate, confidence: float = 0.95) -> tuple[float, float, float]:
+    """An estimate on the log scale as a factor: (middle, low, high)."""
+    low, high = estimate.interval(confidence)
+    return exp(estimate.mean), exp(low), exp(high)
+
+
+def exp(value: float) -> float:
+    """``e^value`` that ends at infinity instead of raising."""
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,200 @@
+"""The verdict: what verification recommends, as data for verify.json and in words for the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tuner.space.config import ServingConfig
+from tuner.spec.study import Study
+from tuner.verify.arm import Finalist, Launched, Range
+from tuner.verify.judge import UNKNOWN, Arm, Headroom, Judgement
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """``choice`` is the recommended arm's label (empty: nothing meets the SLOs), ``trial`` its number in the search,
+    ``config`` and ``load`` what to deploy. ``survived`` is the share of the search-time gain over the default that
+    was found again (middle, low, high; NaN where there was none to find). ``reason`` is :class:`Judgement`'s."""
+
+    choice: str
+    trial: int | None
+    config: ServingConfig | None
+    load: float
+    is_default: bool
+    reason: str
+    arms: tuple[Arm, ...]
+    survived: Range
+    launches: int
+    windows: int
+    stopped: str
+    confidence: float
+    text: str
+    rows: tuple[Mapping[str, Any], ...]
+
+    @property
+    def chosen(self) -> Arm | None:
+        """The recommended arm's measurements."""
+        return next((arm for arm in self.arms if arm.label == self.choice), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready apart from infinities (the store writes those); :meth:`from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Verification:
+        fields = dict(data)
+        fields["arms"] = tuple(_arm(arm) for arm in fields["arms"])
+        fields["config"] = ServingConfig.from_dict(fields["config"]) if fields["config"] else None
+        fields["survived"] = tuple(fields["survived"])
+        fields["rows"] = tuple(fields["rows"])
+        return cls(**fields)
+
+
+def verdict(
+    judgement: Judgement,
+    arms: Sequence[Finalist],
+    launches: Sequence[Launched],
+    study: Study,
+    *,
+    windows: int,
+    stopped: str,
+    confidence: float,
+) -> Verification:
+    """Puts a judgement into words and rows."""
+    chosen = next((a for a in arms if a.label == judgement.choice), None)
+    state = judgement.arms.get(judgement.choice)
+    base = next(a for a in arms if a.baseline)
+    survived = _survived(chosen, base, state)
+    return Verification(
+        choice=judgement.choice,
+        trial=chosen.trial if chosen else None,
+        config=chosen.config if chosen else None,
+        load=state.load if state else math.nan,
+        is_default=bool(chosen and chosen.baseline),
+        reason=judgement.reason,
+        arms=tuple(judgement.arms[a.label] for a in arms),
+        survived=survived,
+        launches=len(launches),
+        windows=windows,
+        stopped=stopped,
+        confidence=confidence,
+        text=_text(judgement, arms, base, state, survived, study, len(launches), windows, stopped, confidence),
+        rows=tuple(_row(judgement.arms[a.label], a, study.objective.latency) for a in arms),
+    )
+
+
+def _survived(chosen: Finalist | None, base: Finalist, state: Arm | None) -> Range:
+    """Verified gain over search-time gain, both as logarithms of cost ratios."""
+    if chosen is None or state is None or chosen.baseline or not chosen.value or not base.value:
+        return UNKNOWN
+    promised = math.log(base.value / chosen.value)
+    if promised <= 0 or math.isnan(state.difference[0]):
+        return UNKNOWN
+    middle, low, high = state.difference
+    return _gain(middle) / promised, _gain(high) / promised, _gain(low) / promised
+
+
+def _gain(factor: float) -> float:
+    return -math.log(factor) if 0 < factor < math.inf else math.copysign(math.inf, 1 - factor)
+
+
+def _text(
+    judgement: Judgement,
+    arms: Sequence[Finalist],
+    base: Finalist,
+    state: Arm | None,
+    survived: Range,
+    study: Study,
+    launches: int,
+    windows: int,
+    stopped: str,
+    confidence: float,
+) -> str:
+    sure = f"{confidence * 100:g} %"
+    how = (
+        f"Measured again: {launches} launches of {len(arms)} configurations on {windows} held-out "
+        f"window{'s' if windows != 1 else ''}, in alternating order; ended because {stopped}."
+    ) + "".join(f" {arm.label} failed: {arm.failure}." for arm in judgement.arms.values() if arm.failure)
+    if state is None:
+        return f"**Nothing is recommended**: no configuration met the SLOs on the held-out windows.\n\n{how}"
+    latency = study.objective.latency
+    words = [f"**Recommended: {'the default' if state.label == base.label else state.label}** at load {state.load:g}."]
+    match judgement.reason:
+        case "cheaper":
+            words.append(f"It costs {_change(state.difference)} against the default, proven at {sure}")
+            words.append(f"(p = {state.doubt:.2g}, corrected for {len(arms) - 1} finalists).")
+        case "faster":
+            words.append(f"It costs as much as the default ({_change(state.difference)}),")
+            words.append(f"and its {latency} is {_change(state.latency_difference)}, proven at {sure}.")
+        case "default-fails":
+            words.append("The engine's default did not meet the SLOs on the held-out windows.")
+        case _:
+            words.append(f"No finalist is proven better than the default at {sure}:")
+            words.append("what the search saw is within what launches and windows differ by anyway.")
+    words.append(f"Cost {_usd(state.cost)}, {latency} {_ms(state.latency)} ({sure} intervals).")
+    if len(arms) > 1:
+        words.append(f"Probability of being the cheapest of the {len(arms)}: {state.best * 100:.0f} %.")
+    if not math.isnan(survived[0]):
+        words.append(f"{_percent(survived[0])} of the search-time gain survived")
+        words.append(f"({_percent(survived[1])} to {_percent(survived[2])}).")
+    if state.safe_load:
+        words.append(f"The SLOs hold up to load {state.safe_load:g} at {sure}.")
+    else:
+        words.append(f"The SLOs held in the mean, but at no load is that proven at {sure}: deploy with a margin.")
+    if windows < 2:
+        words.append("One held-out window: the intervals say nothing about other stretches of traffic.")
+    return " ".join(words) + f"\n\n{how}"
+
+
+def _row(arm: Arm, finalist: Finalist, latency: str) -> dict[str, Any]:
+    """One line of the table; None where there is no number."""
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    row: dict[str, Any] = {"config": arm.label, "trial": finalist.trial, "load": arm.load, "launches": arm.launches}
+    for name, (middle, low, high), scale in (
+        ("cost_usd_per_mtok_output", arm.cost, 1.0),
+        (f"{latency}_ms", arm.latency, 1e3),
+        ("cost_vs_default", arm.difference, 1.0),
+        (f"{latency}_vs_default", arm.latency_difference, 1.0),
+    ):
+        row |= {name: number(middle * scale), f"{name}_low": number(low * scale), f"{name}_high": number(high * scale)}
+    return row | {
+        "p_not_better": number(arm.doubt),
+        "p_best": arm.best,
+        "slos_hold": arm.holds,
+        "safe_load": arm.safe_load,
+        "failure": arm.failure,
+    }
+
+
+def _arm(data: Mapping[str, Any]) -> Arm:
+    ranges = ("cost", "latency", "difference", "latency_difference")
+    fields = {**data, **{name: tuple(data[name]) for name in ranges}}
+    return Arm(**{**fields, "loads": tuple(Headroom(**row) for row in data["loads"])})
+
+
+def _change(factor: Range) -> str:
+    middle, low, high = ((x - 1) * 100 for x in factor)
+    return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f} %)"
+
+
+def _usd(cost: Range) -> str:
+    return f"${cost[0]:.4g} ({_plain(cost[1])} to {_plain(cost[2])}) per million output tokens"
+
+
+def _ms(latency: Range) -> str:
+    middle, low, high = (x * 1e3 for x in latency)
+    return f"{middle:.4g} ms ({_plain(low)} to {_plain(high)})"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "unknown"
+
+
+def _percent(value: float) -> str:
+    return f"{value * 100:.0f} %" if math.isfinite(value) else "unknown"
