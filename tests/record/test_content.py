@@ -1,0 +1,140 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests import studies
+from tuner.record.content import content, flag_values, legal, status
+from tuner.space.config import ServingConfig
+from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
+from tuner.study.store import Store
+
+OBJECTIVE = studies.objective()
+
+
+@pytest.fixture
+def one(tmp_path: Path):
+    """A store with one trial of two loads; the study."""
+    store = Store(tmp_path / "s")
+    steps = (studies.step(0.5, OBJECTIVE), studies.step(1.5, OBJECTIVE, tpot_s=0.08))
+    studies.measured(0, steps, store, params={"max_num_batched_tokens": 8192, "prefix_caching": False})
+    return store, studies.study(tmp_path / "s")
+
+
+def test_every_load_step_has_its_metrics_at_its_ladder_position_and_the_load_beside_them(one):
+    store, study = one
+    made = content(store.trials()[0], study)
+    assert [(s.step, s.value) for s in made.samples if s.name == "load"] == [(0, 0.5), (1, 1.5)]
+    assert [(s.step, s.value) for s in made.samples if s.name == "tpot_p99_s"] == [(0, 0.02), (1, 0.08)]
+    low = [s.value for s in made.samples if s.name == "tpot_p99_s.low95"]
+    assert low == pytest.approx([0.0194, 0.0776])
+
+
+def test_capacity_and_best_values_count_only_the_loads_within_slo(one):
+    store, study = one
+    found = {s.name: s.value for s in content(store.trials()[0], study).samples}
+    assert found["capacity_load"] == 0.5
+    assert found["best_tpot_p99_s"] == 0.02
+
+
+def test_parameters_stand_under_the_engines_own_flag_names_also_at_their_default(one):
+    store, study = one
+    params = content(store.trials()[0], study).params
+    assert params["max-num-batched-tokens"] == "8192"
+    assert params["enable-prefix-caching"] == "false"
+    assert params["max-num-seqs"] == "256"  # at its default, so not on the command line
+    assert params["env.HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_json_flag_is_taken_apart_and_a_switch_is_true_or_false():
+    flags = {
+        "speculative-config": '{"method": "ngram", "num_speculative_tokens": 4}',
+        "no-enable-chunked-prefill": None,
+        "enforce-eager": None,
+        "override": "{broken",
+    }
+    assert flag_values(ServingConfig("m", {}, flags)) == {
+        "speculative-config.method": "ngram",
+        "speculative-config.num_speculative_tokens": "4",
+        "enable-chunked-prefill": "false",
+        "enforce-eager": "true",
+        "override": "{broken",
+    }
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_becomes_a_tag_and_never_a_metric(tmp_path: Path, value):
+    store = Store(tmp_path / "s")
+    step = studies.step(1.0, OBJECTIVE)
+    studies.measured(0, (replace(step, metrics={**step.metrics, "ttft_p99_s": value}, intervals={}),), store)
+    made = content(store.trials()[0], studies.study(tmp_path / "s"))
+    assert all(math.isfinite(s.value) for s in made.samples)
+    assert "ttft_p99_s" not in {s.name for s in made.samples}
+    assert made.tags["not_finite.ttft_p99_s"] == f"step 0: {value}"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [
+        (Measured(()), "FINISHED"),
+        (Infeasible("oom", "no"), "FAILED"),
+        (Untrusted(("lag",)), "FAILED"),
+        (Aborted("interrupt"), "KILLED"),
+    ],
+)
+def test_the_run_state_follows_the_outcome(outcome, state):
+    assert status(outcome) == state
+
+
+def test_a_failure_carries_its_evidence_and_its_fix(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    studies.add(0, Infeasible("oom-kv", "no room", "ValueError: 3.1 GiB needed", "lower it"), store, emulated=True)
+    made = content(store.trials()[0], studies.study(tmp_path / "s"))
+    assert made.tags["cause"] == "oom-kv" and made.tags["reason"] == "oom-kv: no room"
+    assert made.tags["evidence"] == "ValueError: 3.1 GiB needed" and made.tags["fix"] == "lower it"
+    assert made.tags["emulated"] == "true" and made.name.startswith("[emulated]")
+
+
+def test_what_the_loop_noted_does_not_overwrite_our_own_tags(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    studies.add(0, Infeasible("oom-kv", "no room"), store, outcome_kind="x", reason="seeded", device="H100")
+    tags = content(store.trials()[0], studies.study(tmp_path / "s")).tags
+    assert tags["reason"] == "oom-kv: no room" and tags["device"] == "H100"
+
+
+def test_gpu_series_are_thinned_but_keep_their_own_times(one):
+    store, study = one
+    folder = store.trials()[0].folder
+    rows = 2000
+    table = {"timestamp_s": [1000.0 + i for i in range(rows)], "gpu0_power_w": [float(i) for i in range(rows)]}
+    table["gpu0_power_w"][4] = math.nan
+    pd.DataFrame({**table, "name": ["x"] * rows}).to_parquet(folder / "telemetry.parquet")
+    series = [s for s in content(store.trials()[0], study).samples if s.name == "system/gpu0_power_w"]
+    assert len(series) == 499  # every fourth row, less the gap
+    assert (series[1].at_ms, series[1].value) == (1_008_000, 8.0)
+    assert not any(s.name == "system/name" for s in content(store.trials()[0], study).samples)
+
+
+def test_the_trials_files_are_its_artifacts(one):
+    store, study = one
+    folder = store.trials()[0].folder
+    (folder / "server.log").write_text("up")
+    (folder / ".outcome.json.1.tmp").write_text("half")
+    names = [p.name for p in content(store.trials()[0], study).artifacts]
+    assert names == ["config.json", "outcome.json", "server.log"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("--max-num-seqs", "max-num-seqs"),
+        ("a+b", "a_b"),
+        ("../../etc", "etc"),
+        ("system/gpu 0", "system/gpu 0"),
+        ("", "_"),
+    ],
+)
+def test_names_are_made_legal_for_mlflow(name, wanted):
+    assert legal(name) == wanted

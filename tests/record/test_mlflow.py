@@ -1,0 +1,233 @@
+"""Against MLflow itself: a SQLite store, and once a real server that is not there at first."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import studies
+from tuner.errors import EnvironmentFault, UsageError
+from tuner.record import writer
+from tuner.record.ledger import Ledger
+from tuner.record.mlflow import Recorder, sync, unsent
+from tuner.record.place import place, ui_command
+
+NOWHERE: dict[str, str] = {}  # an environment without MLFLOW_TRACKING_URI
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory) -> Path:
+    """An empty MLflow database: making one takes seconds, copying it nothing."""
+    writer._quiet()
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def made(tmp_path: Path, database: Path):
+    """A finished study of 8 trials with an empty store beside it."""
+    (tmp_path / "mlflow.db").write_bytes(database.read_bytes())
+    return studies.write(tmp_path / "s", trials=8)
+
+
+def runs_of(study):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(place(study, NOWHERE).uri)
+    experiment = client.get_experiment_by_name("tuner")
+    runs = client.search_runs([experiment.experiment_id]) if experiment else []
+    parents = [r for r in runs if r.data.tags.get("tuner.kind") == "study"]
+    children = {int(r.data.tags["tuner.trial"]): r for r in runs if "tuner.trial" in r.data.tags}
+    assert len(runs) == len(parents) + len(children), "a trial was logged twice"
+    return client, parents, children
+
+
+def record(study, store, finish: bool = True) -> str:
+    recorder = Recorder(study, store, env=NOWHERE)
+    recorder.start()
+    for trial in store.trials():
+        recorder.trial_finished(trial.number)
+    if finish:
+        recorder.study_finished()
+    return recorder.close(60)
+
+
+def test_a_study_is_a_parent_run_with_a_child_per_trial(made):
+    study, store = made
+    assert record(study, store) == ""
+    client, (parent,), children = runs_of(study)
+    assert parent.info.status == "FINISHED" and sorted(children) == list(range(8))
+    assert {c.data.tags["mlflow.parentRunId"] for c in children.values()} == {parent.info.run_id}
+    states = {number: child.info.status for number, child in children.items()}
+    assert states == {0: "FINISHED", 1: "FINISHED", 2: "FINISHED", 3: "FINISHED", 4: "FAILED", 5: "KILLED"} | {
+        6: "FINISHED",
+        7: "FAILED",
+    }
+    baseline = children[0]
+    assert baseline.data.params["max-num-batched-tokens"] == "2048"
+    loads = client.get_metric_history(baseline.info.run_id, "load")
+    assert [(m.step, m.value) for m in loads] == [(0, 0.5), (1, 1.0), (2, 1.5), (3, 2.0)]
+    power = client.get_metric_history(baseline.info.run_id, "system/gpu0_power_w")
+    assert len(power) == 30 and power[0].timestamp == int(studies.START_S * 1000)
+    assert baseline.inputs.dataset_inputs[0].dataset.name == "conversation"
+    artifacts = {a.path for a in client.list_artifacts(baseline.info.run_id)}
+    assert {"config.json", "outcome.json", "server.log", "records-1.parquet", "telemetry.parquet"} <= artifacts
+    note = parent.data.tags["mlflow.note.content"]
+    assert "vllm serve --config best-config.yaml" in note and "| $ per M output tokens |" in note
+    assert {"study.yaml"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
+
+
+def test_a_resumed_study_goes_on_in_the_same_parent_and_logs_no_trial_twice(made):
+    study, store = made
+    assert record(study, store, finish=False) == ""
+    _, (parent,), children = runs_of(study)
+    assert parent.info.status == "KILLED"  # interrupted: it has not finished
+    studies.measured(8, (studies.step(1.0, study.objective),), store)
+    assert record(study, store) == ""
+    _, (again,), more = runs_of(study)
+    assert again.info.run_id == parent.info.run_id and again.info.status == "FINISHED"
+    assert sorted(more) == list(range(9))
+    assert all(more[number].info.run_id == child.info.run_id for number, child in children.items())
+
+
+def test_a_trial_cut_short_half_way_is_logged_again_whole(made, monkeypatch):
+    study, store = made
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._Connection, "_input", _once_then_fail())
+        with pytest.raises(EnvironmentFault, match="killed here"):
+            sync(study, store, env=NOWHERE)
+    sync(study, store, env=NOWHERE)
+    client, (_,), children = runs_of(study)
+    assert sorted(children) == list(range(8)) and all(c.info.status != "RUNNING" for c in children.values())
+    assert len(client.get_metric_history(children[0].info.run_id, "load")) == 4
+
+
+def test_a_trial_logged_whole_but_missing_in_the_ledger_is_not_logged_again(made):
+    study, store = made
+    sync(study, store, env=NOWHERE)
+    ledger = Ledger.load(store.folder)
+    del ledger.sent(place(study, NOWHERE).uri).trials["3"]
+    ledger.save()
+    assert unsent(study, store, NOWHERE) == 1
+    sync(study, store, env=NOWHERE)
+    assert unsent(study, store, NOWHERE) == 0
+    assert sorted(runs_of(study)[2]) == list(range(8))
+
+
+def test_a_parent_deleted_in_the_ui_is_made_anew(made):
+    study, store = made
+    sync(study, store, env=NOWHERE)
+    client, (parent,), children = runs_of(study)
+    for run in (parent, *children.values()):
+        client.delete_run(run.info.run_id)
+    sync(study, store, env=NOWHERE)
+    assert sorted(runs_of(study)[2]) == list(range(8))
+
+
+def test_an_unreachable_server_delays_logging_and_raises_nothing(tmp_path: Path):
+    uri = f"http://127.0.0.1:{_free_port()}"
+    study, store = studies.write(tmp_path / "s", trials=3, tracking_uri=uri)
+    left = record(study, store)
+    assert "3 trial(s) are not in MLflow" in left and "tuner sync" in left
+    assert any(
+        event["event"] == "mlflow" and uri.removeprefix("http://") in event["problem"] for event in store.events()
+    )
+    with pytest.raises(EnvironmentFault, match="was not reached"):
+        sync(study, store, env=NOWHERE)
+
+
+def test_nothing_that_mlflow_does_reaches_the_study(made, monkeypatch):
+    study, store = made
+
+    def explode(*_args, **_kwargs):
+        raise MemoryError("the disk is full of mice")
+
+    monkeypatch.setattr("tuner.record.mlflow.flush", explode)
+    assert "full of mice" in record(study, store)
+
+
+@pytest.mark.slow
+def test_what_an_absent_server_missed_is_sent_when_it_is_back(tmp_path: Path, database: Path):
+    port = _free_port()
+    study, store = studies.write(tmp_path / "s", trials=3, tracking_uri=f"http://127.0.0.1:{port}")
+    assert record(study, store) != ""
+    (tmp_path / "server.db").write_bytes(database.read_bytes())
+    words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+    words += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen([*words, "--workers", "1"], stdout=log, stderr=log, env=env, start_new_session=True)
+    try:
+        _until_open(port, server)
+        assert sync(study, store, env=NOWHERE).startswith("3 trial(s) logged")
+        assert "every trial already" in sync(study, store, env=NOWHERE)
+        _, (parent,), children = runs_of(study)
+        assert parent.info.status == "FINISHED" and sorted(children) == [0, 1, 2]
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(30)
+
+
+def test_the_ui_is_served_on_the_local_address_only(made):
+    study, store = made
+    for where in (study, store.folder, store.folder.parent):
+        command = ui_command(where, 5099, NOWHERE)
+        assert f"sqlite:///{store.folder.parent / 'mlflow.db'}" in command
+        assert command[command.index("--host") + 1] == "127.0.0.1" and "5099" in command
+
+
+def test_a_ui_without_a_store_or_with_a_server_says_what_to_do(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"there is no .*mlflow\.db"):
+        ui_command(tmp_path / "s")
+    with pytest.raises(UsageError, match="Open that address"):
+        ui_command(studies.study(tmp_path / "s", tracking_uri="http://127.0.0.1:5000"))
+
+
+def test_the_studys_own_store_comes_before_the_environments(tmp_path: Path):
+    env = {"MLFLOW_TRACKING_URI": "http://there:5000"}
+    assert place(studies.study(tmp_path / "s"), env).uri == "http://there:5000"
+    assert place(studies.study(tmp_path / "s", tracking_uri="http://here:5000"), env).uri == "http://here:5000"
+    assert place(studies.study(tmp_path / "s"), {}).uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_importing_the_recorder_does_not_import_mlflow():
+    code = "import sys, tuner.record.mlflow; print('mlflow' in sys.modules, 'pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def _once_then_fail():
+    """Lets the parent and the first child have their dataset, and dies in the second child."""
+    calls = []
+
+    def stand_in(_self, _run_id):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("killed here")
+
+    return stand_in
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _until_open(port: int, server: subprocess.Popen) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            raise RuntimeError("the MLflow server ended")
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError("the MLflow server did not open its port")

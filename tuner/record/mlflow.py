@@ -1,0 +1,121 @@
+"""The recorder: one thread that keeps MLflow up to date with the study folder, and never costs the study anything.
+
+The folder is the spool: what a dead server, a kill or a slow disk kept from MLflow is logged by the next flush, at the
+latest by ``tuner sync``.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Mapping
+
+from tuner.record.ledger import Ledger, note_file
+from tuner.record.note import markdown
+from tuner.record.place import place
+from tuner.record.writer import flush
+from tuner.spec.study import Study
+from tuner.study.store import Store
+
+RETRY_S = 60.0
+
+
+class Recorder:
+    """Told of what happened; every method returns at once (but :meth:`close`) and raises nothing.
+
+    ``retry_s``: how long after a failed attempt the next is made, where no trial ends before.
+    """
+
+    def __init__(
+        self, study: Study, store: Store, *, retry_s: float = RETRY_S, env: Mapping[str, str] = os.environ
+    ) -> None:
+        self._study, self._store, self._retry_s = study, store, retry_s
+        self._place = place(study, env)
+        self._wake: queue.Queue[str] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._problem = ""
+
+    def start(self) -> None:
+        """Starts the writer; it imports MLflow and opens the parent run while the first server boots."""
+        note_file(self._store.folder).unlink(missing_ok=True)  # a study that goes on has not ended
+        self._thread.start()
+        self._wake.put("start")
+
+    def trial_finished(self, number: int) -> None:
+        """Trial ``number`` is on disk."""
+        self._wake.put(f"trial {number}")
+
+    def study_finished(self, note: str = "") -> None:
+        """The study has ended (not: was interrupted). ``note`` is the parent's page in markdown; made from the study
+        folder where it is empty."""
+        try:
+            text = note or markdown(self._store, self._study)
+            note_file(self._store.folder).write_text(text, encoding="utf-8")
+        except Exception as error:
+            self._note_problem(error)
+        self._wake.put("end")
+
+    def close(self, timeout_s: float = 30.0) -> str:
+        """Waits until everything is logged, at most ``timeout_s``; returns in words what was left (empty: nothing)."""
+        if not self._thread.is_alive():
+            return self._left()
+        self._wake.put("close")
+        self._thread.join(timeout_s)
+        return self._left()
+
+    def _work(self) -> None:
+        closing = False
+        while not closing:
+            try:
+                words = {self._wake.get(timeout=self._retry_s if self._problem else None)}
+            except queue.Empty:
+                words = {"retry"}
+            while not self._wake.empty():
+                words.add(self._wake.get_nowait())
+            closing = "close" in words
+            try:
+                flush(self._study, self._store, self._place, running=not closing, end="KILLED" if closing else "")
+                self._problem = ""
+            except Exception as error:  # whatever MLflow, its database or the network came up with
+                self._note_problem(error)
+
+    def _note_problem(self, error: Exception) -> None:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        if problem != self._problem:
+            self._problem = problem
+            self._store.log("mlflow", problem=problem, uri=self._place.uri)
+
+    def _left(self) -> str:
+        try:
+            waiting = unsent(self._study, self._store)
+        except Exception as error:
+            return f"MLflow: {error}"
+        if not waiting and not self._problem:
+            return ""
+        why = f" ({self._problem})" if self._problem else ""
+        return (
+            f"{waiting} trial(s) are not in MLflow at {self._place.uri} yet{why}. They are safe in the study folder; "
+            f"send them with: tuner sync {self._store.folder}"
+        )
+
+
+def unsent(study: Study, store: Store, env: Mapping[str, str] = os.environ) -> int:
+    """How many finished trials the study's MLflow store does not have."""
+    sent = Ledger.load(store.folder).sent(place(study, env).uri)
+    return sum(str(trial.number) not in sent.trials for trial in store.trials())
+
+
+def sync(study: Study, store: Store, *, env: Mapping[str, str] = os.environ) -> str:
+    """Logs whatever is missing, and says so. Raises EnvironmentFault where the store cannot be reached or written."""
+    from tuner.errors import EnvironmentFault
+
+    where = place(study, env)
+    try:
+        logged = flush(study, store, where)
+    except Exception as error:
+        raise EnvironmentFault(
+            f"MLflow at {where.uri} was not reached: {str(error).splitlines()[0]}",
+            fix="Start it (or set MLFLOW_TRACKING_URI), then run the same command again; nothing is lost.",
+        ) from error
+    return f"{logged} trial(s) logged to {where.uri}" if logged else f"{where.uri} has every trial already"

@@ -1,0 +1,55 @@
+"""The parent run's page in MLflow: the choice, the front, how to deploy it. Markdown."""
+
+from __future__ import annotations
+
+from tuner.pareto.changes import baseline_of, describe
+from tuner.pareto.choice import choose
+from tuner.pareto.front import front, points
+from tuner.spec.study import Study
+from tuner.study.store import Store
+
+CHARACTERS = 4500  # MLflow shows a note of at most 5,000
+
+
+def markdown(store: Store, study: Study) -> str:
+    """The note of a study, from its folder alone."""
+    trials = store.trials()
+    objective = study.objective
+    default = baseline_of(trials)
+    choice = choose(trials, objective)
+    lines = [f"# {study.name}", ""]
+    if any(t.emulated for t in trials):
+        lines += ["**EMULATED: these numbers come from a model of the hardware, nothing was measured.**", ""]
+    lines += [choice.text, "", f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.", ""]
+    if choice.point:
+        lines += [
+            "## Deploy",
+            "",
+            "`best-config.yaml` and `best-config.env` are among this run's artifacts and in the study folder:",
+            "",
+            "```sh",
+            "set -a; . ./best-config.env; set +a",
+            "vllm serve --config best-config.yaml",
+            "```",
+            "",
+            f"As a deployment: `tuner export {store.folder} --format compose` (or `k8s`, `helm`).",
+            "",
+        ]
+    best = front(points([t for t in trials if t.role == "search"], objective))
+    rows = []
+    for p in best:
+        name = describe(p.config, default.config if default else None).replace("|", "\\|")
+        rows.append(f"| {p.cost:.3g} | {p.latency * 1e3:.4g} | {p.load:g} | {p.trial} | `{name}` |")
+    if rows:
+        lines += [
+            "## Front",
+            "",
+            f"| $ per M output tokens | {objective.latency} (ms) | load | trial | configuration |",
+        ]
+        lines.append("|---:|---:|---:|---:|---|")
+    for index, row in enumerate(rows):
+        if sum(map(len, lines)) + len(row) > CHARACTERS:
+            lines += ["", f"{len(rows) - index} more points are in the report."]
+            break
+        lines.append(row)
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""Where a study's MLflow data lives, and how its UI is started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tuner.errors import UsageError
+from tuner.spec.study import Study
+
+EXPERIMENT = "tuner"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """``uri`` is MLflow's tracking URI; ``artifacts`` the artifact location of a new experiment (empty: the server
+    decides); ``experiment`` its name; ``lock`` the file whose lock makes us the store's only writer."""
+
+    uri: str
+    artifacts: str
+    experiment: str
+    lock: Path
+
+    @property
+    def server(self) -> tuple[str, int] | None:
+        """Host and port where the store is an HTTP server, else None."""
+        parts = urlsplit(self.uri)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            return None
+        return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def place(study: Study, env: Mapping[str, str] = os.environ) -> Place:
+    """The study's own ``tracking_uri``, else ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` beside the study folder."""
+    experiment = env.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    uri = study.tracking_uri or env.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        return default_place(Path(study.folder).resolve().parent, experiment)
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
+        artifacts = (database.parent / "mlartifacts").as_uri()
+        return Place(f"sqlite:///{database}", artifacts, experiment, database.with_name(f".{database.name}.lock"))
+    return Place(uri, "", experiment, Path(study.folder).resolve() / ".mlflow.lock")
+
+
+def default_place(folder: Path, experiment: str = EXPERIMENT) -> Place:
+    """The SQLite store of the studies in ``folder``: ``mlflow.db`` with ``mlartifacts`` beside it."""
+    folder = folder.resolve()
+    return Place(
+        f"sqlite:///{folder / 'mlflow.db'}",
+        (folder / "mlartifacts").as_uri(),
+        experiment,
+        folder / ".mlflow.db.lock",
+    )
+
+
+def ui_command(where: Study | Path, port: int = 5000, env: Mapping[str, str] = os.environ) -> list[str]:
+    """The command that serves MLflow's UI on 127.0.0.1 for a study, a study's folder, or the folder of studies.
+
+    Raises UsageError where the store is a server already (open it in a browser) or where there is no store.
+    """
+    if isinstance(where, Study):
+        known = place(where, env)
+    else:
+        parent = where if (where / "mlflow.db").exists() else where.resolve().parent
+        known = default_place(parent)
+    if known.server:
+        raise UsageError(f"this study is logged to {known.uri}", fix="Open that address in a browser.")
+    database = Path(known.uri.removeprefix("sqlite:///"))
+    if known.uri.startswith("sqlite:") and not database.exists():
+        raise UsageError(f"there is no {database}", fix="Run a study first, or `tuner sync` one that was not logged.")
+    words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", known.uri]
+    if known.artifacts:
+        words += ["--default-artifact-root", known.artifacts]
+    return [*words, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -1,0 +1,260 @@
+"""The only code that talks to MLflow: brings one store up to what the study folder holds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuner.pareto.front import COST, points
+from tuner.record.content import TAG_CHARACTERS, Content, content, legal
+from tuner.record.ledger import Ledger, Sent, note_file
+from tuner.record.place import Place
+from tuner.spec.study import Study
+from tuner.study.store import Store, TrialRecord
+
+METRICS_PER_BATCH, OTHERS_PER_BATCH = 1000, 100  # MLflow's own limits
+PARENT_FILES = ("study.yaml", "best-config.yaml", "best-config.env", "report.html", "verify.json", "refused.jsonl")
+
+
+class Unreachable(Exception):
+    """The tracking server does not answer: nothing is lost, the study folder is the spool."""
+
+
+def flush(study: Study, store: Store, place: Place, *, running: bool = False, end: str = "") -> int:
+    """Logs every finished trial that the ledger does not know; returns how many. Idempotent: a trial that was cut short
+    half-way is deleted and logged again.
+
+    ``running`` sets the parent run running; ``end`` (an MLflow run state) closes it, as does the note of a finished
+    study (FINISHED); otherwise its state is left as it is. Raises :class:`Unreachable`, or whatever MLflow raises.
+    """
+    if place.server:
+        _probe(place.server)
+    with _only_writer(place.lock):
+        ledger = Ledger.load(store.folder)
+        sent = ledger.sent(place.uri)
+        trials = store.trials()
+        note = note_file(store.folder).read_text("utf-8") if note_file(store.folder).exists() else ""
+        end = "FINISHED" if note else end
+        if running and not end and sent.parent and not sent.end and all(str(t.number) in sent.trials for t in trials):
+            return 0  # the usual wake-up with nothing to do: MLflow is not even imported
+        connection = _Connection(study, store, place, ledger, sent)
+        connection.open_parent(trials)
+        if running and not end:
+            connection.client.update_run(sent.parent, status="RUNNING")
+            sent.end = ""
+        waiting = [t for t in trials if str(t.number) not in sent.trials]
+        for trial in waiting:
+            connection.log_trial(trial, trials)
+        state = _end_digest(store, end, note)
+        if end and sent.end != state:
+            connection.close_parent(end, note)
+            sent.end = state
+        ledger.save()
+        return len(waiting)
+
+
+class _Connection:
+    def __init__(self, study: Study, store: Store, place: Place, ledger: Ledger, sent: Sent) -> None:
+        _quiet()
+        from mlflow.tracking import MlflowClient
+
+        self.study, self.store, self.place, self.ledger, self.sent = study, store, place, ledger, sent
+        self.client = MlflowClient(place.uri)
+        self.dataset: Any = None
+
+    def open_parent(self, trials: Sequence[TrialRecord]) -> None:
+        """Finds the parent run (by the ledger, then by the study's uid) or creates it."""
+        self.ledger.save()  # the uid must be on disk before anything carries it
+        sent = self.sent
+        if sent.parent and not self._alive(sent.parent):
+            sent.parent, sent.trials, sent.end = "", {}, ""  # deleted by somebody: log the study anew
+        if not sent.parent:
+            sent.experiment = self._experiment()
+            found = self._runs(f"tags.`tuner.study_uid` = '{self.ledger.uid}' and tags.`tuner.kind` = 'study'")
+            sent.parent = found[0].info.run_id if found else self._create_parent(trials)
+            self.ledger.save()
+        self.started = {run.data.tags.get("tuner.trial", ""): run for run in self._children()}
+
+    def log_trial(self, trial: TrialRecord, trials: Sequence[TrialRecord]) -> None:
+        """One child run, whole: its state is set last, the ledger is written after that."""
+        made = content(trial, self.study)
+        earlier = self.started.get(str(trial.number))
+        if earlier is not None and earlier.info.status != "RUNNING":
+            run_id = earlier.info.run_id  # logged whole, killed before the ledger was written
+        else:
+            if earlier is not None:
+                self.client.delete_run(earlier.info.run_id)
+            run_id = self._create_child(made)
+        self._progress(trial, trials)
+        self.sent.trials[str(trial.number)] = run_id
+        self.ledger.save()
+
+    def close_parent(self, status: str, note: str) -> None:
+        run_id = self.sent.parent
+        if note:
+            self.client.set_tag(run_id, "mlflow.note.content", note[:TAG_CHARACTERS])
+        for name in _parent_files(self.store):
+            self.client.log_artifact(run_id, str(self.store.folder / name))
+        self.client.set_terminated(run_id, status)
+
+    def _create_parent(self, trials: Sequence[TrialRecord]) -> str:
+        study = self.study
+        started_s = min((t.started_s for t in trials), default=time.time())
+        objective = study.objective
+        emulated = study.engine.kind == "emulator" or any(t.emulated for t in trials)
+        tags = {
+            "tuner.kind": "study",
+            "tuner.study_uid": self.ledger.uid,
+            "tuner.folder": str(self.store.folder.resolve()),
+            "emulated": str(emulated).lower(),
+            "mlflow.note.content": "The study has not ended yet.",
+        }
+        name = ("[emulated] " if emulated else "") + study.name
+        run = self.client.create_run(self.sent.experiment, int(started_s * 1000), tags, name)
+        params = {
+            "model": study.model,
+            "engine": study.engine.kind,
+            "gpu": study.hardware.name,
+            "gpus": str(study.hardware.gpus),
+            "search_space": study.space.name,
+            "objective": objective.name,
+            "latency": objective.latency,
+            "slo": ", ".join(map(str, objective.slos)),
+            "price_usd_per_gpu_hour": f"{objective.price_usd_per_gpu_hour:g}",
+            "trace": study.trace.file,
+            "ladder": ", ".join(f"{load:g}" for load in study.load.ladder),
+            "sampler": study.sampler,
+            "seed": str(study.seed),
+        }
+        self._batch(run.info.run_id, params=params)
+        self._input(run.info.run_id)
+        return run.info.run_id
+
+    def _create_child(self, made: Content) -> str:
+        tags = {**made.tags, "mlflow.parentRunId": self.sent.parent}
+        run_id = self.client.create_run(self.sent.experiment, made.start_ms, tags, made.name).info.run_id
+        self._batch(run_id, made.params, [(s.name, s.value, s.at_ms, s.step) for s in made.samples])
+        self._input(run_id)
+        for path in made.artifacts:
+            self.client.log_artifact(run_id, str(path))
+        self.client.set_terminated(run_id, made.status, made.end_ms)
+        return run_id
+
+    def _progress(self, trial: TrialRecord, trials: Sequence[TrialRecord]) -> None:
+        """On the parent: the lowest cost within SLO so far, after each trial."""
+        known = points([t for t in trials if t.number <= trial.number], self.study.objective)
+        costs = [p.cost for p in known if p.ok]
+        if costs:
+            at_ms = int(trial.ended_s * 1000)
+            self._batch(self.sent.parent, metrics=[(f"best_{COST}", min(costs), at_ms, trial.number)])
+
+    def _batch(
+        self,
+        run_id: str,
+        params: dict[str, str] | Any = (),
+        metrics: Sequence[tuple[str, float, int, int]] = (),
+    ) -> None:
+        from mlflow.entities import Metric, Param
+
+        pairs = [Param(legal(key), value) for key, value in dict(params).items()]
+        for start in range(0, len(pairs), OTHERS_PER_BATCH):
+            self.client.log_batch(run_id, params=pairs[start : start + OTHERS_PER_BATCH])
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            part = [Metric(*values) for values in metrics[start : start + METRICS_PER_BATCH]]
+            self.client.log_batch(run_id, metrics=part)
+
+    def _input(self, run_id: str) -> None:
+        """The trace as the run's dataset."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if self.dataset is None:
+            path = Path(self.study.trace.file)
+            self.dataset = Dataset(path.stem[:500], _digest(path), "local", f'{{"uri": "{path.as_posix()}"}}')
+        self.client.log_inputs(run_id, [DatasetInput(self.dataset, [InputTag("mlflow.data.context", "replay")])])
+
+    def _experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self.place.experiment)
+        if found is None:
+            return self.client.create_experiment(self.place.experiment, self.place.artifacts or None)
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _children(self) -> list[Any]:
+        return self._runs(f"tags.`mlflow.parentRunId` = '{self.sent.parent}'")
+
+    def _runs(self, query: str) -> list[Any]:
+        found, token = [], None
+        while True:
+            page = self.client.search_runs([self.sent.experiment], query, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def _alive(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+
+def _end_digest(store: Store, end: str, note: str) -> str:
+    """Changes when the end, its note or a file that goes with it does."""
+    files = [(name, (store.folder / name).stat().st_mtime_ns) for name in _parent_files(store)]
+    return hashlib.sha256(repr((end, note, files)).encode()).hexdigest()[:16]
+
+
+def _parent_files(store: Store) -> list[str]:
+    return [name for name in PARENT_FILES if (store.folder / name).exists()]
+
+
+def _digest(path: Path) -> str:
+    """16 hex digits over the trace's bytes; over its name where the file is gone (a study read elsewhere)."""
+    hashed = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                hashed.update(block)
+    else:
+        hashed.update(str(path).encode())
+    return hashed.hexdigest()[:16]
+
+
+def _probe(server: tuple[str, int]) -> None:
+    """MLflow's own client retries for minutes; a closed port is known at once."""
+    try:
+        socket.create_connection(server, timeout=3).close()
+    except OSError as error:
+        raise Unreachable(f"no MLflow server at {server[0]}:{server[1]} ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """MLflow on SQLite loses runs to concurrent writers: one at a time, across processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _quiet() -> None:
+    """Before MLflow is imported: no telemetry, few retries (we have our own), no chatter on the study's terminal."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
