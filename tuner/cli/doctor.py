@@ -40,10 +40,7 @@ def run(json: bool) -> int:
 
 
 def python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return Finding("Python", "bad", version, "tuner needs Python 3.11 or newer")
-    return Finding("Python", "ok", version)
+    return Finding("Python", "ok", f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})")
 
 
 def packages() -> list[Finding]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent, Server, Site, StepPlan, Teardown
 from tuner.load.trace import Trace
@@ -29,6 +30,14 @@ class Bench:
     on_event: OnEvent
     quality: Check = lambda _server, _config: None
     beaten: Beaten = lambda _steps: ""
+
+    def of_trial(self, number: int) -> Bench:
+        """The same, with the trial's number in every event."""
+
+        def tell(name: str, data: Mapping[str, Any]) -> None:
+            self.on_event(name, {"trial": number, **data})
+
+        return replace(self, on_event=tell)
 
 
 def evaluate(
@@ -66,7 +75,7 @@ def _ladder(
     ladder = bench.study.load.ladder
     for index, load in enumerate(ladder):
         bench.on_event("step", {"index": index + 1, "of": len(ladder), "load": load})
-        step = _measure(bench, server, config, folder, window, load)
+        step = measure(bench, server, config, folder, window, load)
         steps.append(step)
         bench.on_event(
             "measured", {"load": load, "ok": step.ok, "misses": step.slo_misses, "untrusted": step.untrusted}
@@ -81,8 +90,13 @@ def _ladder(
     return Measured(tuple(steps), server.boot)
 
 
-def _measure(bench: Bench, server: Server, config: ServingConfig, folder: Path, window: Trace, load: float) -> Step:
-    """One step; repeated once, at once, where the measurement (not the server) was at fault."""
+def measure(
+    bench: Bench, server: Server, config: ServingConfig, folder: Path, window: Trace, load: float, prefix: str = ""
+) -> Step:
+    """One step; repeated once, at once, where the measurement (not the server) was at fault.
+
+    Its records go to ``folder``, under a name that begins with ``prefix``.
+    """
     study = bench.study
     for attempt in ("", "-again"):
         plan = StepPlan(
@@ -90,7 +104,7 @@ def _measure(bench: Bench, server: Server, config: ServingConfig, folder: Path, 
             trace=window,
             window=window.name,
             slos=study.objective.slos,
-            records=folder / f"records-{load:g}{attempt}.parquet",
+            records=folder / f"records-{prefix}{load:g}{attempt}.parquet",
             warmup_s=study.load.warmup_s,
             output=study.trace.output,
             seed=study.seed,

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from tuner.engines.protocol import OnEvent, Teardown
 from tuner.errors import EnvironmentFault
@@ -77,17 +77,11 @@ class Loop:
         return True
 
     def _evaluate(self, proposal: Proposal) -> tuple[Outcome, Teardown]:
-        def tell(name: str, data: Any) -> None:
-            self.on_event(name, {"trial": proposal.number, **data})
-
-        folder = self.store.trial_folder(proposal.number)
         windows = self.workload.search
-        window = windows[proposal.repeat % len(windows)]
-        bench = Bench(
-            self.bench.study, self.bench.engine, self.bench.cancel, tell, self.bench.quality, self.bench.beaten
-        )
-        tell("launch", {"config": proposal.config, "baseline": proposal.baseline, "why": proposal.why})
-        return evaluate(bench, proposal.config, folder, proposal.gpus, window)
+        bench = self.bench.of_trial(proposal.number)
+        bench.on_event("launch", {"config": proposal.config, "baseline": proposal.baseline, "why": proposal.why})
+        folder = self.store.trial_folder(proposal.number)
+        return evaluate(bench, proposal.config, folder, proposal.gpus, windows[proposal.repeat % len(windows)])
 
     def _conclude(self, proposal: Proposal, future: Future[tuple[Outcome, Teardown]]) -> str:
         """Writes, tells and logs one trial's end; returns why the study must end with it, if it must."""

