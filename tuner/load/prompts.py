@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -15,6 +16,9 @@ from tuner.load.trace import Trace
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_WORD = re.compile(r"[a-z]{2,12}")
+_FEWEST_WORDS = 64
+_MOST_WORDS = 8192
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -70,6 +74,78 @@ def token_ids(trace: Trace, vocab_size: int, special_ids: Collection[int], seed:
     if len(alphabet) < 2:
         raise UsageError(f"of {vocab_size} tokens, {len(banned)} are special: too few are left to write prompts with")
     return PromptIds(trace, alphabet, seed)
+
+
+class PromptTexts(Sequence[str]):
+    """A trace's prompts as texts, made when asked for; see :func:`texts`."""
+
+    def __init__(
+        self, trace: Trace, tokenizer: Tokenizer, words: list[str], seed: int, overhead_tokens: int, verify: bool
+    ) -> None:
+        self._trace = trace
+        self._tokenizer = tokenizer
+        self._words = np.array(words)
+        self._units = _Units(trace, len(words), seed)
+        self._overhead_tokens = overhead_tokens
+        self._verify = verify
+
+    def __len__(self) -> int:
+        return len(self._trace)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        tokens = max(1, int(self._trace.input_tokens[i]) - self._overhead_tokens)
+        text = " ".join(self._words[self._units.request(i, tokens)])
+        if self._verify and (got := len(self._tokenizer.encode(text, add_special_tokens=False).ids)) != tokens:
+            raise UsageError(
+                f"the tokenizer makes {got} tokens of a prompt of {tokens} words",
+                fix="Send token ids (the completions endpoint) instead of texts",
+            )
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+def texts(
+    trace: Trace, tokenizer: Tokenizer, seed: int, *, overhead_tokens: int = 0, verify: bool = True
+) -> Sequence[str]:
+    """The prompts of ``trace`` as texts, for endpoints that take no token ids; the texts of the file where it has them.
+
+    A text is a row of words that the tokenizer keeps as one token each, whatever stands beside them, so that its
+    encoding (without special tokens) has exactly ``input_tokens[i] - overhead_tokens`` tokens, at least 1; with
+    ``verify`` each text is encoded again to prove it. ``overhead_tokens`` is what the server's chat template adds.
+    Prefixes are shared as in :func:`token_ids`. Raises UsageError where the tokenizer has no such words.
+    """
+    if trace.texts is not None:
+        return trace.texts
+    words = _whole_words(tokenizer)
+    if len(words) < _FEWEST_WORDS:
+        raise UsageError(
+            f"the tokenizer has {len(words)} words that stay one token each: too few to write prompts with",
+            fix="Send token ids (the completions endpoint) instead of texts",
+        )
+    return PromptTexts(trace, tokenizer, words, seed, overhead_tokens, verify)
+
+
+def _whole_words(tokenizer: Tokenizer) -> list[str]:
+    """Lower-case words that are one token at the beginning of a text and one after a space, by token id."""
+    by_id = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    # a token's own mark for a leading space: byte-level BPE and SentencePiece
+    bare = dict.fromkeys(token.lstrip("\u0120\u2581") for _, token in by_id)
+    candidates = [word for word in bare if _WORD.fullmatch(word)]
+    alone, thrice = (
+        tokenizer.encode_batch([" ".join([word] * times) for word in candidates], add_special_tokens=False)
+        for times in (1, 3)
+    )
+    kept = [w for w, a, t in zip(candidates, alone, thrice, strict=True) if len(a.ids) == 1 and len(t.ids) == 3]
+    return kept[:_MOST_WORDS]
 
 
 def vocabulary(model: str | Path) -> tuple[int, frozenset[int]]:
@@ -154,7 +230,7 @@ class _Units:
     def __init__(self, trace: Trace, size: int, seed: int) -> None:
         self._trace = trace
         self._size = size
-        self._seed = _mix(np.array([seed % 2**64], dtype=np.uint64))[0]
+        self._seed = mix64(np.array([seed % 2**64], dtype=np.uint64))[0]
         self._first_own = int(trace.block_ids.max()) + 1 if len(trace.block_ids) else 0
         units, self._digits = self._first_own + len(trace), 1
         while size**self._digits < units:
@@ -174,9 +250,9 @@ class _Units:
     def content(self, numbers: np.ndarray, width: int) -> np.ndarray:
         """(len(numbers), width) int64 indices: each unit's first ``width`` tokens."""
         number = numbers.astype(np.uint64)[:, None]
-        stream = _mix(number * _GOLDEN ^ self._seed) + np.arange(1, width + 1, dtype=np.uint64) * _GOLDEN
+        stream = mix64(number * _GOLDEN ^ self._seed) + np.arange(1, width + 1, dtype=np.uint64) * _GOLDEN
         # multiply-shift instead of modulo: faster, and its bias is below size / 2**32
-        tokens = ((_mix(stream) >> np.uint64(32)) * np.uint64(self._size)) >> np.uint64(32)
+        tokens = ((mix64(stream) >> np.uint64(32)) * np.uint64(self._size)) >> np.uint64(32)
         lead = self._lead(number[:, 0])[:, :width]
         tokens[:, : lead.shape[1]] = lead
         return tokens.astype(np.int64)
@@ -192,12 +268,12 @@ class _Units:
             others = np.full(len(number), self._seed ^ np.uint64(d), dtype=np.uint64)
             for other in range(self._digits):
                 if other != d:
-                    others = _mix(others ^ digits[:, other])
-            digits[:, d] = (digits[:, d] + _mix(others) % size) % size
+                    others = mix64(others ^ digits[:, other])
+            digits[:, d] = (digits[:, d] + mix64(others) % size) % size
         return digits
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix64(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea, Flood 2014): a bijection on 64-bit numbers that scatters every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

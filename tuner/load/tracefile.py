@@ -105,14 +105,14 @@ def read_parquet(path: Path, tally: Tally) -> Parts:
             parts.texts = texts
     except (pa.ArrowException, BadLine, ValueError, TypeError, OverflowError, KeyError, MemoryError) as error:
         raise UsageError(f"cannot be read as a Parquet trace ({error})", where=str(path)) from error
-    tally.lines = len(parts.input_tokens)
-    _check(parts, path)
+    tally.lines = len(tokens_in)
+    _check(parts, arrival_s, path)
     return parts
 
 
-def _check(parts: Parts, path: Path) -> None:
+def _check(parts: Parts, time: np.ndarray, path: Path) -> None:
     """UsageError with the row's number (from 1) for a value that cannot be meant."""
-    time, tokens_in, tokens_out = parts.arrival_s, parts.input_tokens, parts.output_tokens
+    tokens_in, tokens_out = parts.input_tokens, parts.output_tokens
     checks = [("arrival_s is negative, infinite or too large", ~((time >= 0) & (time <= values.MAX_SECONDS)))]
     for name, column in (("input_tokens", tokens_in), ("output_tokens", tokens_out)):
         checks.append((f"{name} is not between 1 and {values.MAX_TOKENS}", (column < 1) | (column > values.MAX_TOKENS)))

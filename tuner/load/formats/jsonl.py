@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from array import array
 from collections.abc import Callable, Iterator
@@ -114,7 +115,7 @@ def read_hashed(path: Path, tally: Tally, *, block_tokens: int, time_unit_s: flo
 
 
 def read_own(path: Path, tally: Tally) -> Parts:
-    """Our own JSONL: ``arrival_s``, ``input_tokens``, ``output_tokens``; ``block_ids`` with ``block_tokens``; ``text``."""
+    """Our JSONL: ``arrival_s``, ``input_tokens``, ``output_tokens``; ``block_ids`` with ``block_tokens``, ``text``."""
     requests = Lengths(tally)
 
     def row(line: dict[str, Any]) -> None:
@@ -143,9 +144,7 @@ def first_objects(path: Path, count: int = 20) -> Iterator[dict[str, Any]]:
     for block in blocks(path):
         for _, line in block.lines():
             count -= 1
-            try:
+            with contextlib.suppress(BadLine):
                 yield json_object(line)
-            except BadLine:
-                pass
             if count == 0:
                 return

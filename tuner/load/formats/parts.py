@@ -40,9 +40,7 @@ class BlockIds:
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids, counts per request), int64."""
-        return tuple(
-            np.frombuffer(a, dtype=np.int64) if a else np.empty(0, np.int64) for a in (self._ids, self._counts)
-        )  # type: ignore[return-value]
+        return np.array(self._ids, dtype=np.int64), np.array(self._counts, dtype=np.int64)
 
 
 def trace_of(parts: Parts, arrival_s: np.ndarray, name: str, tally: Tally) -> Trace:

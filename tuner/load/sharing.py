@@ -1,0 +1,90 @@
+"""How much of a trace's prompts an unbounded prefix cache would already hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.load.prompts import mix64
+from tuner.load.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """``blocks`` with a prefix id and how many of them were ``seen_blocks`` before (same block after the same prefix
+    in an earlier request); ``shared_tokens`` of ``input_tokens`` prompt tokens lie in those."""
+
+    blocks: int
+    seen_blocks: int
+    input_tokens: int
+    shared_tokens: int
+
+    @property
+    def block_share(self) -> float:
+        return self.seen_blocks / self.blocks if self.blocks else 0.0
+
+    @property
+    def token_share(self) -> float:
+        return self.shared_tokens / self.input_tokens if self.input_tokens else 0.0
+
+
+def sharing(trace: Trace) -> Sharing:
+    """The sharing of a whole trace, every request meeting a cache that holds all earlier ones."""
+    tokens, seen = _shared(trace)
+    return Sharing(len(trace.block_ids), int(seen.sum()), int(trace.input_tokens.sum()), int(tokens.sum()))
+
+
+def shared_tokens(trace: Trace, *, engine_block_tokens: int = 1) -> np.ndarray:
+    """(n,) int64: of each prompt, the leading tokens that an earlier request's prompt also begins with.
+
+    With ``engine_block_tokens`` (vLLM: 16) what an engine that caches whole blocks can find: whole blocks only, and
+    never the whole prompt, since the last token must be computed to get an answer.
+    """
+    tokens, _ = _shared(trace)
+    if engine_block_tokens > 1:
+        most = np.minimum(tokens, np.maximum(trace.input_tokens - 1, 0))
+        tokens = most // engine_block_tokens * engine_block_tokens
+    return tokens
+
+
+def _shared(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """((n,) shared leading tokens per request, (blocks,) bool: seen before)."""
+    n, total, width = len(trace), len(trace.block_ids), trace.block_tokens
+    if total == 0:
+        return np.zeros(n, dtype=np.int64), np.zeros(0, dtype=bool)
+    counts = np.diff(trace.block_offsets)
+    row = np.repeat(np.arange(n), counts)
+    position = np.arange(total) - np.repeat(trace.block_offsets[:-1], counts)
+    filled = np.clip(trace.input_tokens[row] - position * width, 0, width)
+    chain = _chain(trace, counts)
+    # sort the blocks by chain, then by row; within a chain the most tokens an earlier row had is a running maximum
+    order = np.argsort(chain, kind="stable")
+    group = np.concatenate([[0], np.cumsum(np.diff(chain[order].view(np.int64)) != 0)])
+    running = np.maximum.accumulate(group * (width + 1) + filled[order])
+    before = np.concatenate([[0], running[:-1]]) - group * (width + 1)
+    earlier = np.empty(total, dtype=np.int64)
+    earlier[order] = np.maximum(before, 0)
+    # the first block of a chain group has the previous group's maximum before it, which came out below zero
+    starts = np.concatenate([[True], np.diff(group) > 0])
+    seen = np.empty(total, dtype=bool)
+    seen[order] = ~starts
+    tokens = np.where(seen, np.minimum(earlier, filled), 0)
+    return np.bincount(row, weights=tokens, minlength=n).astype(np.int64), seen
+
+
+def _chain(trace: Trace, counts: np.ndarray) -> np.ndarray:
+    """(blocks,) uint64: a hash of each block's id and all ids before it in its request."""
+    ids = trace.block_ids.astype(np.uint64)
+    chain = np.empty(len(ids), dtype=np.uint64)
+    rows = np.flatnonzero(counts)
+    state = np.zeros(len(rows), dtype=np.uint64)
+    depth = 0
+    while len(rows):
+        at = trace.block_offsets[rows] + depth
+        state = mix64((state ^ mix64(ids[at])) + np.uint64(depth + 1))
+        chain[at] = state
+        depth += 1
+        deeper = counts[rows] > depth
+        rows, state = rows[deeper], state[deeper]
+    return chain
