@@ -1,0 +1,226 @@
+"""What the search believes of every candidate: cost and latency at every load, the capacity, whether it works."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tuner.search.candidates import Candidates, correlations
+from tuner.search.foresight import Foresight, Source, columns
+from tuner.search.reading import Reading
+from tuner.search.surrogate import Array, Prior, Rows, Surrogate, fit
+from tuner.search.warmstart import Earlier
+
+QUANTITIES = ("cost", "latency", "capacity")
+# with a model the residual is small; without one the whole effect of a parameter has to be learnt
+WITH_MODEL = Prior(single=0.02, pair=0.006, own=0.002)
+WITHOUT = Prior(single=0.05, pair=0.015, own=0.004)
+WORKS = Prior(constant=0.1, load=1e-6, single=0.06, pair=0.3, own=0.02, noise=0.02, spread=0.7, noise_spread=0.5)
+WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
+CENTRE_ON = 400  # candidates over which prior means are centred
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """Beliefs of some candidates: means and standard deviations in logarithms, (candidates, loads) for cost and
+    latency, (candidates,) for the capacity; ``works`` is the probability that the server serves."""
+
+    cost: Array
+    cost_sd: Array
+    latency: Array
+    latency_sd: Array
+    capacity: Array
+    capacity_sd: Array
+    works: Array
+    gpus: Array
+
+
+@dataclass(slots=True)
+class Beliefs:
+    """Learns from readings; ``variances`` of the last fit are where the next one starts."""
+
+    candidates: Candidates
+    foresight: Foresight
+    earlier: Sequence[Earlier] = ()
+    tables: list[Array] = field(default_factory=list)
+    places: Array = field(default_factory=lambda: np.zeros(0))
+    centres: dict[str, Array] = field(default_factory=dict)
+    fitted: dict[str, Surrogate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tables = correlations(self.candidates.space)
+        logs = np.log(np.array(self.foresight.loads))
+        self.places = (logs - logs[0]) / (logs[-1] - logs[0]) if len(logs) > 1 else np.zeros(1)
+
+    @property
+    def noise_sd(self) -> float:
+        """Noise of one measured latency, in logarithms; believed .04 before anything was measured."""
+        return self.fitted["latency"].noise_sd if "latency" in self.fitted else 0.04
+
+    def learn(self, readings: Sequence[Reading], seed: int) -> None:
+        """Fits every quantity to the launches so far."""
+        known = [r for r in readings if r.seen.outcome is not None]
+        for name in QUANTITIES:
+            rows, sources = self._rows(name, known)
+            last = self.fitted.get(name)
+            start = None if last is None or last.variances.shape != (len(self.tables) + 5,) else last.variances
+            self.fitted[name] = fit(
+                self.tables,
+                rows,
+                WITH_MODEL if self.foresight.predictor or self.earlier else WITHOUT,
+                mean=self._mean(name, rows, sources),
+                prior_weights=[s.weight for s in sources],
+                weight_sd=[s.weight_sd for s in sources],
+                start=start,
+                seed=seed,
+            )
+        rows, sources = self._rows("works", known)
+        weights, sds = [s.weight for s in sources], [s.weight_sd for s in sources]
+        self.fitted["works"] = fit(
+            self.tables, rows, WORKS, mean=WORKS_AT_FIRST, prior_weights=weights, weight_sd=sds, seed=seed
+        )
+
+    def posterior(self, indices: Sequence[int], *, spread: bool = True) -> Posterior:
+        """What is believed of these candidates; without ``spread`` (cheap) only the means are."""
+        codes = self.candidates.codes(indices)
+        found: dict[str, tuple[Array, Array]] = {}
+        for name in (*QUANTITIES, "works"):
+            places = self.places if name in ("cost", "latency") else np.zeros(1)
+            sources = columns(self._sources(name, indices), len(places), len(indices))
+            found[name] = self.fitted[name].predict(codes, places, sources, spread=spread)
+        works, works_sd = found["works"][0][:, 0], found["works"][1][:, 0]
+        odds = works / np.sqrt(works_sd**2 + 0.3**2)
+        return Posterior(
+            *found["cost"],
+            *found["latency"],
+            found["capacity"][0][:, 0],
+            found["capacity"][1][:, 0],
+            _normal_cdf(odds),
+            np.array([self.foresight.of(self.candidates.params[i]).gpus for i in indices], float),
+        )
+
+    def believe(self, indices: Sequence[int]) -> None:
+        """Takes pending launches into account: what is believed of them is treated as if it had been measured, so that
+        nothing like them is launched beside them."""
+        for name in QUANTITIES:
+            surrogate = self.fitted[name]
+            places = self.places if name != "capacity" else np.zeros(1)
+            sources = columns(self._sources(name, indices), len(places), len(indices))
+            codes = self.candidates.codes(indices)
+            mean, _ = surrogate.predict(codes, places, sources)
+            n = len(places)
+            rows = Rows(
+                np.repeat(codes, n, axis=0),
+                np.tile(places, len(indices)),
+                mean.ravel(),
+                sources.reshape(-1, sources.shape[2]),
+                np.zeros(mean.size),
+            )
+            self.fitted[name] = surrogate.with_rows(surrogate.rows.plus(rows))
+
+    def weights(self) -> dict[str, dict[str, float]]:
+        """The weight of every source (the model, earlier studies) for every quantity, after what was measured."""
+        found = {}
+        for name in QUANTITIES:
+            if name in self.fitted:
+                names = [s.name for s in self._sources(name, [])]
+                found[name] = dict(zip(names, self.fitted[name].weights.tolist(), strict=True))
+        return found
+
+    def _mean(self, name: str, rows: Rows, sources: Sequence[Source]) -> float | None:
+        """With a model, its own level; without, the level of what was measured."""
+        if not self.foresight.predictor:
+            if len(rows.y):
+                return None
+            return {"cost": 0.0, "latency": -3.0, "capacity": math.log(self.foresight.loads[-1])}[name]
+        return float(self._centre(name)[0]) if name != "cost" else float(self._centre("model cost")[0])
+
+    def _rows(self, name: str, known: Sequence[Reading]) -> tuple[Rows, list[Source]]:
+        """The launches' values of one quantity, with the sources at the same places."""
+        places, y, extra, which = [], [], [], []
+        for r in known:
+            index = self.index(r.seen.params)
+            if index is None:
+                continue
+            if name == "capacity" and r.capacity is not None:
+                which.append((index, 0)), places.append(0.0), y.append(r.capacity), extra.append(r.capacity_sd**2)
+            elif name == "works" and r.works is not None:
+                which.append((index, 0)), places.append(0.0), y.append(r.works), extra.append(0.0)
+            elif name in ("cost", "latency"):
+                for place, cost, latency in r.steps:
+                    which.append((index, place)), places.append(self.places[place])
+                    y.append(cost if name == "cost" else latency)
+                    extra.append(0.0 if place in r.good else 0.01)
+        indices = sorted({i for i, _ in which})
+        sources = self._sources(name, indices)
+        at = {index: row for row, index in enumerate(indices)}
+        values = np.array([[s.values[at[i], p] for s in sources] for i, p in which]).reshape(len(which), len(sources))
+        codes = self.candidates.codes([i for i, _ in which])
+        return Rows(codes, np.array(places), np.array(y), values, np.array(extra)), sources
+
+    def index(self, params: object) -> int | None:
+        """The candidate's number of a launched configuration; it becomes a candidate if it was none."""
+        key = self.candidates.key(params)  # type: ignore[arg-type]
+        if key not in self.candidates.index:
+            self.candidates.add([params])  # type: ignore[list-item]
+        return self.candidates.index.get(key)
+
+    def _sources(self, name: str, indices: Sequence[int]) -> list[Source]:
+        """The prior means of one quantity at these candidates, centred so that a weight changes the shape alone."""
+        found: list[Source] = []
+        rows = [self.foresight.of(self.candidates.params[i]) for i in indices]
+        modelled = self.foresight.predictor is not None
+        if name == "cost":
+            found.append(Source("price x GPUs / load", self._structure(indices), 1.0, 0.2))
+            if modelled:
+                found.append(Source("model", self._modelled("model cost", indices), 1.0, 0.4))
+        elif modelled:
+            kind = {"latency": "latency", "capacity": "capacity", "works": "kv"}[name]
+            weight, sd = (0.0, 0.3) if name == "works" else (1.0, 0.4)
+            found.append(Source("model", self._modelled(kind, indices), weight, sd))
+        elif name != "works":
+            gpus = np.log([[e.gpus] for e in rows]).reshape(-1, 1)
+            width = len(self.places) if name == "latency" else 1
+            weight = -0.4 if name == "latency" else 0.7
+            found.append(Source("number of GPUs", np.repeat(gpus, width, axis=1), weight, 0.3))
+        for study in self.earlier if name in QUANTITIES else ():
+            values = study.values(name, self.candidates.codes(indices), self.places)
+            found.append(Source(study.name, values, 0.0 if modelled else 0.7 / len(self.earlier), 0.4))
+        return found
+
+    def _structure(self, indices: Sequence[int]) -> Array:
+        gpus = np.log([self.foresight.of(self.candidates.params[i]).gpus for i in indices] or [1.0])[: len(indices)]
+        return gpus[:, None] - np.log(np.array(self.foresight.loads))[None, :]
+
+    def _modelled(self, kind: str, indices: Sequence[int]) -> Array:
+        """The model's values (candidates, loads), the centre taken off; refused ones lie at the centre."""
+        raw, centre = self._raw(kind, indices), self._centre(kind)
+        return np.where(np.isfinite(raw), raw - centre, 0.0)
+
+    def _raw(self, kind: str, indices: Sequence[int]) -> Array:
+        rows = [self.foresight.of(self.candidates.params[i]) for i in indices]
+        width = len(self.places) if kind in ("model cost", "latency") else 1
+        empty = (math.nan,) * width
+        if kind == "latency":
+            return np.array([e.latency or empty for e in rows]).reshape(-1, width)
+        if kind == "model cost":
+            return np.array([e.cost or empty for e in rows]).reshape(-1, width) - self._structure(indices)
+        if kind == "capacity":
+            return np.array([[math.nan if e.refused else e.capacity] for e in rows]).reshape(-1, 1)
+        return np.array([[math.log(max(e.kv_tokens, 1.0)) if not e.refused else math.nan] for e in rows]).reshape(-1, 1)
+
+    def _centre(self, kind: str) -> Array:
+        if kind not in self.centres:
+            sample = range(min(CENTRE_ON, len(self.candidates.params)))
+            raw = self._raw(kind, sample)
+            self.centres[kind] = np.array([np.nanmean(raw) if np.isfinite(raw).any() else 0.0])
+        return self.centres[kind]
+
+
+def _normal_cdf(x: Array) -> Array:
+    from scipy.special import ndtr
+
+    return ndtr(x)

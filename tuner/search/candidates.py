@@ -1,0 +1,147 @@
+"""The configurations that may be proposed, as integer codes; what makes two of them the same, and their neighbours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tuner.space.config import Value
+from tuner.space.space import Parameter, SearchSpace
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+WHOLE_GRID = 20_000  # combinations up to which every one is a candidate
+SAMPLE = 3_000  # seeded combinations beyond that
+Key = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Candidates:
+    """All candidates of one study, growing by neighbours where the grid is too large to be held whole.
+
+    A candidate's code has one integer per parameter: the index in its grid, -1 where the parameter does not apply.
+    ``numbers[i]`` are the parameters that have the snapped configuration ``params[i]``; its key is its code.
+    """
+
+    space: SearchSpace
+    params: list[dict[str, Value]] = field(default_factory=list)
+    keys: list[Key] = field(default_factory=list)
+    index: dict[Key, int] = field(default_factory=dict)
+    whole: bool = False
+
+    @classmethod
+    def of(cls, space: SearchSpace, seed: int) -> Candidates:
+        """The whole grid where it is small enough, else a seeded sample; what rules deny is left out."""
+        found = cls(space)
+        if space.size() <= WHOLE_GRID:
+            found.whole = True
+            found.add(space.grid())
+            return found
+        from numpy.random import default_rng
+
+        rng = default_rng([seed, 1])
+        for _ in range(8 * SAMPLE):
+            found.add([{p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters}])
+            if len(found.params) >= SAMPLE:
+                break
+        return found
+
+    def key(self, params: Mapping[str, Value]) -> Key:
+        """What makes a configuration itself: two that give the same server have the same key."""
+        active = self.space.active(params)
+        return tuple(_code(p, active[p.name]) if p.name in active else -1 for p in self.space.parameters)
+
+    def add(self, many: Iterable[Mapping[str, Value]]) -> list[int]:
+        """Adds configurations that no rule denies and that are not there yet; returns the new indices."""
+        new = []
+        for params in many:
+            snapped = self.space.snap(params)
+            key = self.key(snapped)
+            if key in self.index or self.space.denied(snapped):
+                continue
+            self.index[key] = len(self.params)
+            new.append(len(self.params))
+            self.params.append(snapped)
+            self.keys.append(key)
+        return new
+
+    def neighbours(self, params: Mapping[str, Value]) -> list[dict[str, Value]]:
+        """Every configuration that differs in one parameter: by one step on a numeric grid, by any other category."""
+        active, found = self.space.active(params), []
+        for p in self.space.parameters:
+            if p.name not in active:
+                continue
+            here = _code(p, active[p.name])
+            others = [here - 1, here + 1] if p.numeric else range(len(p.values))
+            found += [
+                {**params, p.name: p.values[there]} for there in others if there != here and 0 <= there < len(p.values)
+            ]
+        return found
+
+    def codes(self, indices: Sequence[int] | None = None) -> NDArray[np.int64]:
+        """The codes as an array (candidates, parameters)."""
+        import numpy
+
+        rows = self.keys if indices is None else [self.keys[i] for i in indices]
+        return numpy.array(rows, dtype=numpy.int64).reshape(len(rows), len(self.space.parameters))
+
+
+def correlations(space: SearchSpace) -> list[NDArray[np.float64]]:
+    """Per parameter a square table: how alike two of its codes behave, 0 to 1. The last row stands for "does not
+    apply" (code -1). Numbers are alike where they are near on their grid, categories only where they are equal."""
+    import numpy
+
+    tables = []
+    for p in space.parameters:
+        size = len(p.values)
+        table = numpy.eye(size + 1)
+        if p.numeric and size > 1:
+            place = numpy.array([p.position(v) for v in p.values])
+            apart = numpy.abs(place[:, None] - place[None, :])
+            near = math.sqrt(5) * apart / 0.5
+            table[:size, :size] = 0.5 * (1 + near + near**2 / 3) * numpy.exp(-near) + 0.5 * numpy.exp(-0.5 * apart**2)
+        tables.append(table)
+    return tables
+
+
+def distribution_values(space: SearchSpace, params: Mapping[str, Value]) -> dict[str, Any]:
+    """``params`` as Optuna's flat space takes them: a default that is no value of its grid (a parameter that does not
+    apply) is replaced by the nearest value; snapping undoes it."""
+    found = {}
+    for p in space.parameters:
+        value = params[p.name]
+        try:
+            found[p.name] = p.snap(value)
+        except ValueError:
+            found[p.name] = p.values[0]
+    return found
+
+
+def spread(codes: NDArray[np.int64], tables: Sequence[NDArray[np.float64]], taken: Sequence[int], rng: Any) -> int:
+    """The candidate that is least like those ``taken`` (indices), ties broken by ``rng``."""
+    import numpy
+
+    alike = numpy.zeros(len(codes))
+    for other in taken:
+        alike = numpy.maximum(
+            alike, sum(t[codes[:, j], codes[other, j]] for j, t in enumerate(tables)) / max(len(tables), 1)
+        )
+    alike[list(taken)] = math.inf
+    return int(numpy.argmin(alike + 1e-6 * rng.random(len(codes))))
+
+
+def pairs(count: int) -> Iterable[tuple[int, int]]:
+    """Every unordered pair of parameters."""
+    return itertools.combinations(range(count), 2)
+
+
+def _code(parameter: Parameter, value: Value) -> int:
+    for i, known in enumerate(parameter.values):
+        if known == value and isinstance(known, bool) == isinstance(value, bool):
+            return i
+    return -1

@@ -1,0 +1,205 @@
+"""The search: an Optuna sampler that knows what a launch costs, what a ladder tells and what a crash means.
+
+In order: the engine's default (the baseline of every comparison); configurations spread over the analytic model's
+predicted front, or an expert's first choices where there is no model; then, by a surrogate on what the launches said,
+the candidate with the highest expected growth of the front per GPU-second. Everything is read from the study's trials
+each time, so that a resumed study goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.samplers import BaseSampler, RandomSampler
+
+from tuner.search.acquisition import LaunchCost, draws, worth
+from tuner.search.beliefs import Beliefs
+from tuner.search.candidates import Candidates, distribution_values, spread
+from tuner.search.expert import first_choices
+from tuner.search.foresight import Foresight
+from tuner.search.ledger import Proposal, Seen, answered, read
+from tuner.search.modelerror import ModelError, model_error
+from tuner.search.prediction import Predictor
+from tuner.search.reading import Reading
+from tuner.search.reading import read as read_outcome
+from tuner.search.scan import Scan, launch_cost
+from tuner.search.warmstart import Earlier
+from tuner.space.space import SearchSpace
+from tuner.spec.objective import Objective
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """``spread_first`` configurations are taken from the predicted front (or from the expert's list) before gain is
+    counted per GPU-second; ``shortlist`` candidates get the full expectation; ``gain_per_second`` is the power of the
+    GPU-seconds that a gain is divided by (1: gain per GPU-second; 0: gain per launch); ``remeasure`` allows a promising
+    point to be measured again."""
+
+    spread_first: int = 4
+    shortlist: int = 300
+    gain_per_second: float = 1.0
+    remeasure: bool = True
+
+
+class TunerSampler(BaseSampler):
+    """Proposes serving configurations for ``space`` under ``objective``, measured at ``loads`` (the ladder, low to
+    high). ``predictor`` is the analytic model, None where there is none for this hardware; ``model`` the model's name
+    or folder (it goes into serving configs); ``cost`` a first estimate of a launch's seconds, replaced by what launches
+    really took; ``earlier`` studies to start warm from.
+
+    ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        objective: Objective,
+        loads: Sequence[float],
+        predictor: Predictor | None = None,
+        model: str = "",
+        seed: int = 0,
+        cost: LaunchCost | None = None,
+        earlier: Sequence[Earlier] = (),
+        options: Options | None = None,
+    ) -> None:
+        if not loads or min(loads) <= 0:
+            raise ValueError("a ladder needs at least one load, all above zero")
+        self.space, self.objective, self.loads = space, objective, tuple(sorted(loads))
+        self.seed, self.cost, self.options = seed, cost or LaunchCost(), options or Options()
+        self.predictor = predictor
+        self.candidates = Candidates.of(space, seed)
+        self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
+        self.beliefs = Beliefs(self.candidates, self.foresight, earlier)
+        self.expected_gain: float | None = None
+        self._proposals: dict[int, Proposal] = {}
+        self._independent = RandomSampler(seed=seed)
+        if predictor is not None and not self.candidates.whole:
+            self._grow_towards_front()
+
+    def proposal(self, number: int) -> Proposal | None:
+        """Why the trial of this number was proposed (None: not by this sampler, in this process)."""
+        return self._proposals.get(number)
+
+    def model_error(self, study: Study) -> ModelError:
+        """How wrong the analytic model was on what was measured so far, and the weight it is left with."""
+        readings = [read_outcome(s, self.objective, self.loads) for s in read(study, self.space)]
+        if not self.beliefs.fitted and any(r.capacity is not None for r in readings):
+            self.beliefs.learn(readings, self.seed)
+        return model_error(readings, self.foresight, self.beliefs.weights())
+
+    # what Optuna calls
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self.space.distributions()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        seen = [s for s in read(study, self.space) if s.number != trial.number]
+        index, proposal = self._propose(seen, trial.number)
+        self._proposals[trial.number] = proposal
+        return distribution_values(self.space, self.candidates.params[index])
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        self._independent.reseed_rng()
+
+    # the search
+
+    def _propose(self, seen: Sequence[Seen], number: int) -> tuple[int, Proposal]:
+        rng = np.random.default_rng([self.seed, number])
+        default = self.beliefs.index(self.space.snap(self.space.default()))
+        taken = self._taken(seen)
+        if default is not None and default not in taken:
+            return default, Proposal("the engine's default: the baseline of every comparison")
+        readings = [read_outcome(s, self.objective, self.loads) for s in seen if not s.free]
+        launched = [r for r in readings if r.seen.outcome is not None and r.seen.remeasure_of is None]
+        pending = [i for s in seen if s.outcome is None if (i := self.beliefs.index(s.params)) is not None]
+        early = len(launched) + len(pending) <= self.options.spread_first
+        if early and self.predictor is None and not self.beliefs.earlier:
+            index, reason = self._without_model(taken, rng)
+            if index is not None:
+                return index, Proposal(reason)
+        self.beliefs.learn(readings, self.seed)
+        if pending:
+            self.beliefs.believe(pending)
+        if not self.candidates.whole:
+            self._grow_near(readings)
+        free = [i for i in range(len(self.candidates.params)) if i not in taken and self._may_fit(i)]
+        scan = Scan(self.beliefs, self.loads, readings, pending)
+        if not free:
+            return scan.again(rng), Proposal("every configuration of the space was launched: measured again", 0.0)
+        front = scan.front(free)
+        shortlist = scan.shortlist(free, front, self.options.shortlist, rng)
+        cost = launch_cost(self.cost, readings)
+        values = worth(self.beliefs.posterior(shortlist), front, self.loads, cost, draws(number))
+        power = 0.0 if early else self.options.gain_per_second
+        score = values.gain / values.gpu_seconds**power
+        best = int(np.argmax(score + 1e-15 * rng.random(len(score))))
+        self.expected_gain = float(values.gain.max() / max(front.volume(), 1e-9))
+        share = float(values.gain[best] / max(front.volume(), 1e-9))
+        reason = (
+            f"expected to grow the front's hypervolume by {share:.1%}"
+            f" for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
+        )
+        if early:
+            source = "the model's predicted front" if self.predictor else "what earlier studies predict"
+            reason = f"spread over {source}; {reason}"
+        return shortlist[best], Proposal(reason, share)
+
+    def _taken(self, seen: Sequence[Seen]) -> set[int]:
+        """Candidates that were launched and answered, or are running; one whose measurement was at fault twice."""
+        taken, faults = set(), []
+        for s in seen:
+            index = self.beliefs.index(s.params)
+            if index is None:
+                continue
+            if s.outcome is None or answered(s.outcome) or index in faults:
+                taken.add(index)
+            faults.append(index)
+        return taken
+
+    def _may_fit(self, index: int) -> bool:
+        return not self.foresight.of(self.candidates.params[index]).refused
+
+    def _without_model(self, taken: set[int], rng: Any) -> tuple[int | None, str]:
+        """An expert's first choices where the parameters are known by name, else what is least like the launched."""
+        for params, why in first_choices(self.space):
+            found = self.candidates.add([params]) or [self.candidates.index.get(self.candidates.key(params))]
+            if found[0] is not None and found[0] not in taken:
+                return found[0], f"an expert's first choice: {why}"
+        if len(taken) >= len(self.candidates.params):
+            return None, ""
+        index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), rng)
+        return index, "least like anything launched so far"
+
+    def _grow_towards_front(self) -> None:
+        """Neighbours of the model's front join a sampled pool, until it stays what it is (six rounds at most)."""
+        self.beliefs.learn([], self.seed)
+        for _ in range(6):
+            indices = [i for i in range(len(self.candidates.params)) if self._may_fit(i)]
+            leaders = Scan(self.beliefs, self.loads, [], []).leaders(indices, 12)
+            if not any([self.candidates.add(self.candidates.neighbours(self.candidates.params[i])) for i in leaders]):
+                break
+
+    def _grow_near(self, readings: Sequence[Reading]) -> None:
+        """Neighbours of the incumbents (and of what is believed best) join the pool."""
+        good = [i for r in readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
+        everything = [i for i in range(len(self.candidates.params)) if self._may_fit(i)]
+        believed = Scan(self.beliefs, self.loads, readings, []).leaders(everything, 6)
+        for index in sorted({*good[-10:], *believed}):
+            self.candidates.add(self.candidates.neighbours(self.candidates.params[index]))

@@ -1,0 +1,133 @@
+"""A look over all candidates with cheap means: the believed front, the reference point, who deserves a closer look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tuner.search.acquisition import Front, LaunchCost, improvement
+from tuner.search.beliefs import Beliefs, Posterior
+from tuner.search.reading import Reading
+from tuner.search.surrogate import Array
+
+MARGIN = 0.1  # log units by which the reference lies beyond the worst point of the front
+HOPE = 1.5  # standard deviations of optimism in the cheap look
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The beliefs after ``readings``, with ``pending`` candidates running."""
+
+    beliefs: Beliefs
+    loads: Sequence[float]
+    readings: Sequence[Reading]
+    pending: Sequence[int]
+
+    def front(self, free: Sequence[int]) -> Front:
+        """What a launch has to beat: the points measured within SLO, at the values that the surrogate believes (a lucky
+        measurement is drawn back), and what pending launches are believed to reach."""
+        points = [self._measured()]
+        if self.pending:
+            points.append(_flat(self._points(self.pending)))
+        held = np.concatenate(points)
+        ahead = _flat(self._points(free)) if len(free) else held
+        return Front(held, self._reference(np.concatenate([held, ahead])))
+
+    def leaders(self, indices: Sequence[int], count: int) -> list[int]:
+        """Candidates that together make the believed front, greedily by what each adds."""
+        if not indices:
+            return []
+        points = self._points(indices)
+        front = Front(np.zeros((0, 2)), self._reference(_flat(points)))
+        chosen: list[int] = []
+        for _ in range(count):
+            gains = improvement(points[:, None, :, 0], points[:, None, :, 1], front)[:, 0]
+            best = int(np.argmax(gains))
+            if gains[best] <= 0:
+                break
+            chosen.append(indices[best])
+            front = front.with_points(_flat(points[best : best + 1]))
+        return chosen
+
+    def shortlist(self, free: Sequence[int], front: Front, count: int, rng: Any) -> list[int]:
+        """The candidates with the highest gain at their mean and at an optimistic value, and a few at random."""
+        if len(free) <= count:
+            return list(free)
+        mean = self.beliefs.posterior(free, spread=False)
+        sd = [float(np.sqrt(max(self.beliefs.fitted[n].variances[2:-1].sum(), 1e-6))) for n in ("latency", "capacity")]
+        found: list[int] = []
+        for hope in (0.0, HOPE):
+            points = _points(mean, self.loads, hope * sd[0], hope * sd[1])
+            gain = improvement(points[:, None, :, 0], points[:, None, :, 1], front)[:, 0] * mean.works / mean.gpus**0.5
+            found += np.argsort(-gain, kind="stable")[: int(count * 0.45)].tolist()
+        found += rng.choice(len(free), size=count // 10, replace=False).tolist()
+        return [free[i] for i in dict.fromkeys(found)]
+
+    def again(self, rng: Any) -> int:
+        """A candidate to measure again when nothing else is left: one of the front, else any."""
+        good = [i for r in self.readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
+        return int(rng.choice(good)) if good else 0
+
+    def _measured(self) -> Array:
+        """Measured points within SLO, believed values, one per configuration and load."""
+        places: dict[int, set[int]] = {}
+        for r in self.readings:
+            index = self.beliefs.index(r.seen.params) if r.good else None
+            if index is not None:
+                places[index] = places.get(index, set(r.good)) & set(r.good)
+        if not places:
+            return np.zeros((0, 2))
+        believed = self.beliefs.posterior(list(places), spread=False)
+        rows = [(row, place) for row, index in enumerate(places) for place in sorted(places[index])]
+        return np.array([(believed.cost[r, p], believed.latency[r, p]) for r, p in rows]).reshape(-1, 2)
+
+    def _points(self, indices: Sequence[int]) -> Array:
+        return _points(self.beliefs.posterior(indices, spread=False), self.loads, 0.0, 0.0)
+
+    def _reference(self, points: Array) -> Array:
+        """Beyond the worst point of the front in both axes; the latency's own SLO is the limit where there is one."""
+        objective = self.beliefs.foresight.objective
+        best = nondominated(points)
+        reference = best.max(0) + MARGIN if len(best) else np.array([10.0, 10.0])
+        limits = [np.log(s.limit) for s in objective.slos if s.metric == objective.latency]
+        if limits:
+            reference[1] = min(limits)
+        return reference
+
+
+def nondominated(points: Array) -> Array:
+    """The points that no other point beats in both columns, by rising cost."""
+    if not len(points):
+        return points
+    ordered = points[np.lexsort((points[:, 1], points[:, 0]))]
+    before = np.concatenate([[np.inf], np.minimum.accumulate(ordered[:, 1])[:-1]])
+    return ordered[ordered[:, 1] < before]
+
+
+def launch_cost(guess: LaunchCost, readings: Sequence[Reading]) -> LaunchCost:
+    """Seconds of a launch as they really were: medians over the launches, the first estimate counted as one of them."""
+    starts, steps = [guess.start_s], [guess.step_s]
+    for r in readings:
+        outcome = r.seen.outcome
+        if outcome is None or not outcome.steps or r.seen.seconds <= 0:
+            continue
+        start = outcome.boot.total_s
+        starts.append(start or guess.start_s)
+        steps.append(max(r.seen.seconds - start, 1.0) / len(outcome.steps))
+    if len(steps) > 1:  # what was measured outweighs what was guessed
+        starts, steps = starts[1:], steps[1:]
+    return LaunchCost(float(np.median(starts)), float(np.median(steps)))
+
+
+def _points(believed: Posterior, loads: Sequence[float], latency_off: float, capacity_up: float) -> Array:
+    """Believed points (candidates, loads, 2); the latency is infinite beyond the capacity."""
+    within = np.log(np.array(loads))[None, :] <= believed.capacity[:, None] + capacity_up
+    return np.stack([believed.cost, np.where(within, believed.latency - latency_off, np.inf)], axis=2)
+
+
+def _flat(points: Array) -> Array:
+    flat = points.reshape(-1, 2)
+    return flat[np.isfinite(flat[:, 1])]
