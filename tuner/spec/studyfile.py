@@ -297,9 +297,12 @@ def gpu_facts(file: HardwareFile, document: Document, engine: EngineSpec) -> dic
     """Platform and GPU: from the study where it names them (an emulated GPU always is), else from this machine."""
     from tuner.search import hardware
 
-    wanted = file.gpu
+    wanted, at = file.gpu, ("hardware", "gpu")
     if engine.kind == "emulator":
-        wanted = str(engine.options.get("gpu") or ("H100-SXM" if file.gpu == "auto" else file.gpu))
+        if "gpu" in engine.options:
+            wanted, at = str(engine.options["gpu"]), ("engine", "options", "gpu")
+        elif wanted == "auto":
+            wanted = "H100-SXM"
     if wanted == "auto":
         row, found = hardware.detect()
         if row is None:
@@ -307,7 +310,7 @@ def gpu_facts(file: HardwareFile, document: Document, engine: EngineSpec) -> dic
     else:
         row = hardware.detect()[0] if wanted == "cpu" else hardware.lookup(wanted)
         if row is None:
-            raise document.error(f"unknown GPU {wanted!r}", ("hardware", "gpu"), suggest(wanted, hardware.table()))
+            raise document.error(f"unknown GPU {wanted!r}", at, suggest(wanted, hardware.table()))
     if row.kind == "cpu":
         return {"platform": "cpu", "gpus": 0, "gpu_name": row.name}
     here = facts_.of_gpus()

@@ -1,0 +1,152 @@
+"""What a study file may say, and the one clear line for everything it may not."""
+
+import pytest
+from ruamel.yaml import YAML
+
+from tuner.errors import UsageError
+from tuner.spec import shipped, studyfile
+
+GOOD = """\
+model: ./model
+engine: {kind: emulator, options: {gpu: H100-SXM}}
+search_space: vllm/quick
+objective: chat
+slo: {ttft_p99: 300ms}
+trace: {file: trace.csv, window: 10s}
+load: {ladder: [1, 2, 4]}
+budget: {launches: 5}
+"""
+
+
+def write(folder, text, name="study.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_study_file_is_resolved_to_the_last_name(workplace):
+    study = studyfile.load(write(workplace, GOOD, "mine.yaml"))
+    assert study.name == "mine"
+    assert study.folder == "reports/mine"
+    assert study.load.ladder == (1, 2, 4)
+    assert study.budget.launches == 5
+    assert study.hardware.name == "H100-SXM"
+    limits = {s.metric: s.limit for s in study.objective.slos}
+    assert limits == {
+        "ttft_p99": 0.3,
+        "tpot_p99": 0.05,
+        "error_rate": 0.01,
+    }  # the study's own wins over the objective's
+    assert study.space["max_num_batched_tokens"].default == 8192  # what vLLM takes on 80 GiB
+    assert study.space.facts["num_heads"] == 8
+    assert study.space.facts["max_input_tokens"] == 159
+
+
+def test_the_frozen_study_reads_back_as_the_same_study_without_model_trace_or_gpu(workplace, tmp_path):
+    study = studyfile.load(write(workplace, GOOD))
+    folder = tmp_path / "reports" / "elsewhere"
+    folder.mkdir(parents=True)
+    with (folder / "study.yaml").open("w") as file:
+        YAML().dump(dict(study.frozen), file)
+    for gone in ("trace.csv", "model/config.json"):
+        (workplace / gone).unlink()
+    again = studyfile.load(folder)
+    assert studyfile.differences(study, again) == []
+    assert again.folder == str(folder)
+
+
+def test_changing_the_budget_leaves_a_study_comparable_and_changing_the_ladder_does_not(workplace):
+    study = studyfile.load(write(workplace, GOOD))
+    longer = studyfile.load(write(workplace, GOOD.replace("launches: 5", "launches: 50")))
+    other = studyfile.load(write(workplace, GOOD.replace("[1, 2, 4]", "[1, 2, 3]")))
+    assert studyfile.differences(study, longer) == []
+    assert studyfile.differences(study, other) == ["load"]
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "says"),
+    [
+        (("budget:", "bugdet:"), 8, "did you mean 'budget'"),  # misspelt key
+        (("kind: emulator", "kind: vlllm"), 2, "engine.kind"),  # no such engine
+        (("search_space: vllm/quick", "search_space: vllm/quik"), 3, "did you mean 'vllm/quick'"),
+        (("objective: chat", "objective: chatt"), 4, "did you mean 'chat'"),
+        (("ttft_p99: 300ms", "ttft_p99: 300"), 5, "500ms or 2s"),  # no unit
+        (("ttft_p99", "ttfp_p99"), 5, "unknown metric"),
+        (("file: trace.csv", "file: trac.csv"), 6, "did you mean 'trace.csv'"),  # missing trace
+        (("window: 10s", "window: soon"), 6, "bad duration"),
+        (("[1, 2, 4]", "[4, 2, 1]"), 7, "rising list"),  # a ladder goes up
+        (("[1, 2, 4]", "[-1, 2]"), 7, "rising list"),
+        (("launches: 5", "launches: -5"), 8, "above zero"),
+        (("model: ./model", "model: ./modle"), 1, "does not exist"),  # missing model
+        (("gpu: H100-SXM", "gpu: H1000"), 2, "unknown GPU"),
+        (("budget: {launches: 5}", "budget: a while"), 8, "4h"),
+        (("budget: {launches: 5}", "budget: {launches: 5"), 9, "not valid YAML"),  # broken YAML
+        (("budget: {launches: 5}", "parameters: {max_num_seq: 64}"), 8, "did you mean 'max_num_seqs'"),
+        (("budget: {launches: 5}", "parameters: {quantization: fp7}"), 8, "has no value 'fp7'"),
+    ],
+)
+def test_a_broken_study_is_one_line_with_file_line_and_what_to_do(workplace, change, line, says):
+    path = write(workplace, GOOD.replace(*change))
+    with pytest.raises(UsageError) as error:
+        studyfile.load(path)
+    assert says.lower() in str(error.value).lower()
+    assert str(error.value).startswith(f"{path}:{line}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_flag_that_is_both_fixed_and_tuned_is_refused(workplace):
+    text = GOOD.replace("options:", "args: {max-num-seqs: 64}, options:")
+    with pytest.raises(UsageError, match="fixed in engine.args and tuned as max_num_seqs"):
+        studyfile.load(write(workplace, text))
+
+
+def test_a_pinned_parameter_goes_to_every_server_the_baseline_included(workplace):
+    study = studyfile.load(write(workplace, GOOD + "parameters: {max_num_seqs: 64}\n"))
+    assert "max_num_seqs" not in [p.name for p in study.space.parameters]
+    assert study.space.config(study.space.default(), study.model).flags["max-num-seqs"] == 64
+
+
+def test_a_narrowed_parameter_keeps_the_engine_default(workplace):
+    study = studyfile.load(write(workplace, GOOD + "parameters: {max_num_seqs: [64, 96]}\n"))
+    assert study.space["max_num_seqs"].values == (64, 96, 1024)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4h", (None, 4.0, None)),
+        ("90min", (None, 1.5, None)),
+        ("20 launches", (20, None, None)),
+        ("15usd", (None, None, 15.0)),
+    ],
+)
+def test_a_budget_may_be_said_in_one_word(text, expected):
+    budget = studyfile.parse_budget(text)
+    assert (budget.launches, budget.hours, budget.usd) == expected
+
+
+@pytest.mark.parametrize("name", shipped.names("search_spaces"))
+def test_every_shipped_space_builds_and_its_default_passes_its_own_rules(workplace, name):
+    if not name.startswith("vllm"):
+        pytest.skip("needs that engine's study")
+    gpu = "cpu" if "cpu" in name else "H100-SXM"
+    text = (
+        GOOD.replace("vllm/quick", name)
+        .replace("H100-SXM}", f"{gpu}}}")
+        .replace("engine:", f"hardware: {{gpu: {gpu}, gpus: {1 if gpu == 'cpu' else 4}}}\nengine:")
+    )
+    study = studyfile.load(write(workplace, text))
+    space = study.space
+    assert space.denied(space.default()) == ""
+    assert space.config(space.default(), "m").flags == space.fixed  # the baseline is the engine as it comes
+    assert all(p.trades for p in space.parameters)
+    assert space.checked_with
+
+
+@pytest.mark.parametrize("name", shipped.names("objectives"))
+def test_every_shipped_objective_resolves(workplace, name):
+    study = studyfile.load(
+        write(workplace, GOOD.replace("objective: chat", f"objective: {name}").replace("slo:", "# slo:"))
+    )
+    assert study.objective.slos
+    assert study.objective.price_usd_per_gpu_hour > 0
