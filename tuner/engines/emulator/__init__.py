@@ -1,0 +1,1 @@
+"""An emulated vLLM: a real process with vLLM's API, flags, log and failures, timed by a simulation of a named GPU."""
