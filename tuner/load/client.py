@@ -1,0 +1,353 @@
+"""The replay client's event loop: sends requests at their deadlines and keeps every byte that comes, with its time.
+
+It parses nothing but a response's end; what it read goes out in batches (see :mod:`tuner.load.worker`) and is
+understood elsewhere. One thread, no locks, no allocation that outlives a batch.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable
+
+from tuner.load.connection import Connection
+from tuner.load.pacer import Alarm, Pacer
+from tuner.load.wire import Target
+
+TICK_NS = 10_000_000
+_FLUSH_TICKS = 5
+_IDLE_LIMIT_NS = 2_000_000_000  # servers close idle connections, uvicorn after 5 s: use none that old
+_SPARE_MAX = 256
+_OPEN_PER_TICK = 16
+
+SENT, READ, ENDED, TICK = 0, 1, 2, 3
+Event = tuple  # (SENT, number, intended_ns, sent_ns) | (READ, number, kernel_ns, read_ns, late_ns, bytes)
+#              | (ENDED, number, end_ns, error, retried) | (TICK, now_ns, late_ns, cpu_ns, process)
+
+
+class Client:
+    """Runs one shard's requests against one server.
+
+    ``take(number)`` gives a request's bytes, or None while they are not there yet. ``emit(events)`` is given what
+    happened, every 50 ms. Times are monotonic nanoseconds; ``kernel_ns`` is 0 where the kernel gave no stamp.
+    ``late_ns`` says how long this loop may have left the bytes lying: the delay of the wake-up that found them.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        addresses: list[tuple[int, tuple]],
+        tls: ssl.SSLContext | None,
+        take: Callable[[int], bytes | None],
+        emit: Callable[[list[Event]], None],
+        timeout_ns: int,
+    ) -> None:
+        self._target, self._addresses, self._tls = target, addresses, tls
+        self._take, self._emit, self._timeout_ns = take, emit, timeout_ns
+        self._poll = Poll()
+        self._connections: dict[int, Connection] = {}
+        self._idle: list[Connection] = []
+        self._opening = 0
+        self._spare = 0
+        self._busy: dict[int, Connection] = {}
+        self._requests: dict[int, bytes] = {}  # for the one retry on a connection that the server had closed
+        self._retried: set[int] = set()
+        self._deadlines: deque[tuple[int, int]] = deque()
+        self._late_bodies: deque[tuple[int, int]] = deque()
+        self._events: list[Event] = []
+        self._offset_ns = 0
+        self._left = 0
+        self._pid = os.getpid()
+
+    def watch(self, fd: int, call: Callable[[], None]) -> None:
+        """Calls ``call`` whenever ``fd`` is readable."""
+        self._poll.add(fd, call)
+
+    def unwatch(self, fd: int) -> None:
+        self._poll.remove(fd)
+
+    def open_ahead(self, count: int) -> None:
+        """Keeps up to ``count`` connections open in advance, so that no request waits for a handshake."""
+        self._spare = min(count, _SPARE_MAX)
+
+    def wait_open(self, until_ns: int) -> None:
+        """Runs the loop until the spare connections are up, at most until ``until_ns``."""
+        while (now := time.monotonic_ns()) < until_ns and len(self._idle) < self._spare:
+            self._refill(now, self._spare)
+            if not self._opening:
+                return  # refused: the requests will say so
+            self._step(min(until_ns, now + TICK_NS))
+
+    def run(self, pacer: Pacer, expected: int, stopped: Callable[[], str]) -> None:
+        """Until ``expected`` requests have ended, or ``stopped()`` gives a reason; the rest then ends with it."""
+        self._pacer = pacer
+        self._left = expected
+        tick_ns = time.monotonic_ns() + TICK_NS
+        ticks = 0
+        while self._left > 0:
+            due_ns = pacer.next_ns()
+            if self._late_bodies:
+                due_ns = tick_ns
+            deadline_ns = tick_ns if due_ns is None or due_ns > tick_ns else due_ns
+            now = self._step(deadline_ns)
+            if self._late_bodies or (due_ns is not None and due_ns <= now):
+                self._send_due(now)
+            if now >= tick_ns:
+                late_ns = now - tick_ns
+                self._events.append((TICK, now, late_ns, time.process_time_ns(), self._pid))
+                self._expire(now)
+                self._refill(now, _OPEN_PER_TICK)
+                ticks += 1
+                tick_ns += TICK_NS * (1 + late_ns // TICK_NS)
+                if ticks % _FLUSH_TICKS == 0:
+                    self.flush()
+                    if reason := stopped():
+                        self._abandon(reason)
+                        break
+        self.flush()
+
+    def flush(self) -> None:
+        events, self._events = self._events, []
+        if events:
+            self._emit(events)
+
+    def close(self) -> None:
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._poll.close()
+
+    # one turn of the loop
+
+    def _step(self, deadline_ns: int) -> int:
+        """Waits for bytes or ``deadline_ns``; handles what is ready; returns the time."""
+        ready = self._poll.wait(deadline_ns)
+        now = time.monotonic_ns()
+        # the kernel stamps with the wall clock: its distance from ours is taken anew, for it can be stepped
+        self._offset_ns = time.time_ns() - now
+        late_ns = max(0, now - deadline_ns)
+        for fd in ready:
+            connection = self._connections.get(fd)
+            if connection is None:
+                self._poll.call(fd)
+            else:
+                self._serve(connection, late_ns)
+        return time.monotonic_ns() if ready else now
+
+    def _serve(self, connection: Connection, late_ns: int) -> None:
+        try:
+            if connection.wants_write:
+                was_ready = connection.ready
+                connection.write()
+                if connection.ready and not was_ready:
+                    self._opened(connection)
+                if not connection.wants_write:
+                    self._poll.modify(connection.fd, False)
+                if not connection.ready:
+                    return
+            data, stamp = connection.read()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._broken(connection, _words(error))
+            return
+        now = time.monotonic_ns()
+        number = connection.number
+        if number < 0 or not data:
+            self._broken(connection, "connection closed by the server")
+            return
+        if not connection.received:
+            self._requests.pop(number, None)
+        connection.received += len(data)
+        self._events.append((READ, number, stamp - self._offset_ns if stamp else 0, now, late_ns, data))
+        if connection.ended(data):
+            self._finish(number, now, "")
+            if connection.keep:
+                connection.number, connection.reused, connection.idle_ns = -1, True, now
+                self._idle.append(connection)
+            else:
+                self._drop(connection)
+
+    # requests
+
+    def _send_due(self, now: int) -> None:
+        waiting, self._late_bodies = self._late_bodies, deque()
+        for number, intended_ns in (*waiting, *self._pacer.due(now)):
+            request = self._take(number)
+            if request is None:
+                self._late_bodies.append((number, intended_ns))
+                continue
+            sent_ns = time.monotonic_ns()
+            self._events.append((SENT, number, intended_ns, sent_ns))
+            self._deadlines.append((intended_ns + self._timeout_ns, number))
+            self._start(number, request, sent_ns)
+
+    def _start(self, number: int, request: bytes, now: int) -> None:
+        connection = self._fresh(now)
+        try:
+            if connection is None:
+                connection = self._open()
+            self._busy[number] = connection
+            self._requests[number] = request
+            connection.assign(number, request)
+            if connection.ready:
+                connection.write()
+                if connection.wants_write:
+                    self._poll.modify(connection.fd, True)
+        except OSError as error:
+            if connection is None:
+                self._finish(number, now, _words(error))
+            else:
+                self._broken(connection, _words(error))
+
+    def _fresh(self, now: int) -> Connection | None:
+        """An idle connection that the server will not have given up."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.reused or now - connection.idle_ns < _IDLE_LIMIT_NS:
+                return connection
+            self._drop(connection)
+        return None
+
+    def _finish(self, number: int, now: int, error: str) -> None:
+        self._busy.pop(number, None)
+        self._requests.pop(number, None)
+        self._events.append((ENDED, number, now, error, number in self._retried))
+        self._left -= 1
+        self._pacer.finished(now)
+
+    def _expire(self, now: int) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number = self._deadlines.popleft()
+            connection = self._busy.get(number)
+            if connection is not None:
+                self._finish(number, now, "timeout")
+                self._drop(connection)
+
+    def _abandon(self, reason: str) -> None:
+        now = time.monotonic_ns()
+        for number, connection in list(self._busy.items()):
+            self._finish(number, now, reason)
+            self._drop(connection)
+
+    # connections
+
+    def _open(self) -> Connection:
+        family, address = self._addresses[0]
+        connection = Connection(address, family, self._tls, self._target.host)
+        self._connections[connection.fd] = connection
+        self._poll.add(connection.fd, None, write=True)
+        self._opening += 1
+        return connection
+
+    def _opened(self, connection: Connection) -> None:
+        self._opening -= 1
+        if connection.number < 0:
+            self._idle.insert(0, connection)
+
+    def _refill(self, now: int, limit: int) -> None:
+        missing = min(self._spare - len(self._idle) - self._opening, limit)
+        try:
+            for _ in range(missing):
+                self._open()
+        except OSError:
+            pass  # a request that finds no connection reports the reason
+
+    def _drop(self, connection: Connection) -> None:
+        if self._connections.pop(connection.fd, None) is not None:
+            if not connection.ready:
+                self._opening -= 1
+            self._poll.remove(connection.fd)
+            connection.close()
+
+    def _broken(self, connection: Connection, why: str) -> None:
+        """The connection is gone. A request that it had not begun to answer, on a connection used before, met a
+        server that was closing it as idle: it goes out once more. Any other request failed."""
+        number, now = connection.number, time.monotonic_ns()
+        if number < 0:
+            if connection in self._idle:
+                self._idle.remove(connection)
+            elif not connection.ready:
+                self._spare = max(0, self._spare - 1)  # refused: do not knock again and again
+            self._drop(connection)
+            return
+        request = self._requests.get(number)
+        self._drop(connection)
+        if not connection.received and connection.reused and request is not None and number not in self._retried:
+            self._retried.add(number)
+            self._start(number, request, now)
+        else:
+            # a body without framing ends with its connection: the parser decides
+            self._finish(number, now, "" if connection.received and not why.startswith("[") else why)
+
+
+class Poll:
+    """Waits for descriptors until an absolute time: epoll with a timerfd on Linux, else the platform's selector."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, Callable[[], None] | None] = {}
+        self._armed_ns = 0
+        try:
+            self._alarm: Alarm | None = Alarm()
+            self._epoll = select.epoll()
+            self._epoll.register(self._alarm.fd, select.EPOLLIN)
+        except (OSError, AttributeError):
+            import selectors
+
+            self._alarm = None
+            self._selector = selectors.DefaultSelector()
+
+    def add(self, fd: int, call: Callable[[], None] | None, *, write: bool = False) -> None:
+        self._calls[fd] = call
+        if self._alarm:
+            self._epoll.register(fd, select.EPOLLIN | (select.EPOLLOUT if write else 0))
+        else:
+            self._selector.register(fd, 1 | (2 if write else 0))
+
+    def modify(self, fd: int, write: bool) -> None:
+        """Whether to wake also when ``fd`` takes bytes."""
+        if self._alarm:
+            self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if write else 0))
+        else:
+            self._selector.modify(fd, 1 | (2 if write else 0))
+
+    def remove(self, fd: int) -> None:
+        if self._calls.pop(fd, self) is not self:
+            if self._alarm:
+                self._epoll.unregister(fd)
+            else:
+                self._selector.unregister(fd)
+
+    def call(self, fd: int) -> None:
+        call = self._calls.get(fd)
+        if call:
+            call()
+
+    def wait(self, deadline_ns: int) -> list[int]:
+        """The descriptors that are ready, empty at the deadline."""
+        if self._alarm:
+            if deadline_ns != self._armed_ns:
+                self._alarm.set(deadline_ns)
+                self._armed_ns = deadline_ns
+            alarm_fd = self._alarm.fd
+            ready = [fd for fd, _ in self._epoll.poll(-1, 512)]
+            if alarm_fd in ready:
+                ready.remove(alarm_fd)
+                self._alarm.clear()
+                self._armed_ns = 0
+            return ready
+        timeout_s = max(0, deadline_ns - time.monotonic_ns()) / 1e9
+        return [key.fd for key, _ in self._selector.select(timeout_s)]
+
+    def close(self) -> None:
+        if self._alarm:
+            self._epoll.close()
+            self._alarm.close()
+        else:
+            self._selector.close()
+
+
+def _words(error: OSError) -> str:
+    return f"[{error.errno}] {error.strerror or error}" if error.errno else str(error) or type(error).__name__

@@ -1,0 +1,173 @@
+"""Requests under way, as the parent process sees them: events of the client become records."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tuner.load.client import ENDED, READ, SENT, TICK, Event
+from tuner.load.records import Record
+from tuner.load.sse import Response
+
+
+class Lags:
+    """Counts of delays, in buckets 3 % wide, so that a quantile over any number of reads is at hand."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._n = 0
+
+    def add(self, lag_ns: int, count: int = 1) -> None:
+        us = lag_ns // 1_000
+        bits = us.bit_length() - 6
+        key = us if bits <= 0 else (us >> bits) << bits
+        self._counts[key] = self._counts.get(key, 0) + count
+        self._n += count
+
+    def quantile_s(self, q: float) -> float:
+        """Nearest rank, rounded down to the bucket's edge; 0 where nothing was counted."""
+        left = q * self._n
+        for key in sorted(self._counts):
+            left -= self._counts[key]
+            if left <= 0:
+                return key / 1e6
+        return 0.0
+
+
+class Flight:
+    """One request between its send and its end."""
+
+    __slots__ = ("first_byte_ns", "first_read_ns", "intended_ns", "read_lag_ns", "response", "sent_ns")
+
+    def __init__(self, intended_ns: int, sent_ns: int, counting: str) -> None:
+        self.intended_ns, self.sent_ns = intended_ns, sent_ns
+        self.response = Response(counting)
+        self.first_byte_ns: int | None = None
+        self.first_read_ns: int | None = None
+        self.read_lag_ns = 0
+
+
+class Tower:
+    """Follows every request in flight; ``done`` is given the record of each that ends.
+
+    ``input_tokens`` and ``wanted_tokens`` are the trace's columns. Records' times count from ``epoch_ns``. What is
+    kept per finished request is left to ``done``.
+    """
+
+    def __init__(
+        self,
+        epoch_ns: int,
+        counting: str,
+        input_tokens: Sequence[int],
+        wanted_tokens: Sequence[int],
+        warmup_ns: int,
+        done: Callable[[Record], None],
+    ) -> None:
+        self._epoch_ns, self._counting, self._done = epoch_ns, counting, done
+        self._input, self._wanted, self._warmup_ns = input_tokens, wanted_tokens, warmup_ns
+        self.flights: dict[int, Flight] = {}
+        self.sent = 0
+        self.ended = 0
+        self.refused_in_a_row = 0
+        self._unstamped = 0
+        self._reads = 0
+        self._cpu: dict[int, tuple[int, int, int, int]] = {}  # process -> first tick, its CPU time, last tick, its CPU
+        self._read_lags, self._stamp_errors, self._loop_lags = Lags(), Lags(), Lags()
+
+    def take(self, events: Sequence[Event]) -> None:
+        flights = self.flights
+        for event in events:
+            kind = event[0]
+            if kind == READ:
+                self._read(*event[1:])
+            elif kind == SENT:
+                _, number, intended_ns, sent_ns = event
+                flights[number] = Flight(intended_ns, sent_ns, self._counting)
+                self.sent += 1
+            elif kind == ENDED:
+                self._ended(*event[1:])
+            elif kind == TICK:
+                _, now_ns, late_ns, cpu_ns, process = event
+                self._loop_lags.add(late_ns)
+                first = self._cpu.get(process, (now_ns, cpu_ns))
+                self._cpu[process] = (first[0], first[1], now_ns, cpu_ns)
+
+    def _read(self, number: int, kernel_ns: int, read_ns: int, late_ns: int, data: bytes) -> None:
+        flight = self.flights.get(number)
+        if flight is None:
+            return
+        stamp_ns = kernel_ns or read_ns
+        if flight.first_byte_ns is None:
+            flight.first_byte_ns, flight.first_read_ns = stamp_ns, read_ns
+        lag_ns = max(read_ns - stamp_ns, late_ns)
+        if lag_ns > flight.read_lag_ns:
+            flight.read_lag_ns = lag_ns
+        events = flight.response.feed(stamp_ns, data)
+        self._reads += 1
+        self._unstamped += not kernel_ns
+        if events:
+            self._read_lags.add(lag_ns, events)
+            # the kernel's stamp is right for the last event of a read; the others may have lain for that long
+            if not kernel_ns:
+                self._stamp_errors.add(lag_ns, events)
+            else:
+                self._stamp_errors.add(0)
+                if events > 1:
+                    self._stamp_errors.add(lag_ns, events - 1)
+
+    def _ended(self, number: int, end_ns: int, error: str, retried: bool) -> None:
+        flight = self.flights.pop(number, None)
+        if flight is None:  # it never left
+            return
+        self.ended += 1
+        response = flight.response
+        if not error:
+            response.close()
+            error = response.error
+        elif response.error and error not in ("timeout", "stopped", "cancelled"):
+            error = response.error
+        self.refused_in_a_row = self.refused_in_a_row + 1 if error and not response.status else 0
+        epoch_ns = self._epoch_ns
+        token_ns = array("q")
+        for time_ns, count in response.tokens:
+            token_ns.extend([time_ns - epoch_ns] * count)
+        self._done(
+            Record(
+                request=number,
+                intended_ns=flight.intended_ns - epoch_ns,
+                sent_ns=flight.sent_ns - epoch_ns,
+                first_byte_ns=None if flight.first_byte_ns is None else flight.first_byte_ns - epoch_ns,
+                first_byte_read_ns=None if flight.first_read_ns is None else flight.first_read_ns - epoch_ns,
+                first_token_ns=token_ns[0] if token_ns else None,
+                last_token_ns=token_ns[-1] if token_ns else None,
+                end_ns=end_ns - epoch_ns,
+                token_ns=token_ns,
+                input_tokens=int(self._input[number]),
+                prompt_tokens=response.prompt_tokens,
+                wanted_tokens=int(self._wanted[number]),
+                output_tokens=len(token_ns),
+                error=error,
+                warmup=flight.intended_ns - epoch_ns < self._warmup_ns,
+                retried=retried,
+                read_lag_ns=flight.read_lag_ns,
+            )
+        )
+
+    def lags(self) -> Mapping[str, Any]:
+        """What the client knows of its own delays."""
+        return {
+            "read_lag_p99_s": self._read_lags.quantile_s(0.99),
+            "stamp_error_p99_s": self._stamp_errors.quantile_s(0.99),
+            "loop_lag_p99_s": self._loop_lags.quantile_s(0.99),
+            "client_cpu_share": max(
+                ((cpu - cpu0) / (now - start) for start, cpu0, now, cpu in self._cpu.values() if now > start),
+                default=0.0,
+            ),
+            "kernel_stamped_share": 1.0 - self._unstamped / self._reads if self._reads else 1.0,
+        }
+
+
+def _share(start_ns: int, start_cpu_ns: int, end_ns: int, end_cpu_ns: int) -> float:
+    """CPU time over elapsed time, between the first and the last tick."""
+    return (end_cpu_ns - start_cpu_ns) / (end_ns - start_ns) if end_ns > start_ns else 0.0

@@ -1,0 +1,148 @@
+"""Asks a server, once, what it takes: token ids, forced lengths, running token counts; and says who does not answer."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from tuner.engines.protocol import Endpoint
+from tuner.errors import EnvironmentFault, UsageError
+from tuner.load.prompts import vocabulary
+from tuner.load.sse import Response
+from tuner.load.wire import Dialect, Target, Writer, target, tls_context
+
+_TOKENS = 8
+# Tried in turn where the tokenizer is unknown: ids up to here, without the first few hundred, which are often special.
+_GUESSED_VOCABULARIES = (30_000, 8_000, 2_000)
+_GUESSED_SPECIAL = 256
+_LADDER = (
+    # (route, prompt, counting, forced), from exact to makeshift
+    ("completions", "ids", "usage", True),
+    ("completions", "ids", "ids", True),
+    ("completions", "ids", "total", True),
+    ("completions", "ids", "total", False),
+    ("completions", "text", "total", True),
+    ("completions", "text", "total", False),
+    ("chat", "text", "usage", True),
+    ("chat", "text", "total", True),
+    ("chat", "text", "total", False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The dialect, the token ids that prompts may use (below ``vocab_size``, not in ``special_ids``), and whether the
+    vocabulary is known or guessed."""
+
+    dialect: Dialect
+    vocab_size: int
+    special_ids: Collection[int]
+    guessed: bool
+
+
+def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120.0) -> Found:
+    """What the server at ``endpoint`` takes, found by asking for a few tokens in ever simpler ways.
+
+    ``text_only`` is for traces that hold texts. Raises EnvironmentFault where nothing answers, UsageError where it is
+    no OpenAI-compatible server or does not know the model.
+    """
+    where = target(endpoint.url)
+    model = endpoint.model or _first_model(where, endpoint)
+    known = vocabulary(endpoint.tokenizer) if endpoint.tokenizer else None
+    sizes = (known[0],) if known else _GUESSED_VOCABULARIES
+    special = known[1] if known else frozenset(range(_GUESSED_SPECIAL))
+    refusal = ""
+    for route, prompt, counting, forced in _LADDER:
+        if text_only and prompt == "ids":
+            prompt = "text"
+        for size in sizes if prompt == "ids" else sizes[:1]:
+            names = ("max_tokens", "max_completion_tokens") if route == "chat" else ("max_tokens",)
+            for name in names:
+                dialect = Dialect(model, route, prompt, counting, forced, name)
+                status, answer = _ask(where, Writer(where, dialect, endpoint.api_key), size, timeout_s)
+                if status in (401, 403):
+                    raise UsageError(f"{endpoint.url} refuses the key: {answer.error}", fix="Give the right API key")
+                if status in (429, 500, 502, 503, 504):
+                    raise EnvironmentFault(f"{endpoint.url} is not serving: {answer.error}")
+                if status == 200 and not answer.error and _counts(answer, counting):
+                    return Found(dialect, size, special, known is None)
+                refusal = refusal or answer.error
+    raise UsageError(
+        f"{endpoint.url} does not stream completions of model {model!r}: {refusal or 'no tokens came'}",
+        fix="Give the URL of an OpenAI-compatible server and the model's served name",
+    )
+
+
+def _counts(answer: Response, counting: str) -> bool:
+    """Whether the tokens could be counted in this way."""
+    counted = sum(count for _, count in answer.tokens)
+    if counting == "usage":
+        return counted == answer.output_tokens and len(answer.tokens) > 1
+    if counting == "ids":
+        return counted > 0 and answer.output_tokens in (None, counted)
+    return bool(answer.tokens)
+
+
+def _ask(where: Target, writer: Writer, vocab_size: int, timeout_s: float) -> tuple[int, Response]:
+    """Asks for a few tokens. The prompt holds the highest id, so that a smaller vocabulary refuses it."""
+    text = writer.dialect.prompt == "text"
+    prompt = "One two three" if text else [vocab_size - 1 - i for i in range(_TOKENS)]
+    request = writer.request(prompt, _TOKENS)
+    head, _, body = request.partition(b"\r\n\r\n")
+    path = head.split(b" ", 2)[1].decode()
+    headers = dict(line.split(": ", 1) for line in head.decode("latin-1").split("\r\n")[1:])
+    response = Response(writer.dialect.counting)
+    connection = _connection(where, timeout_s)
+    try:
+        connection.request("POST", path, body, headers)
+        answer = connection.getresponse()
+        data = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise unreachable(where, error) from error
+    finally:
+        connection.close()
+    # through the very parser that the replay uses
+    response.feed(0, b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n" % (answer.status, len(data)) + data)
+    response.close()
+    return answer.status, response
+
+
+def _first_model(where: Target, endpoint: Endpoint) -> str:
+    """The first model that the server lists."""
+    connection = _connection(where, 10.0)
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    try:
+        connection.request("GET", f"{where.path}/v1/models", headers=headers)
+        answer = connection.getresponse()
+        data = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise unreachable(where, error) from error
+    finally:
+        connection.close()
+    try:
+        return str(json.loads(data)["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UsageError(
+            f"{endpoint.url} is no OpenAI-compatible server: GET /v1/models answered {answer.status}",
+            fix="Give the server's base URL, or name the model",
+        ) from error
+
+
+def _connection(where: Target, timeout_s: float) -> http.client.HTTPConnection:
+    if where.tls:
+        return http.client.HTTPSConnection(where.host, where.port, timeout=timeout_s, context=tls_context())
+    return http.client.HTTPConnection(where.host, where.port, timeout=timeout_s)
+
+
+def unreachable(where: Target, error: Exception) -> EnvironmentFault:
+    """In one line why a server could not be talked to."""
+    if isinstance(error, http.client.HTTPException):
+        return EnvironmentFault(f"{where.authority} does not speak HTTP: {error!r}", fix="Check the URL's port")
+    if isinstance(error, ssl.SSLError):
+        return EnvironmentFault(f"no TLS with {where.authority}: {error.reason or error}", fix="Try http://")
+    if isinstance(error, TimeoutError):
+        return EnvironmentFault(f"{where.authority} did not answer in time", fix="Is the server overloaded?")
+    return EnvironmentFault(f"no server answers at {where.authority}: {error}", fix="Start it, or check the URL")

@@ -1,0 +1,203 @@
+"""Records: what happened to every request, as a Parquet file that is written while the replay runs.
+
+Times are nanoseconds after the replay's start (``epoch_unix_s`` in the file's metadata). The file alone is enough to
+compute every metric again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_GROUP_REQUESTS = 8_192
+_GROUP_TOKENS = 4_000_000
+_META = b"tuner.replay"
+VERSION = 1
+
+# column, whether it can be absent (null), what it is
+COLUMNS = (
+    ("request", "int64", False, "number of the request in the window's trace"),
+    ("intended_ns", "int64", False, "when it was to leave"),
+    ("sent_ns", "int64", False, "when its first byte left"),
+    ("first_byte_ns", "int64", True, "when the kernel received the response's first byte"),
+    ("first_byte_read_ns", "int64", True, "when the client read it"),
+    ("first_token_ns", "int64", True, "when the kernel received the first token's event"),
+    ("last_token_ns", "int64", True, "the same of the last token"),
+    ("end_ns", "int64", True, "when the response was over, or given up"),
+    ("token_ns", "list", False, "arrival of every token; tokens of one event have the same time"),
+    ("input_tokens", "int64", False, "asked for by the trace"),
+    ("prompt_tokens", "int64", True, "as the server counted them"),
+    ("wanted_tokens", "int64", False, "output asked for by the trace"),
+    ("output_tokens", "int64", False, "output that came, by usage or token ids"),
+    ("error", "string", False, "why it failed; empty: it did not; `timeout`: censored; `stopped`: cut off by us"),
+    ("warmup", "bool", False, "intended within the plan's warm-up"),
+    ("retried", "bool", False, "sent again, on a new connection, after the server had closed an idle one"),
+    ("read_lag_ns", "int64", False, "longest time that bytes of this response lay unread"),
+)
+
+
+@dataclass(slots=True)
+class Record:
+    """One request; the columns of the file, in their order. ``token_ns`` is an ``array('q')``."""
+
+    request: int
+    intended_ns: int
+    sent_ns: int
+    first_byte_ns: int | None
+    first_byte_read_ns: int | None
+    first_token_ns: int | None
+    last_token_ns: int | None
+    end_ns: int | None
+    token_ns: array
+    input_tokens: int
+    prompt_tokens: int | None
+    wanted_tokens: int
+    output_tokens: int
+    error: str
+    warmup: bool
+    retried: bool
+    read_lag_ns: int
+
+
+class RecordWriter:
+    """Writes row groups as they fill: memory is bounded by one group, whatever the replay's length.
+
+    The file appears under its name when :meth:`close` is called; until then it is ``NAME.partial``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._rows: list[Record] = []
+        self._tokens = 0
+        self._writer: Any = None
+
+    def add(self, record: Record) -> None:
+        self._rows.append(record)
+        self._tokens += len(record.token_ns)
+        if len(self._rows) >= _GROUP_REQUESTS or self._tokens >= _GROUP_TOKENS:
+            self._flush()
+
+    def _open(self) -> None:
+        import pyarrow.parquet as pq
+
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        deltas = ["token_ns.list.element", *(name for name, kind, *_ in COLUMNS if kind == "int64")]
+        self._writer = pq.ParquetWriter(
+            self._partial,
+            _schema(),
+            compression="zstd",
+            use_dictionary=["error"],
+            column_encoding=dict.fromkeys(deltas, "DELTA_BINARY_PACKED"),
+        )
+
+    def _flush(self) -> None:
+        import numpy as np
+        import pyarrow as pa
+
+        if self._writer is None:
+            self._open()
+        rows, self._rows, self._tokens = self._rows, [], 0
+        schema = _schema()
+        columns = []
+        for name, kind, *_ in COLUMNS:
+            if kind == "list":
+                offsets = np.cumsum([0, *(len(row.token_ns) for row in rows)], dtype=np.int32)
+                values = np.concatenate([np.frombuffer(row.token_ns, dtype=np.int64) for row in rows] or [[]])
+                columns.append(pa.ListArray.from_arrays(offsets, values.astype(np.int64)))
+            else:
+                columns.append(pa.array([getattr(row, name) for row in rows], schema.field(name).type))
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+    def close(self, meta: Mapping[str, Any]) -> None:
+        """Writes what is left and the replay's facts, and gives the file its name."""
+        if self._rows or self._writer is None:
+            self._flush()
+        self._writer.add_key_value_metadata({_META.decode(): json.dumps({"version": VERSION, **meta})})
+        self._writer.close()
+        os.replace(self._partial, self._path)
+
+    def discard(self) -> None:
+        """Leaves no file behind."""
+        if self._writer is not None:
+            self._writer.close()
+        self._partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """A records file. ``columns`` holds every column but the tokens, (n,) arrays, absent numbers as -1 (a time never
+    is: nothing precedes the start by more than the kernel's clock is off)."""
+
+    path: Path
+    meta: Mapping[str, Any]
+    columns: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.columns["request"])
+
+    def tokens(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Row group by row group: the rows, ``token_ns`` of all of them end to end, and (rows + 1,) offsets into it."""
+        import pyarrow.parquet as pq
+
+        first = 0
+        with pq.ParquetFile(self.path) as file:
+            for group in range(file.num_row_groups):
+                column = file.read_row_group(group, columns=["token_ns"]).column(0).combine_chunks()
+                if len(column):
+                    offsets = column.offsets.to_numpy()
+                    yield slice(first, first + len(column)), column.values.to_numpy(), offsets
+                    first += len(column)
+
+
+ABSENT = -(2**62)
+
+
+def read(path: Path) -> Records:
+    """The records in ``path``. Raises UsageError where it is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            stored = (file.metadata.metadata or {}).get(_META)
+            meta = json.loads(stored) if stored else None
+            if meta is None or meta.get("version") != VERSION:
+                raise UsageError("not a records file of this version", where=str(path))
+            table = file.read(columns=[name for name, kind, *_ in COLUMNS if kind != "list"])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UsageError(f"cannot be read as Parquet ({error})", where=str(path)) from error
+    columns: dict[str, np.ndarray] = {}
+    for name, kind, nullable, _ in COLUMNS:
+        if kind == "list":
+            continue
+        column = table.column(name)
+        if nullable:
+            column = column.fill_null(ABSENT)
+        columns[name] = column.to_numpy()
+    return Records(path, meta, columns)
+
+
+def write(path: Path, records: Sequence[Record], meta: Mapping[str, Any]) -> None:
+    """A whole file at once."""
+    writer = RecordWriter(path)
+    for record in records:
+        writer.add(record)
+    writer.close(meta)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    types = {"int64": pa.int64(), "string": pa.string(), "bool": pa.bool_(), "list": pa.list_(pa.int64())}
+    return pa.schema([pa.field(name, types[kind], nullable) for name, kind, nullable, _ in COLUMNS])

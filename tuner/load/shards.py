@@ -1,0 +1,251 @@
+"""The client processes of one replay, seen from their parent: started, fed, listened to, stopped.
+
+Each shard has every k-th request and the same start, so that no queue is shared and no shard waits for another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import os
+import selectors
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import EnvironmentFault, UsageError
+from tuner.load.client import Event
+from tuner.load.wire import Target
+from tuner.load.worker import FRAME, LENGTH
+
+CHUNKS_PER_SHARD_PER_S = 20_000.0
+_START_DELAY_NS = 30_000_000
+_PIPE_BYTES = 1 << 20
+_F_SETPIPE_SZ = 1031  # Linux
+
+
+def shard_count(offsets_s: Sequence[float], output_tokens: Sequence[int], cores: int | None = None) -> int:
+    """How many processes carry the trace: one per 20,000 expected chunks per second (a chunk per token, averaged over
+    ten seconds at the busiest), and at most half the cores, for the server needs the others."""
+    import numpy as np
+
+    cores = cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if not len(offsets_s):
+        return 1
+    per_bin = np.bincount((np.asarray(offsets_s) / 10.0).astype(int), weights=np.asarray(output_tokens))
+    wanted = int(np.ceil(float(per_bin.max()) / 10.0 / CHUNKS_PER_SHARD_PER_S))
+    return max(1, min(wanted, cores // 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the fleet is to send. ``request(i)`` gives request i's bytes; it is called in order of sending, on a
+    thread of its own. ``offsets_ns`` (n,) are the intended times after the start."""
+
+    target: Target
+    offsets_ns: Sequence[int]
+    request: Callable[[int], bytes]
+    timeout_s: float
+    shards: int = 1
+    concurrency: int = 0  # closed loop; 0 is the open loop
+
+
+class Fleet:
+    """Runs a job. Use as a context manager: leaving it stops what still runs."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._controls: list[int] = []
+        self._buffers: dict[int, bytearray] = {}
+        self._selector = selectors.DefaultSelector()
+        self._feeder = threading.Thread(target=self._feed, name="replay-feeder", daemon=True)
+        self._feed_error: BaseException | None = None
+        self.epoch_ns = 0
+
+    def __enter__(self) -> Fleet:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        job, n = self._job, len(self._job.offsets_ns)
+        addresses = resolve(job.target)
+        environment = dict(os.environ)
+        package = str(Path(__file__).resolve().parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH", "")]))
+        headers = []
+        for shard in range(job.shards):
+            read, write = os.pipe()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tuner.load.worker", str(read)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(read,),
+                env=environment,
+                bufsize=0,
+            )
+            os.close(read)
+            self._processes.append(process)
+            self._controls.append(write)
+            _widen(process.stdin), _widen(process.stdout)
+            numbers = range(shard, n, job.shards)
+            soon = sum(1 for i in numbers if job.offsets_ns[i] < 2_000_000_000)
+            concurrency = len(range(shard, job.concurrency, job.shards)) if job.concurrency else 0
+            if job.concurrency and not concurrency:
+                numbers = range(0)
+            headers.append(
+                marshal.dumps(
+                    {
+                        "numbers": array("q", numbers).tobytes(),
+                        "offsets_ns": array("q", [int(job.offsets_ns[i]) for i in numbers]).tobytes(),
+                        "target": {name: getattr(job.target, name) for name in ("host", "port", "path", "tls")},
+                        "addresses": addresses,
+                        "timeout_ns": int(job.timeout_s * 1e9),
+                        "spare": concurrency or max(8, min(soon, 256)),
+                        "first": min(len(numbers), max(16, soon)),
+                        "concurrency": concurrency,
+                    }
+                )
+            )
+        for process, header in zip(self._processes, headers, strict=True):
+            stdout = process.stdout
+            if process.stdin is None or stdout is None:
+                raise EnvironmentFault("the client process has no pipes")
+            process.stdin.write(LENGTH.pack(len(header)) + header)
+            self._selector.register(stdout.fileno(), selectors.EVENT_READ)
+            self._buffers[stdout.fileno()] = bytearray()
+        self._feeder.start()
+        self._await_ready()
+        self.epoch_ns = time.monotonic_ns() + _START_DELAY_NS
+        for control in self._controls:
+            os.write(control, struct.pack("<q", self.epoch_ns))
+
+    def _await_ready(self) -> None:
+        waiting = set(self._buffers)
+        while waiting:
+            for key, _ in self._selector.select(1.0):
+                if any(True for _ in self._read(key.fd)):
+                    waiting.discard(key.fd)
+                elif key.fd not in self._buffers:
+                    raise EnvironmentFault("a client process ended before the replay began", fix="See the lines above")
+            if self._feed_error:
+                raise self._feed_error
+
+    def _feed(self) -> None:
+        job = self._job
+        pipes = [process.stdin for process in self._processes]
+        try:
+            for i in range(len(job.offsets_ns)):
+                data, pipe = job.request(i), pipes[i % job.shards]
+                if pipe is None:
+                    return
+                frame = memoryview(FRAME.pack(i, len(data)) + data)
+                while len(frame):
+                    frame = frame[pipe.write(frame) :]
+            for pipe in pipes:
+                if pipe:
+                    pipe.close()
+        except (BrokenPipeError, ValueError, OSError):
+            pass  # stopped: the shard that read this is gone
+        except BaseException as error:
+            self._feed_error = error
+
+    def events(self, timeout_s: float) -> list[Event] | None:
+        """What happened since the last call, waiting up to ``timeout_s``; None once every shard has ended.
+
+        Raises whatever making a request's bytes raised.
+        """
+        if self._feed_error:
+            raise self._feed_error
+        if not self._buffers:
+            return None
+        events: list[Event] = []
+        for key, _ in self._selector.select(timeout_s):
+            for batch in self._read(key.fd):
+                events.extend(batch)
+        return events
+
+    def _read(self, fd: int) -> Iterator[list[Event]]:
+        data = os.read(fd, _PIPE_BYTES)
+        if not data:
+            self._selector.unregister(fd)
+            del self._buffers[fd]
+            return
+        buffer = self._buffers[fd]
+        buffer += data
+        at = 0
+        while len(buffer) - at >= LENGTH.size:
+            end = at + LENGTH.size + LENGTH.unpack_from(buffer, at)[0]
+            if end > len(buffer):
+                break
+            yield marshal.loads(memoryview(buffer)[at + LENGTH.size : end].tobytes())
+            at = end
+        del buffer[:at]
+
+    def stop(self, code: bytes) -> None:
+        """Ends the run: ``c`` cancelled, ``s`` stopped early, ``d`` the server died. Its last events still come."""
+        for control in self._controls:
+            with contextlib.suppress(OSError):
+                os.write(control, code)
+
+    def close(self) -> None:
+        """Whatever is still running ends now."""
+        for control in self._controls:
+            os.close(control)  # a shard that still runs takes this as its end
+        self._controls.clear()
+        for process in self._processes:
+            try:
+                process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout:
+                process.stdout.close()
+        if self._feeder.ident:
+            self._feeder.join(5.0)
+        for process in self._processes:
+            if process.stdin:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+        self._processes.clear()
+        self._selector.close()
+        self._buffers.clear()
+
+
+def resolve(target: Target) -> list[tuple[int, tuple]]:
+    """The server's addresses as (family, address). Raises UsageError where the name is unknown."""
+    try:
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"cannot resolve host {target.host}: {error}", fix="Check the URL") from error
+    addresses = [(int(family), address) for family, _, _, _, address in found]
+    # localhost often means ::1 first while the server listens on 127.0.0.1: take the first that answers
+    for family, address in addresses if len(addresses) > 1 else []:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.settimeout(2.0)
+            if probe.connect_ex(address) == 0:
+                return [(family, address)]
+    return addresses[:1]
+
+
+def _widen(pipe: object) -> None:
+    try:
+        import fcntl
+
+        fcntl.fcntl(pipe.fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[attr-defined]
+    except (ImportError, OSError, AttributeError):
+        pass

@@ -1,0 +1,261 @@
+"""The parser of one streamed response: HTTP/1.1 head, transfer coding, server-sent events, tokens.
+
+It is fed pieces of the byte stream as they were read, each with its time, and gives the same tokens however the
+stream was split. It runs outside the process that reads the sockets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[^\r\n]*")
+_USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+_PROMPT_USAGE = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\r\n\n|\n\r\n")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_MAX_HEAD_BYTES = 65_536
+_MAX_ERROR_BYTES = 4_096
+
+
+class Response:
+    """One response as it comes in.
+
+    ``counting`` is the dialect's. ``tokens`` is a list of ``[time, count]``: ``count`` tokens came at ``time`` (the
+    time given with the piece of bytes that completed their event). ``status`` is 0 before the head; ``error`` is
+    empty, or what went wrong in words; ``complete`` is true once the body has ended by its own framing.
+    ``prompt_tokens`` and ``output_tokens`` are the server's own counts, None where it gave none.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_events",
+        "_framing",
+        "_need",
+        "_seen",
+        "_stage",
+        "_time",
+        "complete",
+        "counting",
+        "done",
+        "error",
+        "output_tokens",
+        "prompt_tokens",
+        "status",
+        "tokens",
+    )
+
+    def __init__(self, counting: str) -> None:
+        self.counting = counting
+        self.tokens: list[list[int]] = []
+        self.status = 0
+        self.error = ""
+        self.complete = False
+        self.done = False
+        self.prompt_tokens: int | None = None
+        self.output_tokens: int | None = None
+        self._stage = "head"
+        self._framing = ""
+        self._need = 0
+        self._buffer = b""  # bytes of the transfer coding not yet understood
+        self._events = b""  # the beginning of an event whose end has not come
+        self._seen = 0  # tokens counted so far
+        self._time = 0
+
+    def feed(self, time: int, data: bytes) -> int:
+        """Takes the next bytes, read at ``time``; returns how many events with tokens they completed."""
+        before = len(self.tokens)
+        self._time = time
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        if self._stage == "head":
+            data = self._head(data)
+        if self._stage == "body":
+            if self._framing == "chunked":
+                self._chunks(time, data)
+            elif self._framing == "length":
+                self._take(time, data[: self._need])
+                self._need -= len(data)
+                if self._need <= 0:
+                    self._end()
+            else:
+                self._take(time, data)
+        return len(self.tokens) - before
+
+    def close(self) -> None:
+        """The connection ended: the end of a body without framing, and a truncation of any other."""
+        if self._stage == "body" and self._framing == "close":
+            self._end()
+        if not self.complete and not self.error:
+            self.error = "connection closed before the response" if not self.status else "response cut off"
+
+    def _head(self, data: bytes) -> bytes:
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            self._buffer = data
+            if len(data) > _MAX_HEAD_BYTES or (len(data) >= 7 and not data.startswith(b"HTTP/1.")):
+                self._fail("the answer is not HTTP/1.1")
+            return b""
+        match = _STATUS.match(data)
+        if not match:
+            self._fail("the answer is not HTTP/1.1")
+            return b""
+        status = int(match.group(1))
+        if status < 200:  # an interim response: the real one follows
+            return self._head(data[end + 4 :])
+        self.status = status
+        headers = data[match.end() : end].lower()
+        length = re.search(rb"\r\ncontent-length:[ \t]*(\d+)", headers)
+        if re.search(rb"\r\ntransfer-encoding:[^\r]*chunked", headers):
+            self._framing = "chunked"
+        elif length:
+            self._framing, self._need = "length", int(length.group(1))
+        else:
+            self._framing = "close"
+        self._stage = "body"
+        return data[end + 4 :]
+
+    def _chunks(self, time: int, data: bytes) -> None:
+        at, size = 0, len(data)
+        while at < size:
+            line = data.find(b"\r\n", at)
+            if line < 0:
+                break
+            try:
+                length = int(data[at:line].partition(b";")[0], 16)
+            except ValueError:
+                self._fail("bad chunk in the response")
+                return
+            if length == 0:  # trailers, if any, up to an empty line
+                if data[line : line + 4] == b"\r\n\r\n" or data.find(b"\r\n\r\n", line) >= 0:
+                    self._end()
+                    return
+                break
+            end = line + 2 + length
+            if end + 2 > size:
+                break
+            self._take(time, data[line + 2 : end])
+            at = end + 2
+        self._buffer = data[at:]
+
+    def _take(self, time: int, data: bytes) -> None:
+        """Payload: server-sent events, or an error's body."""
+        if self.status != 200:
+            self._events = (self._events + data)[:_MAX_ERROR_BYTES]
+            return
+        if self._events:
+            data = self._events + data
+            self._events = b""
+        # nearly every payload is exactly one event
+        if data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data:
+            self._event(time, data[:-2])
+            return
+        at = 0
+        for match in _EVENT_END.finditer(data):
+            # a piece that ends in "\r" may yet turn out to be the first half of "\r\n"
+            self._event(time, data[at : match.start()])
+            at = match.end()
+        self._events = data[at:]
+
+    def _event(self, time: int, event: bytes) -> None:
+        if b"\n" in event or b"\r" in event or not event.startswith(b"data:"):
+            lines = [line[5:].lstrip(b" ") for line in _LINE_END.split(event) if line.startswith(b"data:")]
+            if not lines:
+                return  # a comment, or another field
+            data = b"\n".join(lines)
+        else:
+            data = event[5:].lstrip(b" ")
+        if data == b"[DONE]":
+            self.done = True
+            return
+        if self.counting == "usage":
+            match = _USAGE.search(data)
+            if match:
+                total = int(match.group(1))
+                if b'"choices":[]' in data or b'"choices": []' in data:
+                    self._totals(data, total)
+                elif total > self._seen:
+                    self.tokens.append([time, total - self._seen])
+                    self._seen = total
+                return
+        self._slow(time, data)
+
+    def _slow(self, time: int, data: bytes) -> None:
+        """An event that a byte search cannot settle."""
+        try:
+            event = json.loads(data)
+        except ValueError:
+            self.error = self.error or "an event is not JSON"
+            return
+        if not isinstance(event, dict):
+            return
+        if "error" in event:
+            self.error = self.error or _message(event["error"])
+            return
+        count = 0
+        for choice in event.get("choices") or ():
+            ids = choice.get("token_ids")
+            count += len(ids) if ids is not None and self.counting == "ids" else _has_text(choice)
+        if count and self.counting != "usage":
+            self.tokens.append([time, count])
+            self._seen += count
+        usage = event.get("usage")
+        if isinstance(usage, dict):
+            self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
+            self.output_tokens = usage.get("completion_tokens", self.output_tokens)
+
+    def _totals(self, data: bytes, total: int) -> None:
+        self.output_tokens = total
+        match = _PROMPT_USAGE.search(data)
+        if match:
+            self.prompt_tokens = int(match.group(1))
+
+    def _end(self) -> None:
+        self.complete = True
+        self._stage = "end"
+        if self.status != 200:
+            self.error = f"HTTP {self.status}: {_message(self._events)}"
+        elif self._events.startswith(b"data:"):  # a last event without its empty line
+            self._event(self._time, self._events.rstrip())
+        if self.status == 200 and not self.error and not self.tokens and not self.done:
+            self.error = "the response is no event stream"
+        if self.counting == "usage" and self.output_tokens and self.tokens:
+            self.tokens[-1][1] += max(0, self.output_tokens - self._seen)  # tokens that no chunk told of
+        if self.counting == "total" and self.output_tokens and self.tokens:
+            self.tokens = spread([time for time, _ in self.tokens], self.output_tokens)
+
+    def _fail(self, error: str) -> None:
+        self.error, self._stage = error, "end"
+
+
+def spread(times: list[int], count: int) -> list[list[int]]:
+    """``count`` tokens over the chunks that came at ``times``: token k came with chunk floor(k * chunks / count), the
+    last token with the last chunk. What is known when a server tells only the total."""
+    chunks = len(times)
+    counts = [0] * chunks
+    for k in range(count - 1):
+        counts[k * chunks // count] += 1
+    counts[-1] += 1
+    return [[time, n] for time, n in zip(times, counts, strict=True) if n]
+
+
+def _has_text(choice: dict) -> int:
+    """1 where a choice carries something that was generated; the first chat chunk's role is not."""
+    delta = choice.get("delta")
+    source = delta if isinstance(delta, dict) else choice
+    keys = ("text", "content", "reasoning_content", "reasoning", "tool_calls")
+    return int(any(source.get(key) for key in keys))
+
+
+def _message(error: object) -> str:
+    """A short reason from an error's body."""
+    if isinstance(error, bytes):
+        try:
+            error = json.loads(error)
+        except ValueError:
+            return error.decode("utf-8", "replace").strip()[:300]  # type: ignore[union-attr]
+    if isinstance(error, dict):
+        inner = error.get("error", error.get("detail", error.get("message", error)))
+        return _message(inner) if inner is not error else json.dumps(error)[:300]
+    return error[:300] if isinstance(error, str) else json.dumps(error)[:300]

@@ -1,0 +1,139 @@
+"""What goes over the wire: where the server is, which request it understands, and the request's bytes."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from tuner.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server's address, taken apart: ``path`` is what precedes ``/v1`` (usually empty)."""
+
+    host: str
+    port: int
+    path: str
+    tls: bool
+
+    @property
+    def authority(self) -> str:
+        """The Host header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+
+
+def target(url: str) -> Target:
+    """``http://127.0.0.1:8000`` (with or without ``/v1``) as a Target. Raises UsageError on anything else."""
+    text = url if "://" in url else f"http://{url}"
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise UsageError(f"bad URL {url!r}: {error}", fix="Write for example http://127.0.0.1:8000") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise UsageError(f"bad URL {url!r}", fix="Write for example http://127.0.0.1:8000")
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    tls = parts.scheme == "https"
+    return Target(parts.hostname, port or (443 if tls else 80), path, tls)
+
+
+def tls_context() -> ssl.SSLContext:
+    """Certificates are checked as everywhere; ``SSL_CERT_FILE`` names a private authority."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What one server takes, as the probe found it.
+
+    ``route``: ``completions`` or ``chat``. ``prompt``: ``ids`` (exact prompts) or ``text``. ``counting`` says how
+    tokens are told apart from chunks: ``usage`` (every chunk carries the running count), ``ids`` (every chunk carries
+    its token ids), ``total`` (only the last chunk tells how many there were). ``forced`` is false where the server
+    refuses ``ignore_eos`` and ``min_tokens``, so that output lengths are the model's own.
+    """
+
+    model: str
+    route: str = "completions"
+    prompt: str = "ids"
+    counting: str = "usage"
+    forced: bool = True
+    max_tokens_name: str = "max_tokens"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """In words what is less exact than it could be; empty for a server that takes everything."""
+        notes = []
+        if self.prompt != "ids":
+            notes.append("the server takes no token ids: prompts are text, their length is the server's count")
+        if self.counting == "total":
+            notes.append("the server tells only the total of tokens: they are spread evenly over the chunks")
+        if not self.forced:
+            notes.append("the server takes no ignore_eos: output lengths are the model's own")
+        return tuple(notes)
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Turns prompts into complete HTTP requests for one server and dialect."""
+
+    target: Target
+    dialect: Dialect
+    api_key: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    forced: bool = True
+
+    def request(self, prompt: Sequence[int] | str, output_tokens: int) -> bytes:
+        """Head and body for ``prompt`` (token ids, or text), asking for ``output_tokens`` tokens."""
+        if isinstance(prompt, str):
+            text = json.dumps(prompt)
+        else:
+            text = "[" + ",".join(map(str, prompt)) + "]"
+        return self._head_and_body(text, output_tokens)
+
+    def _head_and_body(self, prompt: str, output_tokens: int) -> bytes:
+        dialect = self.dialect
+        fields: dict[str, Any] = {"model": dialect.model, "stream": True, "temperature": 1.0}
+        fields.update(self.sampling)
+        fields[dialect.max_tokens_name] = output_tokens
+        fields["stream_options"] = {"include_usage": True}
+        if dialect.counting == "usage":
+            fields["stream_options"]["continuous_usage_stats"] = True
+        elif dialect.counting == "ids":
+            fields["return_token_ids"] = True
+        if self.forced and dialect.forced:
+            fields["ignore_eos"] = True
+            fields["min_tokens"] = output_tokens
+        chat = dialect.route == "chat"
+        # the prompt is written by hand: it is nearly all of the body, and already text
+        key = '"messages":[{"role":"user","content":' + prompt + "}]" if chat else '"prompt":' + prompt
+        body = (json.dumps(fields, separators=(",", ":"))[:-1] + "," + key + "}").encode()
+        path = f"{self.target.path}/v1/{'chat/completions' if chat else 'completions'}"
+        return post(self.target, path, body, self.api_key)
+
+
+def post(target: Target, path: str, body: bytes, api_key: str = "") -> bytes:
+    """A complete POST of JSON."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {target.authority}\r\nContent-Type: application/json\r\n"
+        f"Accept: text/event-stream\r\nUser-Agent: tuner\r\n{_auth(api_key)}Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode("latin-1") + body
+
+
+def get(target: Target, path: str, api_key: str = "") -> bytes:
+    """A complete GET."""
+    return (
+        f"GET {target.path}{path} HTTP/1.1\r\nHost: {target.authority}\r\nUser-Agent: tuner\r\n{_auth(api_key)}\r\n"
+    ).encode("latin-1")
+
+
+def _auth(api_key: str) -> str:
+    return f"Authorization: Bearer {api_key}\r\n" if api_key else ""

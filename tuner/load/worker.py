@@ -1,0 +1,192 @@
+"""One client process: takes requests from its parent, runs the event loop, hands back what happened.
+
+Standard input brings a header and then the requests in order of sending, standard output takes batches of events, and
+a control pipe brings the common start and, later, a byte that stops the run. It imports nothing heavy: it must be
+sending within a fraction of a second, and it must not share an interpreter with anything that could delay it.
+"""
+
+from __future__ import annotations
+
+import gc
+import marshal
+import os
+import struct
+import sys
+from array import array
+from collections import deque
+
+from tuner.load.client import Client, Event
+from tuner.load.pacer import ClosedLoop, OpenLoop
+from tuner.load.wire import Target, tls_context
+
+FRAME = struct.Struct("<qI")  # request number, bytes
+LENGTH = struct.Struct("<I")
+REASONS = {b"c": "cancelled", b"s": "stopped", b"d": "server died"}
+_AHEAD_BYTES = 32 << 20
+_AHEAD_REQUESTS = 65_536
+_READ_BYTES = 1 << 20
+
+
+class Inbox:
+    """The requests that have come through the pipe and wait for their time; bounded, by not reading on."""
+
+    def __init__(self, fd: int, total: int) -> None:
+        self.fd, self._total = fd, total
+        self._buffer = bytearray()
+        self._ready: dict[int, bytes] = {}
+        self._bytes = 0
+        self._seen = 0
+        self.ended = False
+        self.watched = False
+
+    @property
+    def full(self) -> bool:
+        return self._bytes >= _AHEAD_BYTES or len(self._ready) >= _AHEAD_REQUESTS
+
+    @property
+    def all_seen(self) -> bool:
+        return self.ended or self._seen >= self._total
+
+    def fill(self) -> None:
+        """Reads once."""
+        try:
+            data = os.read(self.fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        self.ended = not data
+        buffer = self._buffer
+        buffer += data
+        at = 0
+        while len(buffer) - at >= FRAME.size:
+            number, size = FRAME.unpack_from(buffer, at)
+            end = at + FRAME.size + size
+            if end > len(buffer):
+                break
+            self._ready[number] = bytes(buffer[at + FRAME.size : end])
+            self._bytes += size
+            self._seen += 1
+            at = end
+        del buffer[:at]
+
+    def take(self, number: int) -> bytes | None:
+        request = self._ready.pop(number, None)
+        if request is not None:
+            self._bytes -= len(request)
+        return request
+
+
+class Outbox:
+    """Batches of events on their way to the parent; what the pipe does not take waits here."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._pending: deque[memoryview] = deque()
+        os.set_blocking(fd, False)
+
+    def emit(self, events: list[Event]) -> None:
+        data = marshal.dumps(events)
+        self._pending.append(memoryview(LENGTH.pack(len(data)) + data))
+        self.pump()
+
+    def pump(self) -> None:
+        while self._pending:
+            try:
+                written = os.write(self._fd, self._pending[0])
+            except BlockingIOError:
+                return
+            if written == len(self._pending[0]):
+                self._pending.popleft()
+            else:
+                self._pending[0] = self._pending[0][written:]
+
+    def close(self) -> None:
+        os.set_blocking(self._fd, True)
+        self.pump()
+        os.close(self._fd)
+
+
+def main() -> None:
+    """Entry: the number of the control pipe's descriptor is the only argument."""
+    control = int(sys.argv[1])
+    header = marshal.loads(_read_exactly(0, LENGTH.unpack(_read_exactly(0, LENGTH.size))[0]))
+    numbers, offsets_ns = array("q", header["numbers"]), array("q", header["offsets_ns"])
+    target = Target(**header["target"])
+    addresses = [(family, tuple(address)) for family, address in header["addresses"]]
+    inbox, outbox = Inbox(0, len(numbers)), Outbox(1)
+    _raise_limits()
+
+    client = Client(
+        target, addresses, tls_context() if target.tls else None, inbox.take, outbox.emit, header["timeout_ns"]
+    )
+    while not inbox.full and not inbox.all_seen and len(inbox._ready) < header["first"]:
+        inbox.fill()
+    os.set_blocking(0, False)
+    client.open_ahead(header["spare"])
+    client.wait_open(time_ns() + 1_000_000_000)
+    outbox.emit([])  # ready
+    epoch_ns = struct.unpack("<q", _read_exactly(control, 8))[0]
+    os.set_blocking(control, False)
+
+    reason = ""
+
+    def stop() -> None:
+        nonlocal reason
+        reason = reason or REASONS.get(os.read(control, 1), "cancelled")
+        client.unwatch(control)
+
+    def fill() -> None:
+        inbox.fill()
+        if inbox.full or inbox.all_seen:
+            client.unwatch(0)
+            inbox.watched = False
+
+    def turn() -> str:
+        """Every 50 ms: goes on with the pipes."""
+        outbox.pump()
+        if not inbox.watched and not inbox.full and not inbox.all_seen:
+            client.watch(0, fill)
+            inbox.watched = True
+        return reason
+
+    client.watch(control, stop)
+    concurrency = header["concurrency"]
+    pacer = ClosedLoop(numbers, concurrency, epoch_ns) if concurrency else OpenLoop(numbers, offsets_ns, epoch_ns)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # nothing here makes cycles, and a collection would stop the clock
+    turn()
+    client.run(pacer, len(numbers), turn)
+    client.close()
+    outbox.close()
+
+
+def time_ns() -> int:
+    import time
+
+    return time.monotonic_ns()
+
+
+def _read_exactly(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = os.read(fd, size - len(data))
+        if not piece:
+            raise SystemExit(0)  # the parent is gone
+        data += piece
+    return data
+
+
+def _raise_limits() -> None:
+    """As many descriptors as the user may have, and a little priority where that is allowed."""
+    try:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
+    except (ImportError, OSError, ValueError, AttributeError):
+        pass
+
+
+if __name__ == "__main__":
+    main()

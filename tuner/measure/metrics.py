@@ -1,0 +1,334 @@
+"""Every metric, computed from a records file alone. ``docs/measurement.md`` defines them in words.
+
+Latencies are (n,) arrays in seconds, one entry per request: +inf where the request failed, nan where it has none
+(a single token has no TPOT).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tuner.load.records import ABSENT, Records, read
+from tuner.measure import quantile
+from tuner.measure.window import Window, window
+from tuner.spec.slo import Slo
+
+_BATCHES = 20
+_T_19 = 2.093024054408263  # Student's t, 19 degrees of freedom, two-sided 95 %
+_HOLD_GAPS = 20_000_000
+Metrics = dict[str, float]
+Intervals = dict[str, tuple[float, float]]
+
+
+def metrics_from_records(path: Path, slos: Sequence[Slo], quantiles: Sequence[float]) -> tuple[Metrics, Intervals]:
+    """What a step reported, from its records file: metrics, and 95 % intervals of those that have one.
+
+    Latencies come at ``quantiles`` and at those the SLOs name, with mean and maximum. Raises UsageError where
+    ``path`` is no records file.
+    """
+    return compute(read(path), slos, quantiles)
+
+
+def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> tuple[Metrics, Intervals]:
+    """As :func:`metrics_from_records`, from records that have been read."""
+    span = window(records)
+    measured = is_measured(records, span)
+    n = int(measured.sum())
+    metrics: Metrics = {
+        "measured_requests": float(n),
+        "cut_requests": float(len(records) - n),
+        "censored_requests": float(censored_requests(records, measured)),
+        "duration_s": span.duration_s,
+    }
+    intervals: Intervals = {}
+    metrics.update({name: float(value) for name, value in records.meta.get("client", {}).items()})
+    if not n:
+        return metrics, intervals
+    metrics["error_rate"] = error_rate(records, measured)
+    intervals["error_rate"] = quantile.proportion(round(metrics["error_rate"] * n), n)
+    metrics["send_lag_p99_s"] = quantile.summary(send_lag_s(records)[measured], 0.99)[0]
+    metrics["offered_requests_per_s"] = offered_requests_per_s(records, span)
+    metrics["sent_requests_per_s"] = sent_requests_per_s(records, span)
+    metrics["output_share"] = output_share(records, measured)
+    limits = {name: min((s.limit for s in slos if s.latency == name), default=math.inf) for name in REQUEST_LATENCIES}
+    for name, latency in REQUEST_LATENCIES.items():
+        if name == "itl":
+            continue
+        values = latency(records, limits[name])[measured]
+        values = values[~np.isnan(values)]
+        _describe(name, values, _stats(name, slos, quantiles), metrics, intervals)
+    _describe_itl(Gaps(records, measured), _stats("itl", slos, quantiles), metrics, intervals)
+    if span.duration_s > 0:
+        good = is_good(records, slos)
+        for name, per_batch in throughputs(records, span, good).items():
+            metrics[name] = float(per_batch.sum()) / span.duration_s
+            intervals[name] = _batch_means(per_batch / (span.duration_s / _BATCHES))
+    return metrics, intervals
+
+
+# which requests
+
+
+def is_measured(records: Records, span: Window) -> np.ndarray:
+    """(n,) bool: intended within the window, not in the warm-up."""
+    intended = records.columns["intended_ns"]
+    return (intended >= span.start_ns) & (intended <= span.end_ns) & ~records.columns["warmup"]
+
+
+def failed(records: Records) -> np.ndarray:
+    """(n,) bool: ended with an error, a refusal or the timeout. Being cut off by an early stop is no failure."""
+    error = records.columns["error"]
+    return (error != "") & (error != "stopped")
+
+
+def censored_requests(records: Records, measured: np.ndarray) -> int:
+    """Measured requests of which the end was not seen: timed out, or cut off by an early stop."""
+    error = records.columns["error"]
+    return int((np.isin(error, ["timeout", "stopped"]) & measured).sum())
+
+
+def is_good(records: Records, slos: Sequence[Slo]) -> np.ndarray:
+    """(n,) bool: ended well, and its own TTFT, TPOT, mean ITL, e2e and normalised latency are within every SLO's limit
+    on that latency."""
+    good = records.columns["error"] == ""
+    for slo in slos:
+        if slo.latency:
+            values = REQUEST_LATENCIES[slo.latency](records, slo.limit)
+            good = good & ~(values > slo.limit)
+    return good
+
+
+# latencies, one entry per request
+
+
+def ttft_s(records: Records, limit_s: float = math.inf) -> np.ndarray:
+    """First token's arrival minus the intended send."""
+    return _latency(records, records.columns["first_token_ns"], limit_s)
+
+
+def e2e_s(records: Records, limit_s: float = math.inf) -> np.ndarray:
+    """Last token's arrival minus the intended send."""
+    return _latency(records, np.where(_whole(records), records.columns["last_token_ns"], ABSENT), limit_s)
+
+
+def tpot_s(records: Records, limit_s: float = math.inf) -> np.ndarray:
+    """(last token - first token) / (tokens - 1); nan for a single token."""
+    c = records.columns
+    gaps = c["output_tokens"] - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.where(gaps > 0, (c["last_token_ns"] - c["first_token_ns"]) / 1e9 / gaps, np.nan)
+    return np.where(failed(records), np.inf, np.where(_whole(records), values, np.nan))
+
+
+def norm_latency_s(records: Records, limit_s: float = math.inf) -> np.ndarray:
+    """End-to-end latency divided by the output tokens."""
+    tokens = np.maximum(records.columns["output_tokens"], 1)
+    return np.where(failed(records), np.inf, np.where(_whole(records), e2e_s(records) / tokens, np.nan))
+
+
+REQUEST_LATENCIES: Mapping[str, Callable[[Records, float], np.ndarray]] = {
+    "ttft": ttft_s,
+    "e2e": e2e_s,
+    "tpot": tpot_s,
+    "itl": tpot_s,  # a request's mean ITL is its TPOT; the metric itl_* is over all gaps of all requests
+    "norm_latency": norm_latency_s,
+}
+
+
+def _whole(records: Records) -> np.ndarray:
+    return records.columns["error"] == ""
+
+
+def _latency(records: Records, until_ns: np.ndarray, limit_s: float) -> np.ndarray:
+    """Seconds from the intended send. A request that an early stop cut off has waited at least until then: +inf where
+    that is beyond ``limit_s``, else nothing is known of it."""
+    c = records.columns
+    values = np.where(until_ns != ABSENT, (until_ns - c["intended_ns"]) / 1e9, np.nan)
+    waited_s = (c["end_ns"] - c["intended_ns"]) / 1e9
+    values = np.where(np.isnan(values) & (c["error"] == "stopped") & (waited_s > limit_s), np.inf, values)
+    # a response without a single token, though it ended well, answered nothing
+    empty = (c["error"] == "") & (c["output_tokens"] == 0)
+    return np.where(failed(records) | empty, np.inf, values)
+
+
+def send_lag_s(records: Records) -> np.ndarray:
+    """Actual minus intended send."""
+    return (records.columns["sent_ns"] - records.columns["intended_ns"]) / 1e9
+
+
+class Gaps:
+    """The gaps between successive tokens of the chosen requests, in nanoseconds, in parts. Iterating again is cheap for
+    ordinary files (the gaps are held) and reads the file again for huge ones.
+
+    ``infinite`` is the number of failed requests among the chosen: each contributes one gap that never ended.
+    """
+
+    def __init__(self, records: Records, chosen: np.ndarray) -> None:
+        self._records, self._chosen = records, chosen
+        self.infinite = int((failed(records) & chosen).sum())
+        self._held: list[tuple[np.ndarray, np.ndarray]] | None = None
+        tokens = records.columns["output_tokens"][chosen]
+        if int(tokens.sum()) <= _HOLD_GAPS:
+            self._held = list(self._parts())
+
+    def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(gaps end to end, number of gaps per request that has any)."""
+        return iter(self._held) if self._held is not None else self._parts()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (gaps for gaps, _ in self.parts())
+
+    def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for rows, token_ns, offsets in self._records.tokens():
+            lengths = np.diff(offsets)
+            inside = np.ones(max(len(token_ns) - 1, 0), dtype=bool)
+            edges = offsets[1:-1]
+            inside[edges[(edges > 0) & (edges < len(token_ns))] - 1] = (
+                False  # from one request's last to the next's first
+            )
+            inside &= np.repeat(self._chosen[rows], lengths)[1:] if len(token_ns) else inside
+            counts = np.maximum(lengths - 1, 0)[self._chosen[rows]]
+            yield np.diff(token_ns)[inside], counts[counts > 0]
+
+
+# rates
+
+
+def error_rate(records: Records, measured: np.ndarray) -> float:
+    """Share of the measured requests that failed."""
+    return float(failed(records)[measured].mean())
+
+
+def offered_requests_per_s(records: Records, span: Window) -> float:
+    """Requests intended in the window / its duration."""
+    return _per_s(records.columns["intended_ns"], span)
+
+
+def sent_requests_per_s(records: Records, span: Window) -> float:
+    """Requests that left in the window / its duration: what was really offered."""
+    return _per_s(records.columns["sent_ns"], span)
+
+
+def output_share(records: Records, measured: np.ndarray) -> float:
+    """Output tokens that came / output tokens the trace asks for, over the measured requests that did not fail."""
+    whole = _whole(records) & measured
+    return float(records.columns["output_tokens"][whole].sum() / max(1, records.columns["wanted_tokens"][whole].sum()))
+
+
+def throughputs(records: Records, span: Window, good: np.ndarray) -> dict[str, np.ndarray]:
+    """What was served in the window, (20,) counts over equal parts of it, by the metric's name.
+
+    An output token counts when it arrives, a prompt when its first token arrives, a request when it ends; the goodput
+    variants count only those of good requests.
+    """
+    c = records.columns
+    edges = np.linspace(span.start_ns, span.end_ns, _BATCHES + 1)
+    prompts = np.where(c["prompt_tokens"] != ABSENT, c["prompt_tokens"], c["input_tokens"])
+    whole = _whole(records)
+    counts: dict[str, np.ndarray] = {}
+    for prefix, mask in (("", np.ones(len(records), dtype=bool)), ("goodput_", good)):
+        ended, started = mask & whole, mask & (c["first_token_ns"] != ABSENT)
+        counts[f"{prefix}requests_per_s"] = np.histogram(c["last_token_ns"][ended], edges)[0].astype(float)
+        counts[f"{prefix}output_tokens_per_s"] = np.zeros(_BATCHES)
+        counts[f"{prefix}total_tokens_per_s"] = np.histogram(
+            c["first_token_ns"][started], edges, weights=prompts[started].astype(float)
+        )[0]
+    for rows, token_ns, offsets in records.tokens():
+        lengths = np.diff(offsets)
+        for prefix, mask in (("", None), ("goodput_", np.repeat(good[rows], lengths))):
+            counts[f"{prefix}output_tokens_per_s"] += np.histogram(token_ns if mask is None else token_ns[mask], edges)[
+                0
+            ]
+    for prefix in ("", "goodput_"):
+        counts[f"{prefix}total_tokens_per_s"] = (
+            counts[f"{prefix}total_tokens_per_s"] + counts[f"{prefix}output_tokens_per_s"]
+        )
+    return counts
+
+
+def _per_s(times_ns: np.ndarray, span: Window) -> float:
+    inside = (times_ns >= span.start_ns) & (times_ns <= span.end_ns)
+    return float(inside.sum()) / span.duration_s if span.duration_s > 0 else math.nan
+
+
+def _batch_means(rates: np.ndarray) -> tuple[float, float]:
+    """A 95 % interval for the mean rate by batch means (Law & Kelton, section 9.5.3)."""
+    half = _T_19 * float(rates.std(ddof=1)) / math.sqrt(len(rates))
+    return max(0.0, float(rates.mean()) - half), float(rates.mean()) + half
+
+
+# statistics
+
+
+def _stats(name: str, slos: Sequence[Slo], quantiles: Sequence[float]) -> dict[str, float | None]:
+    """Label (``p99``, ``mean``) -> quantile, for the plan's quantiles and the SLOs on this latency."""
+    stats: dict[str, float | None] = {f"p{round(q * 100, 6):g}": q for q in quantiles}
+    stats.update({slo.metric.rsplit("_", 1)[1]: slo.quantile for slo in slos if slo.latency == name})
+    return {**stats, "mean": None, "max": None}
+
+
+def _describe(name: str, values: np.ndarray, stats: Mapping, metrics: Metrics, intervals: Intervals) -> None:
+    if not len(values):
+        return
+    for label, q in stats.items():
+        key = f"{name}_{label}_s"
+        if q is None:
+            metrics[key] = float(values.mean() if label == "mean" else values.max())
+        else:
+            metrics[key], intervals[key] = quantile.summary(values, q)
+
+
+def _describe_itl(gaps: Gaps, stats: Mapping, metrics: Metrics, intervals: Intervals) -> None:
+    """The quantiles of all gaps. Gaps of one request resemble each other, so the interval counts as many independent
+    observations as there would have to be for the variance seen between requests (design effect; Kish 1965)."""
+    total, highest, finite, requests = 0.0, 0.0, 0, 0
+    for part, counts in gaps.parts():
+        total += float(part.sum())
+        highest = max(highest, float(part.max(initial=0)))
+        finite, requests = finite + len(part), requests + len(counts)
+    n = finite + gaps.infinite
+    if not n:
+        return
+    metrics["itl_mean_s"] = math.inf if gaps.infinite else total / n / 1e9
+    metrics["itl_max_s"] = math.inf if gaps.infinite else highest / 1e9
+    quantiles = {label: q for label, q in stats.items() if q is not None}
+    ranks = {label: quantile.rank(n, q) for label, q in quantiles.items()}
+    values = quantile.select(gaps, sorted({k for k in ranks.values() if k <= finite}))
+    at = {label: values.get(k, math.inf) for label, k in ranks.items()}
+    effective = {label: _effective(gaps, value, n, requests) for label, value in at.items()}
+    bounds = {}
+    for label, q in quantiles.items():
+        m = effective[label]
+        low, high = quantile.interval_ranks(m, q)
+        bounds[label] = (math.floor(low / m * n), math.ceil(high / m * n) if high <= m else n + 1)
+    edges = quantile.select(gaps, sorted({k for pair in bounds.values() for k in pair if 1 <= k <= finite}))
+    for label, (low, high) in bounds.items():
+        metrics[f"itl_{label}_s"] = at[label] / 1e9
+        intervals[f"itl_{label}_s"] = (
+            edges.get(low, math.inf) / 1e9 if low >= 1 else 0.0,
+            edges.get(high, math.inf) / 1e9,
+        )
+
+
+def _effective(gaps: Gaps, value: float, n: int, requests: int) -> int:
+    """How many independent gaps say as much about the share of gaps <= value as these clustered ones."""
+    if requests < 2 or not math.isfinite(value):
+        return max(1, min(n, requests + gaps.infinite))
+    below: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    for part, counts in gaps.parts():
+        if len(counts):
+            starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+            below.append(np.add.reduceat((part <= value).astype(np.int64), starts))
+            sizes.append(counts)
+    y, m = np.concatenate(below).astype(float), np.concatenate(sizes).astype(float)
+    share = y.sum() / m.sum()
+    if not 0 < share < 1:
+        return max(1, min(n, requests))
+    variance = requests / (requests - 1) * float(((y - share * m) ** 2).sum()) / m.sum() ** 2
+    effect = max(1.0, variance / (share * (1 - share) / m.sum()))
+    return max(1, int(n / effect))

@@ -1,0 +1,97 @@
+"""Quantiles as order statistics, with exact confidence intervals, over samples too large to hold as well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+def rank(n: int, q: float) -> int:
+    """The nearest-rank quantile's position, from 1: the smallest k with k / n >= q."""
+    return min(n, max(1, math.ceil(q * n - 1e-9 * n * q)))
+
+
+def interval_ranks(n: int, q: float, confidence: float = CONFIDENCE) -> tuple[int, int]:
+    """Positions (from 1) of the order statistics that enclose the true q-quantile with at least ``confidence``.
+
+    The number of observations below the true quantile is binomial(n, q), whatever the distribution, so
+    P(x_(lo) <= quantile < x_(hi)) = P(lo <= B <= hi - 1). Both tails get half of the error. ``lo`` 0 means that the
+    sample bounds nothing from below, ``hi`` n + 1 that it bounds nothing from above: it is too small for that
+    quantile. (David & Nagaraja, Order Statistics, 3rd ed., section 7.1.)
+    """
+    tail = (1.0 - confidence) / 2
+    return _binomial_ppf(tail, n, q), _binomial_ppf(1.0 - tail, n, q) + 1
+
+
+def _binomial_ppf(p: float, n: int, q: float) -> int:
+    """The smallest k with P(B <= k) >= p for B binomial(n, q)."""
+    from scipy.special import bdtr
+
+    low, high = -1, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        if bdtr(middle, n, q) >= p:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def summary(values: np.ndarray, q: float) -> tuple[float, tuple[float, float]]:
+    """The q-quantile of ``values`` (n,) and its interval; failures are +inf in ``values``. (nan, (0, inf)) where n
+    is 0. The interval's lower bound is 0 and its upper bound +inf where n is too small for one."""
+    n = len(values)
+    if not n:
+        return math.nan, (0.0, math.inf)
+    low, high = interval_ranks(n, q)
+    wanted = sorted({k for k in (low, rank(n, q), high) if 1 <= k <= n})
+    parted = np.partition(values, [k - 1 for k in wanted])
+    return float(parted[rank(n, q) - 1]), (
+        float(parted[low - 1]) if low >= 1 else 0.0,
+        float(parted[high - 1]) if high <= n else math.inf,
+    )
+
+
+def proportion(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Clopper and Pearson's exact interval for a share of which k of n were seen."""
+    from scipy.special import betaincinv
+
+    tail = (1.0 - confidence) / 2
+    low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
+    high = float(betaincinv(k + 1, n - k, 1.0 - tail)) if k < n else 1.0
+    return low, high
+
+
+def select(parts: Iterable[np.ndarray], ranks: Sequence[int]) -> dict[int, float]:
+    """Exact order statistics of a sample given in parts, which are gone through twice: ``ranks`` count from 1.
+
+    ``parts`` must be iterable again and hold numbers >= 0. First the sample is counted into buckets 0.4 % wide (the
+    leading bits of a float order as the number does), then only the buckets that hold a wanted rank are sorted.
+    """
+    counts = np.zeros(0, dtype=np.int64)
+    for part in parts:
+        found = np.bincount(_bucket(part), minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    ends = np.cumsum(counts)
+    wanted = {k: int(np.searchsorted(ends, k)) for k in ranks}
+    held: dict[int, list[np.ndarray]] = {bucket: [] for bucket in wanted.values()}
+    for part in parts:
+        keys = _bucket(part)
+        for bucket, pieces in held.items():
+            pieces.append(part[keys == bucket])
+    found_values = {}
+    sorted_buckets = {bucket: np.sort(np.concatenate(pieces)) for bucket, pieces in held.items()}
+    for k, bucket in wanted.items():
+        before = int(ends[bucket] - counts[bucket])
+        found_values[k] = float(sorted_buckets[bucket][k - before - 1])
+    return found_values
+
+
+def _bucket(values: np.ndarray) -> np.ndarray:
+    """The exponent and eight bits of the mantissa."""
+    return np.ascontiguousarray(values, dtype=np.float64).view(np.int64) >> 44

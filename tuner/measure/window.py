@@ -1,0 +1,66 @@
+"""Which requests count: warm-up and the ramp at the start are cut, and so is the tail after the last arrival."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tuner.load.records import ABSENT
+
+if TYPE_CHECKING:
+    from tuner.load.records import Records
+
+RAMP_CAP = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The measured window in nanoseconds after the replay's start, both ends included."""
+
+    start_ns: int
+    end_ns: int
+
+    @property
+    def duration_s(self) -> float:
+        return (self.end_ns - self.start_ns) / 1e9
+
+
+def window(records: Records) -> Window:
+    """The measured window, by this rule.
+
+    Start: when the number of requests in flight first reaches its own median over the replay (a replay begins with an
+    empty server; until then it is filling up), no later than 10 % into the replay, and never within the warm-up.
+    End: the last intended send; what is still running then is followed to its end for its latency, but the server
+    is no longer under the trace's load, so that throughput is not counted. Where all arrivals lie closer together
+    than one mean response (a burst), the load is the burst itself and the end is its last response.
+    """
+    c = records.columns
+    if not len(records):
+        return Window(0, 0)
+    last_ns = int(c["intended_ns"].max())
+    warm_ns = min(int(float(records.meta.get("warmup_s", 0.0)) * 1e9), last_ns)
+    start_ns = _ramp_end(c["sent_ns"], c["end_ns"], warm_ns, last_ns)
+    ended = c["end_ns"] != ABSENT
+    whole = ended & (c["error"] == "")
+    mean_ns = float((c["end_ns"] - c["intended_ns"])[whole].mean()) if whole.any() else 0.0
+    if last_ns - start_ns <= mean_ns:
+        last_ns = max(last_ns, int(c["end_ns"][ended].max()) if ended.any() else last_ns)
+    return Window(start_ns, last_ns)
+
+
+def _ramp_end(sent_ns: np.ndarray, end_ns: np.ndarray, warm_ns: int, last_ns: int) -> int:
+    cap_ns = warm_ns + int(RAMP_CAP * (last_ns - warm_ns))
+    ends = end_ns[end_ns != ABSENT]
+    times = np.concatenate([sent_ns, ends])
+    change = np.concatenate([np.ones(len(sent_ns), dtype=np.int64), -np.ones(len(ends), dtype=np.int64)])
+    order = np.argsort(times, kind="stable")
+    times, level = times[order], np.cumsum(change[order])
+    held_ns = np.diff(np.clip(np.append(times, last_ns), warm_ns, last_ns))  # how long each level held
+    if not held_ns.sum():
+        return warm_ns
+    by_level = np.argsort(level, kind="stable")
+    median = level[by_level][np.searchsorted(np.cumsum(held_ns[by_level]), held_ns.sum() / 2)]
+    reached = np.flatnonzero((level >= median) & (np.append(times[1:], last_ns) >= warm_ns))
+    return min(cap_ns, max(warm_ns, int(times[reached[0]]))) if len(reached) else cap_ns
