@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,17 +17,16 @@ class Spent:
     usd: float
 
 
-def spent(study: Study, trials: Sequence[TrialRecord], running_since_s: Sequence[float] = ()) -> Spent:
+def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0) -> Spent:
     """What the trials took. Hours are wall time in which at least one trial ran (parallel trials count once); USD is
-    GPU-time (parallel trials count each)."""
-    now = time.time()
-    spans = sorted([(t.started_s, t.ended_s) for t in trials] + [(since, now) for since in running_since_s])
+    GPU-time (parallel trials count each). ``running`` launches count as launched."""
+    spans = sorted((t.started_s, t.ended_s) for t in trials)
     wall_s, reached = 0.0, float("-inf")
     for start, end in spans:
         wall_s += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     usd = sum((t.ended_s - t.started_s) / 3600 * per_hour(t.config, study.objective) for t in trials)
-    return Spent(len(trials), wall_s / 3600, usd)
+    return Spent(len(trials) + running, wall_s / 3600, usd)
 
 
 def exhausted(study: Study, used: Spent, share: float = 1.0) -> str:

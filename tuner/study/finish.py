@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +55,8 @@ def conclude(
 
     study = ready.study
     if not cancel.is_set():
-        try:
+        with suppress(Cancelled):
             verifying.run(ready, store, writer, Bench(study, ready.engine, cancel, on_event))
-        except Cancelled:
-            pass
     choice = choose(store.trials(), study.objective)
     files: list[Path] = []
     if choice.point is not None:

@@ -25,7 +25,8 @@ class Recorder(Protocol):
 
 @dataclass(slots=True)
 class Loop:
-    """One session of a study. ``stop_reason`` is asked before each proposal and answers in words when to end."""
+    """One session of a study. ``stop_reason`` is asked before each proposal, with the number of running trials,
+    and answers in words when to end."""
 
     bench: Bench
     store: Store
@@ -33,7 +34,7 @@ class Loop:
     workload: Workload
     recorder: Recorder
     on_event: OnEvent
-    stop_reason: Callable[[], str]
+    stop_reason: Callable[[int], str]
     gpus: tuple[int, ...] = ()
     _busy: set[int] = field(default_factory=set)
 
@@ -46,7 +47,7 @@ class Loop:
         with ThreadPoolExecutor(parallel, thread_name_prefix="trial") as pool:
             while True:
                 while len(running) < parallel and not ended:
-                    ended = "interrupted" if self.bench.cancel.is_set() else self.stop_reason()
+                    ended = "interrupted" if self.bench.cancel.is_set() else self.stop_reason(len(running))
                     waiting = None if ended else waiting or self.queue.propose()
                     if waiting is None:
                         ended = ended or "every configuration of the space has been tried"

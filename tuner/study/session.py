@@ -27,6 +27,8 @@ from tuner.study.store import Store
 if TYPE_CHECKING:
     import optuna
 
+    from tuner.search.warmstart import Earlier
+
 REFUSE_MARGIN = 0.05  # memory arithmetic may be wrong by this share of a GPU before it refuses a launch
 
 
@@ -162,8 +164,8 @@ def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.
     _tell_refusals(study, store, proposals, on_event)
     share = 1 - study.budget.verify_share
 
-    def stop_reason() -> str:
-        used = budget.spent(study, store.trials())
+    def stop_reason(running: int) -> str:
+        used = budget.spent(study, store.trials(), running)
         on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
         return budget.exhausted(study, used, share) or stop_early()
 
@@ -177,17 +179,20 @@ def _book(ready: Prepared, store: Store) -> tuple[optuna.Study, Callable[[], str
     import optuna
 
     from tuner.search import choose
+    from tuner.search.acquisition import LaunchCost
 
     study = ready.study
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = choose.sampler(
         study.sampler,
-        space=study.space,
-        objective=study.objective,
-        loads=study.load.ladder,
+        study.space,
+        study.objective,
+        study.load.ladder,
         predictor=ready.predictor,
         model=study.model,
         seed=study.seed,
+        cost=LaunchCost(start_s=60.0, step_s=_step_seconds(ready)),
+        earlier=_earlier(study),
     )
     book = optuna.create_study(
         storage=store.database,
@@ -197,6 +202,27 @@ def _book(ready: Prepared, store: Store) -> tuple[optuna.Study, Callable[[], str
         load_if_exists=True,
     )
     return book, lambda: ""
+
+
+def _step_seconds(ready: Prepared) -> float:
+    """How long the average load step takes: the window, time-warped, and the warm-up."""
+    span_s = float(ready.traffic.search[0].arrival_s[-1])
+    ladder = ready.study.load.ladder
+    return max(1.0, sum(span_s / load for load in ladder) / len(ladder))
+
+
+def _earlier(study: Study) -> list[Earlier]:
+    """The earlier studies named in ``warm_start``. Raises UsageError for a folder that holds none."""
+    from tuner.search.warmstart import earlier
+
+    found = []
+    for folder in study.warm_start:
+        path = Path(str(study.frozen["frozen"]["beside"])) / folder
+        if not (path / "study.yaml").is_file():
+            raise UsageError(f"warm_start: no study in {folder}", where=study.source, fix="Name a study folder")
+        trials = [(t.params, t.outcome) for t in Store(path).trials() if t.role == "search"]
+        found.append(earlier(path.name, trials, study.space, study.objective, study.load.ladder))
+    return [one for one in found if one is not None]
 
 
 def _tell_refusals(study: Study, store: Store, proposals: queue.Queue, on_event: OnEvent) -> None:

@@ -1,0 +1,194 @@
+"""The loop: what is launched, what is told, and what survives."""
+
+import threading
+from collections import Counter
+
+import pytest
+
+from tests.study.fake import FakeEngine, oom
+from tuner.engines.protocol import LaunchFailed
+from tuner.errors import EnvironmentFault, UsageError
+from tuner.study import budget
+from tuner.study.outcome import Aborted, Infeasible, Measured
+
+
+def test_the_first_trial_is_the_engines_default_with_none_of_the_spaces_flags(runner):
+    runner.run()
+    first = runner.store.trial(0)
+    assert first.baseline
+    assert not first.config.flags
+    assert sum(t.baseline for t in runner.store.trials()) == 1
+
+
+def test_a_study_stops_at_its_budget_and_says_so(runner):
+    engine = FakeEngine()
+    assert runner.run(engine) == "the budget of 6 launches is spent"
+    assert len(engine.launched) == 6 == len(runner.store.trials())
+
+
+def test_no_configuration_is_launched_twice(runner):
+    engine = FakeEngine()
+    runner.run(engine, replace={"launches: 6": "launches: 40"})
+    assert max(Counter(engine.launched).values()) == 1
+
+
+@pytest.mark.parametrize("sampler", ["auto", "tpe", "nsga2", "grid"])
+def test_a_space_that_is_exhausted_ends_the_study_before_its_budget(runner, sampler):
+    pins = "parameters: {max_num_batched_tokens: 8192, kv_cache_dtype: auto, max_num_seqs: [64, 1024]}\nreports:"
+    engine = FakeEngine()
+    ended = runner.run(engine, replace={"reports:": pins, "random": sampler})
+    assert ended == "every configuration of the space has been tried"
+    assert len(engine.launched) == len(set(engine.launched)) == 4
+
+
+def test_the_ladder_goes_up_and_ends_at_the_first_miss_on_one_launch(runner):
+    engine = FakeEngine()
+    runner.run(engine, replace={"launches: 6": "launches: 1"})
+    assert [load for _, load in engine.measured] == [1, 2, 3, 4]
+    slow = FakeEngine()
+    runner.run(slow, replace={"launches: 6": "launches: 5"})
+    for config in set(slow.launched):
+        loads = [load for h, load in slow.measured if h == config]
+        assert loads == [1, 2, 3, 4][: len(loads)]
+    for trial in runner.store.trials():
+        assert all(step.ok for step in trial.outcome.steps[:-1])
+
+
+def test_cost_is_the_price_of_the_gpus_over_the_tokens_within_slo(runner):
+    runner.run(replace={"launches: 6": "launches: 1"})
+    study = runner.study()
+    step = runner.store.trial(0).outcome.steps[0]
+    expected = study.objective.price_usd_per_gpu_hour / 3600 / 100 * 1e6
+    assert step.metrics["cost_usd_per_mtok_output"] == pytest.approx(expected)
+
+
+def test_a_crash_is_an_outcome_with_evidence_and_never_a_measurement(runner):
+    engine = FakeEngine(fail=lambda c: oom(c) if c.flags.get("quantization") else None)
+    runner.run(engine, replace={"launches: 6": "launches: 12"})
+    kinds = {bool(t.config.flags.get("quantization")): type(t.outcome) for t in runner.store.trials()}
+    assert kinds == {True: Infeasible, False: Measured}
+
+
+def test_a_crash_is_told_to_the_sampler_as_a_violated_constraint_not_as_a_failure(runner):
+    import optuna
+
+    engine = FakeEngine(fail=lambda c: oom(c) if c.flags.get("quantization") else None)
+    runner.run(engine, replace={"launches: 6": "launches: 12"})
+    book = optuna.load_study(study_name="s", storage=runner.store.database)
+    crashed = [t for t in book.trials if t.user_attrs.get("outcome", {}).get("kind") == "infeasible"]
+    assert crashed
+    assert all(t.state.name == "COMPLETE" and t.constraints["slo"] > 0 for t in crashed)
+
+
+def test_a_passing_failure_is_tried_once_more_and_a_lasting_one_never(runner):
+    passing = Infeasible("port-in-use", "port taken", transient=True)
+    engine = FakeEngine(fail=lambda c: passing if c.flags.get("quantization") else oom(c) if c.flags else None)
+    runner.run(engine, replace={"launches: 6": "launches: 14"})
+    counts = Counter(
+        (bool(t.config.flags.get("quantization")), engine.launched.count(t.config.hash)) for t in runner.store.trials()
+    )
+    assert {n for (again, n) in counts if again} <= {1, 2}
+    assert 2 in {n for (again, n) in counts if again}
+    assert {n for (again, n) in counts if not again} == {1}
+
+
+def test_a_server_that_dies_under_load_keeps_the_steps_measured_before(runner):
+    def die(config, plan):
+        if plan.load == 2:
+            raise LaunchFailed(Infeasible("oom-under-load", "out of memory", stage="under load"))
+
+    runner.run(FakeEngine(during=die), replace={"launches: 6": "launches: 1"})
+    outcome = runner.store.trial(0).outcome
+    assert isinstance(outcome, Infeasible)
+    assert [s.load for s in outcome.steps] == [1]
+
+
+def test_a_default_that_fails_for_want_of_a_gpu_ends_the_study_as_the_environments_fault(runner):
+    none = Infeasible("no-gpu", "no CUDA device", fix="install the driver")
+    with pytest.raises(EnvironmentFault, match="no CUDA device"):
+        runner.run(FakeEngine(fail=lambda _c: none))
+    assert runner.store.trial(0).outcome.cause == "no-gpu"  # kept all the same
+
+
+def test_something_left_behind_stops_the_study_and_says_what(runner):
+    ended = runner.run(FakeEngine(left_over=("pid 4711 VLLM::Worker",)))
+    assert ended == "trial 0 left something behind: pid 4711 VLLM::Worker"
+    assert len(runner.store.trials()) == 1
+
+
+def test_invalid_combinations_are_refused_before_any_launch_and_written_down(runner):
+    runner.run(replace={"[1, 2, 3, 4]": "[1]", "search_space: vllm/quick": "search_space: vllm/standard"})
+    reasons = {entry["reason"] for entry in runner.store.refused()}
+    assert any("max-num-batched-tokens must" in reason for reason in reasons)
+    study = runner.study(replace={"search_space: vllm/quick": "search_space: vllm/standard"})
+    assert all(not study.space.denied(t.params) for t in runner.store.trials())
+
+
+def test_an_unknown_flag_is_refused_before_the_study_starts_with_the_nearest_name(runner):
+    engine = FakeEngine(known=frozenset({"max-num-batched-token", "max-num-seqs", "quantization", "kv-cache-dtype"}))
+    with pytest.raises(
+        UsageError, match=r"knows no flag --max-num-batched-tokens.*Did you mean 'max-num-batched-token'"
+    ):
+        runner.run(engine)
+    assert not engine.launched
+
+
+def test_an_interrupt_finishes_the_teardown_and_keeps_what_was_measured(runner):
+    cancel = threading.Event()
+    engine = FakeEngine(during=lambda c, p: cancel.set() if p.load == 2 and len(engine.launched) == 3 else None)
+    assert runner.run(engine, cancel) == "interrupted"
+    assert not engine.alive
+    outcome = runner.store.trial(2).outcome
+    assert isinstance(outcome, Aborted)
+    assert [s.load for s in outcome.steps] == [1, 2]
+
+
+def test_resuming_after_an_interrupt_measures_the_interrupted_configuration_again_and_no_other(runner):
+    cancel = threading.Event()
+    first = FakeEngine(during=lambda c, p: cancel.set() if p.load == 2 and len(first.launched) == 3 else None)
+    runner.run(first, cancel)
+    second = FakeEngine()
+    runner.run(second, replace={"launches: 6": "launches: 8"})
+    assert second.launched[0] == first.launched[2]
+    assert not set(first.launched[:2]) & set(second.launched)
+    assert len(runner.store.trials()) == 8
+
+
+def test_a_study_that_changed_is_not_continued_silently(runner):
+    runner.run()
+    with pytest.raises(UsageError, match="begun with another load"):
+        runner.run(replace={"[1, 2, 3, 4]": "[1, 2]"})
+
+
+def test_two_tuners_do_not_run_one_study(runner):
+    from tuner.study import session
+
+    with session.opened(runner.study()), pytest.raises(UsageError, match="another tuner \\(pid"):
+        runner.run()
+
+
+def test_parallel_trials_share_the_gpus_without_stacking(runner):
+    engine = FakeEngine(during=lambda c, p: threading.Event().wait(0.05))
+    runner.run(engine, replace={"sampler: random": "sampler: random\nparallel: 4"})
+    assert engine.most_alive == 2  # two GPUs, one each
+    assert len(runner.store.trials()) == 6
+
+
+def test_every_finished_trial_is_recorded_once(runner):
+    runner.run()
+    assert sorted(runner.recorder.trials) == [0, 1, 2, 3, 4, 5]
+
+
+def test_parallel_trials_count_once_in_hours_and_each_in_usd(runner):
+    from dataclasses import replace
+
+    runner.run(replace={"launches: 6": "launches: 2"})
+    study = runner.study(replace={"launches: 6": "hours: 1"})
+    one, two = runner.store.trials()
+    one = replace(one, started_s=0.0, ended_s=1800.0)
+    two = replace(two, started_s=0.0, ended_s=3600.0)
+    used = budget.spent(study, [one, two])
+    assert used.hours == pytest.approx(1.0)
+    assert used.usd == pytest.approx(1.5 * study.objective.price_usd_per_gpu_hour)
+    assert "1 hours is spent" in budget.exhausted(study, used)
+    assert budget.exhausted(study, used, share=2.0) == ""
