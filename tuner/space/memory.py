@@ -129,10 +129,12 @@ def learn(fit: Fit, outcome: Outcome, learned: MemoryCorrection | None = None) -
 
 def _parts(shape: ModelShape, hardware: Hardware, settings: Settings, learned: MemoryCorrection) -> dict[str, float]:
     p, ranks = settings.precision, settings.tp * settings.pp
-    experts_over = ranks * (settings.dp if settings.expert_parallel else 1)
     weights = (
         shape.linear_weights * p.linear_bits / 8 / ranks
-        + shape.expert_weights * p.expert_bits / 8 / experts_over
+        + shape.expert_weights
+        * p.expert_bits
+        / 8
+        / (ranks * settings.dp)  # vLLM spreads experts over the data-parallel ranks
         + shape.embedding_weights * p.embedding_bits / 8 / settings.tp
     ) * learned.weights_share
     if settings.speculation and settings.speculation.method in ("draft_model", "eagle", "mtp"):
@@ -145,7 +147,13 @@ def _parts(shape: ModelShape, hardware: Hardware, settings: Settings, learned: M
     activations = rows * (4 * shape.hidden + 2 * (widest + 2 * routed) / settings.tp) * 2.0
     activations += min(settings.max_seqs, rows) * shape.vocab * 4.0 * 1.5
     on_cpu = hardware.kind == "cpu"
-    graphs = 0.0 if settings.eager or on_cpu else _GRAPH_BYTES + shape.layers / settings.pp * _GRAPH_BYTES_PER_LAYER
+    if settings.engine == "sglang":  # its memory fraction leaves them outside
+        activations = 0.0
+    graphs = (
+        0.0
+        if settings.eager or on_cpu or settings.engine == "sglang"
+        else _GRAPH_BYTES + shape.layers / settings.pp * _GRAPH_BYTES_PER_LAYER
+    )
     kv_per_token = kv_fixed = 0.0
     for a in shape.attention:
         split = min(settings.tp, a.kv_heads) * settings.pp

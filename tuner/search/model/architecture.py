@@ -12,9 +12,9 @@ from tuner.search.model.shape import Attention, FeedForward, ModelShape
 # Kernels per layer after fusion, counted from the layer's forward pass in vLLM: what costs launches, whatever its size.
 # Attention: norm, qkv, rope, cache write, attention, its split-KV reduction, output projection, all-reduce.
 _KERNELS_ATTENTION = 8
-# MLA: q and kv down-projections, two norms, q up-projection, rope, cache write, two absorbed products, attention and
+# MLA: fused down-projection, two norms, q up-projection, rope, cache write, two absorbed products, attention and its
 # reduction, output projection, block norm, all-reduce.
-_KERNELS_MLA = 14
+_KERNELS_MLA = 13
 # Indexer of sparse attention: q and k projections, norm, rope, two quantizations, cache write, logits, top-k, gather.
 _KERNELS_INDEXER = 10
 # Linear attention: norm, two input projections, convolution, gates, recurrence, gated norm, output, all-reduce.
@@ -134,11 +134,12 @@ def _mla(text: Mapping[str, Any], hidden: int, layers: int, heads: int) -> Atten
         cache=float(latent + rope) + (index_dim / 2 if top else 0.0),  # the indexer's keys are fp8
         heads=heads,
         kv_heads=1,
-        pair=float(nope + rope + value),
+        pair=float(2 * latent + rope if top else nope + rope + value),  # sparse attention prefills in latent space too
         decode_pair=float(2 * latent + rope),
         kernels=_KERNELS_MLA + (_KERNELS_INDEXER if top else 0),
         window=top,
         scan=index_dim / 2 if top else 0.0,
+        scan_pair=float(index_heads * index_dim) if top else 0.0,
     )
 
 

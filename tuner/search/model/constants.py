@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What an engine's host side costs, whatever the model.
+
+    ``step_s``: scheduler, sampling and output per step; ``sequence_s``: its part per running sequence;
+    ``request_s``: HTTP, tokenization and admission of one request; ``eager_kernel_s``: one kernel launched without a
+    captured graph.
+    """
+
+    step_s: float
+    sequence_s: float
+    request_s: float
+    eager_kernel_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """Fitted once over all rows of measured serving tables (``benchmarks/model``); none belongs to a model or a GPU.
+    """Fitted once over all rows of a measured serving table (``benchmarks/model``); none belongs to a model or a GPU.
 
     ``bandwidth_share``: share of the data sheet's bandwidth that weight and KV reads reach. ``flops_share``: share of
     the dense peak that large products reach; ``expert_flops_share`` the same for grouped products of routed experts.
-    ``attention_share``: share of the bf16 peak in prefill attention. ``link_share``: share of the link in all-reduces.
-    ``kernel_s``: what a kernel costs inside a captured graph beside its memory and arithmetic (launch, ramp, tail);
-    ``eager_kernel_s``: the same without a graph. ``step_s``: scheduler, sampling and output per engine step;
-    ``sequence_s``: its part that grows with each running sequence; ``request_s``: HTTP, tokenization and
-    admission of one request.
+    ``attention_share``: share of the bf16 peak in attention. ``link_share``: share of the link in all-reduces.
+    ``kernel_s``: what a kernel costs inside a captured graph beside its memory and arithmetic (launch, ramp, tail).
     """
 
-    bandwidth_share: float = 0.80
-    flops_share: float = 0.60
-    expert_flops_share: float = 0.35
-    attention_share: float = 0.40
-    link_share: float = 0.60
-    kernel_s: float = 4.3e-6
-    eager_kernel_s: float = 15e-6
-    step_s: float = 0.4e-3
-    sequence_s: float = 8e-6
-    request_s: float = 10e-3
+    bandwidth_share: float = 0.88
+    flops_share: float = 0.59
+    expert_flops_share: float = 0.22
+    attention_share: float = 0.38
+    link_share: float = 0.59
+    kernel_s: float = 4.6e-6
+    hosts: Mapping[str, Host] = field(
+        default_factory=lambda: {
+            "vllm": Host(0.4e-3, 8e-6, 26e-3, 15e-6),
+            "sglang": Host(0.4e-3, 20e-6, 185e-3, 16e-6),
+        }
+    )
+
+    def host(self, engine: str) -> Host:
+        """The host costs of ``engine``; vLLM's for an engine that was never measured."""
+        return self.hosts.get(engine) or self.hosts["vllm"]

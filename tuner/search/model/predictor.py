@@ -202,7 +202,7 @@ class AnalyticModel:
             own = server.prefill_s + (0.5 + server.chunks * (not s.prefill_first)) * step_s
             share = server.fresh / max(s.max_batched_tokens, 1)
             queued = waits(arrival + slot, prefill + share * step_s * (not s.prefill_first) / lanes)
-        ttft = self.constants.request_s + slot + queued + own
+        ttft = self.constants.host(self.engine).request_s + slot + queued + own
         tpot = token_s
         e2e = ttft + (total - 1) * tpot
         columns = {"ttft": ttft, "tpot": tpot, "e2e": e2e, "norm_latency": e2e / total}

@@ -28,7 +28,7 @@ class _Mixing:
     state_bytes: float  # read and written per sequence
     decode_ops: float  # per pair of query and key
     prefill_ops: float
-    linear: bool
+    scan_ops: float  # the indexer's, per pair over the whole context; every rank does all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class StepTime:
     def __init__(self, shape: ModelShape, settings: Settings, hardware: Hardware, constants: Constants) -> None:
         p, tp = settings.precision, settings.tp
         self._hardware, self._k, self._settings = hardware, constants, settings
+        self._host = constants.host(settings.engine)
         self.bandwidth = hardware.bandwidth_bytes_per_s * constants.bandwidth_share
         self._linear_bytes = shape.linear_weights * p.linear_bits / 8 / tp
         self._linear_ops = 2 * shape.linear_weights / tp
@@ -55,9 +56,16 @@ class StepTime:
         self._head_ops = 2 * shape.vocab * shape.hidden / tp
         self._wide_rate = hardware.rate("bf16") * constants.flops_share
         self._attention_rate = hardware.rate("bf16") * constants.attention_share
+        self._scan_rate = hardware.rate("fp8") * constants.attention_share
         self._mixings = tuple(_mixing(a, settings) for a in shape.attention)
         self._experts = tuple(
-            _Experts(f.layers, f.experts, f.top_k, f.expert_weights * p.expert_bits / 8 / tp, 2 * f.expert_weights / tp)
+            _Experts(
+                f.layers,
+                f.experts,
+                f.top_k,
+                f.expert_weights * p.expert_bits / 8 / tp / settings.dp,
+                2 * f.expert_weights / tp,
+            )
             for f in shape.ffn
             if f.experts
         )
@@ -69,6 +77,7 @@ class StepTime:
         )
         self._reduces = 2 * shape.layers if tp > 1 else 0
         self._row_bytes = shape.hidden * 2.0
+        self._row_traffic = _row_traffic(shape, settings) / self.bandwidth
         self._dp = settings.dp
 
     def step(
@@ -100,7 +109,7 @@ class StepTime:
         time = np.zeros_like(tokens)
         for m in self._mixings:
             span = np.minimum(seen, m.window) if m.window else seen
-            time += tokens * span * m.prefill_ops / self._attention_rate
+            time += tokens * (span * m.prefill_ops / self._attention_rate + seen * m.scan_ops / self._scan_rate)
         return time
 
     def draft_s(
@@ -111,7 +120,7 @@ class StepTime:
         if spec.method in ("ngram", "suffix"):
             return 0.2e-3
         if spec.method in ("eagle", "mtp", "medusa"):
-            body = (self.step(decodes, context) - self._k.step_s) / target.layers
+            body = (self.step(decodes, context) - self._host.step_s) / target.layers
             head = max(self._head_bytes / self.bandwidth, decodes * self._head_ops / self._wide_rate)
             return spec.tokens * (body + head)
         if draft is None:
@@ -123,13 +132,12 @@ class StepTime:
 
     def _products(self, tokens: float, sampled: float) -> float:
         time = max(self._linear_bytes / self.bandwidth, tokens * self._linear_ops / self._linear_rate)
+        time += tokens * self._row_traffic
         time += max(self._head_bytes / self.bandwidth, sampled * self._head_ops / self._wide_rate)
         for e in self._experts:
-            # With data parallelism and shared experts every rank's tokens meet in one expert layer.
-            together = tokens * (self._dp if self._settings.expert_parallel else 1)
-            share = self._dp if self._settings.expert_parallel else 1
-            touched = e.experts * (1 - (1 - e.top_k / e.experts) ** together)
-            read = e.layers * touched * e.bytes_each / share / self.bandwidth
+            # The tokens of all data-parallel ranks meet in one expert layer, which is spread over all GPUs.
+            touched = e.experts * (1 - (1 - e.top_k / e.experts) ** (tokens * self._dp))
+            read = e.layers * touched * e.bytes_each / self.bandwidth
             time += max(read, e.layers * tokens * e.top_k * e.ops_each / self._expert_rate)
         return time
 
@@ -138,27 +146,47 @@ class StepTime:
         for m in self._mixings:
             span = min(context, m.window) if m.window else context
             read = decodes * (span * m.kv_bytes + context * m.scan_bytes + m.state_bytes) / self.bandwidth
-            time += max(read, decodes * queries * span * m.decode_ops / self._attention_rate)
+            pairs = decodes * queries * span * m.decode_ops / self._attention_rate
+            time += max(read, pairs + decodes * queries * context * m.scan_ops / self._scan_rate)
             if prefill:
                 time += prefill * (min(seen, m.window) if m.window else seen) * m.prefill_ops / self._attention_rate
+                time += prefill * seen * m.scan_ops / self._scan_rate
         return time
 
     def reduce_s(self, tokens: float) -> float:
-        """All-reduces of one step: a latency each, and 2 (t - 1) / t of the rows over the link (ring, Patarasu and
-        Yuan 2009)."""
-        if not self._reduces:
-            return 0.0
-        tp, h = self._settings.tp, self._hardware
-        moved = 2 * (tp - 1) / tp * tokens * self._row_bytes
-        return self._reduces * moved / (h.link_bytes_per_s * self._k.link_share)
+        """Communication of one step: all-reduces move 2 (t - 1) / t of the rows over the link (ring, Patarasu and Yuan
+        2009); data-parallel ranks send each token to its experts' ranks and back."""
+        tp, dp = self._settings.tp, self._dp
+        moved = self._reduces * 2 * (tp - 1) / tp * tokens * self._row_bytes
+        if dp > 1:
+            moved += (
+                sum(e.layers * 2 * min(e.top_k, dp) * (dp - 1) / dp for e in self._experts)
+                * tokens
+                * self._row_bytes
+                / tp
+            )
+        return moved / (self._hardware.link_bytes_per_s * self._k.link_share)
 
     def overhead_s(self, tokens: float, sequences: float) -> float:
         """Launches, scheduler and sampling: what a step costs before it reads or multiplies anything."""
         k, h = self._k, self._hardware
         eager = self._settings.eager or tokens > _GRAPH_TOKENS
-        kernel = h.op_s if h.op_s is not None else k.eager_kernel_s if eager else k.kernel_s
+        kernel = h.op_s if h.op_s is not None else self._host.eager_kernel_s if eager else k.kernel_s
         latency = max(h.link_latency_s - 10e-6, 0.0) * self._reduces  # over NVLink's, which is in the kernel time
-        return self.kernels * kernel + latency + k.step_s + sequences * k.sequence_s
+        return self.kernels * kernel + latency + self._host.step_s + sequences * self._host.sequence_s
+
+
+def _row_traffic(shape: ModelShape, settings: Settings) -> float:
+    """Bytes one token's activations move through memory between the products of all layers, on one GPU: about ten
+    passes over a row of the hidden width in each block (norm, quantization, residual, all-reduce in and out), which TP
+    does not split; in expert layers the row is copied to each of the top_k experts and summed again (four passes),
+    and the inner width is written and read three times."""
+    passes = 20 * shape.hidden * shape.layers
+    for f in shape.ffn:
+        inner = (f.expert_weights if f.experts else f.weights) / 3 / shape.hidden
+        passes += f.layers * (f.top_k or 1) * 6 * inner / settings.tp
+        passes += f.layers * f.top_k * 4 * shape.hidden
+    return 2.0 * passes
 
 
 def _mixing(a: Attention, settings: Settings) -> _Mixing:
@@ -172,5 +200,5 @@ def _mixing(a: Attention, settings: Settings) -> _Mixing:
         state_bytes=a.layers * 2 * a.state * 2 / tp,
         decode_ops=ops * a.decode_pair,
         prefill_ops=ops * a.pair,
-        linear=a.kind == "linear",
+        scan_ops=2.0 * a.scan_pair * a.layers,
     )

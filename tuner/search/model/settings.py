@@ -122,6 +122,15 @@ def batch_defaults(hardware: Hardware, world_size: int, engine: str = "vllm") ->
     return 2048, 256
 
 
+def memory_default(hardware: Hardware, batched_tokens: int, engine: str = "vllm") -> float:
+    """Default share of memory for weights and cache: vLLM 0.25 and later 0.92 (0.9 before), all of its own use
+    included; SGLang leaves 1.5 MiB per token of its chunk, 1 GiB of graphs and 0.5 GiB outside."""
+    if engine != "sglang":
+        return 0.92
+    mib = hardware.memory_bytes / 2**20
+    return max(1 - (1.5 * batched_tokens + 1536) / mib, 0.5)
+
+
 def precision_of(config: ServingConfig, shape: ModelShape) -> Precision:
     """The precision the server runs: the checkpoint's own, its variant's, or ``--quantization`` applied to it."""
     result = shape.precision

@@ -34,7 +34,8 @@ class Attention:
     kernels: int
     window: int = 0
     state: float = 0.0
-    scan: float = 0.0  # elements of a cheap scan over the whole context (the DSA indexer's), per token
+    scan: float = 0.0  # of ``cache``: elements that a sparse selection reads over the whole context (DSA's indexer)
+    scan_pair: float = 0.0  # and its operations per pair, over two, all its heads together
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,4 +126,5 @@ class ModelShape:
             raise UsageError(f"cannot read the model's config: {error}", where=str(file)) from None
         if not isinstance(data, dict):
             raise UsageError("the model's config is not a mapping", where=str(file))
-        return shape_of(data, name=file.parent.name, where=str(file))
+        name = file.parent.name if file.name == "config.json" else file.stem
+        return shape_of(data, name=name, where=str(file))

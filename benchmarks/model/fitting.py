@@ -1,0 +1,69 @@
+"""Fits the model's constants to measured rows, and says how well they hold on rows they were not fitted to.
+
+Least squares on the logarithms of TPOT (scale 10 %) and TTFT (scale 50 %), soft-L1 loss, every group of rows (model and
+engine) with the same weight, and a log-normal prior of 13 % around the values that ship: with fourteen constants and
+seven models, an unregularised fit trades constants against each other to no gain (measured: docs/model.md).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from rows import Row
+from scipy.optimize import least_squares
+
+from tuner.search.model.closed_loop import ClosedLoop, predict_closed_loop
+from tuner.search.model.constants import Constants, Host
+
+_SHARED = ("bandwidth_share", "flops_share", "expert_flops_share", "attention_share", "link_share", "kernel_s")
+_HOST = ("step_s", "sequence_s", "request_s", "eager_kernel_s")
+_ENGINES = ("vllm", "sglang")
+
+
+def predict(row: Row, constants: Constants) -> ClosedLoop:
+    # The tables' vLLM versions (0.11 to 0.18) had a default memory share of 0.9.
+    share = 0.9 if row.engine == "vllm" else None
+    return predict_closed_loop(
+        row.shape, row.hardware, row.engine, row.parallelism, row.precision, row.isl, row.osl, row.concurrency,
+        constants=constants, length_spread=row.length_spread, memory_share=share,
+    )  # fmt: skip
+
+
+def fit(rows: Sequence[Row], start: Constants | None = None, prior: float = 0.13) -> Constants:
+    """The constants that fit ``rows`` best. An engine that has no rows takes over the hosts' mean of those that do
+    (it was never measured)."""
+    first = to_vector(start or Constants())
+    groups = Counter(row.group for row in rows)
+    weight = np.array([5 / np.sqrt(groups[row.group]) for row in rows])
+    times = np.array([(row.ttft_s, row.tpot_s) for row in rows])
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        constants = from_vector(x)
+        got = np.array([(p.ttft_s or 1e-4, p.tpot_s or 1e-4) for p in (predict(row, constants) for row in rows)])
+        error = np.log(got / times)
+        return np.concatenate(((x - first) / prior, weight * error[:, 1] / 0.1, weight * error[:, 0] / 0.5))
+
+    bounds = (first - np.log(4), first + np.log(4))
+    bounds[1][: len(_SHARED) - 1] = np.log(0.98)  # shares
+    solution = least_squares(residuals, first, bounds=bounds, loss="soft_l1", diff_step=0.02, max_nfev=10).x
+    constants = from_vector(solution)
+    present = {row.engine for row in rows}
+    if absent := [engine for engine in _ENGINES if engine not in present]:
+        other = next(constants.hosts[e] for e in _ENGINES if e in present)
+        hosts = {**constants.hosts, **dict.fromkeys(absent, other)}
+        constants = Constants(**{name: getattr(constants, name) for name in _SHARED}, hosts=hosts)
+    return constants
+
+
+def to_vector(constants: Constants) -> np.ndarray:
+    hosts = [getattr(constants.host(engine), name) for engine in _ENGINES for name in _HOST]
+    return np.log([*(getattr(constants, name) for name in _SHARED), *hosts])
+
+
+def from_vector(x: np.ndarray) -> Constants:
+    values = [float(v) for v in np.exp(x)]
+    shared, rest = values[: len(_SHARED)], values[len(_SHARED) :]
+    hosts = {e: Host(*rest[i * len(_HOST) : (i + 1) * len(_HOST)]) for i, e in enumerate(_ENGINES)}
+    return Constants(**dict(zip(_SHARED, shared, strict=True)), hosts=hosts)
