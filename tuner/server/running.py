@@ -1,0 +1,97 @@
+"""A server that is ours: its process, port, leases, log and telemetry, and how all of it goes away again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tuner.engines.protocol import Endpoint, Teardown
+from tuner.server.bootlog import BootLog, LogFile
+from tuner.server.gpu import Gpus
+from tuner.server.leases import GpuLease, Lease, PortLease
+from tuner.server.process import Ended, Process
+from tuner.server.runtime import Ownership
+from tuner.server.telemetry import Telemetry
+
+_GPU_BACK_S = 20.0
+_GPU_SLACK_BYTES = 512 * 2**20  # what a driver keeps after the last context is gone
+
+
+@dataclass(slots=True)
+class Running:
+    """Everything that one launch holds. ``stop`` gives all of it back, in an order in which nothing can be lost."""
+
+    ownership: Ownership
+    port: PortLease
+    log: LogFile
+    boot_log: BootLog
+    gpus: Gpus
+    stop_wait_s: float
+    gpu_lease: GpuLease | None = None
+    host_lease: Lease | None = None
+    process: Process | None = None
+    endpoint: Endpoint | None = None
+    telemetry: Telemetry | None = None
+    gpu_used_before: dict[int, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _teardown: Teardown | None = None
+
+    @property
+    def gpu_indices(self) -> tuple[int, ...]:
+        return self.gpu_lease.indices if self.gpu_lease else ()
+
+    def exit_code(self) -> int | None:
+        """The server's exit code; None while it runs or before it was started."""
+        return self.process.poll() if self.process else None
+
+    def stop(self) -> Teardown:
+        """Ends the tree, checks that processes, port and GPU memory are back; safe to call twice; never raises."""
+        with self._lock:
+            if self._teardown is None:
+                self._teardown = self._stop()
+            return self._teardown
+
+    def _stop(self) -> Teardown:
+        started = time.monotonic()
+        left: list[str] = []
+        ended = Ended(0.0, False)
+        try:
+            if self.telemetry:
+                self.telemetry.stop()
+            if self.process:
+                ended = self.process.stop(self.stop_wait_s)
+                left += ended.left
+                left += self._port_left()
+                left += self._gpu_left()
+        except Exception as error:  # a teardown that raises would hide the outcome it ends
+            left.append(f"the teardown itself failed: {error!r}")
+        finally:
+            self.port.release()
+            for lease in (self.gpu_lease, self.host_lease):
+                if lease:
+                    lease.release()
+            if not ended.left:
+                self.ownership.release()
+        return Teardown(round(time.monotonic() - started, 3), ended.killed, tuple(left))
+
+    def _port_left(self) -> list[str]:
+        self.port.hand_over()
+        return [] if self.port.free else [f"port {self.port.number} is still in use"]
+
+    def _gpu_left(self) -> list[str]:
+        deadline = time.monotonic() + _GPU_BACK_S
+        while True:
+            held = {
+                index: used
+                for index in self.gpu_indices
+                if (used := self.gpus.memory_used(index) - self.gpu_used_before.get(index, 0)) > _GPU_SLACK_BYTES
+            }
+            if not held or time.monotonic() > deadline:
+                return [f"GPU {index}: {used / 2**30:.1f} GiB are still held" for index, used in held.items()]
+            time.sleep(0.2)
+
+    @property
+    def folder(self) -> Path:
+        return self.log.path.parent
