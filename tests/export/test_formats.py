@@ -1,0 +1,206 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import studies
+from tuner.errors import NothingFeasible, UsageError
+from tuner.export.deployment import deployment, read_promise
+from tuner.export.formats import FORMATS, best_config, export
+from tuner.export.text import dump
+from tuner.spec.study import EngineSpec
+from tuner.study.outcome import Measured
+from tuner.study.store import Store
+
+OBJECTIVE = studies.objective()
+PARAMS = {"max_num_batched_tokens": 8192, "prefix_caching": False, "speculation": "ngram", "draft_tokens": 4}
+
+
+@pytest.fixture
+def made(tmp_path: Path):
+    """A default, and a cheaper configuration with a number, a switch off and a JSON flag."""
+    store = Store(tmp_path / "s")
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tokens_per_s=1000),), store, baseline=True)
+    studies.measured(1, (studies.step(2.0, OBJECTIVE, tokens_per_s=2000),), store, params=PARAMS)
+    return store, studies.study(tmp_path / "s")
+
+
+def test_the_config_file_holds_the_model_and_the_flags_as_vllm_reads_them(made):
+    # PyYAML, because that is what vLLM reads it with
+    store, study = made
+    path, _ = best_config(store, study)
+    assert yaml.safe_load(path.read_text()) == {
+        "model": "Qwen/Qwen3-8B",
+        "max-model-len": 4096,
+        "max-num-batched-tokens": 8192,
+        "no-enable-prefix-caching": True,  # `enable-prefix-caching: false` would be dropped by vllm serve
+        "speculative-config": {"method": "ngram", "num_speculative_tokens": 4},
+    }
+
+
+def test_the_comments_say_what_was_measured_on_what_and_what_each_flag_trades(made):
+    store, study = made
+    text = best_config(store, study)[0].read_text()
+    assert "trial 1" in text and "h100-sxm-80gb" in text and "conversation.csv at load 2" in text
+    assert "cost -50.0 % (" in text and "tpot_p99 +0.0 %" in text
+    assert "not verified yet" in text
+    lines = text.splitlines()
+    above = lines[lines.index("max-num-batched-tokens: 8192") - 1]
+    assert above == ("# max_num_batched_tokens (default 2048): prefill throughput against the smoothness of decoding")
+    assert "given by the study to every server" in lines[lines.index("max-model-len: 4096") - 1]
+
+
+def test_a_proven_effect_stands_before_the_flags_own_comment(made):
+    store, study = made
+    text = export(store, study, effects={"max-num-batched-tokens": "cost -12 % (-15 to -9 %)"})["best-config.yaml"]
+    assert "# cost -12 % (-15 to -9 %); max_num_batched_tokens (default 2048)" in text
+
+
+def test_the_promise_can_be_read_back(made):
+    store, study = made
+    promise = read_promise(best_config(store, study)[0])
+    assert promise and promise["trial"] == 1 and promise["load"] == 2.0
+    assert promise["tpot_p99_s"] == 0.02 and promise["slo"] == ["ttft_p99=500ms", "tpot_p99=50ms", "error_rate=1%"]
+    assert promise["cost_usd_per_mtok_output"] == pytest.approx(2.5 / 3600 / 2000 * 1e6, abs=1e-6)
+
+
+def test_the_environment_is_written_for_a_shell_and_secrets_are_left_out(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    config = studies.space().config({}, "Qwen/Qwen3-8B")
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "HF_TOKEN": "hf_abc", "VLLM_API_KEY": "k", "A": "it's"}
+    store.start_trial(0, type(config)(**{**config.to_dict(), "env": env}), {}, started_s=1.0, baseline=True)
+    store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
+    files = export(store, studies.study(tmp_path / "s"))
+    text = files["best-config.env"]
+    assert "VLLM_CPU_OMP_THREADS_BIND='0|1'" in text
+    assert "hf_abc" not in "".join(files.values()) and "HF_TOKEN was set during the study" in text
+    import subprocess
+
+    script = f"set -a; {text}\nset +a; printf '%s' \"$VLLM_CPU_OMP_THREADS_BIND $A\""
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == "0|1 it's"
+
+
+def test_the_launchers_address_name_and_key_are_no_part_of_a_configuration(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    config = studies.space().config({}, "/models/a")
+    flags = {**config.flags, "port": 8123, "host": "127.0.0.1", "api-key": "sk-1", "served-model-name": "tuner-7f3a"}
+    store.start_trial(0, type(config)(**{**config.to_dict(), "flags": flags}), {}, started_s=1.0)
+    store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
+    for format in FORMATS:
+        text = "".join(export(store, studies.study(tmp_path / "s"), format).values())
+        assert "sk-1" not in text and "tuner-7f3a" not in text and "8123" not in text
+        assert "/models/a" in text
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_file_of_an_emulated_study_says_so_in_its_first_line(tmp_path: Path, format):
+    study, store = studies.write(tmp_path / "s", trials=3, emulated=True, engine=EngineSpec("emulator"))
+    assert all(text.startswith("# EMULATED") for text in export(store, study, format).values())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_measured_study_is_not_called_emulated(made, format):
+    assert not any("EMULATED" in text for text in export(*made, format).values())
+
+
+def test_where_nothing_meets_the_slos_nothing_is_written(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=3, slow=10)
+    with pytest.raises(NothingFeasible, match="Nearest: trial"):
+        best_config(store, study)
+    assert not (store.folder / "best-config.yaml").exists()
+
+
+def test_compose_runs_the_measured_version_with_the_config_inside_and_its_gpus(made):
+    store, study = made
+    data = yaml.safe_load(export(store, study, "compose")["compose.yaml"])
+    (service,) = data["services"].values()
+    assert service["entrypoint"][:3] == ["vllm", "serve", "--config"]
+    assert service["entrypoint"][3] == service["configs"][0]["target"]
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 1
+    assert service["environment"]["HF_HUB_OFFLINE"] == "1"
+    assert service["ports"] == ["127.0.0.1:8000:8000"]
+    inside = yaml.safe_load(data["configs"][service["configs"][0]["source"]]["content"].replace("$$", "$"))
+    assert inside == yaml.safe_load(export(store, study)["best-config.yaml"])
+
+
+def test_kubernetes_objects_fit_together(made):
+    store, study = made
+    config, deploy, service = yaml.safe_load_all(export(store, study, "k8s")["k8s.yaml"])
+    assert [o["kind"] for o in (config, deploy, service)] == ["ConfigMap", "Deployment", "Service"]
+    pod = deploy["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert deploy["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert service["spec"]["ports"][0]["targetPort"] in {port["name"] for port in container["ports"]}
+    mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
+    assert set(mounts) == {v["name"] for v in pod["spec"]["volumes"]}
+    path = container["command"][container["command"].index("--config") + 1]
+    assert path == f"{mounts['config']}/{next(iter(config['data']))}"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    assert container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"] >= 600
+    assert yaml.safe_load(config["data"]["best-config.yaml"])["max-num-batched-tokens"] == 8192
+
+
+def test_a_slow_start_is_given_four_times_its_measured_time(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=1)
+    what = deployment(store, study)
+    assert what.boot_s == pytest.approx(72.5)
+    from dataclasses import replace
+
+    from tuner.export.containers import start_limit_s
+
+    assert start_limit_s(what) == 600 and start_limit_s(replace(what, boot_s=400.0)) == 1600
+
+
+def test_helm_values_say_outright_whether_prefixes_are_cached(made):
+    # the chart passes --no-enable-prefix-caching unless it is told otherwise: leaving it out would change the server
+    store, study = made
+    (model,) = yaml.safe_load(export(store, study, "helm")["values.yaml"])["servingEngineSpec"]["modelSpec"]
+    assert model["vllmConfig"]["enablePrefixCaching"] is False
+    args = model["vllmConfig"]["extraArgs"]
+    assert args[args.index("--max-num-batched-tokens") + 1] == "8192" and all(isinstance(a, str) for a in args)
+    assert json.loads(args[args.index("--speculative-config") + 1]) == {"method": "ngram", "num_speculative_tokens": 4}
+    assert not any("prefix-caching" in word for word in args)
+    (tmp := Store(store.folder.parent / "t")).folder.mkdir()
+    studies.measured(0, (studies.step(1.0, OBJECTIVE),), tmp, params={"tensor_parallel_size": 2})
+    (model,) = yaml.safe_load(export(tmp, study, "helm")["values.yaml"])["servingEngineSpec"]["modelSpec"]
+    assert model["vllmConfig"]["enablePrefixCaching"] is True and model["vllmConfig"]["tensorParallelSize"] == 2
+    assert model["requestGPU"] == 2 and "--tensor-parallel-size" not in model["vllmConfig"]["extraArgs"]
+
+
+def test_a_local_model_is_mounted_where_it_was(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    config = studies.space().config({}, "/models/qwen")
+    store.start_trial(0, config, {}, started_s=1.0)
+    store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
+    study = studies.study(tmp_path / "s")
+    (service,) = yaml.safe_load(export(store, study, "compose")["compose.yaml"])["services"].values()
+    assert service["volumes"] == ["/models/qwen:/models/qwen:ro"] and "HF_TOKEN" not in service["environment"]
+    _, deploy, _ = yaml.safe_load_all(export(store, study, "k8s")["k8s.yaml"])
+    mounts = deploy["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    assert {"name": "model", "mountPath": "/models/qwen"} in mounts
+
+
+def test_an_unknown_format_and_a_container_of_another_engine_are_refused_in_words(made, tmp_path: Path):
+    store, study = made
+    with pytest.raises(UsageError, match="vllm, compose, k8s, helm"):
+        export(store, study, "nomad")
+    other = studies.study(tmp_path / "s", engine=EngineSpec("sglang"))
+    with pytest.raises(UsageError, match="engine is sglang"):
+        export(store, other, "k8s")
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z-]{1,8}", fullmatch=True), st.text(max_size=12), max_size=4))
+def test_any_text_is_read_back_alike_by_a_yaml_1_1_reader(data):
+    clean = {k: "".join(c for c in v if c.isprintable()) for k, v in data.items()}
+    assert yaml.safe_load(dump({"x": clean}))["x"] == clean
+
+
+@pytest.mark.parametrize(
+    "word", ["on", "off", "yes", "no", "1:30", "1e3", "0o17", "017", "null", "~", "2026-01-01", ""]
+)
+def test_words_that_yaml_1_1_reads_as_something_else_are_quoted(word):
+    assert yaml.safe_load(dump({"a": word})) == {"a": word}

@@ -1,0 +1,57 @@
+"""The exported file, read by the installed vLLM's own parser: no server is started."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import studies
+from tuner.export.formats import best_config
+from tuner.study.store import Store
+
+ROOT = Path(__file__).parents[2]
+PARSE = """
+import json, sys
+import vllm.entrypoints.cli.serve as serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+outer = FlexibleArgumentParser()  # as `vllm serve` builds it: a parser whose only child knows the flags
+commands = outer.add_subparsers(dest="subparser")
+for command in serve.cmd_init():
+    command.subparser_init(commands)
+print("ARGS " + json.dumps(vars(outer.parse_args(["serve", "--config", sys.argv[1]])), default=str))
+"""
+
+
+def vllm_python() -> Path:
+    path = Path(os.environ.get("TUNER_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
+    if not path.exists():
+        pytest.skip("no vLLM here: set TUNER_VLLM_PYTHON to a Python that has it, or run `make vllm`")
+    return path
+
+
+@pytest.mark.vllm
+def test_vllm_serve_takes_the_exported_file_unchanged(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    want = studies.objective()
+    params = {
+        "max_num_batched_tokens": 8192,
+        "max_num_seqs": 128,
+        "kv_cache_dtype": "fp8",
+        "prefix_caching": False,
+        "speculation": "ngram",
+        "draft_tokens": 4,
+    }
+    studies.measured(0, (studies.step(1.0, want),), store, params=params)
+    path, _ = best_config(store, studies.study(tmp_path / "s"))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [str(vllm_python()), "-c", PARSE, str(path)], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    args = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ARGS "))[5:])
+    assert args["model"] == "Qwen/Qwen3-8B"
+    assert (args["max_num_batched_tokens"], args["max_num_seqs"], args["max_model_len"]) == (8192, 128, 4096)
+    assert args["enable_prefix_caching"] is False and args["kv_cache_dtype"] == "fp8"
+    assert args["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}

@@ -1,0 +1,74 @@
+"""Exports: the chosen configuration, from the study folder alone, in the format that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tuner.errors import UsageError
+from tuner.export import containers, vllm
+from tuner.export.deployment import Deployment, deployment
+from tuner.export.text import dump
+from tuner.pareto.choice import Choice
+from tuner.spec.study import Study
+from tuner.study.store import Store
+
+FORMATS = ("vllm", "compose", "k8s", "helm")
+_CONTAINERS: Mapping[str, tuple[str, Callable[[Deployment], str]]] = {
+    "compose": ("compose.yaml", containers.compose),
+    "k8s": ("k8s.yaml", containers.kubernetes),
+    "helm": ("values.yaml", containers.helm),
+}
+
+
+def export(
+    store: Store,
+    study: Study,
+    format: str = "vllm",
+    *,
+    choice: Choice | None = None,
+    effects: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """File name -> text. ``vllm``: best-config.yaml and best-config.env; ``compose``, ``k8s``, ``helm``: one file.
+
+    ``choice`` and ``effects`` come from verification where there was one. Raises UsageError for a format that the
+    study's engine does not have, NothingFeasible where nothing met the SLOs.
+    """
+    what = deployment(store, study, choice, effects)
+    if format == "vllm":
+        body = vllm.config_text(what) if what.engine in ("vllm", "emulator") else _generic(what, store)
+        return {vllm.YAML_NAME: body, vllm.ENV_NAME: vllm.env_text(what)}
+    if format not in _CONTAINERS:
+        raise UsageError(f"there is no export format {format!r}", fix=f"It is one of {', '.join(FORMATS)}.")
+    if what.engine not in ("vllm", "emulator"):
+        raise UsageError(
+            f"--format {format} is made for vLLM, this study's engine is {what.engine}",
+            fix="Use --format vllm: its flags are in best-config.yaml.",
+        )
+    name, make = _CONTAINERS[format]
+    return {name: make(what)}
+
+
+def best_config(
+    store: Store, study: Study, *, choice: Choice | None = None, effects: Mapping[str, str] | None = None
+) -> tuple[Path, Path]:
+    """Writes ``best-config.yaml`` and ``best-config.env`` into the study folder; returns their paths.
+
+    Raises NothingFeasible (and writes nothing) where nothing met the SLOs.
+    """
+    paths = []
+    for name, text in export(store, study, choice=choice, effects=effects).items():
+        path = store.folder / name
+        temporary = path.with_name(f".{name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def _generic(what: Deployment, store: Store) -> str:
+    """Flags of another engine by name; for an engine without flags (a function) the parameters."""
+    flags = {flag: True if value is None else value for flag, value in what.flags.items()}
+    trial = store.trial(what.promise["trial"])
+    body = {"model": what.model, **flags} if flags or trial is None else dict(trial.params)
+    return what.header() + "\n" + dump(body)

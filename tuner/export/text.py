@@ -1,0 +1,53 @@
+"""YAML text that both YAML 1.2 and YAML 1.1 readers (vLLM, Kubernetes, Docker) take alike."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+
+def dump(data: Any) -> str:
+    """``data`` as YAML in block style. A string that YAML 1.1 would read as something else (``on``, ``1:30``, ``1e3``)
+    is quoted; text of several lines is a literal block."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 1_000_000
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    out = io.StringIO()
+    yaml.dump(_plain(data), out)
+    return out.getvalue()
+
+
+def _plain(data: Any) -> Any:
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
+
+    if isinstance(data, Mapping):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, str) and "\n" in data:
+        return LiteralScalarString(data)
+    if isinstance(data, str) and _ambiguous(data):
+        return DoubleQuotedScalarString(data)
+    return data
+
+
+def _ambiguous(text: str) -> bool:
+    """Whether a reader of either version would not give ``text`` back if it stood there bare."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    for version in ((1, 1), (1, 2)):
+        reader = YAML(typ="safe", pure=True)
+        reader.version = version
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ruamel warns of the very words that we are looking for
+                if reader.load(text) != text:
+                    return True
+        except YAMLError:
+            return True
+    return False

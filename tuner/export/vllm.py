@@ -1,0 +1,63 @@
+"""``best-config.yaml`` as ``vllm serve --config`` reads it, and the environment beside it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from tuner.export.deployment import Deployment
+from tuner.export.text import dump
+
+YAML_NAME, ENV_NAME = "best-config.yaml", "best-config.env"
+
+
+def settings(what: Deployment) -> dict[str, Any]:
+    """The config file's keys and values: flags without dashes, and ``model`` first.
+
+    How vLLM reads it: ``true`` becomes the bare flag, a mapping becomes JSON. A ``false`` is dropped without a word by
+    ``vllm serve`` (its outer parser does not know the flag), so that switches off are written as ``no-...: true``.
+    """
+    return {"model": what.model} | {flag: value_of(value) for flag, value in what.flags.items()}
+
+
+def value_of(value: Any) -> Any:
+    if value is None:
+        return True
+    if isinstance(value, bool):
+        return str(value)  # a flag that takes a word, as it stood on the measured command line
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            body = json.loads(value)
+        except json.JSONDecodeError:
+            return value
+        return body if isinstance(body, dict) else value
+    return value
+
+
+def config_text(what: Deployment) -> str:
+    """The whole file: what was measured, how to start it, and every flag with its comment."""
+    lines = [what.header(), "#\n"]
+    lines += [f"# Start:  set -a; . ./{ENV_NAME}; set +a; vllm serve --config {YAML_NAME}\n"]
+    lines += [f"# (without the vllm command: python -m vllm.entrypoints.openai.api_server --config {YAML_NAME})\n"]
+    for name, value in settings(what).items():
+        comment = what.comments.get(name, "")
+        lines.append(f"\n# {_one_line(comment)}\n" if comment else "\n")
+        lines.append(dump({name: value}))
+    return "".join(lines)
+
+
+def env_text(what: Deployment) -> str:
+    """``NAME=value`` lines that a shell (``set -a``) and Docker Compose's ``env_file`` read alike."""
+    lines = ["# EMULATED\n"] * what.emulated + [f"# The environment that belongs to {YAML_NAME}.\n"]
+    lines += [f"# {name} was set during the study and is a secret: set it yourself.\n" for name in what.secrets]
+    return "".join([*lines, *(f"{name}={shlex.quote(value)}\n" for name, value in what.env.items())])
+
+
+def command(what: Deployment, config: str) -> list[str]:
+    """What a container runs; it is reached from outside the container, so it listens on every address in it."""
+    return ["vllm", "serve", "--config", config, "--host", "0.0.0.0", "--port", "8000"]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
