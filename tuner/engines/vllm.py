@@ -69,7 +69,7 @@ class VllmEngine:
         return cls(
             python=spec.python,
             command=spec.command,
-            models=Path(study.folder) / "models",
+            models=(Path(study.folder) / "models").resolve(),  # the server runs in another folder
             trust_remote_code=spec.trust_remote_code,
             **spec.options,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -231,7 +232,7 @@ def parse_budget(text: str) -> Budget:
 def _trace(file: TraceFile | str, document: Document, base: Path, must_exist: bool) -> TraceSpec:
     spec = TraceFile(file=file) if isinstance(file, str) else file
     at = ("trace",) if isinstance(file, str) else ("trace", "file")
-    path = base / spec.file
+    path = Path(os.path.normpath(base / spec.file))
     if must_exist and not path.is_file():
         near = suggest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
         raise document.error(f"no such trace file: {spec.file}", at, near)
@@ -251,11 +252,10 @@ def _trace(file: TraceFile | str, document: Document, base: Path, must_exist: bo
 
 def _engine(file: EngineFile, base: Path) -> EngineSpec:
     command = tuple(file.command.split()) if isinstance(file.command, str) else tuple(file.command or ())
-    python = str(base / file.python) if file.python.startswith(".") else file.python
+    python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
     args = {name.lstrip("-").replace("_", "-"): value for name, value in file.args.items()}
     env = {name: str(value) for name, value in file.env.items()}
-    options = {**file.options, "beside": str(base.resolve())}
-    return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, options)
+    return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, file.options)
 
 
 def _model(model: str, document: Document, base: Path, must_exist: bool, at: str = "model") -> str:
@@ -267,7 +267,7 @@ def _model(model: str, document: Document, base: Path, must_exist: bool, at: str
                 f"{at} {model!r} is neither a folder nor a model id", (at,), "write ./folder or org/name"
             )
         return model
-    path = base / path
+    path = Path(os.path.normpath(base / path))
     if must_exist and not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "does not exist"
         raise document.error(f"the {at} folder {model} {what}", (at,), "give a model folder or a model id")
