@@ -1,0 +1,129 @@
+"""`tuner plan`: what is feasible, the predicted front, how long and how expensive the study will be."""
+
+from __future__ import annotations
+
+import json as json_
+import random
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tuner.cli.tune import Flags, read
+
+MOST = 5_000  # configurations that are predicted; a larger space is sampled
+
+
+def run(path: Path, json: bool) -> None:
+    """Prints the plan. Nothing is launched; every figure is the analytic model's and says so."""
+    from tuner.study import session
+
+    study = read(path, Flags())
+    data = plan(session.prepare(study))
+    if json:
+        print(json_.dumps(data, indent=1))
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"[bold]{study.name}[/]: {data['allowed']} of {data['looked_at']} configurations looked at may be launched "
+        f"({data['combinations']} in the space)."
+    )
+    for reason, count in data["refused"].items():
+        console.print(f"  {count} refused: {reason}")
+    console.print(
+        f"About {data['launch_seconds'] / 60:.1f} minutes a launch; {data['launches']} launches: "
+        f"{data['hours']:.1f} h and {data['usd']:.2f} USD at most."
+    )
+    if data["no_model"]:
+        console.print(f"No prediction: {data['no_model']}.")
+        return
+    console.print(f"{data['capable']} of them are predicted to meet the SLOs at some load of the ladder.")
+    table = Table(title="Predicted front (not measured)", title_justify="left", box=None, header_style="dim")
+    for title in ("load", "USD/M output tokens", f"{study.objective.latency} ms", "flags"):
+        table.add_column(title, justify="right" if title != "flags" else "left")
+    for row in data["front"]:
+        table.add_row(
+            f"{row['load']:g}", f"{row['cost_usd_per_mtok_output']:.4g}", f"{row['latency_s'] * 1e3:.1f}", row["flags"]
+        )
+    console.print(table)
+
+
+def plan(ready: Any) -> dict[str, Any]:
+    """The plan as ``--json`` prints it."""
+    from tuner.study.queue import refusals
+
+    study, space = ready.study, ready.study.space
+    candidates = _candidates(study)
+
+    def why_not(params: Any) -> str:
+        return space.denied(params) or ready.why_not(space.config(params, study.model))
+
+    refused = refusals(candidates, why_not)
+    allowed = [params for params in candidates if not why_not(params)]
+    span_s = float(ready.traffic.search[0].arrival_s[-1])
+    start_s = 60.0
+    launch_s = start_s + sum(span_s / load for load in study.load.ladder)
+    launches, hours = _cost(study, launch_s)
+    front, capable = _front(ready, allowed) if ready.predictor else ([], 0)
+    return {
+        "name": study.name,
+        "combinations": space.size(),
+        "looked_at": len(candidates),
+        "allowed": len(allowed),
+        "refused": dict(refused),
+        "launch_seconds": launch_s,
+        "launches": launches,
+        "hours": hours,
+        "usd": hours * study.objective.price_usd_per_gpu_hour * max(1, study.hardware.gpus),
+        "no_model": ready.no_model,
+        "capable": capable,
+        "front": front,
+    }
+
+
+def _candidates(study: Any) -> list[Any]:
+    space = study.space
+    if space.size() <= 20_000:
+        grid = list(space.grid())
+        return grid if len(grid) <= MOST else random.Random(study.seed).sample(grid, MOST)
+    rng = random.Random(study.seed)
+    drawn = ({p.name: rng.choice(p.values) for p in space.parameters} for _ in range(MOST))
+    return [space.default(), *({str(sorted(s.items())): s for s in map(space.snap, drawn)}.values())]
+
+
+def _cost(study: Any, launch_s: float) -> tuple[int, float]:
+    """Launches and hours that the budget allows at most."""
+    budget = study.budget
+    price = study.objective.price_usd_per_gpu_hour * max(1, study.hardware.gpus)
+    hours = [budget.launches * launch_s / 3600] if budget.launches else []
+    hours += [budget.hours] if budget.hours else []
+    hours += [budget.usd / price] if budget.usd else []
+    return max(1, round(min(hours) * 3600 / launch_s)), min(hours)
+
+
+def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
+    """Non-dominated (configuration, load) points by prediction, and how many configurations meet the SLOs at all."""
+    from tuner.pareto.changes import describe
+
+    study = ready.study
+    found, capable = [], 0
+    for params in allowed:
+        config = study.space.config(params, study.model)
+        good = []
+        for load in study.load.ladder:
+            metrics = ready.predictor.predict(config, load).metrics
+            if any(slo.miss(metrics) for slo in study.objective.slos if slo.latency):
+                break
+            good.append((metrics["cost_usd_per_mtok_output"], metrics[study.objective.latency_key], load, config))
+        capable += bool(good)
+        found += good
+    default = study.space.config(study.space.default(), study.model)
+    front, best = [], float("inf")
+    for cost, latency, load, config in sorted(found, key=lambda p: p[:2]):
+        if latency < best:
+            best = latency
+            flags = describe(config, default)
+            row = {"load": load, "cost_usd_per_mtok_output": cost, "latency_s": latency, "flags": flags}
+            front.append(row)
+    return front, capable
