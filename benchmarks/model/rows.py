@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuner.search import hardware as hardware_table
@@ -20,8 +20,7 @@ _ALIASES = {"deepseek-v3": "deepseek-r1", "kimi-k2.5": "kimi-k2", "llama-3.1-70b
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measured row and how it was measured. ``group`` is model and engine; ``doubtful`` says why the row is not
-    what it claims to be (empty: nothing speaks against it)."""
+    """One measured row and how it was measured. ``relabelled``: its id contradicts its columns, and was believed."""
 
     model: str
     shape: ModelShape
@@ -37,7 +36,6 @@ class Row:
     ttft_s: float
     tpot_s: float
     relabelled: bool
-    doubtful: str = ""
 
     @property
     def group(self) -> str:
@@ -48,7 +46,7 @@ class Row:
         """Equal for copies of one measurement (the source holds some rows two or three times)."""
         return (
             self.shape, self.system, self.engine, self.isl, self.osl, self.concurrency,
-            round(self.ttft_s, 4), round(self.tpot_s, 5),
+            round(self.ttft_s, 3), round(self.tpot_s, 4),
         )  # fmt: skip
 
     @property
@@ -81,7 +79,10 @@ def read(path: Path, shapes: Path, gpus: Path | None = None) -> tuple[list[Row],
             left_out[reason] = left_out.get(reason, 0) + 1
             continue
         rows.append(_row(record, name, shape, hardware))
-    return rows, left_out
+    spread: dict[tuple[object, ...], float] = {}
+    for row in rows:  # copies of a measurement under another file's name keep its protocol
+        spread[row.key] = max(row.length_spread, spread.get(row.key, 0.0))
+    return [replace(row, length_spread=spread[row.key]) for row in rows], left_out
 
 
 def _row(record: dict[str, str], name: str, shape: ModelShape, hardware: Hardware) -> Row:
@@ -100,7 +101,7 @@ def _row(record: dict[str, str], name: str, shape: ModelShape, hardware: Hardwar
     if stated:
         concurrency = int(stated.group(1))
     dated = bool(re.search(r"db-dump|source_file=20\d\d-", source))
-    row = Row(
+    return Row(
         model=name,
         shape=shape,
         system=record["system"],
@@ -117,7 +118,6 @@ def _row(record: dict[str, str], name: str, shape: ModelShape, hardware: Hardwar
         tpot_s=float(record["silicon_tpot_ms"]) / 1e3,
         relabelled=parallelism != labelled,
     )
-    return row
 
 
 def doubts(rows: list[Row]) -> dict[str, str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tuner.errors import UsageError
 
 _TABLE = Path(__file__).with_name("gpus.yaml")
 _NEEDED = frozenset({"name", "memory_gib", "bandwidth", "tflops", "source"})
-_KEYS = _NEEDED | {"match", "kind", "bandwidth_limit", "link", "link_latency_us", "op_us", "price"}
+_KEYS = _NEEDED | {"match", "kind", "bandwidth_limit", "link", "link_latency_us", "op_us", "unpack_gweights", "price"}
 _FORMATS = frozenset({"bf16", "fp8", "int8", "fp4", "fp32"})
 
 
@@ -22,8 +22,9 @@ class Hardware:
 
     ``flops`` maps a number format to dense operations per second; formats that the hardware lacks run as bf16
     (:meth:`rate`). ``link_bytes_per_s`` is one direction to the node's other GPUs. ``op_s`` is the cost of one
-    operation where the hardware (a CPU) has its own; None: the model's kernel time. ``price_usd_per_hour`` is per GPU,
-    or per server. ``source`` names the data sheet.
+    operation where the hardware (a CPU) has its own; None: the model's kernel time. ``unpack_weights_per_s``: how many
+    weights of a weight-only quantization it widens per second, where that is not hidden behind the reading; 0: it is.
+    ``price_usd_per_hour`` is per GPU, or per server. ``source`` names the data sheet.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Hardware:
     price_usd_per_hour: float
     kind: str = "gpu"
     op_s: float | None = None
+    unpack_weights_per_s: float = 0.0
     cores: int = 0
     match: tuple[str, ...] = ()
     source: str = ""
@@ -53,7 +55,18 @@ class Hardware:
             memory_bytes=memory_bytes or self.memory_bytes,
             bandwidth_bytes_per_s=min(self.bandwidth_bytes_per_s * cores, self.bandwidth_limit),
             flops={fmt: rate * cores for fmt, rate in self.flops.items()},
+            unpack_weights_per_s=self.unpack_weights_per_s * cores,
             price_usd_per_hour=self.price_usd_per_hour * cores,
+        )
+
+    def shared_by(self, ranks: int) -> Hardware:
+        """What one of ``ranks`` ranks on the same CPU server has of it."""
+        return replace(
+            self,
+            cores=self.cores // ranks,
+            bandwidth_bytes_per_s=self.bandwidth_bytes_per_s / ranks,
+            flops={fmt: rate / ranks for fmt, rate in self.flops.items()},
+            unpack_weights_per_s=self.unpack_weights_per_s / ranks,
         )
 
 
@@ -78,11 +91,11 @@ def lookup(name: str, rows: Mapping[str, Hardware] | None = None) -> Hardware | 
 
 
 def detect(
-    extra: str | Path | None = None, probe: Callable[[], tuple[str, int, int] | None] | None = None
+    extra: str | Path | None = None, probe: Callable[[], tuple[str, int] | None] | None = None
 ) -> tuple[Hardware | None, str]:
     """The hardware of this machine and a line that says what was found.
 
-    ``probe`` gives the first GPU's name, memory in bytes and link generation, or None without a GPU (NVML by default).
+    ``probe`` gives the first GPU's name and memory in bytes, or None without a GPU (NVML by default).
     A GPU without a row: None, and which row to add; no GPU: the CPU's row.
     """
     rows = table(extra)
@@ -90,7 +103,7 @@ def detect(
     if found is None:
         cpu = _cpu(rows)
         return cpu, f"no GPU; {cpu.cores} CPU cores as {cpu.name}"
-    name, memory_bytes, _ = found
+    name, memory_bytes = found
     row = lookup(name, rows)
     if row is None:
         near = nearest(memory_bytes, rows)
@@ -107,7 +120,7 @@ def nearest(memory_bytes: int, rows: Mapping[str, Hardware]) -> Hardware:
     return min(gpus, key=lambda row: abs(row.memory_bytes - memory_bytes))
 
 
-def _nvml() -> tuple[str, int, int] | None:
+def _nvml() -> tuple[str, int] | None:
     try:
         import pynvml
 
@@ -120,7 +133,7 @@ def _nvml() -> tuple[str, int, int] | None:
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         name = pynvml.nvmlDeviceGetName(handle)
         memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        return name.decode() if isinstance(name, bytes) else str(name), memory, 0
+        return name.decode() if isinstance(name, bytes) else str(name), memory
     finally:
         pynvml.nvmlShutdown()
 
@@ -154,9 +167,9 @@ def _read(path: Path) -> dict[str, Hardware]:
         raise UsageError("no such hardware table", where=str(path)) from None
     except (OSError, YAMLError) as error:
         raise UsageError(f"cannot read the hardware table: {error}", where=str(path)) from None
-    if not isinstance(entries, Sequence):
+    if not isinstance(entries, list):
         raise UsageError("a hardware table is a list of rows", where=str(path), fix=f"See {_TABLE}")
-    lines: Any = entries.lc  # ruamel keeps where each item stood
+    lines = cast(Any, entries).lc  # ruamel keeps where each item stood
     rows = [_row(entry, f"{path}:{lines.item(i)[0] + 1}") for i, entry in enumerate(entries)]
     return {row.name: row for row in rows}
 
@@ -183,6 +196,7 @@ def _row(entry: Any, where: str) -> Hardware:
             price_usd_per_hour=float(entry.get("price", 0.0)),
             kind=str(entry.get("kind", "gpu")),
             op_s=float(entry["op_us"]) * 1e-6 if "op_us" in entry else None,
+            unpack_weights_per_s=float(entry.get("unpack_gweights", 0.0)) * 1e9,
             match=tuple(str(word) for word in entry.get("match", ())),
             source=str(entry["source"]),
             bandwidth_limit=float(entry.get("bandwidth_limit", float("inf"))) * 1e9,

@@ -114,7 +114,7 @@ def _steady(
         cycle = decode_tokens * tpot_new + queued + prefill
         waiting = max(clients - slots, 0.0) * cycle / slots
         own = prefill + (0.5 + (0.0 if s.prefill_first else chunks)) * decode
-        ttft_new = k.host(s.engine).request_s + queued + own + waiting
+        ttft_new = step.host.request_s + queued + own + waiting
         busy = decode_tokens * tpot_new / (decode_tokens * tpot_new + queued + own)
         target = min(clients, slots) * busy
         if abs(tpot_new - tpot) < 1e-5 * tpot_new and abs(target - running) < 1e-4 * running:

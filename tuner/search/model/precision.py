@@ -80,6 +80,8 @@ def from_config(config: Mapping[str, Any]) -> Precision:
     quant = config.get("quantization_config") or text.get("quantization_config")
     if not isinstance(quant, Mapping):
         return base
+    if "fp8" in str(quant.get("kv_cache_quant_algo") or "").lower() or quant.get("kv_cache_scheme"):
+        base = replace(base, kv_bits=8.0)  # vLLM follows the checkpoint where --kv-cache-dtype is auto
     method = str(quant.get("quant_method", ""))
     if method == "mxfp4":  # gpt-oss: the experts alone
         return apply(base, "mxfp4", experts_only=True)

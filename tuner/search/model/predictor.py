@@ -147,10 +147,10 @@ class AnalyticModel:
         slots = max(min(settings.max_seqs, fit.kv_tokens / (context + settings.block_size / 2)), 1.0)
         batch = np.geomspace(1.0, max(slots, 1.0 + 1e-6), 8)
         decode = np.array([self._token_s(step, settings, b, context) for b in batch])
-        budget = max(settings.max_batched_tokens - min(slots, settings.max_batched_tokens / 2), settings.block_size)
+        middle = float(np.sqrt(batch[-1]))
+        budget = max(settings.max_batched_tokens - middle, settings.block_size)
         chunk = np.minimum(fresh, budget)
         chunks = np.ceil(fresh / budget)
-        middle = float(np.sqrt(batch[-1]))
         prefill = chunks * (step.prefill_s(chunk, middle)) + step.prefill_attention_s(fresh, work.inputs - fresh / 2)
         return _Server(settings, fit, step, batch, decode, fresh, prefill, chunks, slots)
 
@@ -202,7 +202,7 @@ class AnalyticModel:
             own = server.prefill_s + (0.5 + server.chunks * (not s.prefill_first)) * step_s
             share = server.fresh / max(s.max_batched_tokens, 1)
             queued = waits(arrival + slot, prefill + share * step_s * (not s.prefill_first) / lanes)
-        ttft = self.constants.host(self.engine).request_s + slot + queued + own
+        ttft = self.constants.host(self.engine, self.hardware.kind).request_s + slot + queued + own
         tpot = token_s
         e2e = ttft + (total - 1) * tpot
         columns = {"ttft": ttft, "tpot": tpot, "e2e": e2e, "norm_latency": e2e / total}

@@ -16,6 +16,7 @@ from tuner.search.model.settings import Settings, Speculation
 from tuner.search.model.shape import Attention, ModelShape
 
 _GRAPH_TOKENS = 512  # a step of more tokens runs without a captured graph (vLLM's largest capture size)
+_UNFUSED = 1.5  # kernels without compilation per kernel with it: norms, activations, rotations and quantizations alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,15 @@ class StepTime:
 
     def __init__(self, shape: ModelShape, settings: Settings, hardware: Hardware, constants: Constants) -> None:
         p, tp = settings.precision, settings.tp
+        if hardware.kind == "cpu":  # the ranks share the server's cores
+            hardware = hardware.shared_by(settings.gpus)
         self._hardware, self._k, self._settings = hardware, constants, settings
-        self._host = constants.host(settings.engine)
+        self.host = constants.host(settings.engine, hardware.kind)
         self.bandwidth = hardware.bandwidth_bytes_per_s * constants.bandwidth_share
         self._linear_bytes = shape.linear_weights * p.linear_bits / 8 / tp
+        if hardware.unpack_weights_per_s and p.compute == "bf16" and p.linear_bits < 16:
+            unpacked = shape.linear_weights / tp / hardware.unpack_weights_per_s
+            self._linear_bytes += unpacked * self.bandwidth  # as if the time were spent reading
         self._linear_ops = 2 * shape.linear_weights / tp
         self._linear_rate = hardware.rate(p.compute) * constants.flops_share
         self._expert_rate = hardware.rate(p.expert_compute) * constants.expert_flops_share
@@ -120,7 +126,7 @@ class StepTime:
         if spec.method in ("ngram", "suffix"):
             return 0.2e-3
         if spec.method in ("eagle", "mtp", "medusa"):
-            body = (self.step(decodes, context) - self._host.step_s) / target.layers
+            body = (self.step(decodes, context) - self.host.step_s) / target.layers
             head = max(self._head_bytes / self.bandwidth, decodes * self._head_ops / self._wide_rate)
             return spec.tokens * (body + head)
         if draft is None:
@@ -171,9 +177,10 @@ class StepTime:
         """Launches, scheduler and sampling: what a step costs before it reads or multiplies anything."""
         k, h = self._k, self._hardware
         eager = self._settings.eager or tokens > _GRAPH_TOKENS
-        kernel = h.op_s if h.op_s is not None else self._host.eager_kernel_s if eager else k.kernel_s
+        kernel = h.op_s if h.op_s is not None else self.host.eager_kernel_s if eager else k.kernel_s
+        kernel *= _UNFUSED if self._settings.eager else 1.0
         latency = max(h.link_latency_s - 10e-6, 0.0) * self._reduces  # over NVLink's, which is in the kernel time
-        return self.kernels * kernel + latency + self._host.step_s + sequences * self._host.sequence_s
+        return self.kernels * kernel + latency + self.host.step_s + sequences * self.host.sequence_s
 
 
 def _row_traffic(shape: ModelShape, settings: Settings) -> float:

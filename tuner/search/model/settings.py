@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuner.search.hardware import Hardware
@@ -145,7 +145,7 @@ def precision_of(config: ServingConfig, shape: ModelShape) -> Precision:
     if wide:
         scale = {16.0: "bf16", 32.0: "fp32"}
         dense = result.linear_bits >= 16
-        result = precisions.replace(
+        result = replace(
             result,
             linear_bits=wide if dense else result.linear_bits,
             expert_bits=wide if result.expert_bits >= 16 else result.expert_bits,
@@ -153,8 +153,8 @@ def precision_of(config: ServingConfig, shape: ModelShape) -> Precision:
             compute=scale[wide] if dense else result.compute,
             expert_compute=scale[wide] if result.expert_bits >= 16 else result.expert_compute,
         )
-    kv = precisions.kv_bits(str(config.flags.get("kv-cache-dtype") or "auto"), result.embedding_bits)
-    return precisions.replace(result, kv_bits=kv)
+    own = min(shape.precision.kv_bits, result.embedding_bits)  # a checkpoint may ask for an fp8 cache
+    return replace(result, kv_bits=precisions.kv_bits(str(config.flags.get("kv-cache-dtype") or "auto"), own))
 
 
 def _speculation(flags: Mapping[str, Value | None]) -> Speculation | None:
