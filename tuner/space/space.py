@@ -116,7 +116,8 @@ class SearchSpace:
         server comes twice."""
         for combination in itertools.product(*(p.values for p in self.parameters)):
             params = dict(zip((p.name for p in self.parameters), combination, strict=True))
-            if all(params[p.name] == p.default for p in self.parameters if p.name not in self.active(params)):
+            active = self.active(params)
+            if all(params[p.name] == p.default for p in self.parameters if p.name not in active):
                 yield params
 
     def active(self, params: Mapping[str, Value]) -> dict[str, Value]:
@@ -128,7 +129,7 @@ class SearchSpace:
             if not ready:
                 break
             applied |= {p.name: params[p.name] for p in ready}
-            waiting = [p for p in waiting if p not in ready]
+            waiting = [p for p in waiting if p.name not in applied]
         return {p.name: applied[p.name] for p in self.parameters if p.name in applied}
 
     def snap(self, params: Mapping[str, Value]) -> dict[str, Value]:
