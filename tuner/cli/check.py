@@ -47,6 +47,7 @@ def run(path: Path, json: bool) -> None:
 def describe(ready: Any) -> dict[str, Any]:
     """The study in words and figures, as ``--json`` prints it."""
     from tuner.study.queue import refusals
+    from tuner.study.session import step_seconds
 
     study, space = ready.study, ready.study.space
     grid = list(space.grid()) if space.size() <= 20_000 else []
@@ -56,7 +57,6 @@ def describe(ready: Any) -> dict[str, Any]:
 
     refused = refusals(grid, why_not)
     window = ready.traffic.search[0]
-    span_s = float(window.arrival_s[-1])
     budget = study.budget
     limits = {"launches": budget.launches, "hours": budget.hours, "usd": budget.usd}
     default = space.config(space.default(), study.model)
@@ -68,14 +68,14 @@ def describe(ready: Any) -> dict[str, Any]:
         "hardware": f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name,
         "trace": (
             f"{len(ready.traffic.whole)} requests; {len(ready.traffic.search)} search and {len(ready.traffic.heldout)} "
-            f"held-out windows of up to {study.trace.window_s:g} s ({len(window)} requests in the first)"
+            f"held-out windows, {study.trace.window_s:g} s each at every load (up to {len(window)} requests)"
             + (f"; {ready.traffic.cut} requests cut to what the model takes" if ready.traffic.cut else "")
         ),
         "goal": (
             f"lowest USD per million output tokens ({study.objective.price_usd_per_gpu_hour:g} USD per hour) against "
             f"{study.objective.latency}, with {', '.join(map(str, study.objective.slos))}"
         ),
-        "step_seconds": f"{span_s / study.load.ladder[-1]:.0f} to {span_s / study.load.ladder[0]:.0f} s and its tail",
+        "step_seconds": f"{step_seconds(ready):.0f} s and its tail",
         "budget": ", ".join(f"{value:g} {key}" for key, value in limits.items() if value) or "none",
         "parameters": [
             {"name": p.name, "values": list(p.values), "default": p.default, "trades": p.trades}

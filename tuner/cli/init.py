@@ -31,7 +31,7 @@ slo: {{ttft_p99: 500ms, tpot_p99: 50ms}} # over the objective's own
 
 trace:
   file: {trace} # Azure, BurstGPT, Mooncake, Bailian, ShareGPT, vLLM or tuner's own format
-  window: 120s # length of one measurement at load 1
+  window: 60s # how long one load step is replayed
   search_windows: 1
   heldout_windows: 3 # never seen by the search; the recommendation is measured on them
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tuner.cli.tune import Flags, read
 
+START_S = 60.0  # a server's start before this machine has shown one
 MOST = 5_000  # configurations that are predicted; a larger space is sampled
 
 
@@ -52,6 +53,7 @@ def run(path: Path, json: bool) -> None:
 def plan(ready: Any) -> dict[str, Any]:
     """The plan as ``--json`` prints it."""
     from tuner.study.queue import refusals
+    from tuner.study.session import step_seconds
 
     study, space = ready.study, ready.study.space
     candidates = _candidates(study)
@@ -61,9 +63,7 @@ def plan(ready: Any) -> dict[str, Any]:
 
     refused = refusals(candidates, why_not)
     allowed = [params for params in candidates if not why_not(params)]
-    span_s = float(ready.traffic.search[0].arrival_s[-1])
-    start_s = 60.0
-    launch_s = start_s + sum(span_s / load for load in study.load.ladder)
+    launch_s = START_S + step_seconds(ready) * len(study.load.ladder)
     launches, hours = _cost(study, launch_s)
     front, capable = _front(ready, allowed) if ready.predictor else ([], 0)
     return {

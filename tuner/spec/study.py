@@ -29,9 +29,10 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class TraceSpec:
-    """The trace file and how it is cut into windows. Lengths in seconds of the trace at load 1.
+    """The trace file and how it is cut into windows.
 
-    ``search_windows`` windows for the search and ``heldout_windows`` that it never sees, each ``window_s`` long.
+    ``search_windows`` windows for the search and ``heldout_windows`` that it never sees; one load step replays
+    ``window_s`` seconds from one of them, whatever the load.
     """
 
     file: str

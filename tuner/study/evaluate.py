@@ -14,6 +14,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
 from tuner.study.price import priced
+from tuner.study.workload import at_load
 
 Check = Callable[[Server, ServingConfig], Infeasible | None]
 Beaten = Callable[[Sequence[Step]], str]
@@ -101,7 +102,7 @@ def measure(
     for attempt in ("", "-again"):
         plan = StepPlan(
             load=load,
-            trace=window,
+            trace=at_load(window, load, study.trace.window_s),
             window=window.name,
             slos=study.objective.slos,
             records=folder / f"records-{prefix}{load:g}{attempt}.parquet",

@@ -191,7 +191,7 @@ def _book(ready: Prepared, store: Store) -> tuple[optuna.Study, Callable[[], str
         predictor=ready.predictor,
         model=study.model,
         seed=study.seed,
-        cost=LaunchCost(start_s=60.0, step_s=_step_seconds(ready)),
+        cost=LaunchCost(start_s=60.0, step_s=step_seconds(ready)),
         earlier=_earlier(study),
     )
     book = optuna.create_study(
@@ -204,11 +204,10 @@ def _book(ready: Prepared, store: Store) -> tuple[optuna.Study, Callable[[], str
     return book, lambda: ""
 
 
-def _step_seconds(ready: Prepared) -> float:
-    """How long the average load step takes: the window, time-warped, and the warm-up."""
-    span_s = float(ready.traffic.search[0].arrival_s[-1])
-    ladder = ready.study.load.ladder
-    return max(1.0, sum(span_s / load for load in ladder) / len(ladder))
+def step_seconds(ready: Prepared) -> float:
+    """How long a load step takes: the window's length, or less where the trace is shorter."""
+    lasts_s = float(ready.traffic.search[0].arrival_s[-1]) / ready.study.load.ladder[0]
+    return max(1.0, min(ready.study.trace.window_s, lasts_s))
 
 
 def _earlier(study: Study) -> list[Earlier]:

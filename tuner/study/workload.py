@@ -24,15 +24,30 @@ class Workload:
 
 
 def read(study: Study) -> Workload:
-    """Reads the study's trace. Raises UsageError where it is too short for the windows asked for."""
+    """Reads the study's trace. Raises UsageError where it is too short for the windows asked for.
+
+    A window holds what the highest load replays in ``window_s`` seconds (or what the trace has); :func:`at_load` cuts
+    what a lower load needs from its beginning.
+    """
     spec = study.trace
     trace = formats.read(Path(spec.file), spec.format)
     longest = study.space.facts.get("max_model_len")
     trace, cut = shorten(trace, spec.max_input_tokens, spec.max_output_tokens, longest)
     parts = windows.split(
-        trace, search=spec.search_windows, held_out=max(1, spec.heldout_windows), max_seconds=spec.window_s
+        trace,
+        search=spec.search_windows,
+        held_out=max(1, spec.heldout_windows),
+        max_seconds=spec.window_s * max(study.load.ladder),
     )
     return Workload(trace, parts.search, parts.held_out, cut)
+
+
+def at_load(window: Trace, load: float, window_s: float) -> Trace:
+    """The requests of ``window`` that are replayed at ``load``: as many as arrive in ``window_s`` seconds of replay.
+
+    Every step then takes the same time, whatever its load, and higher loads see more requests, not shorter ones.
+    """
+    return windows.cut_time(window, 0.0, window_s * load, name=window.name)
 
 
 def shorten(trace: Trace, inputs: int | None, outputs: int | None, longest: int | None) -> tuple[Trace, int]:
