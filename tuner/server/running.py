@@ -34,6 +34,7 @@ class Running:
     process: Process | None = None
     endpoint: Endpoint | None = None
     telemetry: Telemetry | None = None
+    stranger: bool = False  # somebody else has the port, and keeps it
     gpu_used_before: dict[int, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _teardown: Teardown | None = None
@@ -78,7 +79,7 @@ class Running:
 
     def _port_left(self) -> list[str]:
         self.port.hand_over()
-        return [] if self.port.free else [f"port {self.port.number} is still in use"]
+        return [] if self.port.free or self.stranger else [f"port {self.port.number} is still in use"]
 
     def _gpu_left(self) -> list[str]:
         deadline = time.monotonic() + _GPU_BACK_S

@@ -236,6 +236,7 @@ def _answers(recipe: Recipe, running: Running) -> bool:
         return probe.get(port, recipe.health).status == 200 if recipe.health else True
     foreign = (names is not None and recipe.named) or answer.status in (401, 403)
     if foreign and running.exit_code() is None:
+        running.stranger = True
         said = f"it serves {', '.join(names)}" if names else f"it refuses our key (HTTP {answer.status})"
         raise LaunchFailed(
             Infeasible(

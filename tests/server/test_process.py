@@ -1,0 +1,193 @@
+"""A server's process tree: started apart, ended whole, reaped by proof when nobody else can."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tuner.server.process import Process, Program, StartFailed
+from tuner.server.runtime import Ownership, reap
+from tuner.server.tree import MARKER, Pid, members
+
+FAKE = str(Path(__file__).parent / "fakeserver.py")
+ROOT = str(Path(__file__).parents[2])
+
+
+def fake(*words: str) -> list[str]:
+    return [sys.executable, "-I", "-S", FAKE, *words]
+
+
+def start(folder: Path, *words: str, launch_id: str = "") -> Process:
+    program = Program(fake(*words), {"PATH": os.environ["PATH"]}, folder, folder / "server.log")
+    return Process(program, launch_id)
+
+
+def eventually(condition, seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return bool(condition())
+
+
+def test_a_server_runs_in_a_session_of_its_own_and_writes_to_its_log(tmp_path):
+    process = start(tmp_path, "--say", "hello", "--hang")
+    try:
+        assert eventually(lambda: "hello" in (tmp_path / "server.log").read_text())
+        assert os.getsid(process.server.pid) == process.server.pid != os.getsid(0)
+    finally:
+        process.stop(5)
+
+
+def test_more_output_than_a_pipe_holds_does_not_stall_a_server(tmp_path):
+    process = start(tmp_path, "--chatter", str(2**20), "--exit", "3")
+    assert eventually(lambda: process.poll() is not None)
+    assert process.poll() == 3
+    assert process.stop(1).left == ()
+    assert (tmp_path / "server.log").stat().st_size > 2**20
+
+
+def test_a_program_that_does_not_exist_is_refused_with_the_systems_words(tmp_path):
+    with pytest.raises(StartFailed, match="No such file or directory: /does/not/exist"):
+        Process(Program(["/does/not/exist"], {}, tmp_path, tmp_path / "server.log"))
+
+
+def test_the_signal_that_ended_a_server_is_known(tmp_path):
+    process = start(tmp_path, "--die-of", str(int(signal.SIGSEGV)))
+    assert eventually(lambda: process.poll() is not None)
+    assert process.poll() == -signal.SIGSEGV
+    process.stop(1)
+
+
+def test_a_well_behaved_server_is_not_killed(tmp_path):
+    process = start(tmp_path, "--hang")
+    ended = process.stop(5)
+    assert (ended.killed, ended.left) == (False, ())
+    assert process.stop(5) is ended  # asking twice is asking once
+
+
+def test_a_server_that_ignores_sigterm_is_killed_after_the_stated_wait(tmp_path):
+    process = start(tmp_path, "--deaf", "--say", "ready", "--hang")
+    assert eventually(lambda: "ready" in (tmp_path / "server.log").read_text())
+    ended = process.stop(0.5)
+    assert ended.killed and ended.left == () and ended.seconds >= 0.5
+    assert not process.server.alive
+
+
+@pytest.mark.parametrize("stray", ["session", "orphan", "anonymous"])
+def test_children_that_left_the_session_their_parent_or_their_environment_go_with_the_server(tmp_path, stray):
+    process = start(tmp_path, "--stray", stray, "--hang")
+    assert eventually(lambda: any(_is_child(p) for p in process.members()))
+    children = [p for p in process.members() if _is_child(p)]
+    assert os.getsid(children[0].pid) != process.server.pid
+    ended = process.stop(0.5)
+    assert ended.killed and ended.left == ()
+    assert not any(child.alive for child in children)
+
+
+def test_children_of_a_server_that_crashed_are_found_too(tmp_path):
+    process = start(tmp_path, "--stray", "orphan", "--delay", "0.5", "--exit", "1")
+    assert eventually(lambda: process.poll() is not None)
+    assert eventually(lambda: any(_is_child(p) for p in process.members()))
+    assert process.stop(0.2).left == ()
+    assert process.members() == set()
+
+
+TUNER = """
+import json, os, sys, time
+from pathlib import Path
+sys.path[:0] = [{root!r}]
+from tuner.server.process import Process, Program
+from tuner.server.runtime import Ownership
+folder = Path({folder!r})
+owned = Ownership(folder, "{launch_id}")
+process = Process(Program({words!r}, {{"PATH": os.environ["PATH"]}}, folder, folder / "server.log"), "{launch_id}")
+owned.started(process.guard, process.server)
+while not any(b"--child" in Path(f"/proc/{{p.pid}}/cmdline").read_bytes() for p in process.members()):
+    time.sleep(0.05)
+print(json.dumps([process.guard.pid, process.server.pid, *[p.pid for p in process.members()]]), flush=True)
+time.sleep(600)
+"""
+
+
+def _tuner(folder: Path, launch_id: str, *words: str) -> tuple[subprocess.Popen, list[Pid]]:
+    text = TUNER.format(root=ROOT, folder=str(folder), launch_id=launch_id, words=fake(*words))
+    tuner = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    assert tuner.stdout is not None
+    pids = [Pid.of(number) for number in json.loads(tuner.stdout.readline())]
+    return tuner, [pid for pid in pids if pid]
+
+
+def test_a_tuner_killed_with_9_takes_its_servers_and_their_strays_with_it(tmp_path):
+    tuner, pids = _tuner(tmp_path, "a1" * 8, "--stray", "session", "--hang")
+    tuner.kill()
+    tuner.wait()
+    assert eventually(lambda: not any(pid.alive for pid in pids))
+    cleaned = reap(tmp_path)  # only files were left
+    assert any("a1" * 8 in line for line in cleaned)
+    assert list((tmp_path / "launches").iterdir()) == [] and not list(tmp_path.glob("t-*"))
+
+
+def test_what_a_tuner_and_its_guard_leave_when_both_are_killed_is_reaped_by_its_marker(tmp_path):
+    tuner, pids = _tuner(tmp_path, "b2" * 8, "--deaf", "--stray", "session", "--hang")
+    os.kill(pids[0].pid, signal.SIGKILL)
+    tuner.kill()
+    tuner.wait()
+    assert eventually(lambda: not pids[0].alive and not pids[1].alive)  # the server died with the guard (PDEATHSIG)
+    assert any(pid.alive for pid in pids)  # its stray did not
+    cleaned = reap(tmp_path)
+    assert not any(pid.alive for pid in pids)
+    assert any("--child" in line for line in cleaned)
+
+
+def test_reaping_touches_nobody_else(tmp_path):
+    bystander = subprocess.Popen(fake("--child"), env={"PATH": os.environ["PATH"], MARKER: "somebody-else"})
+    try:
+        tuner, pids = _tuner(tmp_path, "c3" * 8, "--stray", "session", "--hang")
+        assert reap(tmp_path) == []  # that tuner lives, so nothing of it is ours to end
+        assert all(pid.alive for pid in pids)
+        tuner.kill()
+        tuner.wait()
+        reap(tmp_path)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_an_ownership_file_of_a_recycled_process_number_is_abandoned(tmp_path):
+    owned = Ownership(tmp_path, "d4" * 8)
+    data = json.loads(owned.path.read_text())
+    data["tuner"][1] += 1  # this number, but another start time
+    owned.path.write_text(json.dumps(data))
+    assert reap(tmp_path) and not owned.path.exists() and not owned.temporary.exists()
+
+
+def test_a_broken_ownership_file_is_left_alone(tmp_path):
+    (tmp_path / "launches").mkdir()
+    broken = tmp_path / "launches" / "x.json"
+    broken.write_text('{"id": ')
+    assert reap(tmp_path) == [] and broken.exists()
+
+
+def test_members_knows_a_process_by_its_marker_alone(tmp_path):
+    child = subprocess.Popen(fake("--child"), env={"PATH": os.environ["PATH"], MARKER: "e5" * 8}, start_new_session=True)
+    try:
+        assert eventually(lambda: {p.pid for p in members("e5" * 8)} == {child.pid})
+        assert members("e5" * 7) == set()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _is_child(process: Pid) -> bool:
+    try:
+        return b"--child" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
