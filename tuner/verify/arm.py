@@ -19,7 +19,8 @@ FAR = 3.0  # a margin beyond e^3 = 20 times the limit says nothing more
 class Finalist:
     """A point that may be the best. ``load`` is where it is to be deployed (its capacity in the search); ``value`` its
     search-time cost in USD per million output tokens (None: it met the SLOs at no load), ``interval`` that cost's
-    search-time interval; ``trial`` the search's number of it."""
+    search-time interval; ``trial`` the search's number of it; ``promise`` the search-time probability (or any positive
+    weight) of being the best, which decides how the allowed doubt is shared between finalists."""
 
     label: str
     config: ServingConfig
@@ -28,6 +29,7 @@ class Finalist:
     interval: tuple[float, float] | None = None
     trial: int | None = None
     baseline: bool = False
+    promise: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +56,3 @@ def margin(step: Step, slos: Sequence[Slo]) -> float:
             gap = value - slo.limit
         worst = max(worst, min(gap, FAR))
     return max(worst, 0.05) if step.slo_misses else worst
-
-
-def logs(launches: Sequence[Launched], load_of: dict[str, float], metric: str) -> dict[tuple[str, int, str], float]:
-    """(arm, round, window) -> log of ``metric`` at the arm's load, from trusted
-    steps where it is finite and above zero."""
-    found: dict[tuple[str, int, str], float] = {}
-    for launch in launches:
-        for step in launch.steps:
-            value = step.metrics.get(metric, math.nan)
-            if same(step.load, load_of.get(launch.arm, math.nan)) and not step.untrusted and 0 < value < math.inf:
-                found[launch.arm, launch.round, step.window] = math.log(value)
-    return found
-
-
-def same(load: float, other: float) -> bool:
-    return math.isclose(load, other, rel_tol=1e-9)

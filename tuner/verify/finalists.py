@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from tuner.pareto.front import COST, Point, points
 from tuner.space.config import ServingConfig
@@ -16,9 +15,9 @@ from tuner.spec.objective import Objective
 from tuner.study.outcome import Measured
 from tuner.study.store import TrialRecord
 from tuner.verify.arm import Finalist
-from tuner.verify.racing import LAUNCH_SPREAD
+from tuner.verify.racing import LAUNCH_SPREAD, log_error
 from tuner.verify.repeats import Spread
-from tuner.verify.statistics import pool
+from tuner.verify.statistics import pool, share_best
 
 DEFAULT = "default"
 
@@ -44,9 +43,8 @@ def shortlist(
     most: int = 3,
     confidence: float = 0.95,
 ) -> Shortlist:
-    """Every configuration whose cheapest point within SLO is not proven more expensive than the cheapest of all:
-    Gupta's subset selection (1965), which holds the true best with ``confidence``, on log cost with the search's intervals
-    and the launch spread. In order of cost, those of equal cost by latency; at most ``most`` of them.
+    """The configurations of which one is the cheapest at ``confidence`` by what the search measured, at most ``most``;
+    those whose cost cannot be told apart in order of latency.
 
     ``default`` is the engine's own configuration; where the search measured it within SLO at no load, the lowest load
     of ``ladder`` is verified.
@@ -60,35 +58,36 @@ def shortlist(
     base = best.pop(default.hash, None)
     baseline = _finalist(base, DEFAULT, True) if base else Finalist(DEFAULT, default, min(ladder), baseline=True)
     others = list(best.values())
-    doubtful = may_be_best(others, sd, confidence)
+    shares = may_be_best(others, sd, confidence)
     # a cost that differs by less than launches do is no order: then the lower latency is the better promise
-    cheapest = doubtful[0].cost if doubtful else 1.0
-    ordered = sorted(doubtful, key=lambda p: (round(math.log(p.cost / cheapest) / max(sd, 1e-9)), p.latency, p.trial))
-    chosen = tuple(_finalist(p, f"trial {p.trial}", False) for p in ordered[:most])
+    cheapest = min((p.cost for p, _ in shares), default=1.0)
+    doubtful = sorted(
+        shares, key=lambda row: (round(math.log(row[0].cost / cheapest) / max(sd, 1e-9)), row[0].latency, row[0].trial)
+    )
+    chosen = tuple(_finalist(p, f"trial {p.trial}", False, share) for p, share in doubtful[:most])
     text = f"{len(doubtful)} of {len(others)} configurations may be the cheapest at {confidence * 100:g} %"
     text += f"; the first {most} are verified" if len(doubtful) > most else ""
     text += "" if spread.freedom >= 3 else f" (assuming that launches differ by {LAUNCH_SPREAD * 100:g} %)"
     return Shortlist(chosen, baseline, len(doubtful), len(others), text + ".")
 
 
-def may_be_best(found: Sequence[Point], spread: float, confidence: float = 0.95) -> list[Point]:
-    """Those of ``found`` that are not proven more expensive than the cheapest, cheapest first.
-
-    A point stays while ``log(cost / cheapest) <= d * sqrt(its variance + the cheapest's)``, where ``d`` makes
-    ``k - 1`` such comparisons hold at once (Sidak)."""
-    ordered = sorted(found, key=lambda p: (p.cost, p.latency, p.trial))
-    if len(ordered) < 2:
-        return ordered
-    reach = float(stats.norm.ppf(confidence ** (1 / (len(ordered) - 1))))
-    first = ordered[0]
-
-    def variance(point: Point) -> float:
-        inside = 0.0
-        if point.cost_interval and 0 < point.cost_interval[0] <= point.cost_interval[1] < math.inf:
-            inside = math.log(point.cost_interval[1] / point.cost_interval[0]) / (2 * 1.96)
-        return inside**2 + spread**2 / max(len(point.trials), 1)
-
-    return [p for p in ordered if math.log(p.cost / first.cost) <= reach * math.sqrt(variance(p) + variance(first))]
+def may_be_best(
+    found: Sequence[Point], spread: float, confidence: float = 0.95, seed: int = 0
+) -> list[tuple[Point, float]]:
+    """The smallest set of ``found`` that holds the cheapest with probability ``confidence``, each with its probability
+    of being it, the most probable first. Log costs are drawn from normal distributions around what was measured (flat
+    prior), with the variance within the launch and that of launches added."""
+    if not found:
+        return []
+    error = np.array([log_error(p, "cost", spread) for p in found])
+    draws = np.random.default_rng(seed).normal(np.log([p.cost for p in found]), error, (4000, len(found)))
+    shares = share_best(draws)
+    kept: list[tuple[Point, float]] = []
+    for i in sorted(range(len(found)), key=lambda i: (-shares[i], found[i].cost, found[i].trial)):
+        if sum(share for _, share in kept) >= confidence:
+            break
+        kept.append((found[i], float(shares[i])))
+    return kept
 
 
 def launch_spread(trials: Sequence[TrialRecord]) -> Spread:
@@ -109,5 +108,5 @@ def launch_spread(trials: Sequence[TrialRecord]) -> Spread:
     return Spread(*pool([(float(np.var(v, ddof=1)), float(len(v) - 1)) for _, v in highest.values()]))
 
 
-def _finalist(point: Point, label: str, baseline: bool) -> Finalist:
-    return Finalist(label, point.config, point.load, point.cost, point.cost_interval, point.trial, baseline)
+def _finalist(point: Point, label: str, baseline: bool, promise: float = 1.0) -> Finalist:
+    return Finalist(label, point.config, point.load, point.cost, point.cost_interval, point.trial, baseline, promise)

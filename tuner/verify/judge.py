@@ -6,53 +6,47 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from tuner.spec.slo import Slo
-from tuner.verify.arm import COST, Finalist, Launched, Range, logs, margin, same
+from tuner.study.outcome import Step
+from tuner.verify.arm import Finalist, Launched, Range
+from tuner.verify.capacity import capacity, cost_at, value_at
 from tuner.verify.repeats import Repeats, Spread
-from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, mean, pool, share_best
+from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_best
 
+Cell = tuple[str, int, str]  # arm, round, window
 UNKNOWN: Range = (math.nan, math.nan, math.nan)
-COST_SHARE = 0.8  # of the doubt that is allowed, what the test on cost may use; the rest is for latency at equal cost
-
-
-@dataclass(frozen=True, slots=True)
-class Headroom:
-    """One load of one arm: in how many of the measurements an SLO was missed, and the probability that the SLOs hold in
-    the mean over windows and launches."""
-
-    load: float
-    missed: int
-    measured: int
-    holds: float
+COST_SHARE = 0.9  # of the doubt that is allowed, what the test on cost may use; the rest is for latency at equal cost
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
     """What verification found out about one arm.
 
-    ``cost`` (USD per million output tokens), ``latency`` (seconds) and ``difference`` (cost over the default's, 0.9 is
-    10 % cheaper) and ``latency_difference`` are (middle, low, high); NaN where not measured, infinite where not known.
+    Ranges are (middle, low, high); NaN where not measured, infinite where not known. ``capacity`` is the load at which
+    the SLOs just hold (at most the ladder's top), ``cost`` the USD per million output tokens there; ``safe_load`` is
+    the lower confidence limit (one-sided) of the capacity: up to there the SLOs hold; 0 where nothing is proven.
+    ``load`` is what to deploy at (the safe load, or the capacity where none is proven), ``load_cost`` and ``latency``
+    (seconds) belong to it. ``difference`` is cost over the default's, each at its capacity (0.9: 10 % cheaper),
+    ``latency_difference`` latency over the default's, both at ``common_load``.
     ``doubt`` is the p-value, corrected for several finalists, of "not cheaper than the default by what is worth it",
-    ``latency_doubt`` of "not as cheap, or not faster". ``best`` is the probability of being the cheapest arm;
-    ``safe_load`` the highest load up to which the SLOs hold with the stated confidence (0: none); ``loads`` is
-    the evidence.
+    ``latency_doubt`` of "not as cheap, or not faster". ``best`` is the probability of being the cheapest arm.
     """
 
     label: str
-    load: float
     launches: int
-    cost: Range
-    latency: Range
-    difference: Range
-    latency_difference: Range
-    doubt: float
-    latency_doubt: float
-    best: float
     holds: bool
-    safe_load: float
-    loads: tuple[Headroom, ...]
+    capacity: Range = UNKNOWN
+    cost: Range = UNKNOWN
+    safe_load: float = 0.0
+    load: float = math.nan
+    load_cost: Range = UNKNOWN
+    latency: Range = UNKNOWN
+    difference: Range = UNKNOWN
+    latency_difference: Range = UNKNOWN
+    common_load: float = math.nan
+    doubt: float = math.nan
+    latency_doubt: float = math.nan
+    best: float = 0.0
     failure: str = ""
 
 
@@ -71,6 +65,7 @@ def judge(
     launches: Sequence[Launched],
     slos: Sequence[Slo],
     latency_key: str,
+    ladder: Sequence[float],
     *,
     confidence: float = 0.95,
     worth: float = 0.01,
@@ -78,124 +73,102 @@ def judge(
     active: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Judgement:
-    """Weighs ``arms`` (the default first) by their ``launches``.
+    """Weighs ``arms`` (one of them the default) by their ``launches``.
 
     A finalist is recommended over the default when it is cheaper by more than ``worth`` at ``confidence``, corrected
     for the number of finalists (Holm); or, with the rest of the allowed doubt, when it is at most ``worth`` more
     expensive and its latency is lower by more than ``worth``. ``active`` are the labels still in the race.
     """
-    base = next(a for a in arms if a.baseline)
+    base = next(a.label for a in arms if a.baseline)
+    table = Table(launches, slos, max(ladder))
     failures = _failures(launches)
-    load_of = {a.label: standing_load(a, launches, slos) for a in arms}
-    holding = {a.label: load_of[a.label] > 0 and a.label not in failures for a in arms}
-    shown = {a.label: load_of[a.label] or lowest_load(a, launches) for a in arms}
-    costs = Repeats(logs(launches, shown, COST), known)
-    delays = Repeats(logs(launches, shown, latency_key))
-    able = [a for a in arms if not a.baseline and holding[a.label] and a.label in costs.arms]
-    based = holding[base.label] and base.label in costs.arms
-    gains = {a.label: costs.difference(a.label, base.label) for a in able} if based else {}
-    speeds = (
-        {label: delays.difference(label, base.label) for label in gains if label in delays.arms}
-        if base.label in delays.arms
-        else {}
-    )
-    doubts = _adjusted({k: g.doubt(-worth) for k, g in gains.items()}, COST_SHARE)
+    capacities = Repeats(table.capacities())
+    costs = Repeats(table.costs(), known)
+    middle = {label: exp(capacities.estimate(label).mean) for label in capacities.arms}
+    lowest = min(ladder) * (1 - 1e-9)
+    holding = [a.label for a in arms if middle.get(a.label, 0) >= lowest and a.label in costs.arms]
+    holding = [label for label in holding if label not in failures]
+    common = min((middle[label] for label in holding), default=math.nan)
+    delays = Repeats(table.values_at(common, latency_key))
+    able = [label for label in holding if label != base]
+    gains = {label: costs.difference(label, base) for label in able} if base in holding else {}
+    speeds = {label: delays.difference(label, base) for label in gains if {label, base} <= set(delays.arms)}
+    weights = {a.label: max(a.promise, 0.01) for a in arms}
+    doubts = _adjusted({k: g.doubt(-worth) for k, g in gains.items()}, weights, COST_SHARE)
     slow = {k: max(gains[k].doubt(worth), s.doubt(-worth)) for k, s in speeds.items()}
-    latency_doubts = _adjusted(slow, 1 - COST_SHARE)
-    contenders = [a.label for a in able if active is None or a.label in active]
+    latency_doubts = _adjusted(slow, weights, 1 - COST_SHARE)
+    racing = [label for label in able if active is None or label in active]
     choice, reason = _choose(
-        base.label if based else "", contenders, gains, costs, speeds, doubts, latency_doubts, (1 - confidence) / 2
+        base if base in holding else "", racing, gains, costs, speeds, doubts, latency_doubts, (1 - confidence) / 2
     )
-    known_margin = margin_spread(shown, launches, slos)
-    below, above = chosen_tails(len(arms), confidence)
-    ahead = _best(costs, [a.label for a in arms if holding[a.label] and a.label in costs.arms], seed)
+    ahead = _best(costs, holding, seed)
     found: dict[str, Arm] = {}
-    for a in arms:
-        loads = headroom(a.label, launches, slos, known_margin)
-        tails = (below, above) if a.label == choice else ((1 - confidence) / 2,) * 2
-        found[a.label] = Arm(
-            label=a.label,
-            load=shown[a.label],
-            launches=costs.count(a.label),
-            cost=_factor(costs.estimate(a.label), *tails) if a.label in costs.arms else UNKNOWN,
-            latency=_factor(delays.estimate(a.label), *tails) if a.label in delays.arms else UNKNOWN,
-            difference=_factor(gains[a.label], *tails) if a.label in gains else UNKNOWN,
-            latency_difference=_factor(speeds[a.label], *tails) if a.label in speeds else UNKNOWN,
-            doubt=doubts.get(a.label, math.nan),
-            latency_doubt=latency_doubts.get(a.label, math.nan),
-            best=ahead.get(a.label, 0.0),
-            holds=holding[a.label],
-            safe_load=safe_load(loads, confidence),
-            loads=loads,
-            failure=failures.get(a.label, ""),
+    for label in (a.label for a in arms):
+        if label not in capacities.arms or label not in costs.arms:
+            found[label] = Arm(label, table.count(label), False, failure=failures.get(label, ""))
+            continue
+        # the chosen one flatters itself: it was chosen for what the same numbers say
+        even = (1 - confidence) / 2
+        tails = chosen_tails(len(arms), confidence) if label == choice else (even, even)
+        safe = exp(capacities.estimate(label).between(1 - confidence, 1 - confidence)[0])
+        load = safe or middle[label]
+        found[label] = Arm(
+            label=label,
+            launches=costs.count(label),
+            holds=label in holding,
+            capacity=_factor(capacities.estimate(label), tails[1], tails[0]),
+            cost=_factor(costs.estimate(label), *tails),
+            safe_load=safe,
+            load=load,
+            load_cost=_of(table.costs(load), label, tails, known),
+            latency=_of(table.values_at(load, latency_key), label, tails),
+            difference=_factor(gains[label], *tails) if label in gains else UNKNOWN,
+            latency_difference=_factor(speeds[label], *tails) if label in speeds else UNKNOWN,
+            common_load=common,
+            doubt=doubts.get(label, math.nan),
+            latency_doubt=latency_doubts.get(label, math.nan),
+            best=ahead.get(label, 0.0),
+            failure=failures.get(label, ""),
         )
     return Judgement(choice, reason, found)
 
 
-def standing_load(arm: Finalist, launches: Sequence[Launched], slos: Sequence[Slo]) -> float:
-    """The highest load, at most the arm's own, where the SLOs hold in the mean of all measurements; 0 where at none.
-    Before the first measurement it is the arm's own."""
-    mine = [launch for launch in launches if launch.arm == arm.label and launch.steps]
-    if not mine:
-        return arm.load
-    tried = sorted({s.load for launch in mine for s in launch.steps if s.load <= arm.load * (1 + 1e-9)}, reverse=True)
-    for load in tried:
-        by_launch = _margins(arm.label, load, launches, slos)
-        if by_launch and np.mean([np.mean(margins) for margins in by_launch]) <= 0:
-            return load
-    return 0.0
+class Table:
+    """The launches as cells of (arm, round, window), each with the steps of its loads."""
+
+    def __init__(self, launches: Sequence[Launched], slos: Sequence[Slo], highest: float) -> None:
+        self.slos, self.highest = slos, highest
+        self.cells: dict[Cell, list[Step]] = {}
+        for launch in launches:
+            for step in launch.steps:
+                self.cells.setdefault((launch.arm, launch.round, step.window), []).append(step)
+
+    def count(self, arm: str) -> int:
+        return len({number for name, number, _ in self.cells if name == arm})
+
+    def capacity(self, cell: Cell) -> float:
+        return capacity(self.cells[cell], self.slos, self.highest)
+
+    def capacities(self) -> dict[Cell, float]:
+        """Log of the capacity of every cell that has one."""
+        return _logs({cell: self.capacity(cell) for cell in self.cells})
+
+    def costs(self, load: float | None = None) -> dict[Cell, float]:
+        """Log of the cost at ``load``, or of every cell at its own capacity."""
+        return _logs({c: cost_at(s, load or self.capacity(c)) for c, s in self.cells.items() if self.capacity(c) > 0})
+
+    def values_at(self, load: float, key: str) -> dict[Cell, float]:
+        """Log of a metric at ``load``."""
+        return _logs({cell: value_at(steps, load, key) for cell, steps in self.cells.items()})
 
 
-def lowest_load(arm: Finalist, launches: Sequence[Launched]) -> float:
-    """The lowest load at which the arm was measured (its own where it never was)."""
-    return min((s.load for launch in launches if launch.arm == arm.label for s in launch.steps), default=arm.load)
+def _logs(values: Mapping[Cell, float]) -> dict[Cell, float]:
+    return {cell: math.log(value) for cell, value in values.items() if 0 < value < math.inf}
 
 
-def headroom(
-    label: str, launches: Sequence[Launched], slos: Sequence[Slo], known: Spread | None = None
-) -> tuple[Headroom, ...]:
-    """Every load at which the arm was measured, from low to high. The spread of the arm's own launches is pooled with
-    ``known`` (launch spread of SLO margins over all arms)."""
-    found = []
-    for load in sorted({s.load for launch in launches if launch.arm == label for s in launch.steps}):
-        by_launch = _margins(label, load, launches, slos)
-        flat = [m for margins in by_launch for m in margins]
-        if not flat:
-            continue
-        single = mean([float(np.mean(margins)) for margins in by_launch])
-        own = (single.error**2 * len(by_launch) if single.freedom > 0 else 0.0, single.freedom)
-        variance, freedom = pool([own, (known.variance, known.freedom) if known else (0.0, 0.0)])
-        missed = Estimate(single.mean, math.sqrt(variance / len(by_launch)), freedom).doubt()
-        found.append(Headroom(load, sum(1 for m in flat if m > 0), len(flat), 1 - missed))
-    return tuple(found)
-
-
-def safe_load(loads: Sequence[Headroom], confidence: float) -> float:
-    """The highest load up to which the SLOs hold with ``confidence`` at every load measured; 0 where at none."""
-    best = 0.0
-    for row in loads:
-        if row.holds < confidence:
-            break
-        best = row.load
-    return best
-
-
-def margin_spread(load_of: Mapping[str, float], launches: Sequence[Launched], slos: Sequence[Slo]) -> Spread:
-    """How much launches of one arm differ in their SLO margin, pooled over the arms at their loads."""
-    parts = []
-    for label, load in load_of.items():
-        by_launch = [float(np.mean(m)) for m in _margins(label, load, launches, slos)]
-        if len(by_launch) > 1:
-            parts.append((float(np.var(by_launch, ddof=1)), float(len(by_launch) - 1)))
-    return Spread(*pool(parts))
-
-
-def _margins(label: str, load: float, launches: Sequence[Launched], slos: Sequence[Slo]) -> list[list[float]]:
-    """Per launch, the worst SLO's margin in every trusted measurement at ``load``."""
-    mine = [
-        [margin(s, slos) for s in x.steps if same(s.load, load) and not s.untrusted] for x in launches if x.arm == label
-    ]
-    return [margins for margins in mine if margins]
+def _of(cells: Mapping[Cell, float], label: str, tails: tuple[float, float], known: Spread | None = None) -> Range:
+    repeats = Repeats(cells, known)
+    return _factor(repeats.estimate(label), *tails) if label in repeats.arms else UNKNOWN
 
 
 def _failures(launches: Sequence[Launched]) -> dict[str, str]:
@@ -208,9 +181,10 @@ def _failures(launches: Sequence[Launched]) -> dict[str, str]:
     return found
 
 
-def _adjusted(doubts: Mapping[str, float], share: float) -> dict[str, float]:
+def _adjusted(doubts: Mapping[str, float], weights: Mapping[str, float], share: float) -> dict[str, float]:
     """Holm over the finalists, then divided by the share of the allowed doubt that this family of tests may use."""
-    return {k: min(1.0, p / share) for k, p in zip(doubts, holm(list(doubts.values())), strict=True)}
+    corrected = holm(list(doubts.values()), [weights[label] for label in doubts])
+    return {label: min(1.0, p / share) for label, p in zip(doubts, corrected, strict=True)}
 
 
 def _best(costs: Repeats, labels: Sequence[str], seed: int) -> dict[str, float]:

@@ -112,12 +112,13 @@ def measure_again(
 
 def _equal(first: Point, second: Point, axis: str, spread: float) -> float:
     """Two-sided p-value of "equal", from the intervals and the launch spread (z test on the log ratio)."""
-    error = math.hypot(*(_error(point, axis, spread) for point in (first, second)))
+    error = math.hypot(*(log_error(point, axis, spread) for point in (first, second)))
     gap = abs(math.log(getattr(first, axis) / getattr(second, axis)))
     return float(2 * stats.norm.sf(gap / error)) if error > 0 else float(gap == 0)
 
 
-def _error(point: Point, axis: str, spread: float) -> float:
+def log_error(point: Point, axis: str, spread: float) -> float:
+    """Standard error of a point's log ``cost`` or ``latency``: the interval within a launch and the launch spread."""
     interval: Interval | None = getattr(point, f"{axis}_interval")
     inside = 0.0
     if interval is not None and 0 < interval[0] <= interval[1] < math.inf:

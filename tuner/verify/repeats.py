@@ -54,20 +54,24 @@ class Repeats:
         return sum(1 for name, _ in self.launches if name == arm)
 
     def estimate(self, arm: str) -> Estimate:
-        """The arm's own mean, over launches and windows. Its error holds what differs from launch to launch (drift
-        included, pooled over the arms) and from window to window: two crossed random effects, so
-        ``var = s2_launch / R + s2_window / W - s2_rest / (R W)``, never less than the larger part (Satterthwaite)."""
+        """The arm's own mean, over launches and windows.
+
+        Its error holds three things. What launches differ by within a round averages out over the arm's R launches. The
+        machine's drift does not, as rounds follow each other too closely: all of it counts, estimated as what launches
+        differ by over time (these arms' and ``known``) less what they differ by within a round. Windows are crossed
+        with launches: ``var = s2_inside / R + s2_drift + s2_window / W - s2_rest / (R W)``, never less than the larger
+        part (Satterthwaite 1946).
+        """
         mine = self._of(arm)
         if len(mine) == 0:
             raise ValueError(f"{arm} was not measured")
         count, width = mine.shape
-        between, freedom = pool(
-            [
-                *(_variance(self._of(name).mean(axis=1)) for name in self.arms),
-                (self._known.variance, self._known.freedom),
-            ]
-        )
-        launches = (between / count, freedom)
+        own = self.spread()
+        total, freedom = pool([(own.variance, own.freedom), (self._known.variance, self._known.freedom)])
+        inside, inside_freedom = self._inside()
+        if inside_freedom <= 0:
+            inside = 0.0  # nothing is known to average out
+        launches = (min(inside, total) / count + max(total - inside, 0.0), freedom)
         windows, rest = NOTHING, 0.0
         if width > 1:
             spread, window_freedom = _variance(mine.mean(axis=0))
@@ -81,17 +85,10 @@ class Repeats:
         difference from window to window, each pooled over the arms."""
         arms, means = self.arms, self._cells.mean(axis=1)
         design, contrast = self._design(arm, other)
-        solution, _, rank, _ = np.linalg.lstsq(design, means, rcond=None)
-        residual = means - design @ solution
-        freedom = len(means) - int(rank)
-        inside, inside_freedom = pool(
-            [
-                (float(residual @ residual) / freedom if freedom > 0 else 0.0, freedom),
-                (self._known.variance, self._known.freedom),
-            ]
-        )
+        solution = np.linalg.lstsq(design, means, rcond=None)[0]
+        inside, freedom = self._inside()
         leverage = float(contrast @ np.linalg.pinv(design.T @ design) @ contrast)
-        launches = (inside * leverage, inside_freedom)
+        launches = (inside * leverage, freedom)
         windows, rest, width = NOTHING, 0.0, len(self.windows)
         if width > 1 and len(arms) > 1:
             profile = np.array([self._of(name).mean(axis=0) for name in arms])
@@ -124,14 +121,26 @@ class Repeats:
         """The launch spread seen here, pooled over the arms."""
         return Spread(*pool([_variance(self._of(name).mean(axis=1)) for name in self.arms]))
 
-    def single_error(self) -> float:
-        """The standard deviation of one launch's measurement of one window around its arm's mean."""
-        launch = self.spread().variance
-        window = float(np.mean([_variance(self._of(name).mean(axis=0))[0] for name in self.arms]))
-        return math.sqrt(launch + (window if len(self.windows) > 1 else 0.0))
+    def single(self) -> Spread:
+        """How much single measurements (one launch, one window) of an arm differ."""
+        windows = [_variance(self._of(name).mean(axis=0)) for name in self.arms] if len(self.windows) > 1 else []
+        launches = self.spread()
+        if not windows:
+            return launches
+        variance, freedom = float(np.mean([v for v, _ in windows])), windows[0][1]  # the same windows in every arm
+        if launches.freedom <= 0:
+            return Spread(variance, freedom)
+        return Spread(*combine([(launches.variance, launches.freedom), (variance, freedom)]))
 
     def _of(self, arm: str) -> np.ndarray:
         return self._cells[[i for i, (name, _) in enumerate(self.launches) if name == arm]]
+
+    def _inside(self) -> tuple[float, float]:
+        """What launches of an arm differ by within a round: the residual variance of launch means on arm and round."""
+        design, means = self._design(self.arms[0], self.arms[0])[0], self._cells.mean(axis=1)
+        solution, _, rank, _ = np.linalg.lstsq(design, means, rcond=None)
+        residual, freedom = means - design @ solution, len(means) - int(rank)
+        return (float(residual @ residual) / freedom if freedom > 0 else 0.0), freedom
 
     def _design(self, arm: str, other: str) -> tuple[np.ndarray, np.ndarray]:
         columns = [*self.arms, *self.rounds[1:]]

@@ -116,13 +116,16 @@ def block_bootstrap(
     return (float(low), float(high))
 
 
-def holm(doubts: Sequence[float]) -> list[float]:
-    """Adjusts p-values for being several: the smallest times n, the next times n - 1, ... never decreasing (Holm 1979).
-    Holds for any dependence between them."""
-    n = len(doubts)
-    adjusted, highest = [1.0] * n, 0.0
-    for rank, i in enumerate(sorted(range(n), key=lambda i: doubts[i])):
-        highest = max(highest, min(1.0, (n - rank) * doubts[i]))
+def holm(doubts: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
+    """Adjusts p-values for being several: each times the weights still to be decided over its own, in the order of
+    ``p / weight``, never decreasing (Holm 1979, with his weights: what is believed beforehand gets more of the allowed
+    doubt). Holds for any dependence between the tests, if the weights were not taken from the same measurements."""
+    shares = list(weights) if weights is not None else [1.0] * len(doubts)
+    adjusted, highest = [1.0] * len(doubts), 0.0
+    order = sorted(range(len(doubts)), key=lambda i: doubts[i] / shares[i])
+    for rank, i in enumerate(order):
+        left = sum(shares[j] for j in order[rank:])
+        highest = max(highest, min(1.0, doubts[i] * left / shares[i]))
         adjusted[i] = highest
     return adjusted
 

@@ -10,7 +10,7 @@ from typing import Any
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.verify.arm import Finalist, Launched, Range
-from tuner.verify.judge import UNKNOWN, Arm, Headroom, Judgement
+from tuner.verify.judge import UNKNOWN, Arm, Judgement
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _survived(chosen: Finalist | None, base: Finalist, state: Arm | None) -> Ran
     if chosen is None or state is None or chosen.baseline or not chosen.value or not base.value:
         return UNKNOWN
     promised = math.log(base.value / chosen.value)
-    if promised <= 0 or math.isnan(state.difference[0]):
+    if promised < 0.02 or math.isnan(state.difference[0]):
         return UNKNOWN
     middle, low, high = state.difference
     return _gain(middle) / promised, _gain(high) / promised, _gain(low) / promised
@@ -121,7 +121,9 @@ def _text(
     if state is None:
         return f"**Nothing is recommended**: no configuration met the SLOs on the held-out windows.\n\n{how}"
     latency = study.objective.latency
-    words = [f"**Recommended: {'the default' if state.label == base.label else state.label}** at load {state.load:g}."]
+    words = [
+        f"**Recommended: {'the default' if state.label == base.label else state.label}** at load {state.load:.3g}."
+    ]
     match judgement.reason:
         case "cheaper":
             words.append(f"It costs {_change(state.difference)} against the default, proven at {sure}")
@@ -134,16 +136,22 @@ def _text(
         case _:
             words.append(f"No finalist is proven better than the default at {sure}:")
             words.append("what the search saw is within what launches and windows differ by anyway.")
-    words.append(f"Cost {_usd(state.cost)}, {latency} {_ms(state.latency)} ({sure} intervals).")
+    words.append(f"At that load it costs {_usd(state.load_cost)}, {latency} {_ms(state.latency)} ({sure} intervals).")
     if len(arms) > 1:
         words.append(f"Probability of being the cheapest of the {len(arms)}: {state.best * 100:.0f} %.")
     if not math.isnan(survived[0]):
         words.append(f"{_percent(survived[0])} of the search-time gain survived")
         words.append(f"({_percent(survived[1])} to {_percent(survived[2])}).")
-    if state.safe_load:
-        words.append(f"The SLOs hold up to load {state.safe_load:g} at {sure}.")
+    if state.capacity[0] >= max(study.load.ladder) * (1 - 1e-9):
+        words.append(f"The SLOs held up to load {state.capacity[0]:g}, the highest of the ladder.")
+    elif state.safe_load:
+        words.append(
+            f"The SLOs just hold at load {_span(state.capacity)}; up to {state.safe_load:.3g} that is {sure} sure."
+        )
     else:
-        words.append(f"The SLOs held in the mean, but at no load is that proven at {sure}: deploy with a margin.")
+        words.append(
+            f"The SLOs just hold at load {state.capacity[0]:.3g}, with too few launches to say how sure that is."
+        )
     if windows < 2:
         words.append("One held-out window: the intervals say nothing about other stretches of traffic.")
     return " ".join(words) + f"\n\n{how}"
@@ -155,8 +163,14 @@ def _row(arm: Arm, finalist: Finalist, latency: str) -> dict[str, Any]:
     def number(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
-    row: dict[str, Any] = {"config": arm.label, "trial": finalist.trial, "load": arm.load, "launches": arm.launches}
+    row: dict[str, Any] = {
+        "config": arm.label,
+        "trial": finalist.trial,
+        "load": number(arm.load),
+        "launches": arm.launches,
+    }
     for name, (middle, low, high), scale in (
+        ("capacity", arm.capacity, 1.0),
         ("cost_usd_per_mtok_output", arm.cost, 1.0),
         (f"{latency}_ms", arm.latency, 1e3),
         ("cost_vs_default", arm.difference, 1.0),
@@ -173,9 +187,8 @@ def _row(arm: Arm, finalist: Finalist, latency: str) -> dict[str, Any]:
 
 
 def _arm(data: Mapping[str, Any]) -> Arm:
-    ranges = ("cost", "latency", "difference", "latency_difference")
-    fields = {**data, **{name: tuple(data[name]) for name in ranges}}
-    return Arm(**{**fields, "loads": tuple(Headroom(**row) for row in data["loads"])})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list | tuple) else v for name, v in data.items()}
+    return Arm(**fields)
 
 
 def _change(factor: Range) -> str:
@@ -190,6 +203,10 @@ def _usd(cost: Range) -> str:
 def _ms(latency: Range) -> str:
     middle, low, high = (x * 1e3 for x in latency)
     return f"{middle:.4g} ms ({_plain(low)} to {_plain(high)})"
+
+
+def _span(load: Range) -> str:
+    return f"{load[0]:.3g} ({_plain(load[1])} to {_plain(load[2])})"
 
 
 def _plain(value: float) -> str:

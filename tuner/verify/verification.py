@@ -22,7 +22,8 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.verify.arm import Finalist, Launched
-from tuner.verify.judge import Arm, Judgement, judge, lowest_load, standing_load
+from tuner.verify.capacity import loads
+from tuner.verify.judge import Arm, Judgement, Table, judge
 from tuner.verify.repeats import Spread
 from tuner.verify.verdict import Verification, verdict
 
@@ -36,6 +37,8 @@ class Rig(Protocol):
         ...
 
 
+LITTLE_HOPE = 0.05  # a finalist less probable than this to be the cheapest is not launched again
+
 Launcher = Callable[[ServingConfig, str], AbstractContextManager[Rig]]
 """Starts the config (raises LaunchFailed), stops it at the end of the ``with``. The second argument is the label of the
 launch (``verify 2 trial 17``), under which the caller keeps the steps measured inside."""
@@ -47,7 +50,7 @@ class VerifyBudget:
     this call, or when the intervals of the choice's cost and of its difference to the default are at most ``width``
     wide (a share of the value). At least ``minimum`` rounds are done before the width may stop it.
 
-    ``headroom`` are the factors on an arm's load that are tried to find its safe load, each until an SLO is missed.
+    ``worth`` is the share of the cost below which a difference is not worth a flag.
     """
 
     launches: int
@@ -56,7 +59,6 @@ class VerifyBudget:
     minimum: int = 3
     confidence: float = 0.95
     worth: float = 0.01
-    headroom: tuple[float, ...] = (1.1, 1.25, 1.5, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def verify(
     """
     if not windows:
         raise UsageError("there is no held-out window to verify on", fix="Set trace.heldout_windows to 3 or more.")
-    arms = [baseline, *finalists][: max(budget.launches // 2, 2)]
+    arms = [baseline, *finalists][: max(budget.launches // 3, 2)]
     race = _Race(study, launch, arms, tuple(windows), budget, on_event, {d.label: d.outcome for d in done}, known)
     stopped = race.run(clock)
     judgement = race.judge()
@@ -133,6 +135,7 @@ class _Race:
             self.launches,
             self.study.objective.slos,
             self.study.objective.latency_key,
+            self.study.load.ladder,
             confidence=self.budget.confidence,
             worth=self.budget.worth,
             known=self.known,
@@ -151,7 +154,8 @@ class _Race:
             )
             for arm in list(self.active):
                 state = found.arms[arm.label]
-                if not arm.baseline and (state.failure or not state.holds or _beaten(state, best)):
+                hopeless = state.failure or not state.holds or state.best < LITTLE_HOPE or _beaten(state, best)
+                if not arm.baseline and hopeless:
                     self.active.remove(arm)
             if len(self.active) < 2:
                 return "no finalist is left beside the default"
@@ -167,35 +171,34 @@ class _Race:
         return ""
 
     def _once(self, number: int, arm: Finalist) -> Launched:
-        """One launch: every window at the arm's load, lower loads where the SLOs do not hold, higher ones for headroom.
-        Every second round takes the windows in reverse."""
+        """One launch, bracketed on every window; every second round takes the windows in reverse."""
         label = f"verify {number} {arm.label}"
         known = self.done.get(label)
         if isinstance(known, Infeasible):
             return Launched(arm.label, number, known.steps, known)
         if isinstance(known, Measured):
             return Launched(arm.label, number, known.steps)
-        slos = self.study.objective.slos
-        load = standing_load(arm, self.launches, slos) or lowest_load(arm, self.launches)
-        windows = self.windows if number % 2 else self.windows[::-1]
-        steps: list[Step] = []
         self.on_event("verify-launch", {"label": label, "launched": len(self.launches), "of": self.budget.launches})
+        steps: list[Step] = []
         try:
             with self.launch(arm.config, label) as rig:
-                lower = sorted((x for x in self.study.load.ladder if x < load * (1 - 1e-9)), reverse=True)
-                for at in [load, *lower]:
-                    steps += [rig.measure(at, window, window.name) for window in windows]
-                    if sum(bool(s.slo_misses) for s in steps[-len(windows) :]) * 2 <= len(windows):
-                        break
-                # another window each round: the headroom is not that of one stretch of traffic
-                window = self.windows[(number - 1) % len(self.windows)]
-                for factor in self.budget.headroom if not any(s.slo_misses for s in steps[: len(windows)]) else ():
-                    steps.append(rig.measure(load * factor, window, window.name))
-                    if not steps[-1].ok:
-                        break
+                for window in self.windows if number % 2 else self.windows[::-1]:
+                    steps += self._bracket(rig, arm, window)
         except LaunchFailed as failure:
             return Launched(arm.label, number, tuple(steps), failure.outcome)
         return Launched(arm.label, number, tuple(steps))
+
+    def _bracket(self, rig: Rig, arm: Finalist, window: Trace) -> list[Step]:
+        """The loads around the arm's capacity on this window, starting where earlier rounds found it."""
+        ladder = self.study.load.ladder
+        table = Table(self.launches, self.study.objective.slos, max(ladder))
+        seen = [table.capacity(cell) for cell in table.cells if (cell[0], cell[2]) == (arm.label, window.name)]
+        seen = [found for found in seen if not math.isnan(found)]
+        start = float(np.exp(np.mean(np.log(seen)))) if seen else arm.load
+        steps: list[Step] = []
+        while (load := loads(start, min(ladder), max(ladder), [not s.slo_misses for s in steps])) is not None:
+            steps.append(rig.measure(load, window, window.name))
+        return steps
 
 
 def _beaten(state: Arm, best: Arm | None) -> bool:
@@ -204,8 +207,12 @@ def _beaten(state: Arm, best: Arm | None) -> bool:
 
 
 def _narrow(found: Judgement, width: float) -> bool:
+    """Whether the choice's intervals are narrow enough and, where it is the default, none of the others can be cheaper
+    by more than half of ``width`` any more."""
     arm = found.arms.get(found.choice)
     if arm is None:
         return False
     rows = [arm.cost] if math.isnan(arm.difference[0]) else [arm.cost, arm.difference]
-    return all((high - low) <= width * middle for middle, low, high in rows)
+    hopes = [a.difference[1] for a in found.arms.values() if a.best >= LITTLE_HOPE and a.label != arm.label]
+    settled = found.reason != "nothing-proven" or all(low >= 1 - width / 2 for low in hopes)
+    return settled and all(high - low <= width * middle for middle, low, high in rows)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tuner.load.trace import Trace
+from tuner.pareto.front import COST
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
@@ -35,7 +36,7 @@ class Noise:
     stall_s: float = 2.0
 
 
-def window(seed: int, *, requests: int = 240, rate: float = 4.0, name: str = "") -> Trace:
+def window(seed: int, *, requests: int = 300, rate: float = 4.0, name: str = "") -> Trace:
     """A window of bursty arrivals (Gamma gaps, shape 0.5) and heavy-tailed lengths; windows differ by more than
     chance would make them: each has its own rate (10 %) and its own mean output length (10 %)."""
     rng = np.random.default_rng(seed)
@@ -50,43 +51,38 @@ def window(seed: int, *, requests: int = 240, rate: float = 4.0, name: str = "")
 @dataclass(slots=True)
 class Machine:
     """One machine on which launches follow each other. ``speeds`` maps the value of the parameter ``variant`` to a
-    speed (1.1: 10 % faster); every launch advances the drift."""
+    speed (1.1: 10 % faster); every launch advances the drift. ``labels`` are the launches so far."""
 
     speeds: Mapping[str, float]
     objective: Objective
     seed: int
     noise: Noise = Noise()
     slots: int = 16
-    launches: int = 0
     labels: list[str] = field(default_factory=list)
-    _drift: float = 0.0
+    rng: np.random.Generator = field(init=False)
+    drift: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._rng = np.random.default_rng(self.seed)
-        self._drift = self._rng.normal(0, self.noise.drift)
+        self.rng = np.random.default_rng(self.seed)
+        self.drift = self.rng.normal(0, self.noise.drift)
 
     @contextmanager
     def launch(self, config: ServingConfig, label: str) -> Iterator[Running]:
         """What :func:`tuner.verify.verification.verify` calls."""
-        self.launches += 1
         self.labels.append(label)
         n = self.noise
-        self._drift = n.memory * self._drift + self._rng.normal(0, n.drift * math.sqrt(1 - n.memory**2))
-        speed = self.speed(config) * math.exp(self._drift + self._rng.normal(0, n.launch))
-        yield Running(self, config, speed)
+        self.drift = n.memory * self.drift + self.rng.normal(0, n.drift * math.sqrt(1 - n.memory**2))
+        yield Running(self, self.speed(config) * math.exp(self.drift + self.rng.normal(0, n.launch)))
 
     def speed(self, config: ServingConfig) -> float:
         return self.speeds[str(config.params["variant"])]
 
-    __slots__ = ("speeds", "objective", "seed", "noise", "slots", "launches", "labels", "_drift", "_rng")
 
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Running:
     """One launched server."""
 
     machine: Machine
-    config: ServingConfig
     speed: float
 
     def measure(self, load: float, trace: Trace, window: str) -> Step:
@@ -95,7 +91,7 @@ class Running:
 
 def replay(trace: Trace, load: float, speed: float, machine: Machine, window: str) -> Step:
     """First come, first served on ``slots`` slots: prefill 8,000 tokens/s, 20 ms a token, both over ``speed``."""
-    rng, noise, n = machine._rng, machine.noise, len(trace)
+    rng, noise, n = machine.rng, machine.noise, len(trace)
     arrival = trace.arrival_s / load
     prefill = trace.input_tokens / 8000 * rng.lognormal(-0.045, 0.3, n) / speed
     per_token = 0.02 * rng.lognormal(-0.02, 0.2, n) / speed
@@ -104,26 +100,40 @@ def replay(trace: Trace, load: float, speed: float, machine: Machine, window: st
     free = [0.0] * machine.slots
     start = np.empty(n)
     for i in range(n):
-        begin = max(arrival[i], free[0])
-        start[i] = begin
-        heapq.heapreplace(free, begin + service[i])
-    ttft = start + prefill - arrival
-    end = start + service
-    seconds = float(end.max())
-    tokens = float(trace.output_tokens.sum())
+        start[i] = max(arrival[i], free[0])
+        heapq.heapreplace(free, start[i] + service[i])
+    ttft, end = start + prefill - arrival, start + service
+    limit = next((slo.limit for slo in machine.objective.slos if slo.latency == "ttft"), math.inf)
+    tokens = np.where(ttft <= limit, trace.output_tokens, 0)
+    raw, seconds = _per_block(arrival + ttft, end, trace.output_tokens)
+    late = bool((ttft > limit).any())
+    earned = _per_block(arrival + ttft, end, tokens)[0] if late else raw
     metrics = {
         "ttft_p99_s": float(np.quantile(ttft, 0.99)),
-        "tpot_p99_s": float(np.quantile((end - start - prefill) / trace.output_tokens, 0.99)),
-        "output_tokens_per_s": tokens / seconds,
+        "tpot_p99_s": float(np.quantile(per_token, 0.99)),
         "error_rate": 0.0,
+        "output_tokens_per_s": float(raw.sum()) / seconds,
+        COST: _cost(seconds, float(earned.sum())),
     }
-    good = _within(machine.objective, ttft)
-    goodput = float(trace.output_tokens[good].sum()) / seconds
-    metrics["cost_usd_per_mtok_output"] = PRICE_USD_PER_HOUR / 3600 / goodput * 1e6 if goodput > 0 else math.inf
     misses = tuple(text for slo in machine.objective.slos if (text := slo.miss(metrics)))
-    return Step(load, window, metrics, intervals={}, slo_misses=misses)
+    return Step(load, window, metrics, {COST: _within_launch(earned, seconds, rng)}, misses)
 
 
-def _within(objective: Objective, ttft: np.ndarray) -> np.ndarray:
-    limit = next((slo.limit for slo in objective.slos if slo.latency == "ttft"), math.inf)
-    return ttft <= limit
+def _per_block(first: np.ndarray, end: np.ndarray, tokens: np.ndarray, blocks: int = 12) -> tuple[np.ndarray, float]:
+    """Tokens that left the server in each of ``blocks`` equal stretches of time, (blocks,), and how long they are
+    together: until 85 % of the requests have ended, so that the emptying of the server is not counted."""
+    seconds = float(np.quantile(end, 0.85))
+    edges = np.linspace(0.0, seconds, blocks + 1)
+    inside = np.clip(edges[None, :] - first[:, None], 0.0, (end - first)[:, None])
+    return (np.diff(inside, axis=1) * (tokens / np.maximum(end - first, 1e-9))[:, None]).sum(axis=0), seconds
+
+
+def _cost(seconds: float, tokens: float) -> float:
+    return PRICE_USD_PER_HOUR / 3600 * seconds / tokens * 1e6 if tokens > 0 else math.inf
+
+
+def _within_launch(earned: np.ndarray, seconds: float, rng: np.random.Generator) -> tuple[float, float]:
+    """The usual interval of a single measurement: the percentile bootstrap over its blocks of time."""
+    picks = rng.integers(0, len(earned), (400, len(earned)))
+    low, high = np.quantile(earned[picks].sum(axis=1), (0.025, 0.975))
+    return _cost(seconds, float(high)), _cost(seconds, float(low))

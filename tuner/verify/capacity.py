@@ -1,0 +1,91 @@
+"""Capacity: the load at which one launch just met the SLOs on one window, between the loads that were measured.
+
+Comparing configurations at loads of a coarse ladder would compare luck: one at load 4 and one at 3 may differ by one
+request. So every launch is bracketed on every window (a load that holds, a higher one that does not), and the load
+where the worst SLO's margin crosses zero is read off the straight line between them, in logarithms.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+from tuner.spec.slo import Slo
+from tuner.study.outcome import Step
+from tuner.verify.arm import COST, margin
+
+UP = (1.06, 1.2, 1.5, 2.0)
+DOWN = (0.94, 0.83, 0.67, 0.5)
+THROUGHPUT = "output_tokens_per_s"
+
+
+def loads(start: float, lowest: float, highest: float, held: Sequence[bool]) -> float | None:
+    """The next load to measure on a window, ``held`` being what the ones before showed; None when bracketed.
+
+    First ``start``; upwards while the SLOs hold, at most to ``highest``; downwards while they do not, at most to half
+    of ``lowest``.
+    """
+    start = min(max(start, lowest / 2), highest)
+    if not held:
+        return start
+    if held[-1] != held[0]:
+        return None
+    factors = UP if held[0] else DOWN
+    if len(held) > len(factors):
+        return None
+    load = start * factors[len(held) - 1]
+    before = start * factors[len(held) - 2] if len(held) > 1 else start
+    if held[0]:
+        return None if before >= highest * (1 - 1e-9) else min(load, highest)
+    return None if before <= lowest / 2 * (1 + 1e-9) else max(load, lowest / 2)
+
+
+def capacity(steps: Sequence[Step], slos: Sequence[Slo], highest: float) -> float:
+    """The load at which the worst SLO of ``steps`` (one launch, one window) crosses its limit; the highest load
+    measured (at most ``highest``) where none was missed; NaN where none held."""
+    known = [(s.load, margin(s, slos)) for s in _trusted(steps)]
+    below = [(load, gap) for load, gap in known if gap <= 0]
+    if not below:
+        return math.nan
+    low, low_gap = below[-1]
+    above = [(load, gap) for load, gap in known if gap > 0 and load > low]
+    if not above:
+        return min(low, highest)
+    high, high_gap = above[0]
+    share = -low_gap / (high_gap - low_gap)
+    return min(math.exp(math.log(low) + share * math.log(high / low)), highest)
+
+
+def cost_at(steps: Sequence[Step], load: float) -> float:
+    """USD per million output tokens at ``load``: the cost at the nearest measured load that is not above it, times how
+    much more the server puts out at ``load`` (late requests above capacity would otherwise count against it)."""
+    known = [s for s in _trusted(steps) if 0 < s.metrics.get(COST, math.nan) < math.inf]
+    if not known:
+        return math.nan
+    near = next((s for s in reversed(known) if s.load <= load * (1 + 1e-9)), known[0])
+    here, there = near.metrics.get(THROUGHPUT, math.nan), value_at(known, load, THROUGHPUT)
+    return near.metrics[COST] * (here / there if here > 0 and there > 0 else 1.0)
+
+
+def value_at(steps: Sequence[Step], load: float, key: str) -> float:
+    """``key`` at ``load``, on the straight line between the neighbouring measured loads in logarithms; beyond them the
+    nearest measured value. NaN where it was not measured."""
+    known = [(s.load, s.metrics[key]) for s in _trusted(steps) if 0 < s.metrics.get(key, math.nan) < math.inf]
+    if not known:
+        return math.nan
+    if load <= known[0][0]:
+        return known[0][1]
+    for (low, first), (high, second) in _pairs(known):
+        if load <= high:
+            share = math.log(load / low) / math.log(high / low)
+            return first * (second / first) ** share
+    return known[-1][1]
+
+
+def _trusted(steps: Sequence[Step]) -> list[Step]:
+    return sorted((s for s in steps if not s.untrusted), key=lambda s: s.load)
+
+
+def _pairs(known: Sequence[tuple[float, float]]) -> Iterator[tuple[tuple[float, float], tuple[float, float]]]:
+    return ((a, b) for a, b in itertools.pairwise(known) if b[0] > a[0])
