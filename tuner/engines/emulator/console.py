@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 
 VERSION = "0.32.0"
 
@@ -27,7 +28,7 @@ class Console:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    def banner(self, model: str, arguments: dict[str, object]) -> None:
+    def banner(self, model: str, arguments: Mapping[str, object]) -> None:
         """What vLLM prints first."""
         self.line(
             "\n"

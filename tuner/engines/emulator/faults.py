@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PHASES = ("imports", "weights", "compile", "graphs", "kv", "ready")
+PHASES = ("imports", "config", "engine", "weights", "compile", "kv", "warmup", "graphs", "api")
 
 # Name -> (when, what it does). ``boot``: while starting; ``serve``: on a server that is up; ``stop``: at its end.
 CATALOGUE: Mapping[str, tuple[str, str]] = {
@@ -14,7 +14,9 @@ CATALOGUE: Mapping[str, tuple[str, str]] = {
     "oom-weights": ("boot", "the weights do not fit: torch's CUDA out of memory"),
     "oom-kv": ("boot", "no room for the KV cache of one longest request: vLLM's ValueError"),
     "oom-no-kv": ("boot", "no room for any KV cache block: vLLM's ValueError"),
-    "oom-profile": ("boot", "out of memory in the sampler's warm-up"),
+    "oom-warmup": ("boot", "out of memory in the sampler's warm-up"),
+    "oom-activations": ("boot", "the activations of a full batch do not fit: torch's out of memory while profiling"),
+    "oom-graphs": ("boot", "torch's out of memory while CUDA graphs are captured"),
     "gpu-busy": ("boot", "somebody else's process holds the GPU's memory"),
     "invalid-combination": ("boot", "two flags that exclude each other: pydantic's ValidationError"),
     "block-size": ("boot", "a block size that the attention backend does not have"),

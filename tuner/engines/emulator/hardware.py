@@ -7,7 +7,9 @@ emulator does not test a formula against itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 GIB = 2**30
 
@@ -27,7 +29,6 @@ class Gpu:
     flops: dict[int, float]  # by bits of an operand: 16, 8 (fp8), 4
     link_bytes_per_s: float
     units: int  # streaming multiprocessors
-    int8: bool = True
     fp8: bool = True
     gemm_share: float = 0.70
     memory_share: float = 0.80
@@ -78,20 +79,45 @@ GPUS = (
 )
 
 
+_ALIASES = {
+    "h100": "h100sxm",
+    "h10080gbhbm3": "h100sxm",
+    "h100sxm5": "h100sxm",
+    "h200": "h200sxm",
+    "b200": "b200sxm",
+    "a100": "a100sxm80gb",
+    "a10080gb": "a100sxm80gb",
+    "a100sxm480gb": "a100sxm80gb",
+    "4090": "rtx4090",
+}
+
+
 def find_gpu(name: str) -> Gpu:
     """The row that ``name`` means, however it is spelt (``h100_sxm``, ``NVIDIA H100 80GB HBM3``, ``H100``).
 
     Raises ``ValueError`` with the known names.
     """
     wanted = _plain(name)
+    wanted = "cpu" if wanted.startswith("cpu") else _ALIASES.get(wanted, wanted)
     for gpu in GPUS:
         if _plain(gpu.name) == wanted:
             return gpu
-    for gpu in GPUS:
-        family = _plain(gpu.name.split("-")[0] if not gpu.name.startswith("RTX") else gpu.name)
-        if wanted.startswith(family):
-            return gpu
     raise ValueError(f"the emulator does not know the GPU {name!r}; it knows {', '.join(g.name for g in GPUS)}")
+
+
+def from_datasheet(name: str, figures: Mapping[str, Any]) -> Gpu:
+    """A row for hardware that is not in the table: ``memory_bytes``, ``memory_bytes_per_s``, ``link_bytes_per_s`` and
+    ``flops`` by bits, as its data sheet says; what kernels reach of them is assumed to be as elsewhere."""
+    flops = {int(bits): float(value) for bits, value in figures["flops"].items()}
+    return Gpu(
+        name,
+        int(figures["memory_bytes"]),
+        float(figures["memory_bytes_per_s"]),
+        flops,
+        float(figures["link_bytes_per_s"]),
+        int(figures.get("units", 108)),
+        fp8=bool(figures.get("fp8", True)),
+    )
 
 
 def _plain(name: str) -> str:

@@ -98,7 +98,13 @@ def _blocks(
             "`max_model_len` when initializing the engine. See "
             "https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."
         )
-    blocks = s.kv_blocks or int(available / (per_token * s.block_size)) if per_token else 2**20
+    blocks = s.kv_blocks or (int(available / (per_token * s.block_size)) if per_token else 2**20)
+    if blocks * s.block_size < s.max_model_len:
+        raise KvDoesNotFit(
+            f"To serve at least one request with the model's max seq len ({s.max_model_len}), ({needed / GIB:.2f} GiB "
+            f"KV cache is needed, which is larger than the available KV cache memory "
+            f"({blocks * s.block_size * per_token / GIB:.2f} GiB)."
+        )
     return Memory(
         int(weights), int(activation), int(graphs), int(available), blocks, blocks * s.block_size, int(max(slack, 0))
     )

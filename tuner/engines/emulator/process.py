@@ -13,19 +13,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuner.engines.emulator.boot import Boot, BootFailed, Planned
+from tuner.engines.emulator.assemble import assemble, gpu_of
+from tuner.engines.emulator.boot import Boot, BootFailed
 from tuner.engines.emulator.clock import Alarm
 from tuner.engines.emulator.console import Console
 from tuner.engines.emulator.faults import Faults, parse_faults
-from tuner.engines.emulator.flags import OWN, BadFlag, parse
-from tuner.engines.emulator.hardware import Gpu, find_gpu
+from tuner.engines.emulator.flags import BadFlag, parse
+from tuner.engines.emulator.hardware import Gpu
 from tuner.engines.emulator.http import Connection
-from tuner.engines.emulator.memory import KvDoesNotFit, WeightsDoNotFit, plan
-from tuner.engines.emulator.noise import Noise
-from tuner.engines.emulator.quality import Answers, stated_kl
+from tuner.engines.emulator.quality import Answers
 from tuner.engines.emulator.service import Identity, Service
-from tuner.engines.emulator.settings import Refused, Settings, resolve
-from tuner.engines.emulator.shape import Shape, read_shape
 from tuner.engines.emulator.simulator import Simulator
 
 USAGE = "usage: api_server.py [-h] [--model MODEL] [--served-model-name NAME] [--host HOST] [--port PORT] ..."
@@ -42,7 +39,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         if "unknown-flag" in faults:
             raise BadFlag("unrecognized arguments: --no-such-flag 1")
         options: dict[str, Any] = json.loads(flags.get("emulator") or "{}")
-        gpu = find_gpu(flags.get("gpu") or "H100-SXM")
+        gpu = gpu_of(flags, options)
     except (BadFlag, ValueError) as error:
         print(f"{USAGE}\napi_server.py: error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -64,82 +61,25 @@ def _serve(
     environ: Mapping[str, str],
 ) -> int:
     model, scale = str(flags.get("model") or ""), float(flags.get("time-scale") or 1.0)
-    served = str(flags.get("served-model-name") or model)
     boot = Boot(console, faults, float(options.get("boot_scale", 1.0)) / scale)
-    given = {name.replace("-", "_"): value for name, value in flags.items() if name not in OWN and name != "api-key"}
-    console.banner(model, given)  # type: ignore[arg-type]
-    listener = _bind(str(flags.get("host") or "0.0.0.0"), int(flags.get("port") or 8000), boot)
-    boot.before_engine()
-    shape = _shape(model, boot)
-    settings = _settings(flags, options, shape, gpu, boot, environ)
-    seed = int(flags.get("emulator-seed") or 0)
-    memory: Planned
-    try:
-        memory = plan(shape, settings, gpu)
-    except (WeightsDoNotFit, KvDoesNotFit) as error:
-        memory = error
-    boot.engine(shape, settings, gpu, str(flags.get("load-format") or "auto"), memory, model)
-    noise = Noise(**options["noise"]) if "noise" in options else None
-    simulator = Simulator(shape, settings, gpu, seed, noise)
-    kl = stated_kl(settings.scheme, settings.kv_dtype, options.get("kl"))
-    answers = Answers(shape.vocab, int(options.get("model_seed", 0)), kl, f"{settings.scheme}/{settings.kv_dtype}")
-    identity = Identity(served, str(flags.get("api-key") or environ.get("VLLM_API_KEY", "")), model)
-    return asyncio.run(_run(simulator, answers, identity, console, faults, scale, listener))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    with listener:
+        address = (str(flags.get("host") or "0.0.0.0"), int(flags.get("port") or 8000))
+        simulator, answers = assemble(boot, flags, options, gpu, environ, lambda: _bind(listener, address, boot))
+        key = str(flags.get("api-key") or environ.get("VLLM_API_KEY", ""))
+        identity = Identity(str(flags.get("served-model-name") or model), key, model)
+        return asyncio.run(_run(simulator, answers, identity, console, faults, scale, listener))
 
 
-def _bind(host: str, port: int, boot: Boot) -> socket.socket:
+def _bind(listener: socket.socket, address: tuple[str, int], boot: Boot) -> None:
     """Binds before the engine starts and listens only when it is ready, as vLLM does."""
     boot.fail("port-taken")
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
-        listener.bind((host, port))
+        listener.bind(address)
     except OSError as error:
         boot.refuse("server", f"OSError: {error}")
-    return listener
-
-
-def _shape(model: str, boot: Boot) -> Shape:
-    try:
-        return read_shape(model)
-    except (FileNotFoundError, NotADirectoryError):
-        boot.refuse(
-            "server",
-            f"OSError: {model} is not a local folder and is not a valid model identifier listed on "
-            "'https://huggingface.co/models'",
-        )
-    except ValueError as error:
-        boot.refuse("server", f"ValueError: {error}")
-
-
-def _settings(
-    flags: Mapping[str, str | None],
-    options: Mapping[str, Any],
-    shape: Shape,
-    gpu: Gpu,
-    boot: Boot,
-    environ: Mapping[str, str],
-) -> Settings:
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = (
-        len([word for word in visible.split(",") if word.strip()])
-        if visible is not None
-        else int(options.get("gpus", 8))
-    )
-    try:
-        return resolve(flags, shape, gpu, gpus, options.get("acceptance"), environ)
-    except Refused as error:
-        if error.where:
-            boot.refuse(
-                "server",
-                f"pydantic_core._pydantic_core.ValidationError: 1 validation error for {error.where}\n"
-                f"  Value error, {error} [type=value_error, input_value=ArgsKwargs((), {{}}), input_type=ArgsKwargs]\n"
-                "    For further information visit https://errors.pydantic.dev/2.13/v/value_error",
-            )
-        boot.refuse("engine", f"ValueError: {error}")
-    except ValueError as error:
-        boot.refuse("server", f"ValueError: {error}")
 
 
 async def _run(

@@ -179,8 +179,10 @@ class Service:
             connection.reply(200, {"version": VERSION})
         elif path == "/metrics":
             connection.reply(200, exposition(self).encode(), "text/plain; version=0.0.4; charset=utf-8")
-        elif path == "/emulator":
+        elif path in ("/emulator", "/emulator/reset"):
             connection.reply(200, self.state())
+            if path.endswith("reset"):
+                self.lateness = Lateness()
         elif path == "/v1/models":
             card = {
                 "id": self.served,

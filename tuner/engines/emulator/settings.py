@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tuner.engines.emulator.hardware import GIB, Gpu
-from tuner.engines.emulator.shape import Shape
+from tuner.engines.emulator.shape import Shape, read_shape
 
 
 class Refused(ValueError):
@@ -109,6 +110,7 @@ def resolve(
 
     Raises :class:`Refused` in vLLM's words, and ``ValueError`` for a value that is no number.
     """
+    env = env or {}
     tp, pp, dp = (_int(flags, f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data"))
     big = gpu.memory_bytes >= 70 * GIB and "A100" not in gpu.name
     batched = 2048 * tp * pp if gpu.is_cpu else 16384 if gpu.memory_bytes >= 160 * GIB else 8192 if big else 2048
@@ -133,7 +135,7 @@ def resolve(
     if gemm_bits == 8 and not gpu.fp8 and scheme == "fp8":
         gemm_bits = 16  # weight-only through Marlin where there are no FP8 tensor cores
     eager = "enforce-eager" in flags
-    draft = _draft(flags.get("speculative-config"), accept)
+    draft = _draft(flags.get("speculative-config"), accept, shape)
     settings = Settings(
         tp=tp,
         pp=pp,
@@ -158,10 +160,10 @@ def resolve(
         frontends=max(_int(flags, "api-server-count", 1), 1),
         stream_interval=max(_int(flags, "stream-interval", 1), 1),
         draft=draft,
-        kv_bytes=_length(flags.get("kv-cache-memory-bytes"), 0),
+        kv_bytes=_length(flags.get("kv-cache-memory-bytes"), 0) or int(env.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB,
         kv_blocks=_int(flags, "num-gpu-blocks-override", 0),
     )
-    bound = (env or {}).get("VLLM_CPU_OMP_THREADS_BIND", "").count("|") + 1
+    bound = env.get("VLLM_CPU_OMP_THREADS_BIND", "").count("|") + 1
     _check(settings, shape, gpu, bound if gpu.is_cpu else gpus, dict(flags))
     return settings
 
@@ -224,7 +226,7 @@ def _check(s: Settings, shape: Shape, gpu: Gpu, gpus: int, flags: Mapping[str, A
         )
 
 
-def _draft(text: Any, accept: float | None) -> Draft | None:
+def _draft(text: Any, accept: float | None, shape: Shape) -> Draft | None:
     if not text:
         return None
     spec = json.loads(text) if isinstance(text, str) else dict(text)
@@ -232,6 +234,8 @@ def _draft(text: Any, accept: float | None) -> Draft | None:
     tokens = int(spec.get("num_speculative_tokens") or 3)
     family = method if method in DRAFTS else "mtp" if method.endswith("mtp") else "draft_model"
     rate, proposes, cost = DRAFTS[family]
+    if family == "draft_model" and (Path(str(spec.get("model"))) / "config.json").is_file():
+        cost = read_shape(spec["model"]).weight_bytes(16) / shape.weight_bytes(16)
     if spec.get("synthetic_acceptance_length"):
         rate, proposes = _rate_of_length(float(spec["synthetic_acceptance_length"]), tokens), 1.0
     elif spec.get("synthetic_acceptance_rates"):

@@ -1,0 +1,170 @@
+"""The emulator without a process: the same start-up, log and simulation on a clock that nobody waits for.
+
+A step's records come from the simulation itself, not from a client, so there is no lag to distrust and no launcher to
+rehearse: a study of thirty launches takes a minute.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+from tuner.engines.emulator.assemble import assemble
+from tuner.engines.emulator.boot import Boot, BootFailed
+from tuner.engines.emulator.console import Console
+from tuner.engines.emulator.faults import parse_faults
+from tuner.engines.emulator.hardware import Gpu
+from tuner.engines.emulator.rescale import step_from_records
+from tuner.engines.emulator.simulator import OutOfMemoryUnderLoad, Served, Simulator, Work, prefix_keys
+from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
+from tuner.engines.vllmlog import DIALECT
+from tuner.load.records import Record, write
+from tuner.load.windows import warp
+from tuner.server.bootlog import BootLog
+from tuner.server.diagnosis import Evidence, diagnose
+from tuner.study.outcome import Boot as BootTimes
+from tuner.study.outcome import Step
+
+LOG = "server.log"
+
+
+class _Tape(Console):
+    """A console that keeps what is said, and a clock that sleeping moves."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.now_s = 0.0
+        self.boot_log = BootLog(DIALECT, 0.0)
+
+    def raw(self, text: str) -> None:
+        self.lines.append(text)
+        self.boot_log.feed(text.split("\n"), self.now_s)
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+class VirtualServer:
+    """Implements :class:`tuner.engines.protocol.Server` on virtual time; ``endpoint`` is None."""
+
+    def __init__(self, simulator: Simulator, boot: BootTimes) -> None:
+        self.boot = boot
+        self.endpoint: Endpoint | None = None
+        self._simulator = simulator
+        self._now_s = 0.0
+        self._step = 0
+
+    def measure(self, plan: StepPlan) -> Step:
+        """See the protocol. Equal seeds give equal records."""
+        if plan.cancel.is_set():
+            raise Cancelled("the replay was cancelled")
+        trace, size = plan.trace, self._simulator.settings.block_size
+        self._step += 1
+        rng = random.Random(f"{plan.seed}-{plan.load}-{plan.window}")
+        offsets = warp(trace.arrival_s, plan.load).tolist()
+        works = []
+        for index, offset in enumerate(offsets):
+            ids = trace.block_ids[trace.block_offsets[index] : trace.block_offsets[index + 1]].tolist()
+            tokens, wanted = int(trace.input_tokens[index]), int(trace.output_tokens[index])
+            if plan.output == "free":
+                wanted = min(wanted, 1 + int(rng.lognormvariate(4.6, 0.8)))
+            keys = prefix_keys(ids, trace.block_tokens, tokens, size, salt=self._step)
+            works.append(Work(self._now_s + offset, tokens, wanted, keys))
+        try:
+            served = self._simulator.run(works)
+        except OutOfMemoryUnderLoad as error:
+            text = f"torch.OutOfMemoryError: {error}"
+            raise LaunchFailed(diagnose(Evidence(log=text, exit_code=1, phase="load", stage="under load"))) from None
+        base_s = self._now_s
+        records = [_record(i, one, base_s, plan) for i, one in enumerate(served)]
+        self._now_s = max([one.tokens_s[-1] for one in served], default=base_s) + 1.0
+        write(plan.records, records, _meta(plan))
+        if plan.cancel.is_set():
+            raise Cancelled("the replay was cancelled")
+        return step_from_records(plan)
+
+    def stop(self) -> Teardown:
+        """See the protocol; there is nothing to stop."""
+        return Teardown()
+
+
+def launch_virtual(
+    flags: Mapping[str, str | None],
+    options: Mapping[str, Any],
+    fault: str,
+    gpu: Gpu,
+    environ: Mapping[str, str],
+    site: Site,
+) -> VirtualServer:
+    """Goes through the start-up in virtual time; raises :class:`LaunchFailed` with the diagnosis of its last words."""
+    tape = _Tape()
+    boot = Boot(tape, parse_faults(fault), float(options.get("boot_scale", 1.0)), tape.sleep)
+    try:
+        simulator, _ = assemble(boot, flags, options, gpu, environ)
+    except BootFailed as failed:
+        log = tape.boot_log
+        evidence = Evidence(log="\n".join(tape.lines), exit_code=failed.code, phase=log.phase)
+        raise LaunchFailed(_with_boot(diagnose(evidence), log.boot(tape.now_s))) from None
+    finally:
+        (site.folder / LOG).write_text("\n".join(tape.lines) + "\n", encoding="utf-8")
+    times = tape.boot_log.boot(tape.now_s)
+    site.on_event("phase", {"name": "ready", "elapsed_s": round(times.total_s, 1), "expected_s": None})
+    return VirtualServer(simulator, times)
+
+
+def _with_boot(outcome: Any, boot: BootTimes) -> Any:
+    from dataclasses import replace
+
+    return replace(outcome, boot=boot)
+
+
+def _record(index: int, one: Served, base_s: float, plan: StepPlan) -> Record:
+    intended = _ns(one.work.arrival_s - base_s)
+    limit = intended + _ns(plan.request_timeout_s)
+    times = array("q")
+    for at, count in zip(one.tokens_s, one.counts, strict=True):
+        if (at_ns := _ns(at - base_s)) <= limit:
+            times.extend([at_ns] * count)
+    late = not one.tokens_s or _ns(one.tokens_s[-1] - base_s) > limit
+    first, last = (times[0], times[-1]) if times else (None, None)
+    return Record(
+        request=index,
+        intended_ns=intended,
+        sent_ns=intended,
+        first_byte_ns=first,
+        first_byte_read_ns=first,
+        first_token_ns=first,
+        last_token_ns=last,
+        end_ns=limit if late else last,
+        token_ns=times,
+        input_tokens=one.work.input_tokens,
+        prompt_tokens=one.work.input_tokens,
+        wanted_tokens=int(plan.trace.output_tokens[index]),
+        output_tokens=len(times),
+        error="timeout" if late else "",
+        warmup=intended < _ns(plan.warmup_s),
+        retried=False,
+        read_lag_ns=0,
+    )
+
+
+def _meta(plan: StepPlan) -> dict[str, Any]:
+    return {
+        "epoch_unix_s": 0.0,
+        "load": plan.load,
+        "window": plan.window,
+        "trace": plan.trace.name,
+        "warmup_s": plan.warmup_s,
+        "output": plan.output,
+        "planned_requests": len(plan.trace),
+        "request_timeout_s": plan.request_timeout_s,
+        "stopped": "",
+        "emulated": "virtual clock",
+        "client": {},
+    }
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
