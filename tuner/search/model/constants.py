@@ -43,7 +43,7 @@ class Constants:
             "sglang": Host(0.4e-3, 20e-6, 185e-3, 16e-6),
             # On a CPU server the host's work is not hidden behind the accelerator's (no asynchronous scheduling), and
             # three processes share the cores with the arithmetic.
-            "vllm/cpu": Host(4e-3, 1e-3, 25e-3, 15e-6),
+            "vllm/cpu": Host(1e-3, 0.35e-3, 5e-3, 15e-6),
         }
     )
 

@@ -1,4 +1,4 @@
-"""The time of one engine step by the roofline: every part takes the longer of its memory and its arithmetic time.
+"""The time of one engine step by the roofline: every part takes its memory or its arithmetic time, whichever is longer.
 
 S. Williams, A. Waterman, D. Patterson: Roofline, CACM 52(4), 2009. The split into parts and the two phases follow
 Vidur (Agrawal et al., MLSys 2024) and Sarathi-Serve (Agrawal et al., OSDI 2024). docs/model.md has the equations.
@@ -6,6 +6,7 @@ Vidur (Agrawal et al., MLSys 2024) and Sarathi-Serve (Agrawal et al., OSDI 2024)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,11 +103,12 @@ class StepTime:
         return time
 
     def prefill_s(self, tokens: np.ndarray, decodes: float) -> np.ndarray:
-        """What ``tokens`` prompt tokens add to a step that decodes ``decodes`` sequences, attention left out;
-        vectorised through a line between a short and the longest piece. Shapes (n,)."""
+        """What ``tokens`` prompt tokens add to a step that decodes ``decodes`` sequences, attention left out, read
+        from a line through a few lengths. Shapes (n,)."""
         alone = self._without_attention(decodes)
         longest = max(float(tokens.max()), 2.0)
-        points = np.geomspace(1.0, longest, 6)
+        edge = _GRAPH_TOKENS - decodes  # past it a step loses its graph: the line has a jump there
+        points = np.unique(np.clip([*np.geomspace(1.0, longest, 10), edge, edge + 1], 1.0, longest))
         added = [self._without_attention(decodes + point) - alone for point in points]
         return np.interp(tokens, points, added)
 
@@ -137,14 +139,15 @@ class StepTime:
         return self._products(tokens, 1.0) + self.reduce_s(tokens) + self.overhead_s(tokens, 0.0)
 
     def _products(self, tokens: float, sampled: float) -> float:
-        time = max(self._linear_bytes / self.bandwidth, tokens * self._linear_ops / self._linear_rate)
+        # The square root of the sum of squares: near the ridge reading and arithmetic hide each other only in part.
+        time = math.hypot(self._linear_bytes / self.bandwidth, tokens * self._linear_ops / self._linear_rate)
         time += tokens * self._row_traffic
         time += max(self._head_bytes / self.bandwidth, sampled * self._head_ops / self._wide_rate)
         for e in self._experts:
             # The tokens of all data-parallel ranks meet in one expert layer, which is spread over all GPUs.
             touched = e.experts * (1 - (1 - e.top_k / e.experts) ** (tokens * self._dp))
             read = e.layers * touched * e.bytes_each / self.bandwidth
-            time += max(read, e.layers * tokens * e.top_k * e.ops_each / self._expert_rate)
+            time += math.hypot(read, e.layers * tokens * e.top_k * e.ops_each / self._expert_rate)
         return time
 
     def _attention(self, decodes: float, context: float, queries: int, prefill: float, seen: float) -> float:
@@ -152,7 +155,7 @@ class StepTime:
         for m in self._mixings:
             span = min(context, m.window) if m.window else context
             read = decodes * (span * m.kv_bytes + context * m.scan_bytes + m.state_bytes) / self.bandwidth
-            pairs = decodes * queries * span * m.decode_ops / self._attention_rate
+            pairs = decodes * queries * span * m.decode_ops / self._wide_rate
             time += max(read, pairs + decodes * queries * context * m.scan_ops / self._scan_rate)
             if prefill:
                 time += prefill * (min(seen, m.window) if m.window else seen) * m.prefill_ops / self._attention_rate

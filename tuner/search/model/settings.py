@@ -94,7 +94,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
         max_seqs=_int(flags, seqs, "max-num-seqs", "max-running-requests"),
         block_size=_int(flags, 128 if on_cpu else 16, "block-size", "page-size"),
         memory_share=_float(
-            flags, 0.88 if engine == "sglang" else 0.92, "gpu-memory-utilization", "mem-fraction-static"
+            flags, memory_default(hardware, batched, engine), "gpu-memory-utilization", "mem-fraction-static"
         ),
         kv_bytes=kv_bytes,
         chunked_prefill=chunked,

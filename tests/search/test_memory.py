@@ -1,0 +1,161 @@
+"""Memory arithmetic: what fits, what does not and by how much, and what a server's log teaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tuner.search import hardware as table
+from tuner.search.model.shape import ModelShape
+from tuner.space.config import ServingConfig, Value
+from tuner.space.memory import Fit, MemoryCorrection, correct, fits, learn
+from tuner.study.outcome import Boot, Infeasible, Measured, Untrusted
+
+SHAPES = Path(__file__).with_name("shapes")
+GIB = 2**30
+
+
+def fit(
+    model: str,
+    gpu: str,
+    flags: dict[str, Value | None] | None = None,
+    correction: MemoryCorrection | None = None,
+    **env: str,
+) -> Fit:
+    shape = ModelShape.from_folder(SHAPES / f"{model}.json")
+    row = table.table()[gpu]
+    row = row.with_cores(8, 32 * GIB) if row.kind == "cpu" else row
+    return fits(shape, row, ServingConfig("m", {}, flags or {}, env), correction=correction)
+
+
+def test_a_model_larger_than_the_gpu_is_refused_with_the_figures() -> None:
+    found = fit("llama-3.3-70b", "H100-SXM", {"max-model-len": 8192})
+    assert not found.fits and found.kv_tokens == 0
+    assert "weights 131.4 GiB" in found.reason and "80 GiB x 0.92" in found.reason
+    assert f"{found.short_bytes / GIB:.1f} GiB short" in found.reason
+    assert 58 * GIB < found.short_bytes < 68 * GIB
+
+
+def test_two_gpus_or_half_the_bits_make_it_fit() -> None:
+    assert not fit("llama-3.3-70b", "H200", {"max-model-len": 8192}).fits  # 131 of 129 GiB
+    assert fit("llama-3.3-70b", "H200", {"max-model-len": 8192, "tensor-parallel-size": 2}).fits
+    assert fit("llama-3.3-70b", "H200", {"max-model-len": 8192, "quantization": "fp8"}).fits
+
+
+def test_weights_that_fit_without_room_for_one_request_are_refused() -> None:
+    found = fit("qwen3-32b", "H100-SXM", {"max-model-len": 40960})
+    assert not found.fits and "one sequence of 40,960 tokens" in found.reason
+    assert fit("qwen3-32b", "H100-SXM", {"max-model-len": 8192}).fits
+
+
+def test_kv_tokens_are_what_remains() -> None:
+    found = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192})
+    used = sum(found.parts[part] for part in ("weights", "activations", "graphs", "context"))
+    assert found.kv_tokens == pytest.approx((found.parts["memory"] - used) / (32 * 2 * 8 * 128 * 2), abs=16)
+    # vLLM's own log on such a machine: 430 to 450 thousand tokens at 0.9
+    assert 400_000 < found.kv_tokens < 480_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "factor"),
+    [
+        ({"kv-cache-dtype": "fp8"}, 2.0),
+        ({"tensor-parallel-size": 2}, 2.27),  # half the weights as well
+    ],
+)
+def test_flags_change_the_room(flags: dict[str, Value | None], factor: float) -> None:
+    base = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192}).kv_tokens
+    assert fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192, **flags}).kv_tokens == pytest.approx(
+        base * factor, rel=0.05
+    )
+
+
+def test_a_smaller_share_of_memory_leaves_less_room() -> None:
+    tokens = [fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192, "gpu-memory-utilization": u}) for u in (0.9, 0.5)]
+    lost = 0.4 * table.table()["H100-SXM"].memory_bytes / (32 * 2 * 8 * 128 * 2)
+    assert tokens[0].kv_tokens - tokens[1].kv_tokens == pytest.approx(lost, abs=32)
+
+
+def test_more_ranks_than_kv_heads_copy_the_cache() -> None:
+    room = {tp: fit("gpt-oss-120b", "H200", {"max-model-len": 8192, "tensor-parallel-size": tp}) for tp in (8, 16)}
+    assert room[16].parts["kv_per_token"] == room[8].parts["kv_per_token"]
+
+
+def test_heads_that_cannot_be_split_are_refused_in_words() -> None:
+    found = fit("minimax-m2.5", "H200", {"tensor-parallel-size": 7})
+    assert not found.fits and "48 attention heads cannot be split over 7 GPUs" in found.reason
+
+
+def test_windows_and_states_take_a_fixed_room() -> None:
+    window = fit("gemma-3-27b", "H200", {"max-model-len": 32768})
+    assert window.parts["kv_per_token"] == 10 * 2 * 16 * 128 * 2  # the ten full layers alone
+    assert window.parts["kv_fixed"] == 52 * 2 * 16 * 128 * 2 * (1024 + 16)
+    assert fit("qwen3.5-397b-a17b", "H200", {"tensor-parallel-size": 8, "max-model-len": 8192}).parts["kv_fixed"] > 0
+
+
+def test_experts_are_spread_over_data_parallel_ranks() -> None:
+    alone = fit("deepseek-r1", "H200", {"tensor-parallel-size": 1, "max-model-len": 8192})
+    spread = fit("deepseek-r1", "H200", {"data-parallel-size": 8, "max-model-len": 8192})
+    assert not alone.fits and spread.fits
+    assert spread.parts["weights"] == pytest.approx(17e9 + 654e9 / 8, rel=0.05)
+
+
+def test_a_cpu_server_s_cache_is_what_the_variable_says() -> None:
+    found = fit("qwen2.5-0.5b-awq", "cpu-avx512", {"max-model-len": 4096}, VLLM_CPU_KVCACHE_SPACE="1")
+    assert found.fits
+    assert found.kv_tokens == GIB // (24 * 2 * 2 * 64 * 2) // 128 * 128
+    too_much = fit("qwen2.5-0.5b-awq", "cpu-avx512", {"max-model-len": 4096}, VLLM_CPU_KVCACHE_SPACE="40")
+    assert not too_much.fits and "VLLM_CPU_KVCACHE_SPACE" in too_much.reason
+
+
+def test_a_log_s_kv_tokens_correct_the_next_prediction() -> None:
+    flags: dict[str, Value | None] = {"max-model-len": 8192}
+    first = fit("llama-3.1-8b", "H100-SXM", flags)
+    seen = first.kv_tokens - 20_000  # the server had 20,000 tokens less than predicted
+    learned = correct(first, {"kv_cache_tokens": seen})
+    assert fit("llama-3.1-8b", "H100-SXM", flags, learned).kv_tokens == pytest.approx(seen, abs=32)
+    # and it carries over to another config of the same model
+    other = fit("llama-3.1-8b", "H100-SXM", {**flags, "kv-cache-dtype": "fp8"}, learned)
+    plain = fit("llama-3.1-8b", "H100-SXM", {**flags, "kv-cache-dtype": "fp8"})
+    assert plain.kv_tokens - other.kv_tokens == pytest.approx(40_000, abs=32)
+
+
+def test_measured_weights_correct_the_arithmetic() -> None:
+    first = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192})
+    learned = correct(first, {"weights_bytes": first.parts["weights"] * 1.1})
+    again = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192}, learned)
+    assert again.parts["weights"] == pytest.approx(first.parts["weights"] * 1.1)
+
+
+def test_a_log_without_facts_teaches_nothing() -> None:
+    first = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192})
+    assert correct(first, {"imports_s": 3.0}) == MemoryCorrection()
+    assert learn(first, Untrusted(("client lag",))) == MemoryCorrection()
+
+
+def test_measurements_average_over_launches() -> None:
+    first = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192})
+    learned = None
+    for lost in (10_000, 30_000):
+        outcome = Measured((), Boot(facts={"kv_cache_tokens": first.kv_tokens - lost}))
+        learned = learn(first, outcome, learned)
+    assert learned is not None and learned.seen == 2
+    assert fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192}, learned).kv_tokens == pytest.approx(
+        first.kv_tokens - 20_000, abs=32
+    )
+
+
+def test_an_oom_where_it_should_have_fitted_is_refused_the_next_time() -> None:
+    flags: dict[str, Value | None] = {"max-model-len": 8192}
+    first = fit("qwen3-32b", "H100-SXM", flags)
+    assert first.fits
+    learned = learn(first, Infeasible("oom-kv", "no blocks", short_bytes=2 * GIB))
+    again = fit("qwen3-32b", "H100-SXM", flags, learned)
+    assert not again.fits and again.short_bytes == pytest.approx(2 * GIB, rel=0.05)
+    assert fit("qwen3-32b", "H100-SXM", {**flags, "tensor-parallel-size": 2}, learned).fits
+
+
+def test_a_crash_that_was_not_memory_teaches_nothing_about_memory() -> None:
+    first = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192})
+    assert learn(first, Infeasible("unknown-flag", "no such flag")) == MemoryCorrection()

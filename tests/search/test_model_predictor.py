@@ -1,0 +1,265 @@
+"""The predictor: what it says of a serving config under a trace."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tuner.load.trace import Trace
+from tuner.search import hardware as table
+from tuner.search.model.predictor import AnalyticModel, build
+from tuner.search.model.shape import ModelShape
+from tuner.search.model.workload import Workload
+from tuner.search.prediction import Predictor
+from tuner.space.config import ServingConfig, Value
+from tuner.space.memory import MemoryCorrection
+from tuner.spec.slo import parse
+
+SHAPES = Path(__file__).with_name("shapes")
+SLOS = (parse("ttft_p99=1s"), parse("tpot_p99=50ms"))
+
+
+def trace(n: int = 500, rate: float = 4.0, inputs: int = 1000, outputs: int = 200, prefix_tokens: int = 0) -> Trace:
+    """Poisson arrivals, lengths uniform from half to one and a half; all prompts share ``prefix_tokens``."""
+    rng = np.random.default_rng(3)
+    ids, offsets = np.zeros(0, np.int64), np.zeros(n + 1, np.int64)
+    lengths = rng.integers(inputs // 2, inputs * 3 // 2, n)
+    if prefix_tokens:
+        shared = prefix_tokens // 16
+        blocks = [
+            np.concatenate([np.arange(shared), 10_000 * (i + 1) + np.arange(max(-(-int(k) // 16) - shared, 0))])
+            for i, k in enumerate(lengths)
+        ]
+        ids, offsets = np.concatenate(blocks), np.concatenate([[0], np.cumsum([len(b) for b in blocks])])
+    return Trace(
+        "test", np.cumsum(rng.exponential(1 / rate, n)), lengths, rng.integers(outputs // 2, outputs * 3 // 2, n),
+        16 if prefix_tokens else 0, ids, offsets,
+    )  # fmt: skip
+
+
+def model(
+    workload: Trace | None = None, shape: str = "qwen3-32b", gpu: str = "H100-SXM", **more: object
+) -> AnalyticModel:
+    row = table.table()[gpu]
+    slos = more.pop("slos", SLOS)
+    return build(
+        ModelShape.from_folder(SHAPES / f"{shape}.json"), row, workload or trace(), slos, "tpot_p99", 2.0, **more
+    )  # type: ignore[arg-type]
+
+
+def config(gpus: int = 2, variant: str = "", **flags: Value | None) -> ServingConfig:
+    named = {name.replace("_", "-"): value for name, value in flags.items()}
+    return ServingConfig("m", {}, {"tensor-parallel-size": gpus, "max-model-len": 8192, **named}, {}, variant, gpus)
+
+
+def test_it_is_a_predictor() -> None:
+    found: Predictor = model()
+    prediction = found.predict(config(), 1.0)
+    wanted = {
+        f"{name}_{stat}_s" for name in ("ttft", "tpot", "itl", "e2e", "norm_latency") for stat in ("p50", "p99", "mean")
+    }
+    wanted |= {"output_tokens_per_s", "goodput_output_tokens_per_s", "cost_usd_per_mtok_output"}
+    assert prediction.fits and wanted <= set(prediction.metrics)
+    assert all(math.isfinite(value) for value in prediction.metrics.values())
+
+
+def test_what_does_not_fit_has_a_reason_and_no_figures() -> None:
+    prediction = model(shape="llama-3.3-70b").predict(config(gpus=1), 1.0)
+    assert not prediction.fits and prediction.short_bytes > 0
+    assert "GiB short" in prediction.reason and not prediction.metrics
+    assert model(shape="llama-3.3-70b").capacity(config(gpus=1)) == 0
+
+
+def test_an_idle_server_takes_one_prefill_and_one_step() -> None:
+    found = model().predict(config(), 0.001).metrics
+    assert 0.03 < found["ttft_p50_s"] < 0.3
+    assert found["e2e_mean_s"] == pytest.approx(
+        found["ttft_mean_s"] + found["tpot_mean_s"] * (trace().output_tokens.mean() - 1), rel=0.02
+    )
+
+
+def test_latency_grows_with_load_and_stays_finite_past_saturation() -> None:
+    m = model()
+    loads = [0.01, 0.1, 0.5, 1, 2, 4, 16, 256]
+    found = [m.predict(config(), load).metrics for load in loads]
+    for key in ("ttft_p99_s", "ttft_p50_s", "tpot_mean_s"):
+        values = [f[key] for f in found]
+        assert all(b >= a * 0.97 for a, b in itertools.pairwise(values)), (key, values)
+        assert all(map(math.isfinite, values))
+    assert found[-1]["ttft_p50_s"] > 10 * found[0]["ttft_p50_s"]
+
+
+def test_throughput_follows_the_load_until_it_saturates() -> None:
+    m = model()
+    offered = trace().output_tokens.sum() / m.workload.span_s
+    rates = [m.predict(config(), load).metrics["output_tokens_per_s"] for load in (0.1, 0.5, 100, 200)]
+    assert rates[:2] == pytest.approx([0.1 * offered, 0.5 * offered])
+    assert rates[2] == rates[3] < 100 * offered
+
+
+def test_capacity_is_where_the_slos_end() -> None:
+    m = model()
+    capacity = m.capacity(config())
+    assert capacity > 0
+    for slo in SLOS:
+        assert not slo.miss(m.predict(config(), capacity).metrics)
+    assert any(slo.miss(m.predict(config(), capacity * 1.05).metrics) for slo in SLOS)
+
+
+def test_an_slo_that_nothing_meets_has_no_capacity() -> None:
+    assert model(slos=(parse("tpot_p99=1ms"),)).capacity(config()) == 0
+
+
+def test_without_slos_capacity_is_saturation() -> None:
+    m = model(slos=())
+    capacity = m.capacity(config())
+    below, above = (m.predict(config(), capacity * f).metrics["output_tokens_per_s"] for f in (0.9, 2.0))
+    assert below < above < below * 1.15
+
+
+def test_more_gpus_serve_more_and_cost_more_when_idle() -> None:
+    m = model()
+    assert m.capacity(config(4)) > m.capacity(config(2)) > 0
+    two, four = (m.predict(config(n), 0.05).metrics for n in (2, 4))
+    assert four["tpot_p50_s"] < two["tpot_p50_s"]
+    assert four["cost_usd_per_mtok_output"] == pytest.approx(2 * two["cost_usd_per_mtok_output"])
+
+
+def test_cost_is_price_over_tokens_within_slo() -> None:
+    found = model().predict(config(), 0.2).metrics
+    assert found["slo_share"] == 1
+    assert found["cost_usd_per_mtok_output"] == pytest.approx(2 * 2.0 / 3600 * 1e6 / found["output_tokens_per_s"])
+    late = model().predict(config(), 100).metrics
+    assert late["goodput_output_tokens_per_s"] < 0.1 * late["output_tokens_per_s"]
+
+
+def test_a_bursty_trace_waits_longer_than_an_even_one_of_the_same_rate() -> None:
+    even = trace(rate=2.0)
+    bursts = Trace("b", np.repeat(even.arrival_s[::30], 30)[: len(even)], even.input_tokens, even.output_tokens,
+                   0, even.block_ids, even.block_offsets)  # fmt: skip
+    assert (
+        model(bursts).predict(config(), 0.5).metrics["ttft_p99_s"]
+        > 2 * model(even).predict(config(), 0.5).metrics["ttft_p99_s"]
+    )
+
+
+def test_a_cached_prefix_shortens_the_first_token() -> None:
+    shared = model(trace(inputs=4000, prefix_tokens=1600))
+    on, off = (shared.predict(c, 0.1).metrics["ttft_p50_s"] for c in (config(), config(no_enable_prefix_caching=None)))
+    assert on < 0.75 * off
+
+
+def test_a_small_cache_forgets_prefixes() -> None:
+    work = Workload.of(trace(prefix_tokens=320))
+    assert work.cached(1e9, 16)[1:].mean() == pytest.approx(320, rel=0.01)
+    assert work.cached(1e9, 16)[0] == 0  # nobody came before
+    assert not work.cached(100, 16).any()
+    assert (work.cached(1e9, 128) % 128 == 0).all()
+
+
+def test_fewer_sequences_wait_for_slots_but_decode_faster() -> None:
+    m = model()
+    few, many = (m.predict(config(max_num_seqs=n), 1.5).metrics for n in (8, 256))
+    assert few["ttft_p99_s"] > 5 * many["ttft_p99_s"]
+    assert few["tpot_p50_s"] < many["tpot_p50_s"]
+
+
+def test_a_small_token_budget_bounds_the_gaps_between_tokens() -> None:
+    m = model(trace(inputs=6000))
+    tiny, small, large = (m.predict(config(max_num_batched_tokens=n), 0.2).metrics for n in (128, 512, 8192))
+    assert small["itl_p99_s"] < 0.5 * large["itl_p99_s"]
+    assert tiny["ttft_p50_s"] > 1.2 * large["ttft_p50_s"]  # so small that the weights are read for nothing
+
+
+def test_quantization_speeds_decoding_and_frees_cache() -> None:
+    m = model()
+    plain, fp8 = m.predict(config(), 0.5), m.predict(config(quantization="fp8"), 0.5)
+    assert fp8.metrics["tpot_p50_s"] < 0.75 * plain.metrics["tpot_p50_s"]
+    assert fp8.kv_tokens > 1.2 * plain.kv_tokens
+
+
+def test_speculation_helps_an_idle_server_more_than_a_full_one() -> None:
+    m = model(trace(inputs=200, outputs=400), slos=())
+    plain, drafting = config(), config(speculative_config='{"method": "eagle", "num_speculative_tokens": 4}')
+    idle = m.predict(plain, 0.01).metrics["tpot_mean_s"] / m.predict(drafting, 0.01).metrics["tpot_mean_s"]
+    full = m.capacity(drafting) / m.capacity(plain)
+    assert idle > 1.3
+    assert full < 0.8 * idle
+
+
+def test_a_draft_model_that_nobody_accepts_costs_time() -> None:
+    m = model(drafts={"d": ModelShape.from_folder(SHAPES / "llama-3.1-8b.json")})
+    body = '{"method": "draft_model", "model": "d", "num_speculative_tokens": 4, "synthetic_acceptance_length": 1.0}'
+    assert (
+        m.predict(config(speculative_config=body), 0.1).metrics["tpot_p50_s"]
+        > 1.5 * m.predict(config(), 0.1).metrics["tpot_p50_s"]
+    )
+
+
+def test_data_parallel_ranks_share_the_load() -> None:
+    m = model()
+    one, two = m.capacity(config(2)), m.capacity(config(2, data_parallel_size=2))
+    assert 1.7 * one < two < 2.6 * one
+
+
+def test_a_memory_correction_changes_what_fits() -> None:
+    m = model()
+    corrected = m.corrected(MemoryCorrection(overhead_bytes=float(30 * 2**30)))
+    assert corrected.predict(config(), 1.0).kv_tokens < m.predict(config(), 1.0).kv_tokens
+    assert not corrected.predict(config(1), 1.0).fits
+
+
+def test_cpu_servers_are_priced_by_the_server() -> None:
+    row = table.table()["cpu-avx512"].with_cores(16)
+    m = build(ModelShape.from_folder(SHAPES / "qwen2.5-0.5b-awq.json"), row, trace(), (), "tpot_p99", 0.8)
+    found = m.predict(ServingConfig("m", {}, {"max-model-len": 4096}, {"VLLM_CPU_KVCACHE_SPACE": "4"}, "", 0), 0.01)
+    assert found.fits
+    assert found.metrics["cost_usd_per_mtok_output"] == pytest.approx(
+        0.8 / 3600 * 1e6 / found.metrics["output_tokens_per_s"]
+    )
+
+
+def test_a_request_alone_in_its_trace_can_be_predicted() -> None:
+    single = Trace("one", np.zeros(1), np.array([5]), np.array([1]), 0, np.zeros(0, int), np.zeros(2, int))
+    metrics = model(single).predict(config(), 1.0).metrics
+    assert all(math.isfinite(value) and value >= 0 for value in metrics.values())
+
+
+def test_an_empty_trace_is_refused() -> None:
+    empty = Trace("none", np.zeros(0), np.zeros(0, int), np.zeros(0, int), 0, np.zeros(0, int), np.zeros(1, int))
+    with pytest.raises(ValueError, match="at least one request"):
+        Workload.of(empty)
+
+
+def test_a_long_trace_keeps_its_rate() -> None:
+    whole = trace(n=5000)
+    work = Workload.of(whole)
+    assert len(work.inputs) == 512
+    assert len(work.inputs) / work.span_s == pytest.approx(5000 / whole.arrival_s[-1], rel=0.02)
+
+
+def test_a_quantile_that_an_slo_names_is_predicted() -> None:
+    assert "ttft_p99.9_s" in model(slos=(parse("ttft_p99.9=2s"),)).predict(config(), 0.5).metrics
+
+
+def test_predictions_do_not_depend_on_what_was_asked_before() -> None:
+    m, fresh = model(), model()
+    for load in (5.0, 0.1):
+        m.predict(config(max_num_seqs=16), load)
+    assert m.predict(config(), 0.7) == fresh.predict(config(), 0.7)
+
+
+@pytest.mark.skipif(time.get_clock_info("process_time").resolution > 1e-4, reason="the clock is too coarse")
+def test_thousands_can_be_asked_for() -> None:
+    """Not a stopwatch: processor time, with an order of magnitude of room over the millisecond that is promised."""
+    m = model()
+    configs = [config(max_num_seqs=n) for n in range(8, 108)]
+    began = time.process_time()
+    for c in configs:
+        m.predict(c, 1.0)
+    assert (time.process_time() - began) / len(configs) < 10e-3

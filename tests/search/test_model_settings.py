@@ -1,0 +1,104 @@
+"""Flags under vLLM's names become settings, absent ones become the engine's defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tuner.search import hardware as table
+from tuner.search.model import settings
+from tuner.search.model.settings import Settings
+from tuner.search.model.shape import ModelShape
+from tuner.space.config import ServingConfig, Value
+
+SHAPES = Path(__file__).with_name("shapes")
+
+
+def read(flags: dict[str, Value | None], gpu: str = "H100-SXM", model: str = "llama-3.1-8b", **more: str) -> Settings:
+    row = table.table()[gpu]
+    shape = ModelShape.from_folder(SHAPES / f"{model}.json")
+    config = ServingConfig("m", {}, flags, {k: v for k, v in more.items() if k.isupper()}, more.get("variant", ""))
+    return settings.of(config, shape, row, more.get("engine", "vllm"))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tokens", "seqs"),
+    [
+        ("H100-SXM", 8192, 1024),  # 70 GiB and more
+        ("B200", 16384, 1024),  # 160 GiB and more
+        ("A100-80GB", 2048, 256),  # the exception by name
+        ("L4", 2048, 256),
+        ("cpu-avx512", 2048, 128),
+    ],
+)
+def test_batch_defaults_are_vllm_s(gpu: str, tokens: int, seqs: int) -> None:
+    found = read({}, gpu)
+    assert (found.max_batched_tokens, found.max_seqs) == (tokens, seqs)
+
+
+def test_flags_are_read_whatever_their_type() -> None:
+    found = read({"tensor-parallel-size": "2", "max-num-seqs": 64, "gpu-memory-utilization": 0.8, "block-size": 32})
+    assert (found.tp, found.max_seqs, found.memory_share, found.block_size) == (2, 64, 0.8, 32)
+    assert found.gpus == 2
+
+
+def test_a_flag_that_cannot_be_read_counts_as_absent() -> None:
+    assert read({"max-num-seqs": "many"}).max_seqs == 1024
+
+
+@pytest.mark.parametrize(
+    ("flags", "on"),
+    [
+        ({}, True),
+        ({"enable-prefix-caching": None}, True),
+        ({"no-enable-prefix-caching": None}, False),
+        ({"enable-prefix-caching": False}, False),
+    ],
+)
+def test_switches_have_two_spellings(flags: dict[str, Value | None], on: bool) -> None:
+    assert read(flags).prefix_caching is on
+
+
+def test_without_chunks_a_step_takes_the_longest_prompt() -> None:
+    found = read({"no-enable-chunked-prefill": None, "max-model-len": 32768})
+    assert found.max_batched_tokens == 32768
+
+
+def test_quantization_of_a_quantized_checkpoint_changes_nothing() -> None:
+    assert read({"quantization": "fp8"}, model="deepseek-r1").precision.linear_bits == 8
+    assert read({"quantization": "mxfp4"}, model="gpt-oss-120b").precision.linear_bits == 16
+
+
+def test_a_variant_s_name_decides_its_precision() -> None:
+    assert read({}, variant="w8a8-int8").precision.compute == "int8"
+
+
+def test_cpu_cache_space_is_in_gib() -> None:
+    assert read({}, "cpu-avx512", VLLM_CPU_KVCACHE_SPACE="4").kv_bytes == 4 * 2**30
+    assert read({}, "cpu-avx512").kv_bytes is None
+
+
+def test_drafts_yield_the_sum_of_their_chances() -> None:
+    body = {"method": "draft_model", "model": "d", "num_speculative_tokens": 3}
+    found = read({"speculative-config": json.dumps(body)}).speculation
+    assert found is not None and found.model == "d"
+    a = found.acceptance
+    assert found.per_step == pytest.approx(1 + a + a**2 + a**3)
+
+
+def test_a_stated_acceptance_is_believed() -> None:
+    body = {"method": "eagle3", "num_speculative_tokens": 4, "synthetic_acceptance_length": 2.5}
+    found = read({"speculative-config": json.dumps(body)}).speculation
+    assert found is not None and found.method == "eagle" and found.per_step == 2.5
+
+
+def test_a_broken_speculative_config_is_no_speculation() -> None:
+    assert read({"speculative-config": "{"}).speculation is None
+
+
+def test_sglang_prefills_first_and_leaves_memory_for_its_chunk() -> None:
+    found = read({}, engine="sglang")
+    assert found.prefill_first and found.memory_share == pytest.approx(0.83, abs=0.01)
+    assert not read({}).prefill_first
