@@ -192,3 +192,31 @@ def test_parallel_trials_count_once_in_hours_and_each_in_usd(runner):
     assert used.usd == pytest.approx(1.5 * study.objective.price_usd_per_gpu_hour)
     assert "1 hours is spent" in budget.exhausted(study, used)
     assert budget.exhausted(study, used, share=2.0) == ""
+
+
+def test_a_trial_that_cannot_beat_the_front_any_more_is_stopped_and_its_points_kept(runner):
+    def slow_down(config, plan):  # every configuration but the default is ten times slower
+        if config.flags:
+            plan.records.touch()
+
+    from dataclasses import replace as changed
+
+    from tests.study.fake import FakeServer
+
+    class Slow(FakeServer):
+        def measure(self, plan):
+            step = super().measure(plan)
+            if not self.config.flags:
+                return step
+            worse = {
+                k: v * 0.1 if k.startswith("goodput") else v * 1.5 if k.endswith("_s") else v
+                for k, v in step.metrics.items()
+            }
+            return changed(step, metrics=worse, slo_misses=())
+
+    engine = FakeEngine(during=slow_down)
+    launch = engine.launch
+    engine.launch = lambda config, site: Slow(engine, launch(config, site).config)
+    runner.run(engine, replace={"launches: 6": "launches: 3"})
+    stopped = [t.outcome for t in runner.store.trials()[1:]]
+    assert all(isinstance(o, Aborted) and "cannot beat the front" in o.reason and len(o.steps) == 1 for o in stopped)

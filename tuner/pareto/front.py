@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
-from tuner.study.outcome import Measured, Step
+from tuner.study.outcome import Aborted, Measured, Step
 from tuner.study.store import TrialRecord
 
 COST = "cost_usd_per_mtok_output"
@@ -53,8 +53,9 @@ class Point:
 
 
 def trusted_steps(trials: Iterable[TrialRecord]) -> list[tuple[TrialRecord, Step]]:
-    """Every believable step of the Measured trials. Emulated trials are left out where the study has real ones."""
-    measured = [t for t in trials if isinstance(t.outcome, Measured)]
+    """Every believable step of the trials that served, also of those stopped early. Emulated trials are left out where
+    the study has real ones."""
+    measured = [t for t in trials if isinstance(t.outcome, Measured | Aborted)]
     real = [t for t in measured if not t.emulated]
     return [(t, step) for t in (real or measured) for step in t.outcome.steps if not step.untrusted]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from tuner.spec.text import suggest
 from tuner.study import budget, queue, workload
 from tuner.study.evaluate import Bench
 from tuner.study.loop import Loop, Recorder
+from tuner.study.outcome import Step
 from tuner.study.store import Store
 
 if TYPE_CHECKING:
@@ -158,6 +159,9 @@ def _freeze(study: Study, store: Store) -> None:
 
 def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.Event, on_event: OnEvent) -> str:
     """Runs the search until budget, gain or the user ends it; returns why, in words."""
+    from tuner.pareto.front import front, points
+    from tuner.verify import racing
+
     study = ready.study
     book, stop_early = _book(ready, store)
     proposals = queue.Queue(study, store, book, ready.why_not)
@@ -169,7 +173,11 @@ def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.
         on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
         return budget.exhausted(study, used, share) or stop_early()
 
-    bench = Bench(study, ready.engine, cancel, on_event)
+    def beaten(steps: Sequence[Step]) -> str:
+        found = front(points(store.trials(), study.objective))
+        return racing.should_stop(steps, found, study.load.ladder, study.objective) if study.load.early_stop else ""
+
+    bench = Bench(study, ready.engine, cancel, on_event, beaten=beaten)
     gpus = tuple(range(study.hardware.gpus))
     return Loop(bench, store, proposals, ready.traffic, recorder, on_event, stop_reason, gpus).run()
 

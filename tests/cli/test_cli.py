@@ -1,0 +1,121 @@
+"""The command line as a user meets it: fast, documented, one clear line for what is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.spec.conftest import workplace as workplace
+from tests.spec.test_studyfile import GOOD, write
+from tuner.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {
+    "optuna",
+    "torch",
+    "mlflow",
+    "plotly",
+    "pandas",
+    "pyarrow",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "sqlalchemy",
+    "jinja2",
+}
+
+
+def tuner(*words, cwd=None, check=None):
+    done = subprocess.run(
+        [sys.executable, "-m", "tuner", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if check is not None:
+        assert done.returncode == check, done.stderr
+    return done
+
+
+def commands():
+    names = [c.name or c.callback.__name__ for c in app.registered_commands]
+    return sorted(names + [g.name for g in app.registered_groups])
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from tuner.cli import app; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
+
+
+def test_every_command_is_in_the_help_and_in_the_readme():
+    text = tuner("--help", check=0).stdout
+    readme = (ROOT / "README.md").read_text()
+    for name in commands():
+        assert re.search(rf"\b{name}\b", text), name
+        assert f"tuner {name}" in readme, name
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tune", "nowhere.yaml"], "no such study file"),
+        (["tune"], "tune needs a study file, or --model and --trace"),
+        (["tune", "--model", "m", "--trace", "nowhere.csv"], "no such trace file"),
+        (["front", "nowhere"], "no study in"),
+        (["report", "nowhere"], "no study in"),
+        (["check", "nowhere.yaml"], "no such study file"),
+        (["frnt"], "frnt"),  # a misspelt command
+        (["tune", "--bugdet", "4h"], "bugdet"),  # a misspelt flag
+    ],
+)
+def test_bad_usage_is_exit_code_2_without_a_traceback(tmp_path, words, says):
+    done = tuner(*words, cwd=tmp_path, check=2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_broken_study_file_is_one_line_with_its_place(workplace):
+    write(workplace, GOOD.replace("budget:", "bugdet:"))
+    done = tuner("tune", "study.yaml", cwd=workplace, check=2)
+    assert done.stderr == "tuner: study.yaml:8: unknown key 'bugdet'. Did you mean 'budget'?\n"
+
+
+def test_init_writes_a_study_that_check_accepts_once_model_and_trace_are_there(workplace):
+    tuner("init", "mine.yaml", "--model", "./model", "--trace", "./trace.csv", cwd=workplace, check=0)
+    text = (workplace / "mine.yaml").read_text()
+    assert text.count("#") > 10  # commented
+    (workplace / "mine.yaml").write_text(
+        text.replace("kind: vllm #", "kind: emulator #").replace("window: 60s", "window: 4s")
+    )
+    done = tuner("check", "mine.yaml", "--json", cwd=workplace, check=0)
+    data = json.loads(done.stdout)
+    assert data["name"] == "mine"
+    assert data["allowed"] > 0
+    again = tuner("init", "mine.yaml", cwd=workplace, check=2)
+    assert "exists already" in again.stderr
+
+
+def test_flags_alone_make_a_study(workplace):
+    from tuner.cli.tune import Flags, read
+
+    flags = Flags(str(workplace / "model"), workplace / "trace.csv", ("ttft_p99=500ms", "tpot_p99=50ms"), 2.5, "4h")
+    study = read(None, flags)
+    assert study.objective.price_usd_per_gpu_hour == 2.5
+    assert study.objective.latency == "tpot_p99"
+    assert {str(s) for s in study.objective.slos} == {"ttft_p99=500ms", "tpot_p99=50ms", "error_rate=1%"}
+    assert study.budget.hours == 4
+    assert study.name == "model"
+
+
+def test_doctor_says_what_is_missing_and_how_to_mend_it():
+    done = tuner("doctor", "--json")
+    assert done.returncode in (0, 4)
+    found = {f["what"]: f for f in json.loads(done.stdout)}
+    assert found["Python"]["state"] == "ok"
+    assert all(f["fix"] for f in found.values() if f["state"] == "bad")
