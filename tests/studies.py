@@ -9,11 +9,13 @@ import json
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from tuner.pareto.front import points
 from tuner.space.config import ServingConfig
 from tuner.space.space import Emission, Parameter, Rule, SearchSpace
 from tuner.spec.objective import Objective
@@ -21,6 +23,9 @@ from tuner.spec.slo import parse
 from tuner.spec.study import Budget, EngineSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
 from tuner.study.store import Store, write_json
+from tuner.verify.arm import Finalist
+from tuner.verify.judge import Arm, Judgement
+from tuner.verify.verdict import Verification, verdict
 
 START_S = 1_790_000_000.0
 LADDER = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
@@ -284,19 +289,46 @@ def write(
     for _ in range(3 if trials > 1 else 0):
         store.refuse({"max_num_batched_tokens": 512, "max_num_seqs": 1024}, "fewer batched tokens than sequences")
     if verified:
-        write_json(folder / "verify.json", verification())
+        write_json(folder / "verify.json", verification(known, store).to_dict())
     return known, store
 
 
-def verification() -> Mapping[str, Any]:
-    """What verification leaves in ``verify.json``: words and rows."""
-    return {
-        "text": "The winner kept 91 % of its gain on windows that the search never saw.",
-        "rows": [
-            {"config": "default", "cost_usd_per_mtok_output": 0.61, "tpot_p99_ms": 21.0, "p_best": 0.02},
-            {"config": "max-num-batched-tokens=8192", "cost_usd_per_mtok_output": 0.44, "tpot_p99_ms": 30.0},
-        ],
+def verification(known: Study, store: Store, winner: int | None = None) -> Verification:
+    """A verdict on the default and the cheapest trial (or ``winner``; -1: nothing holds), made up but complete."""
+    objective = known.objective
+    found = points([t for t in store.trials() if t.role == "search"], objective)
+    good = sorted((p for p in found if p.ok), key=lambda p: p.cost)
+    best = next((p for p in good if winner is None or p.trial == winner), None)
+    config = known.space.config(known.space.default(), known.model)
+    base = Finalist("default", config, 1.0, 0.6, None, 0, True)
+    arms = [base] + ([Finalist(f"trial {best.trial}", best.config, 1.9, 0.45, None, best.trial)] if best else [])
+    state = {
+        "default": Arm("default", 4, winner != -1, (1.4, 1.3, 1.5), (0.61, 0.58, 0.64), 1.3, 1.3)
+        if winner != -1
+        else Arm("default", 4, False, failure="oom-kv"),
     }
+    state["default"] = replace(state["default"], load_cost=(0.66, 0.62, 0.7), latency=(0.024, 0.023, 0.026), best=0.02)
+    for arm in arms[1:]:
+        state[arm.label] = Arm(
+            arm.label,
+            launches=4,
+            holds=True,
+            capacity=(1.9, 1.8, 2.0),
+            cost=(0.45, 0.43, 0.47),
+            safe_load=1.8,
+            load=1.8,
+            load_cost=(0.47, 0.45, 0.49),
+            latency=(0.031, 0.029, 0.034),
+            difference=(0.74, 0.70, 0.79),
+            latency_difference=(1.10, 1.02, 1.19),
+            common_load=1.4,
+            doubt=0.001,
+            best=0.98,
+        )
+    choice = "" if winner == -1 else arms[-1].label
+    reason = "cheaper" if choice else "nothing-holds"
+    verdict_of = Judgement(choice, reason, state)
+    return verdict(verdict_of, arms, [], known, windows=3, stopped="the interval is narrow enough", confidence=0.95)
 
 
 def measured(number: int, steps: tuple[Step, ...], store: Store, **notes: Any) -> None:

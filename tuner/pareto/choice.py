@@ -65,17 +65,15 @@ class Choice:
 
 
 def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
-    """The cheapest step that meets every SLO.
+    """The cheapest step of the search that meets every SLO.
 
     Each configuration stands with its cheapest step within SLO. Of those whose cost interval overlaps the cheapest
     one's the lowest latency wins; of those whose latency cannot be told apart from that, the one with the fewest
-    flags off the default (so the default itself wins a draw). Where any other configuration than the default was
-    verified, only the verified measurements count, whether they hold or not.
+    flags off the default (so the default itself wins a draw). Verification has a verdict of its own: see
+    :func:`tuner.pareto.recommend.recommended`.
     """
-    found = points(trials, objective)
-    again = [p for p in found if p.role == "verify"]
-    verified = any(not p.baseline for p in again)
-    contenders = _cheapest_each([p for p in (again if verified else found) if p.ok])
+    trials = [t for t in trials if t.role == "search"]
+    contenders = _cheapest_each([p for p in points(trials, objective) if p.ok])
     if not contenders:
         near = nearest(trials, objective)
         return Choice(None, None, None, None, (), near, near.text if near else _nothing_measured(trials))
@@ -90,7 +88,7 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     cost = compare(point.cost, point.cost_interval, base.cost, base.cost_interval) if base else None
     latency = compare(point.latency, point.latency_interval, base.latency, base.latency_interval) if base else None
     tied = tuple(p for p in level if p is not point)
-    text = _explain(point, base, cost, latency, tied, objective, default, verified)
+    text = _explain(point, base, cost, latency, tied, objective, default)
     return Choice(point, base, cost, latency, tied, None, text)
 
 
@@ -152,7 +150,6 @@ def _explain(
     tied: Sequence[Point],
     objective: Objective,
     default: TrialRecord | None,
-    verified: bool,
 ) -> str:
     name = objective.latency.replace("_", " ").upper().replace(" P", " p")
     words = [
@@ -172,7 +169,7 @@ def _explain(
     if tied:
         trials = ", ".join(str(p.trial) for p in tied[:5]) + (" ..." if len(tied) > 5 else "")
         words.append(f"Its cost cannot be told apart from trial {trials}: lower latency, then fewer flags, decided.")
-    words.append("From verified measurements." if verified else "From search measurements, not yet verified.")
+    words.append("From search measurements, not yet verified.")
     return " ".join(words)
 
 
