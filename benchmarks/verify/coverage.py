@@ -3,8 +3,8 @@
     python -m benchmarks.verify.coverage throughput [--studies 200]
     python -m benchmarks.verify.coverage latency
 
-Each study searches 20 configurations and the default (40 launches, ties repeated) and verifies with 10 launches on three
-held-out windows. Once all are equal, once one is 10 % faster.
+Each study searches 20 configurations and the default (40 launches, ties repeated) and verifies with 10 launches on
+three held-out windows. Once all are equal, once one is 10 % faster.
 """
 
 from __future__ import annotations

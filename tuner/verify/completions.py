@@ -1,0 +1,89 @@
+"""A plain client of /v1/completions that asks for log-probabilities of the prompt (a vLLM extension)."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.engines.protocol import Endpoint
+
+LISTED = 20  # vLLM gives at most so many per position unless it is started with --max-logprobs
+LONGEST_PROMPT_TOKENS = 256
+
+
+class Unanswered(Exception):
+    """The server did not give what was asked for; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of every token but the first: its own log-probability, and those of the most probable ones at its place (token id
+    to log-probability)."""
+
+    tokens: tuple[float, ...]
+    tops: tuple[Mapping[int, float], ...]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
+        return cls(tuple(data["tokens"]), tuple({int(k): v for k, v in top.items()} for top in data["tops"]))
+
+
+class Completions:
+    """Requests one after the other: the server is to compare, not to be loaded."""
+
+    def __init__(self, endpoint: Endpoint, timeout_s: float) -> None:
+        self._endpoint, self._timeout_s = endpoint, timeout_s
+        # a proxy of the environment has no business between us and a server on this machine
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def draw(self, text: str, count: int, *, seed: int) -> tuple[tuple[int, ...], int]:
+        """The tokens of ``text`` (cut to 256) and ``count`` more drawn at temperature 1; how many were given."""
+        tokens = self._choice(prompt=text, max_tokens=1, seed=seed).get("prompt_token_ids")
+        if not tokens:
+            raise Unanswered("the server does not return token ids (return_token_ids)")
+        prompt = list(tokens)[:LONGEST_PROMPT_TOKENS]
+        answer = self._choice(prompt=prompt, max_tokens=count, temperature=1.0, seed=seed)
+        return (*prompt, *answer.get("token_ids", ())), len(prompt)
+
+    def greedy(self, prompt: Sequence[int], count: int, *, seed: int = 0) -> tuple[int, ...]:
+        """``count`` most probable tokens, one after the other."""
+        answer = self._choice(prompt=list(prompt), max_tokens=count, temperature=0.0, seed=seed)
+        return tuple(answer.get("token_ids", ()))
+
+    def score(self, tokens: Sequence[int]) -> Scores:
+        """Log-probabilities of ``tokens`` as a prompt."""
+        answer = self._choice(prompt=list(tokens), max_tokens=1, temperature=0.0, prompt_logprobs=LISTED)
+        places = answer.get("prompt_logprobs")
+        if not places or len(places) != len(tokens):
+            raise Unanswered("the server gives no prompt log-probabilities (prompt_logprobs)")
+        lists = [{int(token): entry for token, entry in place.items()} for place in places[1:]]
+        own = tuple(float(found[token]["logprob"]) for found, token in zip(lists, tokens[1:], strict=True))
+        # besides the most probable ones a list holds the prompt's own token: a choice of ours, not of the model
+        tops = tuple(
+            {token: float(e["logprob"]) for token, e in found.items() if (e.get("rank") or 1) <= LISTED}
+            for found in lists
+        )
+        return Scores(own, tops)
+
+    def _choice(self, **body: Any) -> dict[str, Any]:
+        """The first choice of one completion; its ids even where the answer would have ended."""
+        wanted = {"model": self._endpoint.model, "ignore_eos": True, "return_token_ids": True, "stream": False, **body}
+        headers = {"Content-Type": "application/json"}
+        if self._endpoint.api_key:
+            headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
+        request = urllib.request.Request(
+            f"{self._endpoint.url}/v1/completions", json.dumps(wanted).encode(), headers, method="POST"
+        )
+        try:
+            with self._opener.open(request, timeout=self._timeout_s) as response:
+                answer = json.load(response)
+            return answer["choices"][0]
+        except urllib.error.HTTPError as failure:
+            raise Unanswered(f"HTTP {failure.code}: {failure.read(300).decode(errors='replace')}") from failure
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as failure:
+            raise Unanswered(f"{type(failure).__name__}: {failure}") from failure
