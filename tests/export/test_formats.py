@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests import studies
 from tuner.errors import NothingFeasible, UsageError
 from tuner.export.deployment import deployment, read_promise
-from tuner.export.formats import FORMATS, best_config, export
+from tuner.export.formats import FORMATS, best_config, export, write
 from tuner.export.text import dump
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Measured
@@ -182,6 +182,43 @@ def test_a_local_model_is_mounted_where_it_was(tmp_path: Path):
     _, deploy, _ = yaml.safe_load_all(export(store, study, "k8s")["k8s.yaml"])
     mounts = deploy["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert {"name": "model", "mountPath": "/models/qwen"} in mounts
+
+
+def test_a_variant_is_exported_as_the_folder_or_id_that_was_served(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    config = studies.space().config({}, "/models/qwen")
+    config = type(config)(**{**config.to_dict(), "model_variant": "w8a8-int8"})
+    store.start_trial(0, config, {}, started_s=1.0)
+    store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
+    named = EngineSpec("vllm", options={"variants": {"w8a8-int8": "org/qwen-w8a8"}})
+    assert deployment(store, studies.study(tmp_path / "s", engine=named)).model == "org/qwen-w8a8"
+    (folder := tmp_path / "s" / "models" / "qwen-w8a8-int8").mkdir(parents=True)
+    assert deployment(store, studies.study(tmp_path / "s")).model == str(folder)
+
+
+def test_remote_code_is_trusted_in_the_export_where_the_study_trusted_it(made):
+    store, _ = made
+    trusting = studies.study(store.folder, engine=EngineSpec("vllm", trust_remote_code=True))
+    assert "trust-remote-code: true" in export(store, trusting)["best-config.yaml"]
+
+
+def test_a_verified_study_exports_what_verification_promised(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=12, verified=True)
+    path, _ = best_config(store, study)
+    promise = read_promise(path)
+    assert promise and (promise["load"], promise["cost_usd_per_mtok_output"], promise["tpot_p99_s"]) == (
+        1.8,
+        0.47,
+        0.031,
+    )
+    assert promise["role"] == "verify" and "held-out windows" in path.read_text()
+
+
+def test_files_go_where_they_are_asked_for(made, tmp_path: Path):
+    store, study = made
+    assert write(store, study, "k8s", tmp_path / "a.yaml") == [tmp_path / "a.yaml"]
+    assert write(store, study, "helm", tmp_path / "new") == [tmp_path / "new" / "values.yaml"]
+    assert {p.name for p in write(store, study, "vllm", tmp_path)} == {"best-config.yaml", "best-config.env"}
 
 
 def test_an_unknown_format_and_a_container_of_another_engine_are_refused_in_words(made, tmp_path: Path):

@@ -12,14 +12,16 @@ from typing import Any
 
 from tuner.errors import NothingFeasible
 from tuner.pareto.changes import baseline_of
-from tuner.pareto.choice import Choice, choose
+from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
-from tuner.space.config import Value
+from tuner.pareto.recommend import recommended
+from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
+from tuner.study.outcome import Measured
 from tuner.study.store import Store, TrialRecord
 
-#: The launcher's own: an address, a random name and a key of one launch are no part of a configuration.
-LAUNCHERS_FLAGS = frozenset({"host", "port", "api-key", "served-model-name"})
+#: The launcher's own (an address, a random name, a key of one launch) and secrets: no part of a configuration.
+LAUNCHERS_FLAGS = frozenset({"host", "port", "api-key", "hf-token", "served-model-name"})
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 PROMISE = "# promise: "
 
@@ -61,19 +63,22 @@ class Deployment:
 def deployment(
     store: Store, study: Study, choice: Choice | None = None, effects: Mapping[str, str] | None = None
 ) -> Deployment:
-    """The deployment of ``choice`` (by default what :func:`choose` says of the store's trials).
+    """The deployment of ``choice`` (by default what :func:`recommended` says).
 
     ``effects`` maps a flag to what was proven of it (from ablation); it goes before the flag's own comment. Raises
     NothingFeasible, with the nearest configuration in words, where nothing met the SLOs.
     """
     trials = store.trials()
-    choice = choice or choose(trials, study.objective)
+    choice = choice or recommended(store, study)
     point = choice.point
     if point is None:
         raise NothingFeasible(choice.text)
-    trial = next(t for t in trials if t.number == point.trial)
     config = point.config
+    trial = next(t for t in reversed(trials) if t.config.hash == config.hash and isinstance(t.outcome, Measured))
     noted = trial.extra or {}
+    flags = {flag: value for flag, value in config.flags.items() if flag not in LAUNCHERS_FLAGS}
+    if study.engine.trust_remote_code:
+        flags["trust-remote-code"] = None
     env = {name: value for name, value in config.env.items() if not _SECRET.search(name)}
     version = str(study.space.facts.get("engine_version") or noted.get("engine_version") or "")
     promise = _promise(study, trial, point, version)
@@ -81,17 +86,28 @@ def deployment(
         name=re.sub(r"[^a-z0-9]+", "-", study.name.lower()).strip("-")[:40] or "study",
         engine=study.engine.kind,
         version=version,
-        model=str(noted.get("model_folder") or config.model),
-        flags={flag: value for flag, value in config.flags.items() if flag not in LAUNCHERS_FLAGS},
+        model=_model(store, study, config),
+        flags=flags,
         env=env,
         gpus=config.gpus,
         emulated=trial.emulated,
         boot_s=trial.outcome.boot.total_s,
-        about=_about(study, trials, trial, point, choice, promise),
+        about=_about(study, trials, point, choice, promise),
         promise=promise,
-        comments=_comments(study, config.flags, effects or {}),
+        comments=_comments(study, flags, effects or {}),
         secrets=tuple(name for name in config.env if name not in env),
     )
+
+
+def _model(store: Store, study: Study, config: ServingConfig) -> str:
+    """The model as it was served: for a variant the folder (or id) that the study names, or the one that the engine
+    wrote into the study folder."""
+    name = config.model_variant
+    if not name:
+        return config.model
+    named = study.engine.options.get("variants", {})
+    made = sorted((store.folder / "models").glob(f"*-{name}"))
+    return str(named.get(name) or (made[0].resolve() if made else config.model))
 
 
 def read_promise(path: Path) -> dict[str, Any] | None:
@@ -108,7 +124,7 @@ def _promise(study: Study, trial: TrialRecord, point: Point, version: str) -> di
     noted = trial.extra or {}
     return {
         "study": study.name,
-        "trial": trial.number,
+        "trial": point.trial,
         "role": point.role,
         "config": point.config.hash,
         "load": point.load,
@@ -127,7 +143,6 @@ def _promise(study: Study, trial: TrialRecord, point: Point, version: str) -> di
 def _about(
     study: Study,
     trials: list[TrialRecord],
-    trial: TrialRecord,
     point: Point,
     choice: Choice,
     promise: Mapping[str, Any],
@@ -136,7 +151,7 @@ def _about(
     machine = f"{max(point.config.gpus, 1)} x {promise['gpu']}" if point.config.gpus else f"CPU ({promise['gpu']})"
     repeats = f", {len(point.trials)} measurements" if len(point.trials) > 1 else ""
     lines = [
-        f"Best configuration of study {study.name!r}: trial {trial.number}, {promise['date']}, by tuner.",
+        f"Best configuration of study {study.name!r}: trial {point.trial}, {promise['date']}, by tuner.",
         f"Measured on {promise['engine']}, {machine}, with {Path(study.trace.file).name} at load {point.load:g}"
         + repeats
         + (" (held-out windows)." if point.role == "verify" else " (search windows: not verified yet)."),
@@ -154,8 +169,8 @@ def _about(
         )
     elif baseline_of(trials):
         lines.append("The engine's default met the SLOs at no measured load.")
-    if point.config.model_variant and not (trial.extra or {}).get("model_folder"):
-        lines.append(f"The model was measured as its variant {point.config.model_variant!r}: make that variant first.")
+    if point.config.model_variant:
+        lines.append(f"The model was served as its variant {point.config.model_variant!r}.")
     return tuple(lines)
 
 

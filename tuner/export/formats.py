@@ -56,14 +56,27 @@ def best_config(
 
     Raises NothingFeasible (and writes nothing) where nothing met the SLOs.
     """
-    paths = []
-    for name, text in export(store, study, choice=choice, effects=effects).items():
-        path = store.folder / name
-        temporary = path.with_name(f".{name}.tmp")
+    config, env = _write(export(store, study, choice=choice, effects=effects), store.folder)
+    return config, env
+
+
+def write(store: Store, study: Study, format: str, out: Path) -> list[Path]:
+    """Writes what :func:`export` makes into the folder ``out`` (a single file may be named outright: ``out.yaml``);
+    returns the paths."""
+    files = export(store, study, format)
+    if len(files) == 1 and out.suffix in (".yaml", ".yml"):
+        return _write({out.name: next(iter(files.values()))}, out.parent)
+    return _write(files, out)
+
+
+def _write(files: Mapping[str, str], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in files]
+    for path, text in zip(paths, files.values(), strict=True):
+        temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
-        paths.append(path)
-    return paths[0], paths[1]
+    return paths
 
 
 def _generic(what: Deployment, store: Store) -> str:
