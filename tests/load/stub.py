@@ -103,6 +103,8 @@ class Server:
             delay = due - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
+            if writer.transport.is_closing():
+                return False  # the client hung up
             new = min(c["tokens_per_chunk"], n - made)
             made += new
             choice = {"index": 0, "text": "x" * new} if not chat else {"index": 0, "delta": {"content": "x" * new}}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuner.load.client import ENDED, READ, SENT, TICK, Event
 from tuner.load.records import Record
 from tuner.load.sse import Response
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Lags:
@@ -36,16 +39,31 @@ class Lags:
 
 
 class Flight:
-    """One request between its send and its end."""
+    """One request between its send and its end; times in nanoseconds after the replay's start."""
 
-    __slots__ = ("first_byte_ns", "first_read_ns", "intended_ns", "read_lag_ns", "response", "sent_ns")
+    __slots__ = ("first_byte_ns", "first_read_ns", "intended_ns", "number", "read_lag_ns", "response", "sent_ns")
 
-    def __init__(self, intended_ns: int, sent_ns: int, counting: str) -> None:
-        self.intended_ns, self.sent_ns = intended_ns, sent_ns
+    def __init__(self, number: int, intended_ns: int, sent_ns: int, counting: str) -> None:
+        self.number, self.intended_ns, self.sent_ns = number, intended_ns, sent_ns
         self.response = Response(counting)
         self.first_byte_ns: int | None = None
         self.first_read_ns: int | None = None
         self.read_lag_ns = 0
+
+    @property
+    def first_token_ns(self) -> int | None:
+        tokens = self.response.tokens
+        return tokens[0][0] if tokens else None
+
+    @property
+    def last_token_ns(self) -> int | None:
+        tokens = self.response.tokens
+        return tokens[-1][0] if tokens else None
+
+    @property
+    def produced(self) -> int:
+        """Output tokens until now."""
+        return self.response.seen
 
 
 class Tower:
@@ -59,8 +77,8 @@ class Tower:
         self,
         epoch_ns: int,
         counting: str,
-        input_tokens: Sequence[int],
-        wanted_tokens: Sequence[int],
+        input_tokens: np.ndarray,
+        wanted_tokens: np.ndarray,
         warmup_ns: int,
         done: Callable[[Record], None],
     ) -> None:
@@ -69,7 +87,7 @@ class Tower:
         self.flights: dict[int, Flight] = {}
         self.sent = 0
         self.ended = 0
-        self.refused_in_a_row = 0
+        self.output_tokens = 0
         self._unstamped = 0
         self._reads = 0
         self._cpu: dict[int, tuple[int, int, int, int]] = {}  # process -> first tick, its CPU time, last tick, its CPU
@@ -83,7 +101,7 @@ class Tower:
                 self._read(*event[1:])
             elif kind == SENT:
                 _, number, intended_ns, sent_ns = event
-                flights[number] = Flight(intended_ns, sent_ns, self._counting)
+                flights[number] = Flight(number, intended_ns - self._epoch_ns, sent_ns - self._epoch_ns, self._counting)
                 self.sent += 1
             elif kind == ENDED:
                 self._ended(*event[1:])
@@ -97,7 +115,8 @@ class Tower:
         flight = self.flights.get(number)
         if flight is None:
             return
-        stamp_ns = kernel_ns or read_ns
+        read_ns -= self._epoch_ns
+        stamp_ns = kernel_ns - self._epoch_ns if kernel_ns else read_ns
         if flight.first_byte_ns is None:
             flight.first_byte_ns, flight.first_read_ns = stamp_ns, read_ns
         lag_ns = max(read_ns - stamp_ns, late_ns)
@@ -127,28 +146,27 @@ class Tower:
             error = response.error
         elif response.error and error not in ("timeout", "stopped", "cancelled"):
             error = response.error
-        self.refused_in_a_row = self.refused_in_a_row + 1 if error and not response.status else 0
-        epoch_ns = self._epoch_ns
         token_ns = array("q")
         for time_ns, count in response.tokens:
-            token_ns.extend([time_ns - epoch_ns] * count)
+            token_ns.extend([time_ns] * count)
+        self.output_tokens += len(token_ns)
         self._done(
             Record(
                 request=number,
-                intended_ns=flight.intended_ns - epoch_ns,
-                sent_ns=flight.sent_ns - epoch_ns,
-                first_byte_ns=None if flight.first_byte_ns is None else flight.first_byte_ns - epoch_ns,
-                first_byte_read_ns=None if flight.first_read_ns is None else flight.first_read_ns - epoch_ns,
+                intended_ns=flight.intended_ns,
+                sent_ns=flight.sent_ns,
+                first_byte_ns=flight.first_byte_ns,
+                first_byte_read_ns=flight.first_read_ns,
                 first_token_ns=token_ns[0] if token_ns else None,
                 last_token_ns=token_ns[-1] if token_ns else None,
-                end_ns=end_ns - epoch_ns,
+                end_ns=end_ns - self._epoch_ns,
                 token_ns=token_ns,
                 input_tokens=int(self._input[number]),
                 prompt_tokens=response.prompt_tokens,
                 wanted_tokens=int(self._wanted[number]),
                 output_tokens=len(token_ns),
                 error=error,
-                warmup=flight.intended_ns - epoch_ns < self._warmup_ns,
+                warmup=flight.intended_ns < self._warmup_ns,
                 retried=retried,
                 read_lag_ns=flight.read_lag_ns,
             )

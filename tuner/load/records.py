@@ -88,7 +88,7 @@ class RecordWriter:
         if len(self._rows) >= _GROUP_REQUESTS or self._tokens >= _GROUP_TOKENS:
             self._flush()
 
-    def _open(self) -> None:
+    def _open(self) -> Any:
         import pyarrow.parquet as pq
 
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,13 +100,13 @@ class RecordWriter:
             use_dictionary=["error"],
             column_encoding=dict.fromkeys(deltas, "DELTA_BINARY_PACKED"),
         )
+        return self._writer
 
     def _flush(self) -> None:
         import numpy as np
         import pyarrow as pa
 
-        if self._writer is None:
-            self._open()
+        writer = self._writer or self._open()
         rows, self._rows, self._tokens = self._rows, [], 0
         schema = _schema()
         columns = []
@@ -117,14 +117,15 @@ class RecordWriter:
                 columns.append(pa.ListArray.from_arrays(offsets, values.astype(np.int64)))
             else:
                 columns.append(pa.array([getattr(row, name) for row in rows], schema.field(name).type))
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
     def close(self, meta: Mapping[str, Any]) -> None:
         """Writes what is left and the replay's facts, and gives the file its name."""
         if self._rows or self._writer is None:
             self._flush()
-        self._writer.add_key_value_metadata({_META.decode(): json.dumps({"version": VERSION, **meta})})
-        self._writer.close()
+        writer = self._writer or self._open()
+        writer.add_key_value_metadata({_META.decode(): json.dumps({"version": VERSION, **meta})})
+        writer.close()
         os.replace(self._partial, self._path)
 
     def discard(self) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.load.client import Event
 from tuner.load.wire import Target
@@ -31,12 +33,10 @@ _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031  # Linux
 
 
-def shard_count(offsets_s: Sequence[float], output_tokens: Sequence[int], cores: int | None = None) -> int:
+def shard_count(offsets_s: np.ndarray, output_tokens: np.ndarray, cores: int | None = None) -> int:
     """How many processes carry the trace: one per 20,000 expected chunks per second (a chunk per token, averaged over
     ten seconds at the busiest), and at most half the cores, for the server needs the others."""
-    import numpy as np
-
-    cores = cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if not len(offsets_s):
         return 1
     per_bin = np.bincount((np.asarray(offsets_s) / 10.0).astype(int), weights=np.asarray(output_tokens))
@@ -101,7 +101,8 @@ class Fleet:
             os.close(read)
             self._processes.append(process)
             self._controls.append(write)
-            _widen(process.stdin), _widen(process.stdout)
+            _widen(process.stdin)
+            _widen(process.stdout)
             numbers = range(shard, n, job.shards)
             soon = sum(1 for i in numbers if job.offsets_ns[i] < 2_000_000_000)
             concurrency = len(range(shard, job.concurrency, job.shards)) if job.concurrency else 0

@@ -24,7 +24,8 @@ class Response:
     ``counting`` is the dialect's. ``tokens`` is a list of ``[time, count]``: ``count`` tokens came at ``time`` (the
     time given with the piece of bytes that completed their event). ``status`` is 0 before the head; ``error`` is
     empty, or what went wrong in words; ``complete`` is true once the body has ended by its own framing.
-    ``prompt_tokens`` and ``output_tokens`` are the server's own counts, None where it gave none.
+    ``seen`` is their number until now. ``prompt_tokens`` and ``output_tokens`` are the server's own counts, None where
+    it gave none.
     """
 
     __slots__ = (
@@ -32,7 +33,6 @@ class Response:
         "_events",
         "_framing",
         "_need",
-        "_seen",
         "_stage",
         "_time",
         "complete",
@@ -41,6 +41,7 @@ class Response:
         "error",
         "output_tokens",
         "prompt_tokens",
+        "seen",
         "status",
         "tokens",
     )
@@ -59,7 +60,7 @@ class Response:
         self._need = 0
         self._buffer = b""  # bytes of the transfer coding not yet understood
         self._events = b""  # the beginning of an event whose end has not come
-        self._seen = 0  # tokens counted so far
+        self.seen = 0
         self._time = 0
 
     def feed(self, time: int, data: bytes) -> int:
@@ -175,9 +176,9 @@ class Response:
                 total = int(match.group(1))
                 if b'"choices":[]' in data or b'"choices": []' in data:
                     self._totals(data, total)
-                elif total > self._seen:
-                    self.tokens.append([time, total - self._seen])
-                    self._seen = total
+                elif total > self.seen:
+                    self.tokens.append([time, total - self.seen])
+                    self.seen = total
                 return
         self._slow(time, data)
 
@@ -199,7 +200,7 @@ class Response:
             count += len(ids) if ids is not None and self.counting == "ids" else _has_text(choice)
         if count and self.counting != "usage":
             self.tokens.append([time, count])
-            self._seen += count
+            self.seen += count
         usage = event.get("usage")
         if isinstance(usage, dict):
             self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
@@ -221,7 +222,7 @@ class Response:
         if self.status == 200 and not self.error and not self.tokens and not self.done:
             self.error = "the response is no event stream"
         if self.counting == "usage" and self.output_tokens and self.tokens:
-            self.tokens[-1][1] += max(0, self.output_tokens - self._seen)  # tokens that no chunk told of
+            self.tokens[-1][1] += max(0, self.output_tokens - self.seen)  # tokens that no chunk told of
         if self.counting == "total" and self.output_tokens and self.tokens:
             self.tokens = spread([time for time, _ in self.tokens], self.output_tokens)
 

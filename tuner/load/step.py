@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from tuner.engines.protocol import Cancelled, Endpoint, StepPlan
+from tuner.errors import UsageError
 from tuner.load.flight import Tower
 from tuner.load.probe import Found, probe
 from tuner.load.prompts import token_ids
-from tuner.load.records import RecordWriter
+from tuner.load.records import Record, Records, RecordWriter, read
 from tuner.load.shards import Fleet, Job, shard_count
 from tuner.load.windows import warp
 from tuner.load.wire import Writer, target
+from tuner.measure.early import QueueWatch, SloWatch
+from tuner.measure.server import Sampler, beside, fold, write
+from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 
 _PROGRESS_S = 0.5
 _ALIVE_S = 0.5
+_EARLY_S = 1.0
 
 
 def measure(
@@ -41,9 +49,12 @@ def measure(
     Raises Cancelled when ``plan.cancel`` is set (the records until then are written); UsageError where the server does
     not speak the API, EnvironmentFault where nothing answers at all.
     """
+    if not len(plan.trace):
+        raise UsageError(f"trace {plan.trace.name} has no request")
     found = probe(endpoint, text_only=plan.trace.texts is not None)
-    replay = _Replay(endpoint, plan, found, alive, concurrency, shards)
-    return replay.run()
+    for note in found.dialect.notes:
+        plan.on_event("note", {"text": note})
+    return _Replay(endpoint, plan, found, alive, concurrency, shards).run()
 
 
 @dataclass(slots=True)
@@ -54,124 +65,163 @@ class _Replay:
     alive: Callable[[], bool]
     concurrency: int
     shards: int | None
-    _stopped: str = ""
+    stopped: str = ""
 
     def run(self) -> Step:
         plan, trace = self.plan, self.plan.trace
+        where = target(self.endpoint.url)
         offsets_s = warp(trace.arrival_s, plan.load)
-        offsets_ns = [round(offset * 1e9) for offset in offsets_s.tolist()]
+        offsets_ns = np.round(offsets_s * 1e9).astype(np.int64)
         shards = self.shards or shard_count(offsets_s, trace.output_tokens)
-        job = Job(
-            target(self.endpoint.url), offsets_ns, self._requests(), plan.request_timeout_s, shards, self.concurrency
-        )
+        job = Job(where, offsets_ns.tolist(), self._requests(), plan.request_timeout_s, shards, self.concurrency)
+        warmup_ns = int(plan.warmup_s * 1e9)
         writer = RecordWriter(plan.records)
+        early = plan.early_stop and not self.concurrency
+        watch = Watch(
+            plan if early else replace(plan, slos=()),
+            offsets_ns,
+            early and self.found.dialect.forced and plan.output == "forced",
+        )
+        sampler = Sampler(where, self.endpoint.api_key)
+
+        def done(record: Record) -> None:
+            writer.add(record)
+            watch.done(record)
+
         try:
-            with Fleet(job) as fleet:
-                started_unix_s = time.time() + (fleet.epoch_ns - time.monotonic_ns()) / 1e9
-                tower = Tower(
-                    fleet.epoch_ns,
-                    self.found.dialect.counting,
-                    trace.input_tokens,
-                    trace.output_tokens,
-                    int(plan.warmup_s * 1e9),
-                    writer.add,
-                )
-                self._follow(fleet, tower, float(offsets_s[-1]) if len(trace) else 0.0)
-            writer.close(self._meta(started_unix_s, tower, shards))
+            with sampler, Fleet(job) as fleet:
+                epoch_ns = fleet.epoch_ns
+                epoch_unix_s = time.time() + (epoch_ns - time.monotonic_ns()) / 1e9
+                counting = self.found.dialect.counting
+                tower = Tower(epoch_ns, counting, trace.input_tokens, trace.output_tokens, warmup_ns, done)
+                self._follow(fleet, tower, watch, float(offsets_s[-1]))
+                end_ns = time.monotonic_ns()
+            sampler.settle(tower.output_tokens)
+            server = fold(sampler.samples, epoch_ns + warmup_ns, min(end_ns, epoch_ns + int(offsets_ns[-1])))
+            writer.close(self._meta(epoch_unix_s, tower, shards, server))
         except BaseException:
             writer.discard()
             raise
-        if self._stopped == "cancelled":
+        if sampler.samples:
+            write(beside(plan.records), sampler.samples, epoch_ns)
+        if self.stopped == "cancelled":
             raise Cancelled("the replay was cancelled")
-        return self._step()
+        return judge(read(plan.records), plan.slos, plan.quantiles)
 
     def _requests(self) -> Callable[[int], bytes]:
+        """Request i's bytes."""
         plan, trace, found = self.plan, self.plan.trace, self.found
-        write = Writer(
-            target(self.endpoint.url), found.dialect, self.endpoint.api_key, plan.sampling, plan.output == "forced"
-        ).request
-        wanted = trace.output_tokens
+        where, forced = target(self.endpoint.url), plan.output == "forced"
+        request = Writer(where, found.dialect, self.endpoint.api_key, plan.sampling, forced).request
+        wanted = trace.output_tokens.tolist()
         if trace.texts is not None:
             texts = trace.texts
-            return lambda i: write(texts[i], int(wanted[i]))
+            return lambda i: request(texts[i], wanted[i])
         prompts = token_ids(trace, found.vocab_size, found.special_ids, prompt_seed(plan))
         if found.dialect.prompt == "ids":
-            return lambda i: write(prompts[i].tolist(), int(wanted[i]))
+            return lambda i: request(prompts[i].tolist(), wanted[i])
         text = _texts(self.endpoint.tokenizer)
-        return lambda i: write(text(prompts[i].tolist()), int(wanted[i]))
+        return lambda i: request(text(prompts[i].tolist()), wanted[i])
 
-    def _follow(self, fleet: Fleet, tower: Tower, span_s: float) -> None:
-        plan, n = self.plan, len(self.plan.trace)
-        next_progress_s = next_alive_s = time.monotonic()
-        begin_s = fleet.epoch_ns / 1e9
+    def _follow(self, fleet: Fleet, tower: Tower, watch: Watch, span_s: float) -> None:
+        """Takes the events until the last; stops the fleet when there is a reason to."""
+        plan, total = self.plan, len(self.plan.trace)
+        next_s: dict[str, float] = {"progress": 0.0, "alive": 0.0, "early": 0.0}
         while (events := fleet.events(0.1)) is not None:
             tower.take(events)
-            now_s = time.monotonic()
-            if self._stopped:
-                continue
-            if plan.cancel.is_set():
-                self._stop(fleet, "cancelled")
-            elif now_s >= next_alive_s:
-                next_alive_s = now_s + _ALIVE_S
-                if not self.alive():
-                    self._stop(fleet, "server died")
-            if now_s >= next_progress_s:
-                next_progress_s = now_s + _PROGRESS_S
-                elapsed_s = max(0.0, now_s - begin_s)
-                remaining_s = max(0.0, span_s - elapsed_s)
-                if not self.concurrency:
-                    plan.on_event(
-                        "progress",
-                        {"done": tower.ended, "total": n, "elapsed_s": elapsed_s, "remaining_s": remaining_s},
-                    )
+            elapsed_s = time.monotonic() - fleet.epoch_ns / 1e9
+            if not self.stopped:
+                if plan.cancel.is_set():
+                    self._stop(fleet, "cancelled", b"c")
+                elif _due(next_s, "alive", elapsed_s, _ALIVE_S) and not self.alive():
+                    self._stop(fleet, "the server died", b"d")
+                elif _due(next_s, "early", elapsed_s, _EARLY_S) and (reason := watch.verdict(elapsed_s, tower)):
+                    self._stop(fleet, reason, b"s")
+            if _due(next_s, "progress", elapsed_s, _PROGRESS_S):
+                if self.concurrency:
+                    remaining_s = elapsed_s * (total - tower.ended) / tower.ended if tower.ended else math.inf
+                else:
+                    remaining_s = max(0.0, span_s - elapsed_s)
+                data = {"done": tower.ended, "total": total, "elapsed_s": max(0.0, elapsed_s)}
+                plan.on_event("progress", {**data, "remaining_s": remaining_s})
 
-    def _stop(self, fleet: Fleet, reason: str) -> None:
-        self._stopped = reason
-        fleet.stop({"cancelled": b"c", "server died": b"d"}.get(reason, b"s"))
+    def _stop(self, fleet: Fleet, reason: str, code: bytes) -> None:
+        self.stopped = reason
+        fleet.stop(code)
 
-    def _meta(self, started_unix_s: float, tower: Tower, shards: int) -> dict[str, Any]:
-        plan = self.plan
-        client: dict[str, Any] = dict(tower.lags())
-        client["shards"] = shards
+    def _meta(self, epoch_unix_s: float, tower: Tower, shards: int, server: Mapping[str, float]) -> dict[str, Any]:
+        plan, dialect = self.plan, self.found.dialect
+        client: dict[str, float] = {**tower.lags(), "shards": shards}
         if self.concurrency:
             client["closed_loop_concurrency"] = self.concurrency
         return {
-            "epoch_unix_s": started_unix_s,
+            "epoch_unix_s": epoch_unix_s,
             "load": plan.load,
             "window": plan.window,
             "trace": plan.trace.name,
-            "warmup_s": plan.warmup_s,
-            "output": plan.output,
             "planned_requests": len(plan.trace),
-            "prompt_seed": prompt_seed(plan),
+            "warmup_s": plan.warmup_s,
             "request_timeout_s": plan.request_timeout_s,
-            "stopped": self._stopped,
-            "dialect": {
-                "route": self.found.dialect.route,
-                "prompt": self.found.dialect.prompt,
-                "counting": self.found.dialect.counting,
-                "forced": self.found.dialect.forced and plan.output == "forced",
-            },
-            "notes": self.found.dialect.notes,
+            "output": plan.output,
+            "prompt_seed": prompt_seed(plan),
+            "stopped": self.stopped,
+            "dialect": asdict(dialect),
+            "notes": dialect.notes,
             "client": client,
+            "server": dict(server),
         }
 
-    def _step(self) -> Step:
-        from tuner.measure.metrics import metrics_from_records
-        from tuner.measure.trust import untrusted
 
-        plan = self.plan
-        metrics, intervals = metrics_from_records(plan.records, plan.slos, plan.quantiles)
-        return Step(
-            load=plan.load,
-            window=plan.window,
-            metrics=metrics,
-            intervals=intervals,
-            slo_misses=tuple(miss for slo in plan.slos if (miss := slo.miss(metrics))),
-            untrusted=untrusted(metrics, plan.slos),
-            stopped_early=self._stopped,
-            records=plan.records.name,
+class Watch:
+    """The early stop's two questions, asked about a step as it runs. Without SLOs and with outputs that are not
+    ``forced`` there is nothing to ask."""
+
+    def __init__(self, plan: StepPlan, offsets_ns: np.ndarray, forced: bool) -> None:
+        trace, warmup_ns = plan.trace, int(plan.warmup_s * 1e9)
+        self._input, self._wanted = trace.input_tokens, trace.output_tokens
+        self._slos = SloWatch(plan.slos, offsets_ns, trace.output_tokens, warmup_ns, forced)
+        # an output that the model may end at any time is owed no tokens
+        self._queue = QueueWatch(offsets_ns, self._input + self._wanted, warmup_ns) if forced else None
+        self.done = self._slos.done
+
+    def verdict(self, now_s: float, tower: Tower) -> str:
+        """Why the step may end, or nothing."""
+        flights = tower.flights.values()
+        if reason := self._slos.verdict(int(now_s * 1e9), flights):
+            return reason
+        if not self._queue:
+            return ""
+        backlog = sum(
+            (int(self._input[f.number]) if f.first_token_ns is None else 0) + int(self._wanted[f.number]) - f.produced
+            for f in flights
         )
+        return self._queue.verdict(now_s, backlog)
+
+
+def _due(next_s: dict[str, float], name: str, now_s: float, every_s: float) -> bool:
+    """Whether it is time again for ``name``."""
+    if now_s < next_s[name]:
+        return False
+    next_s[name] = now_s + every_s
+    return True
+
+
+def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> Step:
+    """The Step that a records file tells, from nothing else."""
+    from tuner.measure.metrics import compute
+    from tuner.measure.trust import untrusted
+
+    metrics, intervals = compute(records, slos, quantiles)
+    return Step(
+        load=float(records.meta["load"]),
+        window=str(records.meta["window"]),
+        metrics=metrics,
+        intervals=intervals,
+        slo_misses=tuple(miss for slo in slos if (miss := slo.miss(metrics))),
+        untrusted=untrusted(metrics, slos),
+        stopped_early=str(records.meta["stopped"]),
+        records=records.path.name,
+    )
 
 
 def prompt_seed(plan: StepPlan) -> int:

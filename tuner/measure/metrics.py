@@ -45,7 +45,8 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
         "duration_s": span.duration_s,
     }
     intervals: Intervals = {}
-    metrics.update({name: float(value) for name, value in records.meta.get("client", {}).items()})
+    for source in ("client", "server"):  # what only they knew while it ran
+        metrics.update({name: float(value) for name, value in records.meta.get(source, {}).items()})
     if not n:
         return metrics, intervals
     metrics["error_rate"] = error_rate(records, measured)

@@ -12,7 +12,7 @@ from tuner.load.records import ABSENT
 if TYPE_CHECKING:
     from tuner.load.records import Records
 
-RAMP_CAP = 0.1
+RAMP_CAP = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def window(records: Records) -> Window:
     """The measured window, by this rule.
 
     Start: when the number of requests in flight first reaches its own median over the replay (a replay begins with an
-    empty server; until then it is filling up), no later than 10 % into the replay, and never within the warm-up.
+    empty server; until then it is filling up), no later than a quarter into the replay, and never within the warm-up.
     End: the last intended send; what is still running then is followed to its end for its latency, but the server
     is no longer under the trace's load, so that throughput is not counted. Where all arrivals lie closer together
     than one mean response (a burst), the load is the burst itself and the end is its last response.

@@ -1,0 +1,252 @@
+"""``tuner replay``: one trace at one load against any OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuner.errors import UsageError
+
+if TYPE_CHECKING:
+    from tuner.spec.slo import Slo
+    from tuner.study.outcome import Step
+
+_MISSED, _UNTRUSTED = 3, 4
+
+
+def replay(
+    url: Annotated[str, typer.Option(help="The server, for example http://127.0.0.1:8000.")] = "",
+    trace: Annotated[Path | None, typer.Option(help="The trace file.")] = None,
+    load: Annotated[float, typer.Option(help="Factor on the trace's arrival rate.")] = 1.0,
+    model: Annotated[str, typer.Option(help="The served model's name (default: the first the server lists).")] = "",
+    slo: Annotated[list[str] | None, typer.Option(help="For example ttft_p99=500ms; may be repeated.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Model folder or id: which token ids prompts may use.")] = "",
+    requests: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Only the trace's first so many seconds.")] = None,
+    warmup: Annotated[float, typer.Option(help="Seconds at the start that are sent but not counted.")] = 0.0,
+    free_output: Annotated[bool, typer.Option(help="Let the model end its outputs (default: the trace's length).")] = (
+        False
+    ),
+    closed_loop: Annotated[int, typer.Option(help="Keep N in flight instead of the trace's times. [default: 0]")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 600.0,
+    early_stop: Annotated[bool, typer.Option(help="End once the outcome is decided.")] = True,
+    seed: Annotated[int, typer.Option(help="Another seed, other prompts: the prefix cache finds none of the last.")] = (
+        0
+    ),
+    percentile: Annotated[list[float] | None, typer.Option(help="Percentiles. [default: 50 90 95 99]")] = None,
+    records: Annotated[Path | None, typer.Option(help="Keep the records in this Parquet file.")] = None,
+    recompute: Annotated[bool, typer.Option(help="No replay: the metrics again from --records.")] = False,
+    format: Annotated[str, typer.Option(help="The trace's format, where it is not recognised.")] = "auto",
+    arrivals: Annotated[str | None, typer.Option(help="For a trace without times: poisson:RATE, ...")] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Bearer key.", show_default=False)] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Replay a trace against a server and measure it.
+
+    Exit code 0: measured, every SLO held; 3: an SLO was missed; 4: the measurement cannot be trusted.
+    """
+    slos, quantiles = _slos(slo or ()), _quantiles(percentile)
+    if recompute:
+        step = _again(records, slos, quantiles)
+    else:
+        if not url or trace is None:
+            raise UsageError(
+                "--url and --trace are needed", fix="tuner replay --url http://127.0.0.1:8000 --trace FILE"
+            )
+        step = _run(
+            url, trace, load, model, slos, tokenizer, requests, seconds, warmup, free_output, closed_loop, timeout,
+            early_stop, seed, quantiles, records, format, arrivals, api_key, as_json,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(_plain(step), indent=2))
+    else:
+        typer.echo("\n".join(_page(step, slos)))
+    if step.untrusted:
+        raise typer.Exit(_UNTRUSTED)
+    if step.slo_misses:
+        raise typer.Exit(_MISSED)
+
+
+def _run(
+    url: str, trace_file: Path, load: float, model: str, slos: tuple[Slo, ...], tokenizer: str, requests: int | None,
+    seconds: float | None, warmup: float, free_output: bool, closed_loop: int, timeout: float, early_stop: bool,
+    seed: int, quantiles: tuple[float, ...], records: Path | None, format: str, arrivals: str | None, api_key: str,
+    quiet: bool,
+) -> Step:  # fmt: skip
+    import tempfile
+
+    from tuner.engines.protocol import Cancelled, Endpoint, StepPlan
+    from tuner.load import windows
+    from tuner.load.formats import read_with_report
+    from tuner.load.step import measure
+
+    trace, report = read_with_report(trace_file, format, arrivals=arrivals, tokenizer=tokenizer or None, seed=seed)
+    for message in report.messages():
+        typer.echo(message, err=True)
+    if seconds is not None:
+        trace = windows.cut_time(trace, 0.0, seconds, name=trace.name)
+    if requests is not None:
+        trace = windows.cut(trace, 0, requests, name=trace.name)
+    if warmup < 0 or timeout <= 0 or closed_loop < 0:
+        raise UsageError("--warmup, --timeout and --closed-loop cannot be negative")
+    with tempfile.TemporaryDirectory() as folder:
+        plan = StepPlan(
+            load=load,
+            trace=trace,
+            window=trace.name,
+            slos=slos,
+            records=records or Path(folder) / "records.parquet",
+            warmup_s=warmup,
+            output="free" if free_output else "forced",
+            seed=seed,
+            request_timeout_s=timeout,
+            early_stop=early_stop,
+            quantiles=quantiles,
+            on_event=_Progress(quiet),
+        )
+        with _interrupt(plan.cancel):
+            try:
+                return measure(Endpoint(url, model, api_key, tokenizer), plan, concurrency=closed_loop)
+            except Cancelled:
+                where = f"; the records until then are in {records}" if records else ""
+                typer.echo(f"interrupted{where}", err=True)
+                raise typer.Exit(130) from None
+
+
+def _again(records: Path | None, slos: tuple[Slo, ...], quantiles: tuple[float, ...]) -> Step:
+    """A step from its records file alone."""
+    from tuner.load.records import read
+    from tuner.load.step import judge
+
+    if records is None:
+        raise UsageError("--recompute needs --records FILE")
+    return judge(read(records), slos, quantiles)
+
+
+def _slos(texts: list[str] | tuple[str, ...]) -> tuple[Slo, ...]:
+    from tuner.spec.slo import parse
+
+    try:
+        return tuple(parse(text) for text in texts)
+    except ValueError as error:
+        raise UsageError(str(error), where="--slo") from error
+
+
+def _quantiles(percentiles: list[float] | None) -> tuple[float, ...]:
+    for value in percentiles or ():
+        if not 0 < value < 100:
+            raise UsageError(f"percentile {value:g} is not between 0 and 100", where="--percentile")
+    return tuple(round(value / 100, 9) for value in percentiles or (50.0, 90.0, 95.0, 99.0))
+
+
+class _Progress:
+    """One changing line on a terminal, nothing elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet or not sys.stderr.isatty()
+
+    def __call__(self, name: str, data: Any) -> None:
+        if name == "note":
+            typer.echo(data["text"], err=True)
+        elif name == "progress" and not self._quiet:
+            end = "" if data["done"] < data["total"] else "\r\x1b[K"
+            text = f"{data['done']:,} of {data['total']:,} requests, {data['elapsed_s']:.0f} s"
+            print(f"\r\x1b[K{text}, about {data['remaining_s']:.0f} s left{end}", end="", file=sys.stderr, flush=True)
+
+
+class _interrupt:
+    """Ctrl-C sets the event, once; the second one ends the program as usual."""
+
+    def __init__(self, cancel: Any) -> None:
+        self._cancel = cancel
+
+    def __enter__(self) -> None:
+        import signal
+
+        def first(*_: object) -> None:
+            self._cancel.set()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        self._before = signal.signal(signal.SIGINT, first)
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        signal.signal(signal.SIGINT, self._before)
+
+
+def _plain(step: Step) -> dict[str, Any]:
+    """JSON-ready: numbers that JSON does not know (infinity) become null."""
+    return {
+        "load": step.load,
+        "window": step.window,
+        "metrics": {name: _finite(value) for name, value in step.metrics.items()},
+        "intervals": {name: [_finite(low), _finite(high)] for name, (low, high) in step.intervals.items()},
+        "slo_misses": list(step.slo_misses),
+        "untrusted": list(step.untrusted),
+        "stopped_early": step.stopped_early,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _page(step: Step, slos: tuple[Slo, ...]) -> list[str]:
+    m, lines = step.metrics, []
+    closed = m.get("closed_loop_concurrency")
+    loop = f", CLOSED LOOP with {closed:.0f} in flight: latencies leave out waiting at a given rate" if closed else ""
+    lines.append(f"{step.window} at load {step.load:g}{loop}")
+    lines.append(
+        f"{m['measured_requests']:,.0f} requests measured over {m['duration_s']:.1f} s, {m['cut_requests']:,.0f} cut "
+        f"as warm-up, ramp or tail; {m.get('error_rate', 0):.2%} failed"
+    )
+    if m["measured_requests"]:
+        lines += ["", *_latencies(step), "", *_rates(step)]
+    if step.stopped_early:
+        lines += ["", f"stopped early: {step.stopped_early}"]
+    for slo in slos:
+        miss = slo.miss(m)
+        lines.append(f"SLO {slo}: {'missed, ' + miss if miss else 'held'}")
+    lines += [f"UNTRUSTED: {reason}" for reason in step.untrusted]
+    return lines
+
+
+def _latencies(step: Step) -> list[str]:
+    m = step.metrics
+    labels = [name[5:-2] for name in m if name.startswith("ttft_") and name.endswith("_s")]
+    rows = [f"{'ms':14}" + "".join(f"{label:>11}" for label in labels) + "   95 % interval of " + labels[-3]]
+    names = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "end to end", "norm_latency": "per token"}
+    for latency, name in names.items():
+        cells = "".join(f"{_ms(m.get(f'{latency}_{label}_s')):>11}" for label in labels)
+        low, high = step.intervals.get(f"{latency}_{labels[-3]}_s", (math.nan, math.nan))
+        bounds = (
+            ""
+            if math.isnan(low)
+            else f"   {_ms(low)} to {_ms(high) if math.isfinite(high) else '? (too few requests)'}"
+        )
+        rows.append(f"{name:14}{cells}{bounds}")
+    return rows
+
+
+def _rates(step: Step) -> list[str]:
+    m = step.metrics
+    return [
+        f"{name:22}{m.get(key, 0):12,.2f} /s{'':4}within SLO {m.get('goodput_' + key, 0):12,.2f} /s"
+        for name, key in (
+            ("requests", "requests_per_s"),
+            ("output tokens", "output_tokens_per_s"),
+            ("input + output tokens", "total_tokens_per_s"),
+        )
+    ] + [f"{'offered':22}{m.get('offered_requests_per_s', 0):12,.2f} /s"]
+
+
+def _ms(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return "inf" if math.isinf(seconds) else f"{seconds * 1e3:,.2f}"
