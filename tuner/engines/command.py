@@ -1,0 +1,181 @@
+"""The engine ``command``: any OpenAI-compatible server, from a command with places for what the launcher decides."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+
+from tuner.engines.http import HttpServer, launch
+from tuner.engines.modelfolder import local_model
+from tuner.engines.protocol import Site, StepPlan, Teardown
+from tuner.engines.vllmlog import DIALECT
+from tuner.errors import UsageError
+from tuner.server.bootlog import SILENT
+from tuner.server.limits import Limits
+from tuner.server.start import Binding, Recipe
+from tuner.space.config import ServingConfig
+from tuner.spec.study import Study
+from tuner.study.outcome import Step
+
+_PLACE = re.compile(r"\{([A-Za-z][\w-]*)(?:=([^{}]*))?\}")
+_STOP_COMMAND_S = 60.0
+
+
+class CommandEngine:
+    """Implements :class:`tuner.engines.protocol.Engine`.
+
+    ``command`` are the words to execute; no shell reads them. Places in them: ``{port}``, ``{host}`` (127.0.0.1),
+    ``{model}``, ``{served}`` (a random name), ``{api_key}`` (random), ``{gpus}`` (indices, comma-separated),
+    ``{folder}`` (the trial's), ``{flags}`` as a word of its own (where the config's flags go; else they are appended),
+    and the name of any flag of the config, ``{ctx-size}`` or with a value for configs without it ``{ctx-size=4096}``.
+    A flag that has a place is not appended. The same places may stand in ``env`` and ``stop_command``, which is run
+    after the process tree has ended (``docker rm -f {served}``).
+
+    With ``{served}`` in the command the server has to list that name, and a stranger on the port is recognised; without
+    it any name is taken. ``health`` is the path that answers 200 when it is ready (empty: ``/v1/models`` is enough).
+    ``log`` says whose log it writes, ``vllm`` or nobody's known. ``shares_port``: it binds with ``SO_REUSEADDR``, so that
+    the port can be held for it until it does.
+    """
+
+    kind = "command"
+    emulated = False
+
+    def __init__(
+        self,
+        *,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        stop_command: Sequence[str] = (),
+        health: str = "/health",
+        tokenizer: str = "",
+        version: str = "unknown",
+        log: str = "",
+        start_limit_s: float = 1800.0,
+        phase_limit_s: float | None = None,
+        stop_wait_s: float = 15.0,
+        host_alone: bool | None = None,
+        shares_port: bool = False,
+    ) -> None:
+        """Raises ``UsageError`` where the command has no ``{port}``."""
+        if not any("{port}" in word for word in command):
+            raise UsageError("engine.command has no {port}", fix="let the launcher choose: --port {port}")
+        if log not in ("", "vllm"):
+            raise UsageError(f"engine.options.log is vllm or nothing, not {log!r}")
+        self.command, self.env, self.stop_command = tuple(command), dict(env or {}), tuple(stop_command)
+        self.health, self.tokenizer, self._version, self.log = health, tokenizer, version, log
+        self.start_limit_s, self.phase_limit_s, self.stop_wait_s = start_limit_s, phase_limit_s, stop_wait_s
+        self.host_alone, self.shares_port = host_alone, shares_port
+
+    @classmethod
+    def from_study(cls, study: Study) -> CommandEngine:
+        """The engine of a study; ``engine.options`` are the constructor's other keywords."""
+        if not study.engine.command:
+            raise UsageError("the command engine needs engine.command", where=study.source)
+        return cls(command=study.engine.command, **study.engine.options)
+
+    def version(self) -> str:
+        """See the protocol: what the study says it is."""
+        return self._version
+
+    def flags(self) -> frozenset[str] | None:
+        """See the protocol: nobody can be asked."""
+        return None
+
+    def launch(self, config: ServingConfig, site: Site) -> CommandServer:
+        """See the protocol. Raises ``UsageError`` for a place that is neither known nor a flag of the config."""
+        bound: list[Binding] = []
+
+        def words(binding: Binding) -> list[str]:
+            bound.append(binding)
+            return self.words(self.command, config, site, binding, flags=True)
+
+        def clean() -> None:
+            if self.stop_command and bound:
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                    argv = self.words(self.stop_command, config, site, bound[-1])
+                    subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_STOP_COMMAND_S)
+
+        try:
+            return CommandServer(launch(self._recipe(config, site, words), site), clean)
+        except BaseException:
+            clean()
+            raise
+
+    def words(
+        self, template: Sequence[str], config: ServingConfig, site: Site, binding: Binding, flags: bool = False
+    ) -> list[str]:
+        """``template`` with its places filled; with ``flags`` the config's other flags are put in or appended."""
+        places = {
+            "port": str(binding.port),
+            "host": "127.0.0.1",
+            "model": str(local_model(config.model) or config.model),
+            "served": binding.model,
+            "api_key": binding.api_key,
+            "gpus": ",".join(map(str, binding.gpus)),
+            "folder": str(site.folder.resolve()),
+        }
+        placed = {match[1].replace("_", "-") for word in template for match in _PLACE.finditer(word)}
+        rest = {name: value for name, value in config.flags.items() if name not in placed}
+        given = ServingConfig(config.model, {}, rest).args()
+
+        def fill(match: re.Match[str]) -> str:
+            name, default = match[1], match[2]
+            if name in places:
+                return places[name]
+            value = config.flags.get(name.replace("_", "-"), default)
+            if value is None:
+                raise UsageError(
+                    f"engine.command: {{{name}}} is neither {', '.join(places)}, flags nor a flag of this config",
+                    fix=f"write {{{name}=VALUE}} for configs without it",
+                )
+            return str(value)
+
+        filled: list[str] = []
+        for word in template:
+            filled += given if word == "{flags}" and flags else [_PLACE.sub(fill, word)]
+        return filled + (given if flags and "{flags}" not in template else [])
+
+    def _recipe(self, config: ServingConfig, site: Site, words: Callable[[Binding], list[str]]) -> Recipe:
+        def env(binding: Binding) -> dict[str, str]:
+            names, values = [*self.env, *config.env], [*self.env.values(), *config.env.values()]
+            return dict(zip(names, self.words(values, config, site, binding), strict=True))
+
+        named = any("{served}" in word for word in self.command)
+        fixed = {} if self.phase_limit_s is None else {"*": self.phase_limit_s}
+        silent_s = 60.0 if self.phase_limit_s is None else self.phase_limit_s
+        limits = Limits(total_s=self.start_limit_s, silent_s=silent_s, fixed_s=fixed)
+        tokenizer = self.tokenizer or str(local_model(config.model) or "")
+        return Recipe(
+            argv=words,
+            env=env,
+            tokenizer=tokenizer,
+            limits=limits,
+            model="" if named else config.model,
+            named=named,
+            shares_port=self.shares_port,
+            host_alone=not site.gpus if self.host_alone is None else self.host_alone,
+            health=self.health,
+            stop_wait_s=self.stop_wait_s,
+            dialect=DIALECT if self.log == "vllm" else SILENT,
+        )
+
+
+class CommandServer:
+    """A launched command; its stop command runs after its tree has ended."""
+
+    def __init__(self, server: HttpServer, clean: Callable[[], None]) -> None:
+        self._server, self._clean = server, clean
+        self.endpoint, self.boot = server.endpoint, server.boot
+
+    def measure(self, plan: StepPlan) -> Step:
+        """See the protocol."""
+        return self._server.measure(plan)
+
+    def stop(self) -> Teardown:
+        """See the protocol."""
+        teardown = self._server.stop()
+        clean, self._clean = self._clean, lambda: None
+        clean()
+        return teardown

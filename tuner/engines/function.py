@@ -1,0 +1,202 @@
+"""The engine ``function``: bring your own evaluator. A callable instead of a server; the study runs unchanged."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
+from tuner.errors import Infeasible as SaysInfeasible
+from tuner.errors import UsageError
+from tuner.space.config import ServingConfig
+from tuner.spec.study import Study
+from tuner.study.outcome import Boot, Infeasible, Step
+
+Evaluate = Callable[[dict[str, Any], float], Mapping[str, float]]
+GOODPUT, OUTPUT, COST = "goodput_output_tokens_per_s", "output_tokens_per_s", "cost_usd_per_mtok_output"
+
+
+class FunctionEngine:
+    """Implements :class:`tuner.engines.protocol.Engine` over ``target``, ``package.module:callable``.
+
+    The callable gets the serving parameters (a dict, a copy) and the load (a float), and returns a mapping of metrics
+    under the names of :class:`tuner.study.outcome.Step` (latencies in seconds: ``tpot_p99_s``), or raises
+    ``tuner.Infeasible(reason)``. ``required`` names must be in it, and one of ``output_tokens_per_s``,
+    ``goodput_output_tokens_per_s`` and ``cost_usd_per_mtok_output``. Where only the output is given, all of it counts
+    as goodput, less the ``error_rate``; an absent ``error_rate`` is 0.
+
+    ``folder`` is where the module is looked for first. Any other exception of the callable is that trial's outcome (a
+    crash), not the study's end.
+    """
+
+    kind = "function"
+
+    def __init__(
+        self, *, target: str, folder: str | Path = ".", required: tuple[str, ...] = (), emulated: bool = False
+    ) -> None:
+        self.target, self.folder, self.required, self.emulated = target, Path(folder), required, bool(emulated)
+        self._evaluate: Evaluate | None = None
+
+    @classmethod
+    def from_study(cls, study: Study) -> FunctionEngine:
+        """The engine of a study; the module is looked for beside the study file, also when the study is resumed."""
+        beside = study.frozen.get("frozen", {}).get("beside") or Path(study.source).parent
+        keys = {study.objective.latency_key, *(slo.key for slo in study.objective.slos)} - {"error_rate"}
+        if "target" not in study.engine.options:
+            raise UsageError(
+                "the function engine needs a target",
+                where=study.source,
+                fix='write engine: {kind: function, options: {target: "module:callable"}}',
+            )
+        return cls(folder=beside, required=tuple(sorted(keys)), **study.engine.options)
+
+    def version(self) -> str:
+        """See the protocol: the target."""
+        return self.target
+
+    def flags(self) -> frozenset[str] | None:
+        """See the protocol: any. The target is imported here, so that a bad one is refused before the study starts."""
+        self.evaluate()
+        return None
+
+    def evaluate(self) -> Evaluate:
+        """The callable. Raises ``UsageError`` where there is none."""
+        if self._evaluate is None:
+            self._evaluate = load_target(self.target, self.folder)
+        return self._evaluate
+
+    def launch(self, config: ServingConfig, site: Site) -> FunctionServer:
+        """See the protocol. Nothing starts."""
+        if site.cancel.is_set():
+            raise Cancelled
+        return FunctionServer(self.evaluate(), config, self)
+
+
+class FunctionServer:
+    """Implements :class:`tuner.engines.protocol.Server`: a step is one call."""
+
+    def __init__(self, evaluate: Evaluate, config: ServingConfig, engine: FunctionEngine) -> None:
+        self.endpoint: Endpoint | None = None
+        self.boot = Boot()
+        self._evaluate, self._config, self._engine = evaluate, config, engine
+
+    def measure(self, plan: StepPlan) -> Step:
+        """See the protocol; writes no records. Raises ``UsageError`` where the answer is not a mapping of metrics."""
+        if plan.cancel.is_set():
+            raise Cancelled
+        try:
+            answer = self._evaluate(dict(self._config.params), plan.load)
+        except SaysInfeasible as error:
+            reason = error.reason or "infeasible"
+            raise LaunchFailed(Infeasible("infeasible", reason, evidence=f"Infeasible: {reason}")) from None
+        except Exception as error:
+            raise LaunchFailed(_crash(error)) from error
+        metrics = self._checked(answer)
+        misses = tuple(miss for slo in plan.slos if (miss := slo.miss(metrics)))
+        return Step(load=plan.load, window=plan.window, metrics=metrics, slo_misses=misses)
+
+    def stop(self) -> Teardown:
+        """See the protocol; there is nothing to stop."""
+        return Teardown()
+
+    def _checked(self, answer: Any) -> dict[str, float]:
+        target = self._engine.target
+        if not isinstance(answer, Mapping):
+            raise UsageError(
+                f"{target} returned {type(answer).__name__}, not a mapping of metrics",
+                fix="return for example {'tpot_p99_s': 0.02, 'output_tokens_per_s': 900.0}",
+            )
+        metrics: dict[str, float] = {}
+        for name, value in answer.items():
+            try:
+                metrics[str(name)] = float(value)
+            except (TypeError, ValueError):
+                raise UsageError(f"{target} returned {name}={value!r}, which is not a number") from None
+            if math.isnan(metrics[str(name)]):
+                raise UsageError(f"{target} returned {name}=nan", fix="leave out what was not measured")
+        missing = [name for name in self._engine.required if name not in metrics]
+        if missing:
+            raise UsageError(
+                f"{target} did not return {', '.join(missing)}, which the objective needs",
+                fix=f"it returned {', '.join(sorted(metrics)) or 'nothing'}",
+            )
+        if not {OUTPUT, GOODPUT, COST} & metrics.keys():
+            raise UsageError(f"{target} returned none of {OUTPUT}, {GOODPUT} and {COST}: there is no cost without")
+        metrics.setdefault("error_rate", 0.0)
+        if GOODPUT not in metrics and OUTPUT in metrics:
+            metrics[GOODPUT] = metrics[OUTPUT] * (1 - metrics["error_rate"])
+        return metrics
+
+
+def load_target(target: str, folder: Path) -> Evaluate:
+    """The callable that ``package.module:callable`` (or ``file.py:callable``) names, looked for in ``folder`` first.
+
+    Raises ``UsageError``.
+    """
+    where, _, name = target.partition(":")
+    if not where or not name:
+        raise UsageError(f"bad target {target!r}", fix="write package.module:callable")
+    try:
+        module = _from_file(folder / where) if where.endswith(".py") else _from_name(where, folder)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{target} cannot be imported: {_where(error)}", fix=f"looked in {folder} first") from error
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise UsageError(f"{where} has no callable {name!r}", where=str(module.__file__ or ""))
+    return found  # type: ignore[return-value]
+
+
+def _from_name(name: str, folder: Path) -> ModuleType:
+    """Imports ``name`` with ``folder`` first on the path, where it stays: the callable may import later. A module of
+    the same name that came from elsewhere makes way."""
+    base = str(folder.resolve())
+    if base in sys.path:
+        sys.path.remove(base)
+    sys.path.insert(0, base)
+    first = name.partition(".")[0]
+    beside = importlib.machinery.PathFinder.find_spec(first, [base])
+    loaded = sys.modules.get(first)
+    if beside and loaded and getattr(loaded.__spec__, "origin", None) != beside.origin:
+        for other in [m for m in sys.modules if m == first or m.startswith(f"{first}.")]:
+            del sys.modules[other]
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
+
+
+def _from_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tuner_target_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _crash(error: Exception) -> Infeasible:
+    return Infeasible(
+        "crash",
+        f"the function raised {type(error).__name__}: {error}",
+        evidence=_where(error),
+        fix="correct the function, or raise tuner.Infeasible(reason) for what cannot serve",
+        stage="under load",
+    )
+
+
+def _where(error: Exception) -> str:
+    """``file:line: Kind: text`` of the innermost frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+    return f"{at}{type(error).__name__}: {error}"
