@@ -22,6 +22,11 @@ from tuner.search.model.closed_loop import ClosedLoop
 from tuner.search.model.constants import Constants
 
 _ROOT = Path(__file__).parents[2]
+_PARTS: dict[str, Callable[[Row], str]] = {
+    "model": lambda row: row.shape.name.removesuffix("-instruct-fp8"),  # the same model in another precision
+    "system": lambda row: row.system,
+    "engine": lambda row: row.engine,
+}
 
 
 def main() -> None:
@@ -29,7 +34,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=_ROOT / "../shared/silicon/measured.csv")
     parser.add_argument("--shapes", type=Path, default=_ROOT / "tests/search/shapes")
     parser.add_argument("--gpus", type=Path)
-    parser.add_argument("--cross-validate", action="store_true")
+    parser.add_argument("--leave-out", choices=tuple(_PARTS))
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--rows", action="store_true")
     options = parser.parse_args()
@@ -54,8 +59,8 @@ def main() -> None:
     if options.rows:
         for row, p in zip(rows, got, strict=True):
             print(line(row, p))
-    if options.cross_validate:
-        cross_validate(unique, fitted)
+    if options.leave_out:
+        leave_out(options.leave_out, unique, fitted)
 
 
 def _contradicts(row: Row) -> bool:
@@ -63,14 +68,15 @@ def _contradicts(row: Row) -> bool:
     return row.model == "Llama-3.1-8B-Instruct" and row.engine == "sglang"
 
 
-def cross_validate(rows: Sequence[Row], fitted: Sequence[Row]) -> None:
-    def leave_out(title: str, part_of: Callable[[Row], str]) -> None:
-        left = {part: fit([r for r in fitted if part_of(r) != part]) for part in sorted({part_of(r) for r in rows})}
-        show(f"{title} left out of the fit", rows, [predict(row, left[part_of(row)]) for row in rows], part_of)
-
-    leave_out("each model", lambda row: row.shape.name)
-    leave_out("each system", lambda row: row.system)
-    leave_out("each engine", lambda row: row.engine)
+def leave_out(name: str, rows: Sequence[Row], fitted: Sequence[Row]) -> None:
+    """Every row predicted with constants that were fitted without the rows of its model, system or engine."""
+    part_of = _PARTS[name]
+    constants = {}
+    for part in sorted({part_of(row) for row in rows}):
+        constants[part] = fit([row for row in fitted if part_of(row) != part])
+        print(f"without {part}: {constants[part]}", flush=True)
+    got = [predict(row, constants[part_of(row)]) for row in rows]
+    show(f"each {name} left out of the fit, each measurement once", rows, got, part_of)
 
 
 def show(

@@ -121,6 +121,13 @@ def test_a_log_s_kv_tokens_correct_the_next_prediction() -> None:
     assert plain.kv_tokens - other.kv_tokens == pytest.approx(40_000, abs=32)
 
 
+def test_maximum_concurrency_says_the_same_as_the_tokens() -> None:
+    first = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192})
+    by_tokens = correct(first, {"kv_cache_tokens": 40 * 8192})
+    by_concurrency = correct(first, {"max_concurrency": 40})
+    assert by_concurrency.overhead_bytes == pytest.approx(by_tokens.overhead_bytes)
+
+
 def test_measured_weights_correct_the_arithmetic() -> None:
     first = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192})
     learned = correct(first, {"weights_bytes": first.parts["weights"] * 1.1})

@@ -24,11 +24,10 @@ _CPU_RUNTIME_BYTES = 2.5 * _GIB  # three Python processes with torch imported
 @dataclass(frozen=True, slots=True)
 class MemoryCorrection:
     """What the server's own logs taught about memory: ``overhead_bytes`` per GPU on top of the arithmetic (negative:
-    it was too pessimistic), ``weights_share`` and ``kv_share``: measured over predicted. ``seen`` counts launches."""
+    it was too pessimistic), ``weights_share``: measured over predicted. ``seen`` counts launches."""
 
     overhead_bytes: float = 0.0
     weights_share: float = 1.0
-    kv_share: float = 1.0
     seen: int = 0
 
 
@@ -71,7 +70,6 @@ def fits_settings(
     per_token, fixed = parts["kv_per_token"], parts["kv_fixed"]
     sequence = per_token * settings.max_model_len + fixed
     room = parts["memory"] - used if settings.kv_bytes is None else settings.kv_bytes
-    room *= learned.kv_share
     if hardware.kind == "cpu" and settings.kv_bytes is not None:
         spare = parts["memory"] - used - settings.kv_bytes
         if spare < 0:
@@ -87,16 +85,17 @@ def fits_settings(
 
 def correct(fit: Fit, boot_facts: Mapping[str, float], learned: MemoryCorrection | None = None) -> MemoryCorrection:
     """What one launch teaches. ``fit`` is what had been predicted for it (with no correction), ``boot_facts`` what the
-    server's log said: ``kv_cache_tokens`` or ``max_concurrency``, ``weights_bytes``, ``free_bytes``. Averages over
-    launches; facts that are absent change nothing."""
+    server's log said: ``kv_cache_tokens`` or ``max_concurrency``, ``weights_bytes``. Averages over launches; facts that
+    are absent change nothing."""
     learned = learned or MemoryCorrection()
     n, known = learned.seen, dict(boot_facts)
     weights_share = known["weights_bytes"] / fit.parts["weights"] if _has(known, fit, "weights") else None
     per_token = fit.parts.get("kv_per_token", 0.0)
     overhead = None
-    if known.get("kv_cache_tokens", 0) > 0 and per_token > 0 and "memory" in fit.parts:
+    kv = known.get("kv_cache_tokens", 0.0) * per_token
+    kv = kv or known.get("max_concurrency", 0.0) * fit.parts.get("sequence", 0.0)
+    if kv > 0 and "memory" in fit.parts:
         weights = known.get("weights_bytes") or fit.parts["weights"]
-        kv = known["kv_cache_tokens"] * per_token
         predicted = sum(fit.parts[part] for part in ("activations", "graphs", "context"))
         overhead = fit.parts["memory"] - weights - kv - predicted
     if overhead is None and weights_share is None:
@@ -104,7 +103,6 @@ def correct(fit: Fit, boot_facts: Mapping[str, float], learned: MemoryCorrection
     return MemoryCorrection(
         overhead_bytes=_mean(learned.overhead_bytes, overhead, n),
         weights_share=_mean(learned.weights_share, weights_share, n),
-        kv_share=learned.kv_share,
         seen=n + 1,
     )
 

@@ -109,13 +109,17 @@ class ModelShape:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelShape:
-        """Reads ``path/config.json`` (or the file itself). Raises :class:`UsageError` where there is none, or where
-        its architecture is not known (the search then works without a model)."""
+        """Reads ``path/config.json`` (or the file itself, or the local Hugging Face cache's where ``path`` is a model's
+        id). Raises :class:`UsageError` where there is none, or where its architecture is not known (the search then
+        works without a model)."""
         from tuner.search.model.architecture import shape_of
+        from tuner.spec.facts import model_config
 
         file = Path(path) if str(path).endswith(".json") else Path(path) / "config.json"
         try:
-            data: Any = json.loads(file.read_text(encoding="utf-8"))
+            data: Any = model_config(str(path)) if not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
+            if not data:
+                raise FileNotFoundError(file)
         except FileNotFoundError:
             raise UsageError(
                 "there is no config.json to read the model's shape from",
