@@ -1,5 +1,4 @@
 import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -70,8 +69,3 @@ class Runner:
 @pytest.fixture
 def runner(workplace):
     return Runner(workplace, STUDY)
-
-
-@contextmanager
-def nothing():
-    yield

@@ -20,9 +20,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(trace_command.app, name="trace", help="Look at traces, convert, cut and synthesise them.")
-app.command("replay", rich_help_panel="Measure")(replay_command.replay)
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file, or a study folder.")]
 
@@ -125,7 +122,7 @@ def ui(
 def export(
     study: StudyArgument,
     form: Annotated[str, typer.Option("--format", help="vllm, compose, k8s or helm.")] = "vllm",
-    out: Annotated[Path | None, typer.Option(help="Where to write (default: the study folder).")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write to (default: the study's).")] = None,
 ) -> None:
     """Write the best configuration for deployment."""
     from tuner.cli import read as command
@@ -147,6 +144,15 @@ def doctor(json: Json = False) -> None:
     from tuner.cli import doctor as command
 
     raise typer.Exit(command.run(json))
+
+
+app.command("replay", rich_help_panel="Measure")(replay_command.replay)
+app.add_typer(
+    trace_command.app,
+    name="trace",
+    help="Look at traces, convert, cut and synthesise them.",
+    rich_help_panel="Measure",
+)
 
 
 def main() -> None:

@@ -76,11 +76,14 @@ def report(path: Path, out: Path | None) -> None:
 
 def export(path: Path, form: str, out: Path | None) -> None:
     """Writes the best configuration and prints the files' paths."""
-    from tuner import export as exports
+    from tuner.export import formats
 
     study, store = opened(path)
-    for file in exports.write(store, study, form, out or store.folder):
-        print(file)
+    folder = out or store.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in formats.export(store, study, form).items():
+        (folder / name).write_text(text, encoding="utf-8")
+        print(folder / name)
 
 
 def ui(path: Path | None, port: int) -> int:

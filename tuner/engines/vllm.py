@@ -95,7 +95,7 @@ class VllmEngine:
             )
         if "trust-remote-code" in config.flags and not self.trust_remote_code:
             raise UsageError("--trust-remote-code is not a parameter", fix="set engine.trust_remote_code: true instead")
-        model = self._model(config, site)
+        model = self.served_model(config, site.folder / "models")
         version = self.version() if self.python else "unknown"
         history = History(self.cache / "startup.json", f"vllm {version} {Path(config.model).name}")
         fixed = {} if self.phase_limit_s is None else {"*": self.phase_limit_s}
@@ -126,8 +126,11 @@ class VllmEngine:
             env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         return env | dict(config.env)
 
-    def _model(self, config: ServingConfig, site: Site) -> str:
-        """The folder or id that is served: the model, or its variant."""
+    def served_model(self, config: ServingConfig, models: Path | None = None) -> str:
+        """The folder or id that is served: the model, or its variant (written below ``models`` where it must be made).
+
+        Raises :class:`LaunchFailed` for a variant that does not exist.
+        """
         name = config.model_variant
         if not name:
             return config.model
@@ -138,7 +141,7 @@ class VllmEngine:
             fix = f"name a quantized model under engine.options.variants.{name}"
             raise LaunchFailed(Infeasible("model-not-found", message, fix=fix, stage="before launch"))
         try:
-            return str(variant(config.model, name, self.models or site.folder / "models"))
+            return str(variant(config.model, name, self.models or models or Path("models")))
         except UsageError as error:
             raise LaunchFailed(
                 Infeasible("model-not-found", error.message, fix=error.fix, stage="before launch")

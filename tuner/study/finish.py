@@ -50,7 +50,7 @@ def conclude(
     ready: Prepared, store: Store, writer: Recorder, ended: str, cancel: threading.Event, on_event: OnEvent
 ) -> Result:
     """Verifies (unless interrupted), chooses, exports and reports; all from the study folder."""
-    from tuner import export
+    from tuner.export import formats
     from tuner.report import page
 
     study = ready.study
@@ -60,7 +60,7 @@ def conclude(
     choice = choose(store.trials(), study.objective)
     files: list[Path] = []
     if choice.point is not None:
-        files += export.best_config(store, study)
+        files += formats.best_config(store, study)
     files.append(page.build(store, study, store.folder / "report.html"))
     if not cancel.is_set():
         writer.study_finished()

@@ -37,10 +37,18 @@ class Proposal:
 
 
 class Queue:
-    """Proposals of one study. ``refuse`` says why a config cannot run at all (memory), empty where it may."""
+    """Proposals of one study. ``refuse`` says why a config cannot run at all (memory), empty where it may; ``notes``
+    what is written beside it."""
 
-    def __init__(self, study: Study, store: Store, book: optuna.Study, refuse: Callable[[ServingConfig], str]) -> None:
-        self.study, self.store, self.book, self.refuse = study, store, book, refuse
+    def __init__(
+        self,
+        study: Study,
+        store: Store,
+        book: optuna.Study,
+        refuse: Callable[[ServingConfig], str],
+        notes: Callable[[ServingConfig], Mapping[str, Any]],
+    ) -> None:
+        self.study, self.store, self.book, self.refuse, self.notes = study, store, book, refuse, notes
         self.space = study.space
         self.baseline_hash = self.space.config(self.space.default(), study.model).hash
         records = store.trials()
@@ -58,12 +66,12 @@ class Queue:
             trial, params = ledger.ask(self.book, self.space)
             reason = self.why_not(params)
             config = self.space.config(params, self.study.model)
-            remeasure = trial.user_attrs.get("remeasure_of")
+            remeasure = "remeasure_of" in trial.user_attrs
             if reason:
                 self._refuse(params, reason)
                 outcome = Infeasible("refused", reason, stage="before launch")
                 self._tell(trial, outcome, free=True)
-            elif config.hash in self._known and remeasure is None:
+            elif config.hash in self._known and not remeasure:
                 record = self._known[config.hash]
                 self._repeat(trial, record)
             else:
@@ -101,22 +109,29 @@ class Queue:
         self.book.tell(trial, state=TrialState.FAIL)
 
     def _start(
-        self, trial: optuna.Trial, params: Mapping[str, Value], config: ServingConfig, remeasure: int | None
+        self, trial: optuna.Trial, params: Mapping[str, Value], config: ServingConfig, remeasure: bool
     ) -> Proposal:
         number, self._next = self._next, self._next + 1
         baseline = config.hash == self.baseline_hash
-        notes = trial.user_attrs
-        why = notes.get("why") or notes.get("reason") or ("the engine's default" if baseline else self.study.sampler)
+        told = trial.user_attrs
+        why = told.get("why") or told.get("reason") or ("the engine's default" if baseline else self.study.sampler)
         repeat = self._launches[config.hash]
         self._launches[config.hash] += 1
-        self._known.setdefault(config.hash, None)
+        earlier = self._known.setdefault(config.hash, None)
+        first = earlier.number if earlier and remeasure else None
         trial.set_user_attr("trial", number)
-        notes = {"baseline": baseline, "emulated": self.study.engine.kind == "emulator", "why": why, "repeat": repeat}
-        predicted = trial.user_attrs.get("predicted")
         self.store.start_trial(
-            number, config, params, optuna=trial.number, remeasure_of=remeasure, predicted=predicted, **notes
+            number,
+            config,
+            params,
+            optuna=trial.number,
+            baseline=baseline,
+            why=why,
+            repeat=repeat,
+            remeasure_of=first,
+            **self.notes(config),
         )
-        return Proposal(number, trial, params, config, baseline, why, repeat, remeasure)
+        return Proposal(number, trial, params, config, baseline, why, repeat, first)
 
     def _remember(self, key: str, record: TrialRecord | None, again: bool) -> None:
         if again:
@@ -151,7 +166,7 @@ class Queue:
             if config.hash not in self._known and not self.why_not(params):
                 self.book.enqueue_trial(dict(params), user_attrs={"why": "untried; the sampler repeats itself"})
                 trial, params = ledger.ask(self.book, self.space)
-                return self._start(trial, params, config, None)
+                return self._start(trial, params, config, remeasure=False)
         return None
 
     def _recover(self, records: list[TrialRecord]) -> None:

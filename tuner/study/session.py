@@ -6,13 +6,13 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuner.engines import build
-from tuner.engines.protocol import Engine, OnEvent
+from tuner.engines.protocol import Engine, LaunchFailed, OnEvent
 from tuner.errors import UsageError
 from tuner.search.prediction import Predictor
 from tuner.space.config import ServingConfig
@@ -42,6 +42,18 @@ class Prepared:
     traffic: workload.Workload
     predictor: Predictor | None
     no_model: str  # why there is no analytic model, in words
+
+    def notes(self, config: ServingConfig) -> dict[str, Any]:
+        """What a trial's record says beside its config: on what it ran, and what the model predicted of it."""
+        served = getattr(self.engine, "served_model", None)
+        noted: dict[str, Any] = {"engine_version": self.engine.version(), "device": self.study.hardware.name}
+        noted["emulated"] = self.engine.emulated
+        with suppress(LaunchFailed):
+            noted["model_folder"] = served(config) if served else config.model
+        if self.predictor is not None:
+            ladder = self.study.load.ladder
+            noted["predicted"] = {f"{load:g}": dict(self.predictor.predict(config, load).metrics) for load in ladder}
+        return noted
 
     def why_not(self, config: ServingConfig) -> str:
         """Why memory arithmetic refuses ``config``; empty where it may run."""
@@ -164,7 +176,7 @@ def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.
 
     study = ready.study
     book, stop_early = _book(ready, store)
-    proposals = queue.Queue(study, store, book, ready.why_not)
+    proposals = queue.Queue(study, store, book, ready.why_not, ready.notes)
     _tell_refusals(study, store, proposals, on_event)
     share = 1 - study.budget.verify_share
 

@@ -60,7 +60,7 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     def launch(config: ServingConfig, label: str) -> Iterator[_Rig]:
         number = max((t.number for t in store.trials()), default=-1) + 1
         baseline = config.hash == default.hash
-        notes = {"baseline": baseline, "emulated": ready.engine.emulated, "role": "verify", "label": label}
+        notes = {**ready.notes(config), "baseline": baseline, "role": "verify", "label": label}
         folder = store.start_trial(number, config, config.params, **notes)
         inner = bench.of_trial(number)
         inner.on_event("launch", {"config": config, "baseline": baseline, "why": label})
