@@ -35,6 +35,12 @@ def changes(config: ServingConfig, default: ServingConfig | None) -> dict[str, V
 
 def describe(config: ServingConfig, default: ServingConfig | None) -> str:
     """The differences on one line, ``max-num-batched-tokens=8192 no-enable-prefix-caching``; ``engine default``
-    where there are none."""
-    words = [name if value is None else f"{name}={value}" for name, value in changes(config, default).items()]
-    return " ".join(words) or "engine default"
+    where there are none. For reading: JSON stands without its quotes."""
+    return " ".join(words(name, value) for name, value in changes(config, default).items()) or "engine default"
+
+
+def words(name: str, value: Value | None) -> str:
+    """One difference, as :func:`describe` writes it."""
+    if isinstance(value, str) and value.startswith("{"):
+        value = value.replace('"', "").replace(": ", ":")
+    return name if value is None else f"{name}={value}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tuner.pareto.changes import baseline_of, describe
-from tuner.pareto.choice import choose
 from tuner.pareto.front import front, points
+from tuner.pareto.recommend import recommended
 from tuner.spec.study import Study
 from tuner.study.store import Store
 
@@ -16,7 +16,7 @@ def markdown(store: Store, study: Study) -> str:
     trials = store.trials()
     objective = study.objective
     default = baseline_of(trials)
-    choice = choose(trials, objective)
+    choice = recommended(store, study)
     lines = [f"# {study.name}", ""]
     if any(t.emulated for t in trials):
         lines += ["**EMULATED: these numbers come from a model of the hardware, nothing was measured.**", ""]

@@ -1,0 +1,99 @@
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests import studies
+from tuner.errors import UsageError
+from tuner.report.terminal import front_data, front_table, trial_data, trial_view
+from tuner.study.outcome import Infeasible
+from tuner.study.store import Store
+
+OBJECTIVE = studies.objective()
+
+
+def shown(view, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(view)
+    return console.export_text()
+
+
+@pytest.fixture
+def made(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    studies.measured(0, (studies.step(1.0, OBJECTIVE),), store, baseline=True)
+    steps = (studies.step(2.0, OBJECTIVE, tokens_per_s=2000), studies.step(3.0, OBJECTIVE, tpot_s=math.inf))
+    studies.measured(1, steps, store, params={"max_num_batched_tokens": 8192})
+    studies.add(2, Infeasible("oom-kv", "no room for the KV cache", "ValueError: 3.1 GiB", "lower it"), store)
+    return store, studies.study(tmp_path / "s")
+
+
+def test_the_table_shows_cost_latency_load_throughput_and_only_the_flags_that_differ(made):
+    text = shown(front_table(*made))
+    row = next(line for line in text.splitlines() if line.strip().startswith("→"))
+    assert row.split()[:8] == ["→", "0.347", "±3", "%", "20", "±3", "%", "2"]
+    assert "2,000" in row and "max-num-batched-tokens=8192" in text and "max-model-len" not in text
+    assert "1 x oom-kv" in text and "-50.0 %" in text
+
+
+def test_the_default_stands_below_a_front_that_it_is_not_on(made):
+    lines = shown(front_table(*made)).splitlines()
+    costs = [line.split()[0] for line in lines if "±3 %" in line and not line.strip().startswith("→")]
+    assert costs == ["0.694"] and "0  engine default" in "\n".join(lines)
+
+
+def test_the_data_is_strict_json_and_carries_intervals(made):
+    data = json.loads(json.dumps(front_data(*made), allow_nan=False))
+    assert [p["trial"] for p in data["front"]] == [1]
+    assert data["front"][0]["cost_usd_per_mtok_output_95"][0] < data["front"][0]["cost_usd_per_mtok_output"]
+    assert data["recommended"]["changes"] == {"max-num-batched-tokens": 8192}
+    assert data["cost_change"]["relative"] == pytest.approx(-0.5) and data["cost_change"]["proven"] is True
+    assert data["failures"] == {"oom-kv": 1}
+
+
+def test_a_study_without_a_feasible_step_says_what_came_nearest(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=5, slow=10)
+    assert "Nearest: trial" in shown(front_table(store, study))
+    data = front_data(store, study)
+    assert data["front"] == [] and data["recommended"] is None and "Nearest" in data["text"]
+
+
+def test_an_empty_study_is_no_error(tmp_path: Path):
+    store, study = Store(tmp_path / "s"), studies.study(tmp_path / "s")
+    assert "No trial has finished yet" in shown(front_table(store, study))
+
+
+def test_emulated_figures_are_called_so(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=2, emulated=True)
+    assert "EMULATED" in shown(front_table(store, study)) and "EMULATED" in shown(trial_view(store, study, 0))
+
+
+def test_a_failed_trial_shows_its_evidence_and_its_fix(made):
+    text = shown(trial_view(*made, 2))
+    assert "Trial 2: infeasible" in text and "Evidence: ValueError: 3.1 GiB" in text and "Fix: lower it" in text
+
+
+def test_a_trial_shows_every_step_and_its_data_is_strict_json(made):
+    text = shown(trial_view(*made, 1), 120)
+    assert "--max-num-batched-tokens 8192" in text and "met" in text and "tpot_p99 inf ms > 50 ms" in text
+    data = json.loads(json.dumps(trial_data(*made, 1), allow_nan=False))
+    assert [s["load"] for s in data["outcome"]["steps"]] == [2.0, 3.0]
+    assert data["outcome"]["steps"][1]["metrics"]["tpot_p99_s"] is None
+
+
+def test_a_trial_that_is_not_there_is_refused_in_words(made):
+    with pytest.raises(UsageError, match="no finished trial 9"):
+        trial_view(*made, 9)
+
+
+def test_points_that_cannot_be_told_apart_name_each_other(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    studies.measured(0, (studies.step(1.0, OBJECTIVE),), store, baseline=True)
+    near = replace(studies.step(1.0, OBJECTIVE, tokens_per_s=1005))
+    studies.measured(7, (near,), store, params={"max_num_seqs": 64})
+    data = front_data(store, studies.study(tmp_path / "s"))
+    assert data["front"][0]["not_told_apart_from"] == [{"trial": 0, "load": 1.0}]

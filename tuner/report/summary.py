@@ -1,0 +1,106 @@
+"""What every view of a study starts from: its trials, points, front and recommendation, read once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.pareto.changes import baseline_of, describe
+from tuner.pareto.choice import Choice
+from tuner.pareto.front import Interval, Point, front, points
+from tuner.pareto.recommend import recommended
+from tuner.space.config import ServingConfig
+from tuner.spec.study import Study
+from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Untrusted
+from tuner.study.store import Store, TrialRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """``trials`` are all, ``search`` those of the search; ``points`` and ``front`` come from the search (verification
+    has loads and windows of its own); ``default`` is the engine's default, where it was launched."""
+
+    study: Study
+    trials: Sequence[TrialRecord]
+    search: Sequence[TrialRecord]
+    points: Sequence[Point]
+    front: Sequence[Point]
+    choice: Choice
+    default: TrialRecord | None
+    emulated: bool
+
+    def name(self, config: ServingConfig) -> str:
+        """The config as its difference to the engine's default."""
+        return describe(config, self.default.config if self.default else None)
+
+    def kinds(self) -> Mapping[str, int]:
+        """How many trials ended how."""
+        return Counter(kind(t.outcome) for t in self.trials)
+
+
+def summarize(store: Store, study: Study) -> Summary:
+    """Reads the study folder once."""
+    trials = store.trials()
+    search = [t for t in trials if t.role == "search"]
+    found = points(search, study.objective)
+    return Summary(
+        study=study,
+        trials=trials,
+        search=search,
+        points=found,
+        front=front(found),
+        choice=recommended(store, study),
+        default=baseline_of(search) or baseline_of(trials),
+        emulated=any(t.emulated for t in trials) or study.engine.kind == "emulator",
+    )
+
+
+def kind(outcome: Outcome) -> str:
+    """``measured``, ``infeasible``, ``untrusted`` or ``stopped``."""
+    return "stopped" if isinstance(outcome, Aborted) else type(outcome).__name__.lower()
+
+
+def why(outcome: Outcome) -> str:
+    """In a few words why there is no full measurement; empty for Measured."""
+    match outcome:
+        case Infeasible(message=message):
+            return message
+        case Untrusted(reasons=reasons):
+            return "; ".join(reasons)
+        case Aborted(reason=reason):
+            return reason
+        case Measured():
+            return ""
+    return ""
+
+
+def label(metric: str) -> str:
+    """``tpot_p99`` as a reader knows it: ``TPOT p99``."""
+    head, _, stat = metric.rpartition("_")
+    words = {"norm_latency": "latency per token", "e2e": "end-to-end", "error_rate": "error rate"}
+    return f"{words.get(head, head.upper())} {stat}" if head and metric != "error_rate" else words.get(metric, metric)
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.4g}" if math.isfinite(seconds) else "-"
+
+
+def spread(value: float, interval: Interval | None) -> str:
+    """The larger half width of an interval in per cent, ``±3 %``; empty where there is none."""
+    if interval is None or not value or not all(map(math.isfinite, interval)):
+        return ""
+    return f"±{max(value - interval[0], interval[1] - value) / value * 100:.2g} %"
+
+
+def clean(data: Any) -> Any:
+    """``data`` for strict JSON: what is not finite becomes None."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    if isinstance(data, Mapping):
+        return {str(key): clean(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [clean(value) for value in data]
+    return data

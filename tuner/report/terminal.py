@@ -1,0 +1,204 @@
+"""The front and a single trial on the terminal, and the same as JSON-ready data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import UsageError
+from tuner.pareto.changes import changes
+from tuner.pareto.front import COST, Point
+from tuner.report.summary import Summary, clean, kind, label, ms, spread, summarize, why
+from tuner.spec.study import Study
+from tuner.study.outcome import Infeasible, Step, to_dict
+from tuner.study.store import Store, TrialRecord
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+THROUGHPUT = "output_tokens_per_s"
+
+
+def front_data(store: Store, study: Study) -> dict[str, Any]:
+    """The front, the recommendation and what failed; latencies in seconds, money in USD."""
+    s = summarize(store, study)
+    choice = s.choice
+    return clean(
+        {
+            "study": study.name,
+            "folder": str(store.folder),
+            "emulated": s.emulated,
+            "latency": study.objective.latency,
+            "slo": [str(slo) for slo in study.objective.slos],
+            "trials": dict(s.kinds()),
+            "front": [_point_data(s, p) for p in s.front],
+            "recommended": _point_data(s, choice.point) if choice.point else None,
+            "default": _point_data(s, choice.baseline) if choice.baseline else None,
+            "cost_change": _change(choice.cost_change),
+            "latency_change": _change(choice.latency_change),
+            "text": choice.text,
+            "failures": dict(_causes(s)),
+        }
+    )
+
+
+def front_table(store: Store, study: Study) -> RenderableType:
+    """The front as a table, cheapest first, with the recommendation in words below it."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    s = summarize(store, study)
+    parts: list[RenderableType] = []
+    if s.emulated:
+        parts.append(Text("EMULATED: a model of the hardware answered, nothing was measured.", style="bold yellow"))
+    if s.front:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table.add_column("", width=1)
+        latency = f"{label(study.objective.latency)}\nms"
+        for name in ("$ per M\nout tokens", latency, "load", "out\ntokens/s", "trial", "not told\napart from"):
+            table.add_column(name, justify="right", no_wrap=True)
+        shown = list(s.front)
+        defaults = [p for p in s.points if p.baseline and p.ok]
+        if defaults and not any(p.baseline for p in shown):
+            shown.append(min(defaults, key=lambda p: p.cost))
+        for p in shown:
+            style = "bold" if _chosen(s, p) else "dim" if p not in s.front else None
+            table.add_row(*_row(s, p), style=style)
+        parts.append(table)
+        names = {p.trial: s.name(p.config) for p in shown}
+        legend = Table.grid(padding=(0, 2))
+        legend.add_column(justify="right")
+        legend.add_column(overflow="fold")
+        for number, name in names.items():
+            legend.add_row(str(number), name)
+        parts += [Text("Flags off the engine's default, by trial", style="bold"), legend, Text("")]
+    parts.append(Text(s.choice.text))
+    causes = _causes(s)
+    if causes:
+        parts.append(Text("Failed: " + ", ".join(f"{n} x {cause}" for cause, n in causes.most_common())))
+    return Group(*parts)
+
+
+def trial_data(store: Store, study: Study, number: int) -> dict[str, Any]:
+    """One trial, whole. Raises UsageError where there is no such trial."""
+    s = summarize(store, study)
+    trial = _trial(s, store, number)
+    return clean(
+        {
+            "trial": trial.number,
+            "role": trial.role,
+            "baseline": trial.baseline,
+            "emulated": trial.emulated,
+            "config": trial.config.to_dict() | {"hash": trial.config.hash},
+            "changes": changes(trial.config, s.default.config if s.default else None),
+            "params": dict(trial.params),
+            "started_s": trial.started_s,
+            "ended_s": trial.ended_s,
+            "outcome": to_dict(trial.outcome),
+            "folder": str(trial.folder),
+            "extra": dict(trial.extra or {}),
+        }
+    )
+
+
+def trial_view(store: Store, study: Study, number: int) -> RenderableType:
+    """One trial: its command line, its start-up, every load step, and what went wrong. Raises UsageError where there is
+    no such trial."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    s = summarize(store, study)
+    trial = _trial(s, store, number)
+    outcome = trial.outcome
+    head = f"Trial {trial.number}: {kind(outcome)}" + (", the engine's default" if trial.baseline else "")
+    head += (", verification" if trial.role == "verify" else "") + (", EMULATED" if trial.emulated else "")
+    parts: list[RenderableType] = [Text(head, style="bold"), Text(s.name(trial.config))]
+    parts.append(Text(" ".join(trial.config.args()) or "(no flags)", style="dim"))
+    boot = outcome.boot
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in boot.phases_s.items())
+    parts.append(Text(f"Start-up {boot.total_s:.1f} s" + (f" ({phases})" if phases else "")))
+    if outcome.steps:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        latencies = list(
+            dict.fromkeys([study.objective.latency, *(x.metric for x in study.objective.slos if x.latency)])
+        )
+        for name in ("load", "$ per M\nout tokens", *(f"{label(m)}\nms" for m in latencies), "out\ntokens/s"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("SLO", overflow="fold")
+        for step in outcome.steps:
+            table.add_row(*_step_row(step, latencies))
+        parts.append(table)
+    if why(outcome):
+        parts.append(Text(why(outcome), style="bold"))
+    if isinstance(outcome, Infeasible):
+        parts += [Text(f"Evidence: {outcome.evidence}")] if outcome.evidence else []
+        parts += [Text(f"Fix: {outcome.fix}")] if outcome.fix else []
+    parts.append(Text(str(trial.folder), style="dim"))
+    return Group(*parts)
+
+
+def _row(s: Summary, p: Point) -> tuple[str, ...]:
+    ties = list(dict.fromkeys(trial for trial, _ in p.ties))
+    return (
+        "→" if _chosen(s, p) else "",
+        f"{p.cost:.3g} {spread(p.cost, p.cost_interval)}".strip(),
+        f"{ms(p.latency)} {spread(p.latency, p.latency_interval)}".strip(),
+        f"{p.load:g}",
+        f"{p.metrics[THROUGHPUT]:,.0f}" if THROUGHPUT in p.metrics else "-",
+        str(p.trial),
+        ", ".join(map(str, ties[:3])) + (" ..." if len(ties) > 3 else ""),
+    )
+
+
+def _step_row(step: Step, latencies: list[str]) -> tuple[str, ...]:
+    cost = step.metrics.get(COST)
+    verdict = "; ".join((*step.untrusted, *step.slo_misses)) or "met"
+    return (
+        f"{step.load:g}",
+        f"{cost:.3g}" if cost is not None else "-",
+        *(ms(step.metrics.get(f"{metric}_s", float("nan"))) for metric in latencies),
+        f"{step.metrics[THROUGHPUT]:,.0f}" if THROUGHPUT in step.metrics else "-",
+        verdict,
+    )
+
+
+def _chosen(s: Summary, p: Point) -> bool:
+    best = s.choice.point
+    return best is not None and best.role == "search" and best.key == p.key
+
+
+def _point_data(s: Summary, p: Point) -> dict[str, Any]:
+    return {
+        "trial": p.trial,
+        "load": p.load,
+        COST: p.cost,
+        f"{COST}_95": p.cost_interval,
+        s.study.objective.latency_key: p.latency,
+        f"{s.study.objective.latency_key}_95": p.latency_interval,
+        THROUGHPUT: p.metrics.get(THROUGHPUT),
+        "baseline": p.baseline,
+        "role": p.role,
+        "trials": list(p.trials),
+        "not_told_apart_from": [{"trial": trial, "load": load} for trial, load in p.ties],
+        "changes": changes(p.config, s.default.config if s.default else None),
+        "flags": dict(p.config.flags),
+    }
+
+
+def _change(change: Any) -> dict[str, Any] | None:
+    return {"relative": change.value, "interval_95": change.interval, "proven": change.proven} if change else None
+
+
+def _causes(s: Summary) -> Counter[str]:
+    return Counter(t.outcome.cause for t in s.trials if isinstance(t.outcome, Infeasible))
+
+
+def _trial(s: Summary, store: Store, number: int) -> TrialRecord:
+    found = next((t for t in s.trials if t.number == number), None)
+    if found is None:
+        raise UsageError(f"no finished trial {number} in {store.folder}", fix="See tuner front for the trials.")
+    return found
