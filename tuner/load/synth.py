@@ -155,7 +155,7 @@ def scale(
     """
     if not (length > 0 and rate > 0 and math.isfinite(length) and math.isfinite(rate)):
         raise UsageError(f"factors {length:g} on length and {rate:g} on rate", fix="Give factors above 0")
-    if min(max_input_tokens or 1, max_output_tokens or 1) < 1:
+    if any(most is not None and most < 1 for most in (max_input_tokens, max_output_tokens)):
         raise UsageError("a longest prompt or output below one token", fix="Give at least 1")
     width, factor_in = trace.block_tokens, length
     if width:

@@ -123,17 +123,19 @@ def read_own(path: Path, tally: Tally) -> Parts:
         tokens_in = values.tokens(field_of(line, "input_tokens"), at_least=1)
         tokens_out = values.tokens(field_of(line, "output_tokens"))
         ids: list[int] | list[str] = []
+        width = 0
         if line.get("block_ids"):
             width = values.tokens(field_of(line, "block_tokens"), at_least=1)
             if width != (requests.block_tokens or width) or width > _MAX_BLOCK_TOKENS:
-                raise BadLine(f"block_tokens is not {requests.block_tokens or 'possible'} as before")
+                raise BadLine("block_tokens is too large, or not as before")
             ids = requests.block_list(line["block_ids"], tokens_in, width)
-            requests.block_tokens = width
-        text = line.get("text")
-        if (text is not None and not isinstance(text, str)) or (bool(text) != bool(requests.texts) and requests.input):
-            raise BadLine("text is not text, or only some lines have one")
-        if requests.append(time, tokens_in, tokens_out, ids) and text:
-            requests.texts.append(text)
+        text = None if line.get("text") is None else values.text(line["text"])
+        if requests.input and (text is None) != (not requests.texts):
+            raise BadLine("only some lines have a text")
+        if requests.append(time, tokens_in, tokens_out, ids):
+            requests.block_tokens = requests.block_tokens or width
+            if text is not None:
+                requests.texts.append(text)
 
     read_rows(path, tally, row)
     return requests.parts()

@@ -135,9 +135,7 @@ def openai_chat(talk: _Talk, entry: dict[str, Any]) -> None:
 
 def vllm_custom(talk: _Talk, entry: dict[str, Any]) -> None:
     """``prompt`` and ``output_tokens``."""
-    prompt = field_of(entry, "prompt")
-    if not isinstance(prompt, str):
-        raise BadLine("prompt is not text")
+    prompt = values.text(field_of(entry, "prompt"))
     talk.append(prompt, "", _UNKNOWN, values.tokens(field_of(entry, "output_tokens"), at_least=1), _time(entry))
 
 
@@ -154,10 +152,7 @@ def _text(content: Any) -> str:
         content = "\n".join(
             part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
         )
-    if not isinstance(content, str):
-        raise BadLine("a message is not text")
-    # a lone surrogate (from a \ud800 escape) cannot be sent as UTF-8
-    return content.encode("utf-8", errors="replace").decode("utf-8")
+    return values.text(content)
 
 
 def _time(*sources: dict[str, Any]) -> float:

@@ -56,9 +56,16 @@ def seconds(value: Any, *, unit_s: float = 1.0) -> float:
     return value * unit_s
 
 
-def nanoseconds(text: str) -> int:
+def text(value: Any) -> str:
+    """A text that can be sent as UTF-8: half of a surrogate pair (a \\ud800 escape) becomes a question mark."""
+    if not isinstance(value, str):
+        raise BadLine("text is not text")
+    return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def nanoseconds(value: str) -> int:
     """An ISO 8601 time (date and time of day, up to nine fractional digits, with or without zone) as Unix ns."""
-    match = _TIMESTAMP.fullmatch(text.strip())
+    match = _TIMESTAMP.fullmatch(value.strip())
     if not match:
         raise BadLine("time is not a timestamp")
     date, time, fraction, zone = match.groups()

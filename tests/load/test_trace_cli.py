@@ -1,0 +1,219 @@
+"""`tuner trace`: what it shows agrees with pandas, what it writes can be read, what it refuses says what to do."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from tuner.cli.trace import app
+from tuner.errors import UsageError
+from tuner.load import formats
+
+SHARED = Path(__file__).parents[2] / "../shared/traces"
+CONVERSATION = "mooncake_fast25_conversation.first4000.jsonl"
+
+
+def shared(name: str) -> str:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"no shared trace {name}")
+    return str(path)
+
+
+def run(*arguments: object) -> str:
+    """The command's stdout; errors come as they are raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def table(name: str) -> pd.DataFrame:
+    """A shared trace as pandas reads it: arrival_s, input, output, blocks (lists), without a line of ours."""
+    path = shared(name)
+    if name.startswith("azure"):
+        frame = pd.read_csv(path)
+        stamps = pd.to_datetime(frame["TIMESTAMP"])
+        frame["arrival_s"] = (stamps - stamps.min()).dt.total_seconds()
+        # total_seconds rounds to microseconds; these files have no finer digits
+        assert (stamps.astype("datetime64[ns]").astype("int64") % 1000 == 0).all()
+        return frame.rename(columns={"ContextTokens": "input", "GeneratedTokens": "output"})
+    if name.startswith("mooncake"):
+        frame = pd.DataFrame(map(json.loads, Path(path).read_text().splitlines()))
+        frame["arrival_s"] = (frame["timestamp"] - frame["timestamp"].min()) / 1000
+        return frame.rename(columns={"input_length": "input", "output_length": "output", "hash_ids": "blocks"})
+    return pd.read_csv(path).rename(columns={"num_prefill_tokens": "input", "num_decode_tokens": "output"})
+
+
+def length_line(tokens: pd.Series) -> str:
+    """Nearest rank by pandas' own definition of it: the inverse of the empirical distribution."""
+    p50, p90, p99 = (int(tokens.sort_values().iloc[math.ceil(p / 100 * len(tokens)) - 1]) for p in (50, 90, 99))
+    return f"p50 {p50}, p90 {p90}, p99 {p99}, max {tokens.max()}, mean {tokens.mean():.1f}, total {tokens.sum()}"
+
+
+@pytest.mark.parametrize("name", ["azure_llm_2023_code.csv", "azure_llm_2023_conv.csv", CONVERSATION])
+def test_info_agrees_with_pandas_to_the_last_digit_shown(name):
+    page, frame = run("info", shared(name)), table(name)
+    gaps = frame["arrival_s"].sort_values().diff().dropna()
+    duration_s = frame["arrival_s"].max() - frame["arrival_s"].min()
+    assert f"requests        {len(frame)}\n" in page
+    assert f"duration        {duration_s:.1f} s, longest gap {gaps.max():.1f} s\n" in page
+    cv = gaps.std(ddof=0) / gaps.mean()
+    assert f"arrival rate    {1 / gaps.mean():.2f} /s, burstiness (CV of the gaps) {cv:.2f}\n" in page
+    assert f"input tokens    {length_line(frame['input'])}\n" in page
+    assert f"output tokens   {length_line(frame['output'])}\n" in page
+    if "blocks" not in frame:
+        assert "prefix sharing  none known\n" in page
+        return
+    blocks = frame[["input", "blocks"]].explode("blocks").reset_index(names="row")
+    first = blocks.drop_duplicates("blocks").set_index("blocks")["row"]
+    seen = blocks["row"] > blocks["blocks"].map(first)
+    # every shared block of these files is full: tokens are counted from each row's last block being partial
+    place = blocks.groupby("row").cumcount()
+    tokens = (blocks["input"] - place * 512).clip(upper=512)
+    assert (
+        f"prefix sharing  {seen.mean():.1%} of blocks (512 tokens each) and "
+        f"{tokens[seen].sum() / frame['input'].sum():.1%} of prompt tokens seen before\n" in page
+    )
+
+
+def test_info_agrees_with_pandas_for_lengths_without_arrivals():
+    page = run("info", shared("vidur_arxiv_lengths.first1000.csv"), "--arrivals", "poisson:2")
+    frame = table("vidur_arxiv_lengths.first1000.csv")
+    assert f"requests        {len(frame)}\n" in page
+    assert f"input tokens    {length_line(frame['input'])}\n" in page
+    assert f"output tokens   {length_line(frame['output'])}\n" in page
+
+
+def test_the_published_table_of_the_shared_traces_comes_out():
+    """The figures of the traces' own README, computed by others."""
+    expected = {
+        "azure_llm_2023_code.csv": ("3435.9 s", "2.57 /s", "13.15", "p50 1469, p90 5194, p99 7436, max 7437"),
+        "azure_llm_2023_conv.csv": ("3501.7 s", "5.53 /s", "1.09", "p50 1020, p90 2735, p99 4142, max 14050"),
+        CONVERSATION: ("1302.0 s", "3.07 /s", "2.87", "p50 7864, p90 28981, p99 94407, max 123192", "32.6% of blocks"),
+    }
+    for name, figures in expected.items():
+        page = run("info", shared(name))
+        assert all(figure in page for figure in figures), page
+
+
+def test_the_pictures_count_every_request():
+    page = run("info", shared("azure_llm_2023_conv.csv"))
+    histograms = [int(n) for n in re.findall(r"^ *\d+ to \d+ .* (\d+)$", page, flags=re.MULTILINE)]
+    assert sum(histograms) == 2 * 19366  # by input and by output
+    spark = page.splitlines()[page.splitlines().index("") + 2]
+    assert len(spark) == 60 and "█" in spark and set(spark) <= set(" ▁▂▃▄▅▆▇█")
+
+
+def test_info_as_json_has_full_precision_and_the_reading_report(tmp_path):
+    path = tmp_path / "t.jsonl"
+    rows = [{"arrival_s": i / 3, "input_tokens": 16, "output_tokens": 2} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "nonsense\n")
+    facts = json.loads(run("info", path, "--json"))
+    assert facts["format"] == "jsonl" and facts["requests"] == 40
+    assert facts["rate_per_s"] == pytest.approx(3.0, rel=1e-12)
+    assert facts["input"]["p99"] == 16 and facts["sharing"]["token_share"] == 0.0
+    assert facts["reading"]["bad"] == {"not JSON": 1} and facts["reading"]["first_bad"] == [[41, "not JSON"]]
+
+
+def test_skipped_lines_are_told_on_stderr_and_data_stays_alone_on_stdout(tmp_path):
+    path = tmp_path / "t.csv"
+    rows = ["2023-11-16 18:15:46,1,2"] * 40
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows, "x"]))
+    result = CliRunner().invoke(app, ["info", str(path), "--json"])
+    assert f"{path}:42: wrong number of columns" in result.stderr
+    assert json.loads(result.stdout)["requests"] == 40
+
+
+def test_a_trace_of_one_request_or_of_no_time_has_no_rate(tmp_path):
+    path = tmp_path / "t.jsonl"
+    row = json.dumps({"arrival_s": 5, "input_tokens": 16, "output_tokens": 2}) + "\n"
+    for count in (1, 3):
+        path.write_text(row * count)
+        assert "arrival rate    -, burstiness (CV of the gaps) -" in run("info", path)
+        assert json.loads(run("info", path, "--json"))["rate_per_s"] is None
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_convert_keeps_everything_that_info_shows(tmp_path, ending):
+    out = tmp_path / f"{CONVERSATION.removesuffix('.jsonl')}.{ending}"
+    run("convert", shared(CONVERSATION), out)
+    before, after = run("info", shared(CONVERSATION)), run("info", out)
+    assert after.splitlines()[1:] == before.splitlines()[1:]
+
+
+def test_convert_scales_to_a_small_model(tmp_path):
+    out = tmp_path / "small.parquet"
+    limits = ("--max-input-tokens", 300, "--max-output-tokens", 20)
+    run("convert", shared("azure_llm_2023_conv.csv"), out, "--length-factor", 0.1, "--rate-factor", 0.5, *limits)
+    facts = json.loads(run("info", out, "--json"))
+    assert facts["input"]["max"] == 300 and facts["output"]["max"] == 20
+    assert facts["input"]["p50"] == 102 and facts["duration_s"] == pytest.approx(2 * 3501.721937)
+
+
+def test_cut_by_time_and_by_count_give_the_same_requests(tmp_path):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    source = shared("azure_llm_2023_code.csv")
+    trace = formats.read(source)
+    first, stop = (int((trace.arrival_s < edge).sum()) for edge in (600.0, 1200.0))
+    run("cut", source, one, "--from-s", 600, "--to-s", 1200)
+    run("cut", source, other, "--first", first, "--count", stop - first)
+    assert one.read_bytes() == other.read_bytes()
+    assert formats.read(one).arrival_s[0] == 0 and len(formats.read(one)) == stop - first
+
+
+def test_cut_splits_into_files_of_search_and_held_out_windows(tmp_path):
+    folder = tmp_path / "windows"
+    run("cut", shared("azure_llm_2023_conv.csv"), folder, "--search", 2, "--held-out", 1, "--max-requests", 100)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "held-out-0.parquet", "search-0.parquet", "search-1.parquet"
+    ]  # fmt: skip
+    assert all(len(formats.read(path)) == 100 for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--from-s", 1, "--first", 2], ["--search", 1, "--to-s", 2]])
+def test_cut_without_one_clear_window_says_how_to_give_it(tmp_path, arguments):
+    with pytest.raises(UsageError, match="--from-s and --to-s, or --first and --count, or --search"):
+        run("cut", tmp_path / "t", tmp_path / "o.jsonl", *arguments)
+
+
+def test_synth_makes_a_trace_from_a_profile_and_says_where_it_is(tmp_path):
+    out = tmp_path / "made.parquet"
+    arguments = ("synth", out, "--profile", "azure-conversation", "--requests", 500, "--max-input-tokens", 512)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0 and "500 requests" in result.stderr and result.stdout == ""
+    trace = formats.read(out)
+    assert len(trace) == 500 and trace.input_tokens.max() == 512
+
+
+def test_synth_follows_a_trace_with_its_own_or_with_given_arrivals(tmp_path):
+    out, source = tmp_path / "made.parquet", shared("azure_llm_2023_code.csv")
+    run("synth", out, "--fit", source, "--requests", 20_000)
+    assert 10 < json.loads(run("info", out, "--json"))["cv"] < 16
+    run("synth", out, "--fit", source, "--requests", 20_000, "--arrivals", "poisson")
+    facts = json.loads(run("info", out, "--json"))
+    assert facts["cv"] == pytest.approx(1.0, abs=0.05) and facts["rate_per_s"] == pytest.approx(2.57, rel=0.05)
+    run("synth", out, "--fit", source, "--duration-s", 100, "--arrivals", "poisson:50", "--lengths", "lognormal")
+    assert json.loads(run("info", out, "--json"))["rate_per_s"] == pytest.approx(50, rel=0.1)
+
+
+def test_synth_adds_prefixes_and_takes_servegen_rates(tmp_path):
+    out = tmp_path / "made.parquet"
+    run("synth", out, "--profile", "azure-conversation", "--requests", 2000, "--share", 0.5)
+    assert json.loads(run("info", out, "--json"))["sharing"]["token_share"] == pytest.approx(0.5, abs=0.03)
+    rates = shared("servegen_m-large_chunk-0-trace.csv")
+    run("synth", out, "--profile", "azure-code", "--rates", rates, "--from-s", 0, "--to-s", 600)
+    assert json.loads(run("info", out, "--json"))["requests"] == 799  # 1.3317 requests/s for 600 s
+
+
+def test_synth_without_something_to_follow_says_so(tmp_path):
+    for arguments in ([], ["--profile", "azure-code", "--fit", tmp_path / "t"]):
+        with pytest.raises(UsageError, match="either --profile or --fit"):
+            run("synth", tmp_path / "o.jsonl", "--requests", 5, *arguments)
+    with pytest.raises(UsageError, match="either a number of requests or a duration"):
+        run("synth", tmp_path / "o.jsonl", "--profile", "azure-code")
+    with pytest.raises(UsageError, match="poisson:RATE"):
+        run("synth", tmp_path / "o.jsonl", "--profile", "azure-code", "--requests", 5, "--arrivals", "poisson")

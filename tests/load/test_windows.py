@@ -1,0 +1,150 @@
+"""Windows never overlap, cutting starts at 0, warping keeps order and burst shape."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tuner.errors import UsageError
+from tuner.load.trace import Trace
+from tuner.load.windows import cut, cut_time, split, warp
+
+arrivals = st.lists(st.floats(0, 1e5), min_size=2, max_size=60).map(sorted)
+loads = st.floats(1e-3, 1e3)
+
+
+def trace_of(arrival_s: list[float]) -> Trace:
+    """Request i has i + 1 output tokens, so that a request can be told in any cut; it has i % 3 prefix blocks."""
+    n = len(arrival_s)
+    counts = np.arange(n) % 3
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    ids = np.arange(offsets[-1]) * 7
+    start = arrival_s[0] if arrival_s else 0.0
+    return Trace("t", np.array(arrival_s) - start, np.full(n, 40), np.arange(1, n + 1), 16, ids, offsets)
+
+
+def members(trace: Trace) -> list[int]:
+    return trace.output_tokens.tolist()
+
+
+@given(arrivals, loads)
+def test_warping_keeps_the_order_and_divides_every_gap_by_the_load(times, load):
+    before = np.array(times)
+    after = warp(before, load)
+    assert (np.diff(after) >= 0).all()
+    assert np.diff(after) == pytest.approx(np.diff(before) / load, rel=1e-9, abs=1e-9 * (1 + before[-1] / load))
+
+
+@given(arrivals, loads)
+def test_warping_keeps_the_coefficient_of_variation(times, load):
+    gaps, warped = np.diff(times), np.diff(warp(np.array(times), load))
+    assume(gaps.mean() > 1e-3)
+    assert warped.std() / warped.mean() == pytest.approx(gaps.std() / gaps.mean(), rel=1e-6, abs=1e-6)
+
+
+def test_a_load_of_two_halves_the_time_and_leaves_the_argument_alone():
+    before = np.array([0.0, 1.0, 1.0, 4.0])
+    assert warp(before, 2.0).tolist() == [0.0, 0.5, 0.5, 2.0]
+    assert before.tolist() == [0.0, 1.0, 1.0, 4.0]
+
+
+@pytest.mark.parametrize("load", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_load_that_is_no_positive_number_is_refused(load):
+    with pytest.raises(UsageError, match="load"):
+        warp(np.zeros(2), load)
+
+
+def test_a_cut_starts_at_zero_and_keeps_each_requests_own_blocks():
+    trace = trace_of([0.0, 1.0, 3.0, 3.5, 8.0])
+    part = cut(trace, 2, 5)
+    assert part.arrival_s.tolist() == [0.0, 0.5, 5.0]
+    assert members(part) == [3, 4, 5]
+    # requests 0 and 1 have no and one block (id 0); 2 has ids 7, 14; 3 none; 4 has 21
+    assert part.block_ids.tolist() == [7, 14, 21] and part.block_offsets.tolist() == [0, 2, 2, 3]
+    assert part.block_tokens == 16
+
+
+def test_a_cut_keeps_the_texts_of_its_requests():
+    whole = Trace(
+        "t", np.arange(3.0), np.ones(3, int), np.ones(3, int), 0, np.empty(0, int), np.zeros(4, int), ("a", "b", "c")
+    )
+    assert cut(whole, 1, 3).texts == ("b", "c")
+
+
+def test_a_cut_by_time_includes_its_start_and_not_its_end():
+    assert members(cut_time(trace_of([0.0, 1.0, 2.0, 3.0]), 1.0, 3.0)) == [2, 3]
+
+
+def test_a_cut_without_requests_is_refused_with_what_there_is():
+    trace = trace_of([0.0, 1.0, 9.0])
+    with pytest.raises(UsageError, match="run from 0 to 9 s"):
+        cut_time(trace, 2.0, 8.0)
+    with pytest.raises(UsageError, match="it has 3"):
+        cut(trace, 3, 5)
+    for start_s, end_s in ((2.0, 1.0), (float("nan"), 1.0), (0.0, float("nan"))):
+        with pytest.raises(UsageError, match="not a window"):
+            cut_time(trace, start_s, end_s)
+
+
+@given(
+    times=arrivals,
+    search=st.integers(1, 4),
+    held_out=st.integers(1, 4),
+    by=st.sampled_from(["count", "time"]),
+    max_requests=st.none() | st.integers(1, 20),
+    max_seconds=st.none() | st.floats(1e-3, 1e5),
+)
+def test_windows_of_a_split_never_overlap_and_both_kinds_exist(times, search, held_out, by, max_requests, max_seconds):
+    trace = trace_of(times)
+    try:
+        parts = split(
+            trace, search=search, held_out=held_out, by=by, max_requests=max_requests, max_seconds=max_seconds
+        )
+    except UsageError:
+        assume(False)
+        return
+    assert (len(parts.search), len(parts.held_out)) == (search, held_out)
+    everyone = [number for window in (*parts.search, *parts.held_out) for number in members(window)]
+    assert len(everyone) == len(set(everyone))
+    for window in (*parts.search, *parts.held_out):
+        numbers = members(window)
+        assert numbers == list(range(numbers[0], numbers[-1] + 1))  # contiguous
+        assert window.arrival_s[0] == 0
+        assert len(window) <= (max_requests or len(trace))
+        assert max_seconds is None or window.arrival_s[-1] <= max_seconds * (1 + 1e-9)
+    ends = [(window.first, window.stop) for window in parts.windows]
+    assert ends == sorted(ends) and all(a[1] <= b[0] for a, b in pairwise(ends))
+    assert all(trace.arrival_s[w.first] == w.start_s and trace.arrival_s[w.stop - 1] == w.end_s for w in parts.windows)
+
+
+@given(times=arrivals, search=st.integers(1, 4), held_out=st.integers(1, 4))
+def test_a_split_by_count_works_whenever_there_is_a_request_per_window_and_uses_every_request(times, search, held_out):
+    trace = trace_of(times)
+    if len(trace) < search + held_out:
+        with pytest.raises(UsageError, match="fewer"):
+            split(trace, search=search, held_out=held_out)
+        return
+    parts = split(trace, search=search, held_out=held_out)
+    sizes = [len(window) for window in (*parts.search, *parts.held_out)]
+    assert sum(sizes) == len(trace) and max(sizes) - min(sizes) <= 1
+
+
+def test_kinds_are_spread_over_the_trace_and_search_comes_first():
+    trace = trace_of([float(i) for i in range(12)])
+    kinds = [window.kind for window in split(trace, search=2, held_out=2, by="time").windows]
+    assert kinds == ["search", "held-out", "search", "held-out"]
+    kinds = [window.kind for window in split(trace, search=3, held_out=1).windows]
+    assert kinds == ["search", "search", "search", "held-out"]
+
+
+@pytest.mark.parametrize(("search", "held_out"), [(0, 1), (1, 0), (-1, 2)])
+def test_a_split_without_windows_of_each_kind_is_refused(search, held_out):
+    with pytest.raises(UsageError, match="at least 1 of each"):
+        split(trace_of([0.0, 1.0, 2.0]), search=search, held_out=held_out)
+
+
+def test_a_silent_part_of_a_trace_split_by_time_is_refused_with_the_way_out():
+    with pytest.raises(UsageError, match="split by count"):
+        split(trace_of([0.0, 1.0, 99.0, 100.0]), search=2, held_out=2, by="time")
