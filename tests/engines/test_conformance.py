@@ -1,0 +1,108 @@
+"""Every engine keeps the contract: the suite that ships with the product, run on all that can run here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.engines.conftest import LLAMA_8B
+from tuner.engines.command import CommandEngine
+from tuner.engines.conformance import EngineConformance
+from tuner.engines.emulator import EmulatorEngine
+from tuner.engines.function import FunctionEngine
+from tuner.engines.protocol import Engine
+from tuner.space.config import ServingConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+class _OnEmulatedModel(EngineConformance):
+    @pytest.fixture(autouse=True)
+    def _model(self, tmp_path: Path) -> None:
+        self.model = tmp_path / "model"
+        self.model.mkdir()
+        (self.model / "config.json").write_text(json.dumps(LLAMA_8B))
+
+    def config(self) -> ServingConfig:
+        return ServingConfig(str(self.model), {}, {"max-model-len": 4096})
+
+    def bad_config(self) -> ServingConfig | None:
+        return ServingConfig(str(self.model), {}, {"max-num-batched-tokens": 64, "max-num-seqs": 256})
+
+
+class TestEmulator(_OnEmulatedModel):
+    def engine(self) -> Engine:
+        return EmulatorEngine(boot_scale=0)
+
+
+class TestEmulatorFiveTimesFaster(_OnEmulatedModel):
+    one_launch = True
+
+    def engine(self) -> Engine:
+        return EmulatorEngine(time_scale=5, boot_scale=0)
+
+
+class TestCommandWithTheEmulatorsProcess(_OnEmulatedModel):
+    def engine(self) -> Engine:
+        words = [sys.executable, "-m", "tuner.engines.emulator", "--model", "{model}", "--port", "{port}"]
+        words += ["--host", "{host}", "--served-model-name", "{served}", "--api-key", "{api_key}", "{flags}"]
+        words += ["--emulator", '{"boot_scale": 0}']
+        return CommandEngine(command=words, env={"PYTHONPATH": str(ROOT)}, host_alone=False, shares_port=True)
+
+
+class TestFunction(EngineConformance):
+    over_http = False
+
+    @pytest.fixture(autouse=True)
+    def _module(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        (tmp_path / "conformance_target.py").write_text(
+            "import tuner\n"
+            "def evaluate(config, load):\n"
+            "    if config.get('seqs') == 0:\n"
+            "        raise tuner.Infeasible('no room for a single request')\n"
+            "    return {'ttft_p99_s': 0.1 * load, 'tpot_p99_s': 0.01, 'output_tokens_per_s': 100 * load}\n"
+        )
+
+    def engine(self) -> Engine:
+        return FunctionEngine(target="conformance_target:evaluate", folder=self.folder, required=("tpot_p99_s",))
+
+    def config(self) -> ServingConfig:
+        return ServingConfig("any", {"seqs": 8}, {})
+
+    def bad_config(self) -> ServingConfig | None:
+        return ServingConfig("any", {"seqs": 0}, {})
+
+
+@pytest.mark.vllm
+class TestVllm(EngineConformance):
+    """One launch of the real CPU build."""
+
+    one_launch = True
+
+    @pytest.fixture(autouse=True)
+    def _real(self, tmp_path: Path) -> None:
+        python = os.environ.get("TUNER_VLLM_PYTHON") or str(ROOT / ".venv-vllm/bin/python")
+        if not Path(python).exists():
+            pytest.skip("no vLLM: set TUNER_VLLM_PYTHON or run make setup")
+        self.python, self.cache = python, tmp_path
+        from tuner.load.prompts import vocabulary
+
+        self.model = os.environ.get("TUNER_TEST_MODEL") or str(ROOT / "models/tiny-qwen3")
+        if not Path(self.model, "tokenizer.json").exists():
+            pytest.skip("no small model: set TUNER_TEST_MODEL or run examples/make_model.py")
+        vocabulary(self.model)
+
+    def engine(self) -> Engine:
+        from tuner.engines.vllm import VllmEngine
+
+        return VllmEngine(python=self.python, cache=Path(tempfile.gettempdir()) / "tuner-conformance")
+
+    def config(self) -> ServingConfig:
+        flags = {"load-format": "dummy", "dtype": "bfloat16", "max-model-len": 1024, "enforce-eager": None}
+        return ServingConfig(self.model, {}, flags, {"VLLM_CPU_KVCACHE_SPACE": "1"}, gpus=0)
