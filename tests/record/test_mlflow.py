@@ -15,6 +15,7 @@ from tuner.record import writer
 from tuner.record.ledger import Ledger
 from tuner.record.mlflow import Recorder, sync, unsent
 from tuner.record.place import place, ui_command
+from tuner.study.outcome import Aborted
 
 NOWHERE: dict[str, str] = {}  # an environment without MLFLOW_TRACKING_URI
 
@@ -119,6 +120,23 @@ def test_a_trial_logged_whole_but_missing_in_the_ledger_is_not_logged_again(made
     sync(study, store, env=NOWHERE)
     assert unsent(study, store, NOWHERE) == 0
     assert sorted(runs_of(study)[2]) == list(range(8))
+
+
+def test_a_token_in_the_environment_stays_in_the_study_folder(made):
+    study, store = made
+    config = study.space.config({}, "m")
+    config = type(config)(**{**config.to_dict(), "env": {"HF_TOKEN": "hf_abcdef", "MAX_TOKENS": "7"}})
+    place_of = store.start_trial(8, config, {}, started_s=1.0)
+    (place_of / "server.log").write_text("INFO token hf_abcdef\nINFO up\n")
+    store.end_trial(8, Aborted("x"), ended_s=2.0)
+    sync(study, store, env=NOWHERE)
+    client, _, children = runs_of(study)
+    run = children[8]
+    assert run.data.params["env.HF_TOKEN"] == "(secret)" and run.data.params["env.MAX_TOKENS"] == "7"
+    logged = Path(client.download_artifacts(run.info.run_id, ""))
+    texts = {path.name: path.read_text() for path in logged.iterdir()}
+    assert set(texts) == {"config.json", "outcome.json", "server.log"}
+    assert not any("hf_abcdef" in text for text in texts.values()) and "INFO up" in texts["server.log"]
 
 
 def test_a_parent_deleted_in_the_ui_is_made_anew(made):

@@ -15,6 +15,7 @@ from tuner.pareto.changes import baseline_of
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
 from tuner.pareto.recommend import recommended
+from tuner.record.secrets import is_secret
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
 from tuner.study.outcome import Measured
@@ -22,7 +23,6 @@ from tuner.study.store import Store, TrialRecord
 
 #: The launcher's own (an address, a random name, a key of one launch) and secrets: no part of a configuration.
 LAUNCHERS_FLAGS = frozenset({"host", "port", "api-key", "hf-token", "served-model-name"})
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 PROMISE = "# promise: "
 
 
@@ -79,14 +79,14 @@ def deployment(
     flags = {flag: value for flag, value in config.flags.items() if flag not in LAUNCHERS_FLAGS}
     if study.engine.trust_remote_code:
         flags["trust-remote-code"] = None
-    env = {name: value for name, value in config.env.items() if not _SECRET.search(name)}
+    env = {name: value for name, value in config.env.items() if not is_secret(name)}
     version = str(study.space.facts.get("engine_version") or noted.get("engine_version") or "")
     promise = _promise(study, trial, point, version)
     return Deployment(
         name=re.sub(r"[^a-z0-9]+", "-", study.name.lower()).strip("-")[:40] or "study",
         engine=study.engine.kind,
         version=version,
-        model=_model(store, study, config),
+        model=_model(store, study, config, str(noted.get("model_folder") or config.model)),
         flags=flags,
         env=env,
         gpus=config.gpus,
@@ -99,15 +99,15 @@ def deployment(
     )
 
 
-def _model(store: Store, study: Study, config: ServingConfig) -> str:
+def _model(store: Store, study: Study, config: ServingConfig, served: str) -> str:
     """The model as it was served: for a variant the folder (or id) that the study names, or the one that the engine
-    wrote into the study folder."""
+    wrote into the study folder, wherever that lies now."""
     name = config.model_variant
     if not name:
         return config.model
     named = study.engine.options.get("variants", {})
     made = sorted((store.folder / "models").glob(f"*-{name}"))
-    return str(named.get(name) or (made[0].resolve() if made else config.model))
+    return str(named.get(name) or (made[0].resolve() if made else served))
 
 
 def read_promise(path: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.pareto.front import COST
+from tuner.record.secrets import HIDDEN, is_secret
 from tuner.space.config import ServingConfig
 from tuner.space.space import Parameter
 from tuner.spec.study import Study
@@ -120,7 +121,7 @@ def _params(trial: TrialRecord, study: Study) -> dict[str, str]:
         flag = _only_flag(parameter)
         if flag and flag not in found and parameter.name in trial.config.params:
             found[flag] = text(trial.config.params[parameter.name])
-    found |= {f"env.{name}": value for name, value in trial.config.env.items()}
+    found |= {f"env.{name}": HIDDEN if is_secret(name) else value for name, value in trial.config.env.items()}
     if trial.config.model_variant:
         found["model-variant"] = trial.config.model_variant
     found |= {"model": trial.config.model, "gpus": str(trial.config.gpus)}

@@ -17,6 +17,7 @@ from tuner.pareto.front import COST, points
 from tuner.record.content import TAG_CHARACTERS, Content, content, legal
 from tuner.record.ledger import Ledger, Sent, note_file
 from tuner.record.place import Place
+from tuner.record.secrets import hide, values
 from tuner.spec.study import Study
 from tuner.study.store import Store, TrialRecord
 
@@ -51,6 +52,7 @@ def flush(study: Study, store: Store, place: Place, *, running: bool = False, en
             connection.client.update_run(sent.parent, status="RUNNING")
             sent.end = ""
         waiting = [t for t in trials if str(t.number) not in sent.trials]
+        connection.secrets = values([study.engine.env, *(t.config.env for t in trials)])
         for trial in waiting:
             connection.log_trial(trial, trials)
         state = _end_digest(store, end, note)
@@ -69,6 +71,7 @@ class _Connection:
         self.study, self.store, self.place, self.ledger, self.sent = study, store, place, ledger, sent
         self.client = MlflowClient(place.uri)
         self.dataset: Any = None
+        self.secrets: tuple[str, ...] = ()
 
     def open_parent(self, trials: Sequence[TrialRecord]) -> None:
         """Finds the parent run (by the ledger, then by the study's uid) or creates it."""
@@ -102,7 +105,7 @@ class _Connection:
         if note:
             self.client.set_tag(run_id, "mlflow.note.content", note[:TAG_CHARACTERS])
         for name in _parent_files(self.store):
-            self.client.log_artifact(run_id, str(self.store.folder / name))
+            self._artifact(run_id, self.store.folder / name)
         self.client.set_terminated(run_id, status)
 
     def _create_parent(self, trials: Sequence[TrialRecord]) -> str:
@@ -144,7 +147,7 @@ class _Connection:
         self._batch(run_id, made.params, [(s.name, s.value, s.at_ms, s.step) for s in made.samples])
         self._input(run_id)
         for path in made.artifacts:
-            self.client.log_artifact(run_id, str(path))
+            self._artifact(run_id, path)
         self.client.set_terminated(run_id, made.status, made.end_ms)
         return run_id
 
@@ -179,6 +182,15 @@ class _Connection:
             path = Path(self.study.trace.file)
             self.dataset = Dataset(path.stem[:500], _digest(path), "local", f'{{"uri": "{path.as_posix()}"}}')
         self.client.log_inputs(run_id, [DatasetInput(self.dataset, [InputTag("mlflow.data.context", "replay")])])
+
+    def _artifact(self, run_id: str, path: Path) -> None:
+        """The file as it is; a text that holds a secret of the study's environment without it."""
+        if self.secrets and path.suffix != ".parquet":
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if hide(text, self.secrets) != text:
+                self.client.log_text(run_id, hide(text, self.secrets), path.name)
+                return
+        self.client.log_artifact(run_id, str(path))
 
     def _experiment(self) -> str:
         found = self.client.get_experiment_by_name(self.place.experiment)
