@@ -80,3 +80,29 @@ def test_the_model_meets_its_bars_on_measured_rows(monkeypatch: pytest.MonkeyPat
     for name in {row.shape.name for row in rows}:
         pairs = [(p.per_gpu, r.throughput_per_gpu) for r, p in zip(rows, got, strict=True) if r.shape.name == name]
         assert spearmanr(*zip(*pairs, strict=True))[0] > 0.9, name
+
+
+@pytest.mark.parametrize("flags", [{}, {"max-num-seqs": 16}, {"max-num-batched-tokens": 1024}])
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_the_predictor_s_queues_are_near_a_simulated_scheduler_s(
+    flags: dict[str, int], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/model"))
+    from simulate import poisson, simulate  # type: ignore[import-not-found]
+
+    from tuner.search.model import predictor, settings
+    from tuner.search.model.constants import Constants
+    from tuner.search.model.roofline import StepTime
+    from tuner.space.config import ServingConfig
+
+    shape, row = ModelShape.from_folder(SHAPES / "qwen3-32b.json"), table.table()["H100-SXM"]
+    config = ServingConfig("m", {}, {"tensor-parallel-size": 2, "max-model-len": 8192, **flags}, gpus=2)
+    trace = poisson(400, 1000, 200, seed=11)
+    model = predictor.build(shape, row, trace, (), "tpot_p99", 1.0)
+    load = share * model.capacity(config)
+    s = settings.of(config, shape, row)
+    truth = simulate(trace, load, StepTime(shape, s, row, Constants()), s, model.fit(config).kv_tokens)
+    got = model.predict(config, load).metrics
+    for name in ("ttft", "tpot"):
+        assert got[f"{name}_p50_s"] == pytest.approx(np.quantile(truth[name], 0.5), rel=0.2), name
+        assert got[f"{name}_p99_s"] == pytest.approx(np.quantile(truth[name], 0.99), rel=0.35), name

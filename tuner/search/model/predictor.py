@@ -12,6 +12,7 @@ from tuner.load.trace import Trace
 from tuner.search.hardware import Hardware
 from tuner.search.model import settings as settings_of
 from tuner.search.model.constants import Constants
+from tuner.search.model.metrics import gaps, money, statistics
 from tuner.search.model.queueing import occupancy, waits, waits_for_slots
 from tuner.search.model.roofline import StepTime
 from tuner.search.model.settings import Settings
@@ -61,9 +62,11 @@ class _Server:
     step: StepTime
     batch: np.ndarray  # (8,) running sequences of one rank
     decode_s: np.ndarray  # (8,) seconds per output token at that batch
-    fresh: np.ndarray  # (n,) prompt tokens to compute
-    prefill_s: np.ndarray  # (n,) engine seconds a prompt adds
+    share: np.ndarray  # (n,) prompt tokens to compute, over a step's budget of them
+    alone_s: np.ndarray  # (n,) engine seconds a prompt adds that shares no step with another prompt
+    packed_s: np.ndarray  # (n,) and that fills its share of full steps
     chunks: np.ndarray  # (n,) steps a prompt takes
+    full_s: float  # engine seconds that a full budget of prompt tokens adds, attention left out
     slots: float
 
 
@@ -139,7 +142,7 @@ class AnalyticModel:
         work = self.workload
         empty = np.zeros(0)
         if not fit.fits:
-            return _Server(settings, fit, step, empty, empty, empty, empty, empty, 0.0)
+            return _Server(settings, fit, step, empty, empty, empty, empty, empty, empty, 0.0, 0.0)
         cached = work.cached(fit.kv_tokens, settings.block_size) if settings.prefix_caching else 0.0
         fresh = np.maximum(work.inputs - cached, 1.0)
         stay = work.outputs / work.outputs.sum()  # a request is in the batch as long as it has tokens to say
@@ -149,10 +152,15 @@ class AnalyticModel:
         decode = np.array([self._token_s(step, settings, b, context) for b in batch])
         middle = float(np.sqrt(batch[-1]))
         budget = max(settings.max_batched_tokens - middle, settings.block_size)
-        chunk = np.minimum(fresh, budget)
-        chunks = np.ceil(fresh / budget)
-        prefill = chunks * (step.prefill_s(chunk, middle)) + step.prefill_attention_s(fresh, work.inputs - fresh / 2)
-        return _Server(settings, fit, step, batch, decode, fresh, prefill, chunks, slots)
+        whole = np.floor(fresh / budget)
+        pieces = step.prefill_s(np.append(fresh - whole * budget, budget), middle)
+        attention = step.prefill_attention_s(fresh, work.inputs - fresh / 2)
+        alone = whole * pieces[-1] + pieces[:-1] + attention
+        packed = np.minimum(fresh / budget * pieces[-1] + attention, alone)
+        full_s = float(pieces[-1])
+        return _Server(
+            settings, fit, step, batch, decode, fresh / budget, alone, packed, np.ceil(fresh / budget), full_s, slots
+        )
 
     def _token_s(self, step: StepTime, settings: Settings, batch: float, context: float) -> float:
         """Seconds per output token of one sequence in a batch of ``batch`` per rank; a pipeline of p stages works on p
@@ -171,45 +179,50 @@ class AnalyticModel:
 
     def _work_s(self, server: _Server) -> np.ndarray:
         """Seconds of a full machine that each request takes."""
-        lanes = server.settings.dp
         decode = self.workload.outputs * server.decode_s[-1] / server.slots
-        return (decode + server.prefill_s / server.settings.pp) / lanes
+        return (decode + server.packed_s / server.settings.pp) / server.settings.dp
 
     def _metrics(self, server: _Server, load: float) -> dict[str, float]:
         work, s = self.workload, server.settings
-        lanes = s.dp * s.pp
-        arrival = work.arrival_s / load
-        prefill = server.prefill_s / lanes
-        total = work.outputs
-        # First guess of each stay from the mean batch, then once more with the occupancy that follows.
-        rate = float(total.sum()) / (work.span_s / load)
-        busy = min(float(prefill.sum()) / (work.span_s / load), 0.95)
-        token_s = np.full_like(total, self._balance(server, rate, busy) / (1 - busy))
-        queued = np.zeros_like(total)
-        slot = waits_for_slots(arrival, self._work_s(server), server.slots * s.dp)
+        lanes, mixes = s.dp * s.pp, not s.prefill_first
+        arrival, total = work.arrival_s / load, work.outputs
+        window_s = work.span_s / load
+        rate = float(total.sum()) / window_s
+        # The busier the engine, the more prompts share their steps.
+        busy = min(float(server.packed_s.sum()) / lanes / window_s, 0.95)
+        alone = server.alone_s + (server.packed_s - server.alone_s) * busy
+        prefill = alone / lanes
         prefill_before = np.concatenate(([0.0], np.cumsum(prefill)))
-        decode_s = token_s
+        # First guess of each stay from the mean batch, then twice with the occupancy that follows.
+        token_s = np.full_like(total, self._balance(server, rate, busy) / (1 - busy))
+        slot = queued = np.zeros_like(total)
+        step_s = token_s
+        index = np.arange(len(total))
         for _ in range(2):
-            end = arrival + slot + queued + server.prefill_s + total * token_s
-            with_it, after = occupancy(arrival + slot if slot.any() else arrival, end)
+            start = np.maximum.accumulate(arrival + slot)
+            with_it, after = occupancy(start, start + queued + alone + total * token_s)
             batch = np.minimum(with_it / s.dp, server.slots)
             decode_s = np.interp(batch, server.batch, server.decode_s)
             # Prompts that arrive while a request decodes lengthen its steps by what they add.
-            index = np.arange(len(total))
             extra = prefill_before[after] - prefill_before[index + 1]
             token_s = np.minimum(decode_s + extra / total, decode_s * 20)
             step_s = decode_s * (s.speculation.per_step if s.speculation else 1.0)
-            own = server.prefill_s + (0.5 + server.chunks * (not s.prefill_first)) * step_s
-            share = server.fresh / max(s.max_batched_tokens, 1)
-            queued = waits(arrival + slot, prefill + share * step_s * (not s.prefill_first) / lanes)
-        ttft = self.constants.host(self.engine, self.hardware.kind).request_s + slot + queued + own
-        tpot = token_s
-        e2e = ttft + (total - 1) * tpot
-        columns = {"ttft": ttft, "tpot": tpot, "e2e": e2e, "norm_latency": e2e / total}
-        metrics = self._statistics(columns)
-        self._gaps(metrics, server, step_s, rate, busy)
-        self._money(metrics, columns, server, rate)
-        return metrics
+            queued = waits(start, prefill + server.share * step_s * mixes / lanes)
+            slot = waits_for_slots(arrival, queued + alone + total * token_s, int(server.slots) * s.dp)
+        own = alone + (0.5 + server.chunks * mixes) * step_s
+        own += np.minimum(queued, server.full_s) / 2  # prompts that queued up end with the step they share
+        request_s = self.constants.host(self.engine, self.hardware.kind).request_s
+        ttft = request_s + slot + queued + own
+        e2e = ttft + (total - 1) * token_s
+        latencies = {"ttft": ttft, "tpot": token_s, "e2e": e2e, "norm_latency": e2e / total}
+        found = statistics(latencies, self.quantiles)
+        prompts = rate / float(total.mean()) * float(server.chunks.mean()) / s.dp
+        mixed = min(prompts * float(step_s.mean()) / max(1 - busy, 0.05), 1.0)
+        found |= gaps(step_s, alone / server.chunks, mixed, self.quantiles)
+        found["itl_mean_s"] = found["tpot_mean_s"]
+        full = float(total.sum() / self._work_s(server).sum())
+        price = self.price_usd_per_gpu_hour * (s.gpus if self.hardware.kind == "gpu" else 1)
+        return found | money(work.inputs, total, latencies, self.slos, min(rate, full), price)
 
     def _balance(self, server: _Server, rate: float, busy: float) -> float:
         """Seconds per token at the batch where tokens served equal tokens asked for (Little's law)."""
@@ -217,61 +230,3 @@ class AnalyticModel:
         served = batch * server.settings.dp * (1 - busy) / decode
         at = float(np.interp(rate, served, batch))
         return float(np.interp(at, batch, decode))
-
-    def _statistics(self, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
-        table = np.sort(np.stack(list(columns.values())), axis=1)
-        n = table.shape[1]
-        at = np.array(self.quantiles) * (n - 1)
-        low = at.astype(int)
-        high = np.minimum(low + 1, n - 1)
-        values = table[:, low] + (table[:, high] - table[:, low]) * (at - low)
-        means = table.mean(axis=1)
-        metrics: dict[str, float] = {}
-        for row, name in enumerate(columns):
-            for q, value in zip(self.quantiles, values[row], strict=True):
-                metrics[f"{name}_p{q * 100:.6g}_s"] = float(value)
-            metrics[f"{name}_mean_s"] = float(means[row])
-            metrics[f"{name}_max_s"] = float(table[row, -1])
-        return metrics
-
-    def _gaps(self, metrics: dict[str, float], server: _Server, step_s: np.ndarray, rate: float, busy: float) -> None:
-        """Inter-token gaps: most are a decode step; a share of them holds a piece of a prompt as well."""
-        step = float(step_s.mean())
-        prompts = rate / float(self.workload.outputs.mean()) * float(server.chunks.mean()) / server.settings.dp
-        mixed = min(prompts * step / max(1 - busy, 0.05), 1.0)
-        pieces = np.sort(server.prefill_s / server.chunks)
-        steps = np.sort(step_s)
-        for q in self.quantiles:
-            if q <= 1 - mixed:
-                value = steps[int(q / (1 - mixed) * (len(steps) - 1))]
-            else:
-                value = steps.mean() + pieces[int((q - 1 + mixed) / mixed * (len(pieces) - 1))]
-            metrics[f"itl_p{q * 100:.6g}_s"] = float(value)
-        metrics["itl_mean_s"] = metrics["tpot_mean_s"]
-        metrics["itl_max_s"] = float(steps[-1] + pieces[-1])
-
-    def _money(
-        self, metrics: dict[str, float], columns: Mapping[str, np.ndarray], server: _Server, rate: float
-    ) -> None:
-        work = self.workload
-        good = np.ones_like(work.outputs, dtype=bool)
-        for slo in self.slos:
-            if slo.latency in columns:
-                good &= columns[slo.latency] <= slo.limit
-        asked = float(work.outputs.sum())
-        full = asked / float(self._work_s(server).sum())  # tokens per second of a machine that never idles
-        served = min(rate, full)
-        share = float(work.outputs[good].sum()) / asked
-        inputs = float(work.inputs.sum()) / asked
-        price = self.price_usd_per_gpu_hour * (server.settings.gpus if self.hardware.kind == "gpu" else 1)
-        per_second = price / 3600 * 1e6
-        goodput = served * share
-        metrics["requests_per_s"] = served / float(work.outputs.mean())
-        metrics["output_tokens_per_s"] = served
-        metrics["total_tokens_per_s"] = served * (1 + inputs)
-        metrics["goodput_output_tokens_per_s"] = goodput
-        metrics["slo_share"] = share
-        metrics["error_rate"] = 0.0
-        floor = max(goodput, served * 1e-6)
-        metrics["cost_usd_per_mtok_output"] = per_second / floor
-        metrics["cost_usd_per_mtok_total"] = per_second / (floor * (1 + inputs))

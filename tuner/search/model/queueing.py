@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 
 
@@ -12,15 +14,21 @@ def waits(arrival_s: np.ndarray, service_s: np.ndarray) -> np.ndarray:
     return ahead - np.minimum.accumulate(ahead)
 
 
-def waits_for_slots(arrival_s: np.ndarray, work_s: np.ndarray, slots: float) -> np.ndarray:
-    """Waiting time before one of ``slots`` places is free. ``work_s`` is each request's share of the machine at full
-    occupancy. Fluid limit: waiting begins where the work in the system is more than ``slots`` residents hold, which are
-    each half done on average, weighted by size (Whitt, Stochastic-Process Limits, 2002, chapter 10)."""
-    total = float(work_s.sum())
-    if total <= 0:
-        return np.zeros_like(work_s)
-    residual = float((work_s * work_s).sum()) / (2 * total)
-    return np.maximum(waits(arrival_s, work_s) - slots * residual, 0.0)
+def waits_for_slots(arrival_s: np.ndarray, hold_s: np.ndarray, slots: int) -> np.ndarray:
+    """Waiting time before one of ``slots`` places is free, first come first served, each held for ``hold_s`` (Kiefer
+    and Wolfowitz 1955: the recursion over the times at which places come free). Shapes (n,)."""
+    if slots >= len(arrival_s):
+        return np.zeros_like(hold_s)
+    ended = np.searchsorted(np.sort(arrival_s + hold_s), arrival_s, side="right")
+    if (np.arange(1, len(arrival_s) + 1) - ended).max() <= slots:  # not even with places for all
+        return np.zeros_like(hold_s)
+    free = [0.0] * max(slots, 1)
+    start = []
+    for at, hold in zip(arrival_s.tolist(), hold_s.tolist(), strict=True):
+        begins = max(at, free[0])
+        heapq.heapreplace(free, begins + hold)
+        start.append(begins)
+    return np.array(start) - arrival_s
 
 
 def occupancy(start_s: np.ndarray, end_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
