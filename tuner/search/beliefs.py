@@ -14,11 +14,12 @@ from tuner.search.reading import Reading
 from tuner.search.surrogate import Array, Prior, Rows, Surrogate, fit
 from tuner.search.warmstart import Earlier
 
-QUANTITIES = ("cost", "latency", "capacity")
+QUANTITIES = ("capacity", "cost", "latency")
 # with a model the residual is small; without one the whole effect of a parameter has to be learnt
 WITH_MODEL = Prior(single=0.02, pair=0.006, own=0.002)
 WITHOUT = Prior(single=0.05, pair=0.015, own=0.004)
-WORKS = Prior(constant=0.1, load=1e-6, single=0.06, pair=0.3, own=0.02, noise=0.02, spread=0.7, noise_spread=0.5)
+COST = Prior(constant=0.1, load=0.02, single=0.005, pair=0.002, own=0.001, noise=0.0004, spread=1.6)
+WORKS = Prior(constant=0.15, load=1e-6, single=0.15, pair=0.3, own=0.02, noise=0.03, spread=1.0, noise_spread=0.5)
 WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
 CENTRE_ON = 400  # candidates over which prior means are centred
 
@@ -46,14 +47,11 @@ class Beliefs:
     foresight: Foresight
     earlier: Sequence[Earlier] = ()
     tables: list[Array] = field(default_factory=list)
-    places: Array = field(default_factory=lambda: np.zeros(0))
     centres: dict[str, Array] = field(default_factory=dict)
     fitted: dict[str, Surrogate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tables = correlations(self.candidates.space)
-        logs = np.log(np.array(self.foresight.loads))
-        self.places = (logs - logs[0]) / (logs[-1] - logs[0]) if len(logs) > 1 else np.zeros(1)
 
     @property
     def noise_sd(self) -> float:
@@ -62,15 +60,16 @@ class Beliefs:
 
     def learn(self, readings: Sequence[Reading], seed: int) -> None:
         """Fits every quantity to the launches so far."""
-        known = [r for r in readings if r.seen.outcome is not None]
-        for name in QUANTITIES:
+        known = [r for r in readings if r.seen.outcome is not None and self.index(r.seen.params) is not None]
+        self.foresight.look()
+        for name in QUANTITIES:  # the capacity first: the others are seen by how much of it a load takes
             rows, sources = self._rows(name, known)
             last = self.fitted.get(name)
             start = None if last is None or last.variances.shape != (len(self.tables) + 5,) else last.variances
             self.fitted[name] = fit(
                 self.tables,
                 rows,
-                WITH_MODEL if self.foresight.predictor or self.earlier else WITHOUT,
+                COST if name == "cost" else WITH_MODEL if self.foresight.predictor or self.earlier else WITHOUT,
                 mean=self._mean(name, rows, sources),
                 prior_weights=[s.weight for s in sources],
                 weight_sd=[s.weight_sd for s in sources],
@@ -85,11 +84,12 @@ class Beliefs:
 
     def posterior(self, indices: Sequence[int], *, spread: bool = True) -> Posterior:
         """What is believed of these candidates; without ``spread`` (cheap) only the means are."""
+        self.foresight.look()
         codes = self.candidates.codes(indices)
         found: dict[str, tuple[Array, Array]] = {}
         for name in (*QUANTITIES, "works"):
-            places = self.places if name in ("cost", "latency") else np.zeros(1)
-            sources = columns(self._sources(name, indices), len(places), len(indices))
+            places = self._places(name, indices, found.get("capacity"))
+            sources = columns(self._sources(name, indices), places.shape[1], len(indices))
             found[name] = self.fitted[name].predict(codes, places, sources, spread=spread)
         works, works_sd = found["works"][0][:, 0], found["works"][1][:, 0]
         odds = works / np.sqrt(works_sd**2 + 0.3**2)
@@ -99,7 +99,7 @@ class Beliefs:
             found["capacity"][0][:, 0],
             found["capacity"][1][:, 0],
             _normal_cdf(odds),
-            np.array([self.foresight.of(self.candidates.params[i]).gpus for i in indices], float),
+            self.foresight.gpus[np.array(indices, dtype=np.int64)],
         )
 
     def believe(self, indices: Sequence[int]) -> None:
@@ -107,19 +107,30 @@ class Beliefs:
         nothing like them is launched beside them."""
         for name in QUANTITIES:
             surrogate = self.fitted[name]
-            places = self.places if name != "capacity" else np.zeros(1)
-            sources = columns(self._sources(name, indices), len(places), len(indices))
+            places = self._places(name, indices)
+            n = places.shape[1]
+            sources = columns(self._sources(name, indices), n, len(indices))
             codes = self.candidates.codes(indices)
             mean, _ = surrogate.predict(codes, places, sources)
-            n = len(places)
             rows = Rows(
                 np.repeat(codes, n, axis=0),
-                np.tile(places, len(indices)),
+                places.ravel(),
                 mean.ravel(),
                 sources.reshape(-1, sources.shape[2]),
                 np.zeros(mean.size),
             )
             self.fitted[name] = surrogate.with_rows(surrogate.rows.plus(rows))
+
+    def _places(self, name: str, indices: Sequence[int], capacity: tuple[Array, Array] | None = None) -> Array:
+        """Where the ladder's loads lie for these candidates (candidates, loads): the share of the believed capacity that
+        they take, since what a queue adds depends on that and not on the load itself."""
+        if name not in ("cost", "latency"):
+            return np.zeros((len(indices), 1))
+        if capacity is None:
+            sources = columns(self._sources("capacity", indices), 1, len(indices))
+            codes = self.candidates.codes(indices)
+            capacity = self.fitted["capacity"].predict(codes, np.zeros((len(indices), 1)), sources, spread=False)
+        return np.minimum(np.array(self.foresight.loads)[None, :] / np.exp(capacity[0]), 1.2)
 
     def weights(self) -> dict[str, dict[str, float]]:
         """The weight of every source (the model, earlier studies) for every quantity, after what was measured."""
@@ -150,8 +161,9 @@ class Beliefs:
             elif name == "works" and r.works is not None:
                 which.append((index, 0)), places.append(0.0), y.append(r.works), extra.append(0.0)
             elif name in ("cost", "latency"):
+                use = self._places(name, [index])[0]
                 for place, cost, latency in r.steps:
-                    which.append((index, place)), places.append(self.places[place])
+                    which.append((index, place)), places.append(use[place])
                     y.append(cost if name == "cost" else latency)
                     extra.append(0.0 if place in r.good else 0.01)
         indices = sorted({i for i, _ in which})
@@ -171,51 +183,46 @@ class Beliefs:
     def _sources(self, name: str, indices: Sequence[int]) -> list[Source]:
         """The prior means of one quantity at these candidates, centred so that a weight changes the shape alone."""
         found: list[Source] = []
-        rows = [self.foresight.of(self.candidates.params[i]) for i in indices]
+        at = np.array(indices, dtype=np.int64)
         modelled = self.foresight.predictor is not None
         if name == "cost":
-            found.append(Source("price x GPUs / load", self._structure(indices), 1.0, 0.2))
+            found.append(Source("price x GPUs / load", self._structure(at), 1.0, 0.2))
             if modelled:
-                found.append(Source("model", self._modelled("model cost", indices), 1.0, 0.4))
+                found.append(Source("model", self._modelled("model cost", at), 1.0, 0.4))
         elif modelled:
-            kind = {"latency": "latency", "capacity": "capacity", "works": "kv"}[name]
             weight, sd = (0.0, 0.3) if name == "works" else (1.0, 0.4)
-            found.append(Source("model", self._modelled(kind, indices), weight, sd))
+            found.append(Source("model", self._modelled(name, at), weight, sd))
         elif name != "works":
-            gpus = np.log([[e.gpus] for e in rows]).reshape(-1, 1)
-            width = len(self.places) if name == "latency" else 1
+            width = len(self.foresight.loads) if name == "latency" else 1
             weight = -0.4 if name == "latency" else 0.7
-            found.append(Source("number of GPUs", np.repeat(gpus, width, axis=1), weight, 0.3))
+            found.append(
+                Source(
+                    "number of GPUs", np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1), weight, 0.3
+                )
+            )
         for study in self.earlier if name in QUANTITIES else ():
-            values = study.values(name, self.candidates.codes(indices), self.places)
+            values = study.values(name, self.candidates.codes(indices), len(self.foresight.loads))
             found.append(Source(study.name, values, 0.0 if modelled else 0.7 / len(self.earlier), 0.4))
         return found
 
-    def _structure(self, indices: Sequence[int]) -> Array:
-        gpus = np.log([self.foresight.of(self.candidates.params[i]).gpus for i in indices] or [1.0])[: len(indices)]
-        return gpus[:, None] - np.log(np.array(self.foresight.loads))[None, :]
+    def _structure(self, at: Array) -> Array:
+        return np.log(self.foresight.gpus[at])[:, None] - np.log(np.array(self.foresight.loads))[None, :]
 
-    def _modelled(self, kind: str, indices: Sequence[int]) -> Array:
+    def _modelled(self, kind: str, at: Array) -> Array:
         """The model's values (candidates, loads), the centre taken off; refused ones lie at the centre."""
-        raw, centre = self._raw(kind, indices), self._centre(kind)
+        raw, centre = self._raw(kind, at), self._centre(kind)
         return np.where(np.isfinite(raw), raw - centre, 0.0)
 
-    def _raw(self, kind: str, indices: Sequence[int]) -> Array:
-        rows = [self.foresight.of(self.candidates.params[i]) for i in indices]
-        width = len(self.places) if kind in ("model cost", "latency") else 1
-        empty = (math.nan,) * width
+    def _raw(self, kind: str, at: Array) -> Array:
         if kind == "latency":
-            return np.array([e.latency or empty for e in rows]).reshape(-1, width)
+            return self.foresight.latency[at]
         if kind == "model cost":
-            return np.array([e.cost or empty for e in rows]).reshape(-1, width) - self._structure(indices)
-        if kind == "capacity":
-            return np.array([[math.nan if e.refused else e.capacity] for e in rows]).reshape(-1, 1)
-        return np.array([[math.log(max(e.kv_tokens, 1.0)) if not e.refused else math.nan] for e in rows]).reshape(-1, 1)
+            return self.foresight.cost[at] - self._structure(at)
+        return (self.foresight.capacity if kind == "capacity" else self.foresight.kv_tokens)[at][:, None]
 
     def _centre(self, kind: str) -> Array:
         if kind not in self.centres:
-            sample = range(min(CENTRE_ON, len(self.candidates.params)))
-            raw = self._raw(kind, sample)
+            raw = self._raw(kind, np.arange(min(CENTRE_ON, len(self.candidates.params))))
             self.centres[kind] = np.array([np.nanmean(raw) if np.isfinite(raw).any() else 0.0])
         return self.centres[kind]
 

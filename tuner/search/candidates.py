@@ -122,7 +122,7 @@ def distribution_values(space: SearchSpace, params: Mapping[str, Value]) -> dict
     return found
 
 
-def spread(codes: NDArray[np.int64], tables: Sequence[NDArray[np.float64]], taken: Sequence[int], rng: Any) -> int:
+def spread(codes: NDArray[np.int64], tables: Sequence[NDArray[np.float64]], taken: Sequence[int], rng: Any, few) -> int:
     """The candidate that is least like those ``taken`` (indices), ties broken by ``rng``."""
     import numpy
 
@@ -132,7 +132,7 @@ def spread(codes: NDArray[np.int64], tables: Sequence[NDArray[np.float64]], take
             alike, sum(t[codes[:, j], codes[other, j]] for j, t in enumerate(tables)) / max(len(tables), 1)
         )
     alike[list(taken)] = math.inf
-    return int(numpy.argmin(alike + 1e-6 * rng.random(len(codes))))
+    return min(few, key=lambda i: alike[i])
 
 
 def pairs(count: int) -> Iterable[tuple[int, int]]:

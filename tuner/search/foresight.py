@@ -4,7 +4,7 @@ GPUs alone where there is none, and by earlier studies. Everything is cached by 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,59 +13,60 @@ from tuner.search.candidates import Candidates
 from tuner.search.ledger import COST_KEY
 from tuner.search.prediction import Predictor
 from tuner.search.reading import capacity, margin
-from tuner.space.config import ServingConfig, Value
+from tuner.search.surrogate import Array
+from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """One configuration as the analytic model sees it, in logarithms, per load of the ladder; ``refused`` says why it
-    cannot fit (``short_bytes`` by how much). Without a model only ``gpus`` is known."""
-
-    gpus: int
-    cost: tuple[float, ...] = ()
-    latency: tuple[float, ...] = ()
-    capacity: float = 0.0
-    kv_tokens: float = 0.0
-    refused: str = ""
-    short_bytes: int = 0
 
 
 @dataclass(slots=True)
 class Foresight:
-    """Asks the model once for every configuration and remembers the answer."""
+    """Asks the model once for every candidate and remembers the answers as arrays, in logarithms, by the candidates'
+    numbers: ``cost`` and ``latency`` (candidates, loads), ``capacity`` and ``kv_tokens`` (candidates,), NaN where the
+    model says that the server does not fit. Call :meth:`look` after the candidates grew."""
 
     candidates: Candidates
     objective: Objective
     loads: tuple[float, ...]
     predictor: Predictor | None
     model: str
-    known: dict[tuple[int, ...], Expected] = field(default_factory=dict)
+    gpus: Array = field(default_factory=lambda: np.zeros(0))
+    cost: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    latency: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    capacity: Array = field(default_factory=lambda: np.zeros(0))
+    kv_tokens: Array = field(default_factory=lambda: np.zeros(0))
+    short_bytes: Array = field(default_factory=lambda: np.zeros(0))
 
-    def of(self, params: Mapping[str, Value]) -> Expected:
-        """The expectation of a snapped configuration."""
-        key = self.candidates.key(params)
-        if key not in self.known:
-            self.known[key] = self._ask(self.candidates.space.config(params, self.model))
-        return self.known[key]
+    def look(self) -> None:
+        """Asks for every candidate that was added since the last look."""
+        new = self.candidates.params[len(self.gpus) :]
+        if not new:
+            return
+        rows = [self._ask(self.candidates.space.config(params, self.model)) for params in new]
+        width = len(self.loads)
+        self.gpus = np.append(self.gpus, [r[0] for r in rows])
+        self.capacity = np.append(self.capacity, [r[1] for r in rows])
+        self.kv_tokens = np.append(self.kv_tokens, [r[2] for r in rows])
+        self.short_bytes = np.append(self.short_bytes, [r[3] for r in rows])
+        self.cost = np.concatenate([self.cost.reshape(-1, width), np.array([r[4] for r in rows])])
+        self.latency = np.concatenate([self.latency.reshape(-1, width), np.array([r[5] for r in rows])])
 
-    def _ask(self, config: ServingConfig) -> Expected:
-        gpus = max(config.gpus, 1)
+    def _ask(self, config: ServingConfig) -> tuple[float, float, float, float, list[float], list[float]]:
+        """(GPUs, log capacity, log KV tokens, bytes short, log costs, log latencies) of one serving config."""
+        gpus, unknown = float(max(config.gpus, 1)), [math.nan] * len(self.loads)
         if self.predictor is None:
-            return Expected(gpus)
-        answers = [self.predictor.predict(config, load) for load in self.loads]
-        if not answers[0].fits:
-            first = answers[0]
-            return Expected(gpus, refused=first.reason or "it does not fit in memory", short_bytes=first.short_bytes)
+            return gpus, math.nan, math.nan, 0.0, unknown, unknown
+        first = self.predictor.predict(config, self.loads[0])
+        if not first.fits:
+            return gpus, math.nan, math.nan, float(max(first.short_bytes, 1)), unknown, unknown
+        answers = [first, *(self.predictor.predict(config, load) for load in self.loads[1:])]
         margins = [margin(a.metrics, self.objective.slos) for a in answers]
         bound, _ = capacity(self.loads, margins)
-        cost = [_log(a.metrics.get(COST_KEY)) for a in answers]
         latency = [_log(a.metrics.get(self.objective.latency_key)) for a in answers]
         good = [value for value, m in zip(latency, margins, strict=True) if m <= 0] or latency[:1]
         ceiling = good[-1] + 0.3  # beyond saturation the model's figures are large and say nothing of the axis
-        return Expected(
-            gpus, tuple(cost), tuple(min(v, ceiling) for v in latency), bound, max(a.kv_tokens for a in answers)
-        )
+        kv_tokens = math.log(max(first.kv_tokens, 1.0))
+        costs = [_log(a.metrics.get(COST_KEY)) for a in answers]
+        return gpus, bound, kv_tokens, 0.0, costs, [min(value, ceiling) for value in latency]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Seen:
     started_s: float = 0.0
     ended_s: float = 0.0
     remeasure_of: int | None = None
+    expected_gain: float | None = None  # of its proposal: share of the front's hypervolume
     free: bool = False  # told without a launch: refused by a rule, or a repeat
 
     @property
@@ -160,6 +161,7 @@ def read(study: Study, space: SearchSpace) -> list[Seen]:
                 float(notes.get("started_s") or 0.0),
                 float(notes.get("ended_s") or 0.0),
                 notes.get("remeasure_of"),
+                notes.get("expected_gain"),
                 bool(notes.get("free")),
             )
         )

@@ -46,25 +46,25 @@ class ModelError:
 
 
 def model_error(
-    readings: Sequence[Reading], foresight: Foresight, weights: Mapping[str, Mapping[str, float]]
+    readings: Sequence[tuple[int, Reading]], foresight: Foresight, weights: Mapping[str, Mapping[str, float]]
 ) -> ModelError:
-    """The model's predictions beside what the launches said."""
+    """The model's predictions beside what the launches said: ``readings`` with their candidates' numbers."""
     if foresight.predictor is None:
         return ModelError(has_model=False)
     pairs: dict[str, list[tuple[float, float]]] = {"cost": [], "latency": [], "capacity": []}
     crashes = 0
-    for r in readings:
-        expected = foresight.of(r.seen.params)
-        if r.works is not None and r.works < 0 and not expected.refused:
-            crashes += getattr(r.seen.outcome, "short_bytes", None) is not None
-        if expected.refused:
+    foresight.look()
+    for i, r in readings:
+        if foresight.short_bytes[i] > 0:
             continue
+        if r.works is not None and r.works < 0:
+            crashes += getattr(r.seen.outcome, "short_bytes", None) is not None
         if r.capacity is not None and r.good:
-            pairs["capacity"].append((r.capacity, expected.capacity))
+            pairs["capacity"].append((r.capacity, float(foresight.capacity[i])))
         for place, cost, latency in r.steps:
             if place in r.good:
-                pairs["cost"].append((cost, expected.cost[place]))
-                pairs["latency"].append((latency, expected.latency[place]))
+                pairs["cost"].append((cost, float(foresight.cost[i, place])))
+                pairs["latency"].append((latency, float(foresight.latency[i, place])))
     error, bias, rank = {}, {}, {}
     for name, both in pairs.items():
         if not both:

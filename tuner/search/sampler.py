@@ -46,6 +46,7 @@ class Options:
     spread_first: int = 4
     shortlist: int = 300
     gain_per_second: float = 1.0
+    gpu_power: float = 0.0
     remeasure: bool = True
 
 
@@ -93,7 +94,8 @@ class TunerSampler(BaseSampler):
         readings = [read_outcome(s, self.objective, self.loads) for s in read(study, self.space)]
         if not self.beliefs.fitted and any(r.capacity is not None for r in readings):
             self.beliefs.learn(readings, self.seed)
-        return model_error(readings, self.foresight, self.beliefs.weights())
+        numbered = [(i, r) for r in readings if (i := self.beliefs.index(r.seen.params)) is not None]
+        return model_error(numbered, self.foresight, self.beliefs.weights())
 
     # what Optuna calls
 
@@ -139,16 +141,18 @@ class TunerSampler(BaseSampler):
             self.beliefs.believe(pending)
         if not self.candidates.whole:
             self._grow_near(readings)
-        free = [i for i in range(len(self.candidates.params)) if i not in taken and self._may_fit(i)]
+        free = self._admitted(taken)
         scan = Scan(self.beliefs, self.loads, readings, pending)
         if not free:
             return scan.again(rng), Proposal("every configuration of the space was launched: measured again", 0.0)
         front = scan.front(free)
         shortlist = scan.shortlist(free, front, self.options.shortlist, rng)
         cost = launch_cost(self.cost, readings)
-        values = worth(self.beliefs.posterior(shortlist), front, self.loads, cost, draws(number))
+        post = self.beliefs.posterior(shortlist)
+        g = post.gpus
+        values = worth(post, front, self.loads, cost, draws(number))
         power = 0.0 if early else self.options.gain_per_second
-        score = values.gain / values.gpu_seconds**power
+        score = values.gain / (values.gpu_seconds / g ** (1 - self.options.gpu_power)) ** power
         best = int(np.argmax(score + 1e-15 * rng.random(len(score))))
         self.expected_gain = float(values.gain.max() / max(front.volume(), 1e-9))
         share = float(values.gain[best] / max(front.volume(), 1e-9))
@@ -173,8 +177,12 @@ class TunerSampler(BaseSampler):
             faults.append(index)
         return taken
 
-    def _may_fit(self, index: int) -> bool:
-        return not self.foresight.of(self.candidates.params[index]).refused
+    def _admitted(self, taken: set[int]) -> list[int]:
+        """Candidates that may be launched: new ones that fit in memory, as far as the model can tell."""
+        self.foresight.look()
+        fits = self.foresight.short_bytes <= 0
+        fits[list(taken)] = False
+        return np.nonzero(fits)[0].tolist()
 
     def _without_model(self, taken: set[int], rng: Any) -> tuple[int | None, str]:
         """An expert's first choices where the parameters are known by name, else what is least like the launched."""
@@ -184,22 +192,23 @@ class TunerSampler(BaseSampler):
                 return found[0], f"an expert's first choice: {why}"
         if len(taken) >= len(self.candidates.params):
             return None, ""
-        index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), rng)
+        few = sorted(set(rng.choice(len(self.candidates.params), 8).tolist()) - taken)
+        if not few:
+            return None, ""
+        index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), rng, few)
         return index, "least like anything launched so far"
 
     def _grow_towards_front(self) -> None:
         """Neighbours of the model's front join a sampled pool, until it stays what it is (six rounds at most)."""
         self.beliefs.learn([], self.seed)
         for _ in range(6):
-            indices = [i for i in range(len(self.candidates.params)) if self._may_fit(i)]
-            leaders = Scan(self.beliefs, self.loads, [], []).leaders(indices, 12)
+            leaders = Scan(self.beliefs, self.loads, [], []).leaders(self._admitted(set()), 12)
             if not any([self.candidates.add(self.candidates.neighbours(self.candidates.params[i])) for i in leaders]):
                 break
 
     def _grow_near(self, readings: Sequence[Reading]) -> None:
         """Neighbours of the incumbents (and of what is believed best) join the pool."""
         good = [i for r in readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
-        everything = [i for i in range(len(self.candidates.params)) if self._may_fit(i)]
-        believed = Scan(self.beliefs, self.loads, readings, []).leaders(everything, 6)
+        believed = Scan(self.beliefs, self.loads, readings, []).leaders(self._admitted(set()), 6)
         for index in sorted({*good[-10:], *believed}):
             self.candidates.add(self.candidates.neighbours(self.candidates.params[index]))

@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 FIT_ROWS = 160  # rows used to find the variances; every row is used to predict
 LOAD_SHARE = 0.4  # of a parameter's effect that changes with the load
-LOAD_LENGTH = 0.6  # of the ladder (0 to 1, in logarithms) over which effects stay alike
+LOAD_LENGTH = 0.6  # of the utilization (load / capacity) over which effects stay alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Prior:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is known, row by row: codes (n, parameters), place of the load (n,) in 0 to 1, target (n,), the sources'
+    """What is known, row by row: codes (n, parameters), place of the load (n,) (its share of the capacity), target (n,), the sources'
     values (n, sources) and extra noise variance (n,)."""
 
     codes: Codes
@@ -84,22 +84,22 @@ class Surrogate:
     def noise_sd(self) -> float:
         return math.sqrt(self.variances[-1])
 
-    def predict(self, codes: Codes, loads: Array, sources: Array, *, spread: bool = True) -> tuple[Array, Array]:
+    def predict(self, codes: Codes, places: Array, sources: Array, *, spread: bool = True) -> tuple[Array, Array]:
         """Mean and standard deviation (candidates, loads) without the noise of a measurement.
 
-        ``codes`` (candidates, parameters), ``loads`` (loads,), ``sources`` (candidates, loads, sources). Without
+        ``codes`` (candidates, parameters), ``places`` (candidates, loads), ``sources`` (candidates, loads, sources). Without
         ``spread`` the standard deviation is left at 0, which is much cheaper.
         """
-        n_loads, n_sources = len(loads), sources.shape[2]
+        n_loads, n_sources = places.shape[1], sources.shape[2]
         v, d = self.variances, len(self.tables)
         singles, both = _alike(codes, self.rows.codes, self.tables, v[2 : 2 + d], self.importance)
         same = (codes[:, None, :] == self.rows.codes[None, :, :]).all(2)
-        near = _load_kernel(loads, self.rows.load)
         mean, sd = np.empty((len(codes), n_loads)), np.zeros((len(codes), n_loads))
         total = v[:-1].sum() if d else v[0] + v[1]
         for i in range(n_loads):
-            mixed = (1 - LOAD_SHARE) + LOAD_SHARE * near[i]
-            k = v[0] + v[1] * near[i] + (singles + v[2 + d] * both) * mixed + v[3 + d] * same * near[i]
+            near = _load_kernel(places[:, i], self.rows.load)
+            mixed = (1 - LOAD_SHARE) + LOAD_SHARE * near
+            k = v[0] + v[1] * near + (singles + v[2 + d] * both) * mixed + v[3 + d] * same * near
             f = sources[:, i, :]
             if n_sources:
                 k = k + (f * self.weight_sd**2) @ self.rows.sources.T

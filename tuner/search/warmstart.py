@@ -68,7 +68,6 @@ def earlier(
         return None
     tables = correlations(space)
     logs = [math.log(load) for load in ladder]
-    width = max(logs[-1] - logs[0], 1e-9)
     fitted = {}
     for quantity in ("cost", "latency", "capacity"):
         codes, places, y, extra = [], [], [], []
@@ -77,7 +76,7 @@ def earlier(
                 codes.append(key), places.append(0.0), y.append(r.capacity), extra.append(r.capacity_sd**2)
             elif quantity != "capacity":
                 for place, cost, latency in r.steps:
-                    codes.append(key), places.append((logs[place] - logs[0]) / width), extra.append(0.0)
+                    codes.append(key), places.append(place / max(len(logs) - 1, 1)), extra.append(0.0)
                     y.append(cost + logs[place] if quantity == "cost" else latency)
         if len(y) >= FEWEST:
             known = Rows(
