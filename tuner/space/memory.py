@@ -159,7 +159,7 @@ def _parts(shape: ModelShape, hardware: Hardware, settings: Settings, learned: M
         kv_per_token += 0.0 if a.kind == "window" else token
         kv_fixed += token * min(a.window + settings.block_size, settings.max_model_len) if a.kind == "window" else 0.0
         kv_fixed += a.layers * a.state * 2.0 / settings.tp / settings.pp
-    share = settings.memory_share if not on_cpu else 0.95
+    share = 1.0 if on_cpu and settings.kv_bytes is not None else settings.memory_share
     return {
         "memory": hardware.memory_bytes / (settings.tp * settings.pp * settings.dp if on_cpu else 1) * share,
         "weights": weights,
@@ -192,7 +192,7 @@ def _short(short: float, parts: Mapping[str, float], hardware: Hardware, setting
         for name in ("weights", "activations", "graphs", "context")
         if parts[name]
     )
-    share = f" x {settings.memory_share:g}" if hardware.kind != "cpu" else ""
+    share = f" x {settings.memory_share:g}" if hardware.kind != "cpu" or settings.kv_bytes is None else ""
     over = f" on each of {settings.gpus} GPUs" if settings.gpus > 1 and hardware.kind != "cpu" else ""
     reason = (
         f"{used} and {what} do not fit {hardware.memory_bytes / _GIB:.0f} GiB{share}{over}: "

@@ -123,7 +123,7 @@ def batch_defaults(hardware: Hardware, world_size: int, engine: str = "vllm") ->
 
 
 def memory_default(hardware: Hardware, batched_tokens: int, engine: str = "vllm") -> float:
-    """Default share of memory for weights and cache: vLLM 0.25 and later 0.92 (0.9 before), all of its own use
+    """Default share of memory for weights and cache: vLLM 0.92 (0.32; 0.9 in older ones), all of its own use
     included; SGLang leaves 1.5 MiB per token of its chunk, 1 GiB of graphs and 0.5 GiB outside."""
     if engine != "sglang":
         return 0.92
