@@ -43,7 +43,8 @@ def measure(scenario: Scenario, speed: float, studies: int, seed: int) -> dict[s
             _, low, high = found.chosen.difference
             gains.append(low <= true / truth(1.0, scenario) <= high)
         low, high = result.apparent_interval
-        searched.append(low <= truth(speeds[result.apparent], scenario, result.apparent_load) <= high)
+        if result.apparent:
+            searched.append(low <= truth(speeds[result.apparent], scenario, result.apparent_load) <= high)
         launches.append(found.launches)
     return {
         "scenario": scenario.name,

@@ -36,7 +36,7 @@ class Scenario:
 
 
 THROUGHPUT = Scenario("throughput", "ttft_p99=3600s", (1.0, 3.0))
-LATENCY = Scenario("latency", "ttft_p99=10s", (0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 1.8))
+LATENCY = Scenario("latency", "ttft_p99=10s", (0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 1.8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,11 @@ def run(
     listed = shortlist(trials, spec.objective, configs["v0"], scenario.ladder)
     budget = VerifyBudget(round(launches * share))
     found = verify(spec, machine.launch, listed.finalists, listed.baseline, kept, budget, known=launch_spread(trials))
-    apparent, step = _apparent(trials)
-    return Result(found, apparent, step.load, step.intervals[COST], len(machine.labels))
+    apparent = _apparent(trials)
+    if apparent is None:
+        return Result(found, "", 0.0, (0.0, 0.0), len(machine.labels))
+    variant, step = apparent
+    return Result(found, variant, step.load, step.intervals[COST], len(machine.labels))
 
 
 def _trial(number, variant, machine, spec, config, searched) -> TrialRecord:
@@ -121,9 +124,11 @@ def _bests(trials: list[TrialRecord], objective: Objective) -> list:
     return list(best.values())
 
 
-def _apparent(trials: list[TrialRecord]) -> tuple[str, Step]:
+def _apparent(trials: list[TrialRecord]) -> tuple[str, Step] | None:
     """The single lowest cost of the search, as a study without verification would export it."""
     found = [(s.metrics[COST], t, s) for t in trials for s in t.outcome.steps if s.ok]  # type: ignore[union-attr]
+    if not found:
+        return None
     _, trial, step = min(found, key=lambda row: row[0])
     return str(trial.config.params["variant"]), step
 

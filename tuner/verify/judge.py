@@ -10,7 +10,7 @@ from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 from tuner.verify.arm import Finalist, Launched, Range
 from tuner.verify.capacity import capacity, cost_at, value_at
-from tuner.verify.repeats import Repeats, Spread
+from tuner.verify.repeats import NO_SPREAD, Repeats, Spread
 from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_best
 
 Cell = tuple[str, int, str]  # arm, round, window
@@ -58,6 +58,7 @@ class Judgement:
     choice: str
     reason: str
     arms: Mapping[str, Arm]
+    spread: Spread = NO_SPREAD
 
 
 def judge(
@@ -130,7 +131,7 @@ def judge(
             best=ahead.get(label, 0.0),
             failure=failures.get(label, ""),
         )
-    return Judgement(choice, reason, found)
+    return Judgement(choice, reason, found, costs.total())
 
 
 class Table:

@@ -66,8 +66,8 @@ class Repeats:
         if len(mine) == 0:
             raise ValueError(f"{arm} was not measured")
         count, width = mine.shape
-        own = self.spread()
-        total, freedom = pool([(own.variance, own.freedom), (self._known.variance, self._known.freedom)])
+        over_time = self.total()
+        total, freedom = over_time.variance, over_time.freedom
         inside, inside_freedom = self._inside()
         if inside_freedom <= 0:
             inside = 0.0  # nothing is known to average out
@@ -120,6 +120,11 @@ class Repeats:
     def spread(self) -> Spread:
         """The launch spread seen here, pooled over the arms."""
         return Spread(*pool([_variance(self._of(name).mean(axis=1)) for name in self.arms]))
+
+    def total(self) -> Spread:
+        """What launches of one arm differ by over time: the spread seen here and the ``known`` one, pooled."""
+        own = self.spread()
+        return Spread(*pool([(own.variance, own.freedom), (self._known.variance, self._known.freedom)]))
 
     def single(self) -> Spread:
         """How much single measurements (one launch, one window) of an arm differ."""

@@ -11,13 +11,15 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.verify.arm import Finalist, Launched, Range
 from tuner.verify.judge import UNKNOWN, Arm, Judgement
+from tuner.verify.repeats import Spread
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
     """``choice`` is the recommended arm's label (empty: nothing meets the SLOs), ``trial`` its number in the search,
     ``config`` and ``load`` what to deploy. ``survived`` is the share of the search-time gain over the default that
-    was found again (middle, low, high; NaN where there was none to find). ``reason`` is :class:`Judgement`'s."""
+    was found again (middle, low, high; NaN where there was none to find). ``reason`` is :class:`Judgement`'s;
+    ``spread`` what launches differ by (log cost)."""
 
     choice: str
     trial: int | None
@@ -33,6 +35,7 @@ class Verification:
     confidence: float
     text: str
     rows: tuple[Mapping[str, Any], ...]
+    spread: Spread = NO_SPREAD
 
     @property
     def chosen(self) -> Arm | None:
@@ -50,6 +53,7 @@ class Verification:
         fields["config"] = ServingConfig.from_dict(fields["config"]) if fields["config"] else None
         fields["survived"] = tuple(fields["survived"])
         fields["rows"] = tuple(fields["rows"])
+        fields["spread"] = Spread(**fields["spread"])
         return cls(**fields)
 
 
@@ -83,6 +87,7 @@ def verdict(
         confidence=confidence,
         text=_text(judgement, arms, base, state, survived, study, len(launches), windows, stopped, confidence),
         rows=tuple(_row(judgement.arms[a.label], a, study.objective.latency) for a in arms),
+        spread=judgement.spread,
     )
 
 

@@ -1,0 +1,174 @@
+"""Re-certification: does a file still keep its promise, on this engine, this driver, this GPU? A matter of minutes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tuner.engines.protocol import LaunchFailed, OnEvent
+from tuner.errors import NothingFeasible, UsageError
+from tuner.load.trace import Trace
+from tuner.study.outcome import Step
+from tuner.verify.arm import COST, Range, margin
+from tuner.verify.fingerprint import Fingerprint
+from tuner.verify.promise import Promise
+from tuner.verify.rounds import Launcher
+from tuner.verify.statistics import Estimate, combine, pool
+
+ASSUMED_SPREAD = 0.03  # of launches (log cost), where the promise does not say
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One promised figure. ``measured`` is (middle, low, high); ``holds`` is False where it is proven broken."""
+
+    name: str
+    promised: str
+    measured: Range
+    holds: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """``holds``: nothing promised is proven broken. ``changes`` are differences of the fingerprint, in words."""
+
+    holds: bool
+    checks: tuple[Check, ...]
+    changes: tuple[str, ...]
+    launches: int
+    fingerprint: Fingerprint
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def require(self) -> None:
+        """Raises :class:`NothingFeasible` (exit code 3) where the promise is broken."""
+        if not self.holds:
+            broken = "; ".join(check.text for check in self.checks if not check.holds)
+            raise NothingFeasible(f"the promise no longer holds: {broken}", fix="Tune again with `tuner tune`.")
+
+
+def recertify(
+    promise: Promise,
+    launch: Launcher,
+    windows: Sequence[Trace],
+    now: Fingerprint,
+    on_event: OnEvent = lambda _name, _data: None,
+    *,
+    launches: int = 2,
+    seconds: float = 600.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Certificate:
+    """Launches the promise's config up to ``launches`` times (a new one only while less than half of ``seconds`` has
+    passed), replays ``windows`` at the promised load and compares.
+
+    An SLO is broken when it is missed in the mean over windows and launches; cost and latency when they are proven
+    worse than promised: the promise's own interval, the spread of launches and that of windows are all allowed for.
+    """
+    if not windows:
+        raise UsageError("there is no window of the trace to replay", fix="Give the trace with --trace.")
+    started_s, steps, rounds = clock(), [], 0
+    failure = ""
+    while rounds < launches and (rounds == 0 or clock() - started_s < seconds / 2):
+        rounds += 1
+        label = f"certify {rounds}"
+        on_event("verify-launch", {"label": label, "launched": rounds - 1, "of": launches})
+        try:
+            with launch(promise.config, label) as rig:
+                order = windows if rounds % 2 else windows[::-1]
+                steps.append([rig.measure(promise.load, window, window.name) for window in order])
+        except LaunchFailed as failed:
+            failure = f"{failed.outcome.message} ({failed.outcome.stage})"
+            break
+    changes = tuple(promise.fingerprint.changes(now))
+    if failure:
+        checks = (Check("launch", "the server starts and serves", _NOTHING, False, failure),)
+    else:
+        trusted = [[s for s in group if not s.untrusted] for group in steps]
+        trusted = [group for group in trusted if group]
+        if not trusted:
+            why = "; ".join(sorted({reason for group in steps for s in group for reason in s.untrusted}))
+            raise UsageError(f"the measurement cannot be believed: {why}", fix="Free the machine and repeat.")
+        checks = _checks(promise, trusted)
+    holds = all(check.holds for check in checks)
+    return Certificate(
+        holds, checks, changes, rounds, now, _text(promise, checks, changes, holds, rounds, len(windows))
+    )
+
+
+def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, ...]:
+    every = [step for group in steps for step in group]
+    gap = float(np.mean([margin(step, promise.slos) for step in every]))
+    missed = sorted({miss for step in every for miss in step.slo_misses})
+    limits = ", ".join(map(str, promise.slos)) or "none"
+    words = "the SLOs hold" if gap <= 0 else f"SLOs missed at load {promise.load:.3g}: {'; '.join(missed[:3])}"
+    checks = [Check("slos", limits, (gap, gap, gap), gap <= 0, words)]
+    figures = (("cost", COST, promise.cost, "USD per million output tokens", 1.0),)
+    figures += ((promise.latency_metric, f"{promise.latency_metric}_s", promise.latency, "ms", 1e3),)
+    for name, key, promised, unit, scale in figures:
+        logs = [
+            [math.log(s.metrics[key]) for s in group if 0 < s.metrics.get(key, math.nan) < math.inf] for group in steps
+        ]
+        logs = [values for values in logs if values]
+        if not logs:
+            checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", _NOTHING, False, f"{name} was not measured"))
+            continue
+        now = _now(logs, promise)
+        # the promise is itself an estimate: both errors count
+        error = math.hypot(now.error, _error(promised, promise.confidence))
+        worse = (now.mean - math.log(promised[0])) / error if error > 0 else math.inf
+        holds = float(stats.t.sf(worse, now.freedom)) > 1 - promise.confidence or now.mean <= math.log(promised[0])
+        low, high = now.interval(promise.confidence)
+        measured = (math.exp(now.mean), math.exp(low), math.exp(high))
+        change = math.expm1(now.mean - math.log(promised[0])) * 100
+        text = f"{name} {measured[0] * scale:.4g} {unit}, promised {promised[0] * scale:.4g} ({change:+.1f} %)"
+        checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", measured, holds, text))
+    return tuple(checks)
+
+
+def _now(logs: Sequence[Sequence[float]], promise: Promise) -> Estimate:
+    """The mean over launches and windows, with the larger of what is assumed and what is seen of either's spread."""
+    means = [float(np.mean(values)) for values in logs]
+    promised = (
+        (promise.spread.variance, promise.spread.freedom) if promise.spread.freedom else (ASSUMED_SPREAD**2, 10.0)
+    )
+    seen = (float(np.var(means, ddof=1)), len(means) - 1.0) if len(means) > 1 else (0.0, 0.0)
+    launches, freedom = pool([promised, seen])
+    parts = [(launches / len(means), freedom)]
+    width = min(len(values) for values in logs)
+    if width > 1:
+        inside = [(float(np.var(values, ddof=1)), len(values) - 1.0) for values in logs]
+        windows, _ = pool(inside)
+        parts.append((windows / width, width - 1.0))
+    total, freedom = combine(parts)
+    return Estimate(float(np.mean(means)), math.sqrt(total), freedom)
+
+
+def _error(promised: Range, confidence: float) -> float:
+    """The standard error that the promised interval stands for (log scale, normal)."""
+    _, low, high = promised
+    if not (0 < low <= high < math.inf):
+        return 0.0
+    return math.log(high / low) / (2 * float(stats.norm.isf((1 - confidence) / 2)))
+
+
+_NOTHING: Range = (math.nan, math.nan, math.nan)
+
+
+def _text(
+    promise: Promise, checks: Sequence[Check], changes: Sequence[str], holds: bool, launches: int, windows: int
+) -> str:
+    lines = [f"**The promise {'holds' if holds else 'no longer holds'}** at load {promise.load:.3g}."]
+    lines += [f"- {'ok' if check.holds else 'BROKEN'}: {check.text}" for check in checks]
+    before = promise.fingerprint.date or "an unknown date"
+    lines.append(f"Measured in {launches} launches on {windows} windows; promised on {before}.")
+    lines.append(f"Changed since then: {'; '.join(changes)}." if changes else "Nothing of the fingerprint has changed.")
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""The promise: what an exported file says of itself in machine-readable comment lines, and how it is read back.
+
+Each line is ``# tuner: {...}``, one JSON object; together they are the promise. YAML, env files and Compose files take
+them as comments; the rest of the file is the engine's own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import UsageError
+from tuner.space.config import ServingConfig
+from tuner.spec.slo import Slo, parse
+from tuner.verify.arm import Range
+from tuner.verify.fingerprint import Fingerprint
+from tuner.verify.repeats import Spread
+from tuner.verify.verdict import Verification
+
+PREFIX = "# tuner: "
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """At ``load`` the config meets ``slos``, at ``cost`` (USD per million output tokens) and ``latency`` (seconds of
+    ``latency_metric``), each (middle, low, high) at ``confidence``. ``spread`` is what launches differ by (log cost),
+    as verification saw it. ``study`` and ``trial`` say where it comes from."""
+
+    study: str
+    trial: int | None
+    config: ServingConfig
+    load: float
+    slos: tuple[Slo, ...]
+    cost: Range
+    latency_metric: str
+    latency: Range
+    fingerprint: Fingerprint
+    spread: Spread = NO_SPREAD
+    confidence: float = 0.95
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def promise_of(
+    verification: Verification,
+    study: str,
+    slos: tuple[Slo, ...],
+    latency: str,
+    fingerprint: Fingerprint,
+    **details: Any,
+) -> Promise:
+    """The promise of what a verification recommends. Raises ``ValueError`` where it recommends nothing."""
+    chosen = verification.chosen
+    if chosen is None or verification.config is None:
+        raise ValueError("nothing was recommended, so there is nothing to promise")
+    return Promise(
+        study,
+        verification.trial,
+        verification.config,
+        chosen.load,
+        slos,
+        chosen.load_cost,
+        latency,
+        chosen.latency,
+        fingerprint,
+        verification.spread,
+        verification.confidence,
+        details,
+    )
+
+
+def promise_block(promise: Promise) -> str:
+    """The comment lines, newline at the end."""
+    lines: list[dict[str, Any]] = [
+        {"promise": VERSION, "study": promise.study, "trial": promise.trial, "confidence": promise.confidence},
+        {"load": promise.load, "slos": [f"{slo.metric}={slo.limit!r}" for slo in promise.slos]},
+        {"cost_usd_per_mtok_output": _plain(promise.cost)},
+        {"latency_metric": promise.latency_metric, "latency_s": _plain(promise.latency)},
+        {"launch_variance": promise.spread.variance, "launch_freedom": promise.spread.freedom},
+        {"fingerprint": promise.fingerprint.to_dict()},
+        {"config": promise.config.to_dict()},
+    ]
+    if promise.details:
+        lines.append({"details": dict(promise.details)})
+    return "".join(f"{PREFIX}{json.dumps(line, allow_nan=False)}\n" for line in lines)
+
+
+def read_promise(path: Path) -> Promise:
+    """The promise in ``path``. Raises :class:`UsageError` with the line that cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise UsageError(f"cannot be read: {failure}", where=str(path)) from failure
+    found: dict[str, Any] = {}
+    last = 1
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith(PREFIX):
+            last = number
+            try:
+                found |= json.loads(line[len(PREFIX) :])
+            except (ValueError, TypeError) as failure:
+                raise UsageError(f"bad promise line: {failure}", where=f"{path}:{number}", fix=_EXPORT) from failure
+    if not found:
+        raise UsageError("holds no promise (no line '# tuner: {...}')", where=str(path), fix=_EXPORT)
+    if found.get("promise") != VERSION:
+        raise UsageError(f"promise version {found.get('promise')!r} is not known", where=f"{path}:{last}", fix=_EXPORT)
+    try:
+        return Promise(
+            study=found["study"],
+            trial=found["trial"],
+            config=ServingConfig.from_dict(found["config"]),
+            load=float(found["load"]),
+            slos=tuple(_slo(text) for text in found["slos"]),
+            cost=_range(found["cost_usd_per_mtok_output"]),
+            latency_metric=found["latency_metric"],
+            latency=_range(found["latency_s"]),
+            fingerprint=Fingerprint.from_dict(found["fingerprint"]),
+            spread=Spread(float(found["launch_variance"]), float(found["launch_freedom"])),
+            confidence=float(found["confidence"]),
+            details=found.get("details", {}),
+        )
+    except KeyError as failure:
+        raise UsageError(f"the promise lacks {failure}", where=f"{path}:{last}", fix=_EXPORT) from failure
+    except (TypeError, ValueError, AttributeError) as failure:
+        raise UsageError(f"the promise cannot be read: {failure}", where=f"{path}:{last}", fix=_EXPORT) from failure
+
+
+_EXPORT = "Export it again with `tuner export STUDY`."
+
+
+def _slo(text: str) -> Slo:
+    """``ttft_p99=0.5`` (seconds, or a share)."""
+    metric, _, limit = text.partition("=")
+    return Slo(parse(f"{metric}={limit}" if metric == "error_rate" else f"{metric}={limit}s").metric, float(limit))
+
+
+def _plain(values: Range) -> list[float | str]:
+    """JSON has no infinity: as the strings ``inf``, ``-inf``, ``nan``."""
+    return [v if math.isfinite(v) else str(v) for v in values]
+
+
+def _range(values: list[float | str]) -> Range:
+    middle, low, high = (float(v) for v in values)
+    return middle, low, high

@@ -1,0 +1,105 @@
+"""Rounds: arms launched one after the other in counterbalanced order, each bracketed on every window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from tuner.engines.protocol import LaunchFailed, OnEvent
+from tuner.load.trace import Trace
+from tuner.space.config import ServingConfig
+from tuner.spec.study import Study
+from tuner.study.outcome import Infeasible, Measured, Outcome, Step
+from tuner.verify.arm import Finalist, Launched
+from tuner.verify.capacity import loads
+from tuner.verify.judge import Table
+
+
+class Rig(Protocol):
+    """A running server that can be measured at a load on a window (the caller knows SLOs, warm-up and files)."""
+
+    def measure(self, load: float, trace: Trace, window: str) -> Step:
+        """Replays ``trace`` at ``load``. Raises :class:`LaunchFailed` where the server died under load and
+        :class:`Cancelled` where the user interrupted."""
+        ...
+
+
+Launcher = Callable[[ServingConfig, str], AbstractContextManager[Rig]]
+"""Starts the config (raises LaunchFailed), stops it at the end of the ``with``. The second argument is the label of the
+launch (``verify 2 trial 17``), under which the caller keeps the steps measured inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A launch that was made before an interrupt: its label, and how it ended."""
+
+    label: str
+    outcome: Outcome
+
+
+@dataclass(slots=True)
+class Rounds:
+    """Plays rounds and keeps what they showed in ``launches``.
+
+    The order is counterbalanced (ABBA): odd rounds take the arms in a seeded random order, even rounds in the reverse
+    of the round before, so that a machine that slowly warms up or fills up favours nobody. ``done`` maps labels of
+    launches made before an interrupt to their outcomes: those are not repeated. ``word`` begins every label.
+    """
+
+    study: Study
+    launch: Launcher
+    windows: tuple[Trace, ...]
+    on_event: OnEvent
+    done: Mapping[str, Outcome]
+    of: int
+    word: str = "verify"
+    launches: list[Launched] = field(default_factory=list)
+    number: int = 0
+    _order: list[str] = field(default_factory=list)
+
+    def play(self, arms: Sequence[Finalist]) -> None:
+        """One launch of each of ``arms``."""
+        self.number += 1
+        if self.number % 2:
+            rng = np.random.default_rng([self.study.seed, self.number])
+            self._order = [arms[i].label for i in rng.permutation(len(arms))]
+        else:
+            self._order = [label for label in reversed(self._order) if any(a.label == label for a in arms)]
+        for label in self._order:
+            self.launches.append(self._once(next(a for a in arms if a.label == label)))
+
+    def _once(self, arm: Finalist) -> Launched:
+        """One launch, bracketed on every window; every second round takes the windows in reverse."""
+        number = self.number
+        label = f"{self.word} {number} {arm.label}"
+        known = self.done.get(label)
+        if isinstance(known, Infeasible):
+            return Launched(arm.label, number, known.steps, known)
+        if isinstance(known, Measured):
+            return Launched(arm.label, number, known.steps)
+        self.on_event("verify-launch", {"label": label, "launched": len(self.launches), "of": self.of})
+        steps: list[Step] = []
+        try:
+            with self.launch(arm.config, label) as rig:
+                for window in self.windows if number % 2 else self.windows[::-1]:
+                    steps += self._bracket(rig, arm, window)
+        except LaunchFailed as failure:
+            return Launched(arm.label, number, tuple(steps), failure.outcome)
+        return Launched(arm.label, number, tuple(steps))
+
+    def _bracket(self, rig: Rig, arm: Finalist, window: Trace) -> list[Step]:
+        """The loads around the arm's capacity on this window, starting where earlier rounds found it."""
+        ladder = self.study.load.ladder
+        table = Table(self.launches, self.study.objective.slos, max(ladder))
+        seen = [table.capacity(cell) for cell in table.cells if (cell[0], cell[2]) == (arm.label, window.name)]
+        seen = [found for found in seen if not math.isnan(found)]
+        start = float(np.exp(np.mean(np.log(seen)))) if seen else arm.load
+        steps: list[Step] = []
+        while (load := loads(start, min(ladder), max(ladder), [not s.slo_misses for s in steps])) is not None:
+            steps.append(rig.measure(load, window, window.name))
+        return steps
