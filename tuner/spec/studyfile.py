@@ -34,6 +34,9 @@ class EngineFile(Strict):
     args: dict[str, bool | int | float | str] = {}
     env: dict[str, str | int | float] = {}
     trust_remote_code: bool = False
+    target: str = ""  # of the function engine
+    url: str = ""  # of attach
+    gpu: str = ""  # of the emulator
     options: dict[str, Any] = {}
 
 
@@ -90,7 +93,7 @@ class ObjectiveFile(Strict):
 
 class StudyFile(Strict):
     name: str = ""
-    model: str
+    model: str = ""
     draft_model: str = ""
     eagle_model: str = ""
     engine: EngineFile = EngineFile()
@@ -100,7 +103,7 @@ class StudyFile(Strict):
     objective: str | dict[str, Any] = "chat"
     slo: dict[str, str | float | int] = {}
     price_usd_per_gpu_hour: float | None = None
-    trace: TraceFile | str
+    trace: TraceFile | str = ""
     load: LoadFile = LoadFile()
     budget: BudgetFile | str = BudgetFile()
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
@@ -132,9 +135,13 @@ def resolve(document: Document, beside: Path) -> Study:
     file = validate(StudyFile, document)
     frozen = file.frozen or {}
     base = Path(frozen.get("beside", beside)).resolve()
-    trace = _trace(file.trace, document, base, must_exist=not frozen)
+    trace = _trace(file.trace, document, base, file.engine.kind, must_exist=not frozen)
     engine = _engine(file.engine, base)
-    model = _model(file.model, document, base, must_exist=not frozen)
+    model = (
+        ""
+        if not file.model and engine.kind == "function"
+        else _model(file.model, document, base, must_exist=not frozen)
+    )
     facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace)
     hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(file.hardware, document, engine, facts)
     space = _with_args(_space(file, document, base, facts), engine, document)
@@ -229,7 +236,11 @@ def parse_budget(text: str) -> Budget:
     return Budget(hours=value) if kind == "hours" else Budget(usd=value)
 
 
-def _trace(file: TraceFile | str, document: Document, base: Path, must_exist: bool) -> TraceSpec:
+def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, must_exist: bool) -> TraceSpec:
+    if not file:
+        if kind != "function":
+            raise document.error("trace is missing", (), "add trace: FILE, the traffic to tune for")
+        return TraceSpec("", window_s=1.0, search_windows=1, heldout_windows=1)
     spec = TraceFile(file=file) if isinstance(file, str) else file
     at = ("trace",) if isinstance(file, str) else ("trace", "file")
     path = Path(os.path.normpath(base / spec.file))
@@ -255,10 +266,13 @@ def _engine(file: EngineFile, base: Path) -> EngineSpec:
     python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
     args = {name.lstrip("-").replace("_", "-"): value for name, value in file.args.items()}
     env = {name: str(value) for name, value in file.env.items()}
-    return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, file.options)
+    said = {key: value for key in ("target", "url", "gpu") if (value := getattr(file, key))}
+    return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, {**said, **file.options})
 
 
 def _model(model: str, document: Document, base: Path, must_exist: bool, at: str = "model") -> str:
+    if not model:
+        raise document.error(f"{at} is missing", (), f"add {at}: FOLDER or a model id")
     path = Path(model).expanduser()
     looks_like_path = model.startswith((".", "/", "~")) or (base / path).is_dir() or model.count("/") > 1
     if not looks_like_path:
@@ -285,12 +299,10 @@ def _facts(
         given = getattr(file, key)
         if given:
             facts[key] = _model(given, document, base, True, key)
-    whole = formats.read(Path(trace.file), trace.format)
-    return {
-        **facts,
-        **facts_.of_trace(whole.input_tokens, whole.output_tokens),
-        **gpu_facts(file.hardware, document, engine),
-    }
+    if trace.file:
+        whole = formats.read(Path(trace.file), trace.format)
+        facts |= facts_.of_trace(whole.input_tokens, whole.output_tokens)
+    return facts | gpu_facts(file.hardware, document, engine)
 
 
 def gpu_facts(file: HardwareFile, document: Document, engine: EngineSpec) -> dict[str, Any]:

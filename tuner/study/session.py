@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +103,9 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[Predictor | None
     from tuner.search.model.shape import ModelShape
     from tuner.spec.facts import model_config
 
-    if study.engine.kind in ("function", "attach"):
-        return None, f"the {study.engine.kind} engine says nothing about its hardware"
+    said = study.frozen.get("hardware") or {}
+    if study.engine.kind in ("function", "attach") and (not study.trace.file or said.get("gpu", "auto") == "auto"):
+        return None, f"the {study.engine.kind} engine says nothing about its hardware, and the study names none"
     row = hardware.detect()[0] if study.hardware.gpus == 0 else hardware.lookup(study.hardware.name)
     if row is None:
         return None, f"{study.hardware.name} is not in the hardware table"
@@ -122,7 +123,7 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[Predictor | None
         objective.slos,
         objective.latency,
         objective.price_usd_per_gpu_hour,
-        engine="vllm" if study.engine.kind == "emulator" else study.engine.kind,
+        engine="sglang" if study.engine.kind == "sglang" else "vllm",
     )
     return model, ""
 
@@ -175,15 +176,14 @@ def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.
     from tuner.verify import racing
 
     study = ready.study
-    book, stop_early = _book(ready, store)
-    proposals = queue.Queue(study, store, book, ready.why_not, ready.notes)
+    proposals = queue.Queue(study, store, book(ready, store), ready.why_not, ready.notes)
     _tell_refusals(study, store, proposals, on_event)
     share = 1 - study.budget.verify_share
 
     def stop_reason(running: int) -> str:
         used = budget.spent(study, store.trials(), running)
         on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
-        return budget.exhausted(study, used, share) or stop_early()
+        return budget.exhausted(study, used, share)
 
     def beaten(steps: Sequence[Step]) -> str:
         found = front(points(store.trials(), study.objective))
@@ -194,8 +194,8 @@ def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.
     return Loop(bench, store, proposals, ready.traffic, recorder, on_event, stop_reason, gpus).run()
 
 
-def _book(ready: Prepared, store: Store) -> tuple[optuna.Study, Callable[[], str]]:
-    """Optuna's study with the sampler of the user's choice, and what says that further launches would not pay."""
+def book(ready: Prepared, store: Store) -> optuna.Study:
+    """Optuna's study, opened or made, with the sampler of the user's choice."""
     import optuna
 
     from tuner.search import choose
@@ -214,14 +214,13 @@ def _book(ready: Prepared, store: Store) -> tuple[optuna.Study, Callable[[], str
         cost=LaunchCost(start_s=60.0, step_s=step_seconds(ready)),
         earlier=_earlier(study),
     )
-    book = optuna.create_study(
+    return optuna.create_study(
         storage=store.database,
         study_name=study.name,
         directions=["minimize", "minimize"],
         sampler=sampler,
         load_if_exists=True,
     )
-    return book, lambda: ""
 
 
 def step_seconds(ready: Prepared) -> float:

@@ -30,6 +30,10 @@ def read(study: Study) -> Workload:
     what a lower load needs from its beginning.
     """
     spec = study.trace
+    if not spec.file:  # a function engine needs no traffic
+        one = np.ones(1, dtype=np.int64)
+        none = Trace("none", np.zeros(1), one, one, 0, one[:0], np.zeros(2, dtype=np.int64))
+        return Workload(none, (none,), (none,), 0)
     trace = formats.read(Path(spec.file), spec.format)
     longest = study.space.facts.get("max_model_len")
     trace, cut = shorten(trace, spec.max_input_tokens, spec.max_output_tokens, longest)

@@ -1,0 +1,94 @@
+"""Ask and tell: the search without the CLI, for whoever launches and measures himself.
+
+    from tuner.api import AskTell
+
+    with AskTell("study.yaml") as search:
+        while (proposal := search.ask()) is not None:
+            search.tell(proposal, {load: measure(proposal.config, load) for load in (1.0, 2.0)})
+        print(search.choice().text)
+
+The study's folder is kept as by ``tuner tune``: ``tuner front``, ``tuner report`` and a later session read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tuner.engines.build import engine
+from tuner.errors import Infeasible as Refused
+from tuner.pareto.choice import Choice, choose
+from tuner.pareto.front import Point, front, points
+from tuner.spec import studyfile
+from tuner.spec.study import Study
+from tuner.spec.text import Document
+from tuner.study import budget, session, workload
+from tuner.study.outcome import Infeasible, Measured, Outcome, Step
+from tuner.study.price import priced
+from tuner.study.queue import Proposal, Queue
+
+
+class AskTell:
+    """One session of a study, whose trials the caller evaluates. Use it in a ``with``: the folder is locked meanwhile.
+
+    ``study`` is a study file, the same as a mapping (relative paths are then relative to the current folder), or a
+    :class:`Study`. Raises UsageError for what a study file may not say.
+    """
+
+    def __init__(self, study: Study | str | Path | Mapping[str, Any]) -> None:
+        if isinstance(study, Mapping):
+            study = studyfile.resolve(Document("study", dict(study)), Path())
+        self.study = study if isinstance(study, Study) else studyfile.load(Path(study))
+        self._stack = ExitStack()
+
+    def __enter__(self) -> AskTell:
+        study = self.study
+        self.store = self._stack.enter_context(session.opened(study))
+        traffic = workload.read(study)
+        predictor, no_model = session.model_of(study, traffic)
+        ready = session.Prepared(study, engine(study), traffic, predictor, no_model)
+        self._queue = Queue(study, self.store, session.book(ready, self.store), ready.why_not, lambda _config: {})
+        self._running = 0
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def ask(self) -> Proposal | None:
+        """The next configuration to measure; None once the budget is spent or the space is exhausted."""
+        used = budget.spent(self.study, self.store.trials(), self._running)
+        proposal = None if budget.exhausted(self.study, used) else self._queue.propose()
+        self._running += proposal is not None
+        return proposal
+
+    def tell(self, proposal: Proposal, outcome: Outcome | Refused | Mapping[float, Mapping[str, float]]) -> None:
+        """What came of it: an outcome, ``tuner.Infeasible(reason)``, or metrics by load.
+
+        Metrics have the names of :class:`tuner.study.outcome.Step`; a cost is added from the goodput where none is
+        given. An SLO whose metric is absent counts as missed.
+        """
+        if isinstance(outcome, Refused):
+            outcome = Infeasible("infeasible", outcome.reason)
+        elif isinstance(outcome, Mapping):
+            outcome = Measured(tuple(self._step(proposal, load, outcome[load]) for load in sorted(outcome)))
+        self._running -= 1
+        self.store.end_trial(proposal.number, outcome)
+        self._queue.tell(proposal, outcome, again=False)
+
+    def front(self) -> list[Point]:
+        """The non-dominated points of cost against latency so far."""
+        return front(points(self.store.trials(), self.study.objective))
+
+    def choice(self) -> Choice:
+        """What to deploy by what was told so far, in words and figures."""
+        return choose(self.store.trials(), self.study.objective)
+
+    def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
+        known = {"error_rate": 0.0, **metrics}
+        misses = tuple(miss for slo in self.study.objective.slos if (miss := slo.miss(known)))
+        return priced(Step(load, "told", known, slo_misses=misses), proposal.config, self.study.objective)
