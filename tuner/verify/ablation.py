@@ -30,7 +30,7 @@ RESERVE = 4  # launches kept for measuring the smallest config against the winne
 @dataclass(frozen=True, slots=True)
 class AblationBudget:
     """At most ``launches`` in all; ``rounds`` of each comparison, ended earlier for flags that are decided. ``worth``
-    is the smallest effect that earns a flag its place; ``loss`` what the smallest config may cost more than the winner."""
+    is the smallest effect that earns a flag its place; ``loss`` what the smallest config may cost more than it."""
 
     launches: int
     rounds: int = 4
@@ -42,8 +42,8 @@ class AblationBudget:
 @dataclass(frozen=True, slots=True)
 class Effect:
     """One parameter of the winner. ``cost_without`` is the cost without it over the cost with it (middle, low, high;
-    1.08: 8 % more without); ``doubt`` the p-value, corrected for all of them, of "it is worth nothing". ``why`` says in words
-    why it was kept or not."""
+    1.08: 8 % more without); ``doubt`` the p-value, corrected for all of them, of "it is worth nothing". ``why`` says
+    in words why it was kept or not."""
 
     parameter: str
     value: Value

@@ -18,10 +18,11 @@ from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Range, margin
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.promise import Promise
+from tuner.verify.repeats import Spread
 from tuner.verify.rounds import Launcher
 from tuner.verify.statistics import Estimate, combine, pool
 
-ASSUMED_SPREAD = 0.03  # of launches (log cost), where the promise does not say
+ASSUMED_SPREAD = Spread(0.03**2, 10.0)  # of launches (log cost), where the promise does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +115,7 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
     figures = (("cost", COST, promise.cost, "USD per million output tokens", 1.0),)
     figures += ((promise.latency_metric, f"{promise.latency_metric}_s", promise.latency, "ms", 1e3),)
     for name, key, promised, unit, scale in figures:
-        logs = [
-            [math.log(s.metrics[key]) for s in group if 0 < s.metrics.get(key, math.nan) < math.inf] for group in steps
-        ]
-        logs = [values for values in logs if values]
+        logs = [found for group in steps if (found := _logs(group, key))]
         if not logs:
             checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", _NOTHING, False, f"{name} was not measured"))
             continue
@@ -134,12 +132,15 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
     return tuple(checks)
 
 
+def _logs(steps: Sequence[Step], key: str) -> list[float]:
+    return [math.log(s.metrics[key]) for s in steps if 0 < s.metrics.get(key, math.nan) < math.inf]
+
+
 def _now(logs: Sequence[Sequence[float]], promise: Promise) -> Estimate:
     """The mean over launches and windows, with the larger of what is assumed and what is seen of either's spread."""
     means = [float(np.mean(values)) for values in logs]
-    promised = (
-        (promise.spread.variance, promise.spread.freedom) if promise.spread.freedom else (ASSUMED_SPREAD**2, 10.0)
-    )
+    known = promise.spread if promise.spread.freedom > 0 else ASSUMED_SPREAD
+    promised = (known.variance, known.freedom)
     seen = (float(np.var(means, ddof=1)), len(means) - 1.0) if len(means) > 1 else (0.0, 0.0)
     launches, freedom = pool([promised, seen])
     parts = [(launches / len(means), freedom)]

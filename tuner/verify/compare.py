@@ -139,7 +139,8 @@ def _text(first: Side, second: Side, levels: Sequence[Level], differences: Seque
     if not levels:
         verdict = "Neither study has a point within its SLOs."
     elif won[1] and won[2]:
-        verdict = f"Each is cheaper somewhere: {first.name} at {won[1]}, {second.name} at {won[2]} of {len(levels)} latencies."
+        verdict = f"Each is cheaper somewhere: {first.name} at {won[1]}, {second.name} at {won[2]}"
+        verdict += f" of {len(levels)} latencies."
     elif won[1] or won[2]:
         side = 1 if won[1] else 2
         verdict = f"**{names[side]}** is cheaper at {won[side]} of {len(levels)} latencies, proven at 95 %"

@@ -18,7 +18,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo, parse
 from tuner.verify.arm import Range
 from tuner.verify.fingerprint import Fingerprint
-from tuner.verify.repeats import Spread
+from tuner.verify.repeats import NO_SPREAD, Spread
 from tuner.verify.verdict import Verification
 
 PREFIX = "# tuner: "

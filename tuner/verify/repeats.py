@@ -30,6 +30,9 @@ class Spread:
     freedom: float = 0.0
 
 
+NO_SPREAD = Spread()
+
+
 class Repeats:
     """``values`` maps (arm, round, window) to the log of a metric. An arm may miss rounds (it dropped out); a launch
     that did not measure every window of the table is left out. ``known`` is a launch spread learnt elsewhere (repeats
@@ -47,7 +50,7 @@ class Repeats:
         self.arms: tuple[str, ...] = tuple(dict.fromkeys(arm for arm, _ in self.launches))
         self.rounds: tuple[int, ...] = tuple(sorted({number for _, number in self.launches}))
         self._cells = np.array([row for _, _, row in rows]).reshape(len(rows), len(self.windows))
-        self._known = known or Spread()
+        self._known = known or NO_SPREAD
 
     def count(self, arm: str) -> int:
         """How many launches of ``arm`` measured every window."""
@@ -125,17 +128,6 @@ class Repeats:
         """What launches of one arm differ by over time: the spread seen here and the ``known`` one, pooled."""
         own = self.spread()
         return Spread(*pool([(own.variance, own.freedom), (self._known.variance, self._known.freedom)]))
-
-    def single(self) -> Spread:
-        """How much single measurements (one launch, one window) of an arm differ."""
-        windows = [_variance(self._of(name).mean(axis=0)) for name in self.arms] if len(self.windows) > 1 else []
-        launches = self.spread()
-        if not windows:
-            return launches
-        variance, freedom = float(np.mean([v for v, _ in windows])), windows[0][1]  # the same windows in every arm
-        if launches.freedom <= 0:
-            return Spread(variance, freedom)
-        return Spread(*combine([(launches.variance, launches.freedom), (variance, freedom)]))
 
     def _of(self, arm: str) -> np.ndarray:
         return self._cells[[i for i, (name, _) in enumerate(self.launches) if name == arm]]

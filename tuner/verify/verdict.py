@@ -11,7 +11,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.verify.arm import Finalist, Launched, Range
 from tuner.verify.judge import UNKNOWN, Arm, Judgement
-from tuner.verify.repeats import Spread
+from tuner.verify.repeats import NO_SPREAD, Spread
 
 
 @dataclass(frozen=True, slots=True)
