@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tuner.load.client import ENDED, READ, SENT, TICK, Event
 from tuner.load.records import Record
@@ -88,6 +88,8 @@ class Tower:
         self.sent = 0
         self.ended = 0
         self.output_tokens = 0
+        self._cut_off = 0
+        self._ttft_ns, self._with_token = 0, 0
         self._unstamped = 0
         self._reads = 0
         self._cpu: dict[int, tuple[int, int, int, int]] = {}  # process -> first tick, its CPU time, last tick, its CPU
@@ -150,6 +152,10 @@ class Tower:
         for time_ns, count in response.tokens:
             token_ns.extend([time_ns] * count)
         self.output_tokens += len(token_ns)
+        self._cut_off += bool(error) and response.status == 200
+        if token_ns:
+            self._ttft_ns += token_ns[0] - flight.sent_ns
+            self._with_token += 1
         self._done(
             Record(
                 request=number,
@@ -172,9 +178,13 @@ class Tower:
             )
         )
 
-    def lags(self) -> Mapping[str, Any]:
-        """What the client knows of its own delays."""
+    def facts(self) -> Mapping[str, float]:
+        """What the client knows of itself and of everything it received, warm-up included: its own delays, and what the
+        server's own counters can be compared with (the mean TTFT here counts from the actual send)."""
         return {
+            "client_output_tokens": self.output_tokens,
+            "client_ttft_mean_s": self._ttft_ns / 1e9 / max(1, self._with_token),
+            "cut_off_requests": self._cut_off,
             "read_lag_p99_s": self._read_lags.quantile_s(0.99),
             "stamp_error_p99_s": self._stamp_errors.quantile_s(0.99),
             "loop_lag_p99_s": self._loop_lags.quantile_s(0.99),

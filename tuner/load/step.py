@@ -19,6 +19,7 @@ from tuner.load.probe import Found, probe
 from tuner.load.prompts import token_ids
 from tuner.load.records import Record, Records, RecordWriter, read
 from tuner.load.shards import Fleet, Job, shard_count
+from tuner.load.sharing import shared_tokens
 from tuner.load.windows import warp
 from tuner.load.wire import Writer, target
 from tuner.measure.early import QueueWatch, SloWatch
@@ -77,11 +78,8 @@ class _Replay:
         warmup_ns = int(plan.warmup_s * 1e9)
         writer = RecordWriter(plan.records)
         early = plan.early_stop and not self.concurrency
-        watch = Watch(
-            plan if early else replace(plan, slos=()),
-            offsets_ns,
-            early and self.found.dialect.forced and plan.output == "forced",
-        )
+        forced = self.found.dialect.forced and plan.output == "forced"
+        watch = Watch(plan if early else replace(plan, slos=()), offsets_ns, early and forced)
         sampler = Sampler(where, self.endpoint.api_key)
 
         def done(record: Record) -> None:
@@ -151,7 +149,10 @@ class _Replay:
 
     def _meta(self, epoch_unix_s: float, tower: Tower, shards: int, server: Mapping[str, float]) -> dict[str, Any]:
         plan, dialect = self.plan, self.found.dialect
-        client: dict[str, float] = {**tower.lags(), "shards": shards}
+        client: dict[str, float] = {**tower.facts(), "shards": shards}
+        if plan.trace.texts is None:  # what no prefix cache can exceed that has not seen these prompts before
+            shared = int(shared_tokens(plan.trace).sum())
+            client["trace_prefix_share"] = shared / max(1, int(plan.trace.input_tokens.sum()))
         if self.concurrency:
             client["closed_loop_concurrency"] = self.concurrency
         return {

@@ -53,7 +53,7 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     intervals["error_rate"] = quantile.proportion(round(metrics["error_rate"] * n), n)
     metrics["send_lag_p99_s"] = quantile.summary(send_lag_s(records)[measured], 0.99)[0]
     metrics["offered_requests_per_s"] = offered_requests_per_s(records, span)
-    metrics["sent_requests_per_s"] = sent_requests_per_s(records, span)
+    metrics["sent_requests_per_s"] = sent_requests_per_s(records, measured, span)
     metrics["output_share"] = output_share(records, measured)
     limits = {name: min((s.limit for s in slos if s.latency == name), default=math.inf) for name in REQUEST_LATENCIES}
     for name, latency in REQUEST_LATENCIES.items():
@@ -206,12 +206,19 @@ def error_rate(records: Records, measured: np.ndarray) -> float:
 
 def offered_requests_per_s(records: Records, span: Window) -> float:
     """Requests intended in the window / its duration."""
-    return _per_s(records.columns["intended_ns"], span)
+    return _offered(is_measured(records, span), span.duration_s)
 
 
-def sent_requests_per_s(records: Records, span: Window) -> float:
-    """Requests that left in the window / its duration: what was really offered."""
-    return _per_s(records.columns["sent_ns"], span)
+def sent_requests_per_s(records: Records, measured: np.ndarray, span: Window) -> float:
+    """What was really offered: the measured requests / the time in which they left (the window's duration, longer by as
+    much as the last left later than intended, shorter by as much as the first did)."""
+    if not measured.any():
+        return math.nan
+    c = records.columns
+    late_ns = (c["sent_ns"][measured].max() - c["intended_ns"][measured].max()) - (
+        c["sent_ns"][measured].min() - c["intended_ns"][measured].min()
+    )
+    return _offered(measured, span.duration_s + float(late_ns) / 1e9)
 
 
 def output_share(records: Records, measured: np.ndarray) -> float:
@@ -251,9 +258,8 @@ def throughputs(records: Records, span: Window, good: np.ndarray) -> dict[str, n
     return counts
 
 
-def _per_s(times_ns: np.ndarray, span: Window) -> float:
-    inside = (times_ns >= span.start_ns) & (times_ns <= span.end_ns)
-    return float(inside.sum()) / span.duration_s if span.duration_s > 0 else math.nan
+def _offered(measured: np.ndarray, duration_s: float) -> float:
+    return float(measured.sum()) / duration_s if duration_s > 0 else math.nan
 
 
 def _batch_means(rates: np.ndarray) -> tuple[float, float]:

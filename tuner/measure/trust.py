@@ -16,6 +16,9 @@ READ_LAG_S = 0.002
 SHARE = 0.05
 OFFERED_OFF = 0.01
 CORE_SHARE = 0.70
+TOKENS_OFF = 0.01
+TOKENS_FLOOR = 32
+PREFIX_OFF = 0.02
 
 
 def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, ...]:
@@ -35,14 +38,37 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
             f"at most {_ms(allowed_s)} is allowed"
         )
     offered, sent = metrics.get("offered_requests_per_s", math.nan), metrics.get("sent_requests_per_s", math.nan)
-    requests = offered * metrics.get("duration_s", 0.0)
-    # one request over the window's edge is no finding
-    if offered > 0 and abs(sent - offered) / offered > OFFERED_OFF and abs(sent - offered) / offered * requests > 1.5:
+    if offered > 0 and abs(sent - offered) > OFFERED_OFF * offered:
         reasons.append(f"{sent:.4g} requests/s were sent where the trace wants {offered:.4g}")
     core_share = metrics.get("client_cpu_share", 0.0)
     if core_share > CORE_SHARE:
         reasons.append(f"a client process used {core_share:.0%} of a core, at most {CORE_SHARE:.0%} is allowed")
+    reasons += _disagreements(metrics)
     return tuple(reasons)
+
+
+def _disagreements(metrics: Mapping[str, float]) -> list[str]:
+    """Where the server's own counters contradict the client. A TTFT that is longer at the client is none: the server
+    begins to count once its front end has taken the request apart, and the wait before that is the user's too."""
+    reasons = []
+    ours, theirs = metrics.get("client_output_tokens", 0.0), metrics.get("server_output_tokens", math.nan)
+    if abs(theirs - ours) > max(TOKENS_OFF * ours, TOKENS_FLOOR) and not metrics.get("cut_off_requests", 0.0):
+        reasons.append(
+            f"the server counted {theirs:,.0f} output tokens, the client {ours:,.0f}: "
+            "somebody else uses the server, or tokens are miscounted"
+        )
+    ours_s, theirs_s = metrics.get("client_ttft_mean_s", math.nan), metrics.get("server_ttft_mean_s", math.nan)
+    if ours_s < theirs_s * (1 - SHARE) - SEND_LAG_S:
+        reasons.append(
+            f"the client's mean TTFT is {_ms(ours_s)}, the server's own {_ms(theirs_s)}, though the client's way is longer"
+        )
+    hits, shared = metrics.get("server_prefix_hit_rate", math.nan), metrics.get("trace_prefix_share", math.nan)
+    if hits > shared + PREFIX_OFF and not metrics.get("server_preemptions", 0.0):
+        reasons.append(
+            f"the prefix cache held {hits:.1%} of the prompts, the trace shares {shared:.1%}: the server had seen these "
+            "prompts before (use another seed)"
+        )
+    return reasons
 
 
 def _reference(metrics: Mapping[str, float], slos: Sequence[Slo], latencies: Sequence[str], key: str) -> float:
