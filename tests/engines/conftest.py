@@ -67,4 +67,5 @@ def trace(n: int = 12, rate: float = 8.0, inputs: int = 40, outputs: int = 10) -
 def plan(site: Site, load: float = 1.0, of: Trace | None = None, **more: object) -> StepPlan:
     slos: tuple[Slo, ...] = (parse("ttft_p99=10s"), parse("tpot_p99=1s"), parse("error_rate=1%"))
     records = site.folder / f"records-{load:g}.parquet"
-    return StepPlan(load, of or trace(), "w0", slos, records, request_timeout_s=20.0, **more)  # type: ignore[arg-type]
+    more = {"request_timeout_s": 20.0, **more}
+    return StepPlan(load, of or trace(), "w0", slos, records, **more)  # type: ignore[arg-type]

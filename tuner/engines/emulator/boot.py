@@ -125,7 +125,7 @@ class Boot:
         flood = self.faults.number("log-flood", 64)
         if flood is not None:
             for _ in range(int(flood * 1024)):
-                say("x" * 950, "flood.py:1", "Worker", "WARNING")
+                say("x" * 1000, "flood.py:1", "Worker", "WARNING")
         self.fail("oom-weights")
         if isinstance(memory, WeightsDoNotFit):
             self.refuse("engine", f"torch.OutOfMemoryError: {memory}")

@@ -138,6 +138,7 @@ class Service:
         if stall is not None and not self.stalled and self.generated >= (self.faults.number("stall", 50, 1) or 0):
             self.stalled = True
             time.sleep(stall)
+            self.started_s += stall  # the emulated engine stood still: it is not the emulator that is late
         return self.dead or self.frozen
 
     def _die(self, error: str) -> None:
@@ -240,6 +241,11 @@ class Service:
         self.requests += 1
         share = self.faults.number("http-500", 0.2)
         limit = self.faults.number("unhealthy", 3)
+        allowed = self.faults.number("refuse", 3)
+        if allowed is not None and self.requests > allowed:
+            self.unlisten()
+            connection.reset()  # whoever is still connected
+            return
         if (share is not None and self._rng.random() < share) or (limit is not None and self.requests > limit):
             error = {"message": "Internal Server Error", "type": "InternalServerError", "param": None, "code": 500}
             connection.reply(500, {"error": error})
@@ -276,9 +282,6 @@ class Service:
         every = self.faults.number("reset", 4)
         if every is not None and self.requests % int(every) == 0:
             connection.reset()
-        allowed = self.faults.number("refuse", 3)
-        if allowed is not None and self.requests >= allowed:
-            self.unlisten()
         self.ring()
 
     def _output_tokens(self, body: Mapping[str, Any], prompt: list[int], chat: bool) -> tuple[int, int]:
