@@ -82,10 +82,13 @@ def test_the_model_meets_its_bars_on_measured_rows(monkeypatch: pytest.MonkeyPat
         assert spearmanr(*zip(*pairs, strict=True))[0] > 0.9, name
 
 
-@pytest.mark.parametrize("flags", [{}, {"max-num-seqs": 16}, {"max-num-batched-tokens": 1024}])
+@pytest.mark.parametrize(
+    ("flags", "burst"),
+    [({}, 1.0), ({}, 3.0), ({"max-num-seqs": 16}, 1.0), ({"max-num-batched-tokens": 1024}, 1.0)],
+)
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_the_predictor_s_queues_are_near_a_simulated_scheduler_s(
-    flags: dict[str, int], share: float, monkeypatch: pytest.MonkeyPatch
+    flags: dict[str, int], burst: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/model"))
     from simulate import poisson, simulate  # type: ignore[import-not-found]
@@ -97,7 +100,7 @@ def test_the_predictor_s_queues_are_near_a_simulated_scheduler_s(
 
     shape, row = ModelShape.from_folder(SHAPES / "qwen3-32b.json"), table.table()["H100-SXM"]
     config = ServingConfig("m", {}, {"tensor-parallel-size": 2, "max-model-len": 8192, **flags}, gpus=2)
-    trace = poisson(400, 1000, 200, seed=11)
+    trace = poisson(400, 1000, 200, seed=11, burst=burst)
     model = predictor.build(shape, row, trace, (), "tpot_p99", 1.0)
     load = share * model.capacity(config)
     s = settings.of(config, shape, row)

@@ -181,5 +181,5 @@ def _unknown(what: str, where: str) -> UsageError:
     return UsageError(
         f"the analytic model does not know this architecture: {what}",
         where=where,
-        fix="The study runs without the model; say `model: none` to silence this",
+        fix="The study runs without the model",
     )
