@@ -63,7 +63,7 @@ def fit(rows: Sequence[Row], start: Constants = NEUTRAL, prior: float = 0.5) -> 
 
 
 def _thinned(rows: Sequence[Row], most: int = 30) -> list[Row]:
-    """At most ``most`` rows of a group, evenly through the table: groups count alike, so more would only take longer."""
+    """At most ``most`` rows of a group, evenly through the table: groups count alike, more would only take longer."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
