@@ -208,7 +208,8 @@ RULES: tuple[Rule, ...] = (
         _rule(
             cause,
             r"CUDA out of memory\.|OutOfMemoryError|CUDA error: out of memory|cudaErrorMemoryAllocation|"
-            r"HIP out of memory|DefaultCPUAllocator: can't allocate memory|^MemoryError|Cannot allocate memory|std::bad_alloc",
+            r"HIP out of memory|DefaultCPUAllocator: can't allocate memory|^MemoryError|Cannot allocate memory|"
+            r"std::bad_alloc",
             message,
             fix,
             phases=phases,
@@ -311,7 +312,8 @@ RULES: tuple[Rule, ...] = (
     _rule(
         "invalid-combination",
         r"(?P<why>(The quantization method|Quantization method|Unknown quantization method|"
-        r"User-specified max_model_len|Total number of attention heads|max_num_batched_tokens|.{0,40}not supported for quantization method|"
+        r"User-specified max_model_len|Total number of attention heads|max_num_batched_tokens|"
+        r".{0,40}not supported for quantization method|"
         r"Bfloat16 is only supported|Chunked prefill|.{0,60}(must be|is not) divisible by|"
         r"Speculative|.{0,80}not compatible with|.{0,80}cannot be (used|combined) with).*)",
         "{why}",
@@ -332,7 +334,8 @@ RULES: tuple[Rule, ...] = (
 CONSEQUENCES = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed|EngineDeadError|EngineGenerateError|"
     r"Executor failed|Failed core proc|CancelledError|BrokenPipeError|ConnectionResetError|"
-    r"KeyboardInterrupt|SystemExit|\[shutdown\]|resource_tracker|DeprecationWarning|FutureWarning|UserWarning|Exception ignored"
+    r"KeyboardInterrupt|SystemExit|\[shutdown\]|resource_tracker|DeprecationWarning|FutureWarning|UserWarning|"
+    r"Exception ignored"
 )
 
 #: What a configuration can cause, and what is the engine's own fault or nobody's.

@@ -3,9 +3,10 @@
 It adopts every orphan below it (child subreaper), so that engine cores that leave the session or lose their parent
 are still found; it ends the whole tree when it is told to, when the tuner dies, or when its control pipe closes.
 
-Runs in a bare interpreter (``python -I -S``): the standard library and :mod:`tuner.server.tree` only. Its job is one
-JSON line on stdin; ``stop <seconds>`` follows. It answers with JSON lines on stdout: ``{"pid", "start"}`` once the
-server runs (or ``{"error"}``), ``{"exit"}`` when the server's first process ended, ``{"stopped"}`` when all is gone.
+Runs in a bare interpreter (``python -I -S``), or forked from a standby: the standard library and
+:mod:`tuner.server.tree` only. Its job is one JSON line on stdin; ``stop <seconds>`` follows. It answers with JSON lines
+on stdout: ``{"pid", "start"}`` once the server runs (or ``{"error"}``), ``{"exit"}`` when the server's first process
+ended, ``{"stopped"}`` when all is gone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import os
 import select
 import signal
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from tuner.server.tree import Pid, kill, members
 
@@ -27,12 +29,19 @@ KILL_ROUNDS_S = 10.0
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 
 
+def execute(job: dict[str, Any]) -> NoReturn:
+    """Becomes the job's program. Raises ``OSError`` where it cannot be executed."""
+    os.execvpe(job["argv"][0], job["argv"], job["env"])
+
+
 class Guard:
     """One server's guard. ``job`` has ``argv``, ``env``, ``cwd``, ``log``, ``id``, ``owner`` (pid and start), ``fds``
-    (locks that the guard holds as long as it lives, and the server does not inherit)."""
+    (locks that the guard holds as long as it lives, and the server does not inherit). ``become`` turns the forked
+    child into the server and does not return."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: dict[str, Any], become: Callable[[dict[str, Any]], NoReturn] = execute) -> None:
         self.job = job
+        self.become = become
         self.me = Pid.of(os.getpid())
         self.owner = Pid(*job["owner"])
         self.server = Pid(0, 0)
@@ -46,7 +55,7 @@ class Guard:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         log = os.open(self.job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         nothing = os.open(os.devnull, os.O_RDONLY)
-        failed_read, failed_write = os.pipe()
+        failed_read, failed_write = os.pipe()  # closes itself when the child executes
         pid = os.fork()
         if pid == 0:
             try:
@@ -59,7 +68,7 @@ class Guard:
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 os.chdir(self.job["cwd"])
-                os.execvpe(self.job["argv"][0], self.job["argv"], self.job["env"])
+                self.become(self.job)
             except OSError as error:
                 os.write(failed_write, f"{error.strerror}: {error.filename or self.job['argv'][0]}".encode())
             finally:
@@ -130,7 +139,9 @@ def say(message: dict[str, Any]) -> None:
         os.write(1, json.dumps(message).encode() + b"\n")
 
 
-def main() -> None:
+def main(become: Callable[[dict[str, Any]], NoReturn] = execute, held: list[int] | None = None) -> None:
+    """Reads the job, starts the server, waits for its end to be wanted, ends it. ``held`` replaces the job's ``fds``
+    where the numbers changed on the way."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     line = b""
@@ -139,7 +150,8 @@ def main() -> None:
         if not byte:
             return
         line += byte
-    guard = Guard(json.loads(line))
+    job = json.loads(line)
+    guard = Guard(job if held is None else {**job, "fds": held}, become)
     guard.start()
     guard.end(guard.watch())
 

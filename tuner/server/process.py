@@ -11,14 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from tuner.server.tree import MARKER, Pid, describe, kill, members, shared_memory
 
-_PACKAGE_ROOT = str(Path(__file__).parents[2])
+PACKAGE_ROOT = str(Path(__file__).parents[2])
 _GUARD = "import sys; sys.path.insert(0, sys.argv[1]); from tuner.server.guard import main; main()"
 _GUARD_ANSWER_S = 20.0
 _KILL_S = 15.0
@@ -37,15 +36,66 @@ class Ended:
     left: tuple[str, ...] = ()
 
 
+class GuardLink:
+    """Our end of a guard: its stdin and stdout, and who it is."""
+
+    def __init__(self, pid: int, stdin: int, stdout: int, child: subprocess.Popen[bytes] | None = None) -> None:
+        self.pid = Pid.of(pid)
+        self.stdin, self.stdout = stdin, stdout
+        self._child = child
+
+    def close(self, wait_s: float = 5.0) -> None:
+        """Closes its stdin (it ends by that), waits, kills it if it must; safe to call twice."""
+        self._shut("stdin")
+        deadline = time.monotonic() + wait_s
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self.pid:
+            kill([self.pid])
+        if self._child:
+            self._child.wait()
+        self._shut("stdout")
+
+    @property
+    def alive(self) -> bool:
+        return self._child.poll() is None if self._child else self.pid is not None and self.pid.alive
+
+    def _shut(self, name: str) -> None:
+        if (handle := getattr(self, name)) >= 0:
+            setattr(self, name, -1)
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
+
+def new_guard(hold: Sequence[int]) -> GuardLink:
+    """A guard in a bare interpreter of its own; it inherits the locks ``hold`` and nothing else."""
+    theirs_in, ours_in = os.pipe()
+    ours_out, theirs_out = os.pipe()
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-B", "-c", _GUARD, PACKAGE_ROOT],
+        stdin=theirs_in,
+        stdout=theirs_out,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=tuple(hold),
+        env={"PATH": os.environ.get("PATH", "")},
+    )
+    os.close(theirs_in)
+    os.close(theirs_out)
+    return GuardLink(child.pid, ours_in, ours_out, child)
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What to execute: words (no shell reads them), the whole environment, the folder to start in, the log file."""
+    """What to execute: words (no shell reads them), the whole environment, the folder to start in, the log file, the
+    locks that its guard holds too, and where guards come from."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
     cwd: Path
     log: Path
-    hold: Sequence[int] = field(default_factory=tuple)
+    hold: Sequence[int] = ()
+    guard: Callable[[Sequence[int]], GuardLink] = new_guard
 
 
 class Process:
@@ -69,20 +119,12 @@ class Process:
             "owner": [me.pid, me.start] if me else [os.getpid(), 0],
             "fds": list(program.hold),
         }
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _GUARD, _PACKAGE_ROOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=tuple(program.hold),
-            env={"PATH": os.environ.get("PATH", "")},
-        )
-        self.guard = Pid.of(self._guard.pid)
+        self._guard = program.guard(program.hold)
+        self.guard = self._guard.pid
         self._tell(json.dumps(job))
         self._hear(_GUARD_ANSWER_S, "pid", "error")
         if "pid" not in self._guard_said:
-            self._close()
+            self._guard.close()
             raise StartFailed(str(self._guard_said.get("error") or "the guard process gave no answer"))
         self.server = Pid(int(str(self._guard_said["pid"])), int(str(self._guard_said["start"])))
 
@@ -127,22 +169,20 @@ class Process:
             killed = True
             kill(left)
             time.sleep(0.05)
-        self._close()
+        self._guard.close()
         for path in self._shared:
             with contextlib.suppress(OSError):
                 path.unlink()
         return Ended(time.monotonic() - started, killed, tuple(describe(process) for process in sorted_pids(left)))
 
     def _tell(self, line: str) -> None:
-        with contextlib.suppress(OSError):
-            stream = _open(self._guard.stdin)
-            stream.write(line.encode() + b"\n")
-            stream.flush()
+        with contextlib.suppress(OSError):  # a guard that is gone
+            os.write(self._guard.stdin, line.encode() + b"\n")
 
     def _hear(self, wait_s: float, *wanted: str) -> None:
         """Reads the guard's lines until one has a wanted key, it closed the pipe, or ``wait_s`` is over."""
         deadline = time.monotonic() + wait_s
-        handle = _open(self._guard.stdout).fileno()
+        handle = self._guard.stdout
         while not any(key in self._guard_said for key in wanted):
             ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -153,22 +193,6 @@ class Process:
             for line in text.splitlines():
                 self._guard_said.update(json.loads(line))
 
-    def _close(self) -> None:
-        with contextlib.suppress(OSError):
-            _open(self._guard.stdin).close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._guard.wait(5)
-        if self._guard.poll() is None:
-            self._guard.kill()
-            self._guard.wait()
-        _open(self._guard.stdout).close()
-
 
 def sorted_pids(processes: set[Pid]) -> list[Pid]:
     return sorted(processes, key=lambda process: process.pid)
-
-
-def _open(stream: IO[bytes] | None) -> IO[bytes]:
-    if stream is None:
-        raise StartFailed("the guard process has no pipe")
-    return stream

@@ -17,7 +17,8 @@ from tuner.server.environment import not_passed, server_environment
 from tuner.server.gpu import Gpus
 from tuner.server.leases import GpuLease, Lease, Leases, PortLease
 from tuner.server.limits import History, Limits
-from tuner.server.process import Process, Program, StartFailed
+from tuner.server.faststart import FastStart
+from tuner.server.process import Process, Program, StartFailed, new_guard
 from tuner.server.running import Running
 from tuner.server.runtime import Ownership, reap, runtime_root
 from tuner.server.telemetry import Host, Telemetry
@@ -52,6 +53,8 @@ class Recipe:
     life and the port prove that it is ours). ``shares_port``: it sets ``SO_REUSEADDR`` or ``SO_REUSEPORT``, so that we
     can hold the port until it is there.
     ``host_alone``: it computes on the CPU, so that only one such server may run on this machine at a time.
+    ``fast`` may fork the server from a standby; the first ``own_words`` of ``argv`` (interpreter, ``-m``, module) are
+    then not its own.
     """
 
     argv: Callable[[Binding], Sequence[str]]
@@ -69,6 +72,8 @@ class Recipe:
     cwd: Path | None = None
     gpus: Gpus | None = None
     telemetry_period_s: float = 1.0
+    fast: FastStart | None = None
+    own_words: int = 3
 
 
 def start(recipe: Recipe, site: Site, root: Path | None = None) -> Running:
@@ -177,12 +182,18 @@ def _run(recipe: Recipe, site: Site, running: Running) -> None:
     env = server_environment(wanted, temporary=binding.temporary, program=argv[0])
     hold = [lease.fd for lease in (running.host_lease, running.port.lease) if lease]
     hold += running.gpu_lease.fds if running.gpu_lease else ()
+    guards, words = new_guard, argv
+    if recipe.fast and (
+        forked := recipe.fast.guards(env, site.cancel, lambda why: site.on_event("note", {"why": why}))
+    ):
+        guards, words = forked, argv[recipe.own_words - 1 :]
+    if site.cancel.is_set():
+        raise Cancelled
     if not recipe.shares_port:
         running.port.hand_over()
     try:
-        running.process = Process(
-            Program(argv, env, recipe.cwd or site.folder, running.log.path, hold), running.ownership.id
-        )
+        program = Program(words, env, recipe.cwd or site.folder, running.log.path, hold, guards)
+        running.process = Process(program, running.ownership.id)
     except StartFailed as failure:
         evidence = Evidence(log=str(failure), exit_code=127, phase="exec")
         raise LaunchFailed(diagnose(evidence)) from None
