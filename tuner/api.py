@@ -62,7 +62,7 @@ class AskTell:
     def ask(self) -> Proposal | None:
         """The next configuration to measure; None once the budget is spent or the space is exhausted."""
         used = budget.spent(self.study, self.store.trials(), self._running)
-        proposal = None if budget.exhausted(self.study, used) else self._queue.propose()
+        proposal = None if budget.search_is_over(self.study, used) else self._queue.propose()
         self._running += proposal is not None
         return proposal
 

@@ -190,8 +190,8 @@ def test_parallel_trials_count_once_in_hours_and_each_in_usd(runner):
     used = budget.spent(study, [one, two])
     assert used.hours == pytest.approx(1.0)
     assert used.usd == pytest.approx(1.5 * study.objective.price_usd_per_gpu_hour)
-    assert "1 hours is spent" in budget.exhausted(study, used)
-    assert budget.exhausted(study, used, share=2.0) == ""
+    assert "0 minutes of 1 h are left" in budget.search_is_over(study, used)
+    assert budget.search_is_over(runner.study(replace={"launches: 6": "hours: 3"}), used) == ""
 
 
 def test_a_trial_that_cannot_beat_the_front_any_more_is_stopped_and_its_points_kept(runner):

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from tuner.search import stopping
+from tuner.search.stopping import Spent
 from tuner.spec.study import Study
 from tuner.study.price import per_hour
 from tuner.study.store import TrialRecord
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    launches: int
-    hours: float
-    usd: float
-
-
 def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0) -> Spent:
     """What the trials took. Hours are wall time in which at least one trial ran (parallel trials count once); USD is
     GPU-time (parallel trials count each). ``running`` launches count as launched."""
-    spans = sorted((t.started_s, t.ended_s) for t in trials)
-    wall_s, reached = 0.0, float("-inf")
-    for start, end in spans:
+    wall_s, reached = 0.0, -math.inf
+    for start, end in sorted((t.started_s, t.ended_s) for t in trials):
         wall_s += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    usd = sum((t.ended_s - t.started_s) / 3600 * per_hour(t.config, study.objective) for t in trials)
-    return Spent(len(trials) + running, wall_s / 3600, usd)
+    seconds = [t.ended_s - t.started_s for t in trials]
+    usd = [s / 3600 * per_hour(t.config, study.objective) for s, t in zip(seconds, trials, strict=True)]
+    gains = [(t.extra or {}).get("expected_gain") for t in trials]
+    count = max(len(trials), 1)
+    return Spent(
+        launches=len(trials) + running,
+        hours=wall_s / 3600,
+        usd=math.fsum(usd),
+        gains=tuple(gain for gain in gains if gain is not None),
+        launch_s=math.fsum(seconds) / count,
+        launch_usd=math.fsum(usd) / count,
+    )
 
 
-def exhausted(study: Study, used: Spent, share: float = 1.0) -> str:
-    """Which limit is spent (``share`` of the budget is meant), in words; empty while there is some left."""
-    budget = study.budget
-    if budget.launches is not None and used.launches >= round(budget.launches * share):
-        return f"the budget of {round(budget.launches * share)} launches is spent"
-    if budget.hours is not None and used.hours >= budget.hours * share:
-        return f"the budget of {budget.hours * share:.2g} hours is spent ({used.hours:.2f} h used)"
-    if budget.usd is not None and used.usd >= budget.usd * share:
-        return f"the budget of {budget.usd * share:.2f} USD is spent ({used.usd:.2f} USD used)"
-    return ""
+def search_is_over(study: Study, used: Spent) -> str:
+    """Why the search launches nothing more, in words: its part of the budget is spent, or another launch would not
+    pay; empty while it goes on."""
+    return stopping.over(used, stopping.for_search(study.budget)) or stopping.exhausted(used)
 
 
 def left(study: Study, used: Spent) -> str:

@@ -178,12 +178,11 @@ def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.
     study = ready.study
     proposals = queue.Queue(study, store, book(ready, store), ready.why_not, ready.notes)
     _tell_refusals(study, store, proposals, on_event)
-    share = 1 - study.budget.verify_share
 
     def stop_reason(running: int) -> str:
-        used = budget.spent(study, store.trials(), running)
+        used = budget.spent(study, [t for t in store.trials() if t.role == "search"], running)
         on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
-        return budget.exhausted(study, used, share)
+        return budget.search_is_over(study, used)
 
     def beaten(steps: Sequence[Step]) -> str:
         found = front(points(store.trials(), study.objective))

@@ -1,30 +1,40 @@
-"""The end of a study: finalists and default are launched again, as trials with the role ``verify``."""
+"""After the search: finalists and default are launched again, flags are set back, promises are checked.
+
+Every launch is a trial with its own role, so that a resumed study repeats none of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site
+from tuner.errors import UsageError
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
 from tuner.study import budget
 from tuner.study.evaluate import Bench, measure
 from tuner.study.loop import Recorder
-from tuner.study.outcome import Aborted, Measured, Step
+from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.session import Prepared
-from tuner.study.store import Store, write_json
+from tuner.study.store import Store, read_json, write_json
+from tuner.verify.ablation import Ablation, AblationBudget, ablate
+from tuner.verify.arm import Finalist
+from tuner.verify.certify import Certificate, recertify
 from tuner.verify.finalists import launch_spread, shortlist
+from tuner.verify.fingerprint import Fingerprint, driver, model_hash, trace_hash
+from tuner.verify.promise import Promise
 from tuner.verify.verdict import Verification
-from tuner.verify.verification import Done, VerifyBudget, verify
+from tuner.verify.verification import Done, Launcher, VerifyBudget, verify
 
-FILE = "verify.json"
+VERIFIED = "verify.json"
+ABLATED = "ablation.json"
 
 
 @dataclass(slots=True)
 class _Rig:
-    """One running server of the verification; keeps its steps."""
+    """One running server; keeps its steps."""
 
     bench: Bench
     server: Server
@@ -38,7 +48,45 @@ class _Rig:
         self.bench.on_event("step", {"index": len(self.steps) + 1, "of": 0, "load": load})
         step = measure(self.bench, self.server, self.config, folder, trace, load, f"{len(self.steps):02d}-")
         self.steps.append(step)
+        self.bench.on_event("measured", {"load": load, "misses": step.slo_misses, "untrusted": step.untrusted})
         return step
+
+
+def launcher(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, role: str) -> Launcher:
+    """Launches a config as a trial of ``store`` with this ``role``; the label is kept with it."""
+    default = ready.study.space.config(ready.study.space.default(), ready.study.model)
+
+    @contextmanager
+    def launch(config: ServingConfig, label: str) -> Iterator[_Rig]:
+        number = max((t.number for t in store.trials()), default=-1) + 1
+        notes = {**ready.notes(config), "baseline": config.hash == default.hash, "role": role, "label": label}
+        folder = store.start_trial(number, config, config.params, **notes)
+        inner = bench.of_trial(number)
+        inner.on_event("launch", {"config": config, "baseline": notes["baseline"], "why": label})
+        steps: list[Step] = []
+        outcome: Outcome = Aborted("interrupted")
+        boot = Boot()
+        server = None
+        try:
+            site = Site(folder, tuple(range(config.gpus)), bench.cancel, inner.on_event)
+            server = ready.engine.launch(config, site)
+            boot = server.boot
+            yield _Rig(inner, server, config, store, number, steps)
+            outcome = Measured(tuple(steps), boot)
+        except LaunchFailed as failure:
+            outcome = failure.outcome
+            raise
+        except Cancelled:
+            outcome = Aborted("interrupted", tuple(steps), boot)
+            raise
+        finally:
+            if server is not None:
+                server.stop()
+            store.end_trial(number, outcome, again=isinstance(outcome, Aborted))
+            recorder.trial_finished(number)
+            inner.on_event("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"]})
+
+    return launch
 
 
 def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Verification | None:
@@ -51,70 +99,104 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     default = study.space.config(study.space.default(), study.model)
     listed = shortlist(records, study.objective, default, study.load.ladder)
     limits = _limits(ready, store)
-    if not listed.finalists or limits is None:
+    if limits is None or not (listed.finalists or listed.baseline.value):
         return None
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
-    done = [Done(str(r.extra["label"]), r.outcome) for r in records if r.role == "verify" and r.extra]
-
-    @contextmanager
-    def launch(config: ServingConfig, label: str) -> Iterator[_Rig]:
-        number = max((t.number for t in store.trials()), default=-1) + 1
-        baseline = config.hash == default.hash
-        notes = {**ready.notes(config), "baseline": baseline, "role": "verify", "label": label}
-        folder = store.start_trial(number, config, config.params, **notes)
-        inner = bench.of_trial(number)
-        inner.on_event("launch", {"config": config, "baseline": baseline, "why": label})
-        gpus = tuple(range(config.gpus))
-        steps: list[Step] = []
-        try:
-            server = ready.engine.launch(config, Site(folder, gpus, bench.cancel, inner.on_event))
-        except LaunchFailed as failure:
-            _end(store, recorder, inner, number, failure.outcome)
-            raise
-        try:
-            yield _Rig(inner, server, config, store, number, steps)
-            outcome = Measured(tuple(steps), server.boot)
-        except LaunchFailed as failure:
-            outcome = failure.outcome
-            raise
-        except Cancelled:
-            outcome = Aborted("interrupted", tuple(steps), server.boot)
-            raise
-        finally:
-            server.stop()
-            _end(store, recorder, inner, number, outcome)
-
     result = verify(
         study,
-        launch,
+        launcher(ready, store, recorder, bench, "verify"),
         listed.finalists,
         listed.baseline,
         ready.traffic.heldout,
         limits,
         bench.on_event,
-        done=done,
+        done=_done(store, "verify"),
         known=launch_spread(records),
     )
-    write_json(store.folder / FILE, result.to_dict())
+    write_json(store.folder / VERIFIED, result.to_dict())
     return result
 
 
-def _end(store: Store, recorder: Recorder, bench: Bench, number: int, outcome: object) -> None:
-    store.end_trial(number, outcome, again=isinstance(outcome, Aborted))  # type: ignore[arg-type]
-    recorder.trial_finished(number)
-    bench.on_event("trial", {"trial": number, "outcome": outcome, "baseline": False})
+def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, launches: int) -> Ablation:
+    """Sets back each flag of the recommended configuration in turn, within ``launches``; writes ``ablation.json``.
+
+    Raises UsageError where the study has no verified recommendation to take apart.
+    """
+    verified = verification(store)
+    if verified is None or verified.config is None:
+        raise UsageError("there is no verified recommendation to take apart", where=str(store.folder), fix=_VERIFY)
+    winner = Finalist(verified.choice, verified.config, verified.load, trial=verified.trial)
+    result = ablate(
+        ready.study,
+        launcher(ready, store, recorder, bench, "ablate"),
+        winner,
+        ready.traffic.heldout,
+        AblationBudget(launches),
+        bench.on_event,
+        done=_done(store, "ablate"),
+    )
+    write_json(store.folder / ABLATED, result.to_dict())
+    return result
+
+
+def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, seconds: float) -> Certificate:
+    """Launches what ``promise`` describes and replays held-out windows; the launches are kept under ``certify/``."""
+    own = Store(store.folder / "certify")
+    recorder = _Nobody()
+    windows = ready.traffic.heldout
+    launch = launcher(ready, own, recorder, bench, "certify")
+    return recertify(promise, launch, windows, fingerprint(ready, promise.config), bench.on_event, seconds=seconds)
+
+
+def fingerprint(ready: Prepared, config: ServingConfig) -> Fingerprint:
+    """On what this machine would measure ``config`` now."""
+    from datetime import UTC, datetime
+    from pathlib import Path
+
+    study = ready.study
+    served = str(ready.notes(config).get("model_folder") or study.model)
+    return Fingerprint(
+        engine=study.engine.kind,
+        engine_version=ready.engine.version(),
+        driver=driver(),
+        gpu=study.hardware.name,
+        model=Path(served).name,
+        model_hash=model_hash(Path(served)),
+        trace=Path(study.trace.file).name,
+        trace_hash=trace_hash(ready.traffic.heldout),
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+    )
+
+
+def verification(store: Store) -> Verification | None:
+    """What verification said, None before it was done."""
+    path = store.folder / VERIFIED
+    return Verification.from_dict(read_json(path)) if path.exists() else None
+
+
+_VERIFY = "Run the study with budget.verify_share above 0 first."
+
+
+class _Nobody:
+    def trial_finished(self, number: int) -> None:
+        """MLflow holds studies, not spot checks."""
+
+
+def _done(store: Store, role: str) -> Sequence[Done]:
+    ended = [t for t in store.trials() if t.role == role and isinstance(t.outcome, Measured | Infeasible)]
+    return [Done(str((t.extra or {})["label"]), t.outcome) for t in ended]
 
 
 def _limits(ready: Prepared, store: Store) -> VerifyBudget | None:
-    """What of the budget is left for verification; None where its share is 0 or nothing is left."""
+    """What of the budget is left for verification; None where its share is 0 or too little is left."""
     study = ready.study
-    if study.budget.verify_share <= 0:
+    if study.budget.verify_share <= 0 or not ready.traffic.heldout:
         return None
-    used = budget.spent(study, store.trials())
+    trials = [t for t in store.trials() if t.role in ("search", "verify")]
+    used = budget.spent(study, trials)
     launches, seconds = 10_000, []
     if study.budget.launches is not None:
-        before = sum(t.role == "verify" for t in store.trials())
-        launches = study.budget.launches - used.launches + before
+        launches = study.budget.launches - used.launches + sum(t.role == "verify" for t in trials)
     if study.budget.hours is not None:
         seconds.append((study.budget.hours - used.hours) * 3600)
     if study.budget.usd is not None:
