@@ -1,0 +1,279 @@
+"""The emulated engine itself, on a virtual clock: what it must do whatever its constants are."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+
+from tests.engines.conftest import LLAMA_8B
+from tuner.engines.emulator.hardware import GIB, find_gpu
+from tuner.engines.emulator.memory import KvDoesNotFit, WeightsDoNotFit, plan
+from tuner.engines.emulator.noise import QUIET
+from tuner.engines.emulator.settings import Refused, resolve
+from tuner.engines.emulator.shape import Shape, shape_of
+from tuner.engines.emulator.simulator import OutOfMemoryUnderLoad, Served, Simulator, Work, prefix_keys
+
+H100 = find_gpu("H100-SXM")
+LLAMA = shape_of(LLAMA_8B, "llama-8b")
+LLAMA_70B = shape_of(
+    {**LLAMA_8B, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
+)
+
+
+def simulator(shape: Shape = LLAMA, seed: int = 0, noise=QUIET, **flags: object) -> Simulator:
+    given = {name.replace("_", "-"): value for name, value in {"max_model_len": 4096, **flags}.items()}
+    return Simulator(shape, resolve(given, shape, H100), H100, seed, noise)
+
+
+def poisson(n: int, rate: float, inputs: int = 500, outputs: int = 100, seed: int = 1) -> list[Work]:
+    rng, at, works = random.Random(seed), 0.0, []
+    for _ in range(n):
+        at += rng.expovariate(rate)
+        works.append(Work(at, rng.randint(inputs // 2, inputs * 3 // 2), rng.randint(outputs // 2, outputs * 3 // 2)))
+    return works
+
+
+def p99(values: list[float]) -> float:
+    return sorted(values)[int(0.99 * len(values))]
+
+
+def test_every_request_gets_exactly_its_tokens_in_order_of_time() -> None:
+    served = simulator().run(poisson(200, 20))
+
+    for one in served:
+        assert sum(one.counts) == one.work.output_tokens
+        assert one.tokens_s == sorted(one.tokens_s)
+        assert one.tokens_s[0] > one.work.arrival_s
+
+
+def test_the_same_seed_gives_the_same_times_and_another_seed_others() -> None:
+    times = [[one.tokens_s for one in simulator(seed=s, noise=None).run(poisson(50, 10))] for s in (3, 3, 4)]
+
+    assert times[0] == times[1]
+    assert times[0] != times[2]
+
+
+def test_time_per_token_at_batch_one_is_near_the_time_to_read_the_weights() -> None:
+    """16.06 GB at 3.35 TB/s are 4.8 ms; kernels reach four fifths of it and the engine adds its own."""
+    one = simulator().run([Work(0.0, 100, 200)])[0]
+
+    assert 4.8e-3 < one.tpot_s < 9e-3
+
+
+def test_a_higher_load_never_shortens_the_queue() -> None:
+    tails = [p99([one.ttft_s for one in simulator().run(poisson(300, rate))]) for rate in (2, 20, 60)]
+
+    assert tails == sorted(tails)
+    assert tails[-1] > 2 * tails[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "metric", "factor"),
+    [
+        ({"quantization": "fp8"}, "tpot", 0.75),  # half the bytes per step
+        ({"tensor_parallel_size": 2}, "tpot", 0.75),  # half the bytes per GPU, less the all-reduces
+        ({"speculative_config": '{"method": "eagle3", "num_speculative_tokens": 3}'}, "tpot", 0.75),
+    ],
+)
+def test_what_should_speed_up_decoding_does(flags: dict, metric: str, factor: float) -> None:
+    base, fast = (simulator(**f).run(poisson(60, 2)) for f in ({}, flags))
+
+    assert statistics.median(one.tpot_s for one in fast) < factor * statistics.median(one.tpot_s for one in base)
+
+
+def test_eager_mode_is_slower_where_kernels_are_short() -> None:
+    base, eager = (simulator(**f).run(poisson(40, 1)) for f in ({}, {"enforce_eager": None}))
+
+    assert eager[0].tpot_s > 1.2 * base[0].tpot_s
+
+
+def test_small_chunks_protect_decodes_from_long_prompts() -> None:
+    """A 20,000-token prompt beside running decodes: with 8,192 tokens a step they wait for it, with 512 hardly."""
+    works = [Work(0.0, 100, 400) for _ in range(8)] + [Work(0.5, 20000, 4)]
+
+    def longest_gap(budget: int) -> float:
+        served = simulator(max_model_len=32768, max_num_batched_tokens=budget, max_num_seqs=64).run(works)
+        return max(b - a for one in served[:8] for a, b in zip(one.tokens_s, one.tokens_s[1:], strict=False))
+
+    assert longest_gap(8192) > 3 * longest_gap(512)
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    ids = list(range(8))
+    works = [Work(i * 1.0, 4000, 4, prefix_keys(ids, 512, 4000, 16)) for i in range(3)]
+    first, *others = simulator().run(works)
+
+    assert first.cached_tokens == 0
+    assert all(one.cached_tokens == 3984 for one in others)  # all but the last, which has to be computed for its logits
+    assert others[0].ttft_s < 0.5 * first.ttft_s
+
+
+def test_without_prefix_caching_nothing_is_found() -> None:
+    works = [Work(i * 1.0, 4000, 4, prefix_keys(range(8), 512, 4000, 16)) for i in range(2)]
+
+    assert simulator(no_enable_prefix_caching=None).run(works)[1].cached_tokens == 0
+
+
+def test_prompts_with_different_beginnings_share_no_block() -> None:
+    first, second = prefix_keys([1, 2, 3], 512, 1500, 16), prefix_keys([9, 2, 3], 512, 1500, 16)
+
+    assert not set(first) & set(second)
+    assert len(prefix_keys([1, 2, 3], 512, 1500, 16)) == 1500 // 16
+
+
+def test_a_full_cache_preempts_and_still_finishes_everybody() -> None:
+    sim = simulator(num_gpu_blocks_override=300, max_model_len=4096)
+    served = sim.run([Work(0.01 * i, 500, 900) for i in range(12)])
+
+    assert sim.replicas[0].scheduler.preemptions > 0
+    assert all(sum(one.counts) == 900 for one in served)
+    assert sim.replicas[0].scheduler.pool.used == 0, "every block is given back"
+
+
+def test_no_more_blocks_are_used_than_there_are() -> None:
+    sim = simulator(num_gpu_blocks_override=300)
+    for work in [Work(0.0, 700, 400) for _ in range(20)]:
+        sim.submit(work)
+    while sim.next_event_s < float("inf"):
+        sim.advance()
+        pool = sim.replicas[0].scheduler.pool
+        assert 0 <= pool.used <= pool.total
+
+
+def test_max_num_seqs_bounds_what_runs_at_once() -> None:
+    sim = simulator(max_num_seqs=4)
+    for _ in range(20):
+        sim.submit(Work(0.0, 100, 50))
+    most = 0
+    while sim.next_event_s < float("inf"):
+        sim.advance()
+        most = max(most, len(sim.replicas[0].scheduler.running))
+
+    assert most == 4
+
+
+def test_an_aborted_request_gives_its_blocks_back() -> None:
+    sim = simulator()
+    job = sim.submit(Work(0.0, 1000, 1000))
+    for _ in range(30):
+        sim.advance()
+    assert sim.replicas[0].scheduler.pool.used > 0
+    sim.abort(job)
+    while sim.next_event_s < float("inf"):
+        sim.advance()
+
+    assert sim.replicas[0].scheduler.pool.used == 0
+
+
+def test_the_accepted_share_of_drafts_is_the_stated_one() -> None:
+    spec = '{"method": "draft_model", "num_speculative_tokens": 1, "synthetic_acceptance_rates": [0.6]}'
+    sim = simulator(speculative_config=spec)
+    sim.run([Work(0.05 * i, 50, 400) for i in range(40)])
+    scheduler = sim.replicas[0].scheduler
+
+    assert scheduler.accepted_tokens / scheduler.draft_tokens == pytest.approx(0.6, abs=0.05)
+
+
+def test_data_parallel_replicas_share_the_load() -> None:
+    one, two = (simulator(data_parallel_size=n).run(poisson(400, 60)) for n in (1, 2))
+
+    def median(served: list[Served]) -> float:
+        return statistics.median(x.tpot_s for x in served)
+
+    assert median(two) < 0.8 * median(one)
+
+
+def test_weights_that_do_not_fit_say_so_in_torchs_words() -> None:
+    with pytest.raises(WeightsDoNotFit, match=r"CUDA out of memory\. Tried to allocate"):
+        plan(LLAMA_70B, resolve({}, LLAMA_70B, H100), H100)
+
+
+def test_a_cache_that_does_not_hold_one_request_says_so_in_vllms_words() -> None:
+    settings = resolve({"max-model-len": 131072, "gpu-memory-utilization": 0.3}, LLAMA, H100)
+
+    with pytest.raises(KvDoesNotFit, match=r"16\.00 GiB KV cache is needed, which is larger than"):
+        plan(LLAMA, settings, H100)
+
+
+def test_kv_memory_is_what_the_model_keeps_per_token() -> None:
+    """Llama 3.1 8B keeps 32 layers x 8 heads x 128 x 2 in 16 bits: 131,072 bytes per token; in FP8 half."""
+    wide, narrow = (plan(LLAMA, resolve(f, LLAMA, H100), H100) for f in ({}, {"kv-cache-dtype": "fp8"}))
+
+    assert wide.kv_bytes / wide.tokens == pytest.approx(131072, rel=1e-3)
+    assert narrow.tokens == pytest.approx(2 * wide.tokens, rel=1e-3)
+    assert 40 * GIB < wide.kv_bytes < 58 * GIB
+
+
+def test_memory_that_was_left_too_tight_runs_out_under_load() -> None:
+    sim = simulator(gpu_memory_utilization=0.995, max_num_batched_tokens=16384)
+
+    with pytest.raises(OutOfMemoryUnderLoad, match="CUDA out of memory"):
+        sim.run(poisson(400, 60, inputs=2000))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"max-num-batched-tokens": 64, "max-num-seqs": 256}, "must be greater than or equal to max_num_seqs"),
+        ({"no-enable-chunked-prefill": None, "max-num-batched-tokens": 2048}, "is smaller than max_model_len"),
+        ({"tensor-parallel-size": 3}, "must be divisible by tensor parallel size"),
+        ({"tensor-parallel-size": 16}, "is larger than the number of available GPUs"),
+        ({"block-size": 8}, "No common block size for 8"),
+        ({"max-model-len": 200000}, "is greater than the derived max_model_len"),
+    ],
+)
+def test_a_combination_that_vllm_refuses_is_refused_in_its_words(flags: dict, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        resolve(flags, LLAMA, H100)
+
+
+def test_defaults_are_those_of_vllm_on_that_gpu() -> None:
+    large, small = resolve({}, LLAMA, H100), resolve({}, LLAMA, find_gpu("L40S"))
+
+    assert (large.max_num_batched_tokens, large.max_num_seqs, large.block_size) == (8192, 1024, 16)
+    assert (small.max_num_batched_tokens, small.max_num_seqs) == (2048, 256)
+
+
+@pytest.mark.parametrize("name", ["h100_sxm", "H100", "NVIDIA H100 80GB HBM3", "H100-SXM"])
+def test_a_gpu_is_found_however_it_is_spelt(name: str) -> None:
+    assert find_gpu(name).name == "H100-SXM"
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="it knows H100-SXM"):
+        find_gpu("Voodoo 2")
+
+
+def test_shapes_of_published_models_have_their_published_sizes() -> None:
+    """Weights from config.json against the parameter counts on the model cards (billions)."""
+    qwen = {
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 25600,
+        "vocab_size": 151936,
+    }
+    deepseek = {
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "vocab_size": 129280,
+    }
+
+    for config, billions in ((LLAMA_8B, 8.03), (qwen, 32.8), (deepseek, 671.0)):
+        assert shape_of(config).weight_bytes(16) / 2e9 == pytest.approx(billions, rel=0.01)
