@@ -85,17 +85,17 @@ class CommandEngine:
 
     def launch(self, config: ServingConfig, site: Site) -> CommandServer:
         """See the protocol. Raises ``UsageError`` for a place that is neither known nor a flag of the config."""
-        bound: list[Binding] = []
+        stops: list[list[str]] = []
 
         def words(binding: Binding) -> list[str]:
-            bound.append(binding)
+            if self.stop_command:  # filled now: stopping never raises
+                stops.append(self.words(self.stop_command, config, site, binding))
             return self.words(self.command, config, site, binding, flags=True)
 
         def clean() -> None:
-            if self.stop_command and bound:
+            while stops:
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                    argv = self.words(self.stop_command, config, site, bound[-1])
-                    subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_STOP_COMMAND_S)
+                    subprocess.run(stops.pop(), stdin=subprocess.DEVNULL, capture_output=True, timeout=_STOP_COMMAND_S)
 
         try:
             return CommandServer(launch(self._recipe(config, site, words), site), clean)
@@ -176,6 +176,5 @@ class CommandServer:
     def stop(self) -> Teardown:
         """See the protocol."""
         teardown = self._server.stop()
-        clean, self._clean = self._clean, lambda: None
-        clean()
+        self._clean()
         return teardown

@@ -1,0 +1,107 @@
+"""The command engine fills the places of a template; no shell is involved."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engines.conftest import plan
+from tuner.engines.command import CommandEngine
+from tuner.engines.protocol import LaunchFailed, Site
+from tuner.errors import UsageError
+from tuner.server.start import Binding
+from tuner.space.config import ServingConfig
+
+ROOT = Path(__file__).parents[2]
+BINDING = Binding(8123, "secret", "tuner-abc", Path("/t"), (2, 3))
+CONFIG = ServingConfig("org/model", {}, {"ctx-size": 2048, "flash-attn": None}, gpus=2)
+EMULATOR = [
+    sys.executable,
+    "-m",
+    "tuner.engines.emulator",
+    "--model",
+    "{model}",
+    "--port",
+    "{port}",
+    "--host",
+    "{host}",
+]
+EMULATOR += ["--served-model-name", "{served}", "--api-key", "{api_key}", "--emulator", '{"boot_scale": 0}']
+
+
+def words(command: list[str], config: ServingConfig, site: Site) -> list[str]:
+    return CommandEngine(command=command).words(command, config, site, BINDING, flags=True)
+
+
+def test_flags_are_appended_and_places_filled(site: Site) -> None:
+    command = ["llama-server", "-m", "{model}", "--port", "{port}", "--api-key", "{api_key}"]
+
+    assert words(command, CONFIG, site) == [
+        *("llama-server", "-m", "org/model", "--port", "8123", "--api-key", "secret"),
+        *("--ctx-size", "2048", "--flash-attn"),
+    ]
+
+
+def test_a_flag_with_a_place_goes_there_and_nowhere_else(site: Site) -> None:
+    command = ["server", "--port={port}", "-c", "{ctx-size=4096}", "{flags}", "--gpus", "device={gpus}"]
+
+    assert words(command, CONFIG, site) == [
+        *("server", "--port=8123", "-c", "2048", "--flash-attn", "--gpus", "device=2,3"),
+    ]
+
+
+def test_a_place_without_its_flag_takes_the_default_that_stands_there(site: Site) -> None:
+    assert words(["s", "{port}", "{ctx-size=4096}"], ServingConfig("m", {}, {}), site) == ["s", "8123", "4096"]
+
+
+def test_a_place_that_is_nothing_is_refused(site: Site) -> None:
+    with pytest.raises(UsageError, match=r"\{ctx-size\} is neither"):
+        words(["s", "{port}", "{ctx-size}"], ServingConfig("m", {}, {}), site)
+
+
+def test_a_command_that_cannot_be_told_its_port_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"no \{port\}"):
+        CommandEngine(command=["server", "--port", "8000"])
+
+
+def test_json_in_a_word_is_left_alone(site: Site) -> None:
+    command = ["s", "{port}", '{"boot_scale": 0}']
+
+    assert words(command, ServingConfig("m", {}, {}), site)[-1] == '{"boot_scale": 0}'
+
+
+def test_the_stop_command_runs_once_and_after_the_server_is_gone(config: ServingConfig, site: Site) -> None:
+    mark = site.folder / "stopped"
+    code = (
+        "import socket,sys; s=socket.socket(); gone=s.connect_ex(('127.0.0.1', int(sys.argv[2])))!=0;"
+        "open(sys.argv[1],'a').write(sys.argv[3] + ' ' + str(gone) + '\\n')"
+    )
+    stop = [sys.executable, "-c", code, str(mark), "{port}", "{served}"]
+    env = {"PYTHONPATH": str(ROOT)}
+    server = CommandEngine(command=EMULATOR, env=env, stop_command=stop, host_alone=False).launch(config, site)
+    assert server.measure(plan(site)).ok
+    server.stop()
+    server.stop()
+
+    assert server.endpoint is not None
+    assert mark.read_text() == f"{server.endpoint.model} True\n"
+
+
+def test_the_stop_command_runs_after_a_launch_that_failed(config: ServingConfig, site: Site) -> None:
+    mark = site.folder / "stopped"
+    stop = [sys.executable, "-c", "import sys; open(sys.argv[1], 'w')", str(mark)]
+    command = [sys.executable, "-c", "raise SystemExit(3)", "{port}"]
+
+    with pytest.raises(LaunchFailed):
+        CommandEngine(command=command, stop_command=stop, host_alone=False).launch(config, site)
+
+    assert mark.exists()
+
+
+def test_a_program_that_does_not_exist_is_an_outcome(config: ServingConfig, site: Site) -> None:
+    with pytest.raises(LaunchFailed) as failure:
+        CommandEngine(command=["/no/such/program", "{port}"], host_alone=False).launch(config, site)
+
+    assert failure.value.outcome.cause == "missing-dependency"

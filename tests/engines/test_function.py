@@ -1,0 +1,132 @@
+"""The function engine: a callable instead of a server."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.engines.conftest import plan
+from tuner.engines.function import FunctionEngine
+from tuner.engines.protocol import LaunchFailed, Site
+from tuner.errors import UsageError
+from tuner.space.config import ServingConfig
+
+CONFIG = ServingConfig("any", {"batch": 64, "cache": "fp8"}, {"max-num-seqs": 64})
+NEEDED = ("tpot_p99_s", "ttft_p99_s")
+
+
+def engine(folder: Path, body: str, name: str = "surface") -> FunctionEngine:
+    (folder / f"{name}.py").write_text(f"import tuner\ndef evaluate(config, load):\n    {body}\n")
+    return FunctionEngine(target=f"{name}:evaluate", folder=folder, required=NEEDED)
+
+
+def measure(engine: FunctionEngine, site: Site, load: float = 2.0):
+    return engine.launch(CONFIG, site).measure(plan(site, load))
+
+
+def test_the_callable_gets_the_parameters_and_the_load(tmp_path: Path, site: Site) -> None:
+    body = "return {'ttft_p99_s': config['batch'] / 1000, 'tpot_p99_s': load / 100, 'output_tokens_per_s': 5}"
+    step = measure(engine(tmp_path, body), site)
+
+    assert step.metrics["ttft_p99_s"] == 0.064
+    assert step.metrics["tpot_p99_s"] == 0.02
+    assert step.load == 2.0
+    assert step.ok
+
+
+def test_an_slo_is_judged_as_for_any_other_engine(tmp_path: Path, site: Site) -> None:
+    body = "return {'ttft_p99_s': 11.0, 'tpot_p99_s': 0.01, 'output_tokens_per_s': 5}"
+
+    step = measure(engine(tmp_path, body), site)
+
+    assert [miss.split()[0] for miss in step.slo_misses] == ["ttft_p99"]
+    assert not step.ok
+
+
+def test_output_without_goodput_counts_whole_less_the_errors(tmp_path: Path, site: Site) -> None:
+    body = "return {'ttft_p99_s': 1, 'tpot_p99_s': 0.01, 'output_tokens_per_s': 200, 'error_rate': 0.005}"
+
+    assert measure(engine(tmp_path, body), site).metrics["goodput_output_tokens_per_s"] == pytest.approx(199)
+
+
+def test_infeasible_is_an_outcome_with_its_reason(tmp_path: Path, site: Site) -> None:
+    with pytest.raises(LaunchFailed) as failure:
+        measure(engine(tmp_path, "raise tuner.Infeasible('needs 3 GPUs')"), site)
+
+    assert failure.value.outcome.cause == "infeasible"
+    assert failure.value.outcome.message == "needs 3 GPUs"
+    assert not failure.value.outcome.transient
+
+
+def test_a_bug_in_the_callable_is_that_trials_crash_with_file_and_line(tmp_path: Path, site: Site) -> None:
+    with pytest.raises(LaunchFailed) as failure:
+        measure(engine(tmp_path, "return 1 / 0"), site)
+
+    assert failure.value.outcome.cause == "crash"
+    assert "surface.py:3: ZeroDivisionError" in failure.value.outcome.evidence
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return 5", "returned int, not a mapping"),
+        ("return {'tpot_p99_s': 1, 'output_tokens_per_s': 1}", "did not return ttft_p99_s, which the objective needs"),
+        ("return {'tpot_p99_s': 1, 'ttft_p99_s': 1}", "there is no cost without"),
+        ("return {'tpot_p99_s': 'fast', 'ttft_p99_s': 1}", "which is not a number"),
+        ("return {'tpot_p99_s': float('nan'), 'ttft_p99_s': 1}", "tpot_p99_s=nan"),
+    ],
+)
+def test_an_answer_that_says_nothing_is_refused(body: str, says: str, tmp_path: Path, site: Site) -> None:
+    with pytest.raises(UsageError, match=says):
+        measure(engine(tmp_path, body), site)
+
+
+def test_an_endless_latency_is_a_latency(tmp_path: Path, site: Site) -> None:
+    body = "return {'ttft_p99_s': float('inf'), 'tpot_p99_s': 0.01, 'output_tokens_per_s': 5}"
+    step = measure(engine(tmp_path, body), site)
+
+    assert math.isinf(step.metrics["ttft_p99_s"])
+    assert step.slo_misses
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("nowhere", "bad target"),
+        ("no.such.module:f", "cannot be imported"),
+        ("surface:missing", "has no callable 'missing'"),
+        ("broken:f", "broken.py:1"),
+    ],
+)
+def test_a_bad_target_is_refused_before_the_study_starts(target: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "surface.py").write_text("x = 1\n")
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no')\n")
+
+    with pytest.raises(UsageError, match=says):
+        FunctionEngine(target=target, folder=tmp_path).flags()
+
+
+def test_modules_of_the_same_name_in_two_folders_are_two(tmp_path: Path, site: Site) -> None:
+    steps = []
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / name).mkdir()
+        body = f"return {{'ttft_p99_s': {value}, 'tpot_p99_s': 1, 'output_tokens_per_s': 1}}"
+        steps.append(measure(engine(tmp_path / name, body), site))
+
+    assert [step.metrics["ttft_p99_s"] for step in steps] == [1.0, 2.0]
+
+
+def test_the_callable_may_change_its_dictionary_and_import_its_neighbours(tmp_path: Path, site: Site) -> None:
+    (tmp_path / "neighbour.py").write_text("VALUE = 7.0\n")
+    body = (
+        "from neighbour import VALUE; config.clear(); "
+        "return {'ttft_p99_s': VALUE, 'tpot_p99_s': 1, 'output_tokens_per_s': 1}"
+    )
+    one = engine(tmp_path, body)
+    server = one.launch(CONFIG, site)
+
+    assert server.measure(plan(site)).metrics["ttft_p99_s"] == 7.0
+    assert server.measure(plan(site)).metrics["ttft_p99_s"] == 7.0
+    assert CONFIG.params == {"batch": 64, "cache": "fp8"}
