@@ -68,7 +68,6 @@ def predict_closed_loop(
     ``isl`` and ``osl`` are tokens in and out; ``length_spread`` is the relative standard deviation of the output
     length. ``concurrency`` counts clients over all data-parallel ranks. ``memory_share`` replaces the engine's default.
     """
-    k = constants or Constants()
     budget, seqs = batch_defaults(hardware, parallelism.tp * parallelism.pp, engine)
     settings = Settings(
         parallelism.tp, parallelism.pp, parallelism.dp, parallelism.expert_parallel, budget, seqs, 16,
@@ -79,12 +78,19 @@ def predict_closed_loop(
     if not fit.fits:
         return ClosedLoop(0.0, 0.0, 0.0, 0.0, 0.0, fit)
     return _steady(
-        StepTime(shape, settings, hardware, k), settings, fit, k, isl, osl, concurrency, length_spread, waves
+        StepTime(shape, settings, hardware, constants or Constants()),
+        settings,
+        fit,
+        isl,
+        osl,
+        concurrency,
+        length_spread,
+        waves,
     )
 
 
 def _steady(
-    step: StepTime, s: Settings, fit: Fit, k: Constants, isl: int, osl: int, clients: float, spread: float, waves: float
+    step: StepTime, s: Settings, fit: Fit, isl: int, osl: int, clients: float, spread: float, waves: float
 ) -> ClosedLoop:
     lanes = s.dp * s.pp
     clients = clients / lanes
@@ -92,7 +98,7 @@ def _steady(
     slots = max(min(s.max_seqs, fit.kv_tokens / context) / s.pp, 1.0)
     decode_tokens = max(osl - 1.0, 1.0)
     running = min(clients, slots)
-    ttft = tpot = prefill = 0.0
+    ttft = tpot = inside = 0.0
     for _ in range(40):
         budget = max(s.max_batched_tokens - (0 if s.prefill_first else running), 256)
         chunks = math.ceil(isl / budget)
@@ -104,7 +110,7 @@ def _steady(
         # Other clients' prompts, one per client and cycle, fall into this client's decoding.
         stay = decode_tokens * tpot if tpot else decode_tokens * decode
         together = _lockstep(s, spread, osl)
-        during = stay / (stay + ttft) if ttft else 1.0
+        during = stay / (stay + inside)
         others = max(running - 1.0, 0.0) * prefill * ((1 - together) * during + together * 0.5)
         tpot_new = decode + others / decode_tokens
         turn = prefill + (0.0 if s.prefill_first else isl / budget * decode)  # short prompts share a step
@@ -114,8 +120,9 @@ def _steady(
         cycle = decode_tokens * tpot_new + queued + prefill
         waiting = max(clients - slots, 0.0) * cycle / slots
         own = prefill + (0.5 + (0.0 if s.prefill_first else chunks)) * decode
-        ttft_new = step.host.request_s + queued + own + waiting
-        busy = decode_tokens * tpot_new / (decode_tokens * tpot_new + queued + own)
+        inside = queued + own  # with a place in the batch, before the first token
+        ttft_new = step.host.request_s + inside + waiting
+        busy = decode_tokens * tpot_new / (decode_tokens * tpot_new + inside)
         target = min(clients, slots) * busy
         if abs(tpot_new - tpot) < 1e-5 * tpot_new and abs(target - running) < 1e-4 * running:
             break
