@@ -130,6 +130,43 @@ def export(
     command.export(study, form, out)
 
 
+@app.command(rich_help_panel="Deploy")
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An exported best-config.yaml.")],
+    study: Annotated[Path | None, typer.Option(help="The study's folder (default: the file's).")] = None,
+    minutes: Annotated[float, typer.Option(help="How long it may take.")] = 10.0,
+    json: Json = False,
+) -> None:
+    """Launch an exported configuration and say whether its promise still holds (exit code 3 where not)."""
+    from tuner.cli import certify as command
+
+    raise typer.Exit(command.verify(file, study, minutes, json))
+
+
+@app.command(rich_help_panel="Deploy")
+def ablate(
+    study: StudyArgument,
+    launches: Annotated[int, typer.Option(help="Launches it may take.")] = 12,
+    json: Json = False,
+) -> None:
+    """Set back each flag of the recommendation and keep only those that earn their place."""
+    from tuner.cli import certify as command
+
+    raise typer.Exit(command.ablate(study, launches, json))
+
+
+@app.command(rich_help_panel="Read")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="STUDY")],
+    second: Annotated[Path, typer.Argument(metavar="STUDY")],
+    json: Json = False,
+) -> None:
+    """Two studies side by side: versions, GPUs or traces, front against front."""
+    from tuner.cli import certify as command
+
+    raise typer.Exit(command.compare(first, second, json))
+
+
 @app.command(rich_help_panel="Read")
 def sync(study: StudyArgument) -> None:
     """Log to MLflow what an unreachable server missed."""

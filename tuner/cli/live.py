@@ -77,6 +77,9 @@ class View:
             for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
                 self.say(f"  {count} x {reason}")
 
+    def _on_say(self, _: int, data: Any) -> None:
+        self.say(data["text"])
+
     def _on_budget(self, _: int, data: Any) -> None:
         self.budget = data["left"]
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tuner.search import stopping
-from tuner.search.stopping import Spent
 from tuner.spec.study import Study
 from tuner.study.price import per_hour
 from tuner.study.store import TrialRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What trials took; ``launch_s`` and ``launch_usd`` are what one of them took on average."""
+
+    launches: int
+    hours: float
+    usd: float
+    launch_s: float
+    launch_usd: float
 
 
 def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0) -> Spent:
@@ -20,23 +30,25 @@ def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0) -> Spen
         wall_s += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     seconds = [t.ended_s - t.started_s for t in trials]
-    usd = [s / 3600 * per_hour(t.config, study.objective) for s, t in zip(seconds, trials, strict=True)]
-    gains = [(t.extra or {}).get("expected_gain") for t in trials]
+    usd = math.fsum(s / 3600 * per_hour(t.config, study.objective) for s, t in zip(seconds, trials, strict=True))
     count = max(len(trials), 1)
-    return Spent(
-        launches=len(trials) + running,
-        hours=wall_s / 3600,
-        usd=math.fsum(usd),
-        gains=tuple(gain for gain in gains if gain is not None),
-        launch_s=math.fsum(seconds) / count,
-        launch_usd=math.fsum(usd) / count,
-    )
+    return Spent(len(trials) + running, wall_s / 3600, usd, math.fsum(seconds) / count, usd / count)
 
 
 def search_is_over(study: Study, used: Spent) -> str:
-    """Why the search launches nothing more, in words: its part of the budget is spent, or another launch would not
-    pay; empty while it goes on."""
-    return stopping.over(used, stopping.for_search(study.budget)) or stopping.exhausted(used)
+    """Why no further launch fits into the search's part of the budget, in words; empty while one does."""
+    budget, share = study.budget, 1 - study.budget.verify_share
+    if budget.launches is not None:
+        launches = max(math.floor(budget.launches * share + 1e-9), 1)
+        if used.launches >= launches:
+            return f"the budget of {launches} launches is spent"
+    if budget.hours is not None and used.hours + used.launch_s / 3600 > budget.hours * share:
+        rest_min = max(budget.hours * share - used.hours, 0) * 60
+        return f"{rest_min:.0f} minutes of {budget.hours * share:g} h are left, and a launch takes {used.launch_s / 60:.1f}"
+    if budget.usd is not None and used.usd + used.launch_usd > budget.usd * share:
+        rest = max(budget.usd * share - used.usd, 0)
+        return f"{rest:.2f} of {budget.usd * share:.2f} USD are left, and a launch costs {used.launch_usd:.2f}"
+    return ""
 
 
 def left(study: Study, used: Spent) -> str:

@@ -129,7 +129,6 @@ class Queue:
             why=why,
             repeat=repeat,
             remeasure_of=first,
-            expected_gain=told.get("expected_gain"),
             **self.notes(config),
         )
         return Proposal(number, trial, params, config, baseline, why, repeat, first)

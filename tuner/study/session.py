@@ -21,6 +21,7 @@ from tuner.spec.study import Study
 from tuner.spec.text import suggest
 from tuner.study import budget, queue, workload
 from tuner.study.evaluate import Bench
+from tuner.study.guard import QualityGuard
 from tuner.study.loop import Loop, Recorder
 from tuner.study.outcome import Step
 from tuner.study.store import Store
@@ -173,22 +174,27 @@ def _freeze(study: Study, store: Store) -> None:
 def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.Event, on_event: OnEvent) -> str:
     """Runs the search until budget, gain or the user ends it; returns why, in words."""
     from tuner.pareto.front import front, points
+    from tuner.search.ledger import read
+    from tuner.search.stopping import Stopping
     from tuner.verify import racing
 
     study = ready.study
     proposals = queue.Queue(study, store, book(ready, store), ready.why_not, ready.notes)
     _tell_refusals(study, store, proposals, on_event)
 
+    worth = Stopping()
+
     def stop_reason(running: int) -> str:
         used = budget.spent(study, [t for t in store.trials() if t.role == "search"], running)
         on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
-        return budget.search_is_over(study, used)
+        return budget.search_is_over(study, used) or worth.reason(read(proposals.book, study.space), used.launch_usd)
 
     def beaten(steps: Sequence[Step]) -> str:
         found = front(points(store.trials(), study.objective))
         return racing.should_stop(steps, found, study.load.ladder, study.objective) if study.load.early_stop else ""
 
-    bench = Bench(study, ready.engine, cancel, on_event, beaten=beaten)
+    quality = QualityGuard(study, store, ready.traffic.whole.texts or (), on_event)
+    bench = Bench(study, ready.engine, cancel, on_event, quality, beaten)
     gpus = tuple(range(study.hardware.gpus))
     return Loop(bench, store, proposals, ready.traffic, recorder, on_event, stop_reason, gpus).run()
 

@@ -123,7 +123,7 @@ def write_json(path: Path, data: Any) -> None:
     """Writes through a temporary file and a rename, so that a reader (or a kill) never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(data), file, indent=1, allow_nan=False, default=str)
+        json.dump(finite(data), file, indent=1, allow_nan=False, default=str)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -135,7 +135,7 @@ def read_json(path: Path) -> Any:
 
 def append_json(path: Path, data: Any) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(data), allow_nan=False, default=str) + "\n")
+        file.write(json.dumps(finite(data), allow_nan=False, default=str) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -149,14 +149,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _finite(data: Any) -> Any:
-    """JSON has no infinity: written as the strings ``inf``, ``-inf``, ``nan`` (and read back as floats)."""
+def finite(data: Any) -> Any:
+    """``data`` as JSON takes it, which has no infinity: written as ``inf``, ``-inf``, ``nan`` (read back as floats)."""
     if isinstance(data, float) and not math.isfinite(data):
         return str(data)
     if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {str(key): finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return data
 
 

@@ -1,0 +1,100 @@
+"""`tuner verify`, `tuner ablate` and `tuner compare`: what is measured again, and what is held side by side."""
+
+from __future__ import annotations
+
+import json as json_
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tuner.cli.read import opened
+from tuner.errors import UsageError
+
+
+def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) -> int:
+    """Launches what an exported file describes and says whether its promise still holds; 3 where it does not."""
+    from tuner.study import verifying
+    from tuner.verify.promise import read_promise
+
+    promise = read_promise(file)
+    folder = study_folder or file.parent
+    result = _session(folder, lambda ready, store, bench: verifying.certify(ready, store, bench, promise, minutes * 60))
+    if json:
+        print(_dumped(result))
+    else:
+        print(result.text)
+    return 0 if result.holds else 3
+
+
+def ablate(folder: Path, launches: int, json: bool) -> int:
+    """Sets back each flag of the recommendation, and exports the smallest configuration that keeps the gain."""
+    from tuner.export import formats
+    from tuner.study import finish, verifying
+
+    def work(ready: Any, store: Any, bench: Any) -> Any:
+        with finish.recorder(ready.study, store, lambda text: print(text, file=sys.stderr)) as recorder:
+            result = verifying.minimal(ready, store, recorder, bench, launches)
+        for path in formats.best_config(store, ready.study):
+            print(f"  {path}", file=sys.stderr)
+        return result
+
+    result = _session(folder, work)
+    print(_dumped(result) if json else result.text)
+    return 0
+
+
+def compare(first: Path, second: Path, json: bool) -> int:
+    """Two studies, front against front, with significance."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from tuner.verify.compare import Side
+    from tuner.verify.compare import compare as compare_
+
+    sides = []
+    for path in (first, second):
+        study, store = opened(path)
+        facts = {
+            "model": study.model,
+            "GPU": f"{study.hardware.gpus} x {study.hardware.name}",
+            "trace": Path(study.trace.file).name,
+            "engine": next((str((t.extra or {}).get("engine_version", "")) for t in store.trials()), ""),
+        }
+        sides.append(Side(study.name, store.trials(), study.objective, facts))
+    result = compare_(*sides)
+    if json:
+        print(_dumped(result))
+    else:
+        Console().print(Markdown(result.text))
+    return 0
+
+
+def _dumped(result: Any) -> str:
+    from tuner.study.store import finite
+
+    return json_.dumps(finite(result.to_dict()), indent=1, default=str)
+
+
+def _session(folder: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
+    """Opens a study for more launches: lock, engine, traffic, signals and view, as ``tuner tune`` does."""
+    from tuner.cli.live import View
+    from tuner.engines.protocol import Cancelled
+    from tuner.study import session
+    from tuner.study.evaluate import Bench
+
+    if not (folder / "study.yaml").is_file():
+        raise UsageError(f"no study in {folder}", fix="Name its folder with --study")
+    study, _ = opened(folder)
+    cancel = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
+    try:
+        with session.opened(study) as store, View(study, not sys.stderr.isatty()) as view:
+            ready = session.prepare(study)
+            return work(ready, store, Bench(study, ready.engine, cancel, view.on_event))
+    except Cancelled:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
