@@ -1,4 +1,4 @@
-"""A stand-in for a server: answers as one, and misbehaves as told. Runs in a bare interpreter, so it starts in 0.1 s."""
+"""A stand-in for a server: answers as one, and misbehaves as told. A bare interpreter starts it in 0.1 s."""
 
 import argparse
 import json

@@ -177,7 +177,9 @@ def test_a_broken_ownership_file_is_left_alone(tmp_path):
 
 
 def test_members_knows_a_process_by_its_marker_alone(tmp_path):
-    child = subprocess.Popen(fake("--child"), env={"PATH": os.environ["PATH"], MARKER: "e5" * 8}, start_new_session=True)
+    child = subprocess.Popen(
+        fake("--child"), env={"PATH": os.environ["PATH"], MARKER: "e5" * 8}, start_new_session=True
+    )
     try:
         assert eventually(lambda: {p.pid for p in members("e5" * 8)} == {child.pid})
         assert members("e5" * 7) == set()

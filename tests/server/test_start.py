@@ -116,8 +116,8 @@ def test_phases_and_facts_come_from_the_log_and_are_told_as_they_begin(stage):
     running.stop()
     assert list(boot.phases_s) == ["imports", "weights", "kv"]
     assert boot.facts == {"kv_cache_tokens": 131072.0}
-    assert [data["name"] for name, data in stage.events if name == "phase"][0] == "imports"
-    assert [data["name"] for name, data in stage.events if name == "phase"][-1] == "ready"
+    names = [data["name"] for name, data in stage.events if name == "phase"]
+    assert (names[0], names[-1]) == ("imports", "ready")
 
 
 def test_a_server_that_ends_at_start_up_is_diagnosed_from_its_log(stage):

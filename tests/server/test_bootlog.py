@@ -1,0 +1,132 @@
+"""Phases and facts are read from logs as vLLM and SGLang write them."""
+
+import re
+
+from tuner.engines.sglang import DIALECT as SGLANG
+from tuner.engines.vllmlog import DIALECT as VLLM
+from tuner.server.bootlog import BootLog, Dialect, Fact, LogFile
+
+CPU_032 = """\
+(APIServer pid=1) INFO 11-23 19:13:39 [api_utils.py:286] non-default args: {'host': '127.0.0.1', 'port': 8123}
+(APIServer pid=1) INFO 11-23 19:13:49 [model.py:2152] Using max model len 4096
+(EngineCore pid=2) INFO 11-23 19:13:56 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='tiny'
+(Worker pid=3) INFO 11-23 19:14:04 [cpu_model_runner.py:68] Starting to load model tiny...
+(Worker pid=3) INFO 11-23 19:14:05 [cpu_worker.py:260] Explicitly set (1.0/11.34) GiB for KV cache on node 0.
+(EngineCore pid=2) INFO 11-23 19:14:05 [kv_cache_utils.py:2327] CPU KV cache size: 131,072 tokens, Maximum concurrency \
+for 4,096 tokens per request: 32.00x
+(EngineCore pid=2) INFO 11-23 19:14:08 [core.py:402] init engine (profile, create kv cache, warmup model) took 3.33 s
+INFO:     Application startup complete.
+"""
+# Line formats of vLLM's sources (gpu_model_runner.py, gpu_worker.py, kv_cache_utils.py, monitor.py, core.py).
+CUDA = """\
+INFO 05-06 20:59:01 [utils.py:253] non-default args: {'model': 'm'}
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:10 [core.py:82] Initializing a V1 LLM engine (v0.25.1) with config: model='m'
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:12 [gpu_model_runner.py:3007] Starting to load model m...
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:37 [default_loader.py:384] Loading weights took 24.84 seconds
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:39 [gpu_model_runner.py:3067] Model loading took 12.66 GiB memory and \
+31.657031 seconds
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:47 [backends.py:1128] Dynamo bytecode transform time: 3.54 s
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:58 [monitor.py:34] torch.compile took 14.20 s in total
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:59 [gpu_worker.py:298] Available KV cache memory: 53.21 GiB
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:59 [kv_cache_utils.py:1087] GPU KV cache size: 1,245,184 tokens
+(EngineCore_DP0 pid=9) INFO 05-06 20:59:59 [kv_cache_utils.py:1091] Maximum concurrency for 8,192 tokens per request: \
+152.00x
+Capturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|##########| 51/51
+(EngineCore_DP0 pid=9) INFO 05-06 21:00:05 [gpu_model_runner.py:3480] Graph capturing finished in 6 secs, took 0.52 GiB
+(EngineCore_DP0 pid=9) INFO 05-06 21:00:05 [core.py:210] init engine (profile, create kv cache, warmup model) took \
+26.11 seconds
+"""
+SGL = """\
+[2026-01-15 13:56:21] server_args=ServerArgs(model_path='m', chunked_prefill_size=8192, port=30000)
+[2026-01-15 13:56:30 TP0] Load weight begin. avail mem=131.08 GB
+[2026-01-15 13:56:49 TP0] Load weight end. type=Qwen3ForCausalLM, dtype=torch.bfloat16, avail mem=29.92 GB, \
+mem usage=30.67 GB.
+[2026-01-15 13:56:49 TP0] KV Cache is allocated. #tokens: 192896, K size: 8.84 GB, V size: 8.84 GB
+[2026-01-15 13:56:49 TP0] Capture cuda graph begin. This can take up to several minutes. avail mem=11.91 GB
+[2026-01-15 13:57:00 TP0] Capture cuda graph end. Time elapsed: 11.39 s. mem usage=1.00 GB. avail mem=11.17 GB.
+[2026-01-15 13:57:01 TP0] max_total_num_tokens=192896, chunked_prefill_size=8192, max_running_requests=2048
+INFO:     Uvicorn running on http://127.0.0.1:30000
+"""
+
+
+def read(dialect: Dialect, text: str) -> BootLog:
+    """Feeds one line per second."""
+    log = BootLog(dialect, 0.0)
+    for second, line in enumerate(text.splitlines(), start=1):
+        log.feed([line], float(second))
+    return log
+
+
+def test_vllm_on_a_cpu():
+    log = read(VLLM, CPU_032)
+    assert list(log.boot(9.0).phases_s) == ["imports", "config", "engine", "weights", "kv", "warmup", "api"]
+    assert log.boot(9.0).facts == {
+        "max_model_len": 4096,
+        "kv_cache_bytes": 2**30,
+        "kv_cache_tokens": 131072,
+        "max_concurrency": 32,
+        "init_s": 3.33,
+    }
+
+
+def test_vllm_on_cuda():
+    boot = read(VLLM, CUDA).boot(20.0)
+    assert list(boot.phases_s) == [
+        "imports", "config", "engine", "weights", "compile", "kv", "warmup", "graphs", "api",
+    ]  # fmt: skip
+    assert boot.facts["weights_bytes"] == 12.66 * 2**30
+    assert boot.facts["kv_cache_tokens"] == 1245184
+    assert boot.facts["kv_cache_bytes"] == 53.21 * 2**30
+    assert (boot.facts["compile_s"], boot.facts["graph_capture_s"], boot.facts["init_s"]) == (14.2, 6, 26.11)
+    assert boot.facts["max_concurrency"] == 152
+
+
+def test_sglang():
+    boot = read(SGLANG, SGL).boot(20.0)
+    assert list(boot.phases_s) == ["imports", "engine", "weights", "kv", "graphs", "api", "warmup"]
+    assert boot.facts["kv_cache_tokens"] == 192896
+    assert boot.facts["weights_bytes"] == 30.67 * 2**30
+    assert boot.facts["max_num_seqs"] == 2048
+
+
+def test_phases_last_from_their_line_to_the_next_and_sum_to_the_whole():
+    boot = read(VLLM, CPU_032).boot(10.0)
+    assert boot.phases_s["imports"] == 1.0  # the first line came at 1 s
+    assert boot.phases_s["config"] == 2.0
+    assert sum(boot.phases_s.values()) == boot.total_s == 10.0
+
+
+def test_a_phase_never_goes_back():
+    log = BootLog(VLLM, 0.0)
+    log.feed(["GPU KV cache size: 10 tokens", "Starting to load model draft..."], 1.0)
+    assert log.phase == "warmup"
+
+
+def test_the_first_worker_to_say_a_fact_is_believed():
+    log = BootLog(VLLM, 0.0)
+    log.feed(["Model loading took 10.0 GiB memory and 1.0 seconds", "Model loading took 99.0 GiB memory and 1 s"], 1.0)
+    assert log.boot(2.0).facts["weights_bytes"] == 10 * 2**30
+
+
+def test_a_growing_log_is_read_in_whole_lines_and_progress_bars_count_as_lines(tmp_path):
+    path = tmp_path / "server.log"
+    log = LogFile(path)
+    assert log.new_lines() == []
+    path.write_bytes(b"one\ntw")
+    assert log.new_lines() == ["one"]
+    path.write_bytes(b"one\ntwo\n 10%\r 20%\rthr")
+    assert log.new_lines() == ["two", " 10%", " 20%"]
+
+
+def test_a_huge_log_is_read_from_both_ends(tmp_path):
+    path = tmp_path / "server.log"
+    path.write_text("first\n" + "x" * (6 * 2**20) + "\nlast\n")
+    text = LogFile(path).text()
+    assert text.startswith("first") and text.endswith("last\n") and len(text) < 5 * 2**20
+
+
+def test_facts_read_thousands_separators():
+    dialect = Dialect("d", (("start", re.compile(r"(?!)")),), (Fact("n", re.compile(r"n=([\d,.]+)"), 2.0),))
+    log = BootLog(dialect, 0.0)
+    log.feed(["n=1,234.5"], 1.0)
+    assert log.boot(1.0).facts == {"n": 2469.0}

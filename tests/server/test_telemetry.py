@@ -1,0 +1,92 @@
+"""Samples become a file, metrics of a step, and a reason to distrust it."""
+
+import os
+
+import pytest
+
+from tests.server.test_gpu import GIB, Nvml
+from tuner.server.gpu import Gpus
+from tuner.server.telemetry import Host, HostSample, Sample, Telemetry, summary, throttling
+from tuner.server.tree import Pid
+
+
+def me() -> set[Pid]:
+    pid = Pid.of(os.getpid())
+    return {pid} if pid else set()
+
+
+def look(at_s: float, **gpu) -> Sample:
+    host = HostSample(cpu=0.5, memory_used_bytes=2 * GIB, server_cpu_cores=1.5, server_memory_bytes=GIB)
+    return Sample(at_s, 1.0, host, (Gpus(Nvml(gpu)).sample(0),))
+
+
+def test_the_file_has_a_row_per_look_and_gpu(tmp_path):
+    import pyarrow.parquet as pq
+
+    gpus = Gpus(Nvml({"reasons": 0x40, "used": GIB}, {}))
+    telemetry = Telemetry(tmp_path / "telemetry.parquet", Host(me), gpus, (0, 1), period_s=60)
+    telemetry.start()
+    telemetry.sample()
+    telemetry.stop()
+    telemetry.stop()
+    rows = pq.read_table(tmp_path / "telemetry.parquet").to_pylist()
+    assert [row["gpu_index"] for row in rows] == [0, 1, 0, 1]
+    assert rows[0]["gpu_throttled"] == "hardware thermal slowdown" and rows[0]["gpu_memory_used_bytes"] == GIB
+    assert rows[0]["server_memory_bytes"] > 10 * 2**20 and rows[0]["host_memory_used_bytes"] > 0
+
+
+def test_without_a_gpu_the_host_alone_is_written(tmp_path):
+    import pyarrow.parquet as pq
+
+    telemetry = Telemetry(tmp_path / "t.parquet", Host(me), Gpus(Nvml()), ())
+    telemetry.start()
+    telemetry.stop()
+    rows = pq.read_table(tmp_path / "t.parquet").to_pylist()
+    assert len(rows) == 1 and rows[0]["gpu_index"] is None
+
+
+def test_the_cpu_that_the_server_spent_is_counted_in_cores(tmp_path):
+    host = Host(me)
+    host.sample()
+    end = os.times().user + 0.3
+    while os.times().user < end:
+        sum(range(1000))
+    assert host.sample().server_cpu_cores > 0.2
+
+
+def test_energy_comes_from_the_gpus_own_counter_where_it_has_one():
+    counted = [look(0, millijoules=1_000_000), look(1, millijoules=1_400_000), look(2, millijoules=1_900_000)]
+    assert summary(counted)["system_gpu_energy_j"] == pytest.approx(900)
+    estimated = [look(0, milliwatts=200_000), look(1, milliwatts=300_000), look(2, milliwatts=100_000)]
+    assert summary(estimated)["system_gpu_energy_j"] == pytest.approx(400)
+
+
+def test_metrics_carry_their_unit_and_the_prefix():
+    metrics = summary([look(0, used=3 * GIB, celsius=70), look(1, used=5 * GIB, celsius=90)])
+    assert all(name.startswith("system_") for name in metrics)
+    assert metrics["system_gpu_memory_used_max_bytes"] == 5 * GIB
+    assert metrics["system_gpu_temperature_max_c"] == 90
+    assert metrics["system_gpu_power_mean_w"] == 300
+    assert metrics["system_server_cpu_cores"] == 1.5
+    assert summary([]) == {}
+
+
+def test_a_gpu_that_slowed_down_for_heat_makes_a_measurement_untrusted():
+    hot, cool = look(0, reasons=0x40, celsius=93), look(0)
+    assert throttling([cool] * 9 + [hot]) == (
+        "GPU throttled in 10% of the samples (hardware thermal slowdown, up to 93 °C)"
+    )
+    assert throttling([cool] * 19 + [hot]) == ""
+
+
+def test_a_gpu_at_its_power_cap_does_not():
+    assert throttling([look(0, reasons=0x04)] * 10) == ""
+    assert summary([look(0, reasons=0x04)] * 2)["system_gpu_throttled_share"] == 1.0
+
+
+def test_the_looks_of_a_step_are_those_within_it(tmp_path):
+    telemetry = Telemetry(tmp_path / "t.parquet", Host(me), Gpus(Nvml()), (), period_s=60)
+    telemetry.start()
+    first = telemetry.between(0, 2**40)
+    assert len(first) == 2 and telemetry.between(0, 1) == []
+    telemetry.stop()
