@@ -44,7 +44,8 @@ def search_is_over(study: Study, used: Spent) -> str:
             return f"the budget of {launches} launches is spent"
     if budget.hours is not None and used.hours + used.launch_s / 3600 > budget.hours * share:
         rest_min = max(budget.hours * share - used.hours, 0) * 60
-        return f"{rest_min:.0f} minutes of {budget.hours * share:g} h are left, and a launch takes {used.launch_s / 60:.1f}"
+        takes = f"a launch takes {used.launch_s / 60:.1f}"
+        return f"{rest_min:.0f} minutes of {budget.hours * share:g} h are left, and {takes}"
     if budget.usd is not None and used.usd + used.launch_usd > budget.usd * share:
         rest = max(budget.usd * share - used.usd, 0)
         return f"{rest:.2f} of {budget.usd * share:.2f} USD are left, and a launch costs {used.launch_usd:.2f}"
