@@ -155,6 +155,10 @@ class Client:
             return
         now = time.monotonic_ns()
         number = connection.number
+        if number >= 0 and not data and connection.received:
+            self._finish(number, now, "")  # how a body without framing ends: the parser tells it from a truncation
+            self._drop(connection)
+            return
         if number < 0 or not data:
             self._broken(connection, "connection closed by the server")
             return
@@ -279,8 +283,7 @@ class Client:
             self._retried.add(number)
             self._start(number, request, now)
         else:
-            # a body without framing ends with its connection: the parser decides
-            self._finish(number, now, "" if connection.received and not why.startswith("[") else why)
+            self._finish(number, now, why)
 
 
 class Poll:

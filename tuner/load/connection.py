@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import ssl
@@ -68,7 +69,7 @@ class Connection:
         code = self.sock.connect_ex(address)
         if code not in (0, 115, 36, 10035):  # EINPROGRESS on Linux, macOS, Windows
             self.sock.close()
-            raise OSError(code, "connect failed")
+            raise OSError(code, os.strerror(code))
 
     def _reset(self) -> None:
         self._framing = ""
@@ -96,7 +97,7 @@ class Connection:
         if not self.ready:
             code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
-                raise OSError(code, "connect failed")
+                raise OSError(code, os.strerror(code))
             if self._tls:
                 self._shake()
                 return

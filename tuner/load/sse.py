@@ -126,6 +126,8 @@ class Response:
             try:
                 length = int(data[at:line].partition(b";")[0], 16)
             except ValueError:
+                length = -1
+            if length < 0:
                 self._fail("bad chunk in the response")
                 return
             if length == 0:  # trailers, if any, up to an empty line

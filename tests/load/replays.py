@@ -1,0 +1,63 @@
+"""Small traces and plans for the replay tests, and what a records file says in plain numbers."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tuner.engines.protocol import Endpoint, StepPlan
+from tuner.load.records import ABSENT, read
+from tuner.load.trace import Trace
+from tuner.spec.slo import parse
+
+
+def trace(arrival_s: Any, input_tokens: int = 16, output_tokens: int = 10) -> Trace:
+    n = len(arrival_s)
+    none = np.zeros(0, dtype=np.int64)
+    return Trace(
+        "t",
+        np.asarray(arrival_s, dtype=float),
+        np.full(n, input_tokens),
+        np.full(n, output_tokens),
+        0,
+        none,
+        np.zeros(n + 1, dtype=np.int64),
+    )
+
+
+def poisson(n: int, rate: float, seed: int = 0, **lengths: int) -> Trace:
+    arrival_s = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, n))
+    return trace(arrival_s - arrival_s[0], **lengths)
+
+
+def plan(folder: Path, replayed: Trace, *slos: str, load: float = 1.0, **fields: Any) -> StepPlan:
+    for k in itertools.count():
+        path = folder / f"records-{k}.parquet"
+        if not path.exists():
+            break
+    fields = {"cancel": threading.Event(), "early_stop": False} | fields
+    return StepPlan(load, replayed, "w", tuple(parse(slo) for slo in slos), path, **fields)
+
+
+def endpoint(url: str) -> Endpoint:
+    return Endpoint(url, "stub")
+
+
+def seconds(path: Path, column: str) -> np.ndarray:
+    """A time column of a records file in order of request, in seconds; nan where absent."""
+    columns = read(path).columns
+    values = columns[column][np.argsort(columns["request"])]
+    return np.where(values == ABSENT, np.nan, values / 1e9)
+
+
+def quantile(values: np.ndarray, q: float) -> float:
+    """Nearest rank, written down independently of the code under test."""
+    ordered = sorted(values.tolist())
+    for k, value in enumerate(ordered, start=1):
+        if k / len(ordered) >= q - 1e-12:
+            return value
+    raise ValueError("no values")

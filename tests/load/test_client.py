@@ -1,0 +1,254 @@
+"""The replay client against servers of known timing and known faults, each in a process of its own."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.load.replays import endpoint, plan, poisson, quantile, seconds, trace
+from tests.load.stub import stub
+from tuner.engines.protocol import Cancelled, Endpoint
+from tuner.errors import EnvironmentFault, UsageError
+from tuner.load.records import read
+from tuner.load.step import measure
+
+
+def test_latencies_are_the_servers_own(tmp_path):
+    with stub(first_s=0.1, gap_s=0.02) as (_, url):
+        step = measure(endpoint(url), plan(tmp_path, poisson(60, 40, output_tokens=10)))
+    m = step.metrics
+    assert m["ttft_p50_s"] == pytest.approx(0.1, abs=0.01)
+    assert m["itl_p50_s"] == pytest.approx(0.02, abs=0.002)
+    assert m["tpot_p50_s"] == pytest.approx(0.02, abs=0.002)
+    assert m["e2e_p50_s"] == pytest.approx(0.1 + 9 * 0.02, abs=0.01)
+    assert m["error_rate"] == 0 and m["output_share"] == 1
+    assert m["client_output_tokens"] == 600
+
+
+@pytest.mark.slow
+def test_a_stalling_servers_true_p99_is_reported_and_a_closed_loop_misses_it(tmp_path):
+    """The server stands still for 2 s of every 10 s. What users at the trace's rate live through follows from the
+    schedule alone; a client that waits for its answers before it asks again asks hardly anything during a stall."""
+    first_s, every_s, stall_s = 0.05, 10.0, 2.0
+    replayed = poisson(600, 30, output_tokens=2)
+    epoch_s = time.monotonic()
+    with stub(first_s=first_s, gap_s=0.0, stall_every_s=every_s, stall_s=stall_s, epoch_s=epoch_s) as (_, url):
+        opened = plan(tmp_path, replayed)
+        step = measure(endpoint(url), opened)
+        closed = measure(endpoint(url), plan(tmp_path, replayed), concurrency=2)
+
+    # independently: from each request's intended time on the server's clock, by the definition of the stall
+    meta = read(opened.records).meta
+    start_s = meta["epoch_unix_s"] - (time.time() - time.monotonic())
+
+    def release(t: float) -> float:
+        phase = (t - epoch_s) % every_s
+        return t + every_s - phase if phase >= every_s - stall_s else t
+
+    intended = seconds(opened.records, "intended_ns") + start_s
+    truth = np.array([release(release(t) + first_s) - t for t in intended])
+    counted = (intended - start_s) * 1e9 >= 0.25 * float(replayed.arrival_s[-1]) * 1e9  # certainly past the ramp
+    reported = seconds(opened.records, "first_token_ns") + start_s - intended
+    assert quantile(reported[counted], 0.99) == pytest.approx(quantile(truth[counted], 0.99), abs=0.1)
+    assert step.metrics["ttft_p99_s"] > 1.8
+    assert step.metrics["ttft_p90_s"] == pytest.approx(quantile(truth, 0.9), abs=0.35)
+    assert closed.metrics["closed_loop_concurrency"] == 2
+    assert closed.metrics["ttft_p99_s"] < 0.5 * step.metrics["ttft_p99_s"]
+
+
+def test_latency_counts_from_the_intended_time_when_the_server_is_frozen(tmp_path):
+    """All requests that were due while the server was stopped waited for it, the last as much as the first."""
+    replayed = trace(np.arange(60) / 20.0, output_tokens=2)
+    with stub(first_s=0.01, gap_s=0.0) as (server, url):
+        begun = threading.Event()
+
+        def freeze() -> None:
+            begun.wait(30)
+            time.sleep(1.0)
+            os.kill(server.pid, signal.SIGSTOP)
+            time.sleep(1.0)
+            os.kill(server.pid, signal.SIGCONT)
+
+        thread = threading.Thread(target=freeze)
+        thread.start()
+        asked = plan(tmp_path, replayed, on_event=lambda name, data: begun.set())
+        step = measure(endpoint(url), asked)
+        thread.join()
+    waited = seconds(asked.records, "first_token_ns") - seconds(asked.records, "intended_ns")
+    assert (waited > 0.2).sum() >= 14  # 20 were due in that second
+    lag = seconds(asked.records, "sent_ns") - seconds(asked.records, "intended_ns")
+    assert lag.max() < 0.5  # and left all the same
+    assert not any("sent late" in reason for reason in step.untrusted)
+
+
+def test_a_frozen_client_is_untrusted(tmp_path):
+    """A client that stood still for a second saw latencies of its own making."""
+    replayed = poisson(160, 40, output_tokens=20)
+    with stub(first_s=0.02, gap_s=0.02) as (_, url):
+        stopped = threading.Event()
+
+        def freeze(name: str, data: dict) -> None:
+            if data.get("elapsed_s", 0) > 1.5 and not stopped.is_set():
+                stopped.set()
+                threading.Thread(target=pause).start()
+
+        def pause() -> None:
+            children = [
+                int(pid)
+                for pid in os.listdir("/proc")
+                if pid.isdigit() and _parent(int(pid)) == os.getpid() and "tuner.load.worker" in _command(int(pid))
+            ]
+            assert children
+            for pid in children:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(1.0)
+            for pid in children:
+                os.kill(pid, signal.SIGCONT)
+
+        step = measure(endpoint(url), plan(tmp_path, replayed, on_event=freeze))
+    assert any("sent late" in reason for reason in step.untrusted)
+    assert any("read late" in reason for reason in step.untrusted)
+
+
+def test_engine_steps_that_make_several_tokens_are_counted_by_tokens(tmp_path):
+    with stub(first_s=0.02, gap_s=0.03, tokens_per_chunk=4) as (_, url):
+        asked = plan(tmp_path, poisson(30, 30, output_tokens=20))
+        m = measure(endpoint(url), asked).metrics
+    assert m["client_output_tokens"] == 600
+    assert m["itl_p50_s"] == 0 and m["itl_p95_s"] == pytest.approx(0.03, abs=0.005)
+    assert m["tpot_p50_s"] == pytest.approx(4 * 0.03 / 19, abs=0.001)
+
+
+@pytest.mark.parametrize("way", [{"split": 7}, {"glue": 5}, {"split": 11, "glue": 3, "tokens_per_chunk": 2}])
+def test_split_and_glued_events_are_understood(tmp_path, way):
+    with stub(first_s=0.01, gap_s=0.002, **way) as (_, url):
+        m = measure(endpoint(url), plan(tmp_path, poisson(20, 40, output_tokens=11))).metrics
+    assert (m["client_output_tokens"], m["error_rate"]) == (220, 0)
+
+
+def test_errors_and_broken_streams_count_against_everything(tmp_path):
+    with stub(first_s=0.01, gap_s=0.002, fail_every=5, break_every=7) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(100) / 100), "ttft_p99=1s")
+        step = measure(endpoint(url), asked)
+    errors = read(asked.records).columns["error"]
+    assert sum("overloaded" in e for e in errors) == 20
+    assert sum("cut off" in e for e in errors) == 12  # every 7th but those that are also a 5th
+    assert step.metrics["ttft_p99_s"] == np.inf and step.slo_misses
+    assert step.metrics["goodput_requests_per_s"] == pytest.approx(step.metrics["requests_per_s"])
+    assert step.metrics["requests_per_s"] < 0.8 * step.metrics["offered_requests_per_s"]
+
+
+def test_a_request_that_is_never_answered_is_censored_not_dropped(tmp_path):
+    with stub(first_s=0.01, gap_s=0.002, hang_every=10) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(40) / 80), request_timeout_s=1.0)
+        step = measure(endpoint(url), asked)
+    records = read(asked.records)
+    assert len(records) == 40
+    assert (records.columns["error"] == "timeout").sum() == 4
+    hung = records.columns["error"] == "timeout"
+    waited_s = (records.columns["end_ns"] - records.columns["intended_ns"])[hung] / 1e9
+    assert (waited_s >= 1.0).all() and (waited_s < 1.5).all()
+    assert step.metrics["censored_requests"] > 0 and step.metrics["ttft_p99_s"] == np.inf
+
+
+def test_a_server_that_closes_idle_connections_causes_no_errors(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0, idle_close_s=0.05) as (_, url):
+        m = measure(endpoint(url), plan(tmp_path, trace(np.arange(60) / 15))).metrics
+    assert m["error_rate"] == 0
+
+
+def test_a_dead_server_gives_a_step_full_of_errors(tmp_path):
+    with stub(first_s=0.01, gap_s=0.01) as (server, url):
+        asked = plan(tmp_path, trace(np.arange(100) / 20), on_event=lambda *_: server.kill())
+        step = measure(endpoint(url), asked, alive=lambda: server.poll() is None)
+    assert step.stopped_early == "the server died"
+    assert step.metrics["error_rate"] == 1
+
+
+def test_a_server_that_is_gone_but_said_to_be_alive_gives_errors_too(tmp_path):
+    with stub(first_s=0.01, gap_s=0.01) as (server, url):
+        asked = plan(tmp_path, trace(np.arange(40) / 40), on_event=lambda *_: server.kill())
+        step = measure(endpoint(url), asked)
+    assert step.metrics["error_rate"] > 0.5 and not step.stopped_early
+    assert any("refused" in error for error in read(asked.records).columns["error"])
+
+
+def test_cancelling_keeps_the_records_until_then(tmp_path):
+    with stub(first_s=0.01, gap_s=0.01) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(1000) / 20))
+        threading.Timer(2.0, asked.cancel.set).start()
+        begin = time.monotonic()
+        with pytest.raises(Cancelled):
+            measure(endpoint(url), asked)
+        assert time.monotonic() - begin < 20  # the trace lasts 50 s
+    records = read(asked.records)
+    assert 0 < len(records) < 200
+    assert (records.columns["error"] == "").sum() > 5
+
+
+@pytest.mark.parametrize(
+    ("way", "dialect"),
+    [
+        ({}, ("completions", "ids", "usage", True)),
+        # an older vLLM: no running count, but token ids
+        ({"usage": "final"}, ("completions", "ids", "ids", True)),
+        # neither
+        ({"usage": "final", "refuse": ["return_token_ids"]}, ("completions", "ids", "total", True)),
+        # a server that knows no ignore_eos
+        ({"usage": "final", "refuse": ["return_token_ids", "ignore_eos"]}, ("completions", "ids", "total", False)),
+        # text only
+        ({"refuse": ["ids", "ignore_eos"]}, ("completions", "text", "total", False)),
+        # chat only, strict about fields
+        ({"chat_only": True, "refuse": ["continuous_usage_stats"]}, ("chat", "text", "total", True)),
+    ],
+)
+def test_the_client_speaks_what_the_server_takes(tmp_path, way, dialect):
+    with stub(first_s=0.01, gap_s=0.005, **way) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(10) / 50))
+        m = measure(endpoint(url), asked).metrics
+    told = read(asked.records).meta["dialect"]
+    assert (told["route"], told["prompt"], told["counting"], told["forced"]) == dialect
+    assert (m["client_output_tokens"], m["error_rate"]) == (100, 0)
+
+
+def test_the_model_is_asked_for_where_it_is_not_given(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, trace([0.0, 0.1]))
+        measure(Endpoint(url, ""), asked)
+    assert read(asked.records).meta["dialect"]["model"] == "stub"
+
+
+def test_a_web_server_is_told_apart_in_one_line(tmp_path):
+    with stub(html=True) as (_, url):
+        with pytest.raises(UsageError, match="no OpenAI-compatible server"):
+            measure(Endpoint(url, ""), plan(tmp_path, trace([0.0])))
+        with pytest.raises(UsageError, match="does not stream completions"):
+            measure(endpoint(url), plan(tmp_path, trace([0.0])))
+
+
+def test_nothing_listening_is_an_environment_fault(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(EnvironmentFault, match="no server answers"):
+        measure(endpoint(f"http://127.0.0.1:{port}"), plan(tmp_path, trace([0.0])))
+
+
+def _parent(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,77 @@
+"""When requests leave."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuner.load.pacer import Alarm, ClosedLoop, OpenLoop
+
+offsets = st.lists(st.integers(0, 10**10), max_size=50).map(sorted)
+
+
+@given(offsets, st.lists(st.integers(0, 2 * 10**10), max_size=30))
+def test_every_request_is_due_once_at_its_own_time_however_late_the_loop_looks(offsets_ns, looks_ns):
+    epoch = 10**15
+    pacer = OpenLoop(range(len(offsets_ns)), offsets_ns, epoch)
+    given_out = []
+    for now in [*sorted(looks_ns), 3 * 10**10]:
+        due = pacer.due(epoch + now)
+        assert all(intended <= epoch + now for _, intended in due)
+        given_out += due
+        waiting = pacer.next_ns()
+        assert waiting is None or waiting > epoch + now  # nothing due was kept back
+    assert given_out == [(k, epoch + offset) for k, offset in enumerate(offsets_ns)]
+
+
+def test_being_late_moves_no_later_deadline():
+    pacer = OpenLoop([0, 1, 2], [0, 10, 1_000], 0)
+    assert pacer.due(900) == [(0, 0), (1, 10)]
+    assert pacer.next_ns() == 1_000
+
+
+@given(st.integers(1, 8), st.lists(st.integers(1, 100), min_size=1, max_size=40))
+def test_a_closed_loop_never_has_more_in_flight_than_asked_for(concurrency, service):
+    pacer = ClosedLoop(range(len(service)), concurrency, 0)
+    running, now, seen = [], 0, []
+    while True:
+        for number, _ in pacer.due(now):
+            seen.append(number)
+            running.append(now + service[number])
+        assert len(running) <= concurrency
+        if not running:
+            break
+        now = min(running)
+        running.remove(now)
+        pacer.finished(now)
+    assert seen == list(range(len(service)))
+
+
+def test_a_closed_loop_sends_the_next_request_when_one_ends():
+    pacer = ClosedLoop([0, 1, 2], 1, 5)
+    assert pacer.due(5) == [(0, 5)]
+    assert pacer.next_ns() is None and pacer.due(1_000) == []
+    pacer.finished(2_000)
+    assert pacer.due(2_500) == [(1, 2_000)]
+
+
+def test_an_alarm_is_absolute_and_can_be_set_again():
+    try:
+        alarm = Alarm()
+    except OSError:
+        pytest.skip("no timerfd on this platform")
+    import select
+
+    poll = select.poll()
+    poll.register(alarm.fd, select.POLLIN)
+    alarm.set(time.monotonic_ns() + 10**12)
+    assert not poll.poll(0)
+    alarm.set(1)  # long past
+    assert poll.poll(1_000)
+    alarm.clear()
+    assert not poll.poll(0)
+    begin = time.monotonic_ns()
+    alarm.set(begin + 5_000_000)
+    assert poll.poll(1_000) and time.monotonic_ns() >= begin + 5_000_000
+    alarm.close()

@@ -1,0 +1,63 @@
+"""Several client processes, one schedule."""
+
+import numpy as np
+import pytest
+
+from tests.load.replays import endpoint, plan, poisson, seconds
+from tests.load.stub import stub
+from tuner.load.records import read
+from tuner.load.shards import shard_count
+from tuner.load.step import measure
+
+
+def test_shards_keep_one_schedule_and_lose_nothing(tmp_path):
+    replayed = poisson(150, 75, output_tokens=12)
+    with stub(first_s=0.02, gap_s=0.01) as (_, url):
+        asked = plan(tmp_path, replayed)
+        step = measure(endpoint(url), asked, shards=3)
+    assert step.metrics["shards"] == 3
+    records = read(asked.records)
+    assert sorted(records.columns["request"]) == list(range(150))
+    intended = seconds(asked.records, "intended_ns")
+    assert intended == pytest.approx(replayed.arrival_s, abs=1e-6)  # one start for all
+    late = seconds(asked.records, "sent_ns") - intended
+    assert np.median(late) < 0.005 and (late >= 0).all()
+    assert step.metrics["client_output_tokens"] == 150 * 12
+
+
+def test_a_closed_loop_is_shared_among_shards(tmp_path):
+    with stub(first_s=0.05, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, poisson(30, 1000, output_tokens=3))
+        measure(endpoint(url), asked, shards=2, concurrency=3)
+    records = read(asked.records)
+    assert len(records) == 30
+    sent, ended = records.columns["sent_ns"], records.columns["end_ns"]
+    flying = [int(((sent <= t) & (ended > t)).sum()) for t in sent]
+    assert max(flying) <= 3
+
+
+@pytest.mark.parametrize(
+    ("chunks_per_s", "cores", "shards"),
+    [
+        (1_000, 16, 1),  # one process carries it
+        (50_000, 16, 3),  # one per 20,000
+        (1_000_000, 16, 8),  # never more than half the cores: the server needs the others
+        (1_000_000, 2, 1),
+        (1_000_000, 1, 1),
+    ],
+)
+def test_the_number_of_shards_follows_the_load_and_the_cores(chunks_per_s, cores, shards):
+    offsets_s = np.arange(0, 60, 0.01)
+    assert shard_count(offsets_s, np.full(6_000, chunks_per_s / 100), cores) == shards
+
+
+def test_prompts_are_the_traces_whatever_the_shards(tmp_path):
+    """Each request's bytes reach the server that the trace means, in full: the prompts' lengths and no two alike."""
+    import json
+
+    log = tmp_path / "log"
+    with stub(first_s=0.0, gap_s=0.0, log=str(log)) as (_, url):
+        measure(endpoint(url), plan(tmp_path, poisson(40, 100, input_tokens=5_000, output_tokens=2)), shards=2)
+    prompts = [json.loads(line)["prompt"] for line in log.read_text().splitlines()][1:]  # the first is the probe's
+    assert [len(prompt) for prompt in prompts] == [5_000] * 40
+    assert len({tuple(prompt[:4]) for prompt in prompts}) == 40

@@ -1,0 +1,178 @@
+"""The parser of streamed responses: the same tokens however the bytes were split."""
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tuner.load.sse import Response, spread
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunked(*payloads: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in payloads if p) + b"0\r\n\r\n"
+
+
+def event(data: dict, end: bytes = b"\n\n") -> bytes:
+    return b"data: " + json.dumps(data).encode() + end
+
+
+def completion(text: str, total: int | None = None, ids: list[int] | None = None) -> dict:
+    choice: dict = {"index": 0, "text": text}
+    if ids is not None:
+        choice["token_ids"] = ids
+    data: dict = {"choices": [choice]}
+    if total is not None:
+        data["usage"] = {"prompt_tokens": 5, "completion_tokens": total}
+    return data
+
+
+def final(total: int) -> dict:
+    return {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": total}}
+
+
+def whole(stream: bytes, counting: str) -> Response:
+    response = Response(counting)
+    response.feed(1, stream)
+    response.close()
+    return response
+
+
+@st.composite
+def streams(draw):
+    """(bytes, tokens per event, counting) of a well-formed response whose chunks cut events anywhere."""
+    counts = draw(st.lists(st.integers(0, 4), min_size=1, max_size=12).filter(any))
+    counting = draw(st.sampled_from(["usage", "ids"]))
+    end = draw(st.sampled_from([b"\n\n", b"\r\n\r\n"]))
+    texts = st.text(alphabet=st.sampled_from('ab"\\{}\n\r0é,:[]'), max_size=6)
+    total, payload = 0, draw(st.sampled_from([b"", b": ping" + end]))
+    for count in counts:
+        total += count
+        text = draw(texts)
+        one = completion(text, total) if counting == "usage" else completion(text, ids=list(range(count)))
+        payload += event(one, end)
+    payload += event(final(total), end) + b"data: [DONE]" + end
+    cuts = sorted(draw(st.lists(st.integers(0, len(payload)), max_size=10)))
+    parts = [payload[a:b] for a, b in zip([0, *cuts], [*cuts, len(payload)], strict=True)]
+    return HEAD + chunked(*parts), [c for c in counts if c], counting
+
+
+@given(streams(), st.data())
+def test_any_split_of_the_byte_stream_gives_the_same_tokens(stream, data):
+    raw, counts, counting = stream
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=40)))
+    response = Response(counting)
+    for time, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(raw)], strict=True)):
+        response.feed(time, raw[a:b])
+    response.close()
+    assert [count for _, count in response.tokens] == counts
+    assert response.complete and not response.error
+    assert response.output_tokens == sum(counts) and response.prompt_tokens == 5
+
+
+@given(streams())
+def test_one_byte_at_a_time_gives_the_same_tokens_as_one_read(stream):
+    raw, counts, counting = stream
+    response = Response(counting)
+    for k in range(len(raw)):
+        response.feed(k, raw[k : k + 1])
+    assert [count for _, count in response.tokens] == counts == [c for _, c in whole(raw, counting).tokens]
+
+
+def test_a_token_has_the_time_of_the_read_that_completed_its_event():
+    first, second = (b"%x\r\n%s\r\n" % (len(e), e) for e in (event(completion("a", 1)), event(completion("b", 2))))
+    response = Response("usage")
+    response.feed(10, HEAD + first[:20])
+    response.feed(20, first[20:])
+    response.feed(30, second)
+    assert response.tokens == [[20, 1], [30, 1]]
+
+
+def test_several_tokens_in_one_event_are_several_tokens():
+    raw = HEAD + chunked(event(completion("abc", 3)), event(completion("de", 5)), event(final(5)))
+    assert whole(raw, "usage").tokens == [[1, 3], [1, 2]]
+
+
+def test_the_first_chat_chunk_carries_the_role_and_no_token():
+    role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+    word = {"choices": [{"index": 0, "delta": {"content": "hi"}}]}
+    response = Response("total")
+    response.feed(1, HEAD)
+    for time, one in ((2, role), (3, word), (4, word), (5, final(2))):
+        payload = event(one)
+        response.feed(time, b"%x\r\n%s\r\n" % (len(payload), payload))
+    response.feed(6, b"0\r\n\r\n")
+    assert response.tokens == [[3, 1], [4, 1]]
+
+
+def test_a_reasoning_token_is_a_token():
+    thought = {"choices": [{"index": 0, "delta": {"content": None, "reasoning_content": "hm"}}]}
+    assert whole(HEAD + chunked(event(thought), event(final(1))), "total").tokens == [[1, 1]]
+
+
+def test_text_that_looks_like_usage_is_not_counted():
+    sly = completion('"completion_tokens":99', 1)
+    assert whole(HEAD + chunked(event(sly), event(final(1))), "usage").tokens == [[1, 1]]
+
+
+def test_where_only_the_total_is_told_it_is_spread_over_the_chunks():
+    raw = HEAD + chunked(event(completion("ab")), event(completion("cd")), event(final(5)))
+    assert whole(raw, "total").tokens == [[1, 3], [1, 2]]
+
+
+@given(st.integers(1, 40), st.integers(1, 200))
+def test_spreading_keeps_the_count_and_the_last_token_comes_with_the_last_chunk(chunks, count):
+    times = list(range(chunks))
+    parts = spread(times, count)
+    assert sum(n for _, n in parts) == count and parts[-1][0] == times[-1]
+    assert all(n > 0 for _, n in parts)
+
+
+def test_tokens_that_no_chunk_told_of_come_with_the_last_chunk():
+    raw = HEAD + chunked(event(completion("a", 1)), event(completion("b", 2)), event(final(4)))
+    assert whole(raw, "usage").tokens == [[1, 1], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [
+        # a refusal with a body in OpenAI's form
+        (b'HTTP/1.1 400 Bad\r\nContent-Length: 36\r\n\r\n{"error":{"message":"out of vocab"}}', "out of vocab"),
+        # FastAPI's form
+        (b'HTTP/1.1 404 Not Found\r\nContent-Length: 22\r\n\r\n{"detail":"Not Found"}', "HTTP 404: Not Found"),
+        # an error in the middle of a stream that began well
+        (HEAD + chunked(event(completion("a", 1)), event({"error": {"message": "engine died"}})), "engine died"),
+        # the server went away
+        (HEAD + b"5\r\ndata", "response cut off"),
+        (b"", "connection closed before the response"),
+        # something else entirely
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n<html></html", "no event stream"),
+        (HEAD + b"zz\r\nfoo\r\n", "bad chunk"),
+        (HEAD + chunked(b"data: {nonsense\n\n"), "not JSON"),
+    ],
+)
+def test_a_failure_is_told_in_words(raw, error):
+    assert error in whole(raw, "usage").error
+
+
+def test_a_body_without_framing_ends_with_its_connection():
+    response = Response("usage")
+    response.feed(1, b"HTTP/1.0 200 OK\r\n\r\n" + event(completion("a", 1)) + event(final(1)))
+    assert not response.complete
+    response.close()
+    assert response.complete and not response.error and response.tokens == [[1, 1]]
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
+@example(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-4\r\nab\r\n", [3])
+@example(b"-6\r\nab\r\n", [])  # a negative size once went backwards for ever
+def test_rubbish_is_an_error_never_an_exception(raw, cuts):
+    for prefix in (b"", HEAD, HEAD + b"20\r\n", HEAD + b"5\r\ndata:"):
+        response = Response("usage")
+        for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), 10**6], strict=True):
+            response.feed(1, (prefix + raw)[a:b])
+        response.close()
+        assert response.complete or response.error

@@ -1,0 +1,141 @@
+"""A load step as the study sees it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tests.load.replays import endpoint, plan, poisson, seconds, trace
+from tests.load.stub import stub
+from tuner.cli.app import app
+from tuner.load.records import read
+from tuner.load.step import measure, prompt_seed
+from tuner.load.tracefile import write
+from tuner.measure.metrics import metrics_from_records
+
+
+def test_the_records_alone_give_exactly_what_the_step_reported(tmp_path):
+    with stub(first_s=0.02, gap_s=0.005, fail_every=9) as (_, url):
+        asked = plan(tmp_path, poisson(80, 60), "ttft_p99=1s", "itl_p99.9=20ms", warmup_s=0.3)
+        step = measure(endpoint(url), asked)
+    metrics, intervals = metrics_from_records(asked.records, asked.slos, asked.quantiles)
+    assert (metrics, intervals) == (step.metrics, step.intervals)
+    assert {"ttft_p99_s", "itl_p99.9_s", "ttft_p50_s", "goodput_output_tokens_per_s"} <= set(metrics)
+    assert step.records == asked.records.name
+
+
+def test_load_divides_the_gaps_and_nothing_else(tmp_path):
+    replayed = poisson(40, 10)
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, replayed, load=4.0)
+        step = measure(endpoint(url), asked)
+    assert seconds(asked.records, "intended_ns") == pytest.approx(replayed.arrival_s / 4, abs=1e-6)
+    assert step.load == 4.0
+
+
+def test_warm_up_is_sent_but_not_counted(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(40) / 40), warmup_s=0.5)
+        step = measure(endpoint(url), asked)
+    records = read(asked.records)
+    assert len(records) == 40 and records.columns["warmup"].sum() == 20
+    assert step.metrics["measured_requests"] <= 20
+
+
+def test_a_lost_slo_ends_the_step_and_the_verdict_agrees(tmp_path):
+    replayed = trace(np.arange(600) / 20)
+    with stub(first_s=0.3, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, replayed, "ttft_p90=100ms", early_stop=True)
+        step = measure(endpoint(url), asked)
+    assert "ttft_p90 cannot hold 100 ms" in step.stopped_early
+    assert step.slo_misses and not step.untrusted
+    assert len(read(asked.records)) < 400  # at most allowed misses and a second beyond the first quarter
+
+
+def test_a_step_that_holds_is_not_ended_early(tmp_path):
+    with stub(first_s=0.01, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(60) / 30), "ttft_p90=2s", early_stop=True)
+        step = measure(endpoint(url), asked)
+    assert step.stopped_early == "" and step.ok and len(read(asked.records)) == 60
+
+
+def test_progress_is_told(tmp_path):
+    told: list[dict] = []
+
+    def listen(name: str, data: dict) -> None:
+        if name == "progress":
+            told.append(dict(data))
+
+    with stub(first_s=0.01, gap_s=0.0) as (_, url):
+        measure(endpoint(url), plan(tmp_path, trace(np.arange(60) / 30), on_event=listen))
+    assert len(told) >= 3 and told[-1]["total"] == 60
+    assert [t["done"] for t in told] == sorted(t["done"] for t in told)
+    assert all(set(t) == {"done", "total", "elapsed_s", "remaining_s"} for t in told)
+
+
+def test_another_load_window_or_seed_means_other_prompts(tmp_path):
+    base = plan(tmp_path, trace([0.0]))
+    seeds = {prompt_seed(base)}
+    seeds |= {prompt_seed(plan(tmp_path, trace([0.0]), **change)) for change in ({"load": 2.0}, {"seed": 1})}
+    assert len(seeds) == 3
+    assert prompt_seed(base) == prompt_seed(plan(tmp_path, trace([0.0])))
+
+
+def test_forced_lengths_are_asked_for_and_free_ones_are_not(tmp_path):
+    log = tmp_path / "log"
+    with stub(first_s=0.0, gap_s=0.0, max_output=3, log=str(log)) as (_, url):
+        measure(endpoint(url), plan(tmp_path, trace([0.0, 0.1]), output="forced", sampling={"top_p": 0.5}))
+        step = measure(endpoint(url), plan(tmp_path, trace([0.0, 0.1]), output="free"))
+    bodies = [json.loads(line)["body"] for line in log.read_text().splitlines()]
+    forced, free = bodies[1], bodies[-1]
+    assert (forced["ignore_eos"], forced["min_tokens"], forced["max_tokens"], forced["top_p"]) == (True, 10, 10, 0.5)
+    assert "ignore_eos" not in free and "min_tokens" not in free and free["max_tokens"] == 10
+    assert step.metrics["output_share"] == pytest.approx(0.3)  # what was really produced is told
+
+
+@pytest.fixture
+def small_trace(tmp_path) -> Path:
+    write(poisson(30, 60), tmp_path / "trace.jsonl")
+    return tmp_path / "trace.jsonl"
+
+
+def test_the_command_measures_and_says_whether_the_slo_held(tmp_path, small_trace):
+    records = tmp_path / "r.parquet"
+    with stub(first_s=0.05, gap_s=0.001) as (_, url):
+        run = ["replay", "--url", url, "--trace", str(small_trace), "--records", str(records), "--json"]
+        held = CliRunner().invoke(app, [*run, "--slo", "ttft_p90=1s"])
+        missed = CliRunner().invoke(app, [*run, "--slo", "ttft_p90=10ms", "--seed", "1"])
+        closed = CliRunner().invoke(app, [*run[:-1], "--closed-loop", "2"])
+    assert held.exit_code == 0, held.output
+    assert json.loads(held.stdout)["metrics"]["ttft_p50_s"] == pytest.approx(0.05, abs=0.02)
+    assert missed.exit_code == 3 and json.loads(missed.stdout)["slo_misses"]
+    assert closed.exit_code == 0 and "CLOSED LOOP with 2 in flight" in closed.stdout
+
+
+def test_the_command_recomputes_from_records(tmp_path, small_trace):
+    records = tmp_path / "r.parquet"
+    with stub(first_s=0.02, gap_s=0.001) as (_, url):
+        arguments = ["replay", "--url", url, "--trace", str(small_trace), "--records", str(records)]
+        first = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(app, ["replay", "--recompute", "--records", str(records)])
+    assert first.stdout == again.stdout and "TTFT" in again.stdout
+
+
+def test_json_has_no_number_that_json_does_not_know(tmp_path, small_trace):
+    with stub(first_s=0.0, gap_s=0.0, fail_every=2) as (_, url):
+        result = CliRunner().invoke(app, ["replay", "--url", url, "--trace", str(small_trace), "--json"])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    told = json.loads(result.stdout, parse_constant=refuse)
+    assert told["metrics"]["ttft_p99_s"] is None and told["metrics"]["error_rate"] > 0.3
+
+
+def test_a_bad_slo_is_refused_before_anything_is_sent(small_trace):
+    result = CliRunner().invoke(
+        app, ["replay", "--url", "http://127.0.0.1:1", "--trace", str(small_trace), "--slo", "x"]
+    )
+    assert result.exit_code != 0 and "bad SLO" in str(result.exception)
