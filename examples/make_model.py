@@ -1,6 +1,8 @@
-"""Makes a small model folder that a real vLLM serves with random weights: Qwen3's architecture, a tokenizer trained here.
+"""Makes a small model folder that a real vLLM serves with random weights: Qwen3's architecture, a tokenizer trained
+here.
 
     python examples/make_model.py models/tiny-qwen3
+    python examples/make_model.py --like qwen3-8b models/qwen3-8b
 
 Nothing is downloaded. The weights do not exist: servers are started with --load-format dummy, which is honest for speed
 and says nothing about answers (nor about how many drafted tokens are accepted).
@@ -8,6 +10,7 @@ and says nothing about answers (nor about how many drafted tokens are accepted).
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import sysconfig
@@ -33,6 +36,20 @@ CONFIG = {
     "bos_token_id": 0,
     "eos_token_id": 2,
 }
+LIKE = {
+    "tiny-qwen3": {},
+    "qwen3-8b": {  # the published config.json of Qwen/Qwen3-8B
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 40960,
+    },
+}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,10 +57,14 @@ CHAT = (
 )
 
 
-def main(folder: Path) -> None:
-    """Trains the tokenizer on Python's own standard library and writes the three files vLLM wants."""
+def main(folder: Path, like: str) -> None:
+    """Trains the tokenizer on Python's own standard library and writes the three files vLLM wants.
+
+    A larger model keeps the small tokenizer: prompts are token ids, and no answer of random weights is ever read.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    config = {**CONFIG, **LIKE[like]}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,13 +82,17 @@ def main(folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": SPECIAL[2],
         "pad_token": SPECIAL[0],
-        "model_max_length": CONFIG["max_position_embeddings"],
+        "model_max_length": config["max_position_embeddings"],
         "chat_template": CHAT,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
-    print(f"{folder}: {tokenizer.get_vocab_size()} tokens, {CONFIG['num_hidden_layers']} layers", file=sys.stderr)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    print(f"{folder}: {tokenizer.get_vocab_size()} tokens, {config['num_hidden_layers']} layers", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "models/tiny-qwen3"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("models/tiny-qwen3"))
+    parser.add_argument("--like", choices=sorted(LIKE), default="tiny-qwen3")
+    given = parser.parse_args()
+    main(given.folder, given.like)
