@@ -44,6 +44,7 @@ def test_what_cannot_be_told_apart_falls_to_the_default(tmp_path: Path):
     studies.measured(1, served(1010, tpot_s=0.0200), store, params=FASTER)
     choice = choose(store.trials(), OBJECTIVE)
     assert choice.point and choice.point.baseline and "nothing measured is proven to be better" in choice.text
+    assert choice.cost_change is None and choice.latency_change is None
 
 
 def test_without_intervals_a_cent_decides(tmp_path: Path):

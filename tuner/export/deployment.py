@@ -18,7 +18,6 @@ from tuner.pareto.recommend import recommended
 from tuner.record.secrets import is_secret
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
-from tuner.study.outcome import Measured
 from tuner.study.store import Store, TrialRecord
 
 #: The launcher's own (an address, a random name, a key of one launch) and secrets: no part of a configuration.
@@ -74,7 +73,7 @@ def deployment(
     if point is None:
         raise NothingFeasible(choice.text)
     config = point.config
-    trial = next(t for t in reversed(trials) if t.config.hash == config.hash and isinstance(t.outcome, Measured))
+    trial = next(t for t in reversed(trials) if t.config.hash == config.hash and t.outcome.steps)
     noted = trial.extra or {}
     flags = {flag: value for flag, value in config.flags.items() if flag not in LAUNCHERS_FLAGS}
     if study.engine.trust_remote_code:

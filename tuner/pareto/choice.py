@@ -51,8 +51,8 @@ class Choice:
     """``point`` is what to deploy (None: nothing meets the SLOs, then ``nearest`` says what came closest).
 
     ``baseline`` is the engine's default at its own capacity (None: it met the SLOs at no load, or was not measured);
-    ``cost_change`` and ``latency_change`` compare with it. ``tied`` are the configurations whose cost cannot be told
-    apart from the chosen one's. ``text`` explains all of it.
+    ``cost_change`` and ``latency_change`` compare with it (None where it is the choice itself). ``tied`` are the
+    configurations whose cost cannot be told apart from the chosen one's. ``text`` explains all of it.
     """
 
     point: Point | None
@@ -85,8 +85,10 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     last = [p for p in level if overlap(p.latency, p.latency_interval, fastest.latency, fastest.latency_interval)]
     point = min(last, key=lambda p: (len(changes(p.config, default_config)), p.latency, p.cost, p.trial))
     base = next((p for p in contenders if p.baseline), None)
-    cost = compare(point.cost, point.cost_interval, base.cost, base.cost_interval) if base else None
-    latency = compare(point.latency, point.latency_interval, base.latency, base.latency_interval) if base else None
+    cost = latency = None
+    if base and base is not point:
+        cost = compare(point.cost, point.cost_interval, base.cost, base.cost_interval)
+        latency = compare(point.latency, point.latency_interval, base.latency, base.latency_interval)
     tied = tuple(p for p in level if p is not point)
     text = _explain(point, base, cost, latency, tied, objective, default)
     return Choice(point, base, cost, latency, tied, None, text)

@@ -61,7 +61,7 @@ def trusted_steps(trials: Iterable[TrialRecord]) -> list[tuple[TrialRecord, Step
 
 
 def points(trials: Iterable[TrialRecord], objective: Objective) -> list[Point]:
-    """Every trusted step of the Measured trials that has a cost and a latency, by trial and load.
+    """Every trusted step of the trials that served that has a cost and a latency, by trial and load.
 
     Measurements of one config at one load (in the same role: search or verify) become one point, so that a lucky run
     does not stand beside its own correction. A cost or a latency that is not finite and above zero is no measurement.

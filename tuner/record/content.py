@@ -179,7 +179,7 @@ def _samples(trial: TrialRecord, study: Study) -> Iterator[Sample]:
                 Sample(legal(f"{name}.{side}"), bound, position, end_ms)
                 for side, bound in zip(("low95", "high95"), bounds, strict=True)
             )
-    good = [step for step in steps if step.ok] if isinstance(trial.outcome, Measured) else []
+    good = [step for step in steps if step.ok] if isinstance(trial.outcome, Measured | Aborted) else []
     if good:
         yield Sample("capacity_load", max(step.load for step in good), 0, end_ms)
         for key in (COST, study.objective.latency_key):

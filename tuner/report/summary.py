@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuner.pareto.changes import baseline_of, describe
+from tuner.pareto.changes import baseline_of, changes, describe, words
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point, front, points
 from tuner.pareto.recommend import recommended
@@ -35,6 +35,11 @@ class Summary:
     def name(self, config: ServingConfig) -> str:
         """The config as its difference to the engine's default."""
         return describe(config, self.default.config if self.default else None)
+
+    def flags(self, config: ServingConfig) -> list[str]:
+        """The same difference, word by word."""
+        found = changes(config, self.default.config if self.default else None)
+        return [words(name, value) for name, value in found.items()] or ["engine default"]
 
     def kinds(self) -> Mapping[str, int]:
         """How many trials ended how."""

@@ -1,0 +1,120 @@
+"""What the figures are computed from."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import studies
+from tuner.report.hours import hours
+from tuner.report.importance import importance
+from tuner.report.modelerror import errors
+from tuner.report.parallel import parallel_chart
+from tuner.report.style import bars, log_ticks, number
+from tuner.report.summary import summarize
+from tuner.report.tables import folded
+from tuner.study.outcome import Boot, Infeasible, Measured
+from tuner.study.store import Store
+
+OBJECTIVE = studies.objective()
+
+
+def spread_over(store: Store, cost_of, configs: int = 24) -> None:
+    """One measured trial per configuration; ``cost_of(params)`` gives its tokens per second."""
+    values = studies.space()
+    for index in range(configs):
+        params = {
+            "max_num_batched_tokens": values["max_num_batched_tokens"].values[index % 5],
+            "max_num_seqs": values["max_num_seqs"].values[index // 5 % 4],
+            "kv_cache_dtype": ("auto", "fp8")[index * 7 // 3 % 2],
+        }
+        studies.measured(index, (studies.step(1.0, OBJECTIVE, tokens_per_s=cost_of(params)),), store, params=params)
+
+
+def test_the_parameter_that_decides_the_cost_is_found_and_the_others_are_chance(tmp_path: Path):
+    store = Store(tmp_path)
+    spread_over(store, lambda p: 500 + p["max_num_batched_tokens"], configs=20)
+    found = importance(summarize(store, studies.study(tmp_path)))
+    first, *others = found.rows
+    assert first.parameter == "max_num_batched_tokens" and first.cost.share > 0.99 and first.cost.p == 0.001
+    assert all(row.cost.share < 0.1 and row.cost.p > 0.2 for row in others)
+    assert all(row.latency.share == 0 for row in found.rows)  # the latency was the same everywhere
+
+
+def test_an_effect_that_is_not_monotone_counts_too(tmp_path: Path):
+    store = Store(tmp_path)
+    spread_over(store, lambda p: 2000 if p["max_num_batched_tokens"] == 2048 else 1000, configs=20)
+    assert importance(summarize(store, studies.study(tmp_path))).rows[0].parameter == "max_num_batched_tokens"
+
+
+def test_with_too_few_configurations_nothing_is_said(tmp_path: Path):
+    store = Store(tmp_path)
+    spread_over(store, lambda p: p["max_num_seqs"], configs=7)
+    found = importance(summarize(store, studies.study(tmp_path)))
+    assert found.rows == () and "7, of 8" in found.note
+
+
+def test_the_hours_are_launch_times_gpus_and_add_up(tmp_path: Path):
+    store = Store(tmp_path)
+    boot = Boot(20.0, {"imports": 15.0, "weights": 5.0})
+    step = studies.step(1.0, OBJECTIVE)
+    studies.add(0, Measured((step,), boot), store)  # 60 s on one GPU
+    studies.add(1, Measured((step,), boot), store, params={"tensor_parallel_size": 2})  # 60 s on two
+    studies.add(2, Infeasible("oom", "no"), store, params={"max_num_seqs": 64})
+    studies.add(3, Measured((step,), boot), store, role="verify")
+    found = hours(summarize(store, studies.study(tmp_path)))
+    assert found.total == pytest.approx(300 / 3600) and found.usd == pytest.approx(300 / 3600 * 2.5)
+    seconds = {name: value * 3600 for name, value in found.uses}
+    assert seconds == pytest.approx({"starting servers": 80, "measuring": 120, "verifying": 40, "failed launches": 60})
+    assert dict(found.phases)["imports"] == pytest.approx(60 / 3600)
+
+
+def test_the_models_error_is_taken_over_the_steps_within_slo_at_the_same_load(tmp_path: Path):
+    store = Store(tmp_path)
+    good, missed = studies.step(1.0, OBJECTIVE, tpot_s=0.02), studies.step(2.0, OBJECTIVE, tpot_s=0.08)
+    predicted = {"1": {"tpot_p99_s": 0.01}, "2": {"tpot_p99_s": 0.5}, "x": {}, "3": None}
+    studies.measured(0, (good, missed), store, predicted=predicted)
+    (error,) = errors(summarize(store, studies.study(tmp_path)))
+    assert error.name == "TPOT p99" and error.pairs == ((0.01, 0.02, 0, 1.0),)
+    assert error.bias == pytest.approx(2.0) and error.typical == pytest.approx(1.0)
+
+
+def test_where_nothing_was_predicted_there_is_no_error_to_show(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE),), store)
+    assert errors(summarize(store, studies.study(tmp_path))) == ()
+
+
+def test_parallel_coordinates_show_only_what_varied_and_end_at_the_cost(tmp_path: Path):
+    store = Store(tmp_path)
+    steps = (studies.step(1.0, OBJECTIVE),)
+    studies.measured(0, steps, store, baseline=True)
+    studies.measured(1, (replace(steps[0], slo_misses=("x",)),), store, params={"max_num_seqs": 64})
+    chart = parallel_chart(summarize(store, studies.study(tmp_path)))
+    assert chart
+    names = [note["text"] for note in chart["layout"]["annotations"]]
+    assert "max<br>num<br>seqs" in names and "kv<br>cache<br>dtype" not in names
+    assert sorted(trace["y"][-1] is None for trace in chart["data"]) == [False, True]
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.0, 1e3))
+def test_a_logarithmic_axis_has_a_few_round_ticks_inside_its_range(low, factor):
+    ticks = log_ticks([low, low * factor])
+    assert 2 <= len(ticks) <= 12 or factor < 1.1
+    assert all(low / 1.06 <= tick <= low * factor * 1.06 for tick in ticks)
+    assert ticks == sorted(set(ticks)) and all("e+" not in number(tick) for tick in ticks)
+
+
+def test_error_bars_are_left_out_where_no_interval_is_known():
+    found = bars([1.0, 2.0, 3.0], [(0.9, 1.2), None, (-math.inf, math.inf)])
+    assert found["array"] == pytest.approx([0.2, 0, 0]) and found["arrayminus"] == pytest.approx([0.1, 0, 0])
+
+
+def test_any_rows_become_a_table_with_ranges_folded_in():
+    rows = [{"config": "a", "x": 1.0, "x_low": 0.5, "x_high": 2.0, "y": None}, {"config": "b", "x": None, "ok": True}]
+    names, cells = folded(rows)
+    assert names == ["config", "x", "ok"]
+    assert cells == [["a", "1 (0.5 to 2)", "–"], ["b", "–", "yes"]]

@@ -1,0 +1,193 @@
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests import studies
+from tuner.report.figures import front_svg
+from tuner.report.page import build
+from tuner.report.summary import summarize
+from tuner.spec.study import EngineSpec
+from tuner.study.outcome import Infeasible
+from tuner.study.store import Store
+
+VOID = {"meta", "br", "img", "hr", "link", "input"}
+
+
+class Outline(HTMLParser):
+    """Checks that elements nest, and keeps the text outside scripts and styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read(path: Path) -> Outline:
+    outline = Outline()
+    outline.feed(path.read_text())
+    outline.close()
+    assert outline.open == []
+    return outline
+
+
+def page(tmp_path: Path, **kwargs) -> tuple[Path, Outline]:
+    study, store = studies.write(tmp_path / "s", **kwargs)
+    path = build(store, study, tmp_path / "report.html")
+    return path, read(path)
+
+
+def figures(path: Path) -> dict:
+    return json.loads(re.search(r'id="figures">(.*?)</script>', path.read_text(), re.DOTALL)[1])
+
+
+def test_the_page_needs_no_network_and_forbids_itself_any(tmp_path: Path):
+    path, outline = page(tmp_path, trials=10)
+    text = path.read_text()
+    assert outline.loads == []
+    assert "default-src 'none'" in text and "@import" not in text and "url(" not in text.split("</style>")[0]
+    assert text.count("plotly.js v") == 1  # the library is in the file, once
+    assert "cdn.plot.ly" not in text.split('id="figures">')[0]
+
+
+def test_the_recommendation_is_in_words_and_figures_with_its_difference_to_the_default(tmp_path: Path):
+    _, outline = page(tmp_path, trials=24)
+    assert "Trial 19 (max-num-batched-tokens=8192 kv-cache-dtype=fp8 no-enable-prefix-caching)" in outline.text
+    assert "$0.429 per million output tokens within SLO" in outline.text
+    assert "−25.6 % −28.6 to −22.3 % against the engine's default" in outline.text
+    assert "no-enable-prefix-caching: true" in outline.text and "vllm serve --config best-config.yaml" in outline.text
+    assert "search measurement, not verified" in outline.text
+
+
+def test_the_front_figure_holds_every_load_point_with_its_uncertainty_and_its_config(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=24)
+    traces = {t["name"]: t for t in figures(build(store, study, tmp_path / "r.html"))["front"]["data"]}
+    s = summarize(store, study)
+    shown = {(x, y) for t in traces.values() for x, y in zip(t["x"], t["y"], strict=True)}
+    assert shown == {(p.cost, p.latency * 1e3) for p in s.points}
+    assert traces["front"]["x"] == [p.cost for p in s.front]
+    assert traces["front"]["error_x"]["array"][0] == pytest.approx(s.front[0].cost_interval[1] - s.front[0].cost)
+    assert "max-num-batched-tokens=8192" in traces["recommended"]["hovertext"][0]
+    assert all("SLO" in name or name in ("front", "engine's default", "recommended") for name in traces)
+
+
+def test_every_latency_slo_has_its_curves_and_its_limit(tmp_path: Path):
+    path, outline = page(tmp_path, trials=10)
+    found = figures(path)
+    assert "TPOT p99 against load" in outline.text and "TTFT p99 against load" in outline.text
+    limits = [found[name]["layout"]["shapes"][0]["y0"] for name in ("curve0", "curve1")]
+    assert limits == [50.0, 500.0]
+    assert any("engine default" in trace["name"] for trace in found["curve0"]["data"])
+
+
+def test_one_trial_is_enough(tmp_path: Path):
+    path, outline = page(tmp_path, trials=1)
+    assert "nothing measured is proven to be better" in outline.text
+    assert "Too few configurations met the SLOs to say: 1, of 8" in outline.text
+    assert "parallel" not in figures(path) and "against the engine's default" not in outline.text
+
+
+def test_no_trial_at_all_is_a_page_too(tmp_path: Path):
+    _, outline = page(tmp_path, trials=0)
+    assert "No trial has finished yet" in outline.text and "No load point was measured" in outline.text
+
+
+def test_nothing_feasible_names_what_came_nearest(tmp_path: Path):
+    _, outline = page(tmp_path, trials=8, slow=10)
+    assert "Nearest: trial" in outline.text and "No load point met every SLO" in outline.text
+    assert "best-config.yaml" not in outline.text
+
+
+def test_only_failures_are_a_page_too(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    studies.add(0, Infeasible("oom-kv", "no room"), store, baseline=True)
+    outline = read(build(store, studies.study(tmp_path / "s"), tmp_path / "r.html"))
+    assert "No configuration was measured: 1 x oom-kv" in outline.text
+
+
+def test_two_hundred_trials_stay_one_readable_file(tmp_path: Path):
+    path, outline = page(tmp_path, trials=200)
+    assert path.stat().st_size < 8e6
+    assert "All 200" in outline.text
+
+
+def test_an_emulated_study_carries_a_banner_and_a_measured_one_none(tmp_path: Path):
+    study, store = studies.write(tmp_path / "e", trials=3, emulated=True, engine=EngineSpec("emulator"))
+    assert "Nothing here was measured on a real server" in read(build(store, study, tmp_path / "e.html")).text
+    _, outline = page(tmp_path, trials=3)
+    assert "Emulated" not in outline.text
+
+
+def test_failures_show_their_evidence_and_fix_and_refusals_their_reason(tmp_path: Path):
+    _, outline = page(tmp_path, trials=16)
+    assert "oom-kv 2 × start-up" in outline.text and "3.1 GiB KV cache is needed" in outline.text
+    assert "Fix: lower max-model-len or raise gpu-memory-utilization" in outline.text
+    assert "3 fewer batched tokens than sequences" in outline.text
+
+
+def test_a_verdict_is_shown_with_its_table(tmp_path: Path):
+    _, outline = page(tmp_path, trials=12, verified=True)
+    assert "verified on held-out traffic" in outline.text and "1.9 (1.8 to 2)" in outline.text
+    assert "0.74 (0.7 to 0.79)" in outline.text
+
+
+def test_names_from_outside_cannot_become_markup(tmp_path: Path):
+    evil = "</script><img src=x onerror=alert(1)>"
+    study, store = studies.write(tmp_path / "s", trials=4, model=evil)
+    studies.add(9, Infeasible("bad", evil, evidence=evil), store)
+    path = build(store, study, tmp_path / "r.html")
+    assert "<img" not in path.read_text() and evil in read(path).text
+    assert evil not in front_svg(summarize(store, study))
+
+
+def test_secrets_of_the_frozen_study_are_hidden(tmp_path: Path):
+    frozen = {"engine": {"env": {"HF_TOKEN": "hf_abc", "A": "b"}}}
+    study, store = studies.write(tmp_path / "s", trials=1, frozen=frozen)
+    text = build(store, study, tmp_path / "r.html").read_text()
+    assert "hf_abc" not in text and "HF_TOKEN" in text
+
+
+def test_the_still_picture_is_sound_svg_and_marks_what_is_emulated(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=12, emulated=True)
+    root = ElementTree.fromstring(front_svg(summarize(store, study)))
+    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "EMULATED" in words and "recommended" in words
+    assert len(root.findall(".//{http://www.w3.org/2000/svg}circle")) >= 20
+    empty, nothing = studies.write(tmp_path / "n", trials=0)
+    assert "no load point was measured" in front_svg(summarize(nothing, empty))
+
+
+@pytest.mark.slow
+def test_a_browser_without_a_network_draws_every_figure(tmp_path: Path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium on this machine")
+    path, _ = page(tmp_path, trials=12)
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom", path.as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count('class="main-svg"') >= 2 * len(figures(path))
+    assert done.stdout.count("js-plotly-plot") >= len(figures(path))

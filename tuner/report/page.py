@@ -1,0 +1,202 @@
+"""The report: one HTML file that needs no network, built from the study folder alone."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tuner
+from tuner.errors import NothingFeasible
+from tuner.export import vllm
+from tuner.export.deployment import deployment
+from tuner.export.text import dump
+from tuner.pareto.choice import Change
+from tuner.record.secrets import HIDDEN, is_secret
+from tuner.report import charts, tables
+from tuner.report.figures import front_svg
+from tuner.report.hours import hours
+from tuner.report.importance import importance
+from tuner.report.modelerror import errors
+from tuner.report.parallel import parallel_chart
+from tuner.report.style import Figure
+from tuner.report.summary import Summary, clean, label, ms, summarize
+from tuner.spec.study import Study
+from tuner.study.store import Store, read_json
+
+
+def build(store: Store, study: Study, out: Path) -> Path:
+    """Writes the report to ``out`` and returns it. Works for any number of trials, feasible or not."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    s = summarize(store, study)
+    environment = Environment(
+        loader=PackageLoader("tuner.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = _figures(s)
+    folder = files("tuner.report") / "templates"
+    text = environment.get_template("page.html.j2").render(
+        s=s,
+        study=study,
+        css=(folder / "page.css").read_text("utf-8"),
+        js=(folder / "page.js").read_text("utf-8"),
+        plotly=(files("plotly") / "package_data" / "plotly.min.js").read_text("utf-8") if figures else "",
+        figures=_script_json(figures),
+        shown=set(figures),
+        curves=[(name, figures[name]["title"]) for name in figures if name.startswith("curve")],
+        still=front_svg(s) if s.points else "",
+        head=_head(s, store),
+        choice=_choice(s, store),
+        config=_config(s, store),
+        front=[tables.point_row(s, p) for p in s.front],
+        trials=[tables.trial_row(s, t) for t in s.trials],
+        phases=tables.phase_names(s),
+        failures=tables.failures(s),
+        refused=Counter(row["reason"] for row in store.refused()).most_common(),
+        hours=hours(s),
+        importance=importance(s),
+        errors=errors(s),
+        verified=_verified(store),
+        facts=_facts(s),
+        frozen=dump(_public(study.frozen)),
+        command=f"tuner tune {shlex.quote(study.source)}",
+        again=f"tuner report {shlex.quote(str(store.folder))}",
+        label=label,
+        ms=ms,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(out)
+    return out
+
+
+def _figures(s: Summary) -> dict[str, Figure]:
+    found: dict[str, Figure | None] = {"front": charts.front_chart(s)}
+    found |= {f"curve{i}": figure for i, figure in enumerate(charts.curve_charts(s))}
+    found |= {
+        "parallel": parallel_chart(s),
+        "importance": charts.importance_chart(importance(s)),
+        "errors": charts.error_chart(errors(s)),
+    }
+    return {name: figure for name, figure in found.items() if figure}
+
+
+def _script_json(data: Any) -> str:
+    """JSON for a script element: no ``<``, so that nothing in it can end the element."""
+    return json.dumps(clean(data), allow_nan=False).replace("<", "\\u003c")
+
+
+def _head(s: Summary, store: Store) -> list[tuple[str, str]]:
+    study, trials = s.study, s.trials
+    noted = next((t.extra for t in trials if t.extra), None) or {}
+    version = noted.get("engine_version") or study.space.facts.get("engine_version") or ""
+    gpus = f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name
+    return [
+        ("Model", study.model),
+        ("Engine", f"{study.engine.kind} {version}".strip()),
+        ("Hardware", gpus),
+        ("Trace", Path(study.trace.file).name),
+        ("SLOs", ", ".join(map(str, study.objective.slos)) or "none"),
+        ("Trials", ", ".join(f"{n} {name}" for name, n in s.kinds().items()) or "none yet"),
+        ("Measured", _dates(s)),
+        ("Price", f"${study.objective.price_usd_per_gpu_hour:g} per {'GPU' if study.hardware.gpus else 'server'}-hour"),
+    ]
+
+
+def _dates(s: Summary) -> str:
+    if not s.trials:
+        return "-"
+    first, last = (
+        datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M")
+        for at_s in (min(t.started_s for t in s.trials), max(t.ended_s for t in s.trials))
+    )
+    return f"{first} to {last[11:] if first[:10] == last[:10] else last} UTC"
+
+
+def _choice(s: Summary, store: Store) -> dict[str, Any]:
+    """The recommendation's figures and words."""
+    choice, point = s.choice, s.choice.point
+    paragraphs = [part.strip() for part in choice.text.split("\n\n") if part.strip()]
+    if point is None:
+        return {"point": None, "paragraphs": paragraphs, "flags": []}
+    return {
+        "point": point,
+        "paragraphs": paragraphs,
+        "cost": f"{point.cost:.3g}",
+        "cost_range": _range(point.cost_interval),
+        "cost_change": _change(choice.cost_change),
+        "latency": ms(point.latency),
+        "latency_range": _range(point.latency_interval, 1e3),
+        "latency_change": _change(choice.latency_change),
+        "load": f"{point.load:.3g}",
+        "flags": s.flags(point.config),
+    }
+
+
+def _range(interval: tuple[float, float] | None, scale: float = 1.0) -> str:
+    return f"{interval[0] * scale:,.3g} to {interval[1] * scale:,.3g}" if interval else ""
+
+
+def _change(change: Change | None) -> dict[str, Any] | None:
+    if change is None:
+        return None
+    between = change.interval
+    return {
+        "value": f"{change.value * 100:+.1f} %".replace("-", "−"),
+        "range": f"{between[0] * 100:+.1f} to {between[1] * 100:+.1f} %".replace("-", "−") if between else "",
+        "kind": "unsure" if not change.proven else "better" if change.value < 0 else "worse",
+    }
+
+
+def _config(s: Summary, store: Store) -> str:
+    """The exported file's settings, without its comments."""
+    try:
+        what = deployment(store, s.study, s.choice)
+    except NothingFeasible:
+        return ""
+    return dump(vllm.settings(what))
+
+
+def _verified(store: Store) -> dict[str, Any] | None:
+    """``verify.json`` as a paragraph list and a table, whatever columns it has."""
+    path = store.folder / "verify.json"
+    data = read_json(path) if path.exists() else None
+    if not isinstance(data, Mapping):
+        return None
+    rows = [row for row in data.get("rows", ()) if isinstance(row, Mapping)]
+    return {
+        "paragraphs": [part.strip() for part in str(data.get("text", "")).replace("**", "").split("\n\n") if part],
+        "table": tables.folded(rows),
+    }
+
+
+def _facts(s: Summary) -> list[tuple[str, str]]:
+    found: dict[str, Any] = {"tuner": tuner.__version__, "report made on Python": platform.python_version()}
+    found |= dict(s.study.space.facts)
+    noted = next((t.extra for t in reversed(s.trials) if t.extra), None) or {}
+    found |= {k: v for k, v in noted.items() if k in ("engine_version", "device", "driver", "cuda", "host")}
+    found |= {"sampler": s.study.sampler, "seed": s.study.seed, "search space": s.study.space.name}
+    return [
+        (name.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value))
+        for name, value in found.items()
+    ]
+
+
+def _public(data: Any) -> Any:
+    """The frozen study without the values of secrets."""
+    if isinstance(data, Mapping):
+        return {k: HIDDEN if is_secret(str(k)) and isinstance(v, str) else _public(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_public(value) for value in data]
+    return data

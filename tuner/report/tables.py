@@ -1,0 +1,125 @@
+"""The rows of the report's tables, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.pareto.front import Point
+from tuner.report.summary import Summary, kind, ms, spread, why
+from tuner.study.outcome import Infeasible
+
+Table = tuple[list[str], list[list[str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRow:
+    """One trial. ``phases`` are (name, seconds, share of the longest start-up of the study, number of its colour)."""
+
+    number: int
+    kind: str
+    role: str
+    flags: list[str]
+    baseline: bool
+    chosen: bool
+    capacity: str
+    cost: str
+    latency: str
+    boot: str
+    phases: tuple[tuple[str, float, float, int], ...]
+    minutes: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """All trials that failed for one cause."""
+
+    cause: str
+    message: str
+    stage: str
+    fix: str
+    trials: tuple[tuple[int, str, str], ...]  # number, configuration, evidence
+
+
+def point_row(s: Summary, p: Point) -> dict[str, Any]:
+    chosen = s.choice.point
+    return {
+        "cost": f"{p.cost:.3g}",
+        "cost_spread": spread(p.cost, p.cost_interval),
+        "latency": ms(p.latency),
+        "latency_spread": spread(p.latency, p.latency_interval),
+        "load": f"{p.load:g}",
+        "tokens": f"{p.metrics['output_tokens_per_s']:,.0f}" if "output_tokens_per_s" in p.metrics else "-",
+        "trial": p.trial,
+        "ties": ", ".join(str(trial) for trial in dict.fromkeys(trial for trial, _ in p.ties)),
+        "flags": s.flags(p.config),
+        "chosen": bool(chosen and chosen.config.hash == p.config.hash),
+        "baseline": p.baseline,
+    }
+
+
+def trial_row(s: Summary, trial: Any) -> TrialRow:
+    good = [p for p in s.points if trial.number in p.trials and p.ok]
+    longest_s = max((sum(t.outcome.boot.phases_s.values()) for t in s.trials), default=0.0) or 1.0
+    colors = phase_names(s)
+    phases = trial.outcome.boot.phases_s.items()
+    chosen = s.choice.point
+    return TrialRow(
+        number=trial.number,
+        kind=kind(trial.outcome),
+        role=trial.role,
+        flags=s.flags(trial.config),
+        baseline=trial.baseline,
+        chosen=bool(chosen and chosen.config.hash == trial.config.hash),
+        capacity=f"{max(p.load for p in good):g}" if good else "-",
+        cost=f"{min(p.cost for p in good):.3g}" if good else "-",
+        latency=ms(min(p.latency for p in good)) if good else "-",
+        boot=f"{trial.outcome.boot.total_s:.0f}",
+        phases=tuple((name, seconds, seconds / longest_s, colors.index(name)) for name, seconds in phases),
+        minutes=f"{(trial.ended_s - trial.started_s) / 60:.1f}",
+        why=why(trial.outcome),
+    )
+
+
+def phase_names(s: Summary) -> list[str]:
+    """The phases of start-up that any trial had, in order of appearance."""
+    return list(dict.fromkeys(name for trial in s.trials for name in trial.outcome.boot.phases_s))
+
+
+def failures(s: Summary) -> list[Failure]:
+    """Infeasible trials by cause, the most frequent first."""
+    causes: dict[str, list[Any]] = {}
+    for trial in s.trials:
+        if isinstance(trial.outcome, Infeasible):
+            causes.setdefault(trial.outcome.cause, []).append(trial)
+    found = []
+    for cause, trials in sorted(causes.items(), key=lambda item: -len(item[1])):
+        first = trials[0].outcome
+        rows = tuple((t.number, s.name(t.config), t.outcome.evidence) for t in trials)
+        found.append(Failure(cause, first.message, first.stage, first.fix, rows))
+    return found
+
+
+def folded(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Any rows as headings and cells: ``x``, ``x_low`` and ``x_high`` share a cell, columns without a value are left
+    out."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    ends = {f"{name}{end}" for name in names for end in ("_low", "_high") if f"{name}{end}" in names}
+    kept = [n for n in names if n not in ends and any(row.get(n) not in (None, "") for row in rows)]
+    return [name.replace("_", " ") for name in kept], [[_cell(row, name) for name in kept] for row in rows]
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
+    text = _number(value)
+    return f"{text} ({_number(low)} to {_number(high)})" if low is not None or high is not None else text
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == "":
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
