@@ -217,3 +217,39 @@ def test_synth_without_something_to_follow_says_so(tmp_path):
         run("synth", tmp_path / "o.jsonl", "--profile", "azure-code")
     with pytest.raises(UsageError, match="poisson:RATE"):
         run("synth", tmp_path / "o.jsonl", "--profile", "azure-code", "--requests", 5, "--arrivals", "poisson")
+
+
+def commands_of_the_docs() -> list[str]:
+    text = (Path(__file__).parents[2] / "docs" / "traces.md").read_text(encoding="utf-8")
+    return [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+
+
+def test_every_command_of_the_docs_runs_in_order(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.chdir(tmp_path)
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    Path("model").mkdir()
+    words.save("model/tokenizer.json")
+    chat = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello hello"}]}
+    Path("chat.jsonl").write_text(json.dumps(chat) + "\n")
+    Path("servegen.csv").write_text("0,0.5,2,Gamma,0.25,8\n600,0.7,2,Weibull,0.5,1\n1200,0,0,,0,0\n")
+    commands = commands_of_the_docs()
+    assert len(commands) > 10
+    for command in commands:
+        program, group, *arguments = command.split()
+        assert (program, group) == ("tuner", "trace")
+        run(*arguments)
+    assert sorted(path.name for path in Path("windows").iterdir()) == [
+        "held-out-0.parquet", "search-0.parquet", "search-1.parquet"
+    ]  # fmt: skip
+    assert len(formats.read("client.parquet")) == 720
+    assert formats.read("chat.parquet").texts == ("hello",)
+
+
+def test_the_docs_name_every_format_and_every_command():
+    text = (Path(__file__).parents[2] / "docs" / "traces.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in formats.FORMATS)
+    for command in ("info", "convert", "cut", "synth"):
+        assert f"tuner trace {command}" in text
