@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -50,10 +50,10 @@ def window(seed: int, *, requests: int = 300, rate: float = 4.0, name: str = "")
 
 @dataclass(slots=True)
 class Machine:
-    """One machine on which launches follow each other. ``speeds`` maps the value of the parameter ``variant`` to a
-    speed (1.1: 10 % faster); every launch advances the drift. ``labels`` are the launches so far."""
+    """One machine on which launches follow each other. ``speed`` says how fast a configuration is (1.1: 10 % faster);
+    every launch advances the drift. ``labels`` are the launches so far."""
 
-    speeds: Mapping[str, float]
+    speed: Callable[[ServingConfig], float]
     objective: Objective
     seed: int
     noise: Noise = Noise()
@@ -73,9 +73,6 @@ class Machine:
         n = self.noise
         self.drift = n.memory * self.drift + self.rng.normal(0, n.drift * math.sqrt(1 - n.memory**2))
         yield Running(self, self.speed(config) * math.exp(self.drift + self.rng.normal(0, n.launch)))
-
-    def speed(self, config: ServingConfig) -> float:
-        return self.speeds[str(config.params["variant"])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def run(
 ) -> Result:
     """Searches every variant once, repeats ties until the search's launches are spent, verifies."""
     spec = study(scenario, tuple(speeds), seed, launches)
-    machine = Machine(speeds, spec.objective, seed, noise)
+    machine = Machine(lambda config: speeds[str(config.params["variant"])], spec.objective, seed, noise)
     searched = window(10_000 + 50 * seed, name="search-0")
     kept = [window(10_001 + 50 * seed + i, name=f"heldout-{i}") for i in range(heldout)]
     configs = {v: spec.space.config({"variant": v}, spec.model) for v in speeds}
@@ -141,7 +141,7 @@ def truth(speed: float, scenario: Scenario, load: float | None = None, repeats: 
     slos, ladder = spec.objective.slos, scenario.ladder
     total = 0.0
     for i in range(repeats):
-        machine = Machine({"v0": speed}, spec.objective, 10_000_000 + i)
+        machine = Machine(lambda _config: speed, spec.objective, 10_000_000 + i)
         trace = window(5_000_000 + i)
         with machine.launch(spec.space.config({}, "m"), "truth") as rig:
             if load is None:

@@ -17,26 +17,25 @@ from tuner.errors import UsageError
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
-from tuner.study.outcome import Outcome
 from tuner.verify.arm import Finalist, Range
 from tuner.verify.judge import UNKNOWN, Table
 from tuner.verify.repeats import Repeats
 from tuner.verify.rounds import Done, Launcher, Rounds
 from tuner.verify.statistics import Estimate, holm, ratio
 
-RESERVE = 4  # launches kept for measuring the smallest config against the winner
-
 
 @dataclass(frozen=True, slots=True)
 class AblationBudget:
-    """At most ``launches`` in all; ``rounds`` of each comparison, ended earlier for flags that are decided. ``worth``
-    is the smallest effect that earns a flag its place; ``loss`` what the smallest config may cost more than it."""
+    """At most ``launches`` in all: up to ``alone`` rounds of the winner and every flag set back alone, ``together``
+    rounds of the winner and the smallest config. ``worth`` is the smallest effect that earns a flag its place; flags
+    return when it is ``sure`` that the config without them costs more than that."""
 
     launches: int
-    rounds: int = 4
+    alone: int = 4
+    together: int = 3
     confidence: float = 0.95
     worth: float = 0.01
-    loss: float = 0.02
+    sure: float = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +86,31 @@ def ablate(
     applied = space.active(space.snap(winner.config.params))
     params = {name: value for name, value in applied.items() if value != space[name].default}
     before = {d.label: d.outcome for d in done}
-    bench = _Bench(study, launch, winner, tuple(windows), budget, on_event, before)
-    tested = list(params)[: max((budget.launches - RESERVE) // 2 - 1, 0)]
+    rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches, "ablate")
+    bench = _Bench(study, winner, budget, rounds)
+    tested = list(params)[: max((budget.launches - 2 * budget.together) // 2 - 1, 0)]
     effects, lost = bench.each(params, tested) if tested else ({}, {})
     allowed = (1 - budget.confidence) / 2
-    p_values = {name: Estimate(-e.mean, e.error, e.freedom).doubt(-budget.worth) for name, e in effects.items()}
+    p_values = {name: _doubt(e, budget.worth) for name, e in effects.items()}
     doubts = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     proven = {name for name, doubt in doubts.items() if doubt < allowed} | lost.keys()
     kept = proven | (params.keys() - set(tested))
     change, returned = UNKNOWN, set[str]()
     while dropped := [name for name in params if name not in kept]:
         gap = bench.together(params, kept)
-        if gap is not None and gap.mean <= budget.loss and gap.doubt(budget.worth) <= 1 - allowed:
+        if gap is not None and gap.doubt(budget.worth) <= budget.sure:
             change = ratio(gap, budget.confidence)
             break
-        # together they lose what none of them loses alone (or it could not be measured): the likeliest one returns
-        back = [max(dropped, key=lambda name: effects[name].mean)] if gap is not None else dropped
+        # together they lose what none of them loses alone: the likeliest one returns, or, with the launches for one
+        # more look, as many as explain the loss (all of them where it was not measured: nothing is dropped unmeasured)
+        last = budget.launches - len(rounds.launches) < 4 * budget.together
+        back, explained = list[str](), 0.0
+        for name in sorted(dropped, key=lambda name: -effects[name].mean):
+            enough = not last or (gap is not None and explained >= gap.mean - budget.worth)
+            if gap is not None and back and (enough or effects[name].mean <= budget.worth):
+                break
+            back.append(name)
+            explained += effects[name].mean
         returned |= set(back)
         kept |= set(back)
 
@@ -128,42 +136,37 @@ def ablate(
         for name, value in params.items()
     )
     smallest = {name: params[name] for name in params if name in kept}
-    text = _text(rows, change, bench.spent, budget.confidence)
-    return Ablation(space.config(smallest, study.model), smallest, rows, change, bench.spent, text)
+    text = _text(rows, change, len(rounds.launches), budget.confidence)
+    return Ablation(space.config(smallest, study.model), smallest, rows, change, len(rounds.launches), text)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Bench:
+    """Everything is measured in one sequence of rounds, so that every launch tells of the noise."""
+
     study: Study
-    launch: Launcher
     winner: Finalist
-    windows: tuple[Trace, ...]
     budget: AblationBudget
-    on_event: OnEvent
-    done: Mapping[str, Outcome]
-    spent: int = 0
+    rounds: Rounds
 
     def each(self, params: Mapping[str, Value], tested: Sequence[str]) -> tuple[dict[str, Estimate], dict[str, str]]:
         """Effects (log cost without the parameter less with it), and why where the server cannot do without it."""
         arms = {name: self._arm(f"without {name}", {k: v for k, v in params.items() if k != name}) for name in tested}
-        rounds, lost, effects = self._rounds("ablate"), dict[str, str](), dict[str, Estimate]()
-        active = dict(arms)
-        while rounds.number < self.budget.rounds and active:
-            if self.spent + len(active) + 1 > self.budget.launches - RESERVE:
+        active, lost = dict(arms), dict[str, str]()
+        kept_back = 2 * self.budget.together
+        strict = (1 - self.budget.confidence) / 2 / len(tested)  # the strictest of Holm's limits
+        while self.rounds.number < self.budget.alone and active:
+            if len(self.rounds.launches) + len(active) + 1 > self.budget.launches - kept_back:
                 break
-            self._play(rounds, [self.winner, *active.values()])
-            lost |= _lost(rounds, active)
-            costs = self._costs(rounds)
-            effects = {
-                name: costs.difference(arm.label, self.winner.label)
-                for name, arm in arms.items()
-                if name not in lost and {arm.label, self.winner.label} <= set(costs.arms)
+            self.rounds.play([self.winner, *active.values()])
+            lost = _lost(self.rounds, arms)
+            proven = {
+                name
+                for name, effect in self._effects(arms).items()
+                if self.rounds.number > 1 and _doubt(effect, self.budget.worth) < strict
             }
-            active = {k: a for k, a in active.items() if k not in lost}
-            if rounds.number > 1:
-                # decided, with the strictest of Holm's limits: proven, or not worth it at best
-                strict = (1 - self.budget.confidence) / 2 / len(tested)
-                active = {k: a for k, a in active.items() if k not in effects or self._open(effects[k], strict)}
+            active = {name: arm for name, arm in active.items() if name not in lost and name not in proven}
+        effects = {name: effect for name, effect in self._effects(arms).items() if name not in lost}
         for name in tested:
             if name not in effects and name not in lost:
                 lost[name] = "the SLOs hold at no load without it"
@@ -171,34 +174,37 @@ class _Bench:
 
     def together(self, params: Mapping[str, Value], kept: Set[str]) -> Estimate | None:
         """Log cost of the config with only ``kept`` less the winner's; None where there are no launches left for it."""
-        small = self._arm("smallest", {k: v for k, v in params.items() if k in kept})
-        rounds = self._rounds(f"ablate to {len(kept)}")
-        while rounds.number < self.budget.rounds and self.spent + 2 <= self.budget.launches:
-            self._play(rounds, [self.winner, small])
-        costs = self._costs(rounds)
-        if rounds.number < 2:
+        names = [name for name in params if name in kept]
+        small = self._arm(f"keeping {' '.join(names) or 'nothing'}", {name: params[name] for name in names})
+        played = 0
+        while played < self.budget.together and len(self.rounds.launches) + 2 <= self.budget.launches:
+            self.rounds.play([self.winner, small])
+            played += 1
+        if played < 2:
             return None
+        costs = self._costs()
         if not {small.label, self.winner.label} <= set(costs.arms):
-            return Estimate(math.inf, 0.0, 1.0)
+            return Estimate(math.inf, ((0.0, 1.0),))
         return costs.difference(small.label, self.winner.label)
 
-    def _open(self, effect: Estimate, strict: float) -> bool:
-        proven = Estimate(-effect.mean, effect.error, effect.freedom).doubt(-self.budget.worth) < strict
-        return not proven and effect.doubt(self.budget.worth) > strict
+    def _effects(self, arms: Mapping[str, Finalist]) -> dict[str, Estimate]:
+        costs, base = self._costs(), self.winner.label
+        return {
+            name: costs.difference(arm.label, base)
+            for name, arm in arms.items()
+            if {arm.label, base} <= set(costs.arms)
+        }
 
-    def _rounds(self, word: str) -> Rounds:
-        return Rounds(self.study, self.launch, self.windows, self.on_event, self.done, self.budget.launches, word)
-
-    def _play(self, rounds: Rounds, arms: Sequence[Finalist]) -> None:
-        before = len(rounds.launches)
-        rounds.play(arms)
-        self.spent += len(rounds.launches) - before
-
-    def _costs(self, rounds: Rounds) -> Repeats:
-        return Repeats(Table(rounds.launches, self.study.objective.slos, max(self.study.load.ladder)).costs())
+    def _costs(self) -> Repeats:
+        return Repeats(Table(self.rounds.launches, self.study.objective.slos, max(self.study.load.ladder)).costs())
 
     def _arm(self, label: str, params: Mapping[str, Value]) -> Finalist:
         return Finalist(label, self.study.space.config(params, self.study.model), self.winner.load)
+
+
+def _doubt(effect: Estimate, worth: float) -> float:
+    """p-value of "without it the cost is higher by at most ``worth``"."""
+    return effect.opposite().doubt(-worth)
 
 
 def _lost(rounds: Rounds, arms: Mapping[str, Finalist]) -> dict[str, str]:

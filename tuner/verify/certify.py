@@ -20,7 +20,7 @@ from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.promise import Promise
 from tuner.verify.repeats import Spread
 from tuner.verify.rounds import Launcher
-from tuner.verify.statistics import Estimate, combine, pool
+from tuner.verify.statistics import Estimate, pool
 
 ASSUMED_SPREAD = Spread(0.03**2, 10.0)  # of launches (log cost), where the promise does not say
 
@@ -121,9 +121,9 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
             continue
         now = _now(logs, promise)
         # the promise is itself an estimate: both errors count
-        error = math.hypot(now.error, _error(promised, promise.confidence))
-        worse = (now.mean - math.log(promised[0])) / error if error > 0 else math.inf
-        holds = float(stats.t.sf(worse, now.freedom)) > 1 - promise.confidence or now.mean <= math.log(promised[0])
+        both = (*now.parts, (_error(promised, promise.confidence) ** 2, math.inf))
+        worse = Estimate(math.log(promised[0]) - now.mean, both)
+        holds = worse.doubt() > 1 - promise.confidence
         low, high = now.interval(promise.confidence)
         measured = (math.exp(now.mean), math.exp(low), math.exp(high))
         change = math.expm1(now.mean - math.log(promised[0])) * 100
@@ -149,8 +149,7 @@ def _now(logs: Sequence[Sequence[float]], promise: Promise) -> Estimate:
         inside = [(float(np.var(values, ddof=1)), len(values) - 1.0) for values in logs]
         windows, _ = pool(inside)
         parts.append((windows / width, width - 1.0))
-    total, freedom = combine(parts)
-    return Estimate(float(np.mean(means)), math.sqrt(total), freedom)
+    return Estimate(float(np.mean(means)), tuple(parts))
 
 
 def _error(promised: Range, confidence: float) -> float:

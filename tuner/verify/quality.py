@@ -153,7 +153,7 @@ def check(
             verdict="unknown",
             reason=f"the answers could not be compared: {failure}",
         )
-    gap = mean(drawn) if drawn else Estimate(math.nan, math.nan, 0)
+    gap = mean(drawn) if drawn else Estimate(math.nan, ())
     figures = (float(np.mean(kls)), float(np.mean(covered)), gap, float(np.mean(same)), float(np.mean(agreed)))
     verdict, reason = _judge(*figures, floor, base, random_weights)
     kl, mass, gap, top1, greedy = figures

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.verify.statistics import Estimate, combine, mean, pool
+from tuner.verify.statistics import Estimate, pool
 
 NOTHING = (0.0, 0.0)
 
@@ -62,8 +62,7 @@ class Repeats:
         Its error holds three things. What launches differ by within a round averages out over the arm's R launches. The
         machine's drift does not, as rounds follow each other too closely: all of it counts, estimated as what launches
         differ by over time (these arms' and ``known``) less what they differ by within a round. Windows are crossed
-        with launches: ``var = s2_inside / R + s2_drift + s2_window / W - s2_rest / (R W)``, never less than the larger
-        part (Satterthwaite 1946).
+        with launches: ``var = s2_inside / R + s2_drift`` and, on its own, ``s2_window / W - s2_rest / (R W)``.
         """
         mine = self._of(arm)
         if len(mine) == 0:
@@ -166,13 +165,11 @@ class Repeats:
 def _variance(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     if len(values) < 2:
         return NOTHING
-    single = mean(list(values))
-    return (single.error * math.sqrt(len(values))) ** 2, single.freedom
+    return float(np.var(values, ddof=1)), len(values) - 1.0
 
 
 def _estimate(middle: float, launches: tuple[float, float], windows: tuple[float, float], rest: float) -> Estimate:
-    if launches[1] <= 0:
-        return Estimate(middle, math.inf, 0.0)
-    total, freedom = combine([launches, windows] if windows[1] > 0 else [launches])
-    floor = max(launches[0], windows[0])
-    return Estimate(middle, math.sqrt(max(total - rest, floor)), freedom)
+    """What no factor explains (``rest``) is in both variances: it is taken out of the windows' once."""
+    if windows[1] <= 0:
+        return Estimate(middle, (launches,))
+    return Estimate(middle, (launches, (max(windows[0] - rest, 0.0), windows[1])))

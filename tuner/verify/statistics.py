@@ -18,31 +18,63 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its standard error and the degrees of freedom behind that error (on the scale of the values)."""
+    """A mean and the variances of it: ``parts`` are (variance, degrees of freedom), each estimated on its own
+    (launches, windows). A part without freedom makes every interval infinite."""
 
     mean: float
-    error: float
-    freedom: float
+    parts: tuple[tuple[float, float], ...]
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return math.sqrt(sum(variance for variance, _ in self.parts))
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of the parts together (Satterthwaite 1946)."""
+        return combine(self.parts)[1] if self.known else 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether every part could be estimated."""
+        return bool(self.parts) and all(freedom > 0 for _, freedom in self.parts)
+
+    def reach(self, tail: float) -> float:
+        """How far the interval goes to a side on which ``tail`` of the doubt is left:
+        ``sqrt(sum(t(tail, freedom)^2 * variance))``. With one part that is Student's t; with several it covers at
+        least as often as it says (Banerjee 1960), where the usual t with Satterthwaite's freedom is too short for
+        three windows."""
+        if not self.known:
+            return math.inf
+        return math.sqrt(sum(float(stats.t.isf(tail, f)) ** 2 * v for v, f in self.parts if v > 0))
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """Student's t interval, equal tails. Infinite where no spread could be estimated (``freedom`` 0)."""
+        """Equal tails."""
         tail = (1 - confidence) / 2
         return self.between(tail, tail)
 
     def between(self, tail_below: float, tail_above: float) -> Interval:
         """The interval that leaves ``tail_below`` of the doubt under it and ``tail_above`` over it."""
-        if self.freedom <= 0:
-            return (-math.inf, math.inf)
-        below, above = stats.t.isf([tail_below, tail_above], self.freedom)
-        return (self.mean - float(below) * self.error, self.mean + float(above) * self.error)
+        return (self.mean - self.reach(tail_below), self.mean + self.reach(tail_above))
 
     def doubt(self, limit: float = 0.0) -> float:
-        """One-sided p-value of "the true mean is ``limit`` or more": small where the mean is proven to lie below."""
-        if self.freedom <= 0:
+        """One-sided p-value of "the true mean is ``limit`` or more": small where the mean is proven to lie below. It is
+        the tail at which the interval just touches ``limit``."""
+        gap = abs(self.mean - limit)
+        if not self.known:
             return 1.0
         if self.error <= 0:
             return 0.0 if self.mean < limit else 1.0
-        return float(stats.t.cdf((self.mean - limit) / self.error, self.freedom))
+        low, high = 1e-12, 0.5
+        while high > low * 1.001:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.reach(middle) > gap else (low, middle)
+        tail = high
+        return tail if self.mean < limit else 1 - tail
+
+    def opposite(self) -> Estimate:
+        """The same with the sign turned."""
+        return Estimate(-self.mean, self.parts)
 
 
 def mean(values: Sequence[float]) -> Estimate:
@@ -50,8 +82,8 @@ def mean(values: Sequence[float]) -> Estimate:
     n = len(values)
     if n == 0:
         raise ValueError("the mean of no values")
-    spread = float(np.std(values, ddof=1)) if n > 1 else math.inf
-    return Estimate(float(np.mean(values)), spread / math.sqrt(n), n - 1)
+    spread = float(np.var(values, ddof=1)) if n > 1 else math.inf
+    return Estimate(float(np.mean(values)), ((spread / n, n - 1),))
 
 
 def combine(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
