@@ -74,7 +74,7 @@ def run(
     seed: int,
     scenario: Scenario = THROUGHPUT,
     *,
-    launches: int = 50,
+    launches: int = 60,
     share: float = 0.2,
     heldout: int = 3,
     noise: Noise = Noise(),  # noqa: B008 (frozen)

@@ -31,14 +31,18 @@ def loads(start: float, lowest: float, highest: float, held: Sequence[bool]) -> 
         return start
     if held[-1] != held[0]:
         return None
-    factors = UP if held[0] else DOWN
-    if len(held) > len(factors):
-        return None
-    load = start * factors[len(held) - 1]
-    before = start * factors[len(held) - 2] if len(held) > 1 else start
+    tried = len(held)
+    before, load = start * _factor(held[0], tried - 1), start * _factor(held[0], tried)
     if held[0]:
         return None if before >= highest * (1 - 1e-9) else min(load, highest)
     return None if before <= lowest / 2 * (1 + 1e-9) else max(load, lowest / 2)
+
+
+def _factor(up: bool, tried: int) -> float:
+    """Small steps first, then doubling or halving."""
+    factors = (1.0, *(UP if up else DOWN))
+    beyond = max(tried - len(factors) + 1, 0)
+    return factors[min(tried, len(factors) - 1)] * (2.0 if up else 0.5) ** beyond
 
 
 def capacity(steps: Sequence[Step], slos: Sequence[Slo], highest: float) -> float:

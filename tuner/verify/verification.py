@@ -21,7 +21,7 @@ from tuner.verify.repeats import Spread
 from tuner.verify.rounds import Done, Launcher, Rounds
 from tuner.verify.verdict import Verification, verdict
 
-LITTLE_HOPE = 0.05  # a finalist less probable than this to be the cheapest is not launched again
+LITTLE_HOPE = 0.1  # a finalist less probable than this to be the cheapest is not launched again
 
 
 @dataclass(frozen=True, slots=True)
