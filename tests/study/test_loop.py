@@ -220,3 +220,13 @@ def test_a_trial_that_cannot_beat_the_front_any_more_is_stopped_and_its_points_k
     runner.run(engine, replace={"launches: 6": "launches: 3"})
     stopped = [t.outcome for t in runner.store.trials()[1:]]
     assert all(isinstance(o, Aborted) and "cannot beat the front" in o.reason and len(o.steps) == 1 for o in stopped)
+
+
+def test_no_launch_sees_a_prompt_twice_and_all_configurations_see_the_same(runner):
+    seeds = {}
+    engine = FakeEngine(during=lambda c, p: seeds.setdefault(c.hash, {}).update({p.load: p.seed}))
+    runner.run(engine)
+    for by_load in seeds.values():
+        assert len(set(by_load.values())) == len(by_load)
+    longest = max(seeds.values(), key=len)
+    assert all(longest[load] == seed for by_load in seeds.values() for load, seed in by_load.items())

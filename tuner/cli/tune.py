@@ -75,6 +75,11 @@ def read(path: Path | None, flags: Flags) -> Any:
     if path.is_dir():
         path = path / "study.yaml"
     document = read_yaml(path, "study")
+    if flags.engine:
+        # another engine keeps the study's flags, but not where the first one is installed
+        given = {k: v for k, v in (document.data.get("engine") or {}).items() if k not in ("python", "command")}
+        over["engine"] = {**given, "kind": flags.engine}
+        over.setdefault("name", f"{document.data.get('name') or path.stem}-{flags.engine}")
     if over:
         document = Document(document.path, {**document.data, **over}, document.tree)
     return studyfile.resolve(document, path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def measure(
             records=folder / f"records-{prefix}{load:g}{attempt}.parquet",
             warmup_s=study.load.warmup_s,
             output=study.trace.output,
-            seed=study.seed,
+            seed=_seed(study.seed, window.name, f"{load:g}", prefix + attempt),
             request_timeout_s=study.load.request_timeout_s,
             early_stop=study.load.early_stop,
             quantiles=_quantiles(study),
@@ -119,6 +120,12 @@ def measure(
         if not step.untrusted:
             break
     return step
+
+
+def _seed(*parts: object) -> int:
+    """A seed of its own for every step of a launch (a server must not see a prompt twice: its prefix cache would answer),
+    the same for every configuration (they are compared on the same prompts)."""
+    return zlib.crc32("/".join(map(str, parts)).encode())
 
 
 def _quantiles(study: Study) -> tuple[float, ...]:
