@@ -17,9 +17,12 @@ from tuner.search.warmstart import Earlier
 QUANTITIES = ("capacity", "cost", "latency")
 # with a model the residual is small; without one the whole effect of a parameter has to be learnt
 WITH_MODEL = Prior(single=0.02, pair=0.006, own=0.002)
-WITHOUT = Prior(single=0.05, pair=0.015, own=0.004)
+WITHOUT = Prior(single=0.06, pair=0.04, own=0.004, common=0.5)
+INFLATE = 1.0
 COST = Prior(constant=0.1, load=0.02, single=0.005, pair=0.002, own=0.001, noise=0.0004, spread=1.6)
-WORKS = Prior(constant=0.15, load=1e-6, single=0.15, pair=0.3, own=0.02, noise=0.03, spread=1.0, noise_spread=0.5)
+WORKS = Prior(
+    constant=0.15, load=1e-6, single=0.15, pair=0.3, own=0.02, noise=0.03, spread=1.0, common=0.5, noise_spread=0.5
+)
 WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
 CENTRE_ON = 400  # candidates over which prior means are centred
 
@@ -95,9 +98,10 @@ class Beliefs:
         odds = works / np.sqrt(works_sd**2 + 0.3**2)
         return Posterior(
             *found["cost"],
-            *found["latency"],
+            found["latency"][0],
+            found["latency"][1] * INFLATE,
             found["capacity"][0][:, 0],
-            found["capacity"][1][:, 0],
+            found["capacity"][1][:, 0] * INFLATE,
             _normal_cdf(odds),
             self.foresight.gpus[np.array(indices, dtype=np.int64)],
         )

@@ -145,8 +145,9 @@ class TunerSampler(BaseSampler):
         scan = Scan(self.beliefs, self.loads, readings, pending)
         if not free:
             return scan.again(rng), Proposal("every configuration of the space was launched: measured again", 0.0)
-        front = scan.front(free)
-        shortlist = scan.shortlist(free, front, self.options.shortlist, rng)
+        mean = self.beliefs.posterior(free, spread=False)
+        front = scan.front(mean)
+        shortlist = scan.shortlist(free, mean, front, self.options.shortlist, rng)
         cost = launch_cost(self.cost, readings)
         post = self.beliefs.posterior(shortlist)
         g = post.gpus

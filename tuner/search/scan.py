@@ -26,15 +26,16 @@ class Scan:
     readings: Sequence[Reading]
     pending: Sequence[int]
 
-    def front(self, free: Sequence[int]) -> Front:
+    def front(self, ahead: Posterior | None) -> Front:
         """What a launch has to beat: the points measured within SLO, at the values that the surrogate believes (a lucky
-        measurement is drawn back), and what pending launches are believed to reach."""
+        measurement is drawn back), and what pending launches are believed to reach. ``ahead`` are the beliefs of what
+        may be launched: they decide how far the reference point lies."""
         points = [self._measured()]
         if self.pending:
             points.append(_flat(self._points(self.pending)))
         held = np.concatenate(points)
-        ahead = _flat(self._points(free)) if len(free) else held
-        return Front(held, self._reference(np.concatenate([held, ahead])))
+        hoped = _flat(_points(ahead, self.loads, 0.0, 0.0)) if ahead is not None else held[:0]
+        return Front(held, self._reference(np.concatenate([held, hoped])))
 
     def leaders(self, indices: Sequence[int], count: int) -> list[int]:
         """Candidates that together make the believed front, greedily by what each adds."""
@@ -52,11 +53,11 @@ class Scan:
             front = front.with_points(_flat(points[best : best + 1]))
         return chosen
 
-    def shortlist(self, free: Sequence[int], front: Front, count: int, rng: Any) -> list[int]:
-        """The candidates with the highest gain at their mean and at an optimistic value, and a few at random."""
+    def shortlist(self, free: Sequence[int], mean: Posterior, front: Front, count: int, rng: Any) -> list[int]:
+        """The candidates with the highest gain at their mean (``mean``: of all ``free``) and at an optimistic value, and
+        a few at random."""
         if len(free) <= count:
             return list(free)
-        mean = self.beliefs.posterior(free, spread=False)
         sd = [float(np.sqrt(max(self.beliefs.fitted[n].variances[2:-1].sum(), 1e-6))) for n in ("latency", "capacity")]
         found: list[int] = []
         for hope in (0.0, HOPE):

@@ -29,7 +29,9 @@ LOAD_LENGTH = 0.6  # of the utilization (load / capacity) over which effects sta
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """Log-normal priors on the variances, in squared log units (centre, and the spread in e-folds)."""
+    """Log-normal priors on the variances, in squared log units (centre, and the spread in e-folds). The effects of
+    parameters (single, pair, own) have a factor in common, of spread ``common``: where one prediction is far off, the
+    others are not to be believed either."""
 
     constant: float = 0.3
     load: float = 0.3
@@ -37,7 +39,8 @@ class Prior:
     pair: float = 0.01
     own: float = 0.003
     noise: float = 0.0016
-    spread: float = 1.3
+    spread: float = 1.0
+    common: float = 1.5
     noise_spread: float = 0.8
 
 
@@ -92,14 +95,17 @@ class Surrogate:
         """
         n_loads, n_sources = places.shape[1], sources.shape[2]
         v, d = self.variances, len(self.tables)
-        singles, both = _alike(codes, self.rows.codes, self.tables, v[2 : 2 + d], self.importance)
-        same = (codes[:, None, :] == self.rows.codes[None, :, :]).all(2)
+        launched, row_of = np.unique(self.rows.codes, axis=0, return_inverse=True)
+        row_of = row_of.reshape(-1)
+        singles, both = _alike(codes, launched, self.tables, v[2 : 2 + d], self.importance)
+        by_config = singles + v[2 + d] * both
+        own = np.where((codes[:, None, :] == launched[None, :, :]).all(2), v[3 + d], 0.0)
         mean, sd = np.empty((len(codes), n_loads)), np.zeros((len(codes), n_loads))
         total = v[:-1].sum() if d else v[0] + v[1]
         for i in range(n_loads):
             near = _load_kernel(places[:, i], self.rows.load)
-            mixed = (1 - LOAD_SHARE) + LOAD_SHARE * near
-            k = v[0] + v[1] * near + (singles + v[2 + d] * both) * mixed + v[3 + d] * same * near
+            k = (v[1] + own[:, row_of]) * near + v[0]
+            k += by_config[:, row_of] * ((1 - LOAD_SHARE) + LOAD_SHARE * near)
             f = sources[:, i, :]
             if n_sources:
                 k = k + (f * self.weight_sd**2) @ self.rows.sources.T
@@ -144,7 +150,9 @@ def fit(
     if len(sample.y) >= 3:
         for _ in range(2 if start is None else 1):
             importance = _importance(variances, d)
-            variances = _maximise(tables, sample, variances, centre, spread, importance, mean, weights, sds)
+            variances = _maximise(
+                tables, sample, variances, (centre, spread, prior.common), importance, mean, weights, sds
+            )
     importance = _importance(variances, d)
     return _solve(Surrogate(tables, rows, variances, importance, mean, weights, sds))
 
@@ -204,14 +212,13 @@ def _maximise(
     tables: Sequence[Array],
     rows: Rows,
     start: Array,
-    centre: Array,
-    spread: Array,
+    prior: tuple[Array, Array, float],
     importance: Array,
     mean: float,
     weights: Array,
     sds: Array,
 ) -> Array:
-    """Variances of highest posterior density, searched in logarithms."""
+    """Variances of highest posterior density, searched in logarithms: one number per variance, and one in common."""
     from scipy.linalg import cho_factor, cho_solve
     from scipy.optimize import minimize
 
@@ -221,8 +228,16 @@ def _maximise(
     target = rows.y - mean - rows.sources @ weights
     eye = np.eye(len(target))
 
+    centre, spread, common = prior
+    shared = slice(2, -1)
+
+    def variances_of(logs: Array) -> Array:
+        found = logs[:-1].copy()
+        found[shared] += logs[-1]
+        return np.exp(found)
+
     def loss(logs: Array) -> tuple[float, Array]:
-        v = np.exp(logs)
+        v = variances_of(logs)
         kernel = (v[:-1] @ flat).reshape(eye.shape) + fixed + v[-1] * eye
         try:
             factor = cho_factor(kernel, lower=True)
@@ -230,12 +245,15 @@ def _maximise(
             return 1e10, np.zeros_like(logs)
         inverse = cho_solve(factor, eye)
         alpha = inverse @ target
-        away = (logs - np.log(centre)) / spread
+        away = np.append((logs[:-1] - np.log(centre)) / spread, logs[-1] / common)
         value = 0.5 * target @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * (away**2).sum()
         slope = inverse - np.outer(alpha, alpha)
-        gradient = 0.5 * v * np.append(flat @ slope.ravel(), np.trace(slope)) + away / spread
-        return float(value), gradient
+        gradient = 0.5 * v * np.append(flat @ slope.ravel(), np.trace(slope))
+        return float(value), np.append(gradient, gradient[shared].sum()) + away / np.append(spread, common)
 
-    limits = [(math.log(c) - 6, math.log(c) + 6) for c in centre]
-    found = minimize(loss, np.log(start), jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": 30})
-    return np.exp(found.x)
+    first = np.log(np.append(start, 1.0))
+    first[-1] = np.mean(first[:-1][shared] - np.log(centre[shared])) * 0.8
+    first[:-1][shared] -= first[-1]
+    limits = [*((math.log(c) - 6, math.log(c) + 6) for c in centre), (-5.0, 5.0)]
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": 30})
+    return variances_of(found.x)
