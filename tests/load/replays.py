@@ -40,7 +40,8 @@ def plan(folder: Path, replayed: Trace, *slos: str, load: float = 1.0, **fields:
         if not path.exists():
             break
     fields = {"cancel": threading.Event(), "early_stop": False} | fields
-    return StepPlan(load, replayed, "w", tuple(parse(slo) for slo in slos), path, **fields)
+    window = fields.pop("window", "w")
+    return StepPlan(load, replayed, window, tuple(parse(slo) for slo in slos), path, **fields)
 
 
 def endpoint(url: str) -> Endpoint:

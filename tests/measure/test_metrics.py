@@ -1,0 +1,203 @@
+"""Every metric against figures worked out by hand or by plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.measure.made import records, request
+from tuner.measure import metrics as m
+from tuner.measure.metrics import compute
+from tuner.measure.window import window
+from tuner.spec.slo import parse
+
+Q = (0.5, 0.9, 0.99)
+
+
+def steady(n: int = 40, rate: float = 10.0, **changes):
+    """A request every 1/rate s: first token after 50 ms, then 4 more, 10 ms apart."""
+    return [request(t / rate, [t / rate + 0.05 + 0.01 * k for k in range(5)], **changes) for t in range(n)]
+
+
+def test_latencies_of_a_steady_server(tmp_path):
+    values, _ = compute(records(tmp_path, steady()), (), Q)
+    expected = {"ttft": 0.05, "e2e": 0.09, "tpot": 0.01, "itl": 0.01, "norm_latency": 0.018}
+    for name, seconds in expected.items():
+        for stat in ("p50", "p99", "mean", "max"):
+            assert values[f"{name}_{stat}_s"] == pytest.approx(seconds), (name, stat)
+
+
+def test_throughput_counts_what_arrived_in_the_window(tmp_path):
+    made = records(tmp_path, steady())
+    values, _ = compute(made, (), Q)
+    seconds = window(made).duration_s
+    inside = [t / 10 + 0.05 + 0.01 * k for t in range(40) for k in range(5) if t / 10 + 0.05 + 0.01 * k <= 3.9]
+    assert values["duration_s"] == pytest.approx(3.9) and seconds == pytest.approx(3.9)
+    assert values["output_tokens_per_s"] == pytest.approx(len(inside) / 3.9)
+    assert values["total_tokens_per_s"] == pytest.approx((len(inside) + 39 * 100) / 3.9)
+    assert values["requests_per_s"] == pytest.approx(39 / 3.9)
+    assert values["offered_requests_per_s"] == pytest.approx(40 / 3.9)
+
+
+def test_throughput_of_an_overload_is_the_servers_not_the_traces(tmp_path):
+    """100 requests within 10 s at a server that does one token a second: 10 tokens/s would be the trace's wish."""
+    rows = [request(t / 10, [5.0 + t], end_s=5.0 + t) for t in range(100)]
+    values, _ = compute(records(tmp_path, rows), (), Q)
+    assert values["output_tokens_per_s"] < 1.3
+    assert values["goodput_output_tokens_per_s"] <= values["output_tokens_per_s"]
+
+
+def test_itl_is_over_all_gaps_not_a_mean_of_means(tmp_path):
+    """One stall of a second in 200 gaps: the mean per request would show 14 ms, the p99.9 must show the second."""
+    rows = steady(50)
+    stalled = [2.0 + 0.05 + 0.01 * k + (1.0 if k > 2 else 0.0) for k in range(5)]
+    rows[20] = request(2.0, stalled)
+    values, _ = compute(records(tmp_path, rows), (parse("itl_p99.9=1s"),), (0.5,))
+    assert values["itl_p50_s"] == pytest.approx(0.01)
+    assert values["itl_p99.9_s"] == pytest.approx(1.01)
+    assert values["itl_max_s"] == pytest.approx(1.01)
+
+
+def test_gaps_never_run_from_one_request_to_the_next(tmp_path):
+    rows = [request(t, [t + 0.1]) for t in range(5)] + [request(6.0, [6.5, 6.6]), request(7.0, ()), request(8, [9.0])]
+    made = records(tmp_path, rows)
+    gaps = m.Gaps(made, np.ones(8, dtype=bool))
+    assert np.concatenate(list(gaps)).tolist() == [100_000_000]
+
+
+def test_tokens_of_one_engine_step_have_no_gap_between_them(tmp_path):
+    rows = [request(t, [t + 0.1, t + 0.1, t + 0.1, t + 0.4, t + 0.4, t + 0.4]) for t in range(10)]
+    values, _ = compute(records(tmp_path, rows), (), (0.5, 0.8, 0.9))
+    assert values["itl_p80_s"] == 0 and values["itl_p90_s"] == pytest.approx(0.3)
+    assert values["tpot_p50_s"] == pytest.approx(0.3 / 5)
+
+
+def test_failures_are_infinite_in_every_latency_and_in_no_goodput(tmp_path):
+    rows = steady(40)
+    for k in (11, 22):
+        rows[k] = request(k / 10, [k / 10 + 0.05, k / 10 + 0.06], error="HTTP 500: boom", wanted=5)
+    values, intervals = compute(records(tmp_path, rows), (), (0.5, 0.9, 0.99))
+    assert values["error_rate"] == pytest.approx(2 / 40)
+    assert intervals["error_rate"][0] < 0.05 < intervals["error_rate"][1]
+    for name in ("ttft", "e2e", "tpot", "norm_latency"):
+        assert (
+            values[f"{name}_p90_s"] < 1 and values[f"{name}_p99_s"] == math.inf and values[f"{name}_mean_s"] == math.inf
+        )
+    assert values["itl_max_s"] == math.inf
+    assert values["goodput_requests_per_s"] == pytest.approx(values["requests_per_s"])
+    assert values["goodput_output_tokens_per_s"] < values["output_tokens_per_s"]
+
+
+def test_an_answer_without_a_token_is_no_fast_answer(tmp_path):
+    rows = steady(20)
+    rows[5] = request(0.5, (), end_s=0.51)
+    values, _ = compute(records(tmp_path, rows), (), Q)
+    assert values["ttft_max_s"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("slo", "good"),
+    [
+        ("ttft_p99=1s", 40),
+        ("ttft_p99=60ms", 39),  # one had 80 ms
+        ("tpot_p50=15ms", 39),  # the slow one
+        ("itl_p99=15ms", 39),  # its mean ITL is its TPOT
+        ("e2e_mean=95ms", 38),  # both
+        ("norm_latency_p90=19ms", 38),
+        ("error_rate=1%", 40),  # no limit on a single request
+    ],
+)
+def test_a_good_request_meets_every_limit_on_its_own(tmp_path, slo, good):
+    rows = steady(40)
+    rows[10] = request(1.0, [1.08 + 0.01 * k for k in range(5)])
+    rows[20] = request(2.0, [2.05 + 0.02 * k for k in range(5)])
+    made = records(tmp_path, rows)
+    assert m.is_good(made, (parse(slo),)).sum() == good
+
+
+def test_timeouts_are_censored_and_counted(tmp_path):
+    rows = steady(40)
+    rows[30] = request(3.0, [3.5], end_s=13.0, error="timeout", wanted=5)
+    values, _ = compute(records(tmp_path, rows), (), Q)
+    assert values["censored_requests"] == 1 and values["ttft_p99_s"] == math.inf
+
+
+def test_a_request_cut_off_by_an_early_stop_counts_as_late_only_if_it_was(tmp_path):
+    """Stopped at 5 s: one request had waited 4 s, one 0.1 s; the limit is 1 s."""
+    rows = [*steady(40), request(1.0, (), end_s=5.0, error="stopped"), request(3.9, (), end_s=4.0, error="stopped")]
+    made = records(tmp_path, rows)
+    values, _ = compute(made, (parse("ttft_p99=1s"),), (0.5,))
+    assert values["error_rate"] == 0 and values["censored_requests"] == 2
+    late = m.ttft_s(made, 1.0)
+    assert late[40] == math.inf and math.isnan(late[41])
+    assert m.ttft_s(made, math.inf)[40] != math.inf  # without a limit nothing is known of it
+
+
+def test_nothing_measured_gives_counts_only(tmp_path):
+    values, intervals = compute(records(tmp_path, []), (parse("ttft_p99=1s"),), Q)
+    assert values["measured_requests"] == 0 and "ttft_p99_s" not in values and not intervals
+    assert parse("ttft_p99=1s").miss(values) == "ttft_p99 was not measured"
+
+
+def test_a_single_request_is_measured(tmp_path):
+    values, _ = compute(records(tmp_path, [request(0.0, [0.1, 0.2])]), (), Q)
+    assert values["measured_requests"] == 1 and values["output_tokens_per_s"] == pytest.approx(10.0)
+
+
+def test_itl_intervals_know_that_the_gaps_of_a_request_resemble_each_other(tmp_path):
+    """Each request has a pace of its own: 50 requests of 200 gaps say about as much as 50 observations, not 10,000."""
+    rng = np.random.default_rng(3)
+    clustered, free = [], []
+    for t in range(50):
+        pace = rng.exponential(0.02)
+        clustered.append(request(t, t + np.cumsum(np.full(201, pace))))
+        free.append(request(t, t + np.cumsum(rng.exponential(0.02, 201))))
+    width = {}
+    for name, rows in (("clustered", clustered), ("free", free)):
+        (tmp_path / name).mkdir()
+        _, intervals = compute(records(tmp_path / name, rows), (), (0.5,))
+        low, high = intervals["itl_p50_s"]
+        width[name] = high - low
+    assert width["clustered"] > 5 * width["free"]
+
+
+requests = st.builds(
+    lambda at, gaps, failed: request(
+        at, list(at + 0.001 + np.cumsum(gaps)) if gaps else (), end_s=at + 70.0, error="boom" if failed else ""
+    ),
+    st.floats(0, 60),
+    st.lists(st.floats(0.001, 2.0), max_size=6),
+    st.booleans(),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(requests, min_size=1, max_size=30))
+def test_metrics_agree_with_plain_loops(tmp_path_factory, rows):
+    rows = sorted(rows, key=lambda row: row.intended_ns)
+    made = records(tmp_path_factory.mktemp("r"), rows)
+    slos = (parse("ttft_p50=500ms"),)
+    values, _ = compute(made, slos, (0.5,))
+    span = window(made)
+    measured = [row for row in rows if span.start_ns <= row.intended_ns <= span.end_ns]
+    assert values["measured_requests"] == len(measured)
+    if not measured:
+        return
+    ttft = sorted(
+        math.inf if row.error or not row.token_ns else (row.token_ns[0] - row.intended_ns) / 1e9 for row in measured
+    )
+    assert values["ttft_p50_s"] == ttft[math.ceil(len(ttft) / 2) - 1]
+    gaps = [math.inf for row in measured if row.error]
+    gaps += [(b - a) / 1e9 for row in measured for a, b in zip(row.token_ns[:-1], row.token_ns[1:], strict=True)]
+    if gaps:
+        assert values["itl_p50_s"] == pytest.approx(sorted(gaps)[math.ceil(len(gaps) / 2) - 1])
+    if span.duration_s > 0:
+        came = [t for row in rows for t in row.token_ns if span.start_ns <= t <= span.end_ns]
+        assert values["output_tokens_per_s"] * span.duration_s == pytest.approx(len(came))
+        good = [
+            row for row in rows if not row.error and row.token_ns and row.token_ns[0] - row.intended_ns <= 500_000_000
+        ]
+        came = [t for row in good for t in row.token_ns if span.start_ns <= t <= span.end_ns]
+        assert values["goodput_output_tokens_per_s"] * span.duration_s == pytest.approx(len(came))

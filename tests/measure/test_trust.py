@@ -1,0 +1,73 @@
+"""When the client, and not the server, made the latency."""
+
+import math
+
+import pytest
+
+from tuner.measure.trust import untrusted
+from tuner.spec.slo import parse
+
+CLEAN = {
+    "send_lag_p99_s": 0.0002,
+    "stamp_error_p99_s": 0.0,
+    "offered_requests_per_s": 20.0,
+    "sent_requests_per_s": 20.0,
+    "duration_s": 60.0,
+    "client_cpu_share": 0.1,
+    "ttft_p99_s": 0.2,
+    "itl_p99_s": 0.03,
+    "client_output_tokens": 10_000.0,
+    "server_output_tokens": 10_000.0,
+    "client_ttft_mean_s": 0.11,
+    "server_ttft_mean_s": 0.10,
+    "server_prefix_hit_rate": 0.30,
+    "trace_prefix_share": 0.31,
+}
+
+
+def test_a_clean_measurement_is_believed():
+    assert untrusted(CLEAN, ()) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "slos", "words"),
+    [
+        ({"send_lag_p99_s": 0.02}, (), "sent late"),
+        # beside a second of TTFT 20 ms are nothing
+        ({"send_lag_p99_s": 0.02, "ttft_p99_s": 1.0}, (), ""),
+        # nor where the limit is a second
+        ({"send_lag_p99_s": 0.02}, ("ttft_p99=1s",), ""),
+        ({"send_lag_p99_s": 0.06}, ("ttft_p99=1s",), "sent late"),
+        # the tightest limit counts
+        ({"send_lag_p99_s": 0.02}, ("ttft_p99=1s", "ttft_p50=100ms"), "sent late"),
+        # a p99 of failures is no reason to believe a late client
+        ({"send_lag_p99_s": 0.02, "ttft_p99_s": math.inf}, (), "sent late"),
+        # under the floor, however short the latency
+        ({"send_lag_p99_s": 0.004, "ttft_p99_s": 0.001}, (), ""),
+        ({"stamp_error_p99_s": 0.003}, (), "read late"),
+        ({"stamp_error_p99_s": 0.003}, ("itl_p99=100ms",), ""),
+        ({"stamp_error_p99_s": 0.0015, "itl_p99_s": 0.001}, (), ""),
+        # reading late while the kernel's stamps hold distorts nothing
+        ({"read_lag_p99_s": 0.05}, (), ""),
+        ({"sent_requests_per_s": 19.7}, (), "19.7 requests/s were sent"),
+        ({"sent_requests_per_s": 19.9}, (), ""),
+        ({"client_cpu_share": 0.71}, (), "71% of a core"),
+        ({"server_output_tokens": 10_200.0}, (), "somebody else"),
+        ({"server_output_tokens": 10_020.0}, (), ""),
+        # tokens of requests that were cut off are counted by the server alone
+        ({"server_output_tokens": 10_200.0, "cut_off_requests": 1.0}, (), ""),
+        ({"client_ttft_mean_s": 0.05}, (), "the client's way is longer"),
+        # the front end's queue is the server's
+        ({"client_ttft_mean_s": 0.5}, (), ""),
+        ({"server_prefix_hit_rate": 0.6}, (), "seen these prompts"),
+        ({"server_prefix_hit_rate": 0.1}, (), ""),
+    ],
+)
+def test_the_rules(change, slos, words):
+    reasons = untrusted(CLEAN | change, tuple(parse(slo) for slo in slos))
+    assert len(reasons) == bool(words) and words in " ".join(reasons)
+
+
+def test_a_server_without_counters_is_no_reason():
+    client = {name: value for name, value in CLEAN.items() if not name.startswith("server_")}
+    assert untrusted(client, ()) == ()
