@@ -19,7 +19,7 @@ from tuner.server.tree import MARKER, Pid, describe, kill, members, shared_memor
 
 PACKAGE_ROOT = str(Path(__file__).parents[2])
 _GUARD = "import sys; sys.path.insert(0, sys.argv[1]); from tuner.server.guard import main; main()"
-_GUARD_ANSWER_S = 20.0
+_GUARD_ANSWER_S = 120.0  # a machine under load takes its time to start Python; a wrong verdict costs a trial
 _KILL_S = 15.0
 
 
