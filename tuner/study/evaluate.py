@@ -123,7 +123,7 @@ def measure(
 
 
 def _seed(*parts: object) -> int:
-    """A seed of its own for every step of a launch (a server must not see a prompt twice: its prefix cache would answer),
+    """A seed for every step of a launch (a server must not see a prompt twice: its prefix cache would answer),
     the same for every configuration (they are compared on the same prompts)."""
     return zlib.crc32("/".join(map(str, parts)).encode())
 
