@@ -30,9 +30,9 @@ class Gpu:
     link_bytes_per_s: float
     units: int  # streaming multiprocessors
     fp8: bool = True
-    gemm_share: float = 0.70
+    gemm_share: float = 0.62
     memory_share: float = 0.80
-    kernel_s: float = 2.2e-6
+    kernel_s: float = 2.8e-6
     launch_s: float = 28e-6
     step_s: float = 0.9e-3
     sequence_s: float = 7e-6

@@ -138,6 +138,9 @@ def _layer_kinds(c: Mapping[str, Any], layers: int) -> tuple[int, int, int, int]
     interval = int(c.get("full_attention_interval") or 0)
     if interval:
         return layers // interval, 0, layers - layers // interval, 0
+    pattern = int(c.get("sliding_window_pattern") or 0)
+    if window and pattern:  # one full layer in every ``pattern``
+        return layers // pattern, layers - layers // pattern, 0, window
     return (0, layers, 0, window) if window else (layers, 0, 0, 0)
 
 

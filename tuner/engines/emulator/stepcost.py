@@ -93,13 +93,13 @@ class StepCost:
         sh, s = self.shape, self.s
         touched = sh.experts * (1 - (1 - sh.experts_per_token / sh.experts) ** tokens)
         routed = tokens * sh.experts_per_token
-        rate = self.gpu.peak(s.gemm_bits) * self.gpu.gemm_share * 0.62
+        rate = self.gpu.peak(s.gemm_bits) * self.gpu.gemm_share * 0.55
         # Rows per expert are padded to the kernel's tile of 16.
         padded = touched * math.ceil(routed / max(touched, 1) / 16) * 16
         compute = 2.0 * max(padded, routed) * sh.expert / s.tp / rate
         moved = touched * sh.expert / s.tp * self.weight_bits / 8 / (self.gpu.memory_bytes_per_s * 0.70)
         shared = self._gemm(tokens, sh.hidden, max(sh.shared // sh.hidden // s.tp, 1)) if sh.shared else 0.0
-        return _corner(compute, moved) + shared + 18e-6
+        return _corner(compute, moved) + shared + 35e-6
 
     def _all_reduce(self, tokens: int) -> float:
         size, tp = tokens * self.shape.hidden * 2, self.s.tp

@@ -1,0 +1,188 @@
+"""The engine around the emulator: two clocks that agree, a time scale that stretches everything back, stated damage."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.engines.conftest import plan, trace
+from tuner.engines.emulator import EmulatorEngine
+from tuner.engines.emulator.quality import STATED_KL, Answers
+from tuner.engines.emulator.rescale import hastened, rescale, step_from_records
+from tuner.engines.protocol import LaunchFailed, Site
+from tuner.errors import UsageError
+from tuner.load.records import Record, read, write
+from tuner.space.config import ServingConfig
+from tuner.study.outcome import Step
+
+
+def virtual(config: ServingConfig, site: Site, load: float = 1.0, **options: object) -> Step:
+    server = EmulatorEngine(clock="virtual", **options).launch(config, site)  # type: ignore[arg-type]
+    return server.measure(plan(site, load, trace(60, 20.0, 300, 50)))
+
+
+def latencies(step: Step) -> dict[str, float]:
+    return {name: value for name, value in step.metrics.items() if name.startswith(("ttft", "tpot", "itl", "e2e"))}
+
+
+def test_the_same_trial_measures_the_same_and_another_folder_is_another_launch(
+    config: ServingConfig, site: Site, tmp_path: Path
+) -> None:
+    other = tmp_path / "0002"
+    other.mkdir()
+    one, two = virtual(config, site), virtual(config, site)
+    three = virtual(config, replace(site, folder=other))
+
+    assert latencies(one) == latencies(two)
+    assert latencies(one) != latencies(three)
+    assert three.metrics["tpot_p50_s"] == pytest.approx(one.metrics["tpot_p50_s"], rel=0.15)
+
+
+def test_the_process_and_the_virtual_clock_tell_the_same_story(config: ServingConfig, site: Site) -> None:
+    """Medians only: the wall clock adds HTTP, and a busy machine adds its own."""
+    engine = EmulatorEngine(boot_scale=0, noise={"launch": 0.0, "step": 0.0, "stalls_per_s": 0.0, "stall_s": 0.0})
+    server = engine.launch(config, site)
+    try:
+        wall = server.measure(plan(site, 1.0, trace(60, 20.0, 300, 50)))
+    finally:
+        server.stop()
+    quiet = virtual(config, site, noise={"launch": 0.0, "step": 0.0, "stalls_per_s": 0.0, "stall_s": 0.0})
+
+    assert wall.metrics["tpot_p50_s"] == pytest.approx(quiet.metrics["tpot_p50_s"], rel=0.25)
+    assert wall.metrics["ttft_p50_s"] >= quiet.metrics["ttft_p50_s"] - 0.002
+
+
+def test_boot_times_are_those_of_the_emulated_start(config: ServingConfig, site: Site) -> None:
+    server = EmulatorEngine(clock="virtual").launch(config, site)
+
+    assert 30 < server.boot.total_s < 90
+    assert server.boot.phases_s["weights"] > 5
+    assert server.boot.facts["kv_cache_tokens"] > 100_000
+    assert (site.folder / "server.log").read_text().count("GPU KV cache size") == 1
+
+
+def test_a_scaled_plan_asks_for_everything_that_many_times_faster(site: Site) -> None:
+    before = plan(site, 2.0, warmup_s=8.0)
+    fast = hastened(before, 4.0, site.folder / "fast.parquet")
+
+    assert (fast.load, fast.warmup_s, fast.request_timeout_s) == (8.0, 2.0, 5.0)
+    assert [(slo.metric, slo.limit) for slo in fast.slos] == [
+        ("ttft_p99", 2.5),
+        ("tpot_p99", 0.25),
+        ("error_rate", 0.01),
+    ]
+
+
+def test_rescaled_records_are_on_the_emulated_clock_and_so_are_the_clients_lags(site: Site) -> None:
+    records = [
+        Record(
+            request=i,
+            intended_ns=i * 10**8,
+            sent_ns=i * 10**8 + 10**6,
+            first_byte_ns=i * 10**8 + 10**7,
+            first_byte_read_ns=i * 10**8 + 10**7,
+            first_token_ns=i * 10**8 + 10**7,
+            last_token_ns=i * 10**8 + 9 * 10**7,
+            end_ns=i * 10**8 + 9 * 10**7,
+            token_ns=array("q", range(i * 10**8 + 10**7, i * 10**8 + 9 * 10**7 + 1, 10**7)),
+            input_tokens=40,
+            prompt_tokens=40,
+            wanted_tokens=9,
+            output_tokens=9,
+            error="",
+            warmup=False,
+            retried=False,
+            read_lag_ns=10**5,
+        )
+        for i in range(20)
+    ]
+    wall = site.folder / "wall.parquet"
+    write(wall, records, {"load": 40.0, "warmup_s": 0.0, "client": {"stamp_error_p99_s": 0.0005, "shards": 1}})
+    scaled = plan(site, 4.0)
+    rescale(wall, scaled.records, scaled, 10.0)
+    step, columns = step_from_records(scaled), read(scaled.records).columns
+
+    assert step.metrics["ttft_p50_s"] == pytest.approx(0.1)
+    assert step.metrics["tpot_p50_s"] == pytest.approx(0.1)
+    assert step.metrics["send_lag_p99_s"] == pytest.approx(0.01)
+    assert step.metrics["stamp_error_p99_s"] == pytest.approx(0.005), "half a millisecond late counts as five"
+    assert step.metrics["shards"] == 1
+    assert columns["read_lag_ns"].max() == 10**6
+    assert columns["output_tokens"].tolist() == [9] * 20
+
+
+def test_a_share_of_the_configs_fails_and_always_the_same_ones(model: str, site: Site) -> None:
+    engine = EmulatorEngine(clock="virtual", faults=["oom-kv", "nccl"], fault_share=0.5)
+
+    def outcome(seqs: int) -> str:
+        try:
+            engine.launch(ServingConfig(model, {}, {"max-model-len": 4096, "max-num-seqs": seqs}), site)
+        except LaunchFailed as failure:
+            return failure.outcome.cause
+        return "ok"
+
+    causes = [outcome(seqs) for seqs in range(8, 72)]
+
+    assert causes == [outcome(seqs) for seqs in range(8, 72)]
+    assert set(causes) == {"ok", "oom-kv", "nccl"}
+    assert 16 <= causes.count("ok") <= 48
+
+
+def test_what_does_not_fit_is_diagnosed_on_the_virtual_clock_too(model: str, site: Site) -> None:
+    config = ServingConfig(model, {}, {"max-model-len": 131072, "gpu-memory-utilization": 0.3})
+    with pytest.raises(LaunchFailed) as failure:
+        EmulatorEngine(clock="virtual").launch(config, site)
+
+    assert failure.value.outcome.cause == "oom-kv"
+    assert (failure.value.outcome.short_bytes or 0) > 10 * 2**30
+
+
+def test_a_gpu_of_the_hardware_table_that_the_emulator_has_no_row_for_is_taken_from_its_data_sheet(
+    config: ServingConfig, site: Site
+) -> None:
+    slow, fast = (virtual(config, site, gpu=gpu).metrics["tpot_p50_s"] for gpu in ("A40", "GH200"))
+
+    assert slow > 2 * fast  # 696 against 4,000 GB/s
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"gpu": "Voodoo 2"}, "does not know the GPU"),
+        ({"clock": "sundial"}, "wall or virtual"),
+        ({"fault": "nonsense"}, "unknown fault 'nonsense'"),
+        ({"time_scale": 0}, "above zero"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(options: dict, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        EmulatorEngine(**options)
+
+
+@pytest.mark.parametrize("kl", [0.005, 0.05])
+def test_damaged_answers_differ_by_the_stated_divergence(kl: float) -> None:
+    base, damaged = Answers(5000, seed=1), Answers(5000, seed=1, kl=kl, salt="int4")
+    total = 0.0
+    for token in range(1500):
+        context = base.context([token])
+        other = dict(damaged.top(context, 8))
+        total += sum(math.exp(p) * (p - other[candidate]) for candidate, p in base.top(context, 8))
+
+    assert total / 1500 == pytest.approx(kl, rel=0.25)
+
+
+def test_undamaged_answers_agree_and_probabilities_are_probabilities() -> None:
+    one, two = Answers(5000, seed=1), Answers(5000, seed=1, kl=0.0, salt="another")
+    context = one.context([1, 2, 3])
+
+    assert one.top(context, 12) == two.top(context, 12)
+    assert one.greedy(context) == one.top(context, 1)[0][0]
+    assert sum(math.exp(p) for _, p in one.top(context, 8)) == pytest.approx(0.98, abs=1e-6)
+
+
+def test_coarser_quantization_is_stated_to_cost_more() -> None:
+    assert 0 < STATED_KL["fp8"] < STATED_KL["w8a8"] < STATED_KL["awq"]
