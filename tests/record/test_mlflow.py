@@ -14,7 +14,7 @@ from tuner.errors import EnvironmentFault, UsageError
 from tuner.record import writer
 from tuner.record.ledger import Ledger
 from tuner.record.mlflow import Recorder, sync, unsent
-from tuner.record.place import place, ui_command
+from tuner.record.place import place, ui_command, ui_page
 from tuner.study.outcome import Aborted
 
 NOWHERE: dict[str, str] = {}  # an environment without MLFLOW_TRACKING_URI
@@ -65,6 +65,8 @@ def test_a_study_is_a_parent_run_with_a_child_per_trial(made):
     assert record(study, store) == ""
     client, (parent,), children = runs_of(study)
     assert parent.info.status == "FINISHED" and sorted(children) == list(range(8))
+    ended_s = max(trial.ended_s for trial in store.trials())
+    assert parent.info.end_time == int(ended_s * 1000)  # not when it was sent
     assert {c.data.tags["mlflow.parentRunId"] for c in children.values()} == {parent.info.run_id}
     states = {number: child.info.status for number, child in children.items()}
     assert states == {0: "FINISHED", 1: "FINISHED", 2: "FINISHED", 3: "FINISHED", 4: "FAILED", 5: "KILLED"} | {
@@ -189,7 +191,7 @@ def test_what_an_absent_server_missed_is_sent_when_it_is_back(tmp_path: Path, da
         _, (parent,), children = runs_of(study)
         assert parent.info.status == "FINISHED" and sorted(children) == [0, 1, 2]
     finally:
-        os.killpg(server.pid, 15)
+        os.killpg(server.pid, 9)
         server.wait(30)
 
 
@@ -199,6 +201,14 @@ def test_the_ui_is_served_on_the_local_address_only(made):
         command = ui_command(where, 5099, NOWHERE)
         assert f"sqlite:///{store.folder.parent / 'mlflow.db'}" in command
         assert command[command.index("--host") + 1] == "127.0.0.1" and "5099" in command
+
+
+def test_the_ui_opens_on_the_studys_own_run(made):
+    study, store = made
+    assert ui_page(study, NOWHERE) == "/"
+    sync(study, store, env=NOWHERE)
+    _, (parent,), _ = runs_of(study)
+    assert ui_page(study, NOWHERE) == f"/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
 
 
 def test_a_ui_without_a_store_or_with_a_server_says_what_to_do(tmp_path: Path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tuner.errors import UsageError
+from tuner.record.ledger import Ledger
 from tuner.spec.study import Study
 
 EXPERIMENT = "tuner"
@@ -77,3 +78,10 @@ def ui_command(where: Study | Path, port: int = 5000, env: Mapping[str, str] = o
     if known.artifacts:
         words += ["--default-artifact-root", known.artifacts]
     return [*words, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+
+
+def ui_page(study: Study, env: Mapping[str, str] = os.environ) -> str:
+    """Where in MLflow's UI the study is: the path of its parent run (``/#/experiments/1/runs/9f...``). The front page
+    of MLflow 3 opens on traces of agents, where no run is to be seen. ``/`` before anything was logged."""
+    sent = Ledger.load(Path(study.folder)).sent(place(study, env).uri)
+    return f"/#/experiments/{sent.experiment}/runs/{sent.parent}" if sent.parent else "/"

@@ -57,7 +57,7 @@ def flush(study: Study, store: Store, place: Place, *, running: bool = False, en
             connection.log_trial(trial, trials)
         state = _end_digest(store, end, note)
         if end and sent.end != state:
-            connection.close_parent(end, note)
+            connection.close_parent(end, note, max((t.ended_s for t in trials), default=time.time()))
             sent.end = state
         ledger.save()
         return len(waiting)
@@ -100,13 +100,13 @@ class _Connection:
         self.sent.trials[str(trial.number)] = run_id
         self.ledger.save()
 
-    def close_parent(self, status: str, note: str) -> None:
+    def close_parent(self, status: str, note: str, ended_s: float) -> None:
         run_id = self.sent.parent
         if note:
             self.client.set_tag(run_id, "mlflow.note.content", note[:TAG_CHARACTERS])
         for name in _parent_files(self.store):
             self._artifact(run_id, self.store.folder / name)
-        self.client.set_terminated(run_id, status)
+        self.client.set_terminated(run_id, status, int(ended_s * 1000))
 
     def _create_parent(self, trials: Sequence[TrialRecord]) -> str:
         study = self.study
