@@ -1,0 +1,98 @@
+"""What a study file and an objective file may hold: the schema at the text edge."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from tuner.spec.text import Strict
+
+
+class EngineFile(Strict):
+    kind: Literal["vllm", "sglang", "command", "attach", "function", "emulator"] = "vllm"
+    command: list[str] | str | None = None
+    python: str = ""
+    args: dict[str, bool | int | float | str] = {}
+    env: dict[str, str | int | float] = {}
+    trust_remote_code: bool = False
+    target: str = ""  # of the function engine
+    url: str = ""  # of attach
+    gpu: str = ""  # of the emulator
+    options: dict[str, Any] = {}
+
+
+class HardwareFile(Strict):
+    gpu: str = "auto"
+    gpus: int | Literal["auto"] = "auto"
+
+
+class TraceFile(Strict):
+    file: str
+    format: str = "auto"
+    window: str | float = "60s"
+    search_windows: int = 1
+    heldout_windows: int = 3
+    max_input_tokens: int | None = None
+    max_output_tokens: int | None = None
+    output: Literal["forced", "free"] = "forced"
+
+
+class LoadFile(Strict):
+    ladder: list[float] = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+    warmup: str | float = "5s"
+    request_timeout: str | float = "10min"
+    early_stop: bool = True
+
+    @field_validator("ladder")
+    @classmethod
+    def _rising(cls, loads: list[float]) -> list[float]:
+        if not loads or any(not math.isfinite(x) or x <= 0 for x in loads) or sorted(set(loads)) != loads:
+            raise ValueError(f"the ladder is a rising list of loads above zero, not {loads}")
+        return loads
+
+
+class BudgetFile(Strict):
+    launches: int | None = None
+    hours: float | None = None
+    usd: float | None = None
+    verify_share: float = 0.2
+
+
+class QualityFile(Strict):
+    kl_max: float | None = None
+    top1_min: float | None = None
+    greedy_min: float | None = None
+
+
+class ObjectiveFile(Strict):
+    name: str = ""
+    latency: str
+    slo: dict[str, str | float | int]
+    price_usd_per_gpu_hour: float | None = None
+    quality: QualityFile = QualityFile()
+
+
+class StudyFile(Strict):
+    name: str = ""
+    model: str = ""
+    draft_model: str = ""
+    eagle_model: str = ""
+    engine: EngineFile = EngineFile()
+    hardware: HardwareFile = HardwareFile()
+    search_space: str | dict[str, Any] = ""
+    parameters: dict[str, Any] = {}
+    objective: str | dict[str, Any] = "chat"
+    slo: dict[str, str | float | int] = {}
+    price_usd_per_gpu_hour: float | None = None
+    trace: TraceFile | str = ""
+    load: LoadFile = LoadFile()
+    budget: BudgetFile | str = BudgetFile()
+    sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
+    seed: int = 0
+    parallel: int = 1
+    warm_start: list[str] = []
+    reports: str = "reports"
+    tracking_uri: str = ""
+    frozen: dict[str, Any] | None = None  # what was resolved when the study began; only in a study folder
