@@ -1,6 +1,7 @@
 """What the figures are computed from."""
 
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import studies
 from tuner.report.hours import hours
-from tuner.report.importance import importance
+from tuner.report.importance import _share, importance
 from tuner.report.modelerror import errors
 from tuner.report.parallel import parallel_chart
 from tuner.report.style import bars, log_ticks, number
@@ -48,6 +49,14 @@ def test_an_effect_that_is_not_monotone_counts_too(tmp_path: Path):
     store = Store(tmp_path)
     spread_over(store, lambda p: 2000 if p["max_num_batched_tokens"] == 2048 else 1000, configs=20)
     assert importance(summarize(store, studies.study(tmp_path))).rows[0].parameter == "max_num_batched_tokens"
+
+
+def test_chance_earns_no_share_however_many_values_a_parameter_has():
+    # without the correction five values would be given (5 - 1) / (20 - 1) = 21 % of pure noise
+    rng = random.Random(5)
+    shares = [_share([i % 5 for i in range(20)], [rng.random() for _ in range(20)], 0) for _ in range(100)]
+    assert sum(share.share for share in shares) / 100 < 0.1
+    assert 1 <= sum(share.p < 0.05 for share in shares) <= 12
 
 
 def test_with_too_few_configurations_nothing_is_said(tmp_path: Path):

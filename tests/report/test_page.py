@@ -10,7 +10,7 @@ import pytest
 
 from tests import studies
 from tuner.report.figures import front_svg
-from tuner.report.page import build
+from tuner.report.page import _script_json, build
 from tuner.report.summary import summarize
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Infeasible
@@ -161,6 +161,11 @@ def test_names_from_outside_cannot_become_markup(tmp_path: Path):
     path = build(store, study, tmp_path / "r.html")
     assert "<img" not in path.read_text() and evil in read(path).text
     assert evil not in front_svg(summarize(store, study))
+
+
+def test_a_figure_cannot_end_the_script_that_holds_it():
+    assert "<" not in _script_json({"a": "</script><b>"})
+    assert json.loads(_script_json({"a": "</script><b>", "x": float("nan")})) == {"a": "</script><b>", "x": None}
 
 
 def test_secrets_of_the_frozen_study_are_hidden(tmp_path: Path):
