@@ -13,6 +13,8 @@ _UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "bytes": 1}
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+[^)]*\) )?((INFO|DEBUG|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
 _QUIET = re.compile(r"^(\([^)]*pid=\d+[^)]*\) )?(INFO|DEBUG|WARNING)\b")
 _EXCEPTION = re.compile(r"^\s*(?:[\w.]+\.)?(?P<type>\w*(?:Error|Exception|Failure|Interrupt))\b(?:: (?P<text>.*))?$")
+_FRAME = re.compile(r'^File ".+", line \d+')
+_PYDANTIC = re.compile(r"^Value error, | \[type=.*$")
 _VALUE_ERROR = re.compile(r"^\s*Value error, (?P<text>.*?)( \[type=.*)?$")
 _WORKER_DIED = re.compile(
     r"died unexpectedly \(exit code: (?P<code>-\d+)\)|Failed core proc\(s\): \{[^}]*?: (?P<core>-\d+)"
@@ -49,12 +51,17 @@ def diagnose(evidence: Evidence) -> Infeasible:
 
 
 def _speaking(log: str) -> Iterator[str]:
-    """The lines that can be evidence: no chatter, no prefix."""
+    """The lines that can be evidence, without their prefix: no chatter, no source code out of a traceback."""
+    code = False
     for line in log.splitlines():
-        if not _QUIET.match(line):
-            bare = _PREFIX.sub("", line).strip()
-            if bare:
-                yield bare
+        if _QUIET.match(line):
+            continue
+        bare = _PREFIX.sub("", line).strip()
+        if not bare or not bare.strip("^~ "):
+            continue
+        if not code:
+            yield bare
+        code = _FRAME.match(bare) is not None
 
 
 def _from_rules(evidence: Evidence, lines: list[str]) -> Infeasible | None:
@@ -68,7 +75,7 @@ def _from_rules(evidence: Evidence, lines: list[str]) -> Infeasible | None:
 
 
 def _by_rule(evidence: Evidence, rule: Rule, line: str, match: re.Match[str]) -> Infeasible:
-    groups = {name: value or "" for name, value in match.groupdict().items()}
+    groups = {name: _PYDANTIC.sub("", value or "") for name, value in match.groupdict().items()}
     short = _short(match)
     if short is None and rule.cause.startswith("oom"):
         short = _short_elsewhere(evidence.log)
@@ -124,7 +131,7 @@ def _from_exception(evidence: Evidence, lines: list[str]) -> Infeasible | None:
             return _infeasible(
                 evidence, "crash-under-load", f"the server failed while serving: {text}", line, _LOAD_FIX, True
             )
-        if match.group("type") in WRONG_CONFIG:
+        if match.group("type") in WRONG_CONFIG or evidence.phase == "config":
             return _infeasible(
                 evidence, "invalid-combination", text, line, "deny it in the search space (rules)", False
             )

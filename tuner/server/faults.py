@@ -148,9 +148,9 @@ RULES: tuple[Rule, ...] = (
     ),
     _rule(
         "model-broken",
-        r"SafetensorError|Error while deserializing header|weights were not initialized from checkpoint|"
+        r"SafetensorError|JSONDecodeError|Error while deserializing header|weights were not initialized from checkpoint|"
         r"size mismatch for|Following weights were not initialized",
-        "the model's weight files are damaged or do not belong to its config",
+        "a file of the model is damaged, or does not belong to its config",
         "download the model again and compare checksums",
     ),
     # Memory at start-up: figures first
@@ -315,7 +315,7 @@ RULES: tuple[Rule, ...] = (
         r"User-specified max_model_len|Total number of attention heads|max_num_batched_tokens|"
         r".{0,40}not supported for quantization method|"
         r"Bfloat16 is only supported|Chunked prefill|.{0,60}(must be|is not) divisible by|"
-        r"Speculative|.{0,80}not compatible with|.{0,80}cannot be (used|combined) with).*)",
+        r".{0,80}not compatible with|.{0,80}cannot be (used|combined) with).*)",
         "{why}",
         "deny the combination in the search space (rules)",
     ),

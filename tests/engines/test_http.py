@@ -1,0 +1,136 @@
+"""A server that is measured: its death, its sickness and the machine's figures become part of what is told."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.server.test_gpu import Nvml
+from tests.server.test_start import Stage
+from tuner.engines.http import HttpServer
+from tuner.engines.protocol import LaunchFailed, StepPlan
+from tuner.errors import EnvironmentFault
+from tuner.server import probe
+from tuner.server.gpu import Gpus
+from tuner.server.start import start
+from tuner.study.outcome import Step
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    (tmp_path / "stage").mkdir()
+    return Stage(tmp_path / "stage")
+
+
+def launched(stage: Stage, *words: str, **changes) -> HttpServer:
+    return HttpServer(start(stage.recipe(*words, **changes), stage.site, stage.root))
+
+
+def replay(monkeypatch, act) -> None:
+    """Puts ``act(endpoint, plan)`` in the place of the replay."""
+    from tuner.load import step as module
+
+    monkeypatch.setattr(module, "measure", lambda endpoint, plan, *, alive: act(endpoint, plan, alive))
+
+
+def step(errors: float = 0.0) -> Step:
+    return Step(1.0, "w0", {"ttft_p99_s": 0.1, "error_rate": errors})
+
+
+def plan(stage: Stage) -> StepPlan:
+    return StepPlan(1.0, None, "w0", (), stage.site.folder / "r.parquet")  # type: ignore[arg-type]
+
+
+def asked(server: HttpServer, path: str) -> None:
+    assert server.endpoint is not None
+    probe.get(int(server.endpoint.url.rpartition(":")[2]), path, server.endpoint.api_key)
+
+
+def test_a_measured_step_gets_the_machines_figures(stage, monkeypatch):
+    server = launched(stage)
+    replay(monkeypatch, lambda endpoint, plan, alive: step())
+    measured = server.measure(plan(stage))
+    assert measured.metrics["ttft_p99_s"] == 0.1
+    assert measured.metrics["system_server_memory_max_bytes"] > 0
+    assert measured.untrusted == ()
+    assert server.stop().left_over == () and stage.clean()
+
+
+def test_a_gpu_that_throttled_makes_the_step_untrusted(stage, monkeypatch):
+    hot = Gpus(Nvml({"reasons": 0x40, "celsius": 95}))
+    site = replace(stage.site, gpus=(0,))
+    server = HttpServer(start(stage.recipe(gpus=hot), site, stage.root))
+    replay(monkeypatch, lambda endpoint, plan, alive: step())
+    measured = server.measure(plan(stage))
+    server.stop()
+    assert len(measured.untrusted) == 1 and "thermal" in measured.untrusted[0]
+    assert measured.metrics["system_gpu_throttled_share"] == 1.0
+
+
+def test_a_server_that_dies_under_load_is_diagnosed_from_its_log(stage, monkeypatch):
+    server = launched(stage, "--say-after", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def act(endpoint, plan, alive):
+        assert alive()
+        asked(server, "/crash")
+        return step(errors=0.5)
+
+    replay(monkeypatch, act)
+    with pytest.raises(LaunchFailed) as failed:
+        server.measure(plan(stage))
+    assert (failed.value.outcome.cause, failed.value.outcome.stage) == ("oom-load", "under load")
+    assert not server.alive()
+    assert server.stop().left_over == () and stage.clean()
+
+
+def test_a_server_that_dies_in_the_last_moment_is_not_taken_for_a_good_one(stage, monkeypatch):
+    server = launched(stage)
+
+    def act(endpoint, plan, alive):
+        asked(server, "/crash")
+        while alive():
+            pass
+        return step(errors=0.0)
+
+    replay(monkeypatch, act)
+    with pytest.raises(LaunchFailed) as failed:
+        server.measure(plan(stage))
+    assert failed.value.outcome.cause == "killed"
+    server.stop()
+
+
+def test_a_server_that_lives_and_is_sick_is_unhealthy(stage, monkeypatch):
+    from tuner.engines import http
+
+    monkeypatch.setattr(http, "_DYING_S", 0.2)
+    server = launched(stage)
+
+    def act(endpoint, plan, alive):
+        asked(server, "/sicken")
+        return step(errors=0.9)
+
+    replay(monkeypatch, act)
+    with pytest.raises(LaunchFailed) as failed:
+        server.measure(plan(stage))
+    assert failed.value.outcome.cause == "unhealthy" and failed.value.outcome.stage == "under load"
+    assert server.stop().left_over == ()
+
+
+def test_errors_of_a_server_that_is_well_are_part_of_the_measurement(stage, monkeypatch):
+    server = launched(stage)
+    replay(monkeypatch, lambda endpoint, plan, alive: step(errors=0.3))
+    assert server.measure(plan(stage)).metrics["error_rate"] == 0.3
+    server.stop()
+
+
+def test_a_server_that_nobody_can_reach_is_unhealthy_even_if_its_health_check_answers(stage, monkeypatch):
+    server = launched(stage)
+
+    def act(endpoint, plan, alive):
+        raise EnvironmentFault("nothing answers on the port")
+
+    replay(monkeypatch, act)
+    with pytest.raises(LaunchFailed, match="nothing answers") as failed:
+        server.measure(plan(stage))
+    assert failed.value.outcome.cause == "unhealthy" and failed.value.outcome.transient
+    server.stop()
