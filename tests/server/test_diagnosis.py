@@ -138,7 +138,7 @@ CASES = [
     Case("hang", "last words", exit=None, late="hang: phase weights took over 900 s", transient=True),
     Case("hang", "TimeoutError: RPC call to execute_model timed out.", stage="under load", transient=True),
     Case("too-slow-to-start", "last words", exit=None, late="slow: not ready after 3600 s"),
-    Case("crash-under-load", "ERROR 05-06 [core.py:99] RuntimeError: something\nEngineDeadError: EngineCore encountered "
+    Case("crash-under-load", "ERROR 05-06 [core.py:99] RuntimeError: it\nEngineDeadError: EngineCore encountered "
          "an issue. See stack trace (above) for the root cause.", stage="under load", transient=True),
     Case("crash-under-load", "nothing to see", exit=3, stage="under load", transient=True),
     Case("unhealthy", "nothing to see", exit=None, stage="under load", transient=True),
