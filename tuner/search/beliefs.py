@@ -18,7 +18,6 @@ QUANTITIES = ("capacity", "cost", "latency")
 # with a model the residual is small; without one the whole effect of a parameter has to be learnt
 WITH_MODEL = Prior(single=0.02, pair=0.006, own=0.002)
 WITHOUT = Prior(single=0.06, pair=0.04, own=0.004, common=0.5)
-INFLATE = 1.0
 COST = Prior(constant=0.1, load=0.02, single=0.005, pair=0.002, own=0.001, noise=0.0004, spread=1.6)
 WORKS = Prior(
     constant=0.15, load=1e-6, single=0.15, pair=0.3, own=0.02, noise=0.03, spread=1.0, common=0.5, noise_spread=0.5
@@ -98,10 +97,9 @@ class Beliefs:
         odds = works / np.sqrt(works_sd**2 + 0.3**2)
         return Posterior(
             *found["cost"],
-            found["latency"][0],
-            found["latency"][1] * INFLATE,
+            *found["latency"],
             found["capacity"][0][:, 0],
-            found["capacity"][1][:, 0] * INFLATE,
+            found["capacity"][1][:, 0],
             _normal_cdf(odds),
             self.foresight.gpus[np.array(indices, dtype=np.int64)],
         )

@@ -12,23 +12,23 @@ from tuner.space.space import Parameter, SearchSpace
 # Per goal: parts of a parameter's name -> what to choose: "high"/"low" end of a numeric grid, "middle", or values in
 # the order in which they are wanted. Sources: vLLM's "Optimization and Tuning" and "Quantization" guides.
 HALF = ("fp8", "w8a8", "w8a8-int8", "int8", "fp8_e4m3", "fp8_e5m2")
+GUESS = ("eagle", "eagle3", "mtp", "draft", "draft_model", "ngram")
+SMALL = {"quantization": HALF, "weight": HALF, "kv_cache": HALF}
+GPUS = "gpus"  # whatever parameter counts them
 GOALS: Sequence[tuple[str, Mapping[str, Any]]] = (
     (
-        "large batches and half-size weights and KV cache, for the cheapest tokens",
-        {"batched_tokens": "upper", "num_seqs": "upper", "quantization": HALF, "kv_cache_dtype": HALF},
+        "half-size weights and KV cache and large batches, for the cheapest tokens",
+        {**SMALL, "batched_tokens": "upper", "num_seqs": "upper"},
     ),
     (
-        "half-size weights and more GPUs per replica, for the lowest latency",
-        {"tensor_parallel": "high", "quantization": HALF, "kv_cache_dtype": HALF, "batched_tokens": "middle"},
+        "half-size weights, speculation and all GPUs in one replica, for the lowest latency",
+        {**SMALL, GPUS: "high", "speculation": GUESS, "mtp": "middle"},
     ),
     (
         "half-size weights and speculation, for low latency on few GPUs",
-        {"quantization": HALF, "specul": ("eagle", "eagle3", "draft", "mtp", "ngram"), "draft": "middle"},
+        {"quantization": HALF, "weight": HALF, "speculation": GUESS, "mtp": "middle"},
     ),
-    (
-        "half-size weights and KV cache on twice the GPUs",
-        {"tensor_parallel": "second", "quantization": HALF, "kv_cache_dtype": HALF, "num_seqs": "upper"},
-    ),
+    ("half-size weights and KV cache on a few GPUs", {**SMALL, GPUS: "second", "num_seqs": "upper"}),
 )
 
 
@@ -40,7 +40,7 @@ def first_choices(space: SearchSpace) -> list[tuple[dict[str, Value], str]]:
         params = space.default()
         for p in space.parameters:
             for part, wish in wishes.items():
-                if part in p.name.lower().replace("-", "_"):
+                if part in p.name.lower().replace("-", "_") or (part == GPUS and p.counts_gpus):
                     params[p.name] = _choose(p, wish)
                     break
         snapped = space.snap(params)

@@ -47,7 +47,9 @@ class Options:
     shortlist: int = 300
     gain_per_second: float = 1.0
     gpu_power: float = 0.0
+    greedy: bool = False
     remeasure: bool = True
+    trust: float = 0.6
 
 
 class TunerSampler(BaseSampler):
@@ -139,6 +141,11 @@ class TunerSampler(BaseSampler):
         self.beliefs.learn(readings, self.seed)
         if pending:
             self.beliefs.believe(pending)
+        if self._distrusted() and len(launched) < 2 * self.options.spread_first + 1:
+            for params, why in first_choices(self.space):
+                index = self.beliefs.index(params)
+                if index is not None and index in self._admitted(taken):
+                    return index, Proposal(f"the model proved wrong, so an expert's first choice: {why}")
         if not self.candidates.whole:
             self._grow_near(readings)
         free = self._admitted(taken)
@@ -154,6 +161,12 @@ class TunerSampler(BaseSampler):
         values = worth(post, front, self.loads, cost, draws(number))
         power = 0.0 if early else self.options.gain_per_second
         score = values.gain / (values.gpu_seconds / g ** (1 - self.options.gpu_power)) ** power
+        if early and self.options.greedy:
+            from tuner.search.acquisition import improvement
+            from tuner.search.scan import _points
+
+            pt = _points(post, self.loads, 0.0, 0.0)
+            score = improvement(pt[:, None, :, 0], pt[:, None, :, 1], front)[:, 0] * post.works
         best = int(np.argmax(score + 1e-15 * rng.random(len(score))))
         self.expected_gain = float(values.gain.max() / max(front.volume(), 1e-9))
         share = float(values.gain[best] / max(front.volume(), 1e-9))
@@ -177,6 +190,11 @@ class TunerSampler(BaseSampler):
                 taken.add(index)
             faults.append(index)
         return taken
+
+    def _distrusted(self) -> bool:
+        """Whether the launches took much of the model's weight away (of latency or of capacity)."""
+        left = self.beliefs.weights()
+        return any(left.get(name, {}).get("model", 1.0) < self.options.trust for name in ("latency", "capacity"))
 
     def _admitted(self, taken: set[int]) -> list[int]:
         """Candidates that may be launched: new ones that fit in memory, as far as the model can tell."""
