@@ -169,6 +169,13 @@ def test_openai_chat_logs_are_read_in_their_three_shapes(tmp_path, model):
     assert (trace.texts, trace.input_tokens[0], trace.output_tokens[0]) == (("what is",), 2, 1)
 
 
+def test_half_a_surrogate_pair_becomes_text_that_can_be_sent(tmp_path, model):
+    turns = r'{"conversations": [{"from": "human", "value": "a \ud800"}, {"from": "gpt", "value": "b"}]}'
+    for text in (turns, r'{"prompt": "a \ud800", "output_tokens": 1}'):
+        trace = formats.read(save(tmp_path, text), tokenizer=model, arrivals="poisson:1")
+        assert trace.texts == ("a ?",)
+
+
 def test_vllm_custom_has_a_prompt_and_an_output_length(tmp_path, model):
     text = lines({"prompt": "what is the capital of france", "output_tokens": 9})
     trace, report = formats.read_with_report(save(tmp_path, text), tokenizer=model, arrivals="poisson:1")
@@ -238,11 +245,18 @@ BAD_AZURE = [
 @pytest.mark.parametrize(("line", "kind"), BAD_AZURE)
 def test_a_bad_csv_line_is_reported_by_number_and_kind_and_its_neighbours_are_kept(tmp_path, line, kind):
     good = [f"2023-11-16 18:15:{second}.5,{second},7" for second in range(10, 50)]
-    text = lines(AZURE, *good[:20], "", line, *good[20:])
+    text = lines(AZURE, *good[:20], line, *good[20:])
     trace, report = formats.read_with_report(save(tmp_path, text))
     assert trace.input_tokens.tolist() == list(range(10, 50))
-    assert report.bad == {kind: 1} and report.first_bad == ((23, kind),)
-    assert f":23: {kind}" in report.messages()[0]
+    assert report.bad == {kind: 1} and report.first_bad == ((22, kind),)
+    assert f":22: {kind}" in report.messages()[0]
+
+
+def test_blank_lines_are_no_lines_but_keep_the_numbering(tmp_path):
+    good = ["2023-11-16 18:15:46,1,2"] * 30
+    trace, report = formats.read_with_report(save(tmp_path, lines("", AZURE, "", *good, " ", "x")))
+    assert len(trace) == 30 and report.lines == 31
+    assert report.first_bad == ((35, "wrong number of columns"),)
 
 
 # line, kind of mistake
@@ -347,40 +361,88 @@ def test_a_parquet_file_of_another_kind_names_the_missing_columns(tmp_path):
         formats.read(path)
 
 
-azure_lines = st.lists(
-    st.one_of(
-        st.builds(
-            lambda second, fraction, zone, a, b: f"2024-05-10 00:00:{second:02d}{fraction}{zone},{a},{b}",
-            st.integers(0, 59),
-            st.sampled_from(["", ".5", ".0099300", ".123456789"]),
-            st.sampled_from(["", "", "+00:00", "Z"]),
-            st.integers(0, 20),
-            st.integers(0, 20),
-        ),
-        st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=8),
-        st.sampled_from([line for line, _ in BAD_AZURE]),
+# what a number or a date can look like: some are understood, some must not be, by both parsers alike
+COUNTS = [
+    "5",
+    "17",
+    "0",
+    " 5",
+    "5 ",
+    "+5",
+    "-5",
+    "-0",
+    "05",
+    "5.0",
+    "5.5",
+    "0x5",
+    "1e2",
+    "5_0",
+    "٥",
+    "",
+    " ",
+    '"5"',
+    "5,",
+    "9" * 20,
+]
+DATES = [
+    *("2024-05-10 00:00:01", "2024-05-10 00:00:01.5", "2024-05-10T00:00:02.123456789", "2024-05-10 00:00:03Z"),
+    *("2024-05-10 00:00:04+00:00", "2024-05-10 02:00:05.25+02:00", "2024-05-10 00:00:60", "2024-05-10 24:00:00"),
+    *("2024-05-10 00:00", "2024-05-10 ", "2024-05-10", "2024-05-10 1:2:3", "2024-02-30 00:00:00"),
+    *("0001-01-01 00:00:00", "2300-01-01 00:00:00", "1715299200", '"2024-05-10 00:00:06"', " 2024-05-10 00:00:01"),
+]
+TIMES = [
+    "5",
+    "5.5",
+    "1e3",
+    " 5",
+    "-5",
+    "-0.0",
+    "nan",
+    "inf",
+    "1e400",
+    "0x1p3",
+    "1_0",
+    "",
+    "5e-324",
+    "1e11",
+    "1e12",
+    '"7"',
+    ".5",
+    "5.",
+]
+
+
+def table_rows(times: list[str]):
+    """Lines of a table: mostly the first entries of the lists, which are right, so that whole blocks are."""
+
+    def field(choices: list[str]):
+        return st.one_of(st.sampled_from(choices[:2]), st.sampled_from(choices[:2]), st.sampled_from(choices))
+
+    row = st.builds(lambda t, a, b: f"{t},{a},{b}", field(times), field(COUNTS), field(COUNTS))
+    text = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=8)
+    return st.lists(st.one_of(row, row, row, row, text), max_size=30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    case=st.one_of(
+        st.tuples(st.just((AZURE, tables.AZURE)), table_rows(DATES)),
+        st.tuples(st.just(("Timestamp,Request tokens,Response tokens", tables.BURSTGPT)), table_rows(TIMES)),
     ),
-    max_size=30,
 )
-
-
-@settings(max_examples=150, deadline=None)
-@given(rows=azure_lines)
-def test_blocks_parsed_at_once_and_lines_parsed_one_by_one_agree(tmp_path_factory, rows):
-    path = save(tmp_path_factory.mktemp("agree"), lines(AZURE, *rows))
-    fast, slow = Tally("t", "azure", 10**6), Tally("t", "azure", 10**6)
-    quick = tables.read_table(path, tables.AZURE, fast)
+def test_blocks_parsed_at_once_and_lines_parsed_one_by_one_agree(tmp_path_factory, case):
+    (header, table), rows = case
+    path = save(tmp_path_factory.mktemp("agree"), lines(header, *rows))
+    fast, slow = Tally("t", "table", 10**6), Tally("t", "table", 10**6)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_SMALL_BYTES", 20)  # halve down to single lines
+        quick = tables.read_table(path, table, fast)
         patch.setattr(tables._Columns, "_parse", lambda self, block: None)
-        careful = tables.read_table(path, tables.AZURE, slow)
-    assert (fast.lines, fast.bad, fast.first_bad, fast.left_out) == (
-        slow.lines,
-        slow.bad,
-        slow.first_bad,
-        slow.left_out,
-    )
+        careful = tables.read_table(path, table, slow)
+    for column in ("lines", "bad", "first_bad", "left_out"):
+        assert getattr(fast, column) == getattr(slow, column), column
     for column in ("arrival_s", "input_tokens", "output_tokens"):
-        assert getattr(quick, column).tolist() == getattr(careful, column).tolist()
+        assert getattr(quick, column).tolist() == getattr(careful, column).tolist(), column
 
 
 @settings(max_examples=100, deadline=None)

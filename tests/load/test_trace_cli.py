@@ -114,9 +114,18 @@ def test_info_as_json_has_full_precision_and_the_reading_report(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "nonsense\n")
     facts = json.loads(run("info", path, "--json"))
     assert facts["format"] == "jsonl" and facts["requests"] == 40
-    assert facts["rate_per_s"] == pytest.approx(3.0, rel=1e-12)
+    assert facts["rate_per_s"] == pytest.approx(3.0, rel=1e-12) and facts["cv"] == pytest.approx(0.0, abs=1e-9)
     assert facts["input"]["p99"] == 16 and facts["sharing"]["token_share"] == 0.0
     assert facts["reading"]["bad"] == {"not JSON": 1} and facts["reading"]["first_bad"] == [[41, "not JSON"]]
+
+
+def test_burstiness_is_the_population_standard_deviation_of_the_gaps_over_their_mean(tmp_path):
+    path = tmp_path / "t.jsonl"
+    rows = [{"arrival_s": at, "input_tokens": 16, "output_tokens": 2} for at in (0, 1, 4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = json.loads(run("info", path, "--json"))
+    assert facts["cv"] == pytest.approx(0.5)  # gaps 1 and 3: mean 2, deviation 1
+    assert (facts["rate_per_s"], facts["longest_gap_s"]) == (0.5, 3.0)
 
 
 def test_skipped_lines_are_told_on_stderr_and_data_stays_alone_on_stdout(tmp_path):

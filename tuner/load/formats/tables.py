@@ -129,7 +129,8 @@ class _Columns:
         import pyarrow as pa
         from pyarrow import csv as arrow
 
-        if block.data.isspace():
+        # pyarrow reads 0x5 as a number
+        if block.data.isspace() or b"0x" in block.data or b"0X" in block.data:
             return None
         names = [str(k) for k in range(self._width)]
         types: dict[str, Any] = {names[k]: pa.int64() for k in self._wanted}

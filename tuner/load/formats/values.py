@@ -15,9 +15,10 @@ MAX_SECONDS = 1e11
 
 NO_OUTPUT = "no output tokens (the request failed)"
 
-_WHOLE = re.compile(r"\+?([0-9]{1,15})(?:\.0*)?")
+_WHOLE = re.compile(r"(?:\+|-(?=0+$))?([0-9]{1,15})(?:\.0*)?")  # -0 is 0, as it is to pyarrow
 _TIMESTAMP = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?(Z|[+-][0-9]{2}:?[0-9]{2})?"
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})"
+    r"(?:[ T]([0-9]{2}(?::[0-9]{2}(?::[0-9]{2}(?:\.([0-9]{1,9}))?)?)?)(Z|[+-][0-9]{2}(?::?[0-9]{2})?)?)?"
 )
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -64,13 +65,13 @@ def text(value: Any) -> str:
 
 
 def nanoseconds(value: str) -> int:
-    """An ISO 8601 time (date and time of day, up to nine fractional digits, with or without zone) as Unix ns."""
+    """An ISO 8601 time (a date, with the time of day to nine fractional digits, with or without zone) as Unix ns."""
     match = _TIMESTAMP.fullmatch(value.strip())
     if not match:
         raise BadLine("time is not a timestamp")
     date, time, fraction, zone = match.groups()
     try:
-        whole = datetime.fromisoformat(f"{date}T{time}{zone or '+00:00'}") - _EPOCH
+        whole = datetime.fromisoformat(f"{date}T{(time or '00').partition('.')[0]}{zone or '+00:00'}") - _EPOCH
     except (ValueError, OverflowError):
         raise BadLine("time is not a timestamp") from None
     unix_s = whole.days * 86400 + whole.seconds
