@@ -3,8 +3,8 @@
     python -m benchmarks.verify.ablation [--studies 100]
 
 The winner has all six on. ``two of six``: one makes the server 10 % faster, one 8 %. ``stand-ins``: two flags do the
-same 10 %, and either is enough. ``none``: nothing matters. 48 launches at most, three held-out windows, the noise of the
-other benchmarks.
+same 10 %, and either is enough. ``none``: nothing matters. 48 launches at most, three held-out windows, the noise of
+the other benchmarks.
 """
 
 from __future__ import annotations

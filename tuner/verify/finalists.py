@@ -91,8 +91,9 @@ def may_be_best(
 
 
 def launch_spread(trials: Sequence[TrialRecord]) -> Spread:
-    """What repeats in the search say of the launch-to-launch spread of log cost: configurations measured in several
-    trials at the same load and on the same window."""
+    """What repeats in the search say of the launch-to-launch spread of log cost: configurations measured in three or
+    more trials at the same load and on the same window. The first of them does not count: it is why the others were
+    made (a lucky best is measured again), and would make launches look more different than they are."""
     groups: dict[tuple[str, float, str], list[float]] = defaultdict(list)
     for trial in trials:
         if trial.role == "search" and isinstance(trial.outcome, Measured):
@@ -103,9 +104,9 @@ def launch_spread(trials: Sequence[TrialRecord]) -> Spread:
     # the loads of one pair of launches share those launches: one load per configuration counts
     highest: dict[tuple[str, str], tuple[float, list[float]]] = {}
     for (config, load, window), values in groups.items():
-        if len(values) > 1 and load > highest.get((config, window), (-1.0, []))[0]:
+        if len(values) > 2 and load > highest.get((config, window), (-1.0, []))[0]:
             highest[config, window] = (load, values)
-    return Spread(*pool([(float(np.var(v, ddof=1)), float(len(v) - 1)) for _, v in highest.values()]))
+    return Spread(*pool([(float(np.var(v[1:], ddof=1)), float(len(v) - 2)) for _, v in highest.values()]))
 
 
 def _finalist(point: Point, label: str, baseline: bool, promise: float = 1.0) -> Finalist:

@@ -110,7 +110,7 @@ def judge(
             continue
         # the chosen one flatters itself: it was chosen for what the same numbers say
         even = (1 - confidence) / 2
-        tails = chosen_tails(len(arms), confidence) if label == choice else (even, even)
+        tails = chosen_tails(len(able), confidence) if label == choice and label != base else (even, even)
         safe = exp(capacities.estimate(label).between(1 - confidence, 1 - confidence)[0])
         load = safe or middle[label]
         found[label] = Arm(

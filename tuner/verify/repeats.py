@@ -59,21 +59,18 @@ class Repeats:
     def estimate(self, arm: str) -> Estimate:
         """The arm's own mean, over launches and windows.
 
-        Its error holds three things. What launches differ by within a round averages out over the arm's R launches. The
-        machine's drift does not, as rounds follow each other too closely: all of it counts, estimated as what launches
-        differ by over time (these arms' and ``known``) less what they differ by within a round. Windows are crossed
-        with launches: ``var = s2_inside / R + s2_drift`` and, on its own, ``s2_window / W - s2_rest / (R W)``.
+        Its error holds three things. What launches differ by in this session averages out over the arm's R launches.
+        What they differ by beyond that, seen in longer times (``known``), is drift that this session cannot average
+        out: it counts in full. Windows are crossed with launches and come on top:
+        ``s2_here / R + (s2_over_time - s2_here)`` and, as a part of its own, ``s2_window / W - s2_rest / (R W)``.
         """
         mine = self._of(arm)
         if len(mine) == 0:
             raise ValueError(f"{arm} was not measured")
         count, width = mine.shape
-        over_time = self.total()
-        total, freedom = over_time.variance, over_time.freedom
-        inside, inside_freedom = self._inside()
-        if inside_freedom <= 0:
-            inside = 0.0  # nothing is known to average out
-        launches = (min(inside, total) / count + max(total - inside, 0.0), freedom)
+        here, over_time = self.spread(), self.total()
+        averaged = min(here.variance, over_time.variance) if here.freedom > 0 else 0.0
+        launches = (averaged / count + over_time.variance - averaged, over_time.freedom)
         windows, rest = NOTHING, 0.0
         if width > 1:
             spread, window_freedom = _variance(mine.mean(axis=0))

@@ -1,0 +1,84 @@
+import contextlib
+import dataclasses
+
+import pytest
+
+from benchmarks.verify.ablation import FLAGS, on, run, space, two_of_six
+from benchmarks.verify.machine import Machine, Noise, window
+from benchmarks.verify.small_study import THROUGHPUT, study
+from tuner.engines.protocol import LaunchFailed
+from tuner.study.outcome import Infeasible
+from tuner.verify.ablation import AblationBudget, ablate
+from tuner.verify.arm import Finalist
+
+QUIET = Noise(launch=0.004, drift=0.004, stalls=0.0)
+WINDOWS = [window(90 + i, name=f"heldout-{i}") for i in range(3)]
+
+
+def quiet(speed, launches=60, flags=FLAGS, fails=None):
+    """An ablation on a machine with little noise, so that every test is about the rule, not about luck."""
+    spec = dataclasses.replace(study(THROUGHPUT, ("v0",), 1, 100), space=space())
+    machine = Machine(speed, spec.objective, 1, QUIET)
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        if fails and fails(config):
+            raise LaunchFailed(Infeasible("oom", "out of memory"))
+        with machine.launch(config, label) as rig:
+            yield rig
+
+    winner = Finalist("winner", spec.space.config(dict.fromkeys(flags, True), "m"), 3.0)
+    return ablate(spec, launch, winner, WINDOWS, AblationBudget(launches)), machine
+
+
+def test_of_six_flags_the_two_that_matter_are_kept_with_their_effects():
+    found, _ = quiet(two_of_six)
+    assert sorted(found.params) == ["b", "e"]
+    effects = {e.parameter: e for e in found.effects}
+    assert effects["b"].cost_without[1] < 1.10 < effects["b"].cost_without[2] * 1.02
+    assert effects["b"].why == "its effect is proven"
+    assert not effects["a"].kept and effects["a"].why == "no effect is proven"
+    assert sorted(found.config.flags) == ["flag-b", "flag-e"]
+    assert found.cost_change[0] == pytest.approx(1.0, abs=0.02)
+
+
+def test_flags_that_stand_in_for_each_other_are_not_both_dropped():
+    """Set back alone, neither b nor e shows an effect; without both the server is 10 % slower."""
+    found, _ = quiet(lambda config: 1.1 if on(config, "b") or on(config, "e") else 1.0)
+    assert {"b", "e"} & found.params.keys()
+    assert any(e.why == "needed together with others" for e in found.effects)
+
+
+def test_without_any_effect_the_smallest_config_is_the_default():
+    found, _ = quiet(lambda _config: 1.0)
+    assert found.params == {} and found.config.flags == {}
+
+
+def test_a_flag_without_which_the_server_does_not_start_is_kept_and_says_so():
+    found, _ = quiet(lambda _config: 1.0, fails=lambda config: not on(config, "c"))
+    assert list(found.params) == ["c"]
+    assert "out of memory" in next(e.why for e in found.effects if e.parameter == "c")
+
+
+def test_flags_are_kept_where_there_are_too_few_launches_to_judge_them():
+    found, machine = quiet(two_of_six, launches=12)
+    assert len(machine.labels) <= 12
+    unmeasured = [e for e in found.effects if "too few launches" in e.why]
+    assert unmeasured and all(e.kept for e in unmeasured)
+
+
+def test_it_never_launches_more_than_the_budget():
+    for launches in (0, 20, 30):
+        assert len(quiet(lambda _config: 1.0, launches)[1].labels) <= launches
+
+
+def test_the_default_has_nothing_to_set_back():
+    found, machine = quiet(two_of_six, flags=())
+    assert found.effects == () and machine.labels == []
+    assert "nothing to set back" in found.text
+
+
+@pytest.mark.slow
+def test_with_the_noise_of_real_launches_the_two_flags_are_found_nine_times_in_ten():
+    found = [frozenset(run(two_of_six, seed).params) for seed in range(20)]
+    assert sum(kept == frozenset("be") for kept in found) >= 16

@@ -1,0 +1,63 @@
+import math
+
+import pytest
+
+from tuner.spec.slo import parse
+from tuner.study.outcome import Step
+from tuner.verify.capacity import capacity, cost_at, loads, value_at
+
+SLO = parse("ttft_p99=1s")
+COST = "cost_usd_per_mtok_output"
+
+
+def step(load: float, ttft_s: float, cost: float = 1.0, tokens: float = 100.0, **more) -> Step:
+    metrics = {"ttft_p99_s": ttft_s, COST: cost, "output_tokens_per_s": tokens}
+    return Step(load, "w", metrics, slo_misses=("ttft_p99",) if ttft_s > 1 else (), **more)
+
+
+def bracket(start: float, true: float, lowest: float = 0.5, highest: float = 8.0) -> list[float]:
+    """The loads measured on a server that holds up to ``true``."""
+    tried: list[float] = []
+    while (load := loads(start, lowest, highest, [x <= true for x in tried])) is not None:
+        tried.append(load)
+    return tried
+
+
+def test_a_bracket_ends_with_the_first_load_on_the_other_side():
+    assert bracket(2.0, 2.05) == pytest.approx([2.0, 2.12])
+    assert bracket(2.0, 1.7) == pytest.approx([2.0, 1.88, 1.66])
+
+
+def test_a_bracket_goes_on_until_the_ends_of_the_ladder():
+    assert bracket(1.0, 100.0)[-1] == 8.0
+    assert bracket(2.0, 0.0)[-1] == 0.25  # half of the lowest
+    assert bracket(8.0, 100.0) == [8.0]
+
+
+def test_capacity_lies_between_the_load_that_holds_and_the_one_that_does_not():
+    found = capacity([step(2.0, 0.5), step(4.0, 2.0)], [SLO], 10)
+    assert found == pytest.approx(2 * math.sqrt(2))  # half way in logarithms, as 0.5 and 2 are equally far from 1
+
+
+def test_capacity_is_the_top_of_the_ladder_where_nothing_was_missed():
+    assert capacity([step(2.0, 0.2), step(8.0, 0.3)], [SLO], 8.0) == 8.0
+
+
+def test_there_is_no_capacity_where_no_load_held():
+    assert math.isnan(capacity([step(2.0, 3.0), step(1.0, 2.0)], [SLO], 8.0))
+
+
+def test_untrusted_steps_do_not_count():
+    assert capacity([step(2.0, 0.5), step(4.0, 0.5, untrusted=("client lag",)), step(3.0, 2.0)], [SLO], 8.0) < 3.0
+
+
+def test_cost_at_capacity_falls_with_what_the_server_puts_out_there():
+    """At 4 half of the tokens came too late: their cost counts against 4, not against the capacity below it."""
+    steps = [step(2.0, 0.5, cost=1.0, tokens=100), step(4.0, 2.0, cost=1.6, tokens=200)]
+    assert cost_at(steps, 2.0) == pytest.approx(1.0)
+    assert cost_at(steps, 2.0 * math.sqrt(2)) == pytest.approx(1 / math.sqrt(2))
+
+
+def test_a_metric_between_two_loads_is_read_off_the_line_in_logarithms():
+    assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 2.0, "ttft_p99_s") == pytest.approx(0.2)
+    assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 9.0, "ttft_p99_s") == pytest.approx(0.4)

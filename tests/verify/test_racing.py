@@ -1,0 +1,84 @@
+import dataclasses
+
+import pytest
+
+from tests.studies import objective, space, step
+from tuner.pareto.front import Point
+from tuner.verify.racing import end, measure_again, should_stop, ties
+
+WANT = objective()
+LADDER = (1.0, 2.0, 3.0, 4.0)
+
+
+def point(cost: float, latency: float, *, trial: int = 0, launches: int = 1, spread: float = 0.01) -> Point:
+    intervals = [(v * (1 - spread), v * (1 + spread)) for v in (cost, latency)]
+    config = space().config({}, "m")
+    trials = tuple(range(trial, trial + launches))
+    return Point(trial, 3.0, cost, latency, *intervals, False, True, config, trials=trials)
+
+
+def steps(cost: float, tpot_s: float, load: float = 1.0):
+    """One measured step at ``load``; the cost of ``studies.step`` is 2.5 USD/h over its tokens."""
+    return [step(load, WANT, tokens_per_s=2.5 / 3600 * 1e6 / cost, tpot_s=tpot_s, spread=0.01)]
+
+
+def test_a_trial_far_behind_the_front_at_every_load_left_stops_with_the_reason():
+    """At load 4 it would cost 1.0 / 4 at best, and 0.04 s: the front has 0.1 at 0.02 s."""
+    why = should_stop(steps(1.0, 0.04), [point(0.1, 0.02, trial=7)], LADDER, WANT)
+    assert "cannot beat the front at 95 %" in why and "trial 7" in why
+
+
+def test_a_trial_that_may_still_become_cheaper_goes_on():
+    """At load 4 it may cost 0.25: less than the front's 0.3."""
+    assert should_stop(steps(1.0, 0.04), [point(0.3, 0.02)], LADDER, WANT) == ""
+
+
+def test_a_trial_that_is_faster_than_the_front_goes_on_however_dear():
+    assert should_stop(steps(1.0, 0.01), [point(0.1, 0.02)], LADDER, WANT) == ""
+
+
+def test_what_is_within_the_noise_of_launches_does_not_stop_a_trial():
+    """Best case 0.25 against 0.245: 2 % apart, launches differ by 3 %."""
+    assert should_stop(steps(1.0, 0.0201), [point(0.245, 0.02)], LADDER, WANT) == ""
+    assert should_stop(steps(1.0, 0.04), [point(0.245, 0.02)], LADDER, WANT, spread=0.001) != ""
+
+
+def test_one_load_that_can_still_win_is_enough_to_go_on():
+    """Load 2 is beaten by the cheap point, load 4 would be cheaper than all."""
+    front = [point(0.4, 0.02), point(0.3, 0.03)]
+    assert should_stop(steps(1.0, 0.04), front, (1.0, 2.0), WANT) != ""
+    assert should_stop(steps(1.0, 0.04), front, LADDER, WANT) == ""
+
+
+def test_nothing_is_stopped_before_a_step_without_a_front_or_at_the_ladders_end():
+    assert should_stop([], [point(0.1, 0.01)], LADDER, WANT) == ""
+    assert should_stop(steps(1.0, 0.04), [], LADDER, WANT) == ""
+    assert should_stop(steps(1.0, 0.04, load=4.0), [point(0.01, 0.01)], LADDER, WANT) == ""
+    untrusted = [dataclasses.replace(steps(1.0, 0.04)[0], untrusted=("client lag",))]
+    assert should_stop(untrusted, [point(0.01, 0.01)], LADDER, WANT) == ""
+
+
+def test_limits_widen_with_the_interval_and_the_launch_spread():
+    narrow = end(1.0, (0.99, 1.01), 0.0, 0.95, low=True)
+    assert end(1.0, (0.9, 1.1), 0.0, 0.95, low=True) < narrow < 1.0
+    assert end(1.0, (0.99, 1.01), 0.05, 0.95, low=True) < narrow
+    assert end(1.0, None, 0.03, 0.95, low=False) == pytest.approx(1.0506, abs=0.0005)  # e^(1.645 x 0.03)
+
+
+def test_points_within_noise_in_both_axes_are_ties():
+    a, b, far = point(1.0, 0.02, trial=1), point(1.02, 0.0201, trial=2), point(1.5, 0.02, trial=3)
+    found = ties([a, b, far])
+    assert [(t.first.trial, t.second.trial) for t in found] == [(1, 2)]
+    assert ties([a, dataclasses.replace(b, latency=0.04, latency_interval=(0.039, 0.041))]) == []
+
+
+def test_the_lucky_best_is_measured_again_before_those_tied_with_it():
+    a, b = point(1.0, 0.02, trial=1), point(1.02, 0.02, trial=2)
+    assert measure_again([a, b]).trial == 1
+    assert measure_again([dataclasses.replace(a, trials=(1, 5)), b]).trial == 2
+
+
+def test_nothing_is_measured_again_where_the_best_stands_alone_or_all_was_seen_often():
+    assert measure_again([point(1.0, 0.02), point(2.0, 0.02)]) is None
+    assert measure_again([point(1.0, 0.02, launches=3), point(1.02, 0.02, launches=3)]) is None
+    assert measure_again([point(1.0, 0.02)]) is None

@@ -1,0 +1,108 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tuner.verify.repeats import Repeats, Spread
+
+WINDOWS = ("w0", "w1", "w2")
+
+
+def table(rng, arms, rounds, *, launch=0.02, drift=0.0, window=0.0, rest=0.0):
+    """Measurements from the model: true means ``arms``, round drift, window and launch effects."""
+    hard = rng.normal(0, window, len(WINDOWS))
+    found = {}
+    for number in range(rounds):
+        warm = rng.normal(0, drift)
+        for arm, true in arms.items():
+            own = rng.normal(0, launch)
+            for w, name in enumerate(WINDOWS):
+                found[arm, number, name] = true + warm + hard[w] + own + rng.normal(0, rest)
+    return found
+
+
+def test_two_arms_in_every_round_give_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    values = table(rng, {"a": 0.0, "b": 0.1}, 5, drift=0.3, window=0.5)
+    repeats = Repeats(values)
+    first, second = (np.array([np.mean([values[arm, r, w] for w in WINDOWS]) for r in range(5)]) for arm in "ab")
+    expected = stats.ttest_rel(second, first)
+    gap = repeats.difference("b", "a")
+    assert gap.mean == pytest.approx(np.mean(second - first))
+    assert gap.parts[0][1] == 4  # and nothing from windows: hard windows are hard for both
+    assert gap.parts[1][0] == pytest.approx(0.0, abs=1e-12)
+    assert gap.mean / gap.error == pytest.approx(expected.statistic, rel=1e-6)
+
+
+def test_drift_and_hard_windows_cancel_in_a_difference_but_not_in_a_mean():
+    rng = np.random.default_rng(1)
+    repeats = Repeats(table(rng, {"a": 0.0, "b": -0.1}, 4, drift=0.2, window=0.3, launch=0.01))
+    assert repeats.difference("b", "a").error < 0.02
+    assert repeats.estimate("a").error > 0.1
+
+
+def test_a_difference_that_changes_from_window_to_window_is_less_sure():
+    rng = np.random.default_rng(2)
+    values = table(rng, {"a": 0.0, "b": 0.0}, 4, launch=0.01)
+    sure = Repeats(values).difference("b", "a").error
+    for number in range(4):
+        for shift, name in zip((-0.1, 0.0, 0.1), WINDOWS, strict=True):
+            values["b", number, name] += shift
+    assert Repeats(values).difference("b", "a").error > 3 * sure
+
+
+def test_arms_that_left_the_race_early_still_count_with_what_they_have():
+    rng = np.random.default_rng(3)
+    values = table(rng, {"a": 0.0, "b": -0.1, "c": 0.2}, 4, launch=0.005)
+    values = {key: value for key, value in values.items() if not (key[0] == "c" and key[1] > 1)}
+    repeats = Repeats(values)
+    assert repeats.count("c") == 2 and repeats.count("a") == 4
+    assert repeats.difference("c", "a").mean == pytest.approx(0.2, abs=0.02)
+    assert repeats.difference("c", "a").error > repeats.difference("b", "a").error
+
+
+def test_a_launch_that_missed_a_window_is_left_out():
+    values = table(np.random.default_rng(4), {"a": 0.0}, 3)
+    del values["a", 1, "w2"]
+    assert Repeats(values).count("a") == 2
+
+
+def test_one_launch_each_proves_nothing():
+    repeats = Repeats(table(np.random.default_rng(5), {"a": 0.0, "b": -0.5}, 1))
+    assert repeats.difference("b", "a").doubt() == 1.0
+    assert repeats.estimate("a").interval() == (-math.inf, math.inf)
+
+
+def test_a_spread_learnt_in_the_search_makes_few_launches_speak():
+    """Two launches 4 % apart: one degree of freedom makes t 12.7, sixteen make it 2.1."""
+    values = {("a", number, w): 0.04 * number for number in (0, 1) for w in WINDOWS}
+    alone, helped = Repeats(values), Repeats(values, Spread(0.0008, 15))
+    width = [high - low for low, high in (r.estimate("a").interval() for r in (alone, helped))]
+    assert width[0] == pytest.approx(2 * 12.706 * 0.02, rel=0.01)
+    assert width[1] == pytest.approx(2 * 2.12 * 0.02, rel=0.01)
+
+
+def test_drift_of_the_session_does_not_average_out():
+    """The search saw launches differ by 5 % over hours, these rounds by 1 %: the mean may be 5 % off."""
+    values = table(np.random.default_rng(7), {"a": 0.0, "b": 0.0}, 6, launch=0.01)
+    assert Repeats(values, Spread(0.05**2, 30)).estimate("a").error > 0.03
+
+
+@pytest.mark.parametrize("drift, window", [(0.0, 0.0), (0.05, 0.03)])
+def test_differences_cover_the_truth_as_often_as_they_say(drift: float, window: float):
+    rng = np.random.default_rng(8)
+    hits = 0
+    for _ in range(400):
+        repeats = Repeats(table(rng, {"a": 0.0, "b": -0.1, "c": 0.0}, 3, drift=drift, window=window, rest=0.01))
+        low, high = repeats.difference("b", "a").interval()
+        hits += low <= -0.1 <= high
+    assert 0.92 <= hits / 400 <= 0.985
+
+
+def test_the_probability_of_being_best_follows_the_evidence():
+    clear = Repeats(table(np.random.default_rng(9), {"a": 0.0, "b": -0.2}, 4))
+    equal = Repeats(table(np.random.default_rng(9), {"a": 0.0, "b": 0.0}, 4))
+    below = [float(np.mean(r.draws(4000, 0)[:, 1] < r.draws(4000, 0)[:, 0])) for r in (clear, equal)]
+    assert below[0] > 0.99
+    assert 0.05 < below[1] < 0.95

@@ -1,0 +1,249 @@
+import contextlib
+import json
+import math
+
+import pytest
+
+from benchmarks.verify.machine import Machine, window
+from benchmarks.verify.small_study import LATENCY, THROUGHPUT, run, study, truth
+from tuner.engines.protocol import Cancelled, LaunchFailed
+from tuner.errors import UsageError
+from tuner.study.outcome import Infeasible, Measured
+from tuner.study.store import read_json, write_json
+from tuner.verify.arm import Finalist
+from tuner.verify.rounds import Done
+from tuner.verify.verdict import Verification
+from tuner.verify.verification import VerifyBudget, verify
+
+WINDOWS = [window(70 + i, name=f"heldout-{i}") for i in range(3)]
+
+
+class Bench:
+    """A study of ``speeds`` (v0 is the default) on the stochastic machine; keeps what every launch measured."""
+
+    def __init__(self, speeds, scenario=THROUGHPUT, seed=1, broken=None):
+        self.study = study(scenario, tuple(speeds), seed, 60)
+        self.machine = Machine(lambda c: speeds[c.params["variant"]], self.study.objective, seed)
+        self.broken = broken or {}
+        self.done: list[Done] = []
+        self.events: list[str] = []
+
+    def finalist(self, variant, load=3.0, **more):
+        config = self.study.space.config({"variant": variant}, "m")
+        label = "default" if variant == "v0" else variant
+        return Finalist(label, config, load, baseline=variant == "v0", **more)
+
+    @contextlib.contextmanager
+    def launch(self, config, label):
+        failure = self.broken.get(config.params["variant"])
+        if failure:
+            self.done.append(Done(label, failure))
+            raise LaunchFailed(failure)
+        with self.machine.launch(config, label) as rig:
+            kept = _Keeping(rig)
+            yield kept
+            self.done.append(Done(label, Measured(tuple(kept.steps))))
+
+    def verify(self, *variants, launches=12, done=(), load=3.0, **more):
+        arms = [self.finalist(v, load) for v in variants]
+        base = self.finalist("v0", load)
+        budget = VerifyBudget(launches, **more)
+        return verify(
+            self.study,
+            self.launch,
+            arms,
+            base,
+            WINDOWS,
+            budget,
+            lambda name, _data: self.events.append(name),
+            done=done,
+        )
+
+
+class _Keeping:
+    def __init__(self, rig):
+        self.rig, self.steps = rig, []
+
+    def measure(self, load, trace, name):
+        self.steps.append(self.rig.measure(load, trace, name))
+        return self.steps[-1]
+
+
+def test_a_config_that_is_really_cheaper_is_recommended_with_its_gain():
+    found = Bench({"v0": 1.0, "v1": 1.25}).verify("v1")
+    assert found.choice == "v1" and found.reason == "cheaper" and not found.is_default
+    low, high = found.chosen.difference[1:]
+    assert low < 1 / 1.25 < high < 1.0
+    assert found.chosen.best > 0.95
+    assert "Recommended: v1" in found.text and "against the default, proven at 95 %" in found.text
+
+
+def test_equal_configs_leave_the_default_recommended_in_words():
+    found = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0}).verify("v1", "v2")
+    assert found.is_default and found.reason == "nothing-proven"
+    assert "No finalist is proven better than the default" in found.text
+
+
+def test_the_order_of_launches_is_reversed_from_round_to_round():
+    bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0})
+    bench.verify("v1", "v2")
+    rounds = [[label.split(" ", 2)[2] for label in bench.machine.labels if label.split()[1] == n] for n in ("1", "2")]
+    assert sorted(rounds[0]) == ["default", "v1", "v2"]
+    assert rounds[1] == rounds[0][::-1]
+
+
+def test_every_launch_measures_every_window_and_half_of_them_backwards():
+    bench = Bench({"v0": 1.0, "v1": 1.0})
+    bench.verify("v1", launches=4)
+    seen = {d.label: list(dict.fromkeys(s.window for s in d.outcome.steps)) for d in bench.done}
+    assert seen["verify 1 default"] == ["heldout-0", "heldout-1", "heldout-2"]
+    assert seen["verify 2 default"] == ["heldout-2", "heldout-1", "heldout-0"]
+
+
+def test_it_never_launches_more_than_the_budget():
+    for launches in (2, 5, 9):
+        bench = Bench({"v0": 1.0, "v1": 1.02, "v2": 1.01, "v3": 1.0})
+        found = bench.verify("v1", "v2", "v3", launches=launches)
+        assert len(bench.machine.labels) == found.launches <= launches
+
+
+def test_it_stops_early_when_the_intervals_are_narrow_enough():
+    found = Bench({"v0": 1.0, "v1": 1.5}).verify("v1", launches=40, width=0.3)
+    assert found.stopped == "the intervals are narrow enough"
+    assert found.launches < 12
+
+
+def test_time_ends_it_between_rounds():
+    clock = iter(range(0, 10_000, 100))
+    bench = Bench({"v0": 1.0, "v1": 1.0})
+    budget = VerifyBudget(40, seconds=250)
+    found = verify(
+        bench.study,
+        bench.launch,
+        [bench.finalist("v1")],
+        bench.finalist("v0"),
+        WINDOWS,
+        budget,
+        clock=lambda: next(clock),
+    )
+    assert found.stopped == "the time set aside is spent"
+    assert found.launches == 4
+
+
+def test_a_resumed_verification_repeats_no_launch_and_comes_to_the_same_end():
+    whole = Bench({"v0": 1.0, "v1": 1.1, "v2": 1.0})
+    expected = whole.verify("v1", "v2")
+    again = Bench({"v0": 1.0, "v1": 1.1, "v2": 1.0}, seed=1)
+    found = again.verify("v1", "v2", done=whole.done)
+    assert again.machine.labels == []
+    assert found == expected
+    half = Bench({"v0": 1.0, "v1": 1.1, "v2": 1.0})
+    half.verify("v1", "v2", done=whole.done[:4])
+    assert half.machine.labels[:2] == [d.label for d in whole.done[4:6]]  # the rest of round 2
+    assert not {d.label for d in whole.done[:4]} & set(half.machine.labels)
+
+
+def test_a_finalist_that_does_not_start_again_is_out_and_named():
+    broken = Infeasible("oom", "out of memory while loading", stage="start-up")
+    bench = Bench({"v0": 1.0, "v1": 2.0, "v2": 1.2}, broken={"v1": broken})
+    found = bench.verify("v1", "v2")
+    assert found.choice == "v2"
+    assert sum(d.label.endswith("v1") for d in bench.done) == 1  # not launched again and again
+    assert "v1 failed: out of memory while loading (start-up)" in found.text
+
+
+def test_a_passing_failure_costs_one_round_not_the_race():
+    bench = Bench({"v0": 1.0, "v1": 1.3})
+    bench.broken = {"v1": Infeasible("port", "port taken", transient=True)}
+    original = bench.launch
+
+    def launch(config, label):
+        if " 2 " in label:
+            bench.broken = {}
+        return original(config, label)
+
+    bench.launch = launch
+    assert bench.verify("v1").choice == "v1"
+
+
+def test_a_default_that_cannot_meet_the_slos_loses_to_one_that_can():
+    found = Bench({"v0": 0.3, "v1": 1.2}, LATENCY).verify("v1", load=1.0)
+    assert found.choice == "v1" and found.reason == "default-fails"
+    assert "default did not meet the SLOs" in found.text
+
+
+def test_where_nothing_meets_the_slos_nothing_is_recommended():
+    found = Bench({"v0": 0.2, "v1": 0.2}, LATENCY).verify("v1", load=1.0)
+    assert found.choice == "" and found.config is None and found.chosen is None
+    assert "Nothing is recommended" in found.text
+
+
+def test_the_safe_load_lies_below_the_capacity_and_above_nothing():
+    chosen = Bench({"v0": 1.0, "v1": 1.2}, LATENCY).verify("v1", load=1.0).chosen
+    assert 0.5 < chosen.safe_load < chosen.capacity[0] < 1.8
+    assert chosen.load == chosen.safe_load
+    assert chosen.load_cost[0] >= chosen.cost[0]  # a lower load earns fewer tokens for the same money
+
+
+def test_how_much_of_the_search_time_gain_survived_is_reported():
+    bench = Bench({"v0": 1.0, "v1": 1.2})
+    arms = [bench.finalist("v1", value=0.5)]  # the search promised half the cost
+    base = bench.finalist("v0", value=1.0)
+    found = verify(bench.study, bench.launch, arms, base, WINDOWS, VerifyBudget(12))
+    middle, low, high = found.survived
+    assert low < middle < high
+    assert middle == pytest.approx(math.log(1.2) / math.log(2), abs=0.15)
+    assert "of the search-time gain survived" in found.text
+
+
+def test_an_interrupt_passes_through():
+    bench = Bench({"v0": 1.0, "v1": 1.0})
+
+    @contextlib.contextmanager
+    def cancelled(config, label):
+        raise Cancelled
+        yield
+
+    bench.launch = cancelled
+    with pytest.raises(Cancelled):
+        bench.verify("v1")
+
+
+def test_no_held_out_window_is_the_users_to_mend():
+    bench = Bench({"v0": 1.0})
+    with pytest.raises(UsageError, match="held-out"):
+        verify(bench.study, bench.launch, [], bench.finalist("v0"), [], VerifyBudget(4))
+
+
+def test_a_verification_survives_the_way_to_disk_and_back(tmp_path):
+    found = Bench({"v0": 1.0, "v1": 1.25}).verify("v1")
+    write_json(tmp_path / "verify.json", found.to_dict())
+    back = Verification.from_dict(read_json(tmp_path / "verify.json"))
+    assert back.choice == found.choice and back.config == found.config and back.rows[1]["config"] == "v1"
+    assert back.chosen.cost == found.chosen.cost and back.text == found.text
+    document = json.loads((tmp_path / "verify.json").read_text())
+    assert {"text", "rows", "choice"} <= document.keys()
+
+
+@pytest.mark.slow
+def test_verified_intervals_cover_the_truth_where_search_intervals_do_not():
+    """A smaller version of benchmarks/verify/coverage.py: twenty equal configurations, forty studies."""
+    speeds = {f"v{i}": 1.0 for i in range(21)}
+    verified = searched = default = 0
+    for seed in range(40):
+        result = run(speeds, seed)
+        found = result.verification
+        default += found.is_default
+        verified += found.chosen.cost[1] <= truth(1.0, THROUGHPUT) <= found.chosen.cost[2]
+        low, high = result.apparent_interval
+        searched += low <= truth(1.0, THROUGHPUT, result.apparent_load) <= high
+    assert verified >= 35
+    assert searched <= 20
+    assert default >= 38
+
+
+@pytest.mark.slow
+def test_one_of_twenty_that_is_ten_per_cent_faster_is_found_and_kept():
+    speeds = {f"v{i}": 1.1 if i == 7 else 1.0 for i in range(21)}
+    found = [run(speeds, seed).verification for seed in range(20)]
+    assert sum(not f.is_default and f.config.params["variant"] == "v7" for f in found) >= 16
