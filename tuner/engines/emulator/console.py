@@ -74,4 +74,4 @@ class Console:
 
 
 def _frame(path: str) -> str:
-    return f'  File "/site-packages/vllm/{path}", line 1, in run'
+    return f'  File "/site-packages/vllm/{path}", line 1, in run\n    return run()'

@@ -108,6 +108,8 @@ class Service:
 
     def _fault_under_load(self, stream: Stream) -> bool:
         """Whether a fault that waits for tokens strikes now."""
+        if not self.faults.args:
+            return False
 
         def due(name: str) -> bool:
             after = self.faults.number(name, 50)
@@ -246,7 +248,8 @@ class Service:
             self.unlisten()
             connection.reset()  # whoever is still connected
             return
-        if (share is not None and self._rng.random() < share) or (limit is not None and self.requests > limit):
+        unlucky = share is not None and self.requests > 2 and self._rng.random() < share  # a client's probes are spared
+        if unlucky or (limit is not None and self.requests > limit):
             error = {"message": "Internal Server Error", "type": "InternalServerError", "param": None, "code": 500}
             connection.reply(500, {"error": error})
             return
