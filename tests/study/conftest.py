@@ -1,3 +1,4 @@
+import os
 import threading
 from dataclasses import dataclass, field
 
@@ -48,7 +49,7 @@ class Runner:
             assert old in text, old
             text = text.replace(old, new)
         path = self.folder / "s.yaml"
-        path.write_text(text.replace("REPORTS", str(self.folder / "reports")))
+        path.write_text(text.replace("REPORTS", os.path.relpath(self.folder / "reports")))  # as users write it
         return studyfile.load(path)
 
     @property

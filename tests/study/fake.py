@@ -59,6 +59,7 @@ class FakeEngine:
         return self.known
 
     def launch(self, config, site):
+        assert site.folder.is_absolute() and site.folder.is_dir()
         if site.cancel.is_set():
             raise Cancelled
         with self.lock:

@@ -52,7 +52,7 @@ def evaluate(
     steps: list[Step] = []
     boot, teardown = Boot(), Teardown()
     try:
-        server = bench.engine.launch(config, Site(folder, gpus, bench.cancel, bench.on_event))
+        server = bench.engine.launch(config, Site(folder.resolve(), gpus, bench.cancel, bench.on_event))
     except LaunchFailed as failure:
         return failure.outcome, teardown
     except Cancelled:

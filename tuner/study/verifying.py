@@ -68,7 +68,7 @@ def launcher(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, ro
         boot = Boot()
         server = None
         try:
-            site = Site(folder, tuple(range(config.gpus)), bench.cancel, inner.on_event)
+            site = Site(folder.resolve(), tuple(range(config.gpus)), bench.cancel, inner.on_event)
             server = ready.engine.launch(config, site)
             boot = server.boot
             yield _Rig(inner, server, config, store, number, steps)
