@@ -13,7 +13,7 @@ from tuner.pareto.front import Point, front, points
 from tuner.spec.objective import Objective
 from tuner.study.store import TrialRecord
 from tuner.verify.finalists import launch_spread
-from tuner.verify.racing import LAUNCH_SPREAD, log_error
+from tuner.verify.racing import LAUNCH_SPREAD, end, log_error
 
 DRAWS = 2000
 
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def compare(first: Side, second: Side, *, most: int = 12, seed: int = 0) -> Comparison:
-    """Compares what each study offers at the latencies of both fronts (at most ``most`` of them).
+    """Compares what each study offers at the latencies that the points of both fronts keep (at most ``most`` of them).
 
     Every measured point within SLO is drawn anew ``DRAWS`` times, in cost and in latency, from what its interval and
     the launch spread leave open; in each draw the cheapest point below the latency counts. So a point that is only
@@ -71,11 +71,17 @@ def compare(first: Side, second: Side, *, most: int = 12, seed: int = 0) -> Comp
     sides = (first, second)
     clouds = [[p for p in points(side.trials, side.objective) if p.ok] for side in sides]
     differences = _differences(first, second)
-    latencies = sorted({p.latency for cloud in clouds for p in front(cloud)})
+    spreads = [_spread(side.trials) for side in sides]
+    # the latency that a point keeps for sure: at its middle half of the draws would rule the point out
+    latencies = sorted(
+        end(p.latency, p.latency_interval, spread, 0.99, low=False)
+        for cloud, spread in zip(clouds, spreads, strict=True)
+        for p in front(cloud)
+    )
     if len(latencies) > most:
         latencies = [latencies[round(i)] for i in np.linspace(0, len(latencies) - 1, most)]
     rng = np.random.default_rng(seed)
-    drawn = [_draw(cloud, _spread(side.trials), rng) for cloud, side in zip(clouds, sides, strict=True)]
+    drawn = [_draw(cloud, spread, rng) for cloud, spread in zip(clouds, spreads, strict=True)]
     levels = []
     for limit in latencies:
         seen = [min((p.cost for p in cloud if p.latency <= limit), default=math.inf) for cloud in clouds]

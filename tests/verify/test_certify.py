@@ -1,0 +1,99 @@
+import contextlib
+import dataclasses
+
+import pytest
+
+from benchmarks.verify.machine import Machine, Noise
+from benchmarks.verify.small_study import LATENCY, study
+from tests.verify.test_promise import MARK
+from tests.verify.test_verification import WINDOWS
+from tuner.engines.protocol import LaunchFailed
+from tuner.errors import NothingFeasible, UsageError
+from tuner.study.outcome import Infeasible
+from tuner.verify.certify import recertify
+from tuner.verify.promise import Promise
+from tuner.verify.repeats import Spread
+
+STUDY = study(LATENCY, ("v0",), 1, 10)
+
+
+def machine(speed: float, seed: int = 3) -> Machine:
+    return Machine(lambda _config: speed, STUDY.objective, seed, Noise(launch=0.01, drift=0.01))
+
+
+def promised(load: float = 0.8) -> Promise:
+    """What a machine of speed 1 does at ``load`` on the same windows."""
+    config = STUDY.space.config({}, "m")
+    with machine(1.0, seed=9).launch(config, "x") as rig:
+        steps = [rig.measure(load, w, w.name) for w in WINDOWS]
+    cost, ttft = (sum(s.metrics[key] for s in steps) / len(steps) for key in ("cost_usd_per_mtok_output", "ttft_p99_s"))
+    around = [(value, value * 0.93, value * 1.07) for value in (cost, ttft)]
+    slos = STUDY.objective.slos
+    return Promise("chat", 1, config, load, slos, around[0], "ttft_p99", around[1], MARK, Spread(0.0002, 10))
+
+
+def certificate(speed: float, **more):
+    return recertify(promised(), machine(speed).launch, WINDOWS, more.pop("now", MARK), **more)
+
+
+def test_the_same_machine_keeps_its_promise():
+    found = certificate(1.0)
+    assert found.holds and found.launches == 2
+    found.require()
+    assert "promise holds" in found.text and "Nothing of the fingerprint has changed" in found.text
+
+
+def test_a_machine_that_is_much_slower_breaks_it_with_exit_code_3_and_the_figure():
+    found = certificate(0.6)
+    assert not found.holds
+    with pytest.raises(NothingFeasible, match="ttft_p99") as caught:
+        found.require()
+    assert caught.value.exit_code == 3
+
+
+def test_a_cheaper_or_faster_machine_keeps_it():
+    assert certificate(1.5).holds
+
+
+def test_what_launches_differ_by_does_not_break_a_promise():
+    """Twenty machines as fast as promised: hardly any is accused."""
+    broken = 0
+    for seed in range(20):
+        found = recertify(promised(0.6), machine(1.0, seed).launch, WINDOWS, MARK)
+        broken += not found.holds
+    assert broken <= 2
+
+
+def test_what_changed_since_is_named_beside_the_result():
+    found = certificate(1.0, now=dataclasses.replace(MARK, engine_version="0.33.0"))
+    assert found.changes == ("engine version 0.32.0 -> 0.33.0",)
+    assert "0.32.0 -> 0.33.0" in found.text
+
+
+def test_a_server_that_does_not_start_breaks_the_promise():
+    @contextlib.contextmanager
+    def launch(_config, _label):
+        raise LaunchFailed(Infeasible("unknown-flag", "unrecognized arguments: --old", stage="start-up"))
+        yield
+
+    found = recertify(promised(), launch, WINDOWS, MARK)
+    assert not found.holds and "unrecognized arguments: --old" in found.text
+
+
+def test_no_second_launch_begins_when_half_of_the_time_is_gone():
+    clock = iter([0.0, 400.0, 800.0])
+    assert certificate(1.0, clock=lambda: next(clock), seconds=600.0).launches == 1
+
+
+def test_a_measurement_that_cannot_be_believed_is_no_broken_promise():
+    @contextlib.contextmanager
+    def launch(config, label):
+        class Rig:
+            def measure(self, load, trace, window):
+                return dataclasses.replace(rig.measure(load, trace, window), untrusted=("client lag p99 14 ms",))
+
+        with machine(0.5).launch(config, label) as rig:
+            yield Rig()
+
+    with pytest.raises(UsageError, match="client lag"):
+        recertify(promised(), launch, WINDOWS, MARK)

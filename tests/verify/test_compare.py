@@ -1,0 +1,63 @@
+import math
+from pathlib import Path
+
+from tests.studies import objective, space, step
+from tests.verify.test_finalists import trial
+from tuner.study.outcome import Measured
+from tuner.study.store import TrialRecord
+from tuner.verify.compare import Side, compare
+
+WANT = objective()
+
+
+def side(name: str, *trials, **facts: str) -> Side:
+    return Side(name, trials, WANT, facts)
+
+
+def test_a_front_that_is_cheaper_at_every_latency_wins_with_significance():
+    first = side("old", trial(0, 2048, 1000, tpot_s=0.02), trial(1, 4096, 1500, tpot_s=0.03))
+    second = side("new", trial(0, 2048, 2000, tpot_s=0.02), trial(1, 4096, 3000, tpot_s=0.03))
+    found = compare(first, second)
+    assert {level.winner for level in found.levels} == {2}
+    assert found.levels[0].ratio[1] < 0.5 < found.levels[0].ratio[2] < 1
+    assert "**new** is cheaper at 4 of 4 latencies" in found.text
+    assert found.rows[0]["proven"] == "new"
+
+
+def test_the_same_study_twice_is_not_told_apart():
+    trials = (trial(0, 2048, 1000, tpot_s=0.02), trial(1, 4096, 1500, tpot_s=0.03))
+    found = compare(side("a", *trials), side("b", *trials))
+    assert {level.winner for level in found.levels} == {0}
+    assert "At none of 4 latencies is either proven cheaper" in found.text
+    assert "Nothing else differs" in found.text
+
+
+def test_a_side_that_offers_nothing_at_a_latency_loses_it():
+    first = side("slow", trial(0, 2048, 1000, tpot_s=0.04))
+    second = side("fast", trial(0, 2048, 1000, tpot_s=0.01))
+    found = compare(first, second)
+    assert math.isinf(found.levels[0].first) and found.levels[0].winner == 2
+    assert found.rows[0]["cost slow"] is None
+
+
+def test_fronts_that_cross_are_each_named_where_they_win():
+    first = side("a", trial(0, 2048, 2000, tpot_s=0.01), trial(1, 4096, 2100, tpot_s=0.03))
+    second = side("b", trial(0, 2048, 1000, tpot_s=0.01), trial(1, 4096, 4000, tpot_s=0.03))
+    assert "Each is cheaper somewhere" in compare(first, second).text
+
+
+def test_what_else_differs_is_named():
+    found = compare(side("a", engine="0.32.0", gpu="H100"), side("b", engine="0.33.0", gpu="H100"))
+    assert found.differences == ("engine: 0.32.0 / 0.33.0",)
+    assert "Neither study has a point" in found.text
+    strict = Side("c", (), objective("ttft_p99=100ms", price=5.0), {})
+    assert any(text.startswith("SLOs:") for text in compare(side("a"), strict).differences)
+
+
+def test_points_beyond_the_slos_do_not_count():
+    config = space().config({}, "m")
+    late = TrialRecord(
+        1, Path("."), config, Measured((step(2.0, WANT, tokens_per_s=9000, ttft_s=9.0),)), config.params, 0, 0
+    )
+    found = compare(side("a", trial(0, 2048, 1000)), side("b", late))
+    assert all(level.winner == 1 for level in found.levels)
