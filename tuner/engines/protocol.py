@@ -21,7 +21,7 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a launch happens: ``folder`` takes the server's log and temporary files (absolute; it exists), ``gpus`` are the
+    """Where a launch happens: ``folder`` (absolute, exists) takes the server's log and temporary files; ``gpus`` the
     indices of the leased GPUs (empty on a CPU server), ``cancel`` is set when the user interrupts; ``on_event`` is
     told of progress (``("phase", {"name": "weights", "elapsed_s": 3.1})``) from any thread, and must not block."""
 
