@@ -108,6 +108,7 @@ def test_rescaled_records_are_on_the_emulated_clock_and_so_are_the_clients_lags(
 
     assert step.metrics["ttft_p50_s"] == pytest.approx(0.1)
     assert step.metrics["tpot_p50_s"] == pytest.approx(0.1)
+    assert step.metrics["itl_p50_s"] == pytest.approx(0.1)
     assert step.metrics["send_lag_p99_s"] == pytest.approx(0.01)
     assert step.metrics["stamp_error_p99_s"] == pytest.approx(0.005), "half a millisecond late counts as five"
     assert step.metrics["shards"] == 1

@@ -67,6 +67,36 @@ def test_a_gpu_that_throttled_makes_the_step_untrusted(stage, monkeypatch):
     assert measured.metrics["system_gpu_throttled_share"] == 1.0
 
 
+def test_energy_is_told_per_token_that_was_served(stage, monkeypatch):
+    card = {"millijoules": 1_000}
+    site = replace(stage.site, gpus=(0,))
+    server = HttpServer(start(stage.recipe(gpus=Gpus(Nvml(card)), telemetry_period_s=60), site, stage.root))
+
+    def act(endpoint, plan, alive):
+        telemetry = server._running.telemetry
+        assert telemetry is not None
+        telemetry.sample()
+        card["millijoules"] += 50_000
+        return replace(step(), metrics={"client_output_tokens": 100.0})
+
+    replay(monkeypatch, act)
+    measured = server.measure(plan(stage))
+    server.stop()
+    assert measured.metrics["system_gpu_energy_j_per_output_token"] == pytest.approx(0.5)
+
+
+def test_a_disk_that_is_full_does_not_keep_a_server_alive(stage, monkeypatch):
+    from tuner.server import telemetry
+
+    server = launched(stage)
+
+    def full(samples, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(telemetry, "write", full)
+    assert server.stop().left_over == () and stage.clean()
+
+
 def test_a_server_that_dies_under_load_is_diagnosed_from_its_log(stage, monkeypatch):
     server = launched(stage, "--say-after", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
 

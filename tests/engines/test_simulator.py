@@ -142,6 +142,19 @@ def test_no_more_blocks_are_used_than_there_are() -> None:
         assert 0 <= pool.used <= pool.total
 
 
+def test_no_step_computes_more_tokens_than_its_budget() -> None:
+    sim = simulator(max_num_batched_tokens=256, max_num_seqs=64)
+    for work in [Work(0.01 * i, 1000, 30) for i in range(60)]:
+        sim.submit(work)
+    most = 0
+    while sim.next_event_s < float("inf"):
+        sim.advance()
+        if batch := sim.replicas[0].batch:
+            most = max(most, batch.tokens)
+
+    assert most == 256
+
+
 def test_max_num_seqs_bounds_what_runs_at_once() -> None:
     sim = simulator(max_num_seqs=4)
     for _ in range(20):
