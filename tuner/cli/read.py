@@ -34,11 +34,11 @@ def front(path: Path, json: bool) -> int:
     """Prints the front; 3 where no configuration meets the SLOs."""
     from rich.console import Console
 
-    from tuner.pareto.choice import choose
+    from tuner.pareto.recommend import recommended
     from tuner.report import terminal
 
     study, store = opened(path)
-    choice = choose(store.trials(), study.objective)
+    choice = recommended(store, study)
     if json:
         print(json_.dumps(terminal.front_data(store, study), indent=1))
     else:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.engines.protocol import Cancelled, OnEvent
-from tuner.pareto.choice import Choice, choose
+from tuner.pareto.choice import Choice
+from tuner.pareto.recommend import recommended
 from tuner.record.mlflow import Recorder
 from tuner.spec.study import Study
 from tuner.study import verifying
@@ -57,7 +58,7 @@ def conclude(
     if not cancel.is_set():
         with suppress(Cancelled):
             verifying.run(ready, store, writer, Bench(study, ready.engine, cancel, on_event))
-    choice = choose(store.trials(), study.objective)
+    choice = recommended(store, study)
     files: list[Path] = []
     if choice.point is not None:
         files += formats.best_config(store, study)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import optuna
 
     from tuner.search.warmstart import Earlier
+    from tuner.verify.fingerprint import Fingerprint
 
 REFUSE_MARGIN = 0.05  # memory arithmetic may be wrong by this share of a GPU before it refuses a launch
 
@@ -51,10 +53,28 @@ class Prepared:
         noted["emulated"] = self.engine.emulated
         with suppress(LaunchFailed):
             noted["model_folder"] = served(config) if served else config.model
+        noted["fingerprint"] = self.fingerprint(str(noted.get("model_folder") or config.model)).to_dict()
         if self.predictor is not None:
             ladder = self.study.load.ladder
             noted["predicted"] = {f"{load:g}": dict(self.predictor.predict(config, load).metrics) for load in ladder}
         return noted
+
+    def fingerprint(self, served: str) -> Fingerprint:
+        """On what this machine measures now; ``served`` is the model's folder or id."""
+        from tuner.verify.fingerprint import Fingerprint, driver, model_hash, trace_hash
+
+        study = self.study
+        return Fingerprint(
+            engine=study.engine.kind,
+            engine_version=self.engine.version(),
+            driver=driver(),
+            gpu=study.hardware.name,
+            model=Path(served).name,
+            model_hash=model_hash(Path(served)),
+            trace=Path(study.trace.file).name,
+            trace_hash=trace_hash(self.traffic.heldout),
+            date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        )
 
     def why_not(self, config: ServingConfig) -> str:
         """Why memory arithmetic refuses ``config``; empty where it may run."""

@@ -23,7 +23,6 @@ from tuner.verify.ablation import Ablation, AblationBudget, ablate
 from tuner.verify.arm import Finalist
 from tuner.verify.certify import Certificate, recertify
 from tuner.verify.finalists import launch_spread, shortlist
-from tuner.verify.fingerprint import Fingerprint, driver, model_hash, trace_hash
 from tuner.verify.promise import Promise
 from tuner.verify.verdict import Verification
 from tuner.verify.verification import Done, Launcher, VerifyBudget, verify
@@ -145,27 +144,8 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
     recorder = _Nobody()
     windows = ready.traffic.heldout
     launch = launcher(ready, own, recorder, bench, "certify")
-    return recertify(promise, launch, windows, fingerprint(ready, promise.config), bench.on_event, seconds=seconds)
-
-
-def fingerprint(ready: Prepared, config: ServingConfig) -> Fingerprint:
-    """On what this machine would measure ``config`` now."""
-    from datetime import UTC, datetime
-    from pathlib import Path
-
-    study = ready.study
-    served = str(ready.notes(config).get("model_folder") or study.model)
-    return Fingerprint(
-        engine=study.engine.kind,
-        engine_version=ready.engine.version(),
-        driver=driver(),
-        gpu=study.hardware.name,
-        model=Path(served).name,
-        model_hash=model_hash(Path(served)),
-        trace=Path(study.trace.file).name,
-        trace_hash=trace_hash(ready.traffic.heldout),
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
-    )
+    served = str(ready.notes(promise.config).get("model_folder") or promise.config.model)
+    return recertify(promise, launch, windows, ready.fingerprint(served), bench.on_event, seconds=seconds)
 
 
 def verification(store: Store) -> Verification | None:
