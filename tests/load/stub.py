@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ DEFAULTS = {
     "hang_every": 0,  # every k-th request is never answered
     "idle_close_s": 0.0,  # closes a connection this long after a response
     "max_output": 0,  # stops by itself, as a model does at its end of sequence
+    "tls": [],  # certificate and key
     "html": False,  # answers with a web page
     "log": "",  # file that gets one JSON line per request: number of prompt tokens, what was asked
 }
@@ -161,7 +163,12 @@ def stub(**config: object):
 
 
 async def main() -> None:
-    server = await asyncio.start_server(Server(json.loads(sys.argv[1])).serve, "127.0.0.1", 0, backlog=2048)
+    config = json.loads(sys.argv[1])
+    context = None
+    if config.get("tls"):
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(*config["tls"])
+    server = await asyncio.start_server(Server(config).serve, "127.0.0.1", 0, backlog=2048, ssl=context)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 

@@ -1,10 +1,13 @@
 """The replay client against servers of known timing and known faults, each in a process of its own."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,6 +223,39 @@ def test_the_model_is_asked_for_where_it_is_not_given(tmp_path):
         asked = plan(tmp_path, trace([0.0, 0.1]))
         measure(Endpoint(url, ""), asked)
     assert read(asked.records).meta["dialect"]["model"] == "stub"
+
+
+def test_a_trace_of_texts_is_sent_as_texts(tmp_path):
+    texts = ("One question.", 'Another, with "quotes" and é.')
+    log = tmp_path / "log"
+    with stub(first_s=0.0, gap_s=0.0, log=str(log)) as (_, url):
+        m = measure(endpoint(url), plan(tmp_path, replace(trace([0.0, 0.1]), texts=texts))).metrics
+    assert [json.loads(line)["prompt"] for line in log.read_text().splitlines()][1:] == list(texts)
+    assert m["error_rate"] == 0 and m["client_output_tokens"] == 20
+
+
+def test_a_host_name_leads_to_the_address_that_answers(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        where = url.replace("127.0.0.1", "localhost") + "/v1/"
+        m = measure(endpoint(where), plan(tmp_path, trace([0.0, 0.1]))).metrics
+    assert m["error_rate"] == 0
+
+
+def test_tls_is_spoken_and_timed_alike(tmp_path, monkeypatch):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    try:
+        subprocess.run([*make.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no openssl to make a certificate with")
+    with stub(first_s=0.1, gap_s=0.02, tls=[str(certificate), str(key)]) as (_, url):
+        where = endpoint(url.replace("http://127.0.0.1", "https://localhost"))
+        with pytest.raises(EnvironmentFault, match="no TLS"):
+            measure(where, plan(tmp_path, trace([0.0])))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        m = measure(where, plan(tmp_path, poisson(40, 40, input_tokens=40_000, output_tokens=9))).metrics
+    assert (m["error_rate"], m["client_output_tokens"]) == (0, 360)
+    assert m["ttft_p50_s"] == pytest.approx(0.1, abs=0.02) and m["itl_p50_s"] == pytest.approx(0.02, abs=0.003)
 
 
 def test_a_web_server_is_told_apart_in_one_line(tmp_path):

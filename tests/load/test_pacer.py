@@ -1,11 +1,13 @@
 """When requests leave."""
 
+import socket
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuner.load import client
 from tuner.load.pacer import Alarm, ClosedLoop, OpenLoop
 
 offsets = st.lists(st.integers(0, 10**10), max_size=50).map(sorted)
@@ -54,6 +56,30 @@ def test_a_closed_loop_sends_the_next_request_when_one_ends():
     assert pacer.next_ns() is None and pacer.due(1_000) == []
     pacer.finished(2_000)
     assert pacer.due(2_500) == [(1, 2_000)]
+
+
+@pytest.mark.parametrize("timerfd", [True, False])
+def test_waiting_ends_at_the_deadline_or_when_bytes_are_there(timerfd, monkeypatch):
+    """With Linux's timerfd, and with the selector that stands in for it elsewhere."""
+    if not timerfd:
+
+        def none() -> None:
+            raise OSError
+
+        monkeypatch.setattr(client, "Alarm", none)
+    poll = client.Poll()
+    here, there = socket.socketpair()
+    poll.add(here.fileno(), None)
+    begin = time.monotonic_ns()
+    assert poll.wait(begin + 20_000_000) == []
+    assert time.monotonic_ns() >= begin + 20_000_000
+    there.send(b"x")
+    assert poll.wait(time.monotonic_ns() + 10**12) == [here.fileno()]
+    poll.modify(here.fileno(), True)
+    assert here.recv(1) and poll.wait(time.monotonic_ns() + 10**12) == [here.fileno()]  # it takes bytes
+    poll.remove(here.fileno())
+    assert poll.wait(1) == []
+    poll.close()
 
 
 def test_an_alarm_is_absolute_and_can_be_set_again():

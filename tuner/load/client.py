@@ -137,21 +137,21 @@ class Client:
         return time.monotonic_ns() if ready else now
 
     def _serve(self, connection: Connection, late_ns: int) -> None:
+        data, stamp = None, 0
         try:
             if connection.wants_write:
-                was_ready = connection.ready
                 connection.write()
-                if connection.ready and not was_ready:
-                    self._opened(connection)
-                if not connection.wants_write:
-                    self._poll.modify(connection.fd, False)
-                if not connection.ready:
-                    return
             data, stamp = connection.read()
         except BlockingIOError:
-            return
+            pass
         except OSError as error:
             self._broken(connection, _words(error))
+            return
+        if not connection.announced and connection.ready:
+            connection.announced = True
+            self._opened(connection)
+        self._watch_write(connection)
+        if data is None:
             return
         now = time.monotonic_ns()
         number = connection.number
@@ -198,8 +198,7 @@ class Client:
             connection.assign(number, request)
             if connection.ready:
                 connection.write()
-                if connection.wants_write:
-                    self._poll.modify(connection.fd, True)
+                self._watch_write(connection)
         except OSError as error:
             if connection is None:
                 self._finish(number, now, _words(error))
@@ -223,9 +222,13 @@ class Client:
         self._pacer.finished(now)
 
     def _expire(self, now: int) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, number = self._deadlines.popleft()
+        """Gives up what has outlived the timeout; forgets the deadlines of what has ended."""
+        while self._deadlines:
+            deadline_ns, number = self._deadlines[0]
             connection = self._busy.get(number)
+            if connection is not None and deadline_ns > now:
+                return
+            self._deadlines.popleft()
             if connection is not None:
                 self._finish(number, now, "timeout")
                 self._drop(connection)
@@ -237,6 +240,11 @@ class Client:
             self._drop(connection)
 
     # connections
+
+    def _watch_write(self, connection: Connection) -> None:
+        if connection.wants_write != connection.polled_write:
+            connection.polled_write = not connection.polled_write
+            self._poll.modify(connection.fd, connection.polled_write)
 
     def _open(self) -> Connection:
         family, address = self._addresses[0]
@@ -261,7 +269,7 @@ class Client:
 
     def _drop(self, connection: Connection) -> None:
         if self._connections.pop(connection.fd, None) is not None:
-            if not connection.ready:
+            if not connection.announced:
                 self._opening -= 1
             self._poll.remove(connection.fd)
             connection.close()

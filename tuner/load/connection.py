@@ -23,18 +23,22 @@ class Connection:
     """
 
     __slots__ = (
+        "_connected",
         "_framing",
         "_head",
         "_need",
         "_tail",
         "_tls",
         "_unsent",
+        "_waiting",
         "_wire_in",
         "_wire_out",
+        "announced",
         "fd",
         "idle_ns",
         "keep",
         "number",
+        "polled_write",
         "ready",
         "received",
         "reused",
@@ -56,11 +60,14 @@ class Connection:
         self.fd = self.sock.fileno()
         self.number = -1
         self.ready = False
+        self.announced = False  # for the event loop: whether it knows that this is ready
+        self.polled_write = True  # for the event loop: whether it waits for the socket to take bytes
         self.reused = False
         self.keep = True
-        self.received = 0
         self.idle_ns = 0
+        self._connected = False
         self._unsent = memoryview(b"")
+        self._waiting = b""  # a request that waits for the TLS handshake
         self._tls = None
         if tls:
             self._wire_in, self._wire_out = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -82,30 +89,34 @@ class Connection:
         """The request to send; :meth:`write` sends it as far as the socket takes it."""
         self._reset()
         self.number = number
-        if self._tls and self.ready:
+        if self._tls is None:
+            self._unsent = memoryview(request)
+        elif self.ready:
             self._tls.write(request)
-            request = self._wire_out.read()
-        self._unsent = memoryview(request)
+            self._collect()
+        else:
+            self._waiting = request
 
     @property
     def wants_write(self) -> bool:
-        """Whether the poller must wait for the socket to take bytes."""
-        return not self.ready or len(self._unsent) > 0
+        """Whether there is something that waits for the socket to take bytes."""
+        return not self._connected or len(self._unsent) > 0
 
     def write(self) -> None:
         """Goes on with what is to be written: the connection's set-up, then the request."""
-        if not self.ready:
+        if not self._connected:
             code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 raise OSError(code, os.strerror(code))
-            if self._tls:
-                self._shake()
-                return
             try:
                 self.sock.getpeername()
             except OSError:
-                return  # not yet connected
-            self.ready = True
+                return  # not yet
+            self._connected = True
+            if self._tls:
+                self._shake()
+            else:
+                self.ready = True
         while len(self._unsent):
             try:
                 sent = self.sock.send(self._unsent)
@@ -114,32 +125,31 @@ class Connection:
             self._unsent = self._unsent[sent:]
 
     def _shake(self) -> None:
-        """One step of the TLS handshake, then the request that waits for it."""
-        assert_tls = self._tls
-        if assert_tls is None:
+        """One step of the TLS handshake; after the last, the request that waited for it."""
+        if self._tls is None:
             return
         try:
-            assert_tls.do_handshake()
+            self._tls.do_handshake()
             self.ready = True
         except ssl.SSLWantReadError:
             pass
-        out = self._wire_out.read()
-        if self.ready and len(self._unsent):
-            assert_tls.write(self._unsent)
-            out += self._wire_out.read()
-        if out or self.ready:
-            self._unsent = memoryview(out)
-            while len(self._unsent):
-                try:
-                    self._unsent = self._unsent[self.sock.send(self._unsent) :]
-                except BlockingIOError:
-                    return
+        if self.ready and self._waiting:
+            self._tls.write(self._waiting)
+            self._waiting = b""
+        self._collect()
+
+    def _collect(self) -> None:
+        """What TLS has to say goes behind what is still unsent."""
+        if self._wire_out.pending:
+            self._unsent = memoryview(bytes(self._unsent) + self._wire_out.read())
 
     def read(self) -> tuple[bytes, int]:
         """Next bytes and the kernel's receive time of the last of them (CLOCK_REALTIME, ns; 0 where there is none).
 
         ``b""`` is the end of the stream. Raises BlockingIOError where nothing is to be read.
         """
+        if not self._connected:
+            raise BlockingIOError
         if not self.stamped:
             data, ancillary = self.sock.recv(_READ_BYTES), ()
         else:
@@ -160,20 +170,18 @@ class Connection:
         self._wire_in.write(data)
         if not self.ready:
             self._shake()
-            if not self.ready:
-                raise BlockingIOError
+            self.write()
         pieces = []
-        while True:
+        if self.ready:
             try:
-                piece = tls.read(_READ_BYTES)
+                while piece := tls.read(_READ_BYTES):
+                    pieces.append(piece)
             except ssl.SSLWantReadError:
-                break
+                if not pieces:
+                    raise BlockingIOError from None
             except ssl.SSLZeroReturnError:
-                break
-            if not piece:
-                break
-            pieces.append(piece)
-        if not pieces:
+                pass  # the end of the stream, politely
+        elif not pieces:
             raise BlockingIOError
         return b"".join(pieces)
 

@@ -100,7 +100,7 @@ class Writer:
 
     def _head_and_body(self, prompt: str, output_tokens: int) -> bytes:
         dialect = self.dialect
-        fields: dict[str, Any] = {"model": dialect.model, "stream": True, "temperature": 1.0}
+        fields: dict[str, Any] = {"model": dialect.model, "stream": True}
         fields.update(self.sampling)
         fields[dialect.max_tokens_name] = output_tokens
         fields["stream_options"] = {"include_usage": True}

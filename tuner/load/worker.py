@@ -178,15 +178,25 @@ def _raise_limits() -> None:
     """As many descriptors as the user may have, and, where that is allowed, a real-time priority: a stopwatch must not
     wait for its turn on a core that the server keeps busy. It uses little of the core, and a client that uses much of
     one is Untrusted."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
+    try:
         import resource
-
+    except ImportError:
+        return  # no such limits on this platform
+    with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, 0, -10)
+        # a client that computes for half a second without ever waiting gives the priority back
+        signal.signal(signal.SIGXCPU, _ordinary)
+        resource.setrlimit(resource.RLIMIT_RTTIME, (500_000, resource.RLIM_INFINITY))
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
+def _ordinary(*_: object) -> None:
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError):  # the parent was killed
+        main()

@@ -60,13 +60,14 @@ def _disagreements(metrics: Mapping[str, float]) -> list[str]:
     ours_s, theirs_s = metrics.get("client_ttft_mean_s", math.nan), metrics.get("server_ttft_mean_s", math.nan)
     if ours_s < theirs_s * (1 - SHARE) - SEND_LAG_S:
         reasons.append(
-            f"the client's mean TTFT is {_ms(ours_s)}, the server's own {_ms(theirs_s)}, though the client's way is longer"
+            f"the client's mean TTFT is {_ms(ours_s)}, the server's own {_ms(theirs_s)}, "
+            "though the client's way is longer"
         )
     hits, shared = metrics.get("server_prefix_hit_rate", math.nan), metrics.get("trace_prefix_share", math.nan)
     if hits > shared + PREFIX_OFF and not metrics.get("server_preemptions", 0.0):
         reasons.append(
-            f"the prefix cache held {hits:.1%} of the prompts, the trace shares {shared:.1%}: the server had seen these "
-            "prompts before (use another seed)"
+            f"the prefix cache held {hits:.1%} of the prompts, the trace shares {shared:.1%}: "
+            "the server had seen these prompts before (use another seed)"
         )
     return reasons
 
