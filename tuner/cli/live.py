@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tuner.pareto.changes import describe
 from tuner.study.outcome import Infeasible, Measured
 from tuner.study.price import COST
 
@@ -26,6 +27,7 @@ class View:
     def __init__(self, study: Study, plain: bool) -> None:
         self.study = study
         self.plain = plain
+        self.default = study.space.config(study.space.default(), study.model)
         self.console = Console(stderr=True, highlight=False)
         self.began_s = time.monotonic()
         self.running: dict[int, dict[str, Any]] = {}
@@ -84,7 +86,7 @@ class View:
         self.budget = data["left"]
 
     def _on_launch(self, trial: int, data: Any) -> None:
-        flags = " ".join(data["config"].args()) or "no flags"
+        flags = describe(data["config"], self.default)
         self.running[trial] = {"since_s": time.monotonic(), "phase": "starting", "flags": flags, "why": data["why"]}
         if self.plain:
             self.say(f"[{trial}] launching ({data['why']}): {flags}")
