@@ -116,16 +116,28 @@ time.sleep(600)
 """
 
 
-def _tuner(folder: Path, launch_id: str, *words: str) -> tuple[subprocess.Popen, list[Pid]]:
-    text = TUNER.format(root=ROOT, folder=str(folder), launch_id=launch_id, words=fake(*words))
-    tuner = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
-    assert tuner.stdout is not None
-    pids = [Pid.of(number) for number in json.loads(tuner.stdout.readline())]
-    return tuner, [pid for pid in pids if pid]
+@pytest.fixture
+def run_tuner(tmp_path):
+    """Starts a tuner with one server in a process of its own: (it, [guard, server, strays])."""
+    tuners: list[subprocess.Popen] = []
+
+    def run(launch_id: str, *words: str) -> tuple[subprocess.Popen, list[Pid]]:
+        text = TUNER.format(root=ROOT, folder=str(tmp_path), launch_id=launch_id, words=fake(*words))
+        tuner = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+        tuners.append(tuner)
+        assert tuner.stdout is not None
+        pids = [Pid.of(number) for number in json.loads(tuner.stdout.readline())]
+        return tuner, [pid for pid in pids if pid]
+
+    yield run
+    for tuner in tuners:
+        tuner.kill()
+        tuner.wait()
+    reap(tmp_path)
 
 
-def test_a_tuner_killed_with_9_takes_its_servers_and_their_strays_with_it(tmp_path):
-    tuner, pids = _tuner(tmp_path, "a1" * 8, "--stray", "session", "--hang")
+def test_a_tuner_killed_with_9_takes_its_servers_and_their_strays_with_it(tmp_path, run_tuner):
+    tuner, pids = run_tuner("a1" * 8, "--stray", "session", "--hang")
     tuner.kill()
     tuner.wait()
     assert eventually(lambda: not any(pid.alive for pid in pids))
@@ -134,8 +146,8 @@ def test_a_tuner_killed_with_9_takes_its_servers_and_their_strays_with_it(tmp_pa
     assert list((tmp_path / "launches").iterdir()) == [] and not list(tmp_path.glob("t-*"))
 
 
-def test_what_a_tuner_and_its_guard_leave_when_both_are_killed_is_reaped_by_its_marker(tmp_path):
-    tuner, pids = _tuner(tmp_path, "b2" * 8, "--deaf", "--stray", "session", "--hang")
+def test_what_a_tuner_and_its_guard_leave_when_both_are_killed_is_reaped_by_its_marker(tmp_path, run_tuner):
+    tuner, pids = run_tuner("b2" * 8, "--deaf", "--stray", "session", "--hang")
     os.kill(pids[0].pid, signal.SIGKILL)
     tuner.kill()
     tuner.wait()
@@ -146,10 +158,10 @@ def test_what_a_tuner_and_its_guard_leave_when_both_are_killed_is_reaped_by_its_
     assert any("--child" in line for line in cleaned)
 
 
-def test_reaping_touches_nobody_else(tmp_path):
+def test_reaping_touches_nobody_else(tmp_path, run_tuner):
     bystander = subprocess.Popen(fake("--child"), env={"PATH": os.environ["PATH"], MARKER: "somebody-else"})
     try:
-        tuner, pids = _tuner(tmp_path, "c3" * 8, "--stray", "session", "--hang")
+        tuner, pids = run_tuner("c3" * 8, "--stray", "session", "--hang")
         assert reap(tmp_path) == []  # that tuner lives, so nothing of it is ours to end
         assert all(pid.alive for pid in pids)
         tuner.kill()

@@ -75,7 +75,11 @@ class HttpServer:
     def _with_system(self, step: Step, begin_s: float, end_s: float) -> Step:
         telemetry = self._running.telemetry
         samples: list[Sample] = telemetry.between(begin_s, end_s) if telemetry else []
-        metrics: Mapping[str, float] = {**step.metrics, **summary(samples)}
+        system = summary(samples)
+        tokens = step.metrics.get("client_output_tokens", 0.0)
+        if tokens > 0 and system.get("system_gpu_energy_j", 0.0) > 0:
+            system["system_gpu_energy_j_per_output_token"] = system["system_gpu_energy_j"] / tokens
+        metrics: Mapping[str, float] = {**step.metrics, **system}
         slow = throttling(samples)
         return replace(step, metrics=metrics, untrusted=(*step.untrusted, slow) if slow else step.untrusted)
 

@@ -148,8 +148,8 @@ RULES: tuple[Rule, ...] = (
     ),
     _rule(
         "model-broken",
-        r"SafetensorError|JSONDecodeError|Error while deserializing header|weights were not initialized from checkpoint|"
-        r"size mismatch for|Following weights were not initialized",
+        r"SafetensorError|JSONDecodeError|Error while deserializing header|"
+        r"weights were not initialized from checkpoint|size mismatch for|Following weights were not initialized",
         "a file of the model is damaged, or does not belong to its config",
         "download the model again and compare checksums",
     ),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tuner.engines.protocol import Endpoint, Teardown
 from tuner.server.bootlog import BootLog, LogFile
@@ -58,23 +58,22 @@ class Running:
         started = time.monotonic()
         left: list[str] = []
         ended = Ended(0.0, False)
-        try:
-            if self.telemetry:
-                self.telemetry.stop()
-            if self.process:
+        if self.process:
+            try:
                 ended = self.process.stop(self.stop_wait_s)
+                left += [*ended.left, *self._port_left(), *self._gpu_left()]
+            except Exception as error:  # a teardown that raises would hide the outcome it ends
+                ended = Ended(0.0, False, (f"the teardown itself failed: {error!r}",))
                 left += ended.left
-                left += self._port_left()
-                left += self._gpu_left()
-        except Exception as error:  # a teardown that raises would hide the outcome it ends
-            left.append(f"the teardown itself failed: {error!r}")
-        finally:
-            self.port.release()
-            for lease in (self.gpu_lease, self.host_lease):
-                if lease:
-                    lease.release()
-            if not ended.left:
-                self.ownership.release()
+        if self.telemetry:
+            with contextlib.suppress(Exception):  # a full disk must not keep a server alive
+                self.telemetry.stop()
+        self.port.release()
+        for lease in (self.gpu_lease, self.host_lease):
+            if lease:
+                lease.release()
+        if not ended.left:  # else the next start may still reap them
+            self.ownership.release()
         return Teardown(round(time.monotonic() - started, 3), ended.killed, tuple(left))
 
     def _port_left(self) -> list[str]:
@@ -92,7 +91,3 @@ class Running:
             if not held or time.monotonic() > deadline:
                 return [f"GPU {index}: {used / 2**30:.1f} GiB are still held" for index, used in held.items()]
             time.sleep(0.2)
-
-    @property
-    def folder(self) -> Path:
-        return self.log.path.parent

@@ -14,10 +14,10 @@ from tuner.server import probe
 from tuner.server.bootlog import SILENT, BootLog, Dialect, LogFile
 from tuner.server.diagnosis import Evidence, diagnose
 from tuner.server.environment import not_passed, server_environment
+from tuner.server.faststart import FastStart
 from tuner.server.gpu import Gpus
 from tuner.server.leases import GpuLease, Lease, Leases, PortLease
 from tuner.server.limits import History, Limits
-from tuner.server.faststart import FastStart
 from tuner.server.process import Process, Program, StartFailed, new_guard
 from tuner.server.running import Running
 from tuner.server.runtime import Ownership, reap, runtime_root
