@@ -23,6 +23,7 @@ from tuner.spec.slo import parse
 from tuner.spec.study import Budget, EngineSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
 from tuner.study.store import Store, write_json
+from tuner.verify.ablation import Ablation, Effect
 from tuner.verify.arm import Finalist
 from tuner.verify.judge import Arm, Judgement
 from tuner.verify.verdict import Verification, verdict
@@ -329,6 +330,19 @@ def verification(known: Study, store: Store, winner: int | None = None) -> Verif
     reason = "cheaper" if choice else "nothing-holds"
     verdict_of = Judgement(choice, reason, state)
     return verdict(verdict_of, arms, [], known, windows=3, stopped="the interval is narrow enough", confidence=0.95)
+
+
+def ablation(known: Study, winner: ServingConfig, kept: str) -> Ablation:
+    """What ablation leaves where only the parameter ``kept`` of ``winner`` earned its place."""
+    off = {name: v for name, v in winner.params.items() if v != known.space[name].default}
+    effects = tuple(
+        Effect(name, value, known.space[name].default, name == kept, (1.3, 1.25, 1.36), 0.001, "its effect is proven")
+        if name == kept
+        else Effect(name, value, known.space[name].default, False, (1.0, 0.98, 1.02), 0.6, "no effect is proven")
+        for name, value in off.items()
+    )
+    small = known.space.config({kept: off[kept]}, known.model)
+    return Ablation(small, {kept: off[kept]}, effects, (0.99, 0.97, 1.01), 12, "Two flags were superfluous.")
 
 
 def measured(number: int, steps: tuple[Step, ...], store: Store, **notes: Any) -> None:

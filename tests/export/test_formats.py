@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from tests import studies
 from tuner.errors import NothingFeasible, UsageError
-from tuner.export.deployment import deployment, read_promise
-from tuner.export.formats import FORMATS, best_config, export, write
+from tuner.export.deployment import deployment
+from tuner.export.formats import FORMATS, best_config, export
 from tuner.export.text import dump
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Measured
-from tuner.study.store import Store
+from tuner.study.store import Store, write_json
+from tuner.verify.promise import read_promise
 
 OBJECTIVE = studies.objective()
 PARAMS = {"max_num_batched_tokens": 8192, "prefix_caching": False, "speculation": "ngram", "draft_tokens": 4}
@@ -53,18 +54,20 @@ def test_the_comments_say_what_was_measured_on_what_and_what_each_flag_trades(ma
     assert "given by the study to every server" in lines[lines.index("max-model-len: 4096") - 1]
 
 
-def test_a_proven_effect_stands_before_the_flags_own_comment(made):
-    store, study = made
-    text = export(store, study, effects={"max-num-batched-tokens": "cost -12 % (-15 to -9 %)"})["best-config.yaml"]
-    assert "# cost -12 % (-15 to -9 %); max_num_batched_tokens (default 2048)" in text
-
-
 def test_the_promise_can_be_read_back(made):
     store, study = made
     promise = read_promise(best_config(store, study)[0])
-    assert promise and promise["trial"] == 1 and promise["load"] == 2.0
-    assert promise["tpot_p99_s"] == 0.02 and promise["slo"] == ["ttft_p99=500ms", "tpot_p99=50ms", "error_rate=1%"]
-    assert promise["cost_usd_per_mtok_output"] == pytest.approx(2.5 / 3600 / 2000 * 1e6, abs=1e-6)
+    assert (promise.study, promise.trial, promise.load) == ("s", 1, 2.0)
+    assert promise.slos == study.objective.slos and promise.latency == pytest.approx((0.02, 0.0194, 0.0206))
+    assert promise.cost[0] == pytest.approx(2.5 / 3600 / 2000 * 1e6)
+    assert promise.config.hash == store.trials()[1].config.hash
+    assert promise.fingerprint.gpu == "h100-sxm-80gb" and promise.fingerprint.trace == "conversation.csv"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_carries_the_promise(made, tmp_path: Path, format):
+    (path := tmp_path / "file").write_text(next(iter(export(*made, format).values())))
+    assert read_promise(path).trial == 1
 
 
 def test_the_environment_is_written_for_a_shell_and_secrets_are_left_out(tmp_path: Path):
@@ -206,19 +209,23 @@ def test_a_verified_study_exports_what_verification_promised(tmp_path: Path):
     study, store = studies.write(tmp_path / "s", trials=12, verified=True)
     path, _ = best_config(store, study)
     promise = read_promise(path)
-    assert promise and (promise["load"], promise["cost_usd_per_mtok_output"], promise["tpot_p99_s"]) == (
-        1.8,
-        0.47,
-        0.031,
+    assert (promise.load, promise.cost, promise.latency) == (1.8, (0.47, 0.45, 0.49), (0.031, 0.029, 0.034))
+    assert promise.details["role"] == "verify" and "held-out windows" in path.read_text()
+
+
+def test_after_ablation_the_smallest_configuration_is_exported_with_what_each_flag_is_worth(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    verified = studies.verification(study, store).config
+    assert verified and {"max-num-batched-tokens", "max-num-seqs"} <= verified.flags.keys()
+    write_json(
+        store.folder / "ablation.json", studies.ablation(study, verified, kept="max_num_batched_tokens").to_dict()
     )
-    assert promise["role"] == "verify" and "held-out windows" in path.read_text()
-
-
-def test_files_go_where_they_are_asked_for(made, tmp_path: Path):
-    store, study = made
-    assert write(store, study, "k8s", tmp_path / "a.yaml") == [tmp_path / "a.yaml"]
-    assert write(store, study, "helm", tmp_path / "new") == [tmp_path / "new" / "values.yaml"]
-    assert {p.name for p in write(store, study, "vllm", tmp_path)} == {"best-config.yaml", "best-config.env"}
+    files = export(store, study)
+    flags = yaml.safe_load(files["best-config.yaml"])
+    assert flags["max-num-batched-tokens"] == 8192 and "max-num-seqs" not in flags and "kv-cache-dtype" not in flags
+    line = "# its effect is proven (cost +30.0 %, +25.0 to +36.0 %, without it); max_num_batched_tokens (default 2048)"
+    assert line in files["best-config.yaml"]
+    assert "0.4653 USD" in files["best-config.yaml"]  # 0.47 x 0.99, as it was measured
 
 
 def test_an_unknown_format_and_a_container_of_another_engine_are_refused_in_words(made, tmp_path: Path):

@@ -46,3 +46,27 @@ def test_a_file_that_is_no_verdict_changes_nothing(tmp_path: Path):
     study, store = studies.write(tmp_path / "s", trials=10)
     write_json(store.folder / "verify.json", {"text": "half", "rows": []})
     assert recommended(store, study) == choose(store.trials(), study.objective)
+
+
+def test_ablation_takes_the_superfluous_flags_out_and_its_cost_in(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    before = recommended(store, study)
+    assert before.point
+    found = studies.ablation(study, before.point.config, kept="max_num_batched_tokens")
+    write_json(store.folder / "ablation.json", found.to_dict())
+    after = recommended(store, study)
+    assert after.point and after.point.config.hash == found.config.hash
+    assert after.point.cost == pytest.approx(0.47 * 0.99)
+    low, high = after.point.cost_interval or (0, 0)
+    assert low < 0.45 and high > 0.48  # wider than either: the factor was measured too
+    assert after.cost_change and after.cost_change.value == pytest.approx(0.74 * 0.99 - 1)
+    assert "Two flags were superfluous" in after.text
+
+
+def test_an_ablation_of_another_configuration_changes_nothing(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    other = study.space.config({"max_num_batched_tokens": 512}, study.model)
+    found = studies.ablation(study, other, kept="max_num_batched_tokens")
+    before = recommended(store, study)
+    write_json(store.folder / "ablation.json", found.to_dict())
+    assert recommended(store, study) == before

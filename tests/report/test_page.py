@@ -14,7 +14,7 @@ from tuner.report.page import _script_json, build
 from tuner.report.summary import summarize
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Infeasible
-from tuner.study.store import Store
+from tuner.study.store import Store, write_json
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}
 
@@ -152,6 +152,15 @@ def test_a_verdict_is_shown_with_its_table(tmp_path: Path):
     _, outline = page(tmp_path, trials=12, verified=True)
     assert "verified on held-out traffic" in outline.text and "1.9 (1.8 to 2)" in outline.text
     assert "0.74 (0.7 to 0.79)" in outline.text
+
+
+def test_what_ablation_found_stands_with_the_recommendation(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    winner = studies.verification(study, store).config
+    assert winner
+    write_json(store.folder / "ablation.json", studies.ablation(study, winner, "max_num_batched_tokens").to_dict())
+    text = read(build(store, study, tmp_path / "r.html")).text
+    assert text.count("Two flags were superfluous.") == 1 and "$0.465" in text
 
 
 def test_names_from_outside_cannot_become_markup(tmp_path: Path):

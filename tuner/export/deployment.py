@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from tuner.errors import NothingFeasible
 from tuner.pareto.changes import baseline_of
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
-from tuner.pareto.recommend import recommended
+from tuner.pareto.recommend import ablation, recommended
 from tuner.record.secrets import is_secret
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
-from tuner.study.store import Store, TrialRecord
+from tuner.study.store import Store, TrialRecord, read_json
+from tuner.verify.fingerprint import Fingerprint
+from tuner.verify.promise import Promise, promise_block
+from tuner.verify.repeats import NO_SPREAD, Spread
 
 #: The launcher's own (an address, a random name, a key of one launch) and secrets: no part of a configuration.
 LAUNCHERS_FLAGS = frozenset({"host", "port", "api-key", "hf-token", "served-model-name"})
-PROMISE = "# promise: "
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """``flags`` and ``env`` in order, without the launcher's own and without secrets (whose names are in
     ``secrets``); ``comments`` says per flag what it trades or what it was proven to do; ``about`` are lines on what was
-    measured and on what; ``promise`` is the same as data, for re-certification. ``boot_s`` is the measured start-up."""
+    measured and on what; ``promise`` is the same as data, for re-certification (``tuner verify``). ``boot_s`` is the
+    measured start-up."""
 
     name: str
     engine: str
@@ -41,7 +43,7 @@ class Deployment:
     emulated: bool
     boot_s: float
     about: tuple[str, ...]
-    promise: Mapping[str, Any]
+    promise: Promise
     comments: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
 
@@ -53,39 +55,33 @@ class Deployment:
     def header(self) -> str:
         """The comment that heads every exported file; the first line of an emulated one says so."""
         lines = ["EMULATED: these figures come from a model of the hardware; nothing was measured."] * self.emulated
-        return "".join(f"# {line}".rstrip() + "\n" for line in (*lines, *self.about)) + PROMISE + self._promise() + "\n"
-
-    def _promise(self) -> str:
-        return json.dumps(self.promise, sort_keys=True)
+        return "".join(f"# {line}".rstrip() + "\n" for line in (*lines, *self.about)) + promise_block(self.promise)
 
 
-def deployment(
-    store: Store, study: Study, choice: Choice | None = None, effects: Mapping[str, str] | None = None
-) -> Deployment:
-    """The deployment of ``choice`` (by default what :func:`recommended` says).
-
-    ``effects`` maps a flag to what was proven of it (from ablation); it goes before the flag's own comment. Raises
-    NothingFeasible, with the nearest configuration in words, where nothing met the SLOs.
-    """
+def deployment(store: Store, study: Study, choice: Choice | None = None) -> Deployment:
+    """The deployment of ``choice`` (by default what :func:`recommended` says). Raises NothingFeasible, with the nearest
+    configuration in words, where nothing met the SLOs."""
     trials = store.trials()
     choice = choice or recommended(store, study)
     point = choice.point
     if point is None:
         raise NothingFeasible(choice.text)
     config = point.config
-    trial = next(t for t in reversed(trials) if t.config.hash == config.hash and t.outcome.steps)
+    served = [t for t in trials if t.outcome.steps and t.config.hash == config.hash]
+    trial = (served or [t for t in trials if t.number == point.trial])[-1]
     noted = trial.extra or {}
     flags = {flag: value for flag, value in config.flags.items() if flag not in LAUNCHERS_FLAGS}
-    if study.engine.trust_remote_code:
-        flags["trust-remote-code"] = None
     env = {name: value for name, value in config.env.items() if not is_secret(name)}
     version = str(study.space.facts.get("engine_version") or noted.get("engine_version") or "")
-    promise = _promise(study, trial, point, version)
+    model = _model(store, study, config, str(noted.get("model_folder") or config.model))
+    promise = _promise(store, study, trial, point, replace(config, flags=dict(flags), env=env), model, version)
+    if study.engine.trust_remote_code:  # not in the promise: there the engine decides
+        flags["trust-remote-code"] = None
     return Deployment(
         name=re.sub(r"[^a-z0-9]+", "-", study.name.lower()).strip("-")[:40] or "study",
         engine=study.engine.kind,
         version=version,
-        model=_model(store, study, config, str(noted.get("model_folder") or config.model)),
+        model=model,
         flags=flags,
         env=env,
         gpus=config.gpus,
@@ -93,7 +89,7 @@ def deployment(
         boot_s=trial.outcome.boot.total_s,
         about=_about(study, trials, point, choice, promise),
         promise=promise,
-        comments=_comments(study, flags, effects or {}),
+        comments=_comments(study, flags, _effects(store, study, config)),
         secrets=tuple(name for name in config.env if name not in env),
     )
 
@@ -109,34 +105,35 @@ def _model(store: Store, study: Study, config: ServingConfig, served: str) -> st
     return str(named.get(name) or (made[0].resolve() if made else served))
 
 
-def read_promise(path: Path) -> dict[str, Any] | None:
-    """What an exported file promises: ``cost_usd_per_mtok_output``, ``latency``, ``load``, the SLOs and on what it was
-    measured; None where the file carries no promise."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(PROMISE):
-            return json.loads(line.removeprefix(PROMISE))
-    return None
-
-
-def _promise(study: Study, trial: TrialRecord, point: Point, version: str) -> dict[str, Any]:
-    facts = study.space.facts
+def _promise(
+    store: Store, study: Study, trial: TrialRecord, point: Point, config: ServingConfig, model: str, version: str
+) -> Promise:
+    """``config`` is the one without secrets. Hashes and driver are in the fingerprint where the trial noted them."""
     noted = trial.extra or {}
-    return {
-        "study": study.name,
-        "trial": point.trial,
-        "role": point.role,
-        "config": point.config.hash,
-        "load": point.load,
-        "cost_usd_per_mtok_output": round(point.cost, 6),
-        study.objective.latency_key: round(point.latency, 6),
-        "slo": [str(slo) for slo in study.objective.slos],
-        "engine": f"{study.engine.kind} {version}".strip(),
-        "gpu": str(noted.get("device") or facts.get("gpu_name") or study.hardware.name),
-        "gpus": point.config.gpus,
-        "driver": str(noted.get("driver", "")),
+    known = {
+        "engine": study.engine.kind,
+        "engine_version": version,
+        "gpu": study.hardware.name,
+        "model": Path(model).name,
         "trace": Path(study.trace.file).name,
         "date": datetime.fromtimestamp(trial.ended_s, UTC).strftime("%Y-%m-%d"),
     }
+    verdict = read_json(store.folder / "verify.json") if point.role == "verify" else {}
+    unknown = (math.nan, math.nan)
+    return Promise(
+        study=study.name,
+        trial=point.trial,
+        config=config,
+        load=point.load,
+        slos=study.objective.slos,
+        cost=(point.cost, *(point.cost_interval or unknown)),
+        latency_metric=study.objective.latency,
+        latency=(point.latency, *(point.latency_interval or unknown)),
+        fingerprint=Fingerprint.from_dict(known | dict(noted.get("fingerprint") or {})),
+        spread=Spread(**verdict["spread"]) if verdict.get("spread") else NO_SPREAD,
+        confidence=float(verdict.get("confidence", 0.95)),
+        details={"role": point.role, "price_usd_per_gpu_hour": study.objective.price_usd_per_gpu_hour},
+    )
 
 
 def _about(
@@ -144,15 +141,15 @@ def _about(
     trials: list[TrialRecord],
     point: Point,
     choice: Choice,
-    promise: Mapping[str, Any],
+    promise: Promise,
 ) -> tuple[str, ...]:
     objective = study.objective
-    machine = f"{max(point.config.gpus, 1)} x {promise['gpu']}" if point.config.gpus else f"CPU ({promise['gpu']})"
+    on = promise.fingerprint
+    machine = f"{point.config.gpus} x {on.gpu}" if point.config.gpus else f"CPU ({on.gpu})"
     repeats = f", {len(point.trials)} measurements" if len(point.trials) > 1 else ""
     lines = [
-        f"Best configuration of study {study.name!r}: trial {point.trial}, {promise['date']}, by tuner.",
-        f"Measured on {promise['engine']}, {machine}, with {Path(study.trace.file).name} at load {point.load:g}"
-        + repeats
+        f"Best configuration of study {study.name!r}: trial {point.trial}, {on.date}, by tuner.",
+        f"Measured on {on.engine} {on.engine_version}, {machine}, with {on.trace} at load {point.load:.4g}{repeats}"
         + (" (held-out windows)." if point.role == "verify" else " (search windows: not verified yet)."),
         f"Cost {point.cost:.4g} USD per million output tokens within SLO{_between(point.cost_interval)}, at "
         f"{objective.price_usd_per_gpu_hour:g} USD per {'GPU' if point.config.gpus else 'server'}-hour.",
@@ -171,6 +168,24 @@ def _about(
     if point.config.model_variant:
         lines.append(f"The model was served as its variant {point.config.model_variant!r}.")
     return tuple(lines)
+
+
+def _effects(store: Store, study: Study, config: ServingConfig) -> dict[str, str]:
+    """Per flag what ablation measured of it, in words."""
+    found = ablation(store, config) or {"effects": ()}
+    words = {}
+    for effect in found["effects"]:
+        middle, low, high = (f"{(x - 1) * 100:+.1f}" for x in effect["cost_without"])
+        known = math.isfinite(effect["cost_without"][0])
+        words[effect["parameter"]] = effect["why"] + (
+            f" (cost {middle} %, {low} to {high} %, without it)" if known else ""
+        )
+    flags = {}
+    for p in study.space.parameters:
+        for name in {name.partition(".")[0] for emission in p.emissions for name in emission.flags}:
+            if p.name in words:
+                flags[name] = "; ".join(filter(None, [flags.get(name, ""), words[p.name]]))
+    return flags
 
 
 def _between(interval: Interval | None, scale: float = 1.0) -> str:

@@ -21,20 +21,12 @@ _CONTAINERS: Mapping[str, tuple[str, Callable[[Deployment], str]]] = {
 }
 
 
-def export(
-    store: Store,
-    study: Study,
-    format: str = "vllm",
-    *,
-    choice: Choice | None = None,
-    effects: Mapping[str, str] | None = None,
-) -> dict[str, str]:
+def export(store: Store, study: Study, format: str = "vllm", *, choice: Choice | None = None) -> dict[str, str]:
     """File name -> text. ``vllm``: best-config.yaml and best-config.env; ``compose``, ``k8s``, ``helm``: one file.
 
-    ``choice`` and ``effects`` come from verification where there was one. Raises UsageError for a format that the
-    study's engine does not have, NothingFeasible where nothing met the SLOs.
+    Raises UsageError for a format that the study's engine does not have, NothingFeasible where nothing met the SLOs.
     """
-    what = deployment(store, study, choice, effects)
+    what = deployment(store, study, choice)
     if format == "vllm":
         body = vllm.config_text(what) if what.engine in ("vllm", "emulator") else _generic(what, store)
         return {vllm.YAML_NAME: body, vllm.ENV_NAME: vllm.env_text(what)}
@@ -49,39 +41,23 @@ def export(
     return {name: make(what)}
 
 
-def best_config(
-    store: Store, study: Study, *, choice: Choice | None = None, effects: Mapping[str, str] | None = None
-) -> tuple[Path, Path]:
+def best_config(store: Store, study: Study, *, choice: Choice | None = None) -> tuple[Path, Path]:
     """Writes ``best-config.yaml`` and ``best-config.env`` into the study folder; returns their paths.
 
     Raises NothingFeasible (and writes nothing) where nothing met the SLOs.
     """
-    config, env = _write(export(store, study, choice=choice, effects=effects), store.folder)
-    return config, env
-
-
-def write(store: Store, study: Study, format: str, out: Path) -> list[Path]:
-    """Writes what :func:`export` makes into the folder ``out`` (a single file may be named outright: ``out.yaml``);
-    returns the paths."""
-    files = export(store, study, format)
-    if len(files) == 1 and out.suffix in (".yaml", ".yml"):
-        return _write({out.name: next(iter(files.values()))}, out.parent)
-    return _write(files, out)
-
-
-def _write(files: Mapping[str, str], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in files]
+    files = export(store, study, choice=choice)
+    paths = [store.folder / name for name in files]
     for path, text in zip(paths, files.values(), strict=True):
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
-    return paths
+    return paths[0], paths[1]
 
 
 def _generic(what: Deployment, store: Store) -> str:
     """Flags of another engine by name; for an engine without flags (a function) the parameters."""
     flags = {flag: True if value is None else value for flag, value in what.flags.items()}
-    trial = store.trial(what.promise["trial"])
+    trial = store.trial(what.promise.trial or 0)
     body = {"model": what.model, **flags} if flags or trial is None else dict(trial.params)
     return what.header() + "\n" + dump(body)

@@ -1,9 +1,11 @@
-"""The recommendation of a study folder: what verification said where there was one, else the choice from the search."""
+"""The recommendation of a study folder: what verification said where there was one, without the flags that ablation
+found superfluous; else the choice from the search."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tuner.pareto.choice import Change, Choice, choose
@@ -15,7 +17,8 @@ from tuner.study.store import Store, TrialRecord, read_json
 
 def recommended(store: Store, study: Study) -> Choice:
     """``verify.json`` decides where it holds a verdict: its configuration, load, cost and latency come from windows
-    that the search never saw. Otherwise :func:`choose` over the trials of the search."""
+    that the search never saw. Where ``ablation.json`` took that configuration apart, its smallest one takes its place,
+    with the cost that was measured of it. Otherwise :func:`choose` over the trials of the search."""
     trials = store.trials()
     path = store.folder / "verify.json"
     verdict = read_json(path) if path.exists() else {}
@@ -31,16 +34,58 @@ def recommended(store: Store, study: Study) -> Choice:
     if verdict["is_default"]:
         return Choice(point, point, None, None, (), None, text)
     default = study.space.config(study.space.default(), study.model)
+    cost_change = _change(chosen["difference"])
+    smaller = ablation(store, config)
+    if smaller:
+        text += f"\n\n{smaller['text']}".replace("**", "")
+        small = ServingConfig.from_dict(smaller["config"])
+        if small.hash != config.hash:
+            again = tuple(t.number for t in trials if t.config.hash == small.hash and t.role == "ablate")
+            cost, between = _times(point.cost, point.cost_interval, smaller["cost_change"])
+            point = replace(point, config=small, trials=again, cost=cost, cost_interval=between)
+            if cost_change:
+                value, interval = _times(
+                    1 + cost_change.value, _shifted(cost_change.interval, 1), smaller["cost_change"]
+                )
+                cost_change = Change(value - 1, _shifted(interval, -1))
     base = verdict["arms"][0]  # verification launches the default before all others
     return Choice(
         point,
         _point(base, default, None, trials, True) if base["holds"] else None,
-        _change(chosen["difference"]),
+        cost_change,
         _change(chosen["latency_difference"]),
         (),
         None,
         text,
     )
+
+
+def ablation(store: Store, config: ServingConfig) -> Mapping[str, Any] | None:
+    """``ablation.json`` where it is about ``config`` (what it took apart, or what it left of it): every flag that it
+    left is there, with the same value."""
+    path = store.folder / "ablation.json"
+    found = read_json(path) if path.exists() else None
+    if not isinstance(found, Mapping) or not {"config", "effects", "cost_change", "text"} <= found.keys():
+        return None
+    small = ServingConfig.from_dict(found["config"])
+    return found if small.flags.items() <= config.flags.items() else None
+
+
+def _times(value: float, interval: Interval | None, factor: Sequence[float]) -> tuple[float, Interval | None]:
+    """``value`` times a measured factor (middle, low, high), as :func:`compare` takes ratios: half widths in
+    logarithms, in quadrature. A factor that is not known changes nothing."""
+    if not all(math.isfinite(x) and x > 0 for x in factor):
+        return value, interval
+    middle, low, high = factor
+    if interval is None or interval[0] <= 0:
+        return value * middle, None
+    down = math.hypot(math.log(value / interval[0]), math.log(middle / low))
+    up = math.hypot(math.log(interval[1] / value), math.log(high / middle))
+    return value * middle, (value * middle * math.exp(-down), value * middle * math.exp(up))
+
+
+def _shifted(interval: Interval | None, by: float) -> Interval | None:
+    return (interval[0] + by, interval[1] + by) if interval else None
 
 
 def _point(

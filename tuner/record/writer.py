@@ -22,7 +22,7 @@ from tuner.spec.study import Study
 from tuner.study.store import Store, TrialRecord
 
 METRICS_PER_BATCH, OTHERS_PER_BATCH = 1000, 100  # MLflow's own limits
-PARENT_FILES = ("study.yaml", "best-config.yaml", "best-config.env", "report.html", "verify.json", "refused.jsonl")
+PARENT_FILES = ("study.yaml", "best-config.yaml", "best-config.env", "report.html", "verify.json", "ablation.json")
 
 
 class Unreachable(Exception):

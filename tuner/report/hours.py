@@ -53,4 +53,4 @@ def _use(trial: TrialRecord) -> str:
         return "not trusted"
     if not isinstance(trial.outcome, Measured):
         return "stopped early"
-    return "verifying" if trial.role == "verify" else "measuring"
+    return "measuring" if trial.role == "search" else "verifying"

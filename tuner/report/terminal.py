@@ -115,7 +115,7 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
     trial = _trial(s, store, number)
     outcome = trial.outcome
     head = f"Trial {trial.number}: {kind(outcome)}" + (", the engine's default" if trial.baseline else "")
-    head += (", verification" if trial.role == "verify" else "") + (", EMULATED" if trial.emulated else "")
+    head += (f", {trial.role}" if trial.role != "search" else "") + (", EMULATED" if trial.emulated else "")
     parts: list[RenderableType] = [Text(head, style="bold"), Text(s.name(trial.config))]
     parts.append(Text(" ".join(trial.config.args()) or "(no flags)", style="dim"))
     boot = outcome.boot
