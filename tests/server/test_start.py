@@ -60,14 +60,14 @@ class Stage:
         if self.binding:
             assert not self.binding.temporary.exists()
             assert not probe.listens(self.binding.port)
-        mine = str(Path(__file__).parent / "fakeserver.py").encode()
-        assert not [p for p in PROC.glob("[0-9]*/cmdline") if _mentions(p, mine)]
+        assert not [p.parent.name for p in PROC.glob("[0-9]*/cwd") if _leads_to(p, self.root.parent)]
         return True
 
 
-def _mentions(path: Path, needle: bytes) -> bool:
+def _leads_to(cwd: Path, folder: Path) -> bool:
+    """Whether a process works in ``folder``, as servers and whatever they start do here."""
     try:
-        return needle in path.read_bytes()
+        return cwd.readlink().is_relative_to(folder)
     except OSError:
         return False
 
