@@ -88,10 +88,11 @@ def export(path: Path, form: str, out: Path | None) -> None:
 
 def ui(path: Path | None, port: int) -> int:
     """Runs MLflow's UI until it is stopped."""
-    from tuner.record.place import ui_command
+    from tuner.record.place import ui_command, ui_page
 
     where = opened(path)[0] if path else Path("reports")
-    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C to stop)", file=sys.stderr)
+    page = ui_page(where) if path else ""
+    print(f"MLflow on http://127.0.0.1:{port}{page} (Ctrl-C to stop)", file=sys.stderr)
     try:
         return subprocess.run(ui_command(where, port), check=False).returncode
     except KeyboardInterrupt:
