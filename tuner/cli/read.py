@@ -91,7 +91,7 @@ def ui(path: Path | None, port: int) -> int:
     from tuner.record.place import ui_command, ui_page
 
     where = opened(path)[0] if path else Path("reports")
-    page = ui_page(where) if path else ""
+    page = ui_page(where) if not isinstance(where, Path) else ""
     print(f"MLflow on http://127.0.0.1:{port}{page} (Ctrl-C to stop)", file=sys.stderr)
     try:
         return subprocess.run(ui_command(where, port), check=False).returncode
