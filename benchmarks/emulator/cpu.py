@@ -3,7 +3,8 @@
     python -m benchmarks.emulator.cpu measure MODEL_FOLDER CONFIG   # launches the real one; once per configuration
     python -m benchmarks.emulator.cpu compare MODEL_FOLDER          # emulates the same and prints the table
 
-``measure`` needs TUNER_VLLM_PYTHON and about two quiet minutes; it adds to ``cpu-measured.json`` beside this file. The
+``measure`` needs TUNER_VLLM_PYTHON and two quiet minutes (others' work on the same cores multiplies the latencies, so
+that it keeps nothing when the machine was busy); it adds to ``cpu-measured.json`` beside this file. The
 model is a tiny one with random weights (``--load-format dummy``); each load is 16 requests of 256 + 64 tokens.
 """
 
@@ -36,7 +37,8 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "int8": ({}, "w8a8-int8"),
     "gptq-int4": ({}, "gptq-int4"),
 }
-RATES = (0.5, 1.5, 3.0)
+RATES = (1.5, 6.0, 12.0)
+QUIET = 4.0  # load average of the last minute; the server and the client alone make about 2
 METRICS = ("ttft_p50_s", "tpot_p50_s", "output_tokens_per_s")
 
 
@@ -96,6 +98,8 @@ def main() -> None:
 
             real = VllmEngine(python=os.environ["TUNER_VLLM_PYTHON"])
             found = measure(real, str(Path(model).resolve()), name)
+            if (busy := os.getloadavg()[0]) > QUIET:
+                raise SystemExit(f"the machine was busy (load average {busy:.1f}): {found} is not kept")
             table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
             TABLE.write_text(json.dumps({**table, name: found}, indent=1) + "\n")
         case ["compare", model]:
