@@ -30,6 +30,7 @@ DEFAULTS = {
     "break_every": 0,  # every k-th request breaks off in mid-stream
     "hang_every": 0,  # every k-th request is never answered
     "idle_close_s": 0.0,  # closes a connection this long after a response
+    "close_on_reuse": False,  # takes a connection's second request and hangs up, as when closing it as idle
     "max_output": 0,  # stops by itself, as a model does at its end of sequence
     "tls": [],  # certificate and key
     "html": False,  # answers with a web page
@@ -52,7 +53,7 @@ class Server:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            limit_s = None
+            limit_s, answered = None, False
             while True:
                 head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), limit_s)
                 arrival = time.monotonic()
@@ -60,6 +61,9 @@ class Server:
                 method, path, _ = lines[0].split(" ")
                 length = next((int(x.split(":")[1]) for x in lines if x.lower().startswith("content-length")), 0)
                 body = json.loads(await reader.readexactly(length)) if length else {}
+                if answered and self.c["close_on_reuse"]:
+                    break
+                answered = method == "POST"
                 if not await self.answer(method, path, body, arrival, writer):
                     break
                 limit_s = self.c["idle_close_s"] or None

@@ -164,6 +164,21 @@ def test_a_server_that_closes_idle_connections_causes_no_errors(tmp_path):
     assert m["error_rate"] == 0
 
 
+def test_a_request_that_met_a_closing_connection_goes_out_once_more(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0, close_on_reuse=True) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(40) / 20))
+        m = measure(endpoint(url), asked).metrics
+    columns = read(asked.records).columns
+    assert m["error_rate"] == 0 and columns["retried"].any()
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0, close_on_reuse=True) as (_, url):
+        asked = plan(tmp_path, trace([0.0, 2.5]))
+        m = measure(endpoint(url), asked).metrics
+    assert m["error_rate"] == 0 and not read(asked.records).columns["retried"].any()
+
+
 def test_a_dead_server_gives_a_step_full_of_errors(tmp_path):
     with stub(first_s=0.01, gap_s=0.01) as (server, url):
         asked = plan(tmp_path, trace(np.arange(100) / 20), on_event=lambda *_: server.kill())

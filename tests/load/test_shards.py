@@ -36,6 +36,13 @@ def test_a_closed_loop_is_shared_among_shards(tmp_path):
     assert max(flying) <= 3
 
 
+def test_a_closed_loop_with_fewer_in_flight_than_shards_loses_nothing(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, poisson(10, 1000, output_tokens=3))
+        measure(endpoint(url), asked, shards=4, concurrency=1)
+    assert len(read(asked.records)) == 10
+
+
 @pytest.mark.parametrize(
     ("chunks_per_s", "cores", "shards"),
     [

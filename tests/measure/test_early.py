@@ -47,9 +47,9 @@ def test_a_request_that_waits_longer_than_the_limit_has_missed_already():
 
 def test_what_the_ramp_rule_may_cut_does_not_count():
     slo = watch(200, "ttft_p90=1s")
-    for k in range(49):
+    for k in range(25):
         slo.done(request(k, [k + 30.0]))
-    assert slo.verdict(ns(100), []) == ""
+    assert slo.verdict(ns(100), [Running(k, ns(k)) for k in range(25, 49)]) == ""
 
 
 def test_errors_are_misses_and_count_against_an_error_rate():
@@ -119,15 +119,14 @@ def simulate(arrival_s: np.ndarray, work: np.ndarray, rate: float, warmup_s: flo
     queue = QueueWatch((arrival_s * 1e9).astype(np.int64), work, ns(warmup_s))
     free_s, done = 0.0, []
     for at, tokens in zip(arrival_s, work, strict=True):
-        begin = max(at, free_s)
-        free_s = begin + tokens / rate
-        done.append((at, begin, free_s, tokens))
+        free_s = max(at, free_s) + tokens / rate
+        done.append((at, free_s, tokens))
     for now in np.arange(0.0, arrival_s[-1] + 1, 1.0):
-        backlog = 0.0
-        for at, begin, end, tokens in done:
-            if at <= now < end:
-                backlog += tokens if now < begin else tokens * (end - now) / (end - begin)
-        if verdict := queue.verdict(float(now), int(backlog)):
+        backlog = 0
+        for at, end, tokens in done:
+            if at <= now < end:  # a prompt counts in full until its first token
+                backlog += tokens
+        if verdict := queue.verdict(float(now), backlog):
             return verdict, float(now)
     return "", 0.0
 
@@ -172,6 +171,21 @@ def test_a_burst_that_the_rest_of_the_trace_forgives_is_waited_for():
     """Five times the usual rate for a minute, then next to nothing: the queue will drain."""
     arrival_s = np.concatenate([np.arange(0, 60, 0.1), np.arange(60, 400, 2.0)])
     assert simulate(arrival_s, np.full(len(arrival_s), 1_000), rate=3_000)[0] == ""
+
+
+def test_a_long_queue_that_does_not_grow_is_no_overload():
+    """A burst at the start, then exactly what the server can do: the queue stays as long as it is."""
+    arrival_s = np.concatenate([np.zeros(100), np.arange(0, 300, 0.5)])
+    assert simulate(arrival_s, np.full(len(arrival_s), 1_000), rate=2_000)[0] == ""
+
+
+def test_a_prompt_that_blocks_everybody_for_a_minute_is_waited_for():
+    """While it is computed nothing else is answered and the queue only grows; the server has twice the capacity that
+    the trace needs."""
+    arrival_s = np.arange(0, 300, 0.5)
+    work = np.full(len(arrival_s), 1_000)
+    work[120] = 240_000
+    assert simulate(arrival_s, work, rate=4_000)[0] == ""
 
 
 def test_the_real_traces_long_prompts_are_not_taken_for_an_overload():

@@ -29,6 +29,15 @@ def test_latencies_of_a_steady_server(tmp_path):
             assert values[f"{name}_{stat}_s"] == pytest.approx(seconds), (name, stat)
 
 
+def test_every_latency_counts_from_the_intended_send(tmp_path):
+    """The client was half a second late: its users waited all the same."""
+    rows = [request(t, [t + 1.0, t + 1.5], sent_s=t + 0.5) for t in range(20)]
+    values, _ = compute(records(tmp_path, rows), (), Q)
+    assert values["ttft_p50_s"] == pytest.approx(1.0) and values["e2e_p50_s"] == pytest.approx(1.5)
+    assert values["norm_latency_p50_s"] == pytest.approx(0.75)
+    assert values["send_lag_p99_s"] == pytest.approx(0.5)
+
+
 def test_throughput_counts_what_arrived_in_the_window(tmp_path):
     made = records(tmp_path, steady())
     values, _ = compute(made, (), Q)

@@ -19,6 +19,7 @@ from tuner.load.wire import Target
 
 TICK_NS = 10_000_000
 _FLUSH_TICKS = 5
+_TOGETHER_NS = 20_000
 _IDLE_LIMIT_NS = 2_000_000_000  # servers close idle connections, uvicorn after 5 s: use none that old
 _SPARE_MAX = 256
 _OPEN_PER_TICK = 16
@@ -49,7 +50,8 @@ class Client:
         self._take, self._emit, self._timeout_ns = take, emit, timeout_ns
         self._poll = Poll()
         self._connections: dict[int, Connection] = {}
-        self._idle: list[Connection] = []
+        self._spares: dict[Connection, None] = {}  # open and never used; both are sets with an order
+        self._reusable: dict[Connection, None] = {}
         self._opening = 0
         self._spare = 0
         self._busy: dict[int, Connection] = {}
@@ -75,7 +77,7 @@ class Client:
 
     def wait_open(self, until_ns: int) -> None:
         """Runs the loop until the spare connections are up, at most until ``until_ns``."""
-        while (now := time.monotonic_ns()) < until_ns and len(self._idle) < self._spare:
+        while (now := time.monotonic_ns()) < until_ns and len(self._spares) < self._spare:
             self._refill(now, self._spare)
             if not self._opening:
                 return  # refused: the requests will say so
@@ -104,9 +106,9 @@ class Client:
                 tick_ns += TICK_NS * (1 + late_ns // TICK_NS)
                 if ticks % _FLUSH_TICKS == 0:
                     self.flush()
-                    if reason := stopped():
-                        self._abandon(reason)
-                        break
+                if reason := stopped():
+                    self._abandon(reason)
+                    break
         self.flush()
 
     def flush(self) -> None:
@@ -125,8 +127,11 @@ class Client:
         """Waits for bytes or ``deadline_ns``; handles what is ready; returns the time."""
         ready = self._poll.wait(deadline_ns)
         now = time.monotonic_ns()
-        # the kernel stamps with the wall clock: its distance from ours is taken anew, for it can be stepped
-        self._offset_ns = time.time_ns() - now
+        # the kernel stamps with the wall clock: its distance from ours is taken anew, for it can be stepped, unless
+        # this process was interrupted between the two
+        wall = time.time_ns()
+        if time.monotonic_ns() - now < _TOGETHER_NS or not self._offset_ns:
+            self._offset_ns = wall - now
         late_ns = max(0, now - deadline_ns)
         for fd in ready:
             connection = self._connections.get(fd)
@@ -170,7 +175,7 @@ class Client:
             self._finish(number, now, "")
             if connection.keep:
                 connection.number, connection.reused, connection.idle_ns = -1, True, now
-                self._idle.append(connection)
+                self._reusable[connection] = None
             else:
                 self._drop(connection)
 
@@ -188,8 +193,8 @@ class Client:
             self._deadlines.append((intended_ns + self._timeout_ns, number))
             self._start(number, request, sent_ns)
 
-    def _start(self, number: int, request: bytes, now: int) -> None:
-        connection = self._fresh(now)
+    def _start(self, number: int, request: bytes, now: int, again: bool = False) -> None:
+        connection = self._unused() if again else self._idle(now)
         try:
             if connection is None:
                 connection = self._open()
@@ -205,14 +210,17 @@ class Client:
             else:
                 self._broken(connection, _words(error))
 
-    def _fresh(self, now: int) -> Connection | None:
+    def _idle(self, now: int) -> Connection | None:
         """An idle connection that the server will not have given up."""
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.reused or now - connection.idle_ns < _IDLE_LIMIT_NS:
+        while self._reusable:
+            connection, _ = self._reusable.popitem()  # the latest first: it is the least likely to be closed
+            if now - connection.idle_ns < _IDLE_LIMIT_NS:
                 return connection
             self._drop(connection)
-        return None
+        return self._unused()
+
+    def _unused(self) -> Connection | None:
+        return self._spares.popitem()[0] if self._spares else None
 
     def _finish(self, number: int, now: int, error: str) -> None:
         self._busy.pop(number, None)
@@ -257,10 +265,10 @@ class Client:
     def _opened(self, connection: Connection) -> None:
         self._opening -= 1
         if connection.number < 0:
-            self._idle.insert(0, connection)
+            self._spares[connection] = None
 
     def _refill(self, now: int, limit: int) -> None:
-        missing = min(self._spare - len(self._idle) - self._opening, limit)
+        missing = min(self._spare - len(self._spares) - self._opening, limit)
         try:
             for _ in range(missing):
                 self._open()
@@ -271,6 +279,8 @@ class Client:
         if self._connections.pop(connection.fd, None) is not None:
             if not connection.announced:
                 self._opening -= 1
+            self._spares.pop(connection, None)
+            self._reusable.pop(connection, None)
             self._poll.remove(connection.fd)
             connection.close()
 
@@ -279,9 +289,7 @@ class Client:
         server that was closing it as idle: it goes out once more. Any other request failed."""
         number, now = connection.number, time.monotonic_ns()
         if number < 0:
-            if connection in self._idle:
-                self._idle.remove(connection)
-            elif not connection.ready:
+            if not connection.ready:
                 self._spare = max(0, self._spare - 1)  # refused: do not knock again and again
             self._drop(connection)
             return
@@ -289,7 +297,7 @@ class Client:
         self._drop(connection)
         if not connection.received and connection.reused and request is not None and number not in self._retried:
             self._retried.add(number)
-            self._start(number, request, now)
+            self._start(number, request, now, again=True)
         else:
             self._finish(number, now, why)
 

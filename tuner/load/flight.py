@@ -85,7 +85,6 @@ class Tower:
         self._epoch_ns, self._counting, self._done = epoch_ns, counting, done
         self._input, self._wanted, self._warmup_ns = input_tokens, wanted_tokens, warmup_ns
         self.flights: dict[int, Flight] = {}
-        self.sent = 0
         self.ended = 0
         self.output_tokens = 0
         self._cut_off = 0
@@ -104,7 +103,6 @@ class Tower:
             elif kind == SENT:
                 _, number, intended_ns, sent_ns = event
                 flights[number] = Flight(number, intended_ns - self._epoch_ns, sent_ns - self._epoch_ns, self._counting)
-                self.sent += 1
             elif kind == ENDED:
                 self._ended(*event[1:])
             elif kind == TICK:
@@ -194,8 +192,3 @@ class Tower:
             ),
             "kernel_stamped_share": 1.0 - self._unstamped / self._reads if self._reads else 1.0,
         }
-
-
-def _share(start_ns: int, start_cpu_ns: int, end_ns: int, end_cpu_ns: int) -> float:
-    """CPU time over elapsed time, between the first and the last tick."""
-    return (end_cpu_ns - start_cpu_ns) / (end_ns - start_ns) if end_ns > start_ns else 0.0

@@ -42,6 +42,14 @@ class Found:
     special_ids: Collection[int]
     guessed: bool
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """In words what is less exact than it could be."""
+        if self.guessed and self.dialect.prompt == "ids":
+            ids = f"token ids from {_GUESSED_SPECIAL} to {self.vocab_size - 1}"
+            return (*self.dialect.notes, f"the tokenizer is not known: prompts use {ids} (name it with --tokenizer)")
+        return self.dialect.notes
+
 
 def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120.0) -> Found:
     """What the server at ``endpoint`` takes, found by asking for a few tokens in ever simpler ways.

@@ -106,8 +106,6 @@ class Fleet:
             numbers = range(shard, n, job.shards)
             soon = sum(1 for i in numbers if job.offsets_ns[i] < 2_000_000_000)
             concurrency = len(range(shard, job.concurrency, job.shards)) if job.concurrency else 0
-            if job.concurrency and not concurrency:
-                numbers = range(0)
             headers.append(
                 marshal.dumps(
                     {

@@ -53,7 +53,7 @@ def measure(
     if not len(plan.trace):
         raise UsageError(f"trace {plan.trace.name} has no request")
     found = probe(endpoint, text_only=plan.trace.texts is not None)
-    for note in found.dialect.notes:
+    for note in found.notes:
         plan.on_event("note", {"text": note})
     return _Replay(endpoint, plan, found, alive, concurrency, shards).run()
 
@@ -74,6 +74,7 @@ class _Replay:
         offsets_s = warp(trace.arrival_s, plan.load)
         offsets_ns = np.round(offsets_s * 1e9).astype(np.int64)
         shards = self.shards or shard_count(offsets_s, trace.output_tokens)
+        shards = min(shards, self.concurrency) if self.concurrency else shards
         job = Job(where, offsets_ns.tolist(), self._requests(), plan.request_timeout_s, shards, self.concurrency)
         warmup_ns = int(plan.warmup_s * 1e9)
         writer = RecordWriter(plan.records)
@@ -167,7 +168,7 @@ class _Replay:
             "prompt_seed": prompt_seed(plan),
             "stopped": self.stopped,
             "dialect": asdict(dialect),
-            "notes": dialect.notes,
+            "notes": self.found.notes,
             "client": client,
             "server": dict(server),
         }

@@ -145,7 +145,7 @@ def main() -> None:
             inbox.watched = False
 
     def turn() -> str:
-        """Every 50 ms: goes on with the pipes."""
+        """Every tick: goes on with the pipes."""
         outbox.pump()
         if not inbox.watched and not inbox.full and not inbox.all_seen:
             client.watch(0, fill)
