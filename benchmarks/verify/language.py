@@ -92,4 +92,3 @@ def serve(model: Language) -> Iterator[Endpoint]:
         server.shutdown()
         server.server_close()
         thread.join()
-

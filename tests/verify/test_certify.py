@@ -9,6 +9,7 @@ from tests.verify.test_promise import MARK
 from tests.verify.test_verification import WINDOWS
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import NothingFeasible, UsageError
+from tuner.spec.slo import Slo
 from tuner.study.outcome import Infeasible
 from tuner.verify.certify import recertify
 from tuner.verify.promise import Promise
@@ -49,6 +50,30 @@ def test_a_machine_that_is_much_slower_breaks_it_with_exit_code_3_and_the_figure
     with pytest.raises(NothingFeasible, match="ttft_p99") as caught:
         found.require()
     assert caught.value.exit_code == 3
+
+
+def broken(promise: Promise, speed: float = 1.0) -> list[str]:
+    """The names of what does not hold."""
+    found = recertify(promise, machine(speed).launch, WINDOWS, MARK)
+    return [check.name for check in found.checks if not check.holds]
+
+
+def test_an_slo_that_is_missed_breaks_the_promise_on_its_own():
+    strict = (Slo("ttft_p99", promised().latency[0] / 10),)
+    assert broken(dataclasses.replace(promised(), slos=strict)) == ["slos"]
+
+
+def test_a_cost_or_latency_proven_worse_breaks_the_promise_on_its_own():
+    cheap = tuple(value / 1.5 for value in promised().cost)
+    assert broken(dataclasses.replace(promised(), cost=cheap)) == ["cost"]
+    fast = tuple(value / 10 for value in promised().latency)
+    assert broken(dataclasses.replace(promised(), latency=fast)) == ["ttft_p99"]
+
+
+def test_a_promise_that_was_itself_uncertain_is_not_broken_by_little():
+    middle = promised().cost[0] / 1.1
+    vague = (middle, middle / 1.3, middle * 1.3)
+    assert broken(dataclasses.replace(promised(), cost=vague)) == []
 
 
 def test_a_cheaper_or_faster_machine_keeps_it():

@@ -84,6 +84,12 @@ def test_equal_configs_leave_the_default_recommended_in_words():
     assert "No finalist is proven better than the default" in found.text
 
 
+def test_without_a_finalist_the_default_is_still_measured_often_enough_for_an_interval():
+    found = Bench({"v0": 1.0}).verify()
+    assert found.is_default and found.launches == 3
+    assert found.chosen.cost[1] < found.chosen.cost[0] < found.chosen.cost[2]
+
+
 def test_the_order_of_launches_is_reversed_from_round_to_round():
     bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0})
     bench.verify("v1", "v2")
@@ -105,6 +111,14 @@ def test_it_never_launches_more_than_the_budget():
         bench = Bench({"v0": 1.0, "v1": 1.02, "v2": 1.01, "v3": 1.0})
         found = bench.verify("v1", "v2", "v3", launches=launches)
         assert len(bench.machine.labels) == found.launches <= launches
+
+
+def test_launches_too_few_for_all_go_to_the_most_promising():
+    """Eleven launches for three arms: three rounds, and the two left over are not thrown away."""
+    bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0}, seed=3)
+    found = bench.verify("v1", "v2", launches=11, width=0.001)
+    assert found.launches == 11
+    assert sorted(arm.launches for arm in found.arms) == [3, 4, 4]
 
 
 def test_it_stops_early_when_the_intervals_are_narrow_enough():

@@ -111,7 +111,7 @@ class _Race:
             self.active = [a for a in self.active if not found.arms[a.label].failure]
             if rounds > 1:
                 self._drop(found, left)
-            if all(a.baseline for a in self.active):
+            if all(a.baseline for a in self.active) and rounds >= self.budget.minimum:
                 return "no finalist is left beside the default"
             if rounds >= self.budget.minimum and _narrow(found, self.budget.width):
                 return "the intervals are narrow enough"
