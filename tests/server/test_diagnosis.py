@@ -55,6 +55,15 @@ def test_a_real_refusal_is_recognised(name, cause, proof):
     assert "Traceback" not in found.message and "[type=" not in found.message
 
 
+def test_a_worker_that_was_killed_under_load_is_told_from_the_log_of_the_server_that_then_ended_well():
+    log, _ = real("workerkilled")
+    found = diagnose(Evidence(log, 0, "load", stage="under load"))
+    assert (found.cause, found.transient) == ("killed", True)
+    assert found.evidence.startswith("Worker proc VllmWorker-0 died unexpectedly")
+    own = log.replace("Worker proc", "RuntimeError: my own fault\nWorker proc", 1)
+    assert diagnose(Evidence(own, 0, "load", stage="under load")).cause == "crash-under-load"
+
+
 def test_how_much_memory_was_missed_is_computed_from_the_log():
     log, phase = real("kvhuge")
     found = diagnose(Evidence(log, 1, phase))

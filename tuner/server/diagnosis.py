@@ -19,6 +19,7 @@ _VALUE_ERROR = re.compile(r"^\s*Value error, (?P<text>.*?)( \[type=.*)?$")
 _WORKER_DIED = re.compile(
     r"died unexpectedly \(exit code: (?P<code>-\d+)\)|Failed core proc\(s\): \{[^}]*?: (?P<core>-\d+)"
 )
+_WORKER_VANISHED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: None\)")
 _ALLOCATION = re.compile(
     r"Tried to allocate (?P<need>[\d.]+) (?P<need_unit>[GM]iB)"
     r".*?of which (?P<have>[\d.]+) (?P<have_unit>[GM]iB) is free|"
@@ -46,8 +47,10 @@ class Evidence:
 def diagnose(evidence: Evidence) -> Infeasible:
     """The failure's cause, the line that proves it and what to do about it. Pure; always answers."""
     lines = list(_speaking(evidence.log))
-    found = _from_rules(evidence, lines) or _from_ending(evidence, lines) or _from_exception(evidence, lines)
-    return found or _unexplained(evidence, lines)
+    for look in (_from_rules, _from_ending, _from_exception, _from_silence):
+        if found := look(evidence, lines):
+            return found
+    return _unexplained(evidence, lines)
 
 
 def _speaking(log: str) -> Iterator[str]:
@@ -136,6 +139,16 @@ def _from_exception(evidence: Evidence, lines: list[str]) -> Infeasible | None:
                 evidence, "invalid-combination", text, line, "deny it in the search space (rules)", False
             )
         return _infeasible(evidence, "crash", f"the server failed at start-up: {line}", line, "see its log", False)
+    return None
+
+
+def _from_silence(evidence: Evidence, lines: list[str]) -> Infeasible | None:
+    """A worker that died without an exception of its own and before anybody learnt its exit code was killed."""
+    for line in lines:
+        if _WORKER_VANISHED.search(line):
+            cause, message, fix, transient = SIGNALS[9]
+            message = f"a worker of the server died without a word: {message}"
+            return _infeasible(evidence, cause, message, line, fix, transient)
     return None
 
 
