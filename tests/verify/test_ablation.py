@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.verify.ablation import FLAGS, on, run, space, two_of_six
 from benchmarks.verify.machine import Machine, Noise, window
-from benchmarks.verify.small_study import THROUGHPUT, study
+from benchmarks.verify.small_study import LATENCY, THROUGHPUT, study
 from tuner.engines.protocol import LaunchFailed
 from tuner.study.outcome import Infeasible
 from tuner.verify.ablation import AblationBudget, ablate
@@ -15,9 +15,9 @@ QUIET = Noise(launch=0.004, drift=0.004, stalls=0.0)
 WINDOWS = [window(90 + i, name=f"heldout-{i}") for i in range(3)]
 
 
-def quiet(speed, launches=60, flags=FLAGS, fails=None):
+def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load=3.0):
     """An ablation on a machine with little noise, so that every test is about the rule, not about luck."""
-    spec = dataclasses.replace(study(THROUGHPUT, ("v0",), 1, 100), space=space())
+    spec = dataclasses.replace(study(scenario, ("v0",), 1, 100), space=space())
     machine = Machine(speed, spec.objective, 1, QUIET)
 
     @contextlib.contextmanager
@@ -27,7 +27,7 @@ def quiet(speed, launches=60, flags=FLAGS, fails=None):
         with machine.launch(config, label) as rig:
             yield rig
 
-    winner = Finalist("winner", spec.space.config(dict.fromkeys(flags, True), "m"), 3.0)
+    winner = Finalist("winner", spec.space.config(dict.fromkeys(flags, True), "m"), load)
     return ablate(spec, launch, winner, WINDOWS, AblationBudget(launches)), machine
 
 
@@ -58,6 +58,12 @@ def test_a_flag_without_which_the_server_does_not_start_is_kept_and_says_so():
     found, _ = quiet(lambda _config: 1.0, fails=lambda config: not on(config, "c"))
     assert list(found.params) == ["c"]
     assert "out of memory" in next(e.why for e in found.effects if e.parameter == "c")
+
+
+def test_a_flag_without_which_the_slos_hold_nowhere_is_kept_and_says_so():
+    found, _ = quiet(lambda config: 1.0 if on(config, "d") else 0.1, scenario=LATENCY, load=1.0)
+    assert list(found.params) == ["d"]
+    assert "hold at no load" in next(e.why for e in found.effects if e.parameter == "d")
 
 
 def test_flags_are_kept_where_there_are_too_few_launches_to_judge_them():

@@ -43,8 +43,9 @@ def test_capacity_is_the_top_of_the_ladder_where_nothing_was_missed():
     assert capacity([step(2.0, 0.2), step(8.0, 0.3)], [SLO], 8.0) == 8.0
 
 
-def test_there_is_no_capacity_where_no_load_held():
-    assert math.isnan(capacity([step(2.0, 3.0), step(1.0, 2.0)], [SLO], 8.0))
+def test_where_no_load_held_the_capacity_is_at_most_the_lowest_measured():
+    assert capacity([step(2.0, 3.0), step(1.0, 2.0)], [SLO], 8.0) == 1.0
+    assert math.isnan(capacity([step(1.0, 0.1, untrusted=("client lag",))], [SLO], 8.0))
 
 
 def test_untrusted_steps_do_not_count():

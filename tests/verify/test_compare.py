@@ -22,6 +22,7 @@ def test_a_front_that_is_cheaper_at_every_latency_wins_with_significance():
     assert found.levels[0].ratio[1] < 0.5 < found.levels[0].ratio[2] < 1
     assert "**new** is cheaper at 4 of 4 latencies" in found.text
     assert found.rows[0]["proven"] == "new"
+    assert found.levels[0].second_cheaper > 0.99
 
 
 def test_the_same_study_twice_is_not_told_apart():

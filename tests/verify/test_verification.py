@@ -113,6 +113,24 @@ def test_it_never_launches_more_than_the_budget():
         assert len(bench.machine.labels) == found.launches <= launches
 
 
+def test_more_finalists_than_can_be_launched_three_times_are_left_out():
+    found = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0, "v3": 1.0}).verify("v1", "v2", "v3", launches=9)
+    assert [arm.label for arm in found.arms] == ["default", "v1", "v2"]
+
+
+def test_a_launch_that_failed_its_slos_everywhere_counts_against_its_arm():
+    """v1 is fast, except in its second launch: leaving that out would make it the better for having failed."""
+
+    def speed(config):
+        slow = config.params["variant"] == "v1" and " 2 " in bench.machine.labels[-1]
+        return 0.1 if slow else {"v0": 1.0, "v1": 1.2}[config.params["variant"]]
+
+    bench = Bench({"v0": 1.0, "v1": 1.2}, LATENCY)
+    bench.machine.speed = speed
+    found = bench.verify("v1", load=1.0)
+    assert found.is_default
+
+
 def test_launches_too_few_for_all_go_to_the_most_promising():
     """Eleven launches for three arms: three rounds, and the two left over are not thrown away."""
     bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0}, seed=3)

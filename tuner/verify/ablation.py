@@ -166,7 +166,12 @@ class _Bench:
                 if self.rounds.number > 1 and _doubt(effect, self.budget.worth) < strict
             }
             active = {name: arm for name, arm in active.items() if name not in lost and name not in proven}
-        effects = {name: effect for name, effect in self._effects(arms).items() if name not in lost}
+        standing = self._standing()
+        effects = {
+            name: effect
+            for name, effect in self._effects(arms).items()
+            if name not in lost and arms[name].label in standing
+        }
         for name in tested:
             if name not in effects and name not in lost:
                 lost[name] = "the SLOs hold at no load without it"
@@ -182,10 +187,9 @@ class _Bench:
             played += 1
         if played < 2:
             return None
-        costs = self._costs()
-        if not {small.label, self.winner.label} <= set(costs.arms):
+        if not {small.label, self.winner.label} <= self._standing():
             return Estimate(math.inf, ((0.0, 1.0),))
-        return costs.difference(small.label, self.winner.label)
+        return self._costs().difference(small.label, self.winner.label)
 
     def _effects(self, arms: Mapping[str, Finalist]) -> dict[str, Estimate]:
         costs, base = self._costs(), self.winner.label
@@ -196,7 +200,15 @@ class _Bench:
         }
 
     def _costs(self) -> Repeats:
-        return Repeats(Table(self.rounds.launches, self.study.objective.slos, max(self.study.load.ladder)).costs())
+        return Repeats(self._table().costs())
+
+    def _standing(self) -> set[str]:
+        """The arms that were measured and meet the SLOs at some load of the ladder."""
+        found, lowest = Repeats(self._table().capacities()), math.log(min(self.study.load.ladder)) - 1e-9
+        return {label for label in found.arms if found.estimate(label).mean >= lowest}
+
+    def _table(self) -> Table:
+        return Table(self.rounds.launches, self.study.objective.slos, max(self.study.load.ladder))
 
     def _arm(self, label: str, params: Mapping[str, Value]) -> Finalist:
         return Finalist(label, self.study.space.config(params, self.study.model), self.winner.load)

@@ -47,11 +47,12 @@ def _factor(up: bool, tried: int) -> float:
 
 def capacity(steps: Sequence[Step], slos: Sequence[Slo], highest: float) -> float:
     """The load at which the worst SLO of ``steps`` (one launch, one window) crosses its limit; the highest load
-    measured (at most ``highest``) where none was missed; NaN where none held."""
+    measured (at most ``highest``) where none was missed; the lowest measured where none held (it is at most that: left
+    out, a launch would be the better for having failed). NaN without a trusted step."""
     known = [(s.load, margin(s, slos)) for s in _trusted(steps)]
     below = [(load, gap) for load, gap in known if gap <= 0]
     if not below:
-        return math.nan
+        return min((load for load, _ in known), default=math.nan)
     low, low_gap = below[-1]
     above = [(load, gap) for load, gap in known if gap > 0 and load > low]
     if not above:

@@ -111,7 +111,9 @@ def judge(
         # the chosen one flatters itself: it was chosen for what the same numbers say
         even = (1 - confidence) / 2
         tails = chosen_tails(len(able), confidence) if label == choice and label != base else (even, even)
-        safe = exp(capacities.estimate(label).between(1 - confidence, 1 - confidence)[0])
+        safe = (
+            0.0 if label not in holding else exp(capacities.estimate(label).between(1 - confidence, 1 - confidence)[0])
+        )
         load = safe or middle[label]
         found[label] = Arm(
             label=label,
