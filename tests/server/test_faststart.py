@@ -123,6 +123,15 @@ def test_a_standby_that_was_killed_is_replaced(stage):
     running.stop()
 
 
+def test_a_standby_that_does_not_answer_costs_nothing_but_the_haste(stage):
+    start(stage.fast_recipe(), stage.site, stage.root).stop()
+    next(iter(stage.fast._standbys.values())).socket.unlink()
+    running = start(stage.fast_recipe(), stage.site, stage.root)
+    assert "imported" in stage.log()  # started as usual
+    assert any("does not answer" in str(data) for name, data in stage.events if name == "note")
+    running.stop()
+
+
 def test_a_standby_that_cannot_be_had_is_said_once_and_servers_start_as_usual(stage):
     broken = FastStart(str(HERE / "no-such-python"), "fakeengine", (), stage.root)
     for _ in range(2):

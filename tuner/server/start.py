@@ -18,7 +18,7 @@ from tuner.server.faststart import FastStart
 from tuner.server.gpu import Gpus
 from tuner.server.leases import GpuLease, Lease, Leases, PortLease
 from tuner.server.limits import History, Limits
-from tuner.server.process import Process, Program, StartFailed, new_guard
+from tuner.server.process import GuardLink, Process, Program, StartFailed
 from tuner.server.running import Running
 from tuner.server.runtime import Ownership, reap, runtime_root
 from tuner.server.telemetry import Host, Telemetry
@@ -182,21 +182,13 @@ def _run(recipe: Recipe, site: Site, running: Running) -> None:
     env = server_environment(wanted, temporary=binding.temporary, program=argv[0])
     hold = [lease.fd for lease in (running.host_lease, running.port.lease) if lease]
     hold += running.gpu_lease.fds if running.gpu_lease else ()
-    guards, words = new_guard, argv
-    if recipe.fast and (
-        forked := recipe.fast.guards(env, site.cancel, lambda why: site.on_event("note", {"why": why}))
-    ):
-        guards, words = forked, argv[recipe.own_words - 1 :]
+    forked = recipe.fast.guards(env, site.cancel, lambda why: _note(site, why)) if recipe.fast else None
     if site.cancel.is_set():
         raise Cancelled
     if not recipe.shares_port:
         running.port.hand_over()
-    try:
-        program = Program(words, env, recipe.cwd or site.folder, running.log.path, hold, guards)
-        running.process = Process(program, running.ownership.id)
-    except StartFailed as failure:
-        evidence = Evidence(log=str(failure), exit_code=127, phase="exec")
-        raise LaunchFailed(diagnose(evidence)) from None
+    program = Program(argv, env, recipe.cwd or site.folder, running.log.path, hold)
+    running.process = _forked(program, forked, recipe, running, site) or _executed(program, running)
     running.ownership.started(running.process.guard, running.process.server)
     running.endpoint = Endpoint(f"http://127.0.0.1:{binding.port}", binding.model, binding.api_key, recipe.tokenizer)
     host = Host(running.process.members)
@@ -204,6 +196,31 @@ def _run(recipe: Recipe, site: Site, running: Running) -> None:
         site.folder / "telemetry.parquet", host, running.gpus, binding.gpus, recipe.telemetry_period_s
     )
     running.telemetry.start()
+
+
+def _forked(
+    program: Program, guards: Callable[..., GuardLink] | None, recipe: Recipe, running: Running, site: Site
+) -> Process | None:
+    """The program as a fork of the standby; None where that cannot be had, and it is executed instead."""
+    if guards is None:
+        return None
+    try:
+        words = program.argv[recipe.own_words - 1 :]
+        return Process(replace(program, argv=words, guard=guards), running.ownership.id)
+    except StartFailed as failure:
+        _note(site, f"no fast start this time: {failure}")
+        return None
+
+
+def _executed(program: Program, running: Running) -> Process:
+    try:
+        return Process(program, running.ownership.id)
+    except StartFailed as failure:
+        raise LaunchFailed(diagnose(Evidence(str(failure), 127, phase="exec"))) from None
+
+
+def _note(site: Site, why: str) -> None:
+    site.on_event("note", {"why": why})
 
 
 def _await(recipe: Recipe, site: Site, running: Running) -> None:
