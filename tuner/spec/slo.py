@@ -46,7 +46,7 @@ class Slo:
         """``value`` as the user reads it: milliseconds, or per cent."""
         if self.metric == "error_rate":
             return f"{value * 100:.2g} %"
-        return f"{value * 1e3:,.4g} ms"
+        return f"{value * 1e3:,.4g} ms" if abs(value) < 1 else f"{round(value * 1e3):,} ms"
 
     def __str__(self) -> str:
         return f"{self.metric}={self.show(self.limit).replace(' ', '').replace(',', '')}"

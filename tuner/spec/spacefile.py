@@ -75,6 +75,8 @@ def build(
     parameters = []
     for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
+        if file.engine == "function" and not spec.flag and not isinstance(spec.values, dict):
+            spec = spec.model_copy(update={"flag": name})  # a function has no flags: names tell configs apart
         parameter = _parameter(name, spec, document, at, facts)
         if name in limits:
             parameter = _narrow(parameter, limits[name], document)
