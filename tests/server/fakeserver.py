@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
     sick = False
 
     def do_GET(self):
-        key = os.environ.get("FAKE_KEY", "")
+        key = os.environ.get("VLLM_API_KEY", "")
         if self.path == "/health":
             return self.answer(503 if Handler.sick else 200, b"")
         if key and self.headers.get("Authorization") != f"Bearer {key}":

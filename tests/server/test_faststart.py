@@ -63,10 +63,12 @@ def test_a_second_server_does_not_import_again(stage):
     start(stage.fast_recipe(), stage.site, stage.root).stop()
     assert "imported" not in stage.log()  # the standby's log has it
     first = re.findall(r"serving from (\d+)", stage.log())
+    (standby,) = stage.fast._standbys.values()
     running = start(stage.fast_recipe(), stage.site, stage.root)
     assert running.process is not None
     assert "imported" not in stage.log() and f"serving from {running.process.server.pid}" in stage.log()
     assert first != [str(running.process.server.pid)]
+    assert list(stage.fast._standbys.values()) == [standby] and standby.process.poll() is None
     assert running.stop().left_over == ()
     assert not [event for event in stage.events if event[0] == "note"]
 
@@ -74,8 +76,10 @@ def test_a_second_server_does_not_import_again(stage):
 def test_its_environment_is_that_of_its_launch(stage):
     start(stage.fast_recipe(HEAVY="h1"), stage.site, stage.root).stop()
     assert "with h1" in stage.log()
+    (before,) = stage.fast._standbys.values()
     running = start(stage.fast_recipe(HEAVY="h2"), stage.site, stage.root)  # read at import: another standby
     assert "with h2" in stage.log()
+    assert before not in stage.fast._standbys.values() and before.process.poll() is not None
     running.stop()
 
 

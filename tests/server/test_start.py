@@ -46,7 +46,7 @@ class Stage:
 
         defaults = {
             "argv": argv,
-            "env": lambda binding: {"FAKE_KEY": binding.api_key},
+            "env": lambda binding: {"VLLM_API_KEY": binding.api_key},
             "dialect": DIALECT,
             "limits": Limits(total_s=30, silent_s=0.3),
             "stop_wait_s": 0.5,
