@@ -117,8 +117,9 @@ class SearchSpace:
         for combination in itertools.product(*(p.values for p in self.parameters)):
             params = dict(zip((p.name for p in self.parameters), combination, strict=True))
             active = self.active(params)
-            if all(params[p.name] == p.default for p in self.parameters if p.name not in active):
-                yield params
+            idle = [p for p in self.parameters if p.name not in active]
+            if all(params[p.name] == (p.default if p.default in p.values else p.values[0]) for p in idle):
+                yield params | {p.name: p.default for p in idle}
 
     def active(self, params: Mapping[str, Value]) -> dict[str, Value]:
         """The parameters that apply: those whose ``when`` holds, given the others that apply."""
