@@ -16,7 +16,7 @@ from tuner.search.beliefs import Posterior
 from tuner.search.surrogate import Array
 
 DRAWS = 32
-CELLS = 64  # along the cost axis
+CELLS = 96  # along the cost axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +76,28 @@ def draws(seed: int) -> Array:
 
 
 def worth(beliefs: Posterior, front: Front, loads: Sequence[float], cost: LaunchCost, normal: Array) -> Worth:
-    """Expected gain and GPU-seconds of every candidate.
+    """Expected gain and GPU-seconds of every candidate."""
+    gain = gains(beliefs, front, loads, normal).mean(1) * beliefs.works
+    steps = np.minimum(_within(beliefs, loads, normal).sum(2) + 1, len(loads)).mean(1)
+    seconds = cost.start_s + cost.step_s * steps * beliefs.works
+    return Worth(gain, seconds * beliefs.gpus)
+
+
+def gains(beliefs: Posterior, front: Front, loads: Sequence[float], normal: Array) -> Array:
+    """Growth of the front (candidates, draws) by servers that work.
 
     Within one draw a candidate is wrong by the same number of standard deviations at every load: an error of the
     surrogate is the configuration's, not the load's.
     """
-    logs = np.log(np.array(loads))
-    capacity = beliefs.capacity[:, None] + beliefs.capacity_sd[:, None] * normal[None, :, 0]
-    within = logs[None, None, :] <= capacity[:, :, None]  # (candidates, draws, loads)
     latency = beliefs.latency[:, None, :] + beliefs.latency_sd[:, None, :] * normal[None, :, None, 1]
     price = beliefs.cost[:, None, :] + beliefs.cost_sd[:, None, :] * normal[None, :, None, 2]
-    gain = improvement(price, np.where(within, latency, np.inf), front).mean(1) * beliefs.works
-    steps = np.minimum(within.sum(2) + 1, len(loads)).mean(1)
-    seconds = cost.start_s + cost.step_s * steps * beliefs.works
-    return Worth(gain, seconds * beliefs.gpus)
+    return improvement(price, np.where(_within(beliefs, loads, normal), latency, np.inf), front)
+
+
+def _within(beliefs: Posterior, loads: Sequence[float], normal: Array) -> Array:
+    """Whether each load lies within the capacity: (candidates, draws, loads)."""
+    capacity = beliefs.capacity[:, None] + beliefs.capacity_sd[:, None] * normal[None, :, 0]
+    return np.log(np.array(loads))[None, None, :] <= capacity[:, :, None]
 
 
 def improvement(price: Array, latency: Array, front: Front) -> Array:
@@ -98,7 +106,7 @@ def improvement(price: Array, latency: Array, front: Front) -> Array:
     inside = np.isfinite(latency) & (price < front.reference[0])
     if not inside.any():
         return np.zeros(price.shape[:2])
-    low = float(np.quantile(price[inside], 0.01))
+    low = max(float(price[inside].min()), float(np.quantile(price[inside], 0.05)) - 1.5)  # one wild draw sets no scale
     if len(front.points):
         low = min(low, float(front.points[:, 0].min()))
     edges = np.linspace(min(low, front.reference[0] - 1e-6), front.reference[0], CELLS + 1)

@@ -124,8 +124,8 @@ class Beliefs:
             self.fitted[name] = surrogate.with_rows(surrogate.rows.plus(rows))
 
     def _places(self, name: str, indices: Sequence[int], capacity: tuple[Array, Array] | None = None) -> Array:
-        """Where the ladder's loads lie for these candidates (candidates, loads): the share of the believed capacity that
-        they take, since what a queue adds depends on that and not on the load itself."""
+        """Where the ladder's loads lie for these candidates (candidates, loads): the share of the believed capacity
+        that they take, since what a queue adds depends on that and not on the load itself."""
         if name not in ("cost", "latency"):
             return np.zeros((len(indices), 1))
         if capacity is None:

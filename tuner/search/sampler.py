@@ -38,18 +38,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``spread_first`` configurations are taken from the predicted front (or from the expert's list) before gain is
-    counted per GPU-second; ``shortlist`` candidates get the full expectation; ``gain_per_second`` is the power of the
-    GPU-seconds that a gain is divided by (1: gain per GPU-second; 0: gain per launch); ``remeasure`` allows a promising
-    point to be measured again."""
+    """``first`` configurations come from the predicted front (or from the expert's list) before gain is counted per
+    GPU-second. Where the launches leave the model less than ``trust`` of its weight, the expert is asked after all.
+    ``shortlist`` candidates get the full expectation. Measuring a point again may take one launch in
+    ``remeasure_every`` (0: never)."""
 
-    spread_first: int = 4
-    shortlist: int = 300
-    gain_per_second: float = 1.0
-    gpu_power: float = 0.0
-    greedy: bool = False
-    remeasure: bool = True
+    first: int = 4
     trust: float = 0.6
+    shortlist: int = 300
+    remeasure_every: int = 8
 
 
 class TunerSampler(BaseSampler):
@@ -133,7 +130,7 @@ class TunerSampler(BaseSampler):
         readings = [read_outcome(s, self.objective, self.loads) for s in seen if not s.free]
         launched = [r for r in readings if r.seen.outcome is not None and r.seen.remeasure_of is None]
         pending = [i for s in seen if s.outcome is None if (i := self.beliefs.index(s.params)) is not None]
-        early = len(launched) + len(pending) <= self.options.spread_first
+        early = len(launched) + len(pending) <= self.options.first
         if early and self.predictor is None and not self.beliefs.earlier:
             index, reason = self._without_model(taken, rng)
             if index is not None:
@@ -141,43 +138,43 @@ class TunerSampler(BaseSampler):
         self.beliefs.learn(readings, self.seed)
         if pending:
             self.beliefs.believe(pending)
-        if self._distrusted() and len(launched) < 2 * self.options.spread_first + 1:
+        if self._distrusted() and len(launched) <= 2 * self.options.first:
             for params, why in first_choices(self.space):
                 index = self.beliefs.index(params)
                 if index is not None and index in self._admitted(taken):
                     return index, Proposal(f"the model proved wrong, so an expert's first choice: {why}")
         if not self.candidates.whole:
             self._grow_near(readings)
-        free = self._admitted(taken)
-        scan = Scan(self.beliefs, self.loads, readings, pending)
+        return self._best(Scan(self.beliefs, self.loads, readings, pending), self._admitted(taken), early, number)
+
+    def _best(self, scan: Scan, free: Sequence[int], early: bool, number: int) -> tuple[int, Proposal]:
+        """The candidate with the highest expected gain: per launch among the first, per GPU-second afterwards."""
+        rng = np.random.default_rng([self.seed, number, 2])
         if not free:
-            return scan.again(rng), Proposal("every configuration of the space was launched: measured again", 0.0)
+            return scan.again(rng), Proposal("every configuration of the space was launched", 0.0)
+        cost = launch_cost(self.cost, scan.readings)
         mean = self.beliefs.posterior(free, spread=False)
         front = scan.front(mean)
+        volume = front.volume()
         shortlist = scan.shortlist(free, mean, front, self.options.shortlist, rng)
-        cost = launch_cost(self.cost, readings)
-        post = self.beliefs.posterior(shortlist)
-        g = post.gpus
-        values = worth(post, front, self.loads, cost, draws(number))
-        power = 0.0 if early else self.options.gain_per_second
-        score = values.gain / (values.gpu_seconds / g ** (1 - self.options.gpu_power)) ** power
-        if early and self.options.greedy:
-            from tuner.search.acquisition import improvement
-            from tuner.search.scan import _points
-
-            pt = _points(post, self.loads, 0.0, 0.0)
-            score = improvement(pt[:, None, :, 0], pt[:, None, :, 1], front)[:, 0] * post.works
+        normal = draws(self.seed + number)
+        values = worth(self.beliefs.posterior(shortlist), front, self.loads, cost, normal)
+        score = values.gain if early else values.gain / values.gpu_seconds
         best = int(np.argmax(score + 1e-15 * rng.random(len(score))))
-        self.expected_gain = float(values.gain.max() / max(front.volume(), 1e-9))
-        share = float(values.gain[best] / max(front.volume(), 1e-9))
-        reason = (
-            f"expected to grow the front's hypervolume by {share:.1%}"
-            f" for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
-        )
+        self.expected_gain = float(values.gain.max() / volume) if volume > 0 else None
+        if not early and volume > 0:
+            doubt = scan.doubtful(front, cost, normal, self.options.remeasure_every)
+            if doubt is not None and doubt.score > score[best]:
+                why = f"measured again: its point is worth {doubt.stake / volume:.1%} of the front, more or less"
+                return doubt.index, Proposal(why, self.expected_gain, doubt.number)
+        reason = f"expected to be the first point within SLO, for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
+        if volume > 0:
+            share = min(float(values.gain[best] / volume), 9.99)
+            reason = f"{share:.1%} more hypervolume expected, for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
         if early:
             source = "the model's predicted front" if self.predictor else "what earlier studies predict"
-            reason = f"spread over {source}; {reason}"
-        return shortlist[best], Proposal(reason, share)
+            reason = f"spread over {source}: {reason}"
+        return shortlist[best], Proposal(reason, self.expected_gain)
 
     def _taken(self, seen: Sequence[Seen]) -> set[int]:
         """Candidates that were launched and answered, or are running; one whose measurement was at fault twice."""

@@ -8,13 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from tuner.search.acquisition import Front, LaunchCost, improvement
+from tuner.search.acquisition import Front, LaunchCost, gains, improvement, worth
 from tuner.search.beliefs import Beliefs, Posterior
 from tuner.search.reading import Reading
 from tuner.search.surrogate import Array
 
 MARGIN = 0.1  # log units by which the reference lies beyond the worst point of the front
+SETTLED = 0.3  # share of a standard deviation that one more measurement takes away (1 - sqrt(1/2))
 HOPE = 1.5  # standard deviations of optimism in the cheap look
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A measured candidate whose part of the front is uncertain by ``stake`` (hypervolume, one standard deviation), the
+    ``number`` of the trial that measured it, and what a repetition is worth per GPU-second."""
+
+    index: int
+    number: int
+    stake: float
+    score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +66,8 @@ class Scan:
         return chosen
 
     def shortlist(self, free: Sequence[int], mean: Posterior, front: Front, count: int, rng: Any) -> list[int]:
-        """The candidates with the highest gain at their mean (``mean``: of all ``free``) and at an optimistic value, and
-        a few at random."""
+        """The candidates with the highest gain at their mean (``mean``: of all ``free``) and at an optimistic value,
+        and a few at random."""
         if len(free) <= count:
             return list(free)
         sd = [float(np.sqrt(max(self.beliefs.fitted[n].variances[2:-1].sum(), 1e-6))) for n in ("latency", "capacity")]
@@ -67,17 +79,44 @@ class Scan:
         found += rng.choice(len(free), size=count // 10, replace=False).tolist()
         return [free[i] for i in dict.fromkeys(found)]
 
+    def doubtful(self, front: Front, cost: LaunchCost, normal: Array, every: int) -> Doubt | None:
+        """The measured configuration whose repetition would say most: whose part of the front (points that a lucky run
+        may have put there, loads that a narrow miss may have taken away) is the least certain, per GPU-second. None
+        where repetitions have had their share of the launches (one in ``every``)."""
+        launched = [r for r in self.readings if r.seen.outcome is not None]
+        repeats = [r.seen.params for r in launched if r.seen.remeasure_of is not None]
+        if not every or len(launched) < every * (len(repeats) + 1):
+            return None
+        first: dict[int, Reading] = {}
+        for r in launched:
+            index = self.beliefs.index(r.seen.params)
+            if r.steps and index is not None and r.seen.params not in repeats:
+                first.setdefault(index, r)
+        if not first:
+            return None
+        indices = list(first)
+        believed = self.beliefs.posterior(indices)
+        stakes = np.zeros(len(indices))
+        for row, index in enumerate(indices):
+            others = self._measured(without=index)
+            alone = Posterior(*(getattr(believed, name)[row : row + 1] for name in Posterior.__slots__))
+            stakes[row] = gains(alone, Front(others, front.reference), self.loads, normal)[0].std()
+        seconds = worth(believed, front, self.loads, cost, normal).gpu_seconds
+        scores = stakes * SETTLED / seconds
+        best = int(np.argmax(scores))
+        return Doubt(indices[best], first[indices[best]].seen.number, float(stakes[best]), float(scores[best]))
+
     def again(self, rng: Any) -> int:
         """A candidate to measure again when nothing else is left: one of the front, else any."""
         good = [i for r in self.readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
         return int(rng.choice(good)) if good else 0
 
-    def _measured(self) -> Array:
+    def _measured(self, without: int | None = None) -> Array:
         """Measured points within SLO, believed values, one per configuration and load."""
         places: dict[int, set[int]] = {}
         for r in self.readings:
             index = self.beliefs.index(r.seen.params) if r.good else None
-            if index is not None:
+            if index is not None and index != without:
                 places[index] = places.get(index, set(r.good)) & set(r.good)
         if not places:
             return np.zeros((0, 2))

@@ -46,8 +46,8 @@ class Prior:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is known, row by row: codes (n, parameters), place of the load (n,) (its share of the capacity), target (n,), the sources'
-    values (n, sources) and extra noise variance (n,)."""
+    """What is known, row by row: codes (n, parameters), place of the load (n,) (its share of the capacity), target
+    (n,), the sources' values (n, sources) and extra noise variance (n,)."""
 
     codes: Codes
     load: Array
@@ -90,8 +90,8 @@ class Surrogate:
     def predict(self, codes: Codes, places: Array, sources: Array, *, spread: bool = True) -> tuple[Array, Array]:
         """Mean and standard deviation (candidates, loads) without the noise of a measurement.
 
-        ``codes`` (candidates, parameters), ``places`` (candidates, loads), ``sources`` (candidates, loads, sources). Without
-        ``spread`` the standard deviation is left at 0, which is much cheaper.
+        ``codes`` (candidates, parameters), ``places`` (candidates, loads), ``sources`` (candidates, loads, sources).
+        Without ``spread`` the standard deviation is left at 0, which is much cheaper.
         """
         n_loads, n_sources = places.shape[1], sources.shape[2]
         v, d = self.variances, len(self.tables)

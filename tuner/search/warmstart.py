@@ -31,15 +31,15 @@ class Earlier:
     launches: int
     fitted: Mapping[str, Surrogate]
 
-    def values(self, quantity: str, codes: Codes, places: Array) -> Array:
-        """Its shape at these candidates: (candidates, loads) in logarithms, (candidates, 1) for the capacity."""
+    def values(self, quantity: str, codes: Codes, loads: int) -> Array:
+        """Its shape at these candidates: (candidates, loads) in logarithms, (candidates, 1) for the capacity. Loads are
+        matched by their place in either ladder."""
         surrogate = self.fitted.get(quantity)
-        width = len(places) if quantity != "capacity" else 1
+        width = loads if quantity != "capacity" else 1
         if surrogate is None or not len(codes):
             return np.zeros((len(codes), width))
-        mean, _ = surrogate.predict(
-            codes, places[:width] if width > 1 else np.zeros(1), np.zeros((len(codes), width, 0))
-        )
+        places = np.tile(np.linspace(0, 1, width), (len(codes), 1))
+        mean, _ = surrogate.predict(codes, places, np.zeros((len(codes), width, 0)), spread=False)
         return mean - surrogate.mean
 
 

@@ -1,0 +1,205 @@
+"""The search proposes the default first, then what its beliefs say, and never what is known not to work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.search.problem import LOADS, Model, launch, objective, run, space, study, truth
+from tuner.pareto.volume import hypervolume
+from tuner.search import ledger
+from tuner.search.acquisition import LaunchCost
+from tuner.search.sampler import Options, TunerSampler
+from tuner.space.space import SearchSpace
+from tuner.study.outcome import Measured, Untrusted
+
+
+def sampler(predictor: Any = None, **more: Any) -> TunerSampler:
+    return TunerSampler(space(), objective(), LOADS, predictor, "m", cost=LaunchCost(60, 30), **more)
+
+
+def regret(tried: list[dict[str, Any]]) -> float:
+    """Share of the true front's hypervolume that these launches did not find."""
+
+    def points(many: Any) -> list[tuple[float, float]]:
+        steps = [s for p in many for s in launch(p).steps if s.ok]
+        return [(s.metrics["cost_usd_per_mtok_output"], s.metrics["tpot_p99_s"]) for s in steps]
+
+    everything = points(p for p in space().grid() if not space().denied(p))
+    worst = (max(p[0] for p in everything), max(p[1] for p in everything))
+    return 1 - hypervolume(points(tried), worst, log=True) / hypervolume(everything, worst, log=True)
+
+
+def test_the_first_proposal_is_the_engines_default():
+    for predictor in (None, Model()):
+        trial, params = ledger.ask(study(sampler(predictor)), space())
+        assert params == space().snap(space().default())
+        assert "baseline" in trial.user_attrs["reason"]
+
+
+def test_no_configuration_is_proposed_twice_and_none_that_a_rule_denies():
+    tried = run(study(sampler(options=Options(remeasure_every=0))), 40)
+    keys = [tuple(p.values()) for p in tried]
+    assert len(set(keys)) == 40
+    assert not any(space().denied(p) for p in tried)
+
+
+def test_a_configuration_that_the_model_says_does_not_fit_is_never_proposed():
+    tried = run(study(sampler(Model(refuse=lambda p: not p["half"] and p["gpus"] < 4))), 25)
+    assert all(p["half"] or p["gpus"] == 4 for p in tried[1:])  # the default is launched whatever is said of it
+
+
+def test_a_right_model_finds_the_front_in_a_few_launches():
+    assert regret(run(study(sampler(Model())), 6)) < 0.03
+
+
+def test_without_a_model_the_front_is_found_from_launches_alone():
+    assert regret(run(study(sampler()), 20)) < 0.05
+
+
+def test_a_model_that_has_everything_the_wrong_way_round_does_not_stop_the_search():
+    def upside_down(params: dict[str, Any]) -> float:
+        return 3.0 / truth(params, 0.01)["tpot_p99_s"] * 0.01
+
+    book = study(sampler(Model(wrong=upside_down)))
+    assert regret(run(book, 20)) < 0.08
+
+
+def test_the_weight_of_a_wrong_model_falls_and_that_of_a_right_one_stays():
+    def random_levels(params: dict[str, Any]) -> float:
+        return [0.4, 2.2, 0.6, 1.9][_mix(params)]
+
+    weights = {}
+    for name, model in {"right": Model(), "wrong": Model(wrong=random_levels)}.items():
+        one = sampler(model)
+        book = study(one)
+        run(book, 15)
+        weights[name] = one.model_error(book).weight["latency"]
+    assert weights["right"] > 0.8
+    assert weights["wrong"] < 0.6
+
+
+def _mix(params: dict[str, Any]) -> int:
+    return (params["gpus"] * 7 + params["batch"] * 3 + params["half"] * 5 + len(params["guess"])) % 4
+
+
+def test_the_report_says_how_wrong_the_model_was_in_words_and_figures():
+    one = sampler(Model(wrong=lambda _p: 1.5))
+    book = study(one)
+    run(book, 10)
+    error = one.model_error(book)
+    assert error.error["latency"] > 0.3  # it predicted 1.5 times the latency and more
+    assert error.bias["latency"] < 1
+    assert "latency: off by" in error.words() and "lower than predicted" in error.words()
+    assert "no analytic model" in sampler().model_error(study(sampler())).words()
+
+
+def test_crashes_teach_where_not_to_launch():
+    def crash(params: dict[str, Any]) -> bool:
+        return params["gpus"] == 1 and params["batch"] >= 32
+
+    one = sampler()
+    book = study(one)
+    tried = run(book, 15, crash=crash)
+    ledger.ask(book, space())
+    assert 2 <= sum(map(crash, tried)) <= 6
+    left = [i for i, params in enumerate(one.candidates.params) if params not in tried]
+    works = dict(zip(left, one.beliefs.posterior(left).works, strict=True))
+    bad = [p for i, p in works.items() if crash(one.candidates.params[i])]
+    good = [p for i, p in works.items() if not crash(one.candidates.params[i])]
+    assert sum(bad) / len(bad) < 0.5 < 0.8 < sum(good) / len(good)
+
+
+def test_a_running_trial_is_not_proposed_beside_itself():
+    book = study(sampler(Model()))
+    trials = [ledger.ask(book, space()) for _ in range(6)]
+    keys = [tuple(params.values()) for _, params in trials]
+    assert len(set(keys)) == 6
+
+
+def test_pending_launches_lower_the_gain_expected_of_what_is_like_them():
+    gains = []
+    for running in (0, 3):
+        one = sampler(Model())
+        book = study(one)
+        run(book, 2)
+        for _ in range(running):
+            ledger.ask(book, space())
+        ledger.ask(book, space())
+        gains.append(one.expected_gain)
+    assert gains[1] < 0.7 * gains[0]
+
+
+def test_a_search_that_is_resumed_by_another_process_repeats_nothing():
+    once = Options(remeasure_every=0)
+    book = study(sampler(options=once))
+    before = run(book, 8)
+    book.sampler = sampler(options=once)
+    after = run(book, 8)
+    keys = [tuple(p.values()) for p in before + after]
+    assert len(set(keys)) == 16
+    assert regret(before + after) < 0.2
+
+
+def test_the_same_seed_gives_the_same_search():
+    assert run(study(sampler(seed=3)), 10) == run(study(sampler(seed=3)), 10)
+
+
+def test_an_untrusted_measurement_may_be_made_once_more_and_no_more():
+    book = study(sampler())
+    for expected_default in (True, True, False):
+        trial, params = ledger.ask(book, space())
+        assert (params == space().snap(space().default())) is expected_default
+        ledger.tell(book, trial, space(), objective(), Untrusted(("client lag",)))
+
+
+def test_a_point_of_uncertain_worth_is_measured_again_and_flagged():
+    one = sampler(options=Options(remeasure_every=4))
+    book = study(one)
+    flagged = []
+    for n in range(60):
+        trial, params = ledger.ask(book, space())
+        if "remeasure_of" in trial.user_attrs:
+            flagged.append((trial.user_attrs["remeasure_of"], params))
+        noise = 0.35 * ((n * 7919) % 13 - 6) / 6
+        ledger.tell(book, trial, space(), objective(), launch(params, noise=noise))
+    assert flagged, "sixty launches under heavy noise and nothing was measured twice"
+    trials = {t.number: t for t in book.trials}
+    for number, params in flagged:
+        assert trials[number].user_attrs["params"] == params
+    assert len(flagged) <= 60 / 4
+
+
+def test_a_grid_too_large_to_hold_is_searched_by_samples_and_neighbours():
+    from tests.search.problem import knob
+
+    wide = SearchSpace(
+        "wide", "emulator", (*space().parameters, *(knob(f"x{i}", *"abcdef", default="a") for i in range(6)))
+    )
+    one = TunerSampler(wide, objective(), LOADS, None, "m")
+    assert not one.candidates.whole
+    book = study(one)
+    before = len(one.candidates.params)
+    for _ in range(8):
+        trial, params = ledger.ask(book, wide)
+        ledger.tell(book, trial, wide, objective(), launch(params))
+    assert len(one.candidates.params) > before
+
+
+def test_a_ladder_of_one_load_and_an_empty_ladder():
+    one = TunerSampler(space(), objective(), (1.0,), Model(), "m")
+    run(study(one), 5, loads=(1.0,))
+    with pytest.raises(ValueError, match="at least one load"):
+        TunerSampler(space(), objective(), (), None, "m")
+
+
+def test_measured_steps_are_believed_over_the_estimate_of_a_launchs_seconds():
+    from tuner.search.reading import read
+    from tuner.search.scan import launch_cost
+
+    outcome = launch(space().default())
+    assert isinstance(outcome, Measured)
+    seen = ledger.Seen(0, space().default(), outcome, started_s=10.0, ended_s=10.0 + 30.0 + 40.0 * len(outcome.steps))
+    known = launch_cost(LaunchCost(500, 500), [read(seen, objective(), LOADS)])
+    assert (known.start_s, known.step_s) == (30.0, 40.0)

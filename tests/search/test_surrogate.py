@@ -1,0 +1,191 @@
+"""The surrogate is exact where it was measured and unsure elsewhere; a gain is an area; outcomes become numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.search.problem import LOADS, launch, objective, space
+from tuner.search.acquisition import Front, LaunchCost, draws, gains, improvement, worth
+from tuner.search.beliefs import Posterior
+from tuner.search.candidates import Candidates, correlations
+from tuner.search.ledger import Seen
+from tuner.search.reading import capacity, margin, read
+from tuner.search.surrogate import Prior, Rows, Surrogate, _components, fit
+from tuner.study.outcome import Infeasible, Measured
+
+
+def rows(codes: list[tuple[int, ...]], y: list[float], sources: list[list[float]] | None = None) -> Rows:
+    n = len(y)
+    columns = np.array(sources, float) if sources else np.zeros((n, 0))
+    return Rows(np.array(codes, dtype=np.int64), np.zeros(n), np.array(y, float), columns, np.zeros(n))
+
+
+def everything() -> tuple[Candidates, np.ndarray]:
+    pool = Candidates.of(space(), 0)
+    return pool, pool.codes()
+
+
+def predict(s: Surrogate, codes: np.ndarray, sources: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    values = np.zeros((len(codes), 1, 0)) if sources is None else sources[:, None, None]
+    mean, sd = s.predict(codes, np.zeros((len(codes), 1)), values)
+    return mean[:, 0], sd[:, 0]
+
+
+def additive(params: dict) -> float:
+    return (
+        0.8 * math.log2(params["gpus"]) - 0.5 * params["half"] + 0.2 * math.log2(params["batch"]) * (params["gpus"] > 1)
+    )
+
+
+def test_measured_points_are_reproduced_and_others_are_less_certain():
+    pool, codes = everything()
+    y = [additive(p) for p in pool.params]
+    s = fit(correlations(space()), rows([pool.keys[i] for i in range(0, 60, 5)], y[0:60:5]), Prior())
+    mean, sd = predict(s, codes)
+    assert np.abs(mean[0:60:5] - y[0:60:5]).max() < 0.1
+    assert sd[1:60:5].min() > sd[0:60:5].max()
+
+
+def test_effects_that_add_up_are_learnt_from_a_sixth_of_the_grid():
+    pool, codes = everything()
+    y = np.array([additive(p) for p in pool.params])
+    known = np.random.default_rng(0).permutation(len(y))[:15]
+    s = fit(correlations(space()), rows([pool.keys[i] for i in known], y[known].tolist()), Prior())
+    left = np.setdiff1d(np.arange(len(y)), known)
+    assert np.corrcoef(predict(s, codes)[0][left], y[left])[0, 1] > 0.93
+
+
+def test_a_source_that_explains_keeps_its_weight_and_one_that_does_not_loses_it():
+    pool, _ = everything()
+    y = np.array([additive(p) for p in pool.params])
+    noise = np.random.default_rng(1).normal(0, 1, len(y))
+    weights = []
+    for source in (y, noise):
+        known = rows([pool.keys[i] for i in range(0, 80, 4)], y[0:80:4].tolist(), source[0:80:4, None].tolist())
+        weights.append(fit(correlations(space()), known, Prior(), prior_weights=[1.0], weight_sd=[0.5]).weights[0])
+    assert weights[0] > 0.9 and abs(weights[1]) < 0.4
+
+
+def test_the_fit_is_a_maximum():
+    pool, _ = everything()
+    known = rows(
+        [pool.keys[i] for i in range(0, 80, 4)],
+        [additive(p) + 0.05 * (i % 3) for i, p in enumerate(pool.params[0:80:4])],
+    )
+    tables, prior = correlations(space()), Prior(common=1e-3)
+    s = fit(tables, known, prior)
+    centre = np.array([prior.constant, prior.load, *[prior.single] * 5, prior.pair, prior.own, prior.noise])
+    spread = np.array([prior.spread] * 9 + [prior.noise_spread])
+
+    def density(v: np.ndarray) -> float:
+        parts = _components(tables, known, s.importance)
+        kernel = sum(a * b for a, b in zip(v[:-1], parts, strict=True)) + (v[-1] + 1e-8) * np.eye(len(known.y))
+        target = known.y - s.mean
+        away = (np.log(v) - np.log(centre)) / spread
+        return -0.5 * (target @ np.linalg.solve(kernel, target) + np.linalg.slogdet(kernel)[1] + (away**2).sum())
+
+    here = density(s.variances)
+    for i in range(len(s.variances)):
+        for factor in (0.5, 2.0):
+            other = s.variances.copy()
+            other[i] *= factor
+            assert density(other) < here + 0.25
+
+
+def test_two_configurations_that_give_the_same_server_are_one_candidate():
+    pool, _ = everything()
+    base = {"gpus": 1, "batch": 16, "half": False, "guess": "none", "length": 2}
+    assert pool.key(space().snap(base)) == pool.key(space().snap({**base, "length": 8}))
+    assert pool.key(space().snap({**base, "guess": "ngram"})) != pool.key(space().snap(base))
+    assert len(pool.params) == 112  # 3 x 5 x 2 x (1 + 3), less a batch of 8 on 4 GPUs
+
+
+def test_neighbours_differ_in_one_parameter_that_applies():
+    pool, _ = everything()
+    base = space().snap({"gpus": 2, "batch": 32, "half": False, "guess": "none"})
+    changed = [{k for k in base if n[k] != base[k]} for n in pool.neighbours(base)]
+    assert sorted(map(sorted, changed)) == [["batch"], ["batch"], ["gpus"], ["gpus"], ["guess"], ["half"]]
+
+
+def test_capacity_lies_between_the_last_load_within_slo_and_the_first_beyond():
+    cap, sd = capacity([1.0, 2.0, 4.0], [-1.0, -0.5, 0.5])
+    assert math.log(2) < cap < math.log(4) and 0 < sd < 0.3
+    assert capacity([1.0, 2.0], [0.5, 0.9])[0] < 0  # the first load missed
+    assert math.log(4) < capacity([1.0, 4.0], [-2.0, -0.5])[0] <= math.log(4) + 0.4  # none missed
+
+
+def test_the_worst_slo_decides_the_margin_and_an_absent_metric_is_a_miss():
+    slos = objective().slos
+    assert margin({"ttft_p99_s": 0.25, "tpot_p99_s": 0.03}, slos) == pytest.approx(math.log(0.5))
+    assert margin({"ttft_p99_s": 0.01, "tpot_p99_s": 0.12}, slos) > 0
+    assert margin({"ttft_p99_s": 0.01}, slos) > 1
+
+
+def test_a_memory_crash_is_a_margin_and_another_crash_a_plain_no():
+    def works(outcome) -> float | None:
+        return read(Seen(0, space().default(), outcome), objective(), LOADS).works
+
+    near, far = Infeasible("oom", "", short_bytes=2**30), Infeasible("oom", "", short_bytes=40 * 2**30)
+    assert works(far) < works(Infeasible("died", "")) < works(near) < 0
+    assert works(launch(space().default())) > 0
+    assert works(Infeasible("port", "", transient=True)) is None
+
+
+def posterior(latency_sd: float, capacity_log: float, works: float = 1.0, gpus: float = 1.0) -> Posterior:
+    cost, latency = np.log([[4.0, 2.0, 1.0, 0.5]]), np.log([[0.01, 0.012, 0.015, 0.02]])
+    one = np.ones
+    return Posterior(
+        cost, 1e-6 * one((1, 4)), latency, latency_sd * one((1, 4)), capacity_log * one(1), 1e-6 * one(1), works * one(1), gpus * one(1)
+    )  # fmt: skip
+
+
+def test_the_gain_is_the_area_that_a_ladders_points_add():
+    front = Front(np.log([[2.0, 0.015]]), np.log([8.0, 0.1]))
+    # within capacity: loads 0.5 and 1: (4, .010) and (2, .012); beyond the front's (2, .015)
+    expected = math.log(8 / 4) * math.log(0.015 / 0.010) + math.log(4 / 2) * math.log(0.015 / 0.012)
+    found = worth(posterior(1e-6, math.log(1.2)), front, LOADS, LaunchCost(60, 30), draws(0))
+    assert found.gain[0] == pytest.approx(expected, rel=0.06)
+    assert found.gpu_seconds[0] == pytest.approx(60 + 3 * 30)  # two loads within SLO and the one that misses
+
+
+def test_a_new_cheapest_point_gains_the_area_up_to_the_next_one():
+    front = Front(np.log([[2.0, 0.01]]), np.log([8.0, 0.1]))
+    point = np.log([[[[0.5, 0.05]]]])
+    found = improvement(point[..., 0], point[..., 1], front)
+    assert found[0, 0] == pytest.approx(math.log(4) * math.log(2), rel=0.06)
+
+
+def test_what_may_crash_gains_less_and_what_is_beaten_gains_nothing():
+    front = Front(np.log([[0.4, 0.005]]), np.log([8.0, 0.1]))
+    assert gains(posterior(1e-6, 2.0), front, LOADS, draws(0)).max() == 0
+    open_front = Front(np.zeros((0, 2)), np.log([8.0, 0.1]))
+    sure = worth(posterior(0.1, 2.0), open_front, LOADS, LaunchCost(), draws(0)).gain[0]
+    risky = worth(posterior(0.1, 2.0, works=0.5), open_front, LOADS, LaunchCost(), draws(0)).gain[0]
+    assert risky == pytest.approx(sure / 2)
+
+
+def test_uncertainty_is_worth_a_launch_where_the_mean_is_not():
+    front = Front(np.log([[0.4, 0.0095]]), np.log([8.0, 0.1]))
+    assert (
+        gains(posterior(1e-6, 2.0), front, LOADS, draws(0)).mean()
+        < gains(posterior(0.3, 2.0), front, LOADS, draws(0)).mean()
+    )
+
+
+def test_four_gpus_cost_four_times_the_gpu_seconds():
+    front = Front(np.zeros((0, 2)), np.log([8.0, 0.1]))
+    one, four = (
+        worth(posterior(0.1, 2.0, gpus=g), front, LOADS, LaunchCost(), draws(0)).gpu_seconds[0] for g in (1, 4)
+    )
+    assert four == 4 * one
+
+
+def test_the_steps_of_a_miss_are_no_points_of_the_front():
+    outcome = launch({"gpus": 1, "batch": 16, "half": False, "guess": "none", "length": 0})
+    assert isinstance(outcome, Measured)
+    reading = read(Seen(0, space().default(), outcome), objective(), LOADS)
+    assert len(reading.good) == len(outcome.steps) - 1
+    assert math.log(outcome.steps[-2].load) < reading.capacity < math.log(outcome.steps[-1].load)
