@@ -38,6 +38,8 @@ def test_a_miss_is_told_in_milliseconds_and_an_unmeasured_metric_is_a_miss():
     limit = slo.parse("ttft_p99=500ms")
     assert limit.miss({"ttft_p99_s": 0.5}) == ""
     assert limit.miss({"ttft_p99_s": 0.8124}) == "ttft_p99 812.4 ms > 500 ms"
+    assert limit.miss({"ttft_p99_s": float("inf")}) == "ttft_p99 without end (requests went unanswered) > 500 ms"
+    assert limit.miss({"ttft_p99_s": 12.3456}) == "ttft_p99 12,346 ms > 500 ms"
     assert limit.miss({}) == "ttft_p99 was not measured"
 
 

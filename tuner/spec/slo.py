@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Slo:
         """``value`` as the user reads it: milliseconds, or per cent."""
         if self.metric == "error_rate":
             return f"{value * 100:.2g} %"
+        if math.isinf(value):
+            return "without end (requests went unanswered)"
         return f"{value * 1e3:,.4g} ms" if abs(value) < 1 else f"{round(value * 1e3):,} ms"
 
     def __str__(self) -> str:
