@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tuner.pareto.front import Point
 from tuner.report.style import log_ticks, number
@@ -71,10 +72,12 @@ def _bars(p: Point, x: Scale, y: Scale, color: str) -> list[str]:
     parts, at_x, at_y = [], x(p.cost), y(p.latency * 1e3)
     if p.cost_interval and p.cost_interval[0] > 0:
         low, high = p.cost_interval
-        parts.append(f'<path d="M{x(low):.1f} {at_y:.1f}H{x(high):.1f}" stroke="{color}"/>')
+        ends = [min(max(x(value), LEFT), WIDTH - RIGHT) for value in (low, high)]  # a bar ends with the picture
+        parts.append(f'<path d="M{ends[0]:.1f} {at_y:.1f}H{ends[1]:.1f}" stroke="{color}"/>')
     if p.latency_interval and p.latency_interval[0] > 0:
         low, high = p.latency_interval
-        parts.append(f'<path d="M{at_x:.1f} {y(low * 1e3):.1f}V{y(high * 1e3):.1f}" stroke="{color}"/>')
+        ends = [min(max(y(value * 1e3), TOP), HEIGHT - BOTTOM) for value in (low, high)]
+        parts.append(f'<path d="M{at_x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{color}"/>')
     return parts
 
 
@@ -95,7 +98,7 @@ def _legend(s: Summary) -> list[str]:
 def _title(s: Summary) -> list[str]:
     study = s.study
     gpu = f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name
-    words = f"{study.model} on {gpu}"
+    words = f"{Path(study.model).name} on {gpu}"
     parts = [_text(LEFT, 26, words if len(words) < 80 else "…" + words[-79:], size=15, more='font-weight="600"')]
     if s.emulated:
         parts.append(
