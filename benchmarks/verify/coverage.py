@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--faster-by", type=float, default=0.0)
     parser.add_argument("--launches", type=int, default=60)
     parser.add_argument("--studies", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=20000)
     arguments = parser.parse_args()
     scenario = {"throughput": THROUGHPUT, "latency": LATENCY}[arguments.scenario]
     begun = time.monotonic()

@@ -83,6 +83,16 @@ def test_a_spread_learnt_in_the_search_makes_few_launches_speak():
     assert width[1] == pytest.approx(2 * 2.12 * 0.02, rel=0.01)
 
 
+def test_windows_that_look_alike_by_chance_count_as_different_as_their_own_traffic_makes_them():
+    values = table(np.random.default_rng(10), {"a": 0.0}, 4, launch=0.001)
+    sure = Repeats(values).estimate("a").error
+    stated = Repeats(values, None, dict.fromkeys(values, 0.05**2)).estimate("a")
+    assert sure < 0.002
+    assert stated.error == pytest.approx(0.05 / math.sqrt(3), rel=0.02)
+    wide = table(np.random.default_rng(10), {"a": 0.0}, 4, window=0.3)
+    assert Repeats(wide, None, dict.fromkeys(wide, 0.05**2)).estimate("a") == Repeats(wide).estimate("a")
+
+
 def test_drift_of_the_session_does_not_average_out():
     """The search saw launches differ by 5 % over hours, these rounds by 1 %: the mean may be 5 % off."""
     values = table(np.random.default_rng(7), {"a": 0.0, "b": 0.0}, 6, launch=0.01)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
-from tuner.verify.arm import Finalist, Launched, Range
+from tuner.verify.arm import COST, Finalist, Launched, Range
 from tuner.verify.capacity import capacity, cost_at, value_at
 from tuner.verify.repeats import NO_SPREAD, Repeats, Spread
 from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_best
@@ -84,7 +84,7 @@ def judge(
     table = Table(launches, slos, max(ladder))
     failures = _failures(launches)
     capacities = Repeats(table.capacities())
-    costs = Repeats(table.costs(), known)
+    costs = Repeats(table.costs(), known, table.within(COST))
     middle = {label: exp(capacities.estimate(label).mean) for label in capacities.arms}
     lowest = min(ladder) * (1 - 1e-9)
     holding = [a.label for a in arms if middle.get(a.label, 0) >= lowest and a.label in costs.arms]
@@ -123,8 +123,8 @@ def judge(
             cost=_factor(costs.estimate(label), *tails),
             safe_load=safe,
             load=load,
-            load_cost=_of(table.costs(load), label, tails, known),
-            latency=_of(table.values_at(load, latency_key), label, tails),
+            load_cost=_of(Repeats(table.costs(load), known, table.within(COST)), label, tails),
+            latency=_of(Repeats(table.values_at(load, latency_key), None, table.within(latency_key)), label, tails),
             difference=_factor(gains[label], *tails) if label in gains else UNKNOWN,
             latency_difference=_factor(speeds[label], *tails) if label in speeds else UNKNOWN,
             common_load=common,
@@ -160,6 +160,18 @@ class Table:
         """Log of the cost at ``load``, or of every cell at its own capacity."""
         return _logs({c: cost_at(s, load or self.capacity(c)) for c, s in self.cells.items() if self.capacity(c) > 0})
 
+    def within(self, key: str) -> dict[Cell, float]:
+        """The variance of every cell's log metric that its own interval states: of the highest load that held (the
+        lowest, where none did)."""
+        found: dict[Cell, float] = {}
+        for cell, steps in self.cells.items():
+            trusted = sorted((s for s in steps if not s.untrusted), key=lambda s: s.load)
+            step = next((s for s in reversed(trusted) if not s.slo_misses), trusted[0] if trusted else None)
+            low, high = step.intervals.get(key, (0.0, 0.0)) if step else (0.0, 0.0)
+            if 0 < low <= high < math.inf:
+                found[cell] = (math.log(high / low) / (2 * 1.96)) ** 2
+        return found
+
     def values_at(self, load: float, key: str) -> dict[Cell, float]:
         """Log of a metric at ``load``."""
         return _logs({cell: value_at(steps, load, key) for cell, steps in self.cells.items()})
@@ -169,8 +181,7 @@ def _logs(values: Mapping[Cell, float]) -> dict[Cell, float]:
     return {cell: math.log(value) for cell, value in values.items() if 0 < value < math.inf}
 
 
-def _of(cells: Mapping[Cell, float], label: str, tails: tuple[float, float], known: Spread | None = None) -> Range:
-    repeats = Repeats(cells, known)
+def _of(repeats: Repeats, label: str, tails: tuple[float, float]) -> Range:
     return _factor(repeats.estimate(label), *tails) if label in repeats.arms else UNKNOWN
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from tuner.verify.statistics import Estimate, pool
 
 NOTHING = (0.0, 0.0)
+BLOCKS = 10  # degrees of freedom taken for a variance between blocks of requests inside one window
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,15 @@ NO_SPREAD = Spread()
 class Repeats:
     """``values`` maps (arm, round, window) to the log of a metric. An arm may miss rounds (it dropped out); a launch
     that did not measure every window of the table is left out. ``known`` is a launch spread learnt elsewhere (repeats
-    in the search) that is pooled with the one seen here."""
+    in the search) that is pooled with the one seen here. ``inside`` maps cells to the variance that the measurement
+    itself stated (its interval over blocks of requests)."""
 
-    def __init__(self, values: Mapping[tuple[str, int, str], float], known: Spread | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[tuple[str, int, str], float],
+        known: Spread | None = None,
+        inside: Mapping[tuple[str, int, str], float] | None = None,
+    ) -> None:
         self.windows: tuple[str, ...] = tuple(dict.fromkeys(w for _, _, w in values))
         launches = sorted({(arm, number) for arm, number, _ in values}, key=lambda key: (key[1], key[0]))
         rows: list[tuple[str, int, np.ndarray]] = []
@@ -51,6 +58,7 @@ class Repeats:
         self.rounds: tuple[int, ...] = tuple(sorted({number for _, number in self.launches}))
         self._cells = np.array([row for _, _, row in rows]).reshape(len(rows), len(self.windows))
         self._known = known or NO_SPREAD
+        self._within = dict(inside or {})
 
     def count(self, arm: str) -> int:
         """How many launches of ``arm`` measured every window."""
@@ -63,6 +71,8 @@ class Repeats:
         What they differ by beyond that, seen in longer times (``known``), is drift that this session cannot average
         out: it counts in full. Windows are crossed with launches and come on top:
         ``s2_here / R + (s2_over_time - s2_here)`` and, as a part of its own, ``s2_window / W - s2_rest / (R W)``.
+        Three windows may look alike by chance: their variance counts as at least what the traffic inside a window
+        makes it (``inside``).
         """
         mine = self._of(arm)
         if len(mine) == 0:
@@ -73,7 +83,7 @@ class Repeats:
         launches = (averaged / count + over_time.variance - averaged, over_time.freedom)
         windows, rest = NOTHING, 0.0
         if width > 1:
-            spread, window_freedom = _variance(mine.mean(axis=0))
+            spread, window_freedom = self._window_variance(arm, mine)
             windows = (spread / width, window_freedom)
             rest = self._rest()[0] / (count * width)
         return _estimate(float(mine.mean()), launches, windows, rest)
@@ -124,6 +134,13 @@ class Repeats:
         """What launches of one arm differ by over time: the spread seen here and the ``known`` one, pooled."""
         own = self.spread()
         return Spread(*pool([(own.variance, own.freedom), (self._known.variance, self._known.freedom)]))
+
+    def _window_variance(self, arm: str, mine: np.ndarray) -> tuple[float, float]:
+        """The variance of one window's mean, and its degrees of freedom."""
+        seen, freedom = _variance(mine.mean(axis=0))
+        within = [self._within[cell] for cell in self._within if cell[0] == arm and cell[2] in self.windows]
+        floor = float(np.mean(within)) if within else 0.0
+        return (seen, freedom) if seen >= floor else (floor, freedom + BLOCKS * mine.shape[1])
 
     def _of(self, arm: str) -> np.ndarray:
         return self._cells[[i for i, (name, _) in enumerate(self.launches) if name == arm]]
