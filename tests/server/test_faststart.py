@@ -94,6 +94,20 @@ def test_its_marker_stands_where_everybody_can_read_it(stage):
     assert members(process.id) == set()
 
 
+def test_a_standby_stays_as_long_as_a_server_that_it_forked_even_if_nobody_else_wants_it(stage):
+    import gc
+
+    running = start(stage.fast_recipe(), stage.site, stage.root)
+    (standby,) = stage.fast._standbys.values()
+    stage.fast = FastStart(sys.executable, "fakeengine", (), stage.root)  # the engine that started it is forgotten
+    gc.collect()
+    assert running.exit_code() is None and standby.process.poll() is None
+    assert running.stop().left_over == ()
+    del running
+    gc.collect()
+    assert standby.process.poll() is not None
+
+
 def test_it_dies_with_its_guard(stage):
     running = start(stage.fast_recipe(), stage.site, stage.root)
     process = running.process

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tuner.engines.protocol import Endpoint, Teardown
 from tuner.server.bootlog import BootLog, LogFile
+from tuner.server.faststart import FastStart
 from tuner.server.gpu import Gpus
 from tuner.server.leases import GpuLease, Lease, PortLease
 from tuner.server.process import Ended, Process
@@ -34,6 +35,7 @@ class Running:
     process: Process | None = None
     endpoint: Endpoint | None = None
     telemetry: Telemetry | None = None
+    fast: FastStart | None = None  # a standby must not go before the servers that it forked
     stranger: bool = False  # somebody else has the port, and keeps it
     gpu_used_before: dict[int, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)

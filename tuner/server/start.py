@@ -121,7 +121,7 @@ def _claim(recipe: Recipe, site: Site, root: Path) -> Running:
     before = {index: gpus.memory_used(index) for index in site.gpus}
     return Running(
         ownership, port, log, BootLog(recipe.dialect, now), gpus, recipe.stop_wait_s, gpu_lease, host_lease,
-        gpu_used_before=before,
+        fast=recipe.fast, gpu_used_before=before,
     )  # fmt: skip
 
 
