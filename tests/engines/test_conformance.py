@@ -101,7 +101,8 @@ class TestVllm(EngineConformance):
     def engine(self) -> Engine:
         from tuner.engines.vllm import VllmEngine
 
-        return VllmEngine(python=self.python, cache=Path(tempfile.gettempdir()) / "tuner-conformance")
+        # plain starts: a standby stays for the next launch on purpose, and the suite counts every process
+        return VllmEngine(python=self.python, cache=Path(tempfile.gettempdir()) / "tuner-conformance", fast_start="off")
 
     def config(self) -> ServingConfig:
         flags = {"load-format": "dummy", "dtype": "bfloat16", "max-model-len": 1024, "enforce-eager": None}
