@@ -3,7 +3,7 @@
  *   server PORT FIRST_MS GAP_MS
  *
  * Each request gets max_tokens chunks: the first FIRST_MS after its last byte reached the kernel, the others GAP_MS
- * apart, at absolute times. One thread, epoll and a timerfd. GET /stats answers with what really happened since the
+ * apart, at absolute times. One thread, epoll and a timerfd, real-time priority where that is allowed. GET /stats answers with what really happened since the
  * last GET /reset: the times from a request's arrival to its first chunk, the gaps between chunks, and how late the
  * server itself was against its schedule. Those are the truth that a client's figures are compared with.
  */
@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/tcp.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -287,6 +288,9 @@ int main(int argc, char **argv) {
   setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
   struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[1])), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
   if (bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 4096)) return perror("listen"), 1;
+  setsockopt(listener, SOL_SOCKET, SO_TIMESTAMPNS, &one, sizeof one); /* what arrives before accept is stamped too */
+  struct sched_param priority = {.sched_priority = 1}; /* where allowed: other programs must not make it late */
+  sched_setscheduler(0, SCHED_RR, &priority);
   epoll_fd = epoll_create1(0);
   timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK);
   struct epoll_event e = {.events = EPOLLIN, .data.fd = listener}, events[256];
