@@ -25,7 +25,7 @@ def _plain(data: Any) -> Any:
     from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
 
     if isinstance(data, Mapping):
-        return {key: _plain(value) for key, value in data.items()}
+        return {_plain(key): _plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [_plain(value) for value in data]
     if isinstance(data, str) and "\n" in data:
