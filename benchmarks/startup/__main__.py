@@ -61,7 +61,9 @@ def launch(case: str, engines: dict[str, VllmEngine], model: str, empty: Path) -
     engine = engines[mode]
     flags: dict[str, bool | int | float | str | None] = {"load-format": "dummy", "dtype": "bfloat16"}
     flags |= {"max-model-len": 4096} | ({"enforce-eager": None} if eager else {})
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1"} | ({} if caches else {"VLLM_CACHE_ROOT": str(empty)})
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    if not caches:
+        env |= {"VLLM_CACHE_ROOT": str(empty / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(empty / "torchinductor")}
     config = ServingConfig(model, {}, flags, env, "", 0)
     with tempfile.TemporaryDirectory() as folder:
         site = Site(Path(folder), (), threading.Event(), lambda _name, _data: None)

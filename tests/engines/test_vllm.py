@@ -49,6 +49,13 @@ def test_the_configs_environment_wins_and_a_local_model_needs_no_network(tmp_pat
     assert "HF_HUB_OFFLINE" not in remote and remote["VLLM_NO_USAGE_STATS"] == "1"
 
 
+def test_what_one_launch_compiled_is_there_for_the_next(tmp_path, model, site, binding):
+    config = ServingConfig(model, {}, {})
+    first, second = (engine(tmp_path).recipe(config, site).env(binding) for _ in range(2))
+    cache = Path(first["TORCHINDUCTOR_CACHE_DIR"])
+    assert str(cache) == second["TORCHINDUCTOR_CACHE_DIR"] and cache.is_relative_to(tmp_path / "cache")
+
+
 def test_a_command_of_the_users_own_is_used_as_it_is(tmp_path, model, site, binding):
     own = VllmEngine(command=["docker", "run", "img", "vllm", "serve"], cache=tmp_path)
     argv = words(own.recipe(ServingConfig(model, {}, {}), site), binding)

@@ -142,6 +142,8 @@ class VllmEngine:
 
     def _env(self, config: ServingConfig, model: str, binding: Binding) -> dict[str, str]:
         env = {**_PHONE_HOME, "VLLM_API_KEY": binding.api_key}  # not in argv, where every user of the machine reads it
+        # Inductor's default is below TMPDIR, which is removed after each launch: the next one would compile again.
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(self.cache / "torchinductor")
         if Path(model).is_dir():
             env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         return env | dict(config.env)
