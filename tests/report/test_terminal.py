@@ -79,7 +79,9 @@ def test_a_failed_trial_shows_its_evidence_and_its_fix(made):
 
 def test_a_trial_shows_every_step_and_its_data_is_strict_json(made):
     text = shown(trial_view(*made, 1), 120)
-    assert "--max-num-batched-tokens 8192" in text and "met" in text and "tpot_p99 without end" in " ".join(text.split())
+    assert (
+        "--max-num-batched-tokens 8192" in text and "met" in text and "tpot_p99 without end" in " ".join(text.split())
+    )
     data = json.loads(json.dumps(trial_data(*made, 1), allow_nan=False))
     assert [s["load"] for s in data["outcome"]["steps"]] == [2.0, 3.0]
     assert data["outcome"]["steps"][1]["metrics"]["tpot_p99_s"] is None

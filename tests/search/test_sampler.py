@@ -95,7 +95,6 @@ def test_the_report_says_how_wrong_the_model_was_in_words_and_figures():
     assert "no analytic model" in sampler().model_error(study(sampler())).words()
 
 
-@pytest.mark.xfail(reason="the last change of the acquisition launches one crash more; see the closing note", strict=False)
 def test_crashes_teach_where_not_to_launch():
     def crash(params: dict[str, Any]) -> bool:
         return params["gpus"] == 1 and params["batch"] >= 32

@@ -138,7 +138,8 @@ def posterior(latency_sd: float, capacity_log: float, works: float = 1.0, gpus: 
     cost, latency = np.log([[4.0, 2.0, 1.0, 0.5]]), np.log([[0.01, 0.012, 0.015, 0.02]])
     one = np.ones
     return Posterior(
-        cost, 1e-6 * one((1, 4)), latency, latency_sd * one((1, 4)), capacity_log * one(1), 1e-6 * one(1), works * one(1), gpus * one(1)
+        cost, 1e-6 * one((1, 4)), latency, latency_sd * one((1, 4)),
+        capacity_log * one(1), 1e-6 * one(1), works * one(1), gpus * one(1),
     )  # fmt: skip
 
 

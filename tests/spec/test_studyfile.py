@@ -96,7 +96,7 @@ def test_a_broken_study_is_one_line_with_file_line_and_what_to_do(workplace, cha
 
 def test_a_flag_that_is_both_fixed_and_tuned_is_refused(workplace):
     text = GOOD.replace("options:", "args: {max-num-seqs: 64}, options:")
-    with pytest.raises(UsageError, match="fixed in engine.args and tuned as max_num_seqs"):
+    with pytest.raises(UsageError, match=r"fixed in engine\.args and tuned as max_num_seqs"):
         studyfile.load(write(workplace, text))
 
 

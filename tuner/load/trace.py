@@ -15,8 +15,9 @@ class Trace:
     ``output_tokens`` (n,) int64, at least 1. Prefixes: request i's blocks are
     ``block_ids[block_offsets[i]:block_offsets[i + 1]]``, one id per ``block_tokens`` tokens of prompt; equal leading
     ids mean a shared prefix; the ids may end before the prompt does (never after), and the rest of the prompt is then
-    the request's own. Ids are not negative. No prefixes are known where ``block_tokens`` is 0 (then ``block_ids`` is empty and
-    ``block_offsets`` all zero, shape (n + 1,)). ``texts`` holds the prompts where the file had them, else None.
+    the request's own. Ids are not negative. No prefixes are known where ``block_tokens`` is 0 (then ``block_ids`` is
+    empty and ``block_offsets`` all zero, shape (n + 1,)). ``texts`` holds the prompts where the file had them, else
+    None.
     """
 
     name: str

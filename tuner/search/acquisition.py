@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tuner.search.beliefs import Posterior
 from tuner.search.surrogate import Array
@@ -94,7 +95,7 @@ def gains(beliefs: Posterior, front: Front, loads: Sequence[float], normal: Arra
     return improvement(price, np.where(_within(beliefs, loads, normal), latency, np.inf), front)
 
 
-def _within(beliefs: Posterior, loads: Sequence[float], normal: Array) -> Array:
+def _within(beliefs: Posterior, loads: Sequence[float], normal: Array) -> NDArray[np.bool_]:
     """Whether each load lies within the capacity: (candidates, draws, loads)."""
     capacity = beliefs.capacity[:, None] + beliefs.capacity_sd[:, None] * normal[None, :, 0]
     return np.log(np.array(loads))[None, None, :] <= capacity[:, :, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,8 +11,9 @@ import numpy as np
 from tuner.search.candidates import Candidates, correlations
 from tuner.search.foresight import Foresight, Source, columns
 from tuner.search.reading import Reading
-from tuner.search.surrogate import Array, Prior, Rows, Surrogate, fit
+from tuner.search.surrogate import Array, Codes, Prior, Rows, Surrogate, fit
 from tuner.search.warmstart import Earlier
+from tuner.space.config import Value
 
 QUANTITIES = ("capacity", "cost", "latency")
 # with a model the residual is small; without one the whole effect of a parameter has to be learnt
@@ -23,6 +24,7 @@ WORKS = Prior(
     constant=0.15, load=1e-6, single=0.15, pair=0.3, own=0.02, noise=0.03, spread=1.0, common=0.5, noise_spread=0.5
 )
 WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
+MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
 CENTRE_ON = 400  # candidates over which prior means are centred
 
 
@@ -153,33 +155,33 @@ class Beliefs:
 
     def _rows(self, name: str, known: Sequence[Reading]) -> tuple[Rows, list[Source]]:
         """The launches' values of one quantity, with the sources at the same places."""
-        places, y, extra, which = [], [], [], []
+        points: list[tuple[int, int, float, float, float]] = []  # candidate, place in the ladder, use, value, noise
         for r in known:
             index = self.index(r.seen.params)
             if index is None:
                 continue
             if name == "capacity" and r.capacity is not None:
-                which.append((index, 0)), places.append(0.0), y.append(r.capacity), extra.append(r.capacity_sd**2)
+                points.append((index, 0, 0.0, r.capacity, r.capacity_sd**2))
             elif name == "works" and r.works is not None:
-                which.append((index, 0)), places.append(0.0), y.append(r.works), extra.append(0.0)
+                points.append((index, 0, 0.0, r.works, 0.0))
             elif name in ("cost", "latency"):
                 use = self._places(name, [index])[0]
                 for place, cost, latency in r.steps:
-                    which.append((index, place)), places.append(use[place])
-                    y.append(cost if name == "cost" else latency)
-                    extra.append(0.0 if place in r.good else 0.01)
-        indices = sorted({i for i, _ in which})
+                    value = cost if name == "cost" else latency
+                    points.append((index, place, float(use[place]), value, 0.0 if place in r.good else MISS_NOISE))
+        indices = sorted({p[0] for p in points})
         sources = self._sources(name, indices)
         at = {index: row for row, index in enumerate(indices)}
-        values = np.array([[s.values[at[i], p] for s in sources] for i, p in which]).reshape(len(which), len(sources))
-        codes = self.candidates.codes([i for i, _ in which])
-        return Rows(codes, np.array(places), np.array(y), values, np.array(extra)), sources
+        values = np.array([[s.values[at[p[0]], p[1]] for s in sources] for p in points])
+        _, _, use, y, extra = np.array(points, float).reshape(-1, 5).T
+        codes = self.candidates.codes([p[0] for p in points])
+        return Rows(codes, use, y, values.reshape(len(points), len(sources)), extra), sources
 
-    def index(self, params: object) -> int | None:
-        """The candidate's number of a launched configuration; it becomes a candidate if it was none."""
-        key = self.candidates.key(params)  # type: ignore[arg-type]
+    def index(self, params: Mapping[str, Value]) -> int | None:
+        """The candidate's number of a configuration, which becomes one if it was none (None: a rule denies it)."""
+        key = self.candidates.key(params)
         if key not in self.candidates.index:
-            self.candidates.add([params])  # type: ignore[list-item]
+            self.candidates.add([params])
         return self.candidates.index.get(key)
 
     def _sources(self, name: str, indices: Sequence[int]) -> list[Source]:
@@ -207,15 +209,15 @@ class Beliefs:
             found.append(Source(study.name, values, 0.0 if modelled else 0.7 / len(self.earlier), 0.4))
         return found
 
-    def _structure(self, at: Array) -> Array:
+    def _structure(self, at: Codes) -> Array:
         return np.log(self.foresight.gpus[at])[:, None] - np.log(np.array(self.foresight.loads))[None, :]
 
-    def _modelled(self, kind: str, at: Array) -> Array:
+    def _modelled(self, kind: str, at: Codes) -> Array:
         """The model's values (candidates, loads), the centre taken off; refused ones lie at the centre."""
         raw, centre = self._raw(kind, at), self._centre(kind)
         return np.where(np.isfinite(raw), raw - centre, 0.0)
 
-    def _raw(self, kind: str, at: Array) -> Array:
+    def _raw(self, kind: str, at: Codes) -> Array:
         if kind == "latency":
             return self.foresight.latency[at]
         if kind == "model cost":

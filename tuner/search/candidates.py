@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WHOLE_GRID = 20_000  # combinations up to which every one is a candidate
 SAMPLE = 3_000  # seeded combinations beyond that
+ASKED_GRID = 1_500  # the same where an analytic model is asked of each (a few milliseconds for a ladder)
+ASKED_SAMPLE = 1_000
 Key = tuple[int, ...]
 
 
@@ -35,19 +37,21 @@ class Candidates:
     whole: bool = False
 
     @classmethod
-    def of(cls, space: SearchSpace, seed: int) -> Candidates:
-        """The whole grid where it is small enough, else a seeded sample; what rules deny is left out."""
+    def of(cls, space: SearchSpace, seed: int, *, asked: bool = False) -> Candidates:
+        """The whole grid where it is small enough, else a seeded sample; what rules deny is left out. ``asked``: an
+        analytic model will be asked of each."""
         found = cls(space)
-        if space.size() <= WHOLE_GRID:
+        if space.size() <= (ASKED_GRID if asked else WHOLE_GRID):
             found.whole = True
             found.add(space.grid())
             return found
         from numpy.random import default_rng
 
         rng = default_rng([seed, 1])
-        for _ in range(8 * SAMPLE):
+        sample = ASKED_SAMPLE if asked else SAMPLE
+        for _ in range(8 * sample):
             found.add([{p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters}])
-            if len(found.params) >= SAMPLE:
+            if len(found.params) >= sample:
                 break
         return found
 
@@ -122,8 +126,10 @@ def distribution_values(space: SearchSpace, params: Mapping[str, Value]) -> dict
     return found
 
 
-def spread(codes: NDArray[np.int64], tables: Sequence[NDArray[np.float64]], taken: Sequence[int], rng: Any, few) -> int:
-    """The candidate that is least like those ``taken`` (indices), ties broken by ``rng``."""
+def spread(
+    codes: NDArray[np.int64], tables: Sequence[NDArray[np.float64]], taken: Sequence[int], few: Sequence[int]
+) -> int:
+    """Which of ``few`` candidates is least like those ``taken`` (indices all)."""
     import numpy
 
     alike = numpy.zeros(len(codes))

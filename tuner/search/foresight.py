@@ -50,6 +50,20 @@ class Foresight:
         self.cost = np.concatenate([self.cost.reshape(-1, width), np.array([r[4] for r in rows])])
         self.latency = np.concatenate([self.latency.reshape(-1, width), np.array([r[5] for r in rows])])
 
+    def reconsider(self, predictor: Predictor) -> None:
+        """Takes a model that was corrected: what fits, and how much room is left, is asked again of every candidate;
+        latencies only of those that fit now and did not before."""
+        self.predictor = predictor
+        self.look()
+        for i in range(len(self.gpus)):
+            config = self.candidates.space.config(self.candidates.params[i], self.model)
+            now = predictor.predict(config, self.loads[0])
+            if now.fits and self.short_bytes[i] > 0:
+                row = self._ask(config)
+                self.capacity[i], self.cost[i], self.latency[i] = row[1], row[4], row[5]
+            self.short_bytes[i] = 0.0 if now.fits else max(now.short_bytes, 1)
+            self.kv_tokens[i] = math.log(max(now.kv_tokens, 1.0)) if now.fits else math.nan
+
     def _ask(self, config: ServingConfig) -> tuple[float, float, float, float, list[float], list[float]]:
         """(GPUs, log capacity, log KV tokens, bytes short, log costs, log latencies) of one serving config."""
         gpus, unknown = float(max(config.gpus, 1)), [math.nan] * len(self.loads)

@@ -36,17 +36,23 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """``first`` configurations come from the predicted front (or from the expert's list) before gain is counted per
     GPU-second. Where the launches leave the model less than ``trust`` of its weight, the expert is asked after all.
-    ``shortlist`` candidates get the full expectation. Measuring a point again may take one launch in
-    ``remeasure_every`` (0: never)."""
+    ``shortlist`` candidates get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring
+    a point again may take one launch in ``remeasure_every`` (0: never). ``power``: of the GPU-seconds in the gain per
+    GPU-second."""
 
     first: int = 4
     trust: float = 0.6
     shortlist: int = 300
+    neighbours: int = 200
     remeasure_every: int = 8
+    power: float = 1.0
 
 
 class TunerSampler(BaseSampler):
@@ -75,10 +81,11 @@ class TunerSampler(BaseSampler):
         self.space, self.objective, self.loads = space, objective, tuple(sorted(loads))
         self.seed, self.cost, self.options = seed, cost or LaunchCost(), options or Options()
         self.predictor = predictor
-        self.candidates = Candidates.of(space, seed)
+        self.candidates = Candidates.of(space, seed, asked=predictor is not None)
         self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
         self.beliefs = Beliefs(self.candidates, self.foresight, earlier)
         self.expected_gain: float | None = None
+        self._memory = (0.0, 1.0)  # overhead in bytes, share of the weights: the correction that is in force
         self._proposals: dict[int, Proposal] = {}
         self._independent = RandomSampler(seed=seed)
         if predictor is not None and not self.candidates.whole:
@@ -135,6 +142,7 @@ class TunerSampler(BaseSampler):
             index, reason = self._without_model(taken, rng)
             if index is not None:
                 return index, Proposal(reason)
+        self._correct(readings)
         self.beliefs.learn(readings, self.seed)
         if pending:
             self.beliefs.believe(pending)
@@ -144,7 +152,7 @@ class TunerSampler(BaseSampler):
                 if index is not None and index in self._admitted(taken):
                     return index, Proposal(f"the model proved wrong, so an expert's first choice: {why}")
         if not self.candidates.whole:
-            self._grow_near(readings)
+            self._grow_near(readings, rng)
         return self._best(Scan(self.beliefs, self.loads, readings, pending), self._admitted(taken), early, number)
 
     def _best(self, scan: Scan, free: Sequence[int], early: bool, number: int) -> tuple[int, Proposal]:
@@ -159,7 +167,7 @@ class TunerSampler(BaseSampler):
         shortlist = scan.shortlist(free, mean, front, self.options.shortlist, rng)
         normal = draws(self.seed + number)
         values = worth(self.beliefs.posterior(shortlist), front, self.loads, cost, normal)
-        score = values.gain if early else values.gain / values.gpu_seconds
+        score = values.gain if early else values.gain / values.gpu_seconds**self.options.power
         best = int(np.argmax(score + 1e-15 * rng.random(len(score))))
         self.expected_gain = float(values.gain.max() / volume) if volume > 0 else None
         if not early and volume > 0:
@@ -175,6 +183,27 @@ class TunerSampler(BaseSampler):
             source = "the model's predicted front" if self.predictor else "what earlier studies predict"
             reason = f"spread over {source}: {reason}"
         return shortlist[best], Proposal(reason, self.expected_gain)
+
+    def _correct(self, readings: Sequence[Reading]) -> None:
+        """What the servers' own logs say about memory corrects the model's arithmetic, where it knows how (the methods
+        ``fit`` and ``corrected`` of :class:`tuner.search.model.predictor.AnalyticModel`)."""
+        if not hasattr(self.predictor, "corrected"):
+            return
+        from tuner.space.memory import learn
+
+        model: Any = self.predictor
+        learned = None
+        for r in readings:
+            if r.seen.outcome is not None:
+                learned = learn(
+                    model.fit(self.space.config(r.seen.params, self.foresight.model)), r.seen.outcome, learned
+                )
+        if learned is None:
+            return
+        old = self._memory
+        if abs(learned.overhead_bytes - old[0]) > MEMORY_STEP_BYTES or abs(learned.weights_share - old[1]) > 0.03:
+            self._memory = (learned.overhead_bytes, learned.weights_share)
+            self.foresight.reconsider(model.corrected(learned))
 
     def _taken(self, seen: Sequence[Seen]) -> set[int]:
         """Candidates that were launched and answered, or are running; one whose measurement was at fault twice."""
@@ -208,10 +237,9 @@ class TunerSampler(BaseSampler):
                 return found[0], f"an expert's first choice: {why}"
         if len(taken) >= len(self.candidates.params):
             return None, ""
-        few = sorted(set(rng.choice(len(self.candidates.params), 8).tolist()) - taken)
-        if not few:
-            return None, ""
-        index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), rng, few)
+        left = [i for i in range(len(self.candidates.params)) if i not in taken]
+        few = rng.choice(left, size=min(8, len(left)), replace=False).tolist()  # the farthest of all is a corner
+        index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), few)
         return index, "least like anything launched so far"
 
     def _grow_towards_front(self) -> None:
@@ -222,9 +250,15 @@ class TunerSampler(BaseSampler):
             if not any([self.candidates.add(self.candidates.neighbours(self.candidates.params[i])) for i in leaders]):
                 break
 
-    def _grow_near(self, readings: Sequence[Reading]) -> None:
-        """Neighbours of the incumbents (and of what is believed best) join the pool."""
+    def _grow_near(self, readings: Sequence[Reading], rng: Any) -> None:
+        """Neighbours of the incumbents (and of what is believed best) join the pool, some at a time."""
         good = [i for r in readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
         believed = Scan(self.beliefs, self.loads, readings, []).leaders(self._admitted(set()), 6)
-        for index in sorted({*good[-10:], *believed}):
-            self.candidates.add(self.candidates.neighbours(self.candidates.params[index]))
+        many = [
+            n for i in sorted({*good[-10:], *believed}) for n in self.candidates.neighbours(self.candidates.params[i])
+        ]
+        before = len(self.candidates.params)
+        for params in rng.permutation(np.array(many, dtype=object)).tolist():
+            if len(self.candidates.params) - before >= self.options.neighbours:
+                break
+            self.candidates.add([params])

@@ -205,7 +205,7 @@ def _components(tables: Sequence[Array], rows: Rows, importance: Array) -> list[
 
 
 def _kernel(tables: Sequence[Array], rows: Rows, variances: Array, importance: Array) -> Array:
-    return sum(v * part for v, part in zip(variances[:-1], _components(tables, rows, importance), strict=True))
+    return np.tensordot(variances[:-1], np.stack(_components(tables, rows, importance)), axes=1)
 
 
 def _maximise(

@@ -70,19 +70,18 @@ def earlier(
     logs = [math.log(load) for load in ladder]
     fitted = {}
     for quantity in ("cost", "latency", "capacity"):
-        codes, places, y, extra = [], [], [], []
+        points: list[tuple[tuple[int, ...], float, float, float]] = []  # code, place, value, noise
         for key, r in readings:
             if quantity == "capacity" and r.capacity is not None:
-                codes.append(key), places.append(0.0), y.append(r.capacity), extra.append(r.capacity_sd**2)
+                points.append((key, 0.0, r.capacity, r.capacity_sd**2))
             elif quantity != "capacity":
                 for place, cost, latency in r.steps:
-                    codes.append(key), places.append(place / max(len(logs) - 1, 1)), extra.append(0.0)
-                    y.append(cost + logs[place] if quantity == "cost" else latency)
-        if len(y) >= FEWEST:
-            known = Rows(
-                np.array(codes, dtype=np.int64), np.array(places), np.array(y), np.zeros((len(y), 0)), np.array(extra)
-            )
-            fitted[quantity] = fit(tables, known, SHAPE)
+                    value = cost + logs[place] if quantity == "cost" else latency
+                    points.append((key, place / max(len(logs) - 1, 1), value, 0.0))
+        if len(points) >= FEWEST:
+            codes = np.array([p[0] for p in points], dtype=np.int64)
+            place, y, extra = np.array([p[1:] for p in points]).T
+            fitted[quantity] = fit(tables, Rows(codes, place, y, np.zeros((len(y), 0)), extra), SHAPE)
     return Earlier(name, len(readings), fitted)
 
 

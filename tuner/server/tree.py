@@ -90,12 +90,14 @@ def shared_memory(processes: Iterable[Pid]) -> set[Path]:
 
 
 def describe(process: Pid) -> str:
-    """``pid 4242 (VLLM::EngineCore)``, for what is left over."""
+    """``pid 4242 (VLLM::EngineCore)``, for what is left over; of a long command line the start and the end."""
     try:
         words = (PROC / str(process.pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         words = ""
-    return f"pid {process.pid} ({words[:80] or 'gone'})"
+    if len(words) > 100:
+        words = f"{words[:48]} ... {words[-48:]}"
+    return f"pid {process.pid} ({words or 'gone'})"
 
 
 def _pids() -> list[int]:
