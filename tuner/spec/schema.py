@@ -60,6 +60,12 @@ class BudgetFile(Strict):
     verify_share: float = 0.2
 
 
+class StorageFile(Strict):
+    url: str
+    heartbeat: str | float = "30s"
+    grace: str | float = "2min"
+
+
 class QualityFile(Strict):
     kl_max: float | None = None
     top1_min: float | None = None
@@ -95,4 +101,5 @@ class StudyFile(Strict):
     warm_start: list[str] = []
     reports: str = "reports"
     tracking_uri: str = ""
+    storage: StorageFile | str = ""
     frozen: dict[str, Any] | None = None  # what was resolved when the study began; only in a study folder

@@ -8,6 +8,7 @@ from typing import Any
 
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
+from tuner.spec.storage import StorageSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,4 +99,5 @@ class Study:
     parallel: int = 1
     warm_start: tuple[str, ...] = ()
     tracking_uri: str = ""
+    storage: StorageSpec = field(default_factory=StorageSpec)
     frozen: Mapping[str, Any] = field(default_factory=dict)

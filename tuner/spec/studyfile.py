@@ -13,8 +13,9 @@ from tuner.errors import UsageError
 from tuner.space.space import SearchSpace
 from tuner.spec import facts as facts_
 from tuner.spec import shipped, slo
+from tuner.spec import storage as storage_
 from tuner.spec.objective import Objective, QualityFloor
-from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StudyFile, TraceFile
+from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StorageFile, StudyFile, TraceFile
 from tuner.spec.spacefile import build
 from tuner.spec.study import Budget, EngineSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.spec.text import Document, read, suggest, validate
@@ -72,6 +73,8 @@ def resolve(document: Document, beside: Path) -> Study:
     }
     whole = {**document.data, "name": name, "search_space": _inline(file, document, base, facts), "frozen": resolved}
     whole["objective"] = _objective_data(file, document, base)[0]
+    if file.storage:
+        whole["storage"] = storage_.kept(document.data["storage"])
     return Study(
         name=name,
         folder=folder,
@@ -94,6 +97,7 @@ def resolve(document: Document, beside: Path) -> Study:
         parallel=max(1, file.parallel),
         warm_start=tuple(file.warm_start),
         tracking_uri=file.tracking_uri,
+        storage=_storage(file.storage, document),
         frozen=whole,
     )
 
@@ -105,6 +109,12 @@ def _seconds(text: str | float, document: Document, at: tuple[str, ...], zero: b
         return seconds(text)
     except ValueError as error:
         raise document.error(f"{'.'.join(at)}: {error}", at) from None
+
+
+def _storage(file: StorageFile | str, document: Document) -> storage_.StorageSpec:
+    spec = StorageFile(url=file) if isinstance(file, str) else file
+    heartbeat_s = _seconds(spec.heartbeat, document, ("storage", "heartbeat"))
+    return storage_.storage(spec.url, heartbeat_s, _seconds(spec.grace, document, ("storage", "grace")), document)
 
 
 def _budget(file: BudgetFile | str, document: Document) -> Budget:
