@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import UsageError
+from tuner.load import columns as arrow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,21 +104,12 @@ class RecordWriter:
         return self._writer
 
     def _flush(self) -> None:
-        import numpy as np
         import pyarrow as pa
 
         writer = self._writer or self._open()
         rows, self._rows, self._tokens = self._rows, [], 0
-        schema = _schema()
-        columns = []
-        for name, kind, *_ in COLUMNS:
-            if kind == "list":
-                offsets = np.cumsum([0, *(len(row.token_ns) for row in rows)], dtype=np.int32)
-                values = np.concatenate([np.frombuffer(row.token_ns, dtype=np.int64) for row in rows] or [[]])
-                columns.append(pa.ListArray.from_arrays(offsets, values.astype(np.int64)))
-            else:
-                columns.append(pa.array([getattr(row, name) for row in rows], schema.field(name).type))
-        writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        columns = [arrow.column(kind, [getattr(row, name) for row in rows]) for name, kind, *_ in COLUMNS]
+        writer.write_table(pa.Table.from_arrays(columns, schema=_schema()))
 
     def close(self, meta: Mapping[str, Any]) -> None:
         """Writes what is left and the replay's facts, and gives the file its name."""
@@ -156,8 +148,7 @@ class Records:
             for group in range(file.num_row_groups):
                 column = file.read_row_group(group, columns=["token_ns"]).column(0).combine_chunks()
                 if len(column):
-                    offsets = column.offsets.to_numpy()
-                    yield slice(first, first + len(column)), column.values.to_numpy(), offsets
+                    yield slice(first, first + len(column)), *arrow.lists(column)
                     first += len(column)
 
 
@@ -179,13 +170,10 @@ def read(path: Path) -> Records:
     except (OSError, pa.ArrowInvalid) as error:
         raise UsageError(f"cannot be read as Parquet ({error})", where=str(path)) from error
     columns: dict[str, np.ndarray] = {}
-    for name, kind, nullable, _ in COLUMNS:
+    for name, kind, *_ in COLUMNS:
         if kind == "list":
             continue
-        column = table.column(name)
-        if nullable:
-            column = column.fill_null(ABSENT)
-        columns[name] = column.to_numpy()
+        columns[name] = arrow.plain(table.column(name), kind, ABSENT)
     return Records(path, meta, columns)
 
 
@@ -198,7 +186,4 @@ def write(path: Path, records: Sequence[Record], meta: Mapping[str, Any]) -> Non
 
 
 def _schema() -> Any:
-    import pyarrow as pa
-
-    types = {"int64": pa.int64(), "string": pa.string(), "bool": pa.bool_(), "list": pa.list_(pa.int64())}
-    return pa.schema([pa.field(name, types[kind], nullable) for name, kind, nullable, _ in COLUMNS])
+    return arrow.schema((name, kind, nullable) for name, kind, nullable, _ in COLUMNS)

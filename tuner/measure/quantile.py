@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -29,16 +29,22 @@ def interval_ranks(n: int, q: float, confidence: float = CONFIDENCE) -> tuple[in
 
 def _binomial_ppf(p: float, n: int, q: float) -> int:
     """The smallest k with P(B <= k) >= p for B binomial(n, q)."""
-    from scipy.special import bdtr
+    first, below = _binomial_cdf(n, q)
+    return first + int(np.searchsorted(below, p))
 
-    low, high = -1, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        if bdtr(middle, n, q) >= p:
-            high = middle
-        else:
-            low = middle
-    return high
+
+def _binomial_cdf(n: int, q: float) -> tuple[int, np.ndarray]:
+    """``(first, P(B <= first), P(B <= first + 1), ...)`` of B binomial(n, q), as far as it is neither 0 nor 1 by more
+    than the rounding of a float: from the ratios of successive probabilities, which sum to 1. (SciPy has it too, and
+    takes longer to import than everything else that a replay does after its last response.)"""
+    spread = 9 * math.sqrt(n * q * (1 - q)) + 40
+    first, last = max(0, math.floor(n * q - spread)), min(n, math.ceil(n * q + spread))
+    k = np.arange(first + 1, last + 1)
+    with np.errstate(divide="ignore"):
+        log = np.concatenate([[0.0], np.cumsum(np.log((n - k + 1) / k) + (np.log(q) - np.log1p(-q)))])
+    mass = np.exp(log - log.max())
+    below = np.cumsum(mass)
+    return first, below / below[-1]
 
 
 def summary(values: np.ndarray, q: float) -> tuple[float, tuple[float, float]]:
@@ -58,12 +64,25 @@ def summary(values: np.ndarray, q: float) -> tuple[float, tuple[float, float]]:
 
 def proportion(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Clopper and Pearson's exact interval for a share of which k of n were seen."""
-    from scipy.special import betaincinv
-
     tail = (1.0 - confidence) / 2
-    low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
-    high = float(betaincinv(k + 1, n - k, 1.0 - tail)) if k < n else 1.0
+    # the shares at which seeing k or more, and k or fewer, has the probability of one tail
+    low = _bisect(lambda share: 1.0 - _at_most(k - 1, n, share) < tail) if k > 0 else 0.0
+    high = _bisect(lambda share: _at_most(k, n, share) > tail) if k < n else 1.0
     return low, high
+
+
+def _at_most(k: int, n: int, share: float) -> float:
+    """P(B <= k) for B binomial(n, share), 0 < share < 1."""
+    first, below = _binomial_cdf(n, share)
+    return 0.0 if k < first else float(below[min(k - first, len(below) - 1)])
+
+
+def _bisect(too_low: Callable[[float], bool]) -> float:
+    """The number between 0 and 1 at which ``too_low`` becomes false."""
+    low, high = 0.0, 1.0
+    while (middle := (low + high) / 2) not in (low, high) and high - low > 1e-12 * high:
+        low, high = (middle, high) if too_low(middle) else (low, middle)
+    return high
 
 
 def select(parts: Iterable[np.ndarray], ranks: Sequence[int]) -> dict[int, float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tuner.load import columns
 from tuner.load.wire import Target, tls_context
 
 # column -> vLLM's metric, and how several engines of one server add up
@@ -129,14 +130,14 @@ def fold(samples: Sequence[Sample], start_ns: int, end_ns: int) -> dict[str, flo
     grown = {name: last[name] - first[name] for name in SERIES if name in first and name in last}
     within = [sample.row for sample in samples if start_ns <= sample.time_ns <= end_ns] or [last]
     metrics: dict[str, float] = {}
-    for column, name in (("waiting_requests", "queue"), ("running_requests", "running"), ("kv_usage", "kv_usage")):
-        values = [row[column] for row in within if column in row]
+    for gauge, name in (("waiting_requests", "queue"), ("running_requests", "running"), ("kv_usage", "kv_usage")):
+        values = [row[gauge] for row in within if gauge in row]
         if values:
             metrics[f"server_{name}_mean"] = float(np.mean(values))
             metrics[f"server_{name}_max"] = float(np.max(values))
-    for column in ("preemptions", "prompt_tokens", "output_tokens"):
-        if grown.get(column, -1.0) >= 0:
-            metrics[f"server_{column}"] = grown[column]
+    for counter in ("preemptions", "prompt_tokens", "output_tokens"):
+        if grown.get(counter, -1.0) >= 0:
+            metrics[f"server_{counter}"] = grown[counter]
     for name, part, whole in (
         ("server_prefix_hit_rate", "prefix_hit_tokens", "prefix_query_tokens"),
         ("server_draft_acceptance", "accepted_tokens", "draft_tokens"),
@@ -152,10 +153,9 @@ def write(path: Path, samples: Sequence[Sample], epoch_ns: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {"time_ns": pa.array([sample.time_ns - epoch_ns for sample in samples], pa.int64())}
-    for name in SERIES:
-        columns[name] = pa.array([sample.row.get(name) for sample in samples], pa.float64())
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    arrays = [columns.column("int64", [sample.time_ns - epoch_ns for sample in samples])]
+    arrays += [columns.column("float64", [sample.row.get(name) for sample in samples]) for name in SERIES]
+    pq.write_table(pa.Table.from_arrays(arrays, ["time_ns", *SERIES]), path, compression="zstd")
 
 
 def beside(records: Path) -> Path:
