@@ -19,7 +19,7 @@ class ServingConfig:
     apply left out); ``flags`` maps a flag without dashes (``max-num-batched-tokens``) to its value (``None``: a
     switch without a value) in the order in which they are passed; ``env`` are the environment variables that belong
     to the config; ``model_variant`` names a derived model folder (``w8a8-int8``), empty for the model as it is;
-    ``gpus`` is how many GPUs one replica takes (0 on a CPU server).
+    ``gpus`` is how many GPUs one replica takes (0 on a CPU server), ``gpu`` of which type (empty: the study's own).
     """
 
     model: str
@@ -28,11 +28,13 @@ class ServingConfig:
     env: Mapping[str, str] = field(default_factory=dict)
     model_variant: str = ""
     gpus: int = 1
+    gpu: str = ""
 
     @property
     def hash(self) -> str:
         """Twelve hex digits over all that decides how the server behaves (``params`` do not: their flags do)."""
-        data = {name: value for name, value in asdict(self).items() if name != "params"}
+        names = ("model", "flags", "env", "model_variant", "gpus", *(["gpu"] if self.gpu else []))
+        data = {name: getattr(self, name) for name in names}  # asdict would copy everything
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
     def args(self) -> list[str]:
