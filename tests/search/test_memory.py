@@ -108,6 +108,17 @@ def test_a_cpu_server_s_cache_is_what_the_variable_says() -> None:
     assert not too_much.fits and "VLLM_CPU_KVCACHE_SPACE" in too_much.reason
 
 
+def test_a_cache_of_the_size_that_was_asked_for_teaches_nothing_about_what_is_left() -> None:
+    found = fit("qwen2.5-0.5b-awq", "cpu-avx512", {"max-model-len": 4096}, VLLM_CPU_KVCACHE_SPACE="1")
+    assert correct(found, {"kv_cache_tokens": found.kv_tokens / 2}) == MemoryCorrection()
+
+
+def test_the_cache_of_a_server_told_to_compute_in_float32_is_twice_as_large() -> None:
+    wide = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192, "dtype": "float32"})
+    narrow = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192, "dtype": "bfloat16"})
+    assert wide.parts["kv_per_token"] == 2 * narrow.parts["kv_per_token"]
+
+
 def test_a_log_s_kv_tokens_correct_the_next_prediction() -> None:
     flags: dict[str, Value | None] = {"max-model-len": 8192}
     first = fit("llama-3.1-8b", "H100-SXM", flags)

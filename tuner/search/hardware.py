@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tuner.errors import UsageError
+from tuner.spec.facts import cpu_flags
 
 _TABLE = Path(__file__).with_name("gpus.yaml")
 _NEEDED = frozenset({"name", "memory_gib", "bandwidth", "tflops", "source"})
@@ -142,19 +143,9 @@ def _cpu(rows: Mapping[str, Hardware]) -> Hardware:
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    flags = _cpu_flags()
+    flags = cpu_flags()
     name = "cpu-amx" if "amx_bf16" in flags else "cpu-avx512" if "avx512f" in flags else "cpu-avx2"
     return rows[name].with_cores(cores, int(psutil.virtual_memory().total))
-
-
-def _cpu_flags() -> frozenset[str]:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("flags"):
-                return frozenset(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return frozenset()
 
 
 def _read(path: Path) -> dict[str, Hardware]:

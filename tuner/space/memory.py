@@ -35,7 +35,8 @@ class MemoryCorrection:
 class Fit:
     """Whether a config fits. ``kv_tokens`` is the room for the KV cache in tokens of one replica's data-parallel rank;
     ``short_bytes`` what is missing per GPU (0 where it fits); ``reason`` says so in words; ``parts`` are bytes per GPU:
-    ``memory``, ``weights``, ``activations``, ``graphs``, ``context``, ``kv``, and ``kv_per_token``."""
+    ``memory``, ``weights``, ``activations``, ``graphs``, ``context``, ``kv``, ``kv_asked`` (0: the server takes what is
+    left), and ``kv_per_token``."""
 
     fits: bool
     kv_tokens: float
@@ -74,7 +75,7 @@ def fits_settings(
         spare = parts["memory"] - used - settings.kv_bytes
         if spare < 0:
             return _short(-spare, parts, hardware, settings, "the KV cache that VLLM_CPU_KVCACHE_SPACE asks for")
-    parts = {**parts, "kv": max(room, 0.0)}
+    parts = {**parts, "kv": max(room, 0.0), "kv_asked": float(settings.kv_bytes or 0)}
     if room < sequence:
         what = "any KV cache" if room <= 0 else f"one sequence of {settings.max_model_len:,} tokens"
         return _short(sequence - room, parts, hardware, settings, what)
@@ -86,7 +87,7 @@ def fits_settings(
 def correct(fit: Fit, boot_facts: Mapping[str, float], learned: MemoryCorrection | None = None) -> MemoryCorrection:
     """What one launch teaches. ``fit`` is what had been predicted for it (with no correction), ``boot_facts`` what the
     server's log said: ``kv_cache_tokens`` or ``max_concurrency``, ``weights_bytes``. Averages over launches; facts that
-    are absent change nothing."""
+    are absent change nothing, and a cache of the size that was asked for says nothing of what was left."""
     learned = learned or MemoryCorrection()
     n, known = learned.seen, dict(boot_facts)
     weights_share = known["weights_bytes"] / fit.parts["weights"] if _has(known, fit, "weights") else None
@@ -94,7 +95,7 @@ def correct(fit: Fit, boot_facts: Mapping[str, float], learned: MemoryCorrection
     overhead = None
     kv = known.get("kv_cache_tokens", 0.0) * per_token
     kv = kv or known.get("max_concurrency", 0.0) * fit.parts.get("sequence", 0.0)
-    if kv > 0 and "memory" in fit.parts:
+    if kv > 0 and "memory" in fit.parts and not fit.parts.get("kv_asked"):
         weights = known.get("weights_bytes") or fit.parts["weights"]
         predicted = sum(fit.parts[part] for part in ("activations", "graphs", "context"))
         overhead = fit.parts["memory"] - weights - kv - predicted

@@ -153,7 +153,8 @@ def precision_of(config: ServingConfig, shape: ModelShape) -> Precision:
             compute=scale[wide] if dense else result.compute,
             expert_compute=scale[wide] if result.expert_bits >= 16 else result.expert_compute,
         )
-    own = min(shape.precision.kv_bits, result.embedding_bits)  # a checkpoint may ask for an fp8 cache
+    asked = shape.precision.kv_bits  # a checkpoint may ask for an fp8 cache
+    own = asked if asked < 16 else wide or min(asked, result.embedding_bits)
     return replace(result, kv_bits=precisions.kv_bits(str(config.flags.get("kv-cache-dtype") or "auto"), own))
 
 
