@@ -27,6 +27,7 @@ from tuner.spec.study import Study
 from tuner.spec.text import Document
 from tuner.study import budget, session, workload
 from tuner.study.outcome import Infeasible, Measured, Outcome, Step
+from tuner.study.peers import joined
 from tuner.study.price import priced
 from tuner.study.queue import Proposal, Queue
 
@@ -50,7 +51,10 @@ class AskTell:
         traffic = workload.read(study)
         predictor, no_model = session.model_of(study, traffic)
         ready = session.Prepared(study, engine(study), traffic, predictor, no_model)
-        self._queue = Queue(study, self.store, session.book(ready, self.store), ready.why_not, lambda _config: {})
+        peers = self._stack.enter_context(joined(study, self.store, lambda _name, _data: None))
+        book = session.book(ready, self.store, peers)
+        self._queue = Queue(study, self.store, book, ready.why_not, lambda _config: {}, peers)
+        self._queue.over = self._over
         self._running = 0
         return self
 
@@ -61,8 +65,7 @@ class AskTell:
 
     def ask(self) -> Proposal | None:
         """The next configuration to measure; None once the budget is spent or the space is exhausted."""
-        used = budget.spent(self.study, self.store.trials(), self._running)
-        proposal = None if budget.search_is_over(self.study, used) else self._queue.propose()
+        proposal = None if self._over(self._running) else self._queue.propose()
         self._running += proposal is not None
         return proposal
 
@@ -87,6 +90,9 @@ class AskTell:
     def choice(self) -> Choice:
         """What to deploy by what was told so far, in words and figures."""
         return choose(self.store.trials(), self.study.objective)
+
+    def _over(self, running: int) -> str:
+        return budget.search_is_over(self.study, budget.spent(self.study, self.store.trials(), running))
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
         known = {"error_rate": 0.0, **metrics}

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ HERE = Path(__file__).parent
 
 
 class Fast(Stage):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, root: Path) -> None:
         super().__init__(folder)
+        self.root = root  # short, so that a standby's folder lies below it and its command line names it
         self.fast = FastStart(sys.executable, "fakeengine", ["fakeheavy", "not_there"], self.root)
         self.env = {"PYTHONPATH": str(HERE)}
 
@@ -40,11 +42,12 @@ class Fast(Stage):
 
 @pytest.fixture
 def stage(tmp_path):
-    stage = Fast(tmp_path)
-    yield stage
-    stage.fast.close()
-    assert stage.clean()
-    assert members_of_any_standby(stage) == []
+    with tempfile.TemporaryDirectory(prefix="t") as root:
+        stage = Fast(tmp_path, Path(root))
+        yield stage
+        stage.fast.close()
+        assert stage.clean()
+        assert members_of_any_standby(stage) == []
 
 
 def members_of_any_standby(stage: Fast) -> list[str]:
@@ -114,6 +117,16 @@ def test_it_dies_with_its_guard(stage):
     assert process is not None and process.guard is not None
     os.kill(process.guard.pid, signal.SIGKILL)
     assert eventually(lambda: not process.server.alive)
+    assert running.stop().left_over == ()
+
+
+def test_a_runtime_folder_too_deep_for_unix_sockets_still_has_fast_starts(stage):
+    stage.root = stage.root / "a-path-as-long-as-those-of-clusters-and-build-machines" / ("x" * 60)
+    stage.root.mkdir(parents=True)
+    stage.fast = FastStart(sys.executable, "fakeengine", ["fakeheavy"], stage.root)
+    running = start(stage.fast_recipe(), stage.site, stage.root)
+    assert stage.binding is not None and len(str(stage.binding.temporary / "uuid-of-a-zmq-socket")) < 107
+    assert "serving from" in stage.log() and "imported" not in stage.log()
     assert running.stop().left_over == ()
 
 

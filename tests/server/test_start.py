@@ -30,6 +30,7 @@ class Stage:
     """A runtime folder, a trial's folder and everything that was told."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.root = folder / "runtime"
         self.root.mkdir()
         trial = folder / "trial"
@@ -60,7 +61,7 @@ class Stage:
         if self.binding:
             assert not self.binding.temporary.exists()
             assert not probe.listens(self.binding.port)
-        assert not [p.parent.name for p in PROC.glob("[0-9]*/cwd") if _leads_to(p, self.root.parent)]
+        assert not [p.parent.name for p in PROC.glob("[0-9]*/cwd") if _leads_to(p, self.folder)]
         return True
 
 
@@ -135,7 +136,7 @@ def test_a_server_killed_at_start_up_is_known_to_have_been_killed(stage):
 
 @pytest.mark.parametrize("phase, words", [("imports", ()), ("weights", ("--say", "loading"))])
 def test_a_hang_is_recognised_in_its_phase(stage, phase, words):
-    limits = Limits(total_s=60, silent_s=0.2, fixed_s={"*": 0.8})
+    limits = Limits(total_s=60, silent_s=0.2, fixed_s={phase: 0.8})
     outcome = failure(stage, stage.recipe(*words, "--hang", "--deaf", "--stray", "orphan", limits=limits))
     assert outcome.cause == "hang" and outcome.transient
     assert f"phase {phase}" in outcome.message

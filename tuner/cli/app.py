@@ -40,13 +40,29 @@ def tune(
     engine: Annotated[str, typer.Option(help="vllm, sglang, command, attach, function or emulator.")] = "",
     name: Annotated[str, typer.Option(help="The study's name; its folder is reports/NAME.")] = "",
     parallel: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
+    storage: Annotated[
+        str, typer.Option(envvar="TUNER_STORAGE", help="A database that several tuners share, as a URL.")
+    ] = "",
+    reports: Annotated[str, typer.Option(help="Where study folders are kept.")] = "",
     plain: Annotated[bool, typer.Option(help="Plain lines instead of the live view.")] = False,
 ) -> None:
     """Search, launch, measure: end with a front, a best-config YAML, a report and an MLflow study."""
     from tuner.cli import tune as command
 
     flags = command.Flags(
-        model, trace, tuple(slo or ()), gpu_price, budget, objective, space, sampler, engine, name, parallel
+        model,
+        trace,
+        tuple(slo or ()),
+        gpu_price,
+        budget,
+        objective,
+        space,
+        sampler,
+        engine,
+        name,
+        parallel,
+        storage,
+        reports,
     )
     raise typer.Exit(command.run(study, flags, plain))
 

@@ -26,9 +26,9 @@ def run(path: Path, json: bool) -> None:
     console.print(f"[bold]{study.name}[/] is valid. {data['engine']} would serve {study.model} on {data['hardware']}.")
     console.print(f"Trace: {data['trace']}")
     console.print(f"Goal: {data['goal']}")
-    console.print(
-        f"Ladder: loads {', '.join(f'{x:g}' for x in study.load.ladder)}; a step takes {data['step_seconds']}"
-    )
+    loads = ", ".join(f"{x:g}" for x in study.load.ladder)
+    ladder = "laid around what the default's first launch holds" if study.load.auto else f"loads {loads}"
+    console.print(f"Ladder: {ladder}; a step takes {data['step_seconds']}")
     console.print(
         f"Budget: {data['budget']}; sampler {study.sampler}; model: {ready.no_model or 'analytic, of this hardware'}"
     )

@@ -36,7 +36,7 @@ trace:
   heldout_windows: 3 # never seen by the search; the recommendation is measured on them
 
 load:
-  ladder: [0.5, 1, 1.5, 2, 3, 4, 6, 8] # factors on the trace's rate, measured on one launch until an SLO is missed
+  ladder: auto # laid around what the default holds; or factors on the trace's rate: [0.5, 1, 1.5, 2, 3, 4]
   warmup: 10s
 
 budget: {{launches: 30}} # or hours: 4, or usd: 15; whichever comes first

@@ -126,7 +126,8 @@ class View:
             )
             for step in good
         ]
-        self.say(f"[{trial}] {self._told(outcome, good)}")
+        where = f" (another tuner, on {data['elsewhere']})" if data.get("elsewhere") else ""
+        self.say(f"[{trial}] {self._told(outcome, good)}{where}")
 
     def _told(self, outcome: Any, good: list[Any]) -> str:
         if isinstance(outcome, Infeasible):

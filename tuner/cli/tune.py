@@ -28,12 +28,15 @@ class Flags:
     engine: str = ""
     name: str = ""
     parallel: int | None = None
+    storage: str = ""
+    reports: str = ""
 
 
 def run(path: Path | None, flags: Flags, plain: bool) -> int:
     """Runs or resumes a study; returns the exit code."""
     from tuner.cli.live import View
-    from tuner.study import finish, session
+    from tuner.study import finish, ladder, session
+    from tuner.study.peers import joined
 
     study = read(path, flags)
     cancel = threading.Event()
@@ -41,12 +44,16 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study) as store:
         previous = {s: signal.signal(s, _stopper(cancel, view)) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
+            view.study = study = ladder.settled(study, store, cancel, view.on_event)
             ready = session.prepare(study)
-            with finish.recorder(study, store, view.say) as recorder:
+            with (
+                joined(study, store, view.on_event) as peers,
+                finish.recorder(study, store, view.say, peers) as recorder,
+            ):
                 view.begin(ready)
-                ended = session.search(ready, store, recorder, cancel, view.on_event)
+                ended = session.search(ready, store, recorder, cancel, view.on_event, peers)
                 store.log("ended", why=ended)
-                result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event)
+                result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event, peers)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -87,7 +94,7 @@ def read(path: Path | None, flags: Flags) -> Any:
 
 def _overrides(flags: Flags) -> dict[str, Any]:
     over: dict[str, Any] = {}
-    for key in ("model", "budget", "objective", "sampler", "name", "parallel"):
+    for key in ("model", "budget", "objective", "sampler", "name", "parallel", "storage", "reports"):
         if getattr(flags, key):
             over[key] = getattr(flags, key)
     if flags.space:
@@ -118,10 +125,12 @@ def _objective(slos: dict[str, str]) -> dict[str, Any]:
 
 
 def resume_command(path: Path | None, words: list[str]) -> str:
-    """The command that resumes this study: the same one."""
+    """The command that resumes this study: the same one, without a password in it."""
     import shlex
 
-    return "tuner " + " ".join(shlex.quote(word) for word in words) if words else f"tuner tune {path}"
+    from tuner.spec.storage import masked
+
+    return "tuner " + " ".join(shlex.quote(masked(word)) for word in words) if words else f"tuner tune {path}"
 
 
 def _stopper(cancel: threading.Event, view: Any) -> Any:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from tuner.record.ledger import Ledger, note_file
 from tuner.record.note import markdown
 from tuner.record.place import place
-from tuner.record.writer import flush
+from tuner.record.writer import elsewhere, flush
 from tuner.spec.study import Study
 from tuner.study.store import Store
 
@@ -24,12 +26,20 @@ RETRY_S = 60.0
 class Recorder:
     """Told of what happened; every method returns at once (but :meth:`close`) and raises nothing.
 
-    ``retry_s``: how long after a failed attempt the next is made, where no trial ends before.
+    ``retry_s``: how long after a failed attempt the next is made, where no trial ends before. ``turn``: a lock that
+    is held while MLflow is written, where several tuners share the study's run.
     """
 
     def __init__(
-        self, study: Study, store: Store, *, retry_s: float = RETRY_S, env: Mapping[str, str] = os.environ
+        self,
+        study: Study,
+        store: Store,
+        *,
+        retry_s: float = RETRY_S,
+        env: Mapping[str, str] = os.environ,
+        turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        self._turn = turn
         self._study, self._store, self._retry_s = study, store, retry_s
         self._place = place(study, env)
         self._wake: queue.Queue[str] = queue.Queue()
@@ -75,7 +85,8 @@ class Recorder:
                 words.add(self._wake.get_nowait())
             closing = "close" in words
             try:
-                flush(self._study, self._store, self._place, running=not closing, end="KILLED" if closing else "")
+                with self._turn():
+                    flush(self._study, self._store, self._place, running=not closing, end="KILLED" if closing else "")
                 self._problem = ""
             except Exception as error:  # whatever MLflow, its database or the network came up with
                 self._note_problem(error)
@@ -103,7 +114,7 @@ class Recorder:
 def unsent(study: Study, store: Store, env: Mapping[str, str] = os.environ) -> int:
     """How many finished trials the study's MLflow store does not have."""
     sent = Ledger.load(store.folder).sent(place(study, env).uri)
-    return sum(str(trial.number) not in sent.trials for trial in store.trials())
+    return sum(str(trial.number) not in sent.trials for trial in store.trials() if not elsewhere(trial))
 
 
 def sync(study: Study, store: Store, *, env: Mapping[str, str] = os.environ) -> str:

@@ -44,14 +44,14 @@ def flush(study: Study, store: Store, place: Place, *, running: bool = False, en
         trials = store.trials()
         note = note_file(store.folder).read_text("utf-8") if note_file(store.folder).exists() else ""
         end = "FINISHED" if note else end
-        if running and not end and sent.parent and not sent.end and all(str(t.number) in sent.trials for t in trials):
+        if running and not end and sent.parent and not sent.end and not _unsent(trials, sent):
             return 0  # the usual wake-up with nothing to do: MLflow is not even imported
         connection = _Connection(study, store, place, ledger, sent)
         connection.open_parent(trials)
         if running and not end:
             connection.client.update_run(sent.parent, status="RUNNING")
             sent.end = ""
-        waiting = [t for t in trials if str(t.number) not in sent.trials]
+        waiting = [t for t in trials if str(t.number) not in sent.trials and (note or not elsewhere(t))]
         connection.secrets = values([study.engine.env, *(t.config.env for t in trials)])
         for trial in waiting:
             connection.log_trial(trial, trials)
@@ -61,6 +61,16 @@ def flush(study: Study, store: Store, place: Place, *, running: bool = False, en
             sent.end = state
         ledger.save()
         return len(waiting)
+
+
+def elsewhere(trial: TrialRecord) -> bool:
+    """Whether another tuner of a shared study made the trial. That one logs it, with its records; what it did not live
+    to log is logged at the end, as far as it is known here."""
+    return bool((trial.extra or {}).get("elsewhere"))
+
+
+def _unsent(trials: Sequence[TrialRecord], sent: Sent) -> bool:
+    return any(str(t.number) not in sent.trials for t in trials if not elsewhere(t))
 
 
 class _Connection:
@@ -90,7 +100,8 @@ class _Connection:
         """One child run, whole: its state is set last, the ledger is written after that."""
         made = content(trial, self.study)
         earlier = self.started.get(str(trial.number))
-        if earlier is not None and earlier.info.status != "RUNNING":
+        foreign = earlier is not None and "elsewhere" in earlier.data.tags and not elsewhere(trial)
+        if earlier is not None and earlier.info.status != "RUNNING" and not foreign:
             run_id = earlier.info.run_id  # logged whole, killed before the ledger was written
         else:
             if earlier is not None:

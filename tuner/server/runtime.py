@@ -16,6 +16,7 @@ from tuner.errors import EnvironmentFault
 from tuner.server.tree import Pid, describe, kill, members, shared_memory
 
 _GUARD_WAIT_S = 8.0
+_LONGEST = 70  # characters of a launch's temporary folder: a Unix socket's path has 107, of which vLLM's names take 37
 
 
 def runtime_root(env: Mapping[str, str] | None = None) -> Path:
@@ -43,10 +44,13 @@ class Ownership:
     which a server runs that nobody can be proved to own."""
 
     def __init__(self, root: Path, launch_id: str) -> None:
-        """Writes the file and makes the launch's short temporary folder (Unix sockets allow 107 characters)."""
+        """Writes the file and makes the launch's temporary folder: in ``root``, or in the system's where ``root`` is too
+        deep for the Unix sockets that servers put there."""
         self.id = launch_id
         self.path = root / "launches" / f"{launch_id}.json"
         self.temporary = root / f"t-{launch_id[:8]}"
+        if len(str(self.temporary)) > _LONGEST:
+            self.temporary = _short(launch_id)
         self.path.parent.mkdir(exist_ok=True)
         me = Pid.of(os.getpid())
         self._data: dict[str, object] = {
@@ -74,6 +78,11 @@ class Ownership:
         half.replace(self.path)
 
 
+def _short(launch_id: str) -> Path:
+    """A launch's temporary folder where the runtime folder's path is too long."""
+    return Path(min(tempfile.gettempdir(), "/tmp", key=len)) / f"tuner-{os.getuid()}-{launch_id[:8]}"
+
+
 def reap(root: Path | None = None, sleep: Callable[[float], None] = time.sleep) -> list[str]:
     """Ends what tuners that are gone left behind, and only that; says in words what was cleaned.
 
@@ -93,7 +102,7 @@ def reap(root: Path | None = None, sleep: Callable[[float], None] = time.sleep) 
             continue
         cleaned += _reap_one(data, launch_id, sleep)
         temporary = Path(str(data.get("temporary") or ""))
-        if temporary.parent == root and temporary.name.startswith("t-"):
+        if (temporary.parent == root and temporary.name.startswith("t-")) or temporary.name == _short(launch_id).name:
             shutil.rmtree(temporary, ignore_errors=True)
         path.unlink(missing_ok=True)
         cleaned.append(f"launch {launch_id} of a tuner that is gone (pid {tuner.pid})")

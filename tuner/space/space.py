@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Emission:
     """What one value of a parameter adds to the server: flags (``speculative-config.method`` is a key inside the JSON
-    value of ``--speculative-config``), environment, and a variant of the model folder."""
+    value of ``--speculative-config``), environment, a variant of the model folder, and the type of GPU it runs on."""
 
     flags: Mapping[str, Value | None] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     model_variant: str = ""
+    gpu: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class SearchSpace:
         active = self.active(self.snap(params))
         flags: dict[str, Value | None] = dict(self.fixed)
         env, variant, gpus = dict(self.env), "", 0 if self.facts.get("platform") == "cpu" else 1
+        gpu = ""
         nested: dict[str, dict[str, Any]] = {}
         for name, value in active.items():
             parameter = self[name]
@@ -162,12 +164,12 @@ class SearchSpace:
                 else:
                     flags[flag] = setting
             env |= emission.env
-            variant = emission.model_variant or variant
+            variant, gpu = emission.model_variant or variant, emission.gpu or gpu
             if parameter.counts_gpus:
                 gpus = max(gpus, 1) * int(value)
         for head, body in nested.items():
             flags[head] = json.dumps(body, sort_keys=True)
-        return ServingConfig(model, active, flags, env, variant, gpus)
+        return ServingConfig(model, active, flags, env, variant, gpus, gpu)
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The flat Optuna space: every parameter always (conditional ones are ignored where they do not apply, since

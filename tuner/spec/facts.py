@@ -16,6 +16,7 @@ FACTS: Mapping[str, str] = {
     "compute_capability": "9.0 for Hopper; absent on CPUs",
     "cpu_cores": "cores this process may use",
     "memory_gib": "the host's memory",
+    "native_dtype": "bfloat16, or float32 on a CPU without AVX-512, where bfloat16 is emulated and some 20 times slower",
     "engine_version": "the engine's version, as text",
     "max_model_len": "longest request the servers take, in tokens",
     "num_heads": "attention heads",
@@ -81,7 +82,19 @@ def of_machine() -> dict[str, Any]:
     return {
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "native_dtype": "bfloat16" if of_gpus() or cpu_flags() & {"avx512f", "amx_bf16", "bf16"} else "float32",
     }
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets of this machine's processor, as Linux names them; empty elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
 
 
 def of_trace(input_tokens: Any, output_tokens: Any) -> dict[str, Any]:

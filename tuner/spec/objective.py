@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tuner.spec.slo import Slo
 
@@ -22,13 +23,15 @@ class QualityFloor:
 @dataclass(frozen=True, slots=True)
 class Objective:
     """What is wanted. Cost is USD per million output tokens served within SLO; ``latency`` names the other axis
-    (``tpot_p99``). ``price_usd_per_gpu_hour`` is per GPU, or per server on CPU servers."""
+    (``tpot_p99``). ``price_usd_per_gpu_hour`` is per GPU of the study's own hardware, or per server on CPU servers;
+    ``prices`` are those of named types of GPU."""
 
     name: str
     latency: str
     slos: tuple[Slo, ...]
     price_usd_per_gpu_hour: float
     quality: QualityFloor = QualityFloor()
+    prices: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def latency_key(self) -> str:

@@ -23,6 +23,13 @@ class EngineFile(Strict):
     options: dict[str, Any] = {}
 
 
+class ExecutorFile(Strict):
+    kind: Literal["local", "ray"] = "local"
+    address: str = "auto"
+    store: str = ""  # any fsspec path: where large records go on their way home
+    cpus: float = 1.0  # CPUs that a trial asks Ray for beside its GPUs
+
+
 class HardwareFile(Strict):
     gpu: str = "auto"
     gpus: int | Literal["auto"] = "auto"
@@ -40,14 +47,16 @@ class TraceFile(Strict):
 
 
 class LoadFile(Strict):
-    ladder: list[float] = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+    ladder: list[float] | Literal["auto"] = "auto"
     warmup: str | float = "5s"
     request_timeout: str | float = "10min"
     early_stop: bool = True
 
     @field_validator("ladder")
     @classmethod
-    def _rising(cls, loads: list[float]) -> list[float]:
+    def _rising(cls, loads: list[float] | str) -> list[float] | str:
+        if isinstance(loads, str):
+            return loads
         if not loads or any(not math.isfinite(x) or x <= 0 for x in loads) or sorted(set(loads)) != loads:
             raise ValueError(f"the ladder is a rising list of loads above zero, not {loads}")
         return loads
@@ -91,13 +100,14 @@ class StudyFile(Strict):
     parameters: dict[str, Any] = {}
     objective: str | dict[str, Any] = "chat"
     slo: dict[str, str | float | int] = {}
-    price_usd_per_gpu_hour: float | None = None
+    price_usd_per_gpu_hour: float | dict[str, float] | None = None
     trace: TraceFile | str = ""
     load: LoadFile = LoadFile()
     budget: BudgetFile | str = BudgetFile()
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
     seed: int = 0
-    parallel: int = 1
+    parallel: int | Literal["auto"] | None = None  # None: 1 here, as many as fit on a cluster
+    executor: ExecutorFile | Literal["local", "ray"] = ExecutorFile()
     warm_start: list[str] = []
     reports: str = "reports"
     tracking_uri: str = ""

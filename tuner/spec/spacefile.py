@@ -19,6 +19,7 @@ class EmissionFile(Strict):
     flags: dict[str, bool | int | float | str | None] = {}
     env: dict[str, str | int] = {}
     model_variant: str = ""
+    gpu: str = ""  # the type of GPU it runs on, on a cluster that has several
     requires: str = ""
 
 
@@ -164,7 +165,8 @@ def _grid(
         }
         values: list[Value] = [_scalar(key) for key in keep]
         emissions = [
-            Emission(_flags(e.flags), {k: str(v) for k, v in e.env.items()}, e.model_variant) for e in keep.values()
+            Emission(_flags(e.flags), {k: str(v) for k, v in e.env.items()}, e.model_variant, e.gpu)
+            for e in keep.values()
         ]
     else:
         if spec.type == "switch":

@@ -48,12 +48,14 @@ class TraceSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoadSpec:
-    """The ladder: factors on the trace's arrival rate, from low to high; how a step is replayed."""
+    """The ladder: factors on the trace's arrival rate, from low to high; how a step is replayed. ``auto``: the ladder
+    is not settled yet (:mod:`tuner.study.ladder`), and these loads stand in for it."""
 
     ladder: tuple[float, ...]
     warmup_s: float = 5.0
     request_timeout_s: float = 600.0
     early_stop: bool = True
+    auto: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,23 @@ class HardwareSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExecutorSpec:
+    """Where trials run: ``local``, or ``ray`` on the cluster at ``address``. ``store`` (any fsspec path) takes large
+    records on their way home; a trial asks for ``cpus`` beside its GPUs."""
+
+    kind: str = "local"
+    address: str = "auto"
+    store: str = ""
+    cpus: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Study:
     """One tuning run of one model on one kind of hardware under one workload.
 
     ``folder`` is the study folder; ``source`` the file it was read from; ``frozen`` the resolved document that is
-    written to ``study.yaml`` (reading it again gives the same study).
+    written to ``study.yaml`` (reading it again gives the same study). ``parallel`` bounds the trials at once; 0: as
+    many as fit.
     """
 
     name: str
@@ -97,6 +111,7 @@ class Study:
     sampler: str = "auto"
     seed: int = 0
     parallel: int = 1
+    executor: ExecutorSpec = ExecutorSpec()
     warm_start: tuple[str, ...] = ()
     tracking_uri: str = ""
     storage: StorageSpec = field(default_factory=StorageSpec)

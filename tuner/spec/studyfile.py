@@ -17,9 +17,10 @@ from tuner.spec import storage as storage_
 from tuner.spec.objective import Objective, QualityFloor
 from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StorageFile, StudyFile, TraceFile
 from tuner.spec.spacefile import build
-from tuner.spec.study import Budget, EngineSpec, HardwareSpec, LoadSpec, Study, TraceSpec
+from tuner.spec.study import Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.spec.text import Document, read, suggest, validate
 
+USUAL_LADDER = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # until the ladder is settled, or where nobody can ask
 _DURATION = re.compile(r"^\s*([0-9.]+)\s*(s|min|m|h|d)?\s*$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
@@ -71,6 +72,8 @@ def resolve(document: Document, beside: Path) -> Study:
         "hardware": asdict(hardware),
         "price_usd_per_gpu_hour": objective.price_usd_per_gpu_hour,
     }
+    if "ladder" in frozen:
+        resolved["ladder"] = frozen["ladder"]  # it was left to the tuner, and is settled
     whole = {**document.data, "name": name, "search_space": _inline(file, document, base, facts), "frozen": resolved}
     whole["objective"] = _objective_data(file, document, base)[0]
     if file.storage:
@@ -86,15 +89,17 @@ def resolve(document: Document, beside: Path) -> Study:
         objective=objective,
         trace=trace,
         load=LoadSpec(
-            tuple(file.load.ladder),
+            USUAL_LADDER if file.load.ladder == "auto" else tuple(file.load.ladder),
             _seconds(file.load.warmup, document, ("load", "warmup"), zero=True),
             _seconds(file.load.request_timeout, document, ("load", "request_timeout")),
             file.load.early_stop,
+            file.load.ladder == "auto",
         ),
         budget=budget,
         sampler=file.sampler,
         seed=file.seed,
-        parallel=max(1, file.parallel),
+        parallel=_parallel(file),
+        executor=_executor(file),
         warm_start=tuple(file.warm_start),
         tracking_uri=file.tracking_uri,
         storage=_storage(file.storage, document),
@@ -179,6 +184,18 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
     )
 
 
+def _executor(file: StudyFile) -> ExecutorSpec:
+    said = file.executor
+    return ExecutorSpec(kind=said) if isinstance(said, str) else ExecutorSpec(**said.model_dump())
+
+
+def _parallel(file: StudyFile) -> int:
+    """Trials at once; 0: as many as fit, which is what a cluster is for."""
+    if file.parallel == "auto" or (file.parallel is None and _executor(file).kind == "ray"):
+        return 0
+    return max(1, file.parallel or 1)
+
+
 def _engine(file: EngineFile, base: Path) -> EngineSpec:
     command = tuple(file.command.split()) if isinstance(file.command, str) else tuple(file.command or ())
     python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
@@ -220,14 +237,28 @@ def _facts(
     if trace.file:
         whole = formats.read(Path(trace.file), trace.format)
         facts |= facts_.of_trace(whole.input_tokens, whole.output_tokens)
-    return facts | gpu_facts(file.hardware, document, engine)
+    return facts | gpu_facts(file.hardware, document, engine, _executor(file))
 
 
-def gpu_facts(file: HardwareFile, document: Document, engine: EngineSpec) -> dict[str, Any]:
-    """Platform and GPU: from the study where it names them (an emulated GPU always is), else from this machine."""
+def gpu_facts(
+    file: HardwareFile, document: Document, engine: EngineSpec, executor: ExecutorSpec | None = None
+) -> dict[str, Any]:
+    """Platform and GPU: from the study where it names them (an emulated GPU always is), else from the cluster that it
+    runs on, else from this machine."""
     from tuner.search import hardware
 
     wanted, at = file.gpu, ("hardware", "gpu")
+    if executor is not None and executor.kind == "ray" and wanted != "cpu" and "auto" in (wanted, file.gpus):
+        from tuner.executor import cluster
+
+        found = cluster.survey(executor.address, "" if wanted == "auto" else wanted)
+        if found.gpus and wanted == "auto" and engine.kind != "emulator":
+            if not found.device:
+                raise document.error(
+                    "the cluster does not say what its GPUs are", at, "name them: hardware: {gpu: NAME}"
+                )
+            wanted = found.device
+        file = file.model_copy(update={"gpus": max(found.gpus, 1)}) if file.gpus == "auto" else file
     if engine.kind == "emulator":
         if "gpu" in engine.options:
             wanted, at = str(engine.options["gpu"]), ("engine", "options", "gpu")
@@ -293,6 +324,12 @@ def _inline(file: StudyFile, document: Document, base: Path, facts: Mapping[str,
 def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> SearchSpace:
     """The space with the study's own flags and environment on every server."""
     given = {name: None if value is True else value for name, value in engine.args.items() if value is not False}
+    for flag, value in given.items():
+        if isinstance(value, str) and value.startswith("$"):
+            if value[1:] not in space.facts:
+                fix = suggest(value[1:], space.facts)
+                raise document.error(f"--{flag}: no such fact: {value[1:]}", ("engine", "args", flag), fix)
+            given[flag] = space.facts[value[1:]]
     for parameter in space.parameters:
         tuned = {flag.partition(".")[0] for emission in parameter.emissions for flag in emission.flags}
         for flag in sorted(tuned & set(given)):
@@ -327,15 +364,24 @@ def _objective(
             raise ValueError("the latency axis is a latency, not error_rate")
     except ValueError as error:
         raise source.error(str(error), (*prefix, "latency")) from None
-    price = file.price_usd_per_gpu_hour or spec.price_usd_per_gpu_hour or frozen.get("price_usd_per_gpu_hour")
+    said = file.price_usd_per_gpu_hour
+    prices = said if isinstance(said, dict) else {}
+    price = None if isinstance(said, dict) else said
+    price = price or spec.price_usd_per_gpu_hour or frozen.get("price_usd_per_gpu_hour")
+    if prices:
+        from tuner.executor.cluster import device_of
+
+        prices = {device_of(name): usd for name, usd in prices.items()}
+        price = prices.get(hardware.name, price)
     if price is None:
         from tuner.search import hardware as table
 
         row = table.detect()[0] if hardware.gpus == 0 else table.lookup(hardware.name)
         price = row.price_usd_per_hour if row else 1.0
-    if price <= 0:
+    if min(price, *prices.values()) <= 0 if prices else price <= 0:
         raise document.error("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
-    return Objective(spec.name, spec.latency, tuple(slos), float(price), QualityFloor(**spec.quality.model_dump()))
+    floor = QualityFloor(**spec.quality.model_dump())
+    return Objective(spec.name, spec.latency, tuple(slos), float(price), floor, prices)
 
 
 def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> slo.Slo:
@@ -348,4 +394,6 @@ def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> sl
 def differences(before: Study, now: Study) -> list[str]:
     """Which parts of a study changed in a way that makes its measurements incomparable."""
     parts = ("model", "engine", "space", "objective", "trace", "load", "hardware")
+    if now.load.auto and "ladder" in before.frozen["frozen"]:
+        now = replace(now, load=replace(now.load, ladder=before.load.ladder, auto=False))
     return [part for part in parts if getattr(before, part) != getattr(now, part)]

@@ -30,7 +30,9 @@ def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0) -> Spen
         wall_s += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     seconds = [t.ended_s - t.started_s for t in trials]
-    usd = math.fsum(s / 3600 * per_hour(t.config, study.objective) for s, t in zip(seconds, trials, strict=True))
+    usd = math.fsum(
+        s / 3600 * per_hour(t.config, study.objective, t.price) for s, t in zip(seconds, trials, strict=True)
+    )
     count = max(len(trials), 1)
     return Spent(len(trials) + running, wall_s / 3600, usd, math.fsum(seconds) / count, usd / count)
 

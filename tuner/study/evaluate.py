@@ -21,6 +21,16 @@ Check = Callable[[Server, ServingConfig], Infeasible | None]
 Beaten = Callable[[Sequence[Step]], str]
 
 
+def unchecked(_server: Server, _config: ServingConfig) -> Infeasible | None:
+    """No quality floor."""
+    return None
+
+
+def unbeaten(_steps: Sequence[Step]) -> str:
+    """Every ladder is measured to its end."""
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
     """What every trial of a study shares. ``quality`` looks at a fresh server's answers; ``beaten`` says after each
@@ -30,16 +40,21 @@ class Bench:
     engine: Engine
     cancel: threading.Event
     on_event: OnEvent
-    quality: Check = lambda _server, _config: None
-    beaten: Beaten = lambda _steps: ""
+    quality: Check = unchecked
+    beaten: Beaten = unbeaten
 
     def of_trial(self, number: int) -> Bench:
         """The same, with the trial's number in every event."""
+        return replace(self, on_event=of_trial(self.on_event, number))
 
-        def tell(name: str, data: Mapping[str, Any]) -> None:
-            self.on_event(name, {"trial": number, **data})
 
-        return replace(self, on_event=tell)
+def of_trial(on_event: OnEvent, number: int) -> OnEvent:
+    """``on_event``, with the trial's number in every event."""
+
+    def tell(name: str, data: Mapping[str, Any]) -> None:
+        on_event(name, {"trial": number, **data})
+
+    return tell
 
 
 def evaluate(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tuner.engines.protocol import Cancelled, OnEvent
 from tuner.pareto.choice import Choice
@@ -15,9 +16,14 @@ from tuner.pareto.recommend import recommended
 from tuner.record.mlflow import Recorder
 from tuner.spec.study import Study
 from tuner.study import verifying
+from tuner.study.database import Away, Hold
 from tuner.study.evaluate import Bench
+from tuner.study.loop import Recorder as Told
+from tuner.study.peers import Peers
 from tuner.study.session import Prepared
 from tuner.study.store import Store
+
+AGAIN_S = 2.0  # between attempts to reach a database that is away
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +41,10 @@ class Result:
 
 
 @contextmanager
-def recorder(study: Study, store: Store, say: Callable[[str], None]) -> Iterator[Recorder]:
-    """MLflow's writer for one session; what it could not send is said, and kept in the folder."""
-    writer = Recorder(study, store)
+def recorder(study: Study, store: Store, say: Callable[[str], None], peers: Peers | None = None) -> Iterator[Recorder]:
+    """MLflow's writer for one session; what it could not send is said, and kept in the folder. Tuners that share a
+    study write one after the other: they share its run."""
+    writer = Recorder(study, store, turn=(lambda: peers.database.turn("mlflow")) if peers else nullcontext)
     writer.start()
     try:
         yield writer
@@ -48,7 +55,13 @@ def recorder(study: Study, store: Store, say: Callable[[str], None]) -> Iterator
 
 
 def conclude(
-    ready: Prepared, store: Store, writer: Recorder, ended: str, cancel: threading.Event, on_event: OnEvent
+    ready: Prepared,
+    store: Store,
+    writer: Recorder,
+    ended: str,
+    cancel: threading.Event,
+    on_event: OnEvent,
+    peers: Peers | None = None,
 ) -> Result:
     """Verifies (unless interrupted), chooses, exports and reports; all from the study folder."""
     from tuner.export import formats
@@ -56,8 +69,12 @@ def conclude(
 
     study = ready.study
     if not cancel.is_set():
+        bench = Bench(study, ready.engine, cancel, on_event)
         with suppress(Cancelled):
-            verifying.run(ready, store, writer, Bench(study, ready.engine, cancel, on_event))
+            if peers is None:
+                verifying.run(ready, store, writer, bench)
+            else:
+                _verify_for_all(ready, store, writer, bench, peers)
     choice = recommended(store, study)
     files: list[Path] = []
     if choice.point is not None:
@@ -66,6 +83,43 @@ def conclude(
     if not cancel.is_set():
         writer.study_finished()
     return Result(ended, choice, choice.text, tuple(files))
+
+
+def _verify_for_all(ready: Prepared, store: Store, writer: Recorder, bench: Bench, peers: Peers) -> None:
+    """One tuner verifies, the others take what it found; a dead one's launches are not repeated. Raises Cancelled."""
+    while not bench.cancel.is_set():
+        try:
+            with peers.verifying(bench.cancel) as hold:
+                if hold is not None:
+                    guarded = replace(bench, on_event=_while_held(bench.on_event, hold))
+                    verifying.run(ready, store, _Published(writer, peers), guarded)
+            return
+        except Away as error:
+            peers.away(error)
+            bench.cancel.wait(AGAIN_S)
+
+
+def _while_held(on_event: OnEvent, hold: Hold) -> OnEvent:
+    """Raises Away before a launch that another tuner may be making too: the database forgot whose turn it is."""
+
+    def tell(name: str, data: Any) -> None:
+        if name == "verify-launch" and not hold.alive():
+            raise Away("its connection was lost while this tuner verified")
+        on_event(name, data)
+
+    return tell
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """Every launch of the verification goes to the other tuners, then to MLflow."""
+
+    writer: Told
+    peers: Peers
+
+    def trial_finished(self, number: int) -> None:
+        self.peers.publish()
+        self.writer.trial_finished(number)
 
 
 def show(study: Study, store: Store, result: Result) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from tuner.engines.protocol import OnEvent, Teardown
+from tuner.engines.protocol import OnEvent
 from tuner.errors import EnvironmentFault
-from tuner.study.evaluate import Bench, evaluate
+from tuner.executor.protocol import Ended, Executor, Job
 from tuner.study.outcome import Aborted, Infeasible, Outcome
 from tuner.study.queue import Proposal, Queue
 from tuner.study.store import Store
@@ -28,68 +27,48 @@ class Loop:
     """One session of a study. ``stop_reason`` is asked before each proposal, with the number of running trials,
     and answers in words when to end."""
 
-    bench: Bench
+    executor: Executor
     store: Store
     queue: Queue
     workload: Workload
     recorder: Recorder
     on_event: OnEvent
     stop_reason: Callable[[int], str]
-    gpus: tuple[int, ...] = ()
-    _busy: set[int] = field(default_factory=set)
+    cancel: threading.Event
 
     def run(self) -> str:
         """Runs trials until something says stop; returns why it ended. Trials end one by one, told by this thread."""
-        parallel = self.bench.study.parallel
-        waiting: Proposal | None = None
-        running: dict[Future[tuple[Outcome, Teardown]], Proposal] = {}
+        running: dict[int, Proposal] = {}
         ended = ""
-        with ThreadPoolExecutor(parallel, thread_name_prefix="trial") as pool:
-            while True:
-                while len(running) < parallel and not ended:
-                    ended = "interrupted" if self.bench.cancel.is_set() else self.stop_reason(len(running))
-                    waiting = None if ended else waiting or self.queue.propose()
-                    if waiting is None:
-                        ended = ended or "every configuration of the space has been tried"
-                        break
-                    if not self._fits(waiting, bool(running)):
-                        break
-                    running[pool.submit(self._evaluate, waiting)] = waiting
-                    waiting = None
-                if not running:
+        while True:
+            while not ended and self.executor.room():
+                ended = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
+                proposal = None if ended else self.queue.propose()
+                if proposal is None:
+                    ended = ended or "every configuration of the space has been tried"
                     break
-                done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    ended = self._conclude(running.pop(future), future) or ended
-        if waiting is not None:
-            self.queue.withdraw(waiting)
-        return ended
+                running[proposal.number] = proposal
+                self.executor.submit(self._job(proposal))
+            if not running:
+                return ended
+            for end in self.executor.wait(0.5):
+                ended = self._conclude(running.pop(end.job.number), end) or ended
 
-    def _fits(self, proposal: Proposal, others: bool) -> bool:
-        """Leases GPUs inside this study; False where it must wait for a running trial to give some back."""
-        need = proposal.config.gpus
-        free = [gpu for gpu in self.gpus if gpu not in self._busy]
-        if need > len(self.gpus):
-            raise EnvironmentFault(f"a configuration wants {need} GPUs, the study has {len(self.gpus)}")
-        if need > len(free) or (need == 0 and others):
-            return False
-        proposal.gpus = tuple(free[:need])
-        self._busy |= set(proposal.gpus)
-        return True
-
-    def _evaluate(self, proposal: Proposal) -> tuple[Outcome, Teardown]:
+    def _job(self, proposal: Proposal) -> Job:
         windows = self.workload.search
-        bench = self.bench.of_trial(proposal.number)
-        bench.on_event("launch", {"config": proposal.config, "baseline": proposal.baseline, "why": proposal.why})
+        window = windows[proposal.repeat % len(windows)]
         folder = self.store.trial_folder(proposal.number)
-        return evaluate(bench, proposal.config, folder, proposal.gpus, windows[proposal.repeat % len(windows)])
+        return Job(proposal.number, proposal.config, folder, window, proposal.baseline, proposal.why)
 
-    def _conclude(self, proposal: Proposal, future: Future[tuple[Outcome, Teardown]]) -> str:
+    def _conclude(self, proposal: Proposal, end: Ended) -> str:
         """Writes, tells and logs one trial's end; returns why the study must end with it, if it must."""
-        outcome, teardown = future.result()
-        self._busy -= set(proposal.gpus)
+        outcome, teardown = end.outcome, end.teardown
+        if outcome is None:
+            self.queue.withdraw(proposal)
+            return "interrupted"
         again = self._again(proposal, outcome)
-        self.store.end_trial(proposal.number, outcome, teardown_s=teardown.seconds, killed=teardown.killed, again=again)
+        notes = {"teardown_s": teardown.seconds, "killed": teardown.killed, "launched_s": end.started_s}
+        self.store.end_trial(proposal.number, outcome, again=again, **notes, **end.place.notes())
         self.queue.tell(proposal, outcome, again)
         self.recorder.trial_finished(proposal.number)
         self.on_event("trial", {"trial": proposal.number, "outcome": outcome, "baseline": proposal.baseline})

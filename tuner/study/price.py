@@ -11,9 +11,10 @@ from tuner.study.outcome import Step
 COST = "cost_usd_per_mtok_output"
 
 
-def per_hour(config: ServingConfig, objective: Objective) -> float:
-    """USD per hour of one replica: the price of its GPUs, or of the one server on CPUs."""
-    return objective.price_usd_per_gpu_hour * max(config.gpus, 1)
+def per_hour(config: ServingConfig, objective: Objective, price: float | None = None) -> float:
+    """USD per hour of one replica: the price of its GPUs, or of the one server on CPUs. ``price`` is that of the GPUs
+    it ran on (None: the objective's)."""
+    return (price or objective.price_usd_per_gpu_hour) * max(config.gpus, 1)
 
 
 def priced(step: Step, config: ServingConfig, objective: Objective) -> Step:

@@ -6,17 +6,21 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tuner.search import ledger
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
+from tuner.study.database import Away
 from tuner.study.outcome import Aborted, Infeasible, Outcome
 from tuner.study.store import Store, TrialRecord
 
 if TYPE_CHECKING:
     import optuna
+
+    from tuner.study.peers import Peers
 
 PATIENCE = 40  # proposals in a row that were refused or known, before the grid is walked for something new
 
@@ -38,7 +42,8 @@ class Proposal:
 
 class Queue:
     """Proposals of one study. ``refuse`` says why a config cannot run at all (memory), empty where it may; ``notes``
-    what is written beside it."""
+    what is written beside it. ``peers`` are the other tuners of a shared study, whose trials count as its own;
+    ``over`` is asked once more while no other tuner can ask."""
 
     def __init__(
         self,
@@ -47,8 +52,13 @@ class Queue:
         book: optuna.Study,
         refuse: Callable[[ServingConfig], str],
         notes: Callable[[ServingConfig], Mapping[str, Any]],
+        peers: Peers | None = None,
     ) -> None:
         self.study, self.store, self.book, self.refuse, self.notes = study, store, book, refuse, notes
+        self.peers = peers
+        self.over: Callable[[int], str] = lambda _running: ""
+        self.stood_back = False  # the last None of propose() was not for want of configurations
+        self._busy_elsewhere: set[str] = set()
         self.space = study.space
         self.baseline_hash = self.space.config(self.space.default(), study.model).hash
         records = store.trials()
@@ -58,10 +68,44 @@ class Queue:
         self._launches = Counter(record.config.hash for record in records)
         self._next = max((record.number for record in records), default=-1) + 1
         self._refused = {str(sorted(entry["params"].items())) for entry in store.refused()}
-        self._recover(records)
+        if peers is None:
+            self._recover(records)
+        else:
+            with peers.turn():
+                self._rejoin(records)
 
     def propose(self) -> Proposal | None:
-        """The next trial, written to the store as started; None where the whole space has been tried."""
+        """The next trial, written to the store as started; None where the whole space has been tried (and, in a shared
+        study, where the search is over or the ledger away)."""
+        if self.peers is None:
+            return self._propose()
+        self.stood_back = True
+        with suppress(Away), self.peers.turn():
+            self.catch_up()
+            if not self.over(len(self.peers.running())):
+                proposal = self._propose()
+                self.stood_back = False
+                return proposal
+        return None
+
+    def catch_up(self) -> list[TrialRecord]:
+        """What other tuners measured since the last time, now known here. Needs the turn."""
+        if self.peers is None:
+            return []
+        new = self.peers.upkeep.all()
+        for record in new:
+            self._remember(record.config.hash, record, again=bool((record.extra or {}).get("again")))
+            self._launches[record.config.hash] += 1
+        now = {key for key, owner in self.peers.running().items() if owner != self.peers.owner.to_dict()}
+        for key in self._busy_elsewhere - now:
+            if self._known.get(key, new) is None:
+                del self._known[key]  # given up, or to be launched again
+        for key in now:
+            self._known.setdefault(key, None)
+        self._busy_elsewhere = now
+        return new
+
+    def _propose(self) -> Proposal | None:
         for _ in range(PATIENCE):
             trial, params = ledger.ask(self.book, self.space)
             reason = self.why_not(params)
@@ -85,14 +129,20 @@ class Queue:
     def tell(self, proposal: Proposal, outcome: Outcome, again: bool) -> None:
         """Optuna is told; with ``again`` the same parameters are queued once more (a new trial)."""
         record = self.store.trial(proposal.number)
-        self._tell(proposal.trial, outcome, record)
+        if self.peers is None:
+            self._tell(proposal.trial, outcome, record)
+        elif record is not None:
+            self.peers.tell(proposal.trial, record)
         self._remember(proposal.config.hash, record, again)
-        if again:
+        if again and self.peers is None:
             self.book.enqueue_trial(dict(proposal.params), user_attrs={"why": "again after " + _short(outcome)})
 
     def withdraw(self, proposal: Proposal) -> None:
         """Takes back a proposal that was never launched; its number is free again."""
         self._shelve(proposal.number)
+        if self.peers is not None:
+            self.peers.give_back(proposal.trial, proposal.params, proposal.why)
+            return
         self._fail(proposal.trial)
         self.book.enqueue_trial(dict(proposal.params), user_attrs={"why": proposal.why})
 
@@ -111,7 +161,7 @@ class Queue:
     def _start(
         self, trial: optuna.Trial, params: Mapping[str, Value], config: ServingConfig, remeasure: bool
     ) -> Proposal:
-        number, self._next = self._next, self._next + 1
+        number, self._next, claim = self._next, self._next + 1, {}
         baseline = config.hash == self.baseline_hash
         told = trial.user_attrs
         why = told.get("why") or told.get("reason") or ("the engine's default" if baseline else self.study.sampler)
@@ -119,7 +169,10 @@ class Queue:
         self._launches[config.hash] += 1
         earlier = self._known.setdefault(config.hash, None)
         first = earlier.number if earlier and remeasure else None
-        trial.set_user_attr("trial", number)
+        if self.peers is None:
+            trial.set_user_attr("trial", number)
+        else:
+            number, claim["claim"] = self.peers.claim(trial)
         self.store.start_trial(
             number,
             config,
@@ -129,6 +182,7 @@ class Queue:
             why=why,
             repeat=repeat,
             remeasure_of=first,
+            **claim,
             **self.notes(config),
         )
         return Proposal(number, trial, params, config, baseline, why, repeat, first)
@@ -166,8 +220,18 @@ class Queue:
             if config.hash not in self._known and not self.why_not(params):
                 self.book.enqueue_trial(dict(params), user_attrs={"why": "untried; the sampler repeats itself"})
                 trial, params = ledger.ask(self.book, self.space)
-                return self._start(trial, params, config, remeasure=False)
+                return self._start(trial, params, self.space.config(params, self.study.model), remeasure=False)
         return None
+
+    def _rejoin(self, records: list[TrialRecord]) -> None:
+        """The first look at a ledger that others may be using: only what this folder's last tuner left is given up."""
+        assert self.peers is not None
+        for number in self._unfinished(records):
+            self._shelve(number)
+        self.peers.rejoin()
+        self.catch_up()
+        if not self.book.get_trials(deepcopy=False):
+            self.book.enqueue_trial(self.space.default(), user_attrs={"why": "the engine's default"})
 
     def _recover(self, records: list[TrialRecord]) -> None:
         """After a kill: trials that ended but were not told are told; those that did not end never happened."""
@@ -196,11 +260,14 @@ class Queue:
                 self.book.enqueue_trial(
                     dict(record.params), user_attrs={"why": "again after " + _short(record.outcome)}
                 )
-        numbers = [int(p.name) for p in (self.store.folder / "trials").glob("[0-9]*")]
-        for number in set(numbers) - {record.number for record in records}:
+        for number in self._unfinished(records):
             self._shelve(number)
         if not records and not self.book.get_trials(deepcopy=False):
             self.book.enqueue_trial(self.space.default(), user_attrs={"why": "the engine's default"})
+
+    def _unfinished(self, records: list[TrialRecord]) -> set[int]:
+        numbers = {int(p.name) for p in (self.store.folder / "trials").glob("[0-9]*")}
+        return numbers - {record.number for record in records}
 
     def _shelve(self, number: int) -> dict[str, Any]:
         """Moves the folder of a trial that never ended to ``interrupted/``; returns its parameters."""

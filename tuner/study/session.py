@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tuner.engines import build
 from tuner.engines.protocol import Engine, LaunchFailed, OnEvent
 from tuner.errors import UsageError
+from tuner.executor.build import executor
 from tuner.search.prediction import Predictor
 from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
@@ -26,11 +27,13 @@ from tuner.study.guard import QualityGuard
 from tuner.study.loop import Loop, Recorder
 from tuner.study.outcome import Step
 from tuner.study.store import Store
+from tuner.study.together import Together
 
 if TYPE_CHECKING:
     import optuna
 
     from tuner.search.warmstart import Earlier
+    from tuner.study.peers import Peers
     from tuner.verify.fingerprint import Fingerprint
 
 REFUSE_MARGIN = 0.05  # memory arithmetic may be wrong by this share of a GPU before it refuses a launch
@@ -163,7 +166,9 @@ def opened(study: Study) -> Iterator[Store]:
         except BlockingIOError:
             lock.seek(0)
             raise UsageError(
-                f"another tuner (pid {lock.read().strip() or '?'}) runs this study", where=study.folder
+                f"another tuner (pid {lock.read().strip() or '?'}) runs this study",
+                where=study.folder,
+                fix="Tuners that share a study each have a folder of their own: --reports" if study.storage else "",
             ) from None
         lock.seek(0)
         lock.truncate()
@@ -174,10 +179,11 @@ def opened(study: Study) -> Iterator[Store]:
 
 
 def _freeze(study: Study, store: Store) -> None:
-    from ruamel.yaml import YAML
-
     if store.study_file.exists():
-        changed = studyfile.differences(studyfile.load(store.folder), study)
+        before = studyfile.load(store.folder)
+        changed = studyfile.differences(before, study)
+        if bool(before.storage) != bool(study.storage):
+            changed.append("storage")
         if changed:
             raise UsageError(
                 f"the study in {store.folder} was begun with another {', another '.join(changed)}",
@@ -185,29 +191,46 @@ def _freeze(study: Study, store: Store) -> None:
                 fix="give this one another name, or remove that folder",
             )
         return
+    write_study(study.frozen, store)
+
+
+def write_study(document: Mapping[str, Any], store: Store) -> None:
+    """``study.yaml``, atomically."""
+    from ruamel.yaml import YAML
+
     temporary = store.study_file.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        YAML().dump(dict(study.frozen), file)
+        YAML().dump(dict(document), file)
     temporary.replace(store.study_file)
 
 
-def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.Event, on_event: OnEvent) -> str:
-    """Runs the search until budget, gain or the user ends it; returns why, in words."""
+def search(
+    ready: Prepared,
+    store: Store,
+    recorder: Recorder,
+    cancel: threading.Event,
+    on_event: OnEvent,
+    peers: Peers | None = None,
+) -> str:
+    """Runs the search until budget, gain or the user ends it; returns why, in words. With ``peers`` it ends when it
+    ends for all of them."""
     from tuner.pareto.front import front, points
     from tuner.search.ledger import read
     from tuner.search.stopping import Stopping
     from tuner.verify import racing
 
     study = ready.study
-    proposals = queue.Queue(study, store, book(ready, store), ready.why_not, ready.notes)
+    proposals = queue.Queue(study, store, book(ready, store, peers), ready.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
 
     worth = Stopping()
 
     def stop_reason(running: int) -> str:
-        used = budget.spent(study, [t for t in store.trials() if t.role == "search"], running)
+        used = budget.spent(study, store.launched("search"), running)
         on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
-        return budget.search_is_over(study, used) or worth.reason(read(proposals.book, study.space), used.launch_usd)
+        if why := budget.search_is_over(study, used):
+            return why
+        return worth.reason(read(proposals.book, study.space), used.launch_usd)
 
     def beaten(steps: Sequence[Step]) -> str:
         found = front(points(store.trials(), study.objective))
@@ -215,12 +238,16 @@ def search(ready: Prepared, store: Store, recorder: Recorder, cancel: threading.
 
     quality = QualityGuard(study, store, ready.traffic.whole.texts or (), on_event)
     bench = Bench(study, ready.engine, cancel, on_event, quality, beaten)
-    gpus = tuple(range(study.hardware.gpus))
-    return Loop(bench, store, proposals, ready.traffic, recorder, on_event, stop_reason, gpus).run()
+    together = Together(peers, proposals, stop_reason, cancel) if peers else None
+    reason = together.stop_reason if together else stop_reason
+    with executor(bench) as where:
+        loop = Loop(where, store, proposals, ready.traffic, recorder, on_event, reason, cancel)
+        return together.run(loop.run) if together else loop.run()
 
 
-def book(ready: Prepared, store: Store) -> optuna.Study:
-    """Optuna's study, opened or made, with the sampler of the user's choice."""
+def book(ready: Prepared, store: Store, peers: Peers | None = None) -> optuna.Study:
+    """Optuna's study, opened or made, with the sampler of the user's choice. Tuners that share a study draw different
+    random numbers."""
     import optuna
 
     from tuner.search import choose
@@ -228,6 +255,8 @@ def book(ready: Prepared, store: Store) -> optuna.Study:
 
     study = ready.study
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    own = study.sampler in ("auto", "grid")  # those know what the others are at
+    later = len(peers.book.get_trials(deepcopy=False)) if peers and not own else 0
     sampler = choose.sampler(
         study.sampler,
         study.space,
@@ -235,12 +264,12 @@ def book(ready: Prepared, store: Store) -> optuna.Study:
         study.load.ladder,
         predictor=ready.predictor,
         model=study.model,
-        seed=study.seed,
+        seed=study.seed + later,
         cost=LaunchCost(start_s=60.0, step_s=step_seconds(ready)),
         earlier=_earlier(study),
     )
     return optuna.create_study(
-        storage=store.database,
+        storage=peers.database.storage if peers else store.database,
         study_name=study.name,
         directions=["minimize", "minimize"],
         sampler=sampler,

@@ -35,6 +35,11 @@ class TrialRecord:
     remeasure_of: int | None = None
     extra: Mapping[str, Any] | None = None
 
+    @property
+    def price(self) -> float | None:
+        """USD per GPU-hour where it ran; None where that was not noted (the study's)."""
+        return (self.extra or {}).get("price_usd_per_gpu_hour")
+
 
 class Store:
     """Reads and writes one study folder. One writer at a time (the loop holds a lock); any number of readers."""
@@ -50,6 +55,15 @@ class Store:
     def database(self) -> str:
         """Optuna's storage URL."""
         return f"sqlite:///{self.folder.resolve() / 'study.db'}"
+
+    @property
+    def ladder_folder(self) -> Path:
+        """Where the launch that settled the ladder is kept; no trial of the study, but part of its budget."""
+        return self.folder / "ladder"
+
+    def launched(self, *roles: str) -> list[TrialRecord]:
+        """What the budget has paid for: trials of these roles, and the launch that settled the ladder."""
+        return [t for t in self.trials() if t.role in roles] + Store(self.ladder_folder).trials()
 
     def trial_folder(self, number: int) -> Path:
         """``trials/0007``; created when asked for."""
@@ -95,7 +109,7 @@ class Store:
                 config=ServingConfig.from_dict(start["config"]),
                 outcome=from_dict(end["outcome"]),
                 params=start["params"],
-                started_s=start["started_s"],
+                started_s=end.get("launched_s", start["started_s"]),
                 ended_s=end["ended_s"],
                 baseline=start.get("baseline", False),
                 emulated=start.get("emulated", False),

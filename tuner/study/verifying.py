@@ -9,12 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site
+from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.errors import UsageError
+from tuner.executor.build import executor
+from tuner.executor.local import LocalExecutor
+from tuner.executor.protocol import Executor, Job, NodeLost, Place, Rig
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
 from tuner.study import budget
-from tuner.study.evaluate import Bench, measure
+from tuner.study.evaluate import Bench, of_trial
 from tuner.study.loop import Recorder
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.session import Prepared
@@ -35,23 +38,21 @@ ABLATED = "ablation.json"
 class _Rig:
     """One running server; keeps its steps."""
 
-    bench: Bench
-    server: Server
-    config: ServingConfig
-    store: Store
-    number: int
+    on_event: OnEvent
+    server: Rig
     steps: list[Step]
 
     def measure(self, load: float, trace: Trace, window: str) -> Step:
-        folder = self.store.trial_folder(self.number)
-        self.bench.on_event("step", {"index": len(self.steps) + 1, "of": 0, "load": load})
-        step = measure(self.bench, self.server, self.config, folder, trace, load, f"{len(self.steps):02d}-")
+        self.on_event("step", {"index": len(self.steps) + 1, "of": 0, "load": load})
+        step = self.server.measure(load, trace, f"{len(self.steps):02d}-")
         self.steps.append(step)
-        self.bench.on_event("measured", {"load": load, "misses": step.slo_misses, "untrusted": step.untrusted})
+        self.on_event("measured", {"load": load, "misses": step.slo_misses, "untrusted": step.untrusted})
         return step
 
 
-def launcher(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, role: str) -> Launcher:
+def launcher(
+    ready: Prepared, store: Store, recorder: Recorder, where: Executor, on_event: OnEvent, role: str
+) -> Launcher:
     """Launches a config as a trial of ``store`` with this ``role``; the label is kept with it."""
     default = ready.study.space.config(ready.study.space.default(), ready.study.model)
 
@@ -60,30 +61,29 @@ def launcher(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, ro
         number = max((t.number for t in store.trials()), default=-1) + 1
         notes = {**ready.notes(config), "baseline": config.hash == default.hash, "role": role, "label": label}
         folder = store.start_trial(number, config, config.params, **notes)
-        inner = bench.of_trial(number)
-        inner.on_event("launch", {"config": config, "baseline": notes["baseline"], "why": label})
+        inner = of_trial(on_event, number)
         steps: list[Step] = []
         outcome: Outcome = Aborted("interrupted")
-        boot = Boot()
-        server = None
+        boot, place = Boot(), Place()
         try:
-            site = Site(folder.resolve(), tuple(range(config.gpus)), bench.cancel, inner.on_event)
-            server = ready.engine.launch(config, site)
-            boot = server.boot
-            yield _Rig(inner, server, config, store, number, steps)
+            with where.rig(Job(number, config, folder, None, bool(notes["baseline"]), label)) as server:
+                boot, place = server.boot, server.place
+                yield _Rig(inner, server, steps)
             outcome = Measured(tuple(steps), boot)
         except LaunchFailed as failure:
             outcome = failure.outcome
+            raise
+        except NodeLost as lost:
+            inner("lost", {"node": place.node, "why": str(lost)})
+            outcome = Aborted(str(lost), tuple(steps), boot)
             raise
         except Cancelled:
             outcome = Aborted("interrupted", tuple(steps), boot)
             raise
         finally:
-            if server is not None:
-                server.stop()
-            store.end_trial(number, outcome, again=isinstance(outcome, Aborted))
+            store.end_trial(number, outcome, again=isinstance(outcome, Aborted), **place.notes())
             recorder.trial_finished(number)
-            inner.on_event("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"]})
+            inner("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"]})
 
     return launch
 
@@ -101,17 +101,18 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     if limits is None or not (listed.finalists or listed.baseline.value):
         return None
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
-    result = verify(
-        study,
-        launcher(ready, store, recorder, bench, "verify"),
-        listed.finalists,
-        listed.baseline,
-        ready.traffic.heldout,
-        limits,
-        bench.on_event,
-        done=_done(store, "verify"),
-        known=launch_spread(records),
-    )
+    with executor(bench) as where:
+        result = verify(
+            study,
+            launcher(ready, store, recorder, where, bench.on_event, "verify"),
+            listed.finalists,
+            listed.baseline,
+            ready.traffic.heldout,
+            limits,
+            bench.on_event,
+            done=_done(store, "verify"),
+            known=launch_spread(records),
+        )
     write_json(store.folder / VERIFIED, result.to_dict())
     return result
 
@@ -125,25 +126,27 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
     if verified is None or verified.config is None:
         raise UsageError("there is no verified recommendation to take apart", where=str(store.folder), fix=_VERIFY)
     winner = Finalist(verified.choice, verified.config, verified.load, trial=verified.trial)
-    result = ablate(
-        ready.study,
-        launcher(ready, store, recorder, bench, "ablate"),
-        winner,
-        ready.traffic.heldout,
-        AblationBudget(launches),
-        bench.on_event,
-        done=_done(store, "ablate"),
-    )
+    with executor(bench) as where:
+        result = ablate(
+            ready.study,
+            launcher(ready, store, recorder, where, bench.on_event, "ablate"),
+            winner,
+            ready.traffic.heldout,
+            AblationBudget(launches),
+            bench.on_event,
+            done=_done(store, "ablate"),
+        )
     write_json(store.folder / ABLATED, result.to_dict())
     return result
 
 
 def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, seconds: float) -> Certificate:
-    """Launches what ``promise`` describes and replays held-out windows; the launches are kept under ``certify/``."""
+    """Launches what ``promise`` describes on this machine, wherever the study ran, and replays held-out windows; the
+    launches are kept under ``certify/``."""
     own = Store(store.folder / "certify")
-    recorder = _Nobody()
+    recorder = Nobody()
     windows = ready.traffic.heldout
-    launch = launcher(ready, own, recorder, bench, "certify")
+    launch = launcher(ready, own, recorder, LocalExecutor(bench), bench.on_event, "certify")
     served = str(ready.notes(promise.config).get("model_folder") or promise.config.model)
     return recertify(promise, launch, windows, ready.fingerprint(served), bench.on_event, seconds=seconds)
 
@@ -157,7 +160,7 @@ def verification(store: Store) -> Verification | None:
 _VERIFY = "Run the study with budget.verify_share above 0 first."
 
 
-class _Nobody:
+class Nobody:
     def trial_finished(self, number: int) -> None:
         """MLflow holds studies, not spot checks."""
 
@@ -172,7 +175,7 @@ def _limits(ready: Prepared, store: Store) -> VerifyBudget | None:
     study = ready.study
     if study.budget.verify_share <= 0 or not ready.traffic.heldout:
         return None
-    trials = [t for t in store.trials() if t.role in ("search", "verify")]
+    trials = store.launched("search", "verify")
     used = budget.spent(study, trials)
     launches, seconds = 10_000, []
     if study.budget.launches is not None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from tuner.engines.protocol import LaunchFailed, OnEvent
+from tuner.executor.protocol import NodeLost
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -83,14 +84,20 @@ class Rounds:
         if isinstance(known, Measured):
             return Launched(arm.label, number, known.steps)
         self.on_event("verify-launch", {"label": label, "launched": len(self.launches), "of": self.of})
+        try:
+            return self._measure(arm, label)
+        except NodeLost:  # the node's fault, not the arm's: once more, elsewhere
+            return self._measure(arm, label)
+
+    def _measure(self, arm: Finalist, label: str) -> Launched:
         steps: list[Step] = []
         try:
             with self.launch(arm.config, label) as rig:
-                for window in self.windows if number % 2 else self.windows[::-1]:
+                for window in self.windows if self.number % 2 else self.windows[::-1]:
                     steps += self._bracket(rig, arm, window)
         except LaunchFailed as failure:
-            return Launched(arm.label, number, tuple(steps), failure.outcome)
-        return Launched(arm.label, number, tuple(steps))
+            return Launched(arm.label, self.number, tuple(steps), failure.outcome)
+        return Launched(arm.label, self.number, tuple(steps))
 
     def _bracket(self, rig: Rig, arm: Finalist, window: Trace) -> list[Step]:
         """The loads around the arm's capacity on this window, starting where earlier rounds found it."""

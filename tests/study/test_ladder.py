@@ -1,0 +1,124 @@
+"""``load.ladder: auto``: the default is asked once which loads are worth measuring."""
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.study.fake import FakeEngine, oom
+from tuner.spec import studyfile
+from tuner.study import ladder, session, workload
+from tuner.study.session import Prepared
+
+AUTO = {"ladder: [1, 2, 3, 4]": "ladder: auto"}
+
+
+class Limited(FakeEngine):
+    """Holds its SLOs up to ``capacity``, whatever the flags."""
+
+    def __init__(self, capacity):
+        super().__init__()
+        self.capacity = capacity
+
+    def launch(self, config, site):
+        server = super().launch(config, site)
+        measure = server.measure
+
+        def limited(plan):
+            from dataclasses import replace
+
+            step = measure(plan)
+            return replace(step, slo_misses=("ttft_p99 too long",) if plan.load > self.capacity else ())
+
+        server.measure = limited
+        return server
+
+
+def settle(runner, engine, cancel=None, **changes):
+    study = runner.study(replace={**AUTO, **changes.get("replace", {})})
+    with session.opened(study) as store:
+        prepared = lambda s: Prepared(s, engine, workload.read(s), None, "none in this test")  # noqa: E731
+        tell = lambda n, d: runner.events.append((n, d))  # noqa: E731
+        return ladder.settled(study, store, cancel or threading.Event(), tell, prepared)
+
+
+@given(st.floats(0.01, 100), st.floats(0.5, 200))
+def test_the_capacity_is_found_to_a_factor_of_1_5_with_one_probe_per_doubling(capacity, top):
+    asked = []
+
+    def holds(load):
+        asked.append(load)
+        return load <= capacity
+
+    found = ladder.bracket(holds, top)
+    assert found <= min(capacity, top) < found * 1.5
+    assert len(asked) <= 10 and len(set(asked)) == len(asked)
+
+
+def test_a_default_that_holds_nowhere_is_said():
+    with pytest.raises(ladder.Unsettled, match="misses its SLOs even at load 0.0078"):
+        ladder.bracket(lambda load: False, 10, lowest=2**-7)
+
+
+def test_the_rungs_lie_around_the_capacity_and_none_above_what_the_trace_holds():
+    assert ladder.rungs(1.0, 100) == (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+    assert ladder.rungs(0.35, 100) == (0.17, 0.24, 0.35, 0.49, 0.7, 0.98)
+    assert ladder.rungs(4, 5) == (2.0, 2.8, 4.0)
+
+
+def test_one_launch_of_the_default_settles_the_ladder_and_a_resumed_study_keeps_it(runner):
+    engine = Limited(0.25)
+    study = settle(runner, engine)
+    assert len(engine.launched) == 1 and not engine.alive
+    assert study.load.ladder == (0.12, 0.17, 0.25, 0.35, 0.5, 0.7) and not study.load.auto
+    assert studyfile.load(runner.store.folder).load == study.load
+    again = settle(runner, engine)
+    assert len(engine.launched) == 1
+    assert again.load == study.load and again.frozen == study.frozen
+
+
+def test_the_launch_that_settled_the_ladder_is_paid_from_the_budget_and_is_no_trial(runner):
+    settle(runner, Limited(2.0))
+    assert runner.store.trials() == []
+    assert len(runner.store.launched("search")) == 1
+    engine = FakeEngine()
+    runner.run(engine, replace=AUTO | {"launches: 6": "launches: 3"})
+    assert len(engine.launched) == 2
+
+
+def test_another_ladder_than_the_settled_one_is_another_study(runner):
+    from tuner.errors import UsageError
+
+    settle(runner, Limited(2.0))
+    with pytest.raises(UsageError, match="begun with another load"), session.opened(runner.study()):
+        pass
+
+
+@pytest.mark.parametrize("engine", [FakeEngine(fail=oom), Limited(0.0)], ids=["does not start", "holds nowhere"])
+def test_where_the_default_cannot_say_the_usual_loads_stay_and_the_reason_is_said(runner, engine):
+    study = settle(runner, engine)
+    assert study.load.ladder == studyfile.USUAL_LADDER
+    assert any("The ladder stays 0.5, 1" in d["text"] for n, d in runner.events if n == "say")
+
+
+def test_an_interrupt_leaves_the_ladder_to_the_next_session(runner):
+    cancel = threading.Event()
+    cancel.set()
+    assert settle(runner, Limited(2.0), cancel).load.auto
+    assert settle(runner, Limited(0.3)).load.ladder == (0.12, 0.17, 0.25, 0.35, 0.5, 0.7)
+
+
+def test_a_flag_may_name_a_fact_of_the_machine(runner):
+    runner.text = runner.text.replace("engine: {kind: vllm}", "engine: {kind: vllm, args: {dtype: $native_dtype}}")
+    study = runner.study()
+    assert study.space.fixed["dtype"] == study.space.facts["native_dtype"] in ("bfloat16", "float32")
+
+
+def test_a_fact_that_does_not_exist_is_one_clear_line(runner):
+    from tuner.errors import UsageError
+
+    runner.text = runner.text.replace("engine: {kind: vllm}", "engine: {kind: vllm, args: {dtype: $native_type}}")
+    with pytest.raises(UsageError, match="no such fact: native_type") as raised:
+        runner.study()
+    assert "native_dtype" in str(raised.value.fix)

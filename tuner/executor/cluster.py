@@ -1,0 +1,118 @@
+"""A Ray cluster as the tuner sees it: nodes, their GPUs, what type those are and what they cost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.errors import EnvironmentFault
+from tuner.search import hardware
+from tuner.spec.study import Study
+
+_TYPE = "accelerator_type:"  # Ray's own resource for the type of a node's accelerator
+_INSTALL = 'pip install "tuner[ray]"'
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node. ``name`` is short and unique; ``type`` is Ray's word for its accelerator (``H100``), empty where it
+    has none or Ray does not know; ``device`` the row of the hardware table that it means (or the word itself)."""
+
+    id: str
+    name: str
+    alive: bool
+    gpus: int
+    cpus: int
+    type: str = ""
+    device: str = ""
+    why_gone: str = ""
+
+
+def connect(address: str) -> Any:
+    """Ray, connected to the cluster at ``address`` (``auto``: the one that this machine belongs to).
+
+    Raises ``EnvironmentFault`` where Ray is not installed or no cluster answers.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise EnvironmentFault("executor ray: Ray is not installed here", fix=_INSTALL) from None
+    if ray.is_initialized():
+        return ray
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fix = "start one with `ray start --head`, join it with `ray start --address=HOST:6379`, or give --address"
+        raise EnvironmentFault(f"no Ray cluster at {address or 'auto'}: {said}", fix=fix) from None
+    return ray
+
+
+def nodes() -> list[Node]:
+    """Every node that the connected cluster has or had."""
+    import ray
+
+    return _named(sorted(ray.nodes(), key=lambda entry: entry["NodeID"]))
+
+
+def survey(address: str, wanted: str = "") -> Node:
+    """The node with the most GPUs (of the type ``wanted``): what a study on this cluster may use per launch.
+
+    Raises ``EnvironmentFault`` where the cluster has several types and none is named.
+    """
+    connect(address)
+    alive = [node for node in nodes() if node.alive]
+    same = [node for node in alive if not wanted or node.device == device_of(wanted)] or alive
+    types = sorted({node.device for node in same if node.gpus and node.device})
+    if len(types) > 1:
+        fix = f"name one: hardware: {{gpu: {types[0]}}}; a parameter of the search space may compare them"
+        raise EnvironmentFault(f"the cluster has several types of GPU: {', '.join(types)}", fix=fix)
+    if not same:
+        raise EnvironmentFault("the cluster has no node", fix="ray status")
+    return max(same, key=lambda node: node.gpus)
+
+
+def device_of(word: str) -> str:
+    """The hardware table's name for what Ray, a driver or a user calls a GPU; the word itself where it has no row."""
+    row = hardware.lookup(word) if word else None
+    return row.name if row else word
+
+
+def price(study: Study, device: str) -> float:
+    """USD per GPU-hour on ``device``: the study's mapping, else its price for its own hardware, else the table's."""
+    objective = study.objective
+    given = {device_of(name): usd for name, usd in objective.prices.items()}
+    if device in given:
+        return given[device]
+    if not device or device == study.hardware.name:
+        return objective.price_usd_per_gpu_hour
+    row = hardware.lookup(device)
+    return row.price_usd_per_hour if row and row.kind == "gpu" else objective.price_usd_per_gpu_hour
+
+
+def _named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:
+    found, seen = [], set[str]()
+    for entry in entries:
+        resources, labels = entry.get("Resources") or {}, entry.get("Labels") or {}
+        word = labels.get("ray.io/accelerator-type") or next(
+            (name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE)), ""
+        )
+        name = str(entry.get("NodeManagerHostname") or entry.get("NodeName") or entry.get("NodeManagerAddress"))
+        if name in seen:  # several nodes on one machine
+            name = f"{name}/{entry['NodeID'][:6]}"
+        seen.add(name)
+        found.append(
+            Node(
+                id=entry["NodeID"],
+                name=name,
+                alive=bool(entry["Alive"]),
+                gpus=int(resources.get("GPU", 0)),
+                cpus=int(resources.get("CPU", 0)),
+                type=word,
+                device=device_of(word),
+                why_gone=str(entry.get("DeathReasonMessage") or ""),
+            )
+        )
+    return found

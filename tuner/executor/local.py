@@ -1,0 +1,114 @@
+"""The executor ``local``: trials in threads of this process, on the GPUs of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tuner.engines.protocol import Server, Site, Teardown
+from tuner.errors import EnvironmentFault
+from tuner.executor.protocol import Ended, Job, Place, Rig
+from tuner.load.trace import Trace
+from tuner.study.evaluate import Bench, evaluate, measure
+from tuner.study.outcome import Boot, Outcome, Step
+
+
+class LocalExecutor:
+    """Implements :class:`tuner.executor.protocol.Executor`. ``study.parallel`` bounds the trials at once (0: as many
+    as the GPUs carry); servers without GPUs run one at a time, because they measure each other."""
+
+    def __init__(self, bench: Bench) -> None:
+        study = bench.study
+        self._bench = bench
+        self._gpus = tuple(range(study.hardware.gpus))
+        self._parallel = study.parallel or max(1, len(self._gpus))
+        self._pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="trial")
+        self._running: dict[Future[tuple[Outcome, Teardown]], tuple[Job, tuple[int, ...], float]] = {}
+        self._next: Job | None = None
+        self._place = Place("", study.hardware.name, study.objective.price_usd_per_gpu_hour)
+
+    def room(self) -> bool:
+        """See the protocol."""
+        return self._next is None and len(self._running) < self._parallel
+
+    def submit(self, job: Job) -> None:
+        """See the protocol."""
+        if job.config.gpus > len(self._gpus):
+            raise EnvironmentFault(f"a configuration wants {job.config.gpus} GPUs, the study has {len(self._gpus)}")
+        self._next = job
+        self._start_next()
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        """See the protocol."""
+        ended: list[Ended] = []
+        if self._next and self._bench.cancel.is_set():
+            ended.append(Ended(self._next, None, Teardown(), self._place, time.time()))
+            self._next = None
+        done, _ = wait(self._running, timeout=0 if ended else timeout_s, return_when=FIRST_COMPLETED)
+        for future in done:
+            job, _, started_s = self._running.pop(future)
+            outcome, teardown = future.result()
+            ended.append(Ended(job, outcome, teardown, self._place, started_s))
+        self._start_next()
+        return ended
+
+    @contextmanager
+    def rig(self, job: Job) -> Iterator[Rig]:
+        """See the protocol."""
+        bench = self._bench.of_trial(job.number)
+        tell_launch(bench, job)
+        site = Site(job.folder.resolve(), self._gpus[: job.config.gpus], bench.cancel, bench.on_event)
+        server = bench.engine.launch(job.config, site)
+        try:
+            yield LocalRig(bench, server, job, self._place)
+        finally:
+            server.stop()
+
+    def close(self) -> None:
+        """See the protocol."""
+        if self._running:
+            self._bench.cancel.set()
+        self._pool.shutdown(wait=True)
+
+    def _start_next(self) -> None:
+        """Starts the job that waits, if its GPUs are free."""
+        busy = {gpu for _, gpus, _ in self._running.values() for gpu in gpus}
+        free = [gpu for gpu in self._gpus if gpu not in busy]
+        job = self._next
+        if job is None or job.config.gpus > len(free) or (job.config.gpus == 0 and self._running):
+            return
+        gpus, self._next = tuple(free[: job.config.gpus]), None
+        self._running[self._pool.submit(self._evaluate, job, gpus)] = (job, gpus, time.time())
+
+    def _evaluate(self, job: Job, gpus: tuple[int, ...]) -> tuple[Outcome, Teardown]:
+        bench = self._bench.of_trial(job.number)
+        tell_launch(bench, job)
+        if job.window is None:
+            raise ValueError("a job without a window is for rig()")
+        return evaluate(bench, job.config, job.folder, gpus, job.window)
+
+
+@dataclass(slots=True)
+class LocalRig:
+    """Implements :class:`tuner.executor.protocol.Rig` over a server of this machine."""
+
+    bench: Bench
+    server: Server
+    job: Job
+    place: Place
+
+    @property
+    def boot(self) -> Boot:
+        return self.server.boot
+
+    def measure(self, load: float, trace: Trace, prefix: str) -> Step:
+        """See the protocol."""
+        return measure(self.bench, self.server, self.job.config, self.job.folder, trace, load, prefix)
+
+
+def tell_launch(bench: Bench, job: Job, **more: str) -> None:
+    """The event ``launch`` of ``job``."""
+    bench.on_event("launch", {"config": job.config, "baseline": job.baseline, "why": job.why, **more})

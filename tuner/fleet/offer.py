@@ -1,0 +1,361 @@
+"""Offers: what one replica of a study's configuration can do and costs, read from the study folder alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from tuner.errors import NothingFeasible, UsageError
+from tuner.fleet.curve import Curve, Limit, Point, curve, limits_of
+from tuner.pareto.changes import baseline_of, describe
+from tuner.pareto.choice import choose
+from tuner.pareto.front import trusted_steps
+from tuner.pareto.recommend import recommended
+from tuner.space.config import ServingConfig
+from tuner.spec.slo import Slo
+from tuner.spec.study import Study
+from tuner.study.outcome import Infeasible, Measured, Step
+from tuner.study.price import per_hour
+from tuner.study.store import Store, TrialRecord
+from tuner.study.verifying import verification
+from tuner.verify.arm import Launched, Range
+from tuner.verify.capacity import value_at
+from tuner.verify.finalists import launch_spread
+from tuner.verify.judge import Arm, Table
+from tuner.verify.racing import LAUNCH_SPREAD
+from tuner.verify.repeats import Repeats
+
+OFFERED, ACHIEVED = "offered_requests_per_s", "requests_per_s"
+ENERGY = "system_gpu_energy_j_per_output_token"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Offer:
+    """One kind of replica: a server with ``gpus`` GPUs (0: a CPU server) at ``usd_per_hour``.
+
+    ``capacity`` is requests per second within every SLO (middle, low, high); the plan uses the low end, and ``curve``
+    is that pessimistic replica. ``start_s`` is from launch to ready. Tokens are means per request. ``cv`` is the
+    coefficient of variation of the gaps between the arrivals it was measured with (NaN: not known), ``window_s`` how
+    long each measurement was. ``basis`` says in words where the capacity comes from.
+    """
+
+    name: str
+    study: str
+    config: ServingConfig
+    flags: str
+    gpu: str
+    gpus: int
+    usd_per_hour: float
+    capacity: Range
+    curve: Curve
+    start_s: float
+    output_tokens: float
+    total_tokens: float
+    cv: float
+    window_s: float
+    basis: str
+    verified: bool
+    emulated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """What the studies offer, the SLOs that all of them hold, those that the simulation cannot follow, and ``notes``
+    that a reader must know."""
+
+    offers: tuple[Offer, ...]
+    slos: tuple[Slo, ...]
+    unchecked: tuple[Slo, ...]
+    notes: tuple[str, ...]
+
+
+def shop(studies: Sequence[tuple[Study, Store]], confidence: float) -> Shop:
+    """Every study's offers. Raises UsageError where studies hold different SLOs, NothingFeasible where none of them
+    has a configuration that meets its SLOs."""
+    slos = studies[0][0].objective.slos
+    notes: list[str] = []
+    found: list[Offer] = []
+    for study, store in studies:
+        if set(study.objective.slos) != set(slos):
+            raise UsageError(
+                f"{study.name} holds other SLOs than {studies[0][0].name} "
+                f"({_words(study.objective.slos)}; {_words(slos)})",
+                where=study.folder,
+                fix="A fleet holds one set of SLOs: plan studies with the same ones together",
+            )
+        try:
+            offers, more = offers_of(study, store, confidence)
+        except NothingFeasible as failure:
+            if len(studies) == 1:
+                raise
+            notes.append(f"{study.name} offers nothing: {failure.message}")
+            continue
+        found += offers
+        notes += more
+    if not found:
+        raise NothingFeasible("No study has a configuration that meets its SLOs: " + " ".join(notes))
+    notes += _differences([study for study, _ in studies])
+    return Shop(_named(found), slos, limits_of(slos)[1], tuple(notes))
+
+
+def offers_of(study: Study, store: Store, confidence: float) -> tuple[list[Offer], list[str]]:
+    """One offer per number of GPUs: the recommended configuration and, for other numbers, the best one measured.
+    Among configurations of one price another one would add nothing but doubt.
+
+    From verification where it was done and something held, else from the search. Raises NothingFeasible where nothing
+    meets the SLOs, UsageError where no arrival rate was measured.
+    """
+    trials = store.trials()
+    known = verification(store)
+    if known is not None and known.config is not None:
+        offers, notes = _verified(study, store, trials, confidence)
+    elif known is not None:
+        raise NothingFeasible(recommended(store, study).text)
+    else:
+        offers, notes = _searched(study, trials, confidence)
+    return offers, notes
+
+
+def _verified(
+    study: Study, store: Store, trials: Sequence[TrialRecord], confidence: float
+) -> tuple[list[Offer], list[str]]:
+    known, choice = verification(store), recommended(store, study)
+    if known is None or known.chosen is None or known.config is None or choice.point is None:
+        raise NothingFeasible(choice.text)
+    rows = {str(row["config"]): row for row in known.rows}
+    configs = {t.number: t.config for t in trials}
+    by_gpus: dict[int, tuple[Arm, ServingConfig]] = {known.config.gpus: (known.chosen, known.config)}
+    left = []
+    for arm in sorted(known.arms, key=lambda a: a.cost[0]):
+        number = rows.get(arm.label, {}).get("trial")
+        config = configs.get(number) if number is not None else None
+        if not arm.holds or config is None or arm.label == known.choice:
+            continue
+        if config.gpus in by_gpus:
+            left.append(arm.label)
+        else:
+            by_gpus[config.gpus] = (arm, config)
+    notes = [f"{study.name}: {', '.join(left)} held the SLOs too and cost the same per replica: not offered."] if left else []
+    offers = []
+    for arm, config in by_gpus.values():
+        deployed = choice.point.config if arm.label == known.choice else config
+        own = [t for t in trials if t.config.hash == config.hash]
+        steps = _steps([t for t in own if t.role == "verify"])
+        capacity, basis = _proven(study, trials, arm, confidence)
+        if not steps or not math.isfinite(capacity[0]):  # the launches are not in the folder: what the verdict kept
+            steps = _steps(own)
+            capacity, basis = _kept(study, arm, steps, trials, confidence)
+        # verification measures around the capacity only: lower loads are the search's
+        steps = [s for s in _steps([t for t in own if t.role == "search"]) if s.load < 0.9 * steps[0].load] + steps
+        if deployed.hash != config.hash:
+            basis += "; its superfluous flags are taken out (ablation)"
+        offers.append(_offer(study, trials, deployed, steps, capacity, basis, verified=True))
+    return offers, notes
+
+
+def _searched(study: Study, trials: Sequence[TrialRecord], confidence: float) -> tuple[list[Offer], list[str]]:
+    search = [t for t in trials if t.role == "search"]
+    spread = launch_spread(trials)
+    learnt = spread.freedom >= 3
+    sd = math.sqrt(spread.variance) if learnt else LAUNCH_SPREAD
+    offers, why = [], ""
+    for _, group in itertools.groupby(sorted(search, key=lambda t: t.config.gpus), key=lambda t: t.config.gpus):
+        own = list(group)
+        choice = choose(own, study.objective)
+        why = why or choice.text
+        if choice.point is None:
+            continue
+        mine = [t for t in own if t.config.hash == choice.point.config.hash]
+        steps = _steps(mine)
+        held = [s for s in steps if not s.slo_misses and all(x.ok for x in steps if x.load == s.load)]
+        rate = statistics.fmean(_kept_up(s) for s in held if s.load == held[-1].load)
+        error = stats.norm.ppf(confidence) * sd / math.sqrt(len(mine))
+        basis = (
+            f"highest load of the search within SLO ({held[-1].load:g}), not verified; lower limit by what launches "
+            f"differ by ({sd * 100:.2g} %, {'learnt from repeats' if learnt else 'assumed'})"
+        )
+        capacity = (rate, rate * math.exp(-error), rate * math.exp(error))
+        offers.append(_offer(study, trials, choice.point.config, steps, capacity, basis, verified=False))
+    if not offers:
+        raise NothingFeasible(choose(search, study.objective).text)
+    return offers, [f"{study.name} was not verified: its capacities are the search's, and the search took its best."]
+
+
+def _proven(study: Study, trials: Sequence[TrialRecord], arm: Arm, confidence: float) -> tuple[Range, str]:
+    """The capacity in requests per second: one per launch and window, at the load where the worst SLO just holds; its
+    mean over both and the one-sided limits at ``confidence``. NaN where the launches are not in the folder."""
+    table = Table(_launches(trials), study.objective.slos, max(study.load.ladder))
+    rates: dict[tuple[str, int, str], float] = {}
+    for cell, steps in table.cells.items():
+        load = table.capacity(cell)
+        rate = value_at(steps, load, OFFERED) if load > 0 else math.nan
+        if rate > 0:
+            rates[cell] = math.log(rate)
+    repeats = Repeats(rates, launch_spread(trials))
+    if arm.label not in repeats.arms:
+        return (math.nan, math.nan, math.nan), ""
+    estimate = repeats.estimate(arm.label)
+    middle = math.exp(estimate.mean)
+    low, high = (math.exp(min(x, 700.0)) for x in estimate.between(1 - confidence, 1 - confidence))
+    basis = f"verified: {repeats.count(arm.label)} launches on {len(repeats.windows)} held-out windows"
+    if not low > 0:
+        error = stats.norm.ppf(confidence) * LAUNCH_SPREAD
+        low, high = middle * math.exp(-error), middle * math.exp(error)
+        basis += f", too few for a limit: launches are assumed to differ by {LAUNCH_SPREAD * 100:g} %"
+    return (middle, low, high), basis
+
+
+def _kept(
+    study: Study, arm: Arm, steps: Sequence[Step], trials: Sequence[TrialRecord], confidence: float
+) -> tuple[Range, str]:
+    """The capacity that the verdict kept, as a load, times the trace's rate as any step of the study saw it."""
+    seen = [s.metrics[OFFERED] / s.load for s in steps or _steps(trials) if s.metrics.get(OFFERED, 0) > 0]
+    if not seen:
+        raise UsageError("no arrival rate was measured", where=study.folder, fix=_RATES)
+    per_load = statistics.fmean(seen)
+    middle, low, high = (x * per_load for x in arm.capacity)
+    safe = arm.safe_load * per_load or middle * math.exp(-stats.norm.ppf(confidence) * LAUNCH_SPREAD)
+    return (middle, safe, high), f"verified: the safe load that the verdict kept (95 %), {arm.safe_load:.3g}"
+
+
+def _launches(trials: Iterable[TrialRecord]) -> list[Launched]:
+    """The launches of verification, from the labels (``verify 2 trial 17``) under which they were kept."""
+    found = []
+    for trial in trials:
+        label = str((trial.extra or {}).get("label", ""))
+        word, _, rest = label.partition(" ")
+        number, _, arm = rest.partition(" ")
+        if trial.role != "verify" or word != "verify" or not number.isdecimal() or not arm:
+            continue
+        if isinstance(trial.outcome, Measured | Infeasible):
+            found.append(Launched(arm, int(number), trial.outcome.steps))
+    return found
+
+
+def _offer(
+    study: Study,
+    trials: Sequence[TrialRecord],
+    config: ServingConfig,
+    steps: Sequence[Step],
+    capacity: Range,
+    basis: str,
+    *,
+    verified: bool,
+) -> Offer:
+    usable = [point for s in steps if (point := _point(s)) is not None]
+    if not usable:
+        raise UsageError("no request rates and latencies were measured", where=study.folder, fix=_RATES)
+    limits: tuple[Limit, ...] = limits_of(study.objective.slos)[0]
+    folder = next((t.folder for t in trials if any(s is steps[-1] for s in t.outcome.steps)), None)  # type: ignore[union-attr]
+    cv = _cv(folder / steps[-1].records if folder and steps[-1].records else None)
+    extra = max(0.0, 1 - cv**2) if math.isfinite(cv) else 0.0
+    outputs, totals = _tokens(steps)
+    default = baseline_of(trials)
+    hardware = study.hardware.name if config.gpus else f"{study.hardware.name} (CPU server)"
+    return Offer(
+        name=study.name,
+        study=study.name,
+        config=config,
+        flags=describe(config, default.config if default else None),
+        gpu=hardware,
+        gpus=config.gpus,
+        usd_per_hour=per_hour(config, study.objective),
+        capacity=capacity,
+        curve=curve(usable, limits, stretch=capacity[1] / capacity[0], extra=extra),
+        start_s=_start_s(trials, config),
+        output_tokens=outputs,
+        total_tokens=totals,
+        cv=cv,
+        window_s=study.trace.window_s,
+        basis=basis,
+        verified=verified,
+        emulated=any(t.emulated for t in trials if t.config.hash == config.hash) or study.engine.kind == "emulator",
+    )
+
+
+def _steps(trials: Iterable[TrialRecord]) -> list[Step]:
+    """Believable steps with a rate, by load."""
+    steps = [s for _, s in trusted_steps(trials) if s.metrics.get(OFFERED, 0) > 0]
+    return sorted(steps, key=lambda s: s.load)
+
+
+def _kept_up(step: Step) -> float:
+    """Requests per second that the server kept up with: those offered, or those it answered where even the upper limit
+    of that rate is lower (it was falling behind)."""
+    offered = step.metrics[OFFERED]
+    high = step.intervals.get(ACHIEVED, (0.0, math.inf))[1]
+    return offered if high >= offered else step.metrics.get(ACHIEVED, offered)
+
+
+def _point(step: Step) -> Point | None:
+    """What a step says about the replica; None where it was cut short or requests failed without end."""
+    mean = step.metrics.get("e2e_mean_s", step.metrics.get("e2e_p50_s", math.nan))
+    if step.stopped_early or not (0 < mean < math.inf):
+        return None
+    rate = _kept_up(step)
+    energy, tokens = step.metrics.get(ENERGY, math.nan), step.metrics.get("output_tokens_per_s", math.nan)
+    watts = energy * tokens if energy > 0 and tokens > 0 else None
+    return Point(rate, rate * mean, step.metrics, watts)
+
+
+def _tokens(steps: Sequence[Step]) -> tuple[float, float]:
+    """Output tokens and total tokens per request, means over the steps; NaN where not measured."""
+    found = []
+    for name in ("output_tokens_per_s", "total_tokens_per_s"):
+        rates = [(s.metrics.get(name, 0.0), s.metrics.get(ACHIEVED, s.metrics[OFFERED])) for s in steps if s.ok]
+        pairs = [(tokens, requests) for tokens, requests in rates if tokens > 0 and requests > 0]
+        found.append(sum(t for t, _ in pairs) / sum(r for _, r in pairs) if pairs else math.nan)
+    return found[0], found[1]
+
+
+def _start_s(trials: Sequence[TrialRecord], config: ServingConfig) -> float:
+    """The longest start-up of this configuration; of any configuration that served, where it has none of its own."""
+    boots = [t.outcome.boot.total_s for t in trials if t.config.hash == config.hash and t.outcome.boot.total_s > 0]
+    other = [t.outcome.boot.total_s for t in trials if isinstance(t.outcome, Measured)]
+    return max(boots or other, default=0.0)
+
+
+def _cv(records: Path | None) -> float:
+    """Standard deviation over mean of the gaps between intended arrivals; NaN where there are no such records."""
+    if records is None or not records.exists():
+        return math.nan
+    import pyarrow.parquet as pq
+
+    if "intended_ns" not in pq.read_schema(records).names:
+        return math.nan
+    gaps = np.diff(np.sort(pq.read_table(records, columns=["intended_ns"])["intended_ns"].to_numpy()))
+    return float(gaps.std() / gaps.mean()) if len(gaps) > 10 and gaps.mean() > 0 else math.nan
+
+
+def _named(offers: Sequence[Offer]) -> tuple[Offer, ...]:
+    """Names that differ: the study's, with the number of GPUs where a study has several offers."""
+    from dataclasses import replace
+
+    counts: Mapping[str, int] = {o.study: sum(x.study == o.study for x in offers) for o in offers}
+    return tuple(replace(o, name=f"{o.study} x{o.gpus}" if counts[o.study] > 1 else o.study) for o in offers)
+
+
+def _differences(studies: Sequence[Study]) -> list[str]:
+    """What makes studies hard to mix."""
+    notes = []
+    for what, values in (
+        ("models", {Path(s.model).name for s in studies}),
+        ("traces", {Path(s.trace.file).name for s in studies}),
+    ):
+        if len(values) > 1:
+            notes.append(f"The studies differ in {what} ({', '.join(sorted(values))}): a request is not the same to all.")
+    return notes
+
+
+def _words(slos: Sequence[Slo]) -> str:
+    return ", ".join(map(str, slos)) or "none"
+
+
+_RATES = "A fleet is planned from requests per second: tune an engine that replays a trace"
