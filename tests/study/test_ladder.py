@@ -57,7 +57,7 @@ def test_the_capacity_is_found_to_a_factor_of_1_5_with_one_probe_per_doubling(ca
 
 
 def test_a_default_that_holds_nowhere_is_said():
-    with pytest.raises(ladder.Unsettled, match="misses its SLOs even at load 0.0078"):
+    with pytest.raises(ladder.Unsettled, match=r"misses its SLOs even at load 0\.0078"):
         ladder.bracket(lambda load: False, 10, lowest=2**-7)
 
 

@@ -24,6 +24,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file, or a study folder.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"tuner {version('tuner')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find the cheapest way to serve your model fast enough."""
+
+
 @app.command(rich_help_panel="Tune")
 def tune(
     study: Annotated[

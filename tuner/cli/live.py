@@ -97,7 +97,8 @@ class View:
             self.running[trial].pop("progress", None)
 
     def _on_step(self, trial: int, data: Any) -> None:
-        phase = f"replaying {data['index']}/{data['of']} at load {data['load']:g}"
+        place = f"{data['index']}/{data['of']} " if data["of"] else ""
+        phase = f"replaying {place}at load {data['load']:g}"
         self.running.get(trial, {}).update(phase=phase)
         if self.plain:
             self.say(f"[{trial}] {phase}")

@@ -16,7 +16,7 @@ FACTS: Mapping[str, str] = {
     "compute_capability": "9.0 for Hopper; absent on CPUs",
     "cpu_cores": "cores this process may use",
     "memory_gib": "the host's memory",
-    "native_dtype": "bfloat16, or float32 on a CPU without AVX-512, where bfloat16 is emulated and some 20 times slower",
+    "native_dtype": "bfloat16; float32 on a CPU without AVX-512, where bfloat16 is emulated, some 20 times slower",
     "engine_version": "the engine's version, as text",
     "max_model_len": "longest request the servers take, in tokens",
     "num_heads": "attention heads",
