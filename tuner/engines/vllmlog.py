@@ -19,17 +19,21 @@ def _fact(name: str, pattern: str, scale: float = 1.0) -> Fact:
 
 #: imports: the API server's. config: resolving it (an architecture's first time, also a look at its class in a process
 #: of its own) and starting the engine core, which imports again. engine: the workers, which may import once more.
-#: weights. compile: profiling the largest batch, with compilation (CUDA). kv: sizing the cache. warmup: first steps (on
-#: the CPU with compilation). graphs: CUDA graph capture. api: the HTTP server's own start.
+#: weights ("from scratch" is the second model runner's word). compile: profiling the largest batch, with compilation
+#: (on the CPU: the warm-up, which compiles). kv: sizing the cache. warmup: first steps. graphs: CUDA graph capture.
+#: api: the HTTP server's own start. Where versions differ, tests/engines/test_vllm_versions.py has each one's lines.
 DIALECT = Dialect(
     "vllm",
     (
         _phase("imports", r"(?!)"),
         _phase("config", r"non-default args:|vLLM API server version|\] +.*\bversion +v?0\.\d+"),
         _phase("engine", r"Initializing a V1 LLM engine|OpenMP thread binding info"),
-        _phase("weights", r"Starting to load model|Initializing model took|Loading (safetensors|weights|pt) "),
-        _phase("compile", r"Model loading took|Dynamo bytecode transform"),
-        _phase("kv", r"Available KV cache memory|Explicitly set \([\d./ ]+\) GiB for KV cache"),
+        _phase("weights", r"Starting to load model|Loading model from scratch|Initializing model took|"
+               r"Loading (safetensors|weights(?! took)|pt) "),
+        _phase("compile", r"Model loading took|Warming up model for the compilation|Starting torch\.compile|"
+               r"Dynamo bytecode transform"),
+        _phase("kv", r"Available KV cache memory|(Explicitly|Auto) set \([\d./ ]+\) GiB for KV cache|"
+               r"GiB memory for KV Cache as specified by kv_cache_memory_bytes"),
         _phase("warmup", r"KV cache size: [\d,]+ tokens"),
         _phase("graphs", r"Capturing CUDA graphs?|Capturing the model for cuda graph|Capturing graph"),
         _phase("api", r"init engine \(profile"),
@@ -38,7 +42,8 @@ DIALECT = Dialect(
         _fact("kv_cache_tokens", r"KV cache size: # tokens"),
         _fact("max_concurrency", r"Maximum concurrency for [\d,]+ tokens per request: #x"),
         _fact("kv_cache_bytes", r"Available KV cache memory: # ?GiB", GIB),
-        _fact("kv_cache_bytes", r"Explicitly set \(#/[\d.]+\) GiB for KV cache", GIB),
+        _fact("kv_cache_bytes", r"(?:Explicitly|Auto) set \(#/[\d.]+\) GiB for KV cache", GIB),
+        _fact("kv_cache_bytes", r"reserved # GiB memory for KV Cache as specified", GIB),
         _fact("weights_bytes", r"Model loading took # ?GiB", GIB),
         _fact("model_load_s", r"Model loading took [\d.]+ ?GiB(?: memory)? and # seconds"),
         _fact("weights_load_s", r"Loading weights took # seconds"),

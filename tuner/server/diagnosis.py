@@ -19,7 +19,8 @@ _VALUE_ERROR = re.compile(r"^\s*Value error, (?P<text>.*?)( \[type=.*)?$")
 _WORKER_DIED = re.compile(
     r"died unexpectedly \(exit code: (?P<code>-\d+)\)|Failed core proc\(s\): \{[^}]*?: (?P<core>-\d+)"
 )
-_WORKER_VANISHED = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: None\)")
+# Before 0.26 vLLM names no exit code.
+_WORKER_VANISHED = re.compile(r"Worker proc \S+ died unexpectedly( \(exit code: None\)|,)")
 _ALLOCATION = re.compile(
     r"Tried to allocate (?P<need>[\d.]+) (?P<need_unit>[GM]iB)"
     r".*?of which (?P<have>[\d.]+) (?P<have_unit>[GM]iB) is free|"

@@ -181,9 +181,17 @@ RULES: tuple[Rule, ...] = (
     _rule(
         "oom-kv",
         r"Available memory on node \d+ \((?P<have>[\d.]+)/[\d.]+ (?P<have_unit>GiB)\) on kv cache allocation is less "
-        r"than requested memory for kv \((?P<need>[\d.]+) (?P<need_unit>GiB)\)",
+        r"than requested memory for kv \((?P<need>\d[\d.]*)(/[\d.]+)? (?P<need_unit>GiB)\)",
         "the KV cache asks for {need} GiB, {have} GiB of memory are free",
-        "lower VLLM_CPU_KVCACHE_SPACE",
+        "lower VLLM_CPU_KVCACHE_SPACE (or gpu-memory-utilization, where that sets the size)",
+    ),
+    _rule(
+        "oom-weights",
+        r"(The worker already uses (?P<need>[\d.]+) (?P<need_unit>GiB) \(model weights and runtime\), more than the "
+        r"(?P<have>[\d.]+) (?P<have_unit>GiB) of CPU memory|less than requested memory for kv \(-[\d.]+/[\d.]+ GiB\))",
+        "the weights fill the memory that the server may take, and leave none for the KV cache",
+        "raise gpu-memory-utilization (on the CPU build the share of the machine's memory), or set the cache's size: "
+        "VLLM_CPU_KVCACHE_SPACE",
     ),
     _rule(
         "oom-kv",
@@ -292,8 +300,8 @@ RULES: tuple[Rule, ...] = (
     ),
     _rule(
         "invalid-combination",
-        r"No common block size for (?P<what>\d+) \((?P<why>.+)\)",
-        "block size {what} is not one that the attention backend has: {why}",
+        r"No common block size for (?P<what>\d+)\.?(?P<why> \(.+\))?",
+        "block size {what} is not one that the attention backend has{why}",
         "take the value out of the search space",
     ),
     _rule(
@@ -305,8 +313,9 @@ RULES: tuple[Rule, ...] = (
     _rule(
         "no-kernel",
         r"_C::\w+\(\) expected at most|Could not run '\S+' with arguments from the|"
-        r"object has no attribute '\w*scaled_\w+'",
-        "this build has no kernel for the combination",
+        r"object has no attribute '\w*scaled_\w+'|FP8 KV cache (on CPU requires|is not supported by)|"
+        r"bfloat16 KV cache is not supported",
+        "this build has no kernel for the combination, or none for this machine",
         "take the value out of the search space for this hardware",
     ),
     _rule(
@@ -322,7 +331,7 @@ RULES: tuple[Rule, ...] = (
     # Its own consequences, when the cause was not in the log
     _rule(
         "hang",
-        r"Timed out waiting for engine core|timed out in \d+ seconds|RPC call to \S+ timed out|"
+        r"Timed out waiting for (new )?engine core|timed out in \d+ seconds|RPC call to \S+ timed out|"
         r"Watchdog caught collective",
         "a part of the server waited in vain for another",
         "look at the log; with several GPUs try NCCL_P2P_DISABLE=1",

@@ -44,8 +44,8 @@ class Ownership:
     which a server runs that nobody can be proved to own."""
 
     def __init__(self, root: Path, launch_id: str) -> None:
-        """Writes the file and makes the launch's temporary folder: in ``root``, or in the system's where ``root`` is too
-        deep for the Unix sockets that servers put there."""
+        """Writes the file and makes the launch's temporary folder: in ``root``, or in the system's where ``root`` is
+        too deep for the Unix sockets that servers put there."""
         self.id = launch_id
         self.path = root / "launches" / f"{launch_id}.json"
         self.temporary = root / f"t-{launch_id[:8]}"
