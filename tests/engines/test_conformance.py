@@ -17,6 +17,7 @@ from tuner.engines.emulator import EmulatorEngine
 from tuner.engines.function import FunctionEngine
 from tuner.engines.protocol import Engine
 from tuner.space.config import ServingConfig
+from tuner.spec.facts import of_machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,5 +106,6 @@ class TestVllm(EngineConformance):
         return VllmEngine(python=self.python, cache=Path(tempfile.gettempdir()) / "tuner-conformance", fast_start="off")
 
     def config(self) -> ServingConfig:
-        flags = {"load-format": "dummy", "dtype": "bfloat16", "max-model-len": 1024, "enforce-eager": None}
+        flags = {"load-format": "dummy", "dtype": of_machine()["native_dtype"], "max-model-len": 1024}
+        flags |= {"enforce-eager": None}
         return ServingConfig(self.model, {}, flags, {"VLLM_CPU_KVCACHE_SPACE": "1"}, gpus=0)

@@ -17,6 +17,7 @@ from tuner.engines.vllm import VllmEngine
 from tuner.server import probe
 from tuner.server.tree import Pid, members
 from tuner.space.config import ServingConfig, Value
+from tuner.spec.facts import of_machine
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
@@ -35,8 +36,10 @@ def real():
 
 
 def config(model: str, **more: Value | None) -> ServingConfig:
-    flags: dict[str, Value | None] = {"load-format": "dummy", "dtype": "bfloat16", "max-model-len": 1024}
-    flags |= {"enforce-eager": None} | {name.replace("_", "-"): value for name, value in more.items()}
+    flags: dict[str, Value | None] = {"load-format": "dummy", "dtype": of_machine()["native_dtype"]}
+    flags |= {"max-model-len": 1024, "enforce-eager": None} | {
+        name.replace("_", "-"): value for name, value in more.items()
+    }
     return ServingConfig(model, {}, flags, {"VLLM_CPU_KVCACHE_SPACE": "1"}, gpus=0)
 
 

@@ -156,7 +156,7 @@ REFUSALS = [
             "the engine's budget after excluding external process's weights (0.9, 71.19 GiB).", "memory-taken", 58.69,
             since=32),
     Refusal("v1/worker/cpu_worker.py", NODE + "(4.0 GiB). Decrease --kv-cache-memory-bytes", "oom-kv", 0.5),
-    Refusal("v1/worker/cpu_worker.py", NODE + "(4.0/6.2 GiB). Reduce CPU memory used by other processes.", "oom-kv", 0.5),
+    Refusal("v1/worker/cpu_worker.py", NODE + "(4.0/6.2 GiB). Reduce CPU memory used by other", "oom-kv", 0.5),
     Refusal("v1/worker/cpu_worker.py", NODE + "(-1.2/6.2 GiB). Reduce CPU memory used by other processes.",
             "oom-weights", until=32),
     Refusal("v1/worker/cpu_worker.py", "ValueError: The worker already uses 7.5 GiB (model weights and runtime), more "

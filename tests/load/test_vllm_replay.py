@@ -18,6 +18,7 @@ from tuner.load.sharing import shared_tokens
 from tuner.load.step import measure
 from tuner.load.trace import Trace
 from tuner.measure.server import beside
+from tuner.spec.facts import of_machine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,8 @@ def vllm(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = f"--load-format dummy --dtype bfloat16 --max-model-len 4096 --enforce-eager --block-size {BLOCK}"
+    dtype = of_machine()["native_dtype"]
+    flags = f"--load-format dummy --dtype {dtype} --max-model-len 4096 --enforce-eager --block-size {BLOCK}"
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
     log = tmp_path_factory.mktemp("vllm") / "server.log"

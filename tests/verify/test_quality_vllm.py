@@ -14,6 +14,7 @@ import pytest
 
 from tuner.engines.protocol import Site
 from tuner.space.config import ServingConfig
+from tuner.spec.facts import of_machine
 from tuner.spec.objective import QualityFloor
 from tuner.verify.quality import check, profile
 
@@ -95,7 +96,7 @@ def server(tmp_path_factory):
             shutil.copy(model / name, folder / name)
         (folder / "config.json").write_text(json.dumps(base))
         save(folder, {name: rounded(t, bits) if bits else t for name, t in tensors.items()})
-        flags = {"dtype": "bfloat16", "max-model-len": 1024, "enforce-eager": None}
+        flags = {"dtype": of_machine()["native_dtype"], "max-model-len": 1024, "enforce-eager": None}
         config = ServingConfig(str(folder), {}, flags, {"VLLM_CPU_KVCACHE_SPACE": "1"}, gpus=0)
         site = Site(tmp_path_factory.mktemp("site"), (), threading.Event(), lambda _name, _data: None)
         return engine.launch(config, site)
