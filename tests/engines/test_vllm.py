@@ -142,7 +142,7 @@ def test_sglang_is_bound_to_this_machine_and_its_key_lies_in_a_private_file(tmp_
     assert argv[:3] == ["/venv/bin/python", "-m", "sglang.launch_server"]
     assert "secret" not in " ".join(argv)
     key = Path(argv[argv.index("--config") + 1])
-    assert key.read_text() == "api-key: secret\n" and key.stat().st_mode & 0o077 == 0
+    assert key.read_text() == "api-key: \"secret\"\n" and key.stat().st_mode & 0o077 == 0
     assert argv[argv.index("--host") + 1] == "127.0.0.1" and argv[argv.index("--model-path") + 1] == model
     assert argv[-4:] == ["--mem-fraction-static", "0.8", "--disable-radix-cache", "--enable-metrics"]
     with pytest.raises(UsageError, match="--config is set by the launcher"):

@@ -127,8 +127,6 @@ def test_a_budget_may_be_said_in_one_word(text, expected):
 
 @pytest.mark.parametrize("name", shipped.names("search_spaces"))
 def test_every_shipped_space_builds_and_its_default_passes_its_own_rules(workplace, name):
-    if not name.startswith("vllm"):
-        pytest.skip("needs that engine's study")
     gpu = "cpu" if "cpu" in name else "H100-SXM"
     text = (
         GOOD.replace("vllm/quick", name)

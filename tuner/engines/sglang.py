@@ -119,7 +119,7 @@ class SglangEngine:
     def _argv(self, config: ServingConfig, binding: Binding) -> list[str]:
         secret = binding.temporary / "sglang.yaml"  # not in argv, where every user of the machine reads it
         secret.touch(mode=0o600)
-        secret.write_text(f"api-key: {binding.api_key}\n", encoding="utf-8")
+        secret.write_text(f'api-key: "{binding.api_key}"\n', encoding="utf-8")
         words = list(self.command) if self.command else [self.python, *_MODULE]
         words += ["--config", str(secret), "--model-path", config.model, "--host", "127.0.0.1"]
         words += ["--port", str(binding.port), "--served-model-name", binding.model]

@@ -169,7 +169,7 @@ def _run(recipe: Recipe, site: Site, running: Running) -> None:
         raise Cancelled
     binding = Binding(
         port=running.port.number,
-        api_key=secrets.token_urlsafe(24),
+        api_key=secrets.token_hex(24),  # no dash in front: as a word of a command line it would be a flag
         model=recipe.model or f"tuner-{secrets.token_hex(6)}",
         temporary=running.ownership.temporary,
         gpus=running.gpu_indices,
