@@ -47,6 +47,22 @@ mem usage=30.67 GB.
 [2026-01-15 13:57:01 TP0] max_total_num_tokens=192896, chunked_prefill_size=8192, max_running_requests=2048
 INFO:     Uvicorn running on http://127.0.0.1:30000
 """
+# SGLang 0.5.23 on a CPU; the line of the graphs is that of its sources (cuda_graph_setup.py), as no GPU was at hand.
+SGL_0523 = """\
+[2026-11-25 20:38:10] Cuda graph is disabled because of using torch native attention backend
+[2026-11-25 20:38:18] server_args={'model_path': 'm', 'tokenizer_mode': 'auto', 'load_format': 'dummy'}
+[2026-11-25 20:38:51] Init parallel begin.
+[2026-11-25 20:38:56] Load weight begin. avail mem=19.99 GB
+[2026-11-25 20:38:57] Load weight end. elapsed=0.42 s, type=Qwen3ForCausalLM, avail mem=19.92 GB, mem usage=0.06 GB.
+[2026-11-25 20:38:58] KV Cache is allocated. dtype: torch.bfloat16, #tokens: 8192, K size: 0.03 GB, V size: 0.03 GB
+[2026-11-25 20:38:58] Memory pool end. avail mem=19.82 GB
+[2026-11-25 20:38:58] Capture target decode CUDA graph end. bs=[1, 2, 4], elapsed=11.39 s, mem usage=1.00 GB, \
+avail mem=11.17 GB.
+[2026-11-25 20:38:58] max_total_num_tokens=8192, chunked_prefill_size=4096, max_prefill_tokens=16384, \
+max_running_requests=2048, context_len=4096, available_cpu_mem=19.82 GB
+[2026-11-25 20:38:59] INFO:     Application startup complete.
+[2026-11-25 20:39:03] The server is fired up and ready to roll!
+"""
 
 
 def read(dialect: Dialect, text: str) -> BootLog:
@@ -87,6 +103,21 @@ def test_sglang():
     assert boot.facts["kv_cache_tokens"] == 192896
     assert boot.facts["weights_bytes"] == 30.67 * 2**30
     assert boot.facts["max_num_seqs"] == 2048
+
+
+def test_the_sglang_of_today():
+    boot = read(SGLANG, SGL_0523).boot(20.0)
+    assert list(boot.phases_s) == ["imports", "engine", "weights", "kv", "graphs", "api", "warmup"]
+    assert boot.facts == {
+        "weights_load_s": 0.42,
+        "weights_bytes": 0.06 * 2**30,
+        "kv_cache_tokens": 8192,
+        "graph_capture_s": 11.39,
+        "graph_bytes": 2**30,
+        "max_num_batched_tokens": 4096,
+        "max_num_seqs": 2048,
+        "free_bytes": 19.82 * 2**30,
+    }
 
 
 def test_phases_last_from_their_line_to_the_next_and_sum_to_the_whole():

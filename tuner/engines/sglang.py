@@ -37,9 +37,10 @@ DIALECT = Dialect(
     (
         Fact("kv_cache_tokens", re.compile(r"max_total_num_tokens=(\d+)")),
         Fact("kv_cache_tokens", re.compile(r"(?i)KV cache (?:is )?allocated\..*?#tokens: (\d+)")),
+        Fact("weights_load_s", re.compile(r"Load weight end\. elapsed=([\d.]+) s")),
         Fact("weights_bytes", re.compile(r"Load weight end\..*?mem usage=([\d.]+) GB"), GIB),
         Fact("graph_bytes", re.compile(r"(?i)capture .*graph end\..*?mem usage=([\d.]+) GB"), GIB),
-        Fact("graph_capture_s", re.compile(r"(?i)capture .*graph end\. (?:time )?elapsed[:=] ?([\d.]+) s")),
+        Fact("graph_capture_s", re.compile(r"(?i)capture .*graph end\..*?elapsed[:=] ?([\d.]+) s")),
         Fact("max_num_seqs", re.compile(r"max_running_requests=(\d+)")),
         Fact("max_num_batched_tokens", re.compile(r"chunked_prefill_size=(\d+)")),
         Fact("free_bytes", re.compile(r"available_[gc]pu_mem=([\d.]+) GB"), GIB),

@@ -208,7 +208,7 @@ RULES: tuple[Rule, ...] = (
     ),
     _rule(
         "oom-graphs",
-        r"Capture cuda graph failed",
+        r"(?i)Capture (prefill )?cuda graph failed",
         "CUDA graph capture failed, most often for want of memory",
         "lower gpu-memory-utilization (mem-fraction-static) or the largest captured batch",
     ),

@@ -57,8 +57,9 @@ def of_model(model: str, args: Mapping[str, Any]) -> dict[str, Any]:
     if config:
         facts["moe"] = facts.get("num_experts", 0) > 1
         facts["quantized"] = "quantization_config" in config
-    if isinstance(args.get("max-model-len"), int):
-        facts["max_model_len"] = args["max-model-len"]
+    for name in ("max-model-len", "context-length"):  # vLLM's name and SGLang's
+        if isinstance(args.get(name), int):
+            facts["max_model_len"] = args[name]
     return facts
 
 
