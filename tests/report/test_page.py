@@ -148,6 +148,13 @@ def test_failures_show_their_evidence_and_fix_and_refusals_their_reason(tmp_path
     assert "3 fewer batched tokens than sequences" in outline.text
 
 
+def test_an_example_that_stands_for_many_refusals_counts_as_many(tmp_path: Path):
+    study, store = studies.write(tmp_path, trials=3)
+    store.refuse({"block_size": 16}, "no kernel for blocks of 16", 240)
+    store.refuse({"block_size": 16, "max_num_seqs": 4}, "no kernel for blocks of 16")  # proposed all the same
+    assert "240 no kernel for blocks of 16" in read(build(store, study, tmp_path / "r.html")).text
+
+
 def test_a_verdict_is_shown_with_its_table(tmp_path: Path):
     _, outline = page(tmp_path, trials=12, verified=True)
     assert "verified on held-out traffic" in outline.text and "1.9 (1.8 to 2)" in outline.text

@@ -62,7 +62,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         trials=[tables.trial_row(s, t) for t in s.trials],
         phases=tables.phase_names(s),
         failures=tables.failures(s),
-        refused=Counter(row["reason"] for row in store.refused()).most_common(),
+        refused=_refused(store),
         hours=hours(s),
         importance=importance(s),
         errors=errors(s),
@@ -79,6 +79,17 @@ def build(store: Store, study: Study, out: Path) -> Path:
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(out)
     return out
+
+
+def _refused(store: Store) -> list[tuple[str, int]]:
+    """How many combinations each reason refused, the most first: of the whole grid where it was walked, else of the
+    proposals."""
+    walked: Counter[str] = Counter()
+    proposed: Counter[str] = Counter()
+    for row in store.refused():
+        walked[row["reason"]] += row.get("count", 0)
+        proposed[row["reason"]] += not row.get("count", 0)
+    return (walked | proposed).most_common()
 
 
 def _figures(s: Summary) -> dict[str, Figure]:

@@ -304,8 +304,8 @@ def _tell_refusals(study: Study, store: Store, proposals: queue.Queue, on_event:
     grid = list(study.space.grid())
     by_reason = queue.refusals(grid, proposals.why_not)
     on_event("refused", {"of": len(grid), "reasons": dict(by_reason)})
-    if not store.refused():
+    if not store.refused():  # one example of each reason, with how many combinations it refuses
         for params in grid:
             reason = proposals.why_not(params)
-            if by_reason.pop(reason, None):
-                store.refuse(params, reason)
+            if count := by_reason.pop(reason, 0):
+                store.refuse(params, reason, count)

@@ -125,9 +125,10 @@ class Store:
     def events(self) -> list[dict[str, Any]]:
         return read_jsonl(self.folder / "events.jsonl")
 
-    def refuse(self, params: Mapping[str, Any], reason: str) -> None:
-        """One line in ``refused.jsonl``: a combination that was never launched, and why."""
-        append_json(self.folder / "refused.jsonl", {"params": dict(params), "reason": reason})
+    def refuse(self, params: Mapping[str, Any], reason: str, count: int = 0) -> None:
+        """One line in ``refused.jsonl``: a combination that was never launched, and why; with a ``count`` it stands for
+        that many that the same reason refuses."""
+        append_json(self.folder / "refused.jsonl", {"params": dict(params), "reason": reason, "count": count})
 
     def refused(self) -> list[dict[str, Any]]:
         return read_jsonl(self.folder / "refused.jsonl")
