@@ -19,6 +19,7 @@ GIB = 2**30
 REAL = [
     ("block16", "invalid-combination", "No common block size for 16"),
     ("fp8", "no-kernel", "static_scaled_fp8_quant"),
+    ("kvfp8", "no-kernel", "FP8 KV cache on CPU requires x86 with AVX-512 or AMX"),
     ("tp2", "invalid-combination", "Not enough allowed NUMA nodes"),
     ("tp3", "invalid-combination", "attention heads (8) must be divisible by tensor parallel size (3)"),
     ("unknownflag", "unknown-flag", "--max-num-sequences"),
