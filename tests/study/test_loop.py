@@ -8,7 +8,7 @@ import pytest
 from tests.study.fake import FakeEngine, oom
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault, UsageError
-from tuner.study import budget
+from tuner.study import budget, session
 from tuner.study.outcome import Aborted, Infeasible, Measured
 
 
@@ -131,6 +131,14 @@ def test_an_unknown_flag_is_refused_before_the_study_starts_with_the_nearest_nam
     ):
         runner.run(engine)
     assert not engine.launched
+
+
+def test_a_pinned_parameters_part_of_a_json_flag_is_known_by_the_flags_own_name(runner):
+    pinned = "search_space: vllm/full\nparameters: {speculation: ngram, draft_length: 4}"
+    study = runner.study(replace={"search_space: vllm/quick": pinned})
+    assert "speculative-config.num_speculative_tokens" in study.space.fixed
+    flags = {flag.partition(".")[0] for p in study.space.parameters for e in p.emissions for flag in e.flags}
+    session.check_flags(study, FakeEngine(known=frozenset(flags | {"speculative-config"})))
 
 
 def test_an_interrupt_finishes_the_teardown_and_keeps_what_was_measured(runner):

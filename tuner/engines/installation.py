@@ -14,7 +14,7 @@ from pathlib import Path
 from tuner.errors import EnvironmentFault
 
 _FLAG = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
-_HELP_S = 300.0
+_HELP_S = 600.0
 _VERSION_S = 60.0
 _ASK_VERSION = (
     "import importlib.metadata as m, sys, json\n"

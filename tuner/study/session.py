@@ -105,7 +105,7 @@ def check_flags(study: Study, engine: Engine) -> None:
     known = engine.flags()
     if known is None:
         return
-    used = {flag: "engine.args" for flag in study.space.fixed}
+    used = {flag.partition(".")[0]: "engine.args" for flag in study.space.fixed}  # a pinned parameter's flags, too
     for parameter in study.space.parameters:
         for emission in parameter.emissions:
             used |= {flag.partition(".")[0]: f"parameter {parameter.name}" for flag in emission.flags}
@@ -114,9 +114,7 @@ def check_flags(study: Study, engine: Engine) -> None:
             raise UsageError(
                 f"{study.engine.kind} {engine.version()} knows no flag --{flag} ({where})",
                 where=study.source,
-                fix=suggest(flag, known)
-                if len(suggest(flag, known)) < 100
-                else "Choose another search space or version",
+                fix=suggest(flag, known) if len(suggest(flag, known)) < 100 else "choose another space or version",
             )
 
 
