@@ -124,6 +124,19 @@ def test_the_interpreter_is_the_one_that_is_named_then_the_one_beside_the_study(
     assert default_python({"PATH": ""}, tmp_path / "elsewhere") == sys.executable
 
 
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_models_weights_are_fetched_into_memory_unless_they_are_made_up(tmp_path, model, site, monkeypatch, kind):
+    fetched: list[Path] = []
+    monkeypatch.setattr(f"tuner.engines.{kind}.fetch", fetched.append)
+    monkeypatch.setattr(f"tuner.engines.{kind}.launch", lambda recipe, site: None)
+    made = engine(tmp_path) if kind == "vllm" else SglangEngine(python="/venv/bin/python", cache=tmp_path)
+    made.installation.run = Asked([[kind, "0.5.6", "x"]])
+    made.launch(ServingConfig(model, {}, {"load-format": "dummy"}), site)
+    assert fetched == []
+    made.launch(ServingConfig(model, {}, {}), site)
+    assert fetched == [Path(model)]
+
+
 def test_the_interpreter_behind_a_script_is_found(tmp_path):
     script = tmp_path / "vllm"
     script.write_text("#!/venv/bin/python3.12\nprint()\n")
@@ -142,7 +155,7 @@ def test_sglang_is_bound_to_this_machine_and_its_key_lies_in_a_private_file(tmp_
     assert argv[:3] == ["/venv/bin/python", "-m", "sglang.launch_server"]
     assert "secret" not in " ".join(argv)
     key = Path(argv[argv.index("--config") + 1])
-    assert key.read_text() == "api-key: \"secret\"\n" and key.stat().st_mode & 0o077 == 0
+    assert key.read_text() == 'api-key: "secret"\n' and key.stat().st_mode & 0o077 == 0
     assert argv[argv.index("--host") + 1] == "127.0.0.1" and argv[argv.index("--model-path") + 1] == model
     assert argv[-4:] == ["--mem-fraction-static", "0.8", "--disable-radix-cache", "--enable-metrics"]
     with pytest.raises(UsageError, match="--config is set by the launcher"):

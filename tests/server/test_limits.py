@@ -1,6 +1,6 @@
 """A phase's limit follows what this machine has shown."""
 
-from tuner.server.limits import History, Limits
+from tuner.server.limits import History, Limits, fixed
 from tuner.study.outcome import Boot
 
 
@@ -50,3 +50,9 @@ def test_a_damaged_history_is_as_none(tmp_path):
     assert history.seen_s() == {}
     history.add(Boot(1.0, {"a": 1.0}))
     assert history.seen_s() == {"a": (1.0,)}
+
+
+def test_a_study_fixes_all_phases_or_some_by_name():
+    assert fixed(None) == {} and fixed(600) == {"*": 600}
+    limits = Limits(fixed_s=fixed({"weights": 7200}))
+    assert (limits.phase_s("weights"), limits.phase_s("kv")) == (7200, 900)

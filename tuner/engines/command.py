@@ -13,7 +13,7 @@ from tuner.engines.protocol import Site, StepPlan, Teardown
 from tuner.engines.vllmlog import DIALECT
 from tuner.errors import UsageError
 from tuner.server.bootlog import SILENT
-from tuner.server.limits import Limits
+from tuner.server.limits import Limits, PhaseLimit, fixed
 from tuner.server.start import Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -53,7 +53,7 @@ class CommandEngine:
         version: str = "unknown",
         log: str = "",
         start_limit_s: float = 1800.0,
-        phase_limit_s: float | None = None,
+        phase_limit_s: PhaseLimit = None,
         stop_wait_s: float = 15.0,
         host_alone: bool | None = None,
         shares_port: bool = False,
@@ -143,9 +143,8 @@ class CommandEngine:
             return dict(zip(names, self.words(values, config, site, binding), strict=True))
 
         named = any("{served}" in word for word in self.command)
-        fixed = {} if self.phase_limit_s is None else {"*": self.phase_limit_s}
-        silent_s = 60.0 if self.phase_limit_s is None else self.phase_limit_s
-        limits = Limits(total_s=self.start_limit_s, silent_s=silent_s, fixed_s=fixed)
+        silent_s = fixed(self.phase_limit_s).get("*", 60.0)
+        limits = Limits(total_s=self.start_limit_s, silent_s=silent_s, fixed_s=fixed(self.phase_limit_s))
         tokenizer = self.tokenizer or str(local_model(config.model) or "")
         return Recipe(
             argv=words,

@@ -13,7 +13,8 @@ from tuner.engines.protocol import Site
 from tuner.engines.vllm import interpreter_of
 from tuner.errors import UsageError
 from tuner.server.bootlog import GIB, Dialect, Fact
-from tuner.server.limits import History, Limits
+from tuner.server.limits import History, Limits, PhaseLimit, fixed
+from tuner.server.pagecache import fetch
 from tuner.server.start import Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -62,7 +63,7 @@ class SglangEngine:
         command: Sequence[str] = (),
         trust_remote_code: bool = False,
         start_limit_s: float = 3600.0,
-        phase_limit_s: float | None = None,
+        phase_limit_s: PhaseLimit = None,
         stop_wait_s: float = 15.0,
         cache: Path | None = None,
     ) -> None:
@@ -91,7 +92,10 @@ class SglangEngine:
 
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol."""
-        return launch(self.recipe(config, site), site)
+        recipe = self.recipe(config, site)
+        if config.flags.get("load-format") != "dummy":
+            fetch(Path(recipe.tokenizer))  # the weights into memory while it imports
+        return launch(recipe, site)
 
     def recipe(self, config: ServingConfig, site: Site) -> Recipe:
         """How this config is started. Raises ``UsageError`` for what the launcher decides."""
@@ -105,13 +109,12 @@ class SglangEngine:
             )
         version = self.version() if self.python else "unknown"
         history = History(self.cache / "startup.json", f"sglang {version} {Path(config.model).name}")
-        fixed = {} if self.phase_limit_s is None else {"*": self.phase_limit_s}
         return Recipe(
             argv=lambda binding: self._argv(config, binding),
             env=lambda binding: self._env(config),
             tokenizer=str(local_model(config.model) or config.model),
             dialect=DIALECT,
-            limits=Limits(total_s=self.start_limit_s, fixed_s=fixed, seen_s=history.seen_s()),
+            limits=Limits(total_s=self.start_limit_s, fixed_s=fixed(self.phase_limit_s), seen_s=history.seen_s()),
             history=history,
             host_alone=not site.gpus,
             stop_wait_s=self.stop_wait_s,

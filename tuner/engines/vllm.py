@@ -16,7 +16,8 @@ from tuner.engines.protocol import LaunchFailed, Site
 from tuner.engines.vllmlog import DIALECT
 from tuner.errors import UsageError
 from tuner.server.faststart import FastStart
-from tuner.server.limits import History, Limits
+from tuner.server.limits import History, Limits, PhaseLimit, fixed
+from tuner.server.pagecache import fetch
 from tuner.server.start import Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -42,8 +43,9 @@ class VllmEngine:
     ``python`` is the interpreter of the environment that has vLLM (default: ``TUNER_VLLM_PYTHON``, this one, or
     ``.venv-vllm``); ``command`` replaces ``python -m vllm...`` (``vllm serve``). ``models`` is where variants of the
     model are written; ``variants`` names folders or ids of ready-made ones. ``start_limit_s`` bounds a whole start-up,
-    ``phase_limit_s`` each phase that has gone silent (default: learnt from this machine). ``fast_start`` ``auto`` forks
-    the servers of a CPU build (checked: 0.32) from a standby that has imported vLLM; ``off`` starts each afresh.
+    ``phase_limit_s`` each phase that has gone silent (one for all, or by name; default: learnt from this machine).
+    ``fast_start`` ``auto`` forks the servers of a CPU build (checked: 0.32) from a standby that has imported vLLM;
+    ``off`` starts each afresh.
     """
 
     kind = "vllm"
@@ -58,7 +60,7 @@ class VllmEngine:
         trust_remote_code: bool = False,
         variants: Mapping[str, str] | None = None,
         start_limit_s: float = 3600.0,
-        phase_limit_s: float | None = None,
+        phase_limit_s: PhaseLimit = None,
         stop_wait_s: float = 15.0,
         fast_start: str = "auto",
         cache: Path | None = None,
@@ -98,7 +100,10 @@ class VllmEngine:
 
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol."""
-        return launch(self.recipe(config, site), site)
+        recipe = self.recipe(config, site)
+        if config.flags.get("load-format") != "dummy":
+            fetch(Path(recipe.tokenizer))  # the weights into memory while it imports
+        return launch(recipe, site)
 
     def close(self) -> None:
         """Ends the standby, if there is one; also done when the tuner ends."""
@@ -117,13 +122,12 @@ class VllmEngine:
         model = self.served_model(config, site.folder / "models")
         version = self.version() if self.python else "unknown"
         history = History(self.cache / "startup.json", f"vllm {version} {Path(config.model).name}")
-        fixed = {} if self.phase_limit_s is None else {"*": self.phase_limit_s}
         return Recipe(
             argv=lambda binding: self._argv(config, model, binding),
             env=lambda binding: self._env(config, model, binding),
             tokenizer=str(local_model(model) or model),
             dialect=DIALECT,
-            limits=Limits(total_s=self.start_limit_s, fixed_s=fixed, seen_s=history.seen_s()),
+            limits=Limits(total_s=self.start_limit_s, fixed_s=fixed(self.phase_limit_s), seen_s=history.seen_s()),
             history=history,
             host_alone=not site.gpus,
             stop_wait_s=self.stop_wait_s,

@@ -16,6 +16,17 @@ _UNSEEN_S = 900.0
 _FIRST_S: Mapping[str, float] = {"weights": 3600.0, "compile": 1800.0, "graphs": 1800.0}
 
 
+#: What a study says about phases: one limit in seconds for all of them, or one each by name; None: learnt.
+PhaseLimit = float | Mapping[str, float] | None
+
+
+def fixed(limit: PhaseLimit) -> dict[str, float]:
+    """``Limits.fixed_s`` of what a study says."""
+    if limit is None:
+        return {}
+    return {name: float(seconds) for name, seconds in limit.items()} if isinstance(limit, Mapping) else {"*": limit}
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """``total_s`` ends a start-up however busy it is; a phase's limit ends it once its log has been still for

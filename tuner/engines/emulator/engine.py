@@ -59,7 +59,7 @@ class EmulatorEngine:
         fault_share: float = 0.5,
         models: Path | None = None,
         start_limit_s: float = 3600.0,
-        phase_limit_s: float | None = None,
+        phase_limit_s: float | Mapping[str, float] | None = None,
         stop_wait_s: float = 5.0,
     ) -> None:
         """Raises ``UsageError`` for an unknown GPU, fault or clock."""
@@ -103,7 +103,7 @@ class EmulatorEngine:
         from tuner.engines.http import HttpServer, launch
         from tuner.engines.modelfolder import local_model
         from tuner.engines.vllmlog import DIALECT
-        from tuner.server.limits import Limits
+        from tuner.server.limits import Limits, fixed
         from tuner.server.start import Binding, Recipe
 
         def argv(binding: Binding) -> list[str]:
@@ -119,8 +119,8 @@ class EmulatorEngine:
             dialect=DIALECT,
             limits=Limits(
                 total_s=self.start_limit_s,
-                silent_s=60.0 if self.phase_limit_s is None else self.phase_limit_s,
-                fixed_s={} if self.phase_limit_s is None else {"*": self.phase_limit_s},
+                silent_s=fixed(self.phase_limit_s).get("*", 60.0),
+                fixed_s=fixed(self.phase_limit_s),
             ),
             shares_port=True,
             stop_wait_s=self.stop_wait_s,
