@@ -104,11 +104,11 @@ def limits_of(slos: Sequence[Slo]) -> tuple[tuple[Limit, ...], tuple[Slo, ...]]:
 
 
 def curve(points: Sequence[Point], limits: Sequence[Limit], *, stretch: float = 1.0, extra: float = 0.0) -> Curve:
-    """The curve through ``points``. Several launches and windows scatter: each quantity is made to rise with the rate by
-    isotonic regression (of logarithms), the least change that does.
+    """The curve through ``points``. Several launches and windows scatter: each quantity is made to rise with the rate
+    by isotonic regression (of logarithms), the least change that does.
 
-    ``stretch`` multiplies every rate: 0.95 is a replica that does at 95 % of the rate what was measured. ``extra`` is by
-    how much the arrivals will be burstier than those measured (variance of their number over its mean, less the
+    ``stretch`` multiplies every rate: 0.95 is a replica that does at 95 % of the rate what was measured. ``extra`` is
+    by how much the arrivals will be burstier than those measured (variance of their number over its mean, less the
     measured one); the number of requests inside then varies by ``sqrt(extra * n)`` more.
     """
     points = sorted(points, key=lambda p: p.rate_rps)
@@ -156,9 +156,7 @@ def _scores(points: Sequence[Point], limit: Limit, x: np.ndarray, fine: np.ndarr
     values = np.stack([along([p.values[f"{slo.latency}_{name}_s"] for p in points]) for name, _ in names])
     values = np.maximum.accumulate(values, axis=0)
     levels = np.array([1 - q for _, q in names])
-    return np.array(
-        [_beyond(slo.limit - wait, column, levels) for wait, column in zip(shift, values.T, strict=True)]
-    )
+    return np.array([_beyond(slo.limit - wait, column, levels) for wait, column in zip(shift, values.T, strict=True)])
 
 
 def quantiles(points: Sequence[Point], latency: str) -> list[tuple[str, float]]:

@@ -2,8 +2,8 @@
 
 In steps of one measured window. Within a window a replica is what the ladder measured (:mod:`tuner.fleet.curve`); from
 window to window the rate swings, requests split among replicas by chance, spot machines come and go, and what a replica
-could not complete stays in it. Replicas of one kind differ only by chance, so a sample of each stands for all: a million
-requests per second take no longer than a hundred.
+could not complete stays in it. Replicas of one kind differ only by chance, so a sample of each stands for all: a
+million requests per second take no longer than a hundred.
 """
 
 from __future__ import annotations

@@ -113,9 +113,7 @@ def _csv(path: Path, text: str) -> list[tuple[str, float]] | None:
     labelled = next((i for i, name in enumerate(header) if name in HOURS), None)
     if at is None:
         if labelled is not None and len(header) == 2:
-            raise UsageError(
-                f"no column of rates among {', '.join(header)}", where=f"{path}:{lines[0][0]}", fix=_FORM
-            )
+            raise UsageError(f"no column of rates among {', '.join(header)}", where=f"{path}:{lines[0][0]}", fix=_FORM)
         if len(header) > 2 or _number(header[-1]) is None:
             return None
         at, labelled = len(header) - 1, 0 if len(header) == 2 else None

@@ -25,8 +25,8 @@ ENOUGH = 0.99  # share of the hours that must hold
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fleet:
-    """What is planned and what it was planned from. ``raised`` are the hours that had to be given more than the headroom
-    asked for, because the simulated day missed in them."""
+    """What is planned and what it was planned from. ``raised`` are the hours that had to be given more than the
+    headroom asked for, because the simulated day missed in them."""
 
     shop: Shop
     demand: Demand

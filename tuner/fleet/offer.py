@@ -6,17 +6,16 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from scipy import stats
 
 from tuner.errors import NothingFeasible, UsageError
-from tuner.fleet.curve import Curve, Limit, Point, curve, limits_of
+from tuner.fleet import measured
+from tuner.fleet.curve import Curve, Limit, curve, limits_of
 from tuner.pareto.changes import baseline_of, describe
 from tuner.pareto.choice import choose
-from tuner.pareto.front import trusted_steps
 from tuner.pareto.recommend import recommended
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo
@@ -31,9 +30,6 @@ from tuner.verify.finalists import launch_spread
 from tuner.verify.judge import Arm, Table
 from tuner.verify.racing import LAUNCH_SPREAD
 from tuner.verify.repeats import Repeats
-
-OFFERED, ACHIEVED = "offered_requests_per_s", "requests_per_s"
-ENERGY = "system_gpu_energy_j_per_output_token"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,18 +138,20 @@ def _verified(
             left.append(arm.label)
         else:
             by_gpus[config.gpus] = (arm, config)
-    notes = [f"{study.name}: {', '.join(left)} held the SLOs too and cost the same per replica: not offered."] if left else []
+    notes = [f"{study.name}: {', '.join(left)} held too, at the same price per replica: not offered."] if left else []
     offers = []
     for arm, config in by_gpus.values():
         deployed = choice.point.config if arm.label == known.choice else config
         own = [t for t in trials if t.config.hash == config.hash]
-        steps = _steps([t for t in own if t.role == "verify"])
+        steps = measured.steps([t for t in own if t.role == "verify"])
         capacity, basis = _proven(study, trials, arm, confidence)
         if not steps or not math.isfinite(capacity[0]):  # the launches are not in the folder: what the verdict kept
-            steps = _steps(own)
+            steps = measured.steps(own)
             capacity, basis = _kept(study, arm, steps, trials, confidence)
         # verification measures around the capacity only: lower loads are the search's
-        steps = [s for s in _steps([t for t in own if t.role == "search"]) if s.load < 0.9 * steps[0].load] + steps
+        steps = [
+            s for s in measured.steps([t for t in own if t.role == "search"]) if s.load < 0.9 * steps[0].load
+        ] + steps
         if deployed.hash != config.hash:
             basis += "; its superfluous flags are taken out (ablation)"
         offers.append(_offer(study, trials, deployed, steps, capacity, basis, verified=True))
@@ -173,9 +171,9 @@ def _searched(study: Study, trials: Sequence[TrialRecord], confidence: float) ->
         if choice.point is None:
             continue
         mine = [t for t in own if t.config.hash == choice.point.config.hash]
-        steps = _steps(mine)
+        steps = measured.steps(mine)
         held = [s for s in steps if not s.slo_misses and all(x.ok for x in steps if x.load == s.load)]
-        rate = statistics.fmean(_kept_up(s) for s in held if s.load == held[-1].load)
+        rate = statistics.fmean(measured.kept_up(s) for s in held if s.load == held[-1].load)
         error = stats.norm.ppf(confidence) * sd / math.sqrt(len(mine))
         basis = (
             f"highest load of the search within SLO ({held[-1].load:g}), not verified; lower limit by what launches "
@@ -195,7 +193,7 @@ def _proven(study: Study, trials: Sequence[TrialRecord], arm: Arm, confidence: f
     rates: dict[tuple[str, int, str], float] = {}
     for cell, steps in table.cells.items():
         load = table.capacity(cell)
-        rate = value_at(steps, load, OFFERED) if load > 0 else math.nan
+        rate = value_at(steps, load, measured.OFFERED) if load > 0 else math.nan
         if rate > 0:
             rates[cell] = math.log(rate)
     repeats = Repeats(rates, launch_spread(trials))
@@ -216,11 +214,15 @@ def _kept(
     study: Study, arm: Arm, steps: Sequence[Step], trials: Sequence[TrialRecord], confidence: float
 ) -> tuple[Range, str]:
     """The capacity that the verdict kept, as a load, times the trace's rate as any step of the study saw it."""
-    seen = [s.metrics[OFFERED] / s.load for s in steps or _steps(trials) if s.metrics.get(OFFERED, 0) > 0]
+    seen = [
+        s.metrics[measured.OFFERED] / s.load
+        for s in steps or measured.steps(trials)
+        if s.metrics.get(measured.OFFERED, 0) > 0
+    ]
     if not seen:
         raise UsageError("no arrival rate was measured", where=study.folder, fix=_RATES)
     per_load = statistics.fmean(seen)
-    middle, low, high = (x * per_load for x in arm.capacity)
+    middle, _, high = (x * per_load for x in arm.capacity)
     safe = arm.safe_load * per_load or middle * math.exp(-stats.norm.ppf(confidence) * LAUNCH_SPREAD)
     return (middle, safe, high), f"verified: the safe load that the verdict kept (95 %), {arm.safe_load:.3g}"
 
@@ -249,14 +251,14 @@ def _offer(
     *,
     verified: bool,
 ) -> Offer:
-    usable = [point for s in steps if (point := _point(s)) is not None]
+    usable = [point for s in steps if (point := measured.point(s)) is not None]
     if not usable:
         raise UsageError("no request rates and latencies were measured", where=study.folder, fix=_RATES)
     limits: tuple[Limit, ...] = limits_of(study.objective.slos)[0]
     folder = next((t.folder for t in trials if any(s is steps[-1] for s in t.outcome.steps)), None)  # type: ignore[union-attr]
-    cv = _cv(folder / steps[-1].records if folder and steps[-1].records else None)
+    cv = measured.cv(folder / steps[-1].records if folder and steps[-1].records else None)
     extra = max(0.0, 1 - cv**2) if math.isfinite(cv) else 0.0
-    outputs, totals = _tokens(steps)
+    outputs, totals = measured.tokens(steps)
     default = baseline_of(trials)
     hardware = study.hardware.name if config.gpus else f"{study.hardware.name} (CPU server)"
     return Offer(
@@ -269,7 +271,7 @@ def _offer(
         usd_per_hour=per_hour(config, study.objective),
         capacity=capacity,
         curve=curve(usable, limits, stretch=capacity[1] / capacity[0], extra=extra),
-        start_s=_start_s(trials, config),
+        start_s=measured.start_s(trials, config),
         output_tokens=outputs,
         total_tokens=totals,
         cv=cv,
@@ -280,64 +282,8 @@ def _offer(
     )
 
 
-def _steps(trials: Iterable[TrialRecord]) -> list[Step]:
-    """Believable steps with a rate, by load."""
-    steps = [s for _, s in trusted_steps(trials) if s.metrics.get(OFFERED, 0) > 0]
-    return sorted(steps, key=lambda s: s.load)
-
-
-def _kept_up(step: Step) -> float:
-    """Requests per second that the server kept up with: those offered, or those it answered where even the upper limit
-    of that rate is lower (it was falling behind)."""
-    offered = step.metrics[OFFERED]
-    high = step.intervals.get(ACHIEVED, (0.0, math.inf))[1]
-    return offered if high >= offered else step.metrics.get(ACHIEVED, offered)
-
-
-def _point(step: Step) -> Point | None:
-    """What a step says about the replica; None where it was cut short or requests failed without end."""
-    mean = step.metrics.get("e2e_mean_s", step.metrics.get("e2e_p50_s", math.nan))
-    if step.stopped_early or not (0 < mean < math.inf):
-        return None
-    rate = _kept_up(step)
-    energy, tokens = step.metrics.get(ENERGY, math.nan), step.metrics.get("output_tokens_per_s", math.nan)
-    watts = energy * tokens if energy > 0 and tokens > 0 else None
-    return Point(rate, rate * mean, step.metrics, watts)
-
-
-def _tokens(steps: Sequence[Step]) -> tuple[float, float]:
-    """Output tokens and total tokens per request, means over the steps; NaN where not measured."""
-    found = []
-    for name in ("output_tokens_per_s", "total_tokens_per_s"):
-        rates = [(s.metrics.get(name, 0.0), s.metrics.get(ACHIEVED, s.metrics[OFFERED])) for s in steps if s.ok]
-        pairs = [(tokens, requests) for tokens, requests in rates if tokens > 0 and requests > 0]
-        found.append(sum(t for t, _ in pairs) / sum(r for _, r in pairs) if pairs else math.nan)
-    return found[0], found[1]
-
-
-def _start_s(trials: Sequence[TrialRecord], config: ServingConfig) -> float:
-    """The longest start-up of this configuration; of any configuration that served, where it has none of its own."""
-    boots = [t.outcome.boot.total_s for t in trials if t.config.hash == config.hash and t.outcome.boot.total_s > 0]
-    other = [t.outcome.boot.total_s for t in trials if isinstance(t.outcome, Measured)]
-    return max(boots or other, default=0.0)
-
-
-def _cv(records: Path | None) -> float:
-    """Standard deviation over mean of the gaps between intended arrivals; NaN where there are no such records."""
-    if records is None or not records.exists():
-        return math.nan
-    import pyarrow.parquet as pq
-
-    if "intended_ns" not in pq.read_schema(records).names:
-        return math.nan
-    gaps = np.diff(np.sort(pq.read_table(records, columns=["intended_ns"])["intended_ns"].to_numpy()))
-    return float(gaps.std() / gaps.mean()) if len(gaps) > 10 and gaps.mean() > 0 else math.nan
-
-
 def _named(offers: Sequence[Offer]) -> tuple[Offer, ...]:
     """Names that differ: the study's, with the number of GPUs where a study has several offers."""
-    from dataclasses import replace
-
     counts: Mapping[str, int] = {o.study: sum(x.study == o.study for x in offers) for o in offers}
     return tuple(replace(o, name=f"{o.study} x{o.gpus}" if counts[o.study] > 1 else o.study) for o in offers)
 
@@ -350,7 +296,8 @@ def _differences(studies: Sequence[Study]) -> list[str]:
         ("traces", {Path(s.trace.file).name for s in studies}),
     ):
         if len(values) > 1:
-            notes.append(f"The studies differ in {what} ({', '.join(sorted(values))}): a request is not the same to all.")
+            listed = ", ".join(sorted(values))
+            notes.append(f"The studies differ in {what} ({listed}): a request is not the same to all.")
     return notes
 
 

@@ -158,8 +158,8 @@ class _Programme:
         upper[:, self.counted <= 0] = 0.0
         result = optimize.milp(
             self._prices().ravel(),
-            constraints=optimize.LinearConstraint(matrix, low, high),
-            bounds=optimize.Bounds(0, upper.ravel()),
+            constraints=optimize.LinearConstraint(matrix, low, high),  # pyright: ignore[reportArgumentType]
+            bounds=optimize.Bounds(np.zeros(columns), upper.ravel()),  # pyright: ignore[reportArgumentType]
             integrality=np.ones(columns),
             options={"time_limit": seconds, "mip_rel_gap": 0.0 if self.most <= EXACT else GAP},
         )
@@ -199,7 +199,7 @@ class _Programme:
 
     def _serve(self) -> None:
         """What is ready serves the demand with the spare lost, whichever kind in use that is."""
-        for h in np.flatnonzero(self.need > 0):
+        for h in np.flatnonzero(self.need > 0).tolist():
             served = [(self._column(1, p, h), self.counted[p, h]) for p in range(self.many)]
             for q in range(self.many):
                 lost = self.terms.spare * self.counted[q, h]

@@ -1,5 +1,5 @@
-"""The day request by request: the same replicas as :mod:`tuner.fleet.day`, but every request arrives, is routed and ends
-by itself. For small fleets, and to check the other simulation, which follows numbers of requests.
+"""The day request by request: the same replicas as :mod:`tuner.fleet.day`, but every request arrives, is routed and
+ends by itself. For small fleets, and to check the other simulation, which follows numbers of requests.
 
 Between two events a replica with n requests inside completes the next after an exponential time of rate X(n). Only the
 rates matter for how many are inside, not how long the single requests are (insensitivity of processor sharing; Kelly,
@@ -34,8 +34,7 @@ def simulate(
     interruptions_per_hour: float = 0.0,
     seed: int = 0,
 ) -> Day:
-    """As :func:`tuner.fleet.day.simulate`. Takes about three microseconds per request and event: for up to a few hundred
-    thousand requests."""
+    """As :func:`tuner.fleet.day.simulate`. For up to a few hundred thousand requests."""
     limits = offers[0].curve.limits
     fleet = _Fleet(plan, offers, traffic, interruptions_per_hour, seed)
     have = serving(plan, spare)
@@ -52,9 +51,7 @@ def simulate(
 class _Fleet:
     """One slot per replica that any hour has; a slot is routed to while it is ``active`` and not ``down``."""
 
-    def __init__(
-        self, plan: Plan, offers: Sequence[Offer], traffic: Traffic, interruptions: float, seed: int
-    ) -> None:
+    def __init__(self, plan: Plan, offers: Sequence[Offer], traffic: Traffic, interruptions: float, seed: int) -> None:
         self.pools, self.traffic = plan.pools, traffic
         self.interruptions = interruptions
         self.rng, self.noise = random.Random(seed), np.random.default_rng(seed)
