@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -23,16 +24,32 @@ import psutil
 from tuner.engines.protocol import Site
 from tuner.engines.vllm import VllmEngine
 from tuner.space.config import ServingConfig
+from tuner.spec.facts import of_machine
 
 HERE = Path(__file__).parent
+Flags = dict[str, bool | int | float | str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``caches``: ``kept`` are those of earlier starts on this machine, ``empty`` is a fresh folder, ``shared`` one
+    fresh folder for all such cases of a round, in the order of their naming. ``flags`` beside the common ones."""
+
+    eager: bool = True
+    fast: str = "off"
+    caches: str = "kept"
+    flags: Flags = field(default_factory=dict)
+
+
 CASES = {
-    # name: (eager, fast start, caches of earlier starts)
-    "plain": (True, "off", True),
-    "fast": (True, "auto", True),
-    "no-caches": (True, "off", False),
-    "compiled-no-caches": (False, "off", False),
-    "compiled": (False, "off", True),
-    "compiled-fast": (False, "auto", True),
+    "plain": Case(),
+    "fast": Case(fast="auto"),
+    "no-caches": Case(caches="empty"),
+    "compiled-first": Case(eager=False, caches="shared"),
+    "compiled-again": Case(eager=False, caches="shared"),
+    "compiled-other-seqs": Case(eager=False, caches="shared", flags={"max-num-seqs": 64}),
+    "compiled-other-batch": Case(eager=False, caches="shared", flags={"max-num-batched-tokens": 1024}),
+    "compiled-fast": Case(eager=False, fast="auto", caches="shared"),
 }
 
 
@@ -47,7 +64,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as empty:
         for number in range(args.repeat):
             for case in args.case:
-                line = launch(case, engines, args.model, Path(empty) / f"{number}-{case}")
+                folder = "shared" if CASES[case].caches == "shared" else case
+                line = launch(case, engines, args.model, Path(empty) / f"{number}-{folder}")
                 with (HERE / "measured.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print(line)
@@ -57,17 +75,18 @@ def main() -> None:
 
 
 def launch(case: str, engines: dict[str, VllmEngine], model: str, empty: Path) -> dict[str, object]:
-    eager, mode, caches = CASES[case]
-    engine = engines[mode]
-    flags: dict[str, bool | int | float | str | None] = {"load-format": "dummy", "dtype": "bfloat16"}
-    flags |= {"max-model-len": 4096} | ({"enforce-eager": None} if eager else {})
+    chosen = CASES[case]
+    engine = engines[chosen.fast]
+    dtype = str(of_machine()["native_dtype"])
+    flags: Flags = {"load-format": "dummy", "dtype": dtype, "max-model-len": 4096, **chosen.flags}
+    flags |= {"enforce-eager": None} if chosen.eager else {}
     env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    if not caches:
+    if chosen.caches != "kept":
         env |= {"VLLM_CACHE_ROOT": str(empty / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(empty / "torchinductor")}
     config = ServingConfig(model, {}, flags, env, "", 0)
     with tempfile.TemporaryDirectory() as folder:
         site = Site(Path(folder), (), threading.Event(), lambda _name, _data: None)
-        standby_s = prepare(engine, config, site) if mode == "auto" else 0.0
+        standby_s = prepare(engine, config, site) if chosen.fast == "auto" else 0.0
         load = os.getloadavg()[0]
         server = engine.launch(config, site)
         spent_s = sum(cpu_s(pid) for pid in _tree(server))
@@ -76,6 +95,7 @@ def launch(case: str, engines: dict[str, VllmEngine], model: str, empty: Path) -
     return {
         "case": case,
         "version": engine.version(),
+        "dtype": dtype,
         "total_s": server.boot.total_s,
         "cpu_s": round(spent_s, 1),
         "standby_s": round(standby_s, 1),
@@ -108,11 +128,11 @@ def cpu_s(pid: int) -> float:
 
 
 def table() -> None:
-    """Medians over all lines of the file."""
+    """Medians over all lines of the file that were measured in this machine's own type."""
     lines = [json.loads(line) for line in (HERE / "measured.jsonl").read_text(encoding="utf-8").splitlines()]
     print(f"{'case':20} {'n':>2} {'wall s':>7} {'min':>6} {'CPU s':>6}")
     for case in CASES:
-        of = [line for line in lines if line["case"] == case]
+        of = [line for line in lines if line["case"] == case and line["dtype"] == of_machine()["native_dtype"]]
         if of:
             wall = [line["total_s"] for line in of]
             cpu = statistics.median(line["cpu_s"] for line in of)

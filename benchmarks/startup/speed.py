@@ -23,6 +23,7 @@ from tuner.engines.vllm import VllmEngine
 from tuner.load.step import measure
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
+from tuner.spec.facts import of_machine
 
 HERE = Path(__file__).parent
 REQUESTS, INPUT_TOKENS, OUTPUT_TOKENS, CONCURRENCY = 48, 128, 64, 4
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--python", default="")
     parser.add_argument("--repeat", type=int, default=1)
     args = parser.parse_args()
-    engines = {case: VllmEngine(python=args.python, fast_start=CASES[case][1]) for case in ("plain", "fast")}
+    engines = {case: VllmEngine(python=args.python, fast_start=CASES[case].fast) for case in ("plain", "fast")}
     for _ in range(args.repeat):
         for case, engine in engines.items():
             line = {"case": case, **once(engine, args.model)}
@@ -52,7 +53,12 @@ def main() -> None:
 
 def once(engine: VllmEngine, model: str) -> dict[str, float]:
     """One launch, one closed-loop step."""
-    flags = {"load-format": "dummy", "dtype": "bfloat16", "max-model-len": 4096, "enforce-eager": None}
+    flags = {
+        "load-format": "dummy",
+        "dtype": of_machine()["native_dtype"],
+        "max-model-len": 4096,
+        "enforce-eager": None,
+    }
     config = ServingConfig(model, {}, flags, {"VLLM_CPU_KVCACHE_SPACE": "1"}, "", 0)
     none = np.zeros(0, dtype=np.int64)
     sizes = np.full(REQUESTS, INPUT_TOKENS), np.full(REQUESTS, OUTPUT_TOKENS)
