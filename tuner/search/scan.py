@@ -11,7 +11,7 @@ import numpy as np
 from tuner.search.acquisition import Front, LaunchCost, gains, improvement, worth
 from tuner.search.beliefs import Beliefs, Posterior
 from tuner.search.reading import Reading
-from tuner.search.surrogate import Array
+from tuner.search.surrogate import Array, Codes
 
 MARGIN = 0.1  # log units by which the reference lies beyond the worst point of the front
 SETTLED = 0.3  # share of a standard deviation that one more measurement takes away (1 - sqrt(1/2))
@@ -97,8 +97,9 @@ class Scan:
         indices = list(first)
         believed = self.beliefs.posterior(indices)
         stakes = np.zeros(len(indices))
+        rows, points = self._measured_rows()
         for row, index in enumerate(indices):
-            others = self._measured(without=index)
+            others = points[rows != index]
             alone = Posterior(*(getattr(believed, name)[row : row + 1] for name in Posterior.__slots__))
             stakes[row] = gains(alone, Front(others, front.reference), self.loads, normal)[0].std()
         seconds = worth(believed, front, self.loads, cost, normal).gpu_seconds
@@ -111,18 +112,23 @@ class Scan:
         good = [i for r in self.readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
         return int(rng.choice(good)) if good else 0
 
-    def _measured(self, without: int | None = None) -> Array:
+    def _measured(self) -> Array:
         """Measured points within SLO, believed values, one per configuration and load."""
+        return self._measured_rows()[1]
+
+    def _measured_rows(self) -> tuple[Codes, Array]:
+        """The candidates' numbers of the measured points, and the points."""
         places: dict[int, set[int]] = {}
         for r in self.readings:
             index = self.beliefs.index(r.seen.params) if r.good else None
-            if index is not None and index != without:
+            if index is not None:
                 places[index] = places.get(index, set(r.good)) & set(r.good)
         if not places:
-            return np.zeros((0, 2))
+            return np.zeros(0, dtype=np.int64), np.zeros((0, 2))
         believed = self.beliefs.posterior(list(places), spread=False)
-        rows = [(row, place) for row, index in enumerate(places) for place in sorted(places[index])]
-        return np.array([(believed.cost[r, p], believed.latency[r, p]) for r, p in rows]).reshape(-1, 2)
+        rows = [(row, index, place) for row, index in enumerate(places) for place in sorted(places[index])]
+        points = [(believed.cost[row, place], believed.latency[row, place]) for row, _, place in rows]
+        return np.array([index for _, index, _ in rows], dtype=np.int64), np.array(points, float).reshape(-1, 2)
 
     def _points(self, indices: Sequence[int]) -> Array:
         return _points(self.beliefs.posterior(indices, spread=False), self.loads, 0.0, 0.0)
