@@ -61,6 +61,8 @@ def tune(
         str, typer.Option(envvar="TUNER_STORAGE", help="A database that several tuners share, as a URL.")
     ] = "",
     reports: Annotated[str, typer.Option(help="Where study folders are kept.")] = "",
+    executor: Annotated[str, typer.Option(help="Where trials run: local, or ray.")] = "",
+    address: Annotated[str, typer.Option(help="The Ray cluster; auto: the one that this machine belongs to.")] = "",
     plain: Annotated[bool, typer.Option(help="Plain lines instead of the live view.")] = False,
 ) -> None:
     """Search, launch, measure: end with a front, a best-config YAML, a report and an MLflow study."""
@@ -80,6 +82,8 @@ def tune(
         parallel,
         storage,
         reports,
+        executor,
+        address,
     )
     raise typer.Exit(command.run(study, flags, plain))
 

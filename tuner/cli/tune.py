@@ -30,6 +30,8 @@ class Flags:
     parallel: int | None = None
     storage: str = ""
     reports: str = ""
+    executor: str = ""
+    address: str = ""
 
 
 def run(path: Path | None, flags: Flags, plain: bool) -> int:
@@ -97,6 +99,8 @@ def _overrides(flags: Flags) -> dict[str, Any]:
     for key in ("model", "budget", "objective", "sampler", "name", "parallel", "storage", "reports"):
         if getattr(flags, key):
             over[key] = getattr(flags, key)
+    if flags.executor or flags.address:
+        over["executor"] = {"kind": flags.executor or "ray", "address": flags.address or "auto"}
     if flags.space:
         over["search_space"] = flags.space
     if flags.trace is not None:

@@ -1,7 +1,7 @@
 """The executor ``ray``: trials on the nodes of a Ray cluster.
 
-Ray schedules: a seat is a placement group with one bundle, so that its GPUs are on one node, and an actor in it. Seats are
-kept for the next trial that asks for the same.
+Ray schedules: a seat is a placement group with one bundle, so that its GPUs are on one node, and an actor in it.
+Seats are kept for the next trial that asks for the same.
 """
 
 from __future__ import annotations
@@ -198,8 +198,9 @@ class RayExecutor:
         if device in types:
             return types[device]
         if wanted or (len(types) > 1 and not self._bench.engine.emulated):
+            has = ", ".join(sorted(types)) or "no GPU of a known type"
             raise EnvironmentFault(
-                f"no node has {wanted or device}; the cluster has {', '.join(sorted(types)) or 'no GPU of a known type'}",
+                f"no node has {wanted or device}; the cluster has {has}",
                 fix="name one of them under hardware.gpu",
             )
         return ""

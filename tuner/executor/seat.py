@@ -187,9 +187,9 @@ def sweep() -> None:
     """Removes the scratch folders of seats that are gone."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         words = path.name.removeprefix(_PREFIX).split("-")
-        if len(words) > 2 and all(word.isdigit() for word in words[:2]):
-            if not Pid(int(words[0]), int(words[1])).alive:
-                shutil.rmtree(path, ignore_errors=True)
+        named = len(words) > 2 and all(word.isdigit() for word in words[:2])
+        if named and not Pid(int(words[0]), int(words[1])).alive:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 _PREFIX = "tuner-seat-"
