@@ -60,6 +60,7 @@ def describe(ready: Any) -> dict[str, Any]:
     budget = study.budget
     limits = {"launches": budget.launches, "hours": budget.hours, "usd": budget.usd}
     default = space.config(space.default(), study.model)
+    model = ["--model-path", study.model] if study.engine.kind == "sglang" else [study.model]
     return {
         "name": study.name,
         "folder": study.folder,
@@ -84,5 +85,5 @@ def describe(ready: Any) -> dict[str, Any]:
         "combinations": len(grid) or space.size(),
         "allowed": len(grid) - sum(refused.values()) if grid else None,
         "refused": dict(refused),
-        "default_command": " ".join([study.engine.kind, "serve", study.model, *default.args()]),
+        "default_command": " ".join([study.engine.kind, "serve", *model, *default.args()]),
     }
