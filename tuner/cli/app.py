@@ -192,6 +192,60 @@ def ablate(
     raise typer.Exit(command.ablate(study, launches, json))
 
 
+@app.command(rich_help_panel="Deploy")
+def fleet(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Studies that hold the same SLOs.")],
+    demand: Annotated[Path, typer.Option(help="Requests/s per hour (CSV or JSON), or a trace.")],
+    scale: Annotated[float, typer.Option(help="Factor on the demand.")] = 1.0,
+    peak_rps: Annotated[float | None, typer.Option(help="Requests/s of the busiest hour.")] = None,
+    swing: Annotated[
+        float | None, typer.Option(help="How much the rate varies within an hour: 0.1 is 10 %. [default: the trace's]")
+    ] = None,
+    spare: Annotated[int, typer.Option(help="Replicas that may be lost at any time.")] = 1,
+    lead: Annotated[str, typer.Option(help="How long ahead scaling knows what it needs: 90s, 5min, known.")] = "known",
+    min_uptime: Annotated[int, typer.Option(help="Hours for which a replica runs at least.")] = 1,
+    hold: Annotated[int, typer.Option(help="Hours for which the fleet keeps what it needed.")] = 0,
+    spot: Annotated[float, typer.Option(help="Share of the capacity that may be on spot machines.")] = 0.0,
+    spot_price: Annotated[float, typer.Option(help="What they cost, as a share of the price.")] = 0.4,
+    interruptions: Annotated[float, typer.Option(help="How often each is taken away, per hour.")] = 0.05,
+    max_gpus: Annotated[list[str] | None, typer.Option(help="64, or NAME=64; may be repeated.")] = None,
+    routing: Annotated[str, typer.Option(help="random, two-choices or least-loaded.")] = "random",
+    confidence: Annotated[float, typer.Option(help="Of the lower limit of a replica's capacity.")] = 0.95,
+    simulation: Annotated[str, typer.Option(help="auto, windows or requests.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="How long the solver may search.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of the simulation.")] = 0,
+    format: Annotated[str, typer.Option(help="The trace's format, where it is not recognised.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file. [default: fleet.html in the first study's folder]")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The cheapest fleet that holds the SLOs through a day of demand (exit code 3 where none does)."""
+    from tuner.cli import fleet as command
+
+    flags = command.Flags(
+        demand,
+        format,
+        scale,
+        peak_rps,
+        swing,
+        spare,
+        lead,
+        min_uptime,
+        hold,
+        spot,
+        spot_price,
+        interruptions,
+        tuple(max_gpus or ()),
+        routing,
+        confidence,
+        simulation,
+        seconds,
+        seed,
+    )
+    raise typer.Exit(command.run(studies, flags, out, json))
+
+
 @app.command(rich_help_panel="Read")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="STUDY")],

@@ -73,7 +73,8 @@ class Curve:
 
     def score(self, inside: np.ndarray) -> np.ndarray:
         """(limits, ...): the share beyond each limit (or the mean over it) with ``inside`` requests in the replica."""
-        return np.stack([np.interp(inside, self.states, row) for row in self.scores])
+        found = [np.interp(inside, self.states, row) for row in self.scores]
+        return np.array(found).reshape(len(self.limits), *np.shape(inside))
 
     def power_w(self, rate_rps: np.ndarray) -> np.ndarray | None:
         """Watts at a rate; below the lowest measured load what was measured there. None where no power was."""

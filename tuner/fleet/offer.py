@@ -149,9 +149,8 @@ def _verified(
             steps = measured.steps(own)
             capacity, basis = _kept(study, arm, steps, trials, confidence)
         # verification measures around the capacity only: lower loads are the search's
-        steps = [
-            s for s in measured.steps([t for t in own if t.role == "search"]) if s.load < 0.9 * steps[0].load
-        ] + steps
+        below = 0.9 * steps[0].load if steps else math.inf
+        steps = [s for s in measured.steps([t for t in own if t.role == "search"]) if s.load < below] + steps
         if deployed.hash != config.hash:
             basis += "; its superfluous flags are taken out (ablation)"
         offers.append(_offer(study, trials, deployed, steps, capacity, basis, verified=True))

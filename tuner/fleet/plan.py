@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import optimize, sparse
 
+from tuner.errors import UsageError
 from tuner.fleet.demand import HOUR_S
 from tuner.fleet.offer import Offer
 
@@ -165,7 +166,7 @@ class _Programme:
         )
         if result.x is None:
             if result.status == 1:
-                raise TimeoutError(f"no plan was found in {seconds:g} s")
+                raise UsageError(f"no plan was found in {seconds:g} s", fix="Give --seconds more, or fewer hours")
             return None
         return self._plan(np.rint(result.x).reshape(4, self.many, self.hours), float(result.mip_gap or 0.0))
 
