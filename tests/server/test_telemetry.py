@@ -1,6 +1,7 @@
 """Samples become a file, metrics of a step, and a reason to distrust it."""
 
 import os
+import time
 
 import pytest
 
@@ -48,10 +49,12 @@ def test_without_a_gpu_the_host_alone_is_written(tmp_path):
 def test_the_cpu_that_the_server_spent_is_counted_in_cores(tmp_path):
     host = Host(me)
     host.sample()
-    end = os.times().user + 0.3
-    while os.times().user < end:
+    begun, before = time.monotonic(), os.times()
+    while os.times().user < before.user + 0.3:
         sum(range(1000))
-    assert host.sample().server_cpu_cores > 0.2
+    cores, after, took = host.sample().server_cpu_cores, os.times(), time.monotonic() - begun
+    spent = after.user + after.system - before.user - before.system
+    assert cores == pytest.approx(spent / took, rel=0.2)  # about one, less where others have the processors
 
 
 def test_energy_comes_from_the_gpus_own_counter_where_it_has_one():
