@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from tuner.verify.statistics import Estimate, pool
 
@@ -33,25 +32,19 @@ class Spread:
 
 
 NO_SPREAD = Spread()
-ASSUMED = Spread(0.03**2, 4.0)
-"""What is taken to be known of costs before anything was repeated: launches of one configuration, and the ratio of two
-configurations on two windows, differ by 3 %. It fills up what was seen to four degrees of freedom."""
-CONTRADICTED = 0.05  # the assumption is dropped where what is seen is that improbable under it
 
 
 class Repeats:
     """``values`` maps (arm, round, window) to the log of a metric. An arm may miss rounds (it dropped out); a launch
     that did not measure every window of the table is left out. ``known`` is a launch spread learnt elsewhere (repeats
     in the search) that is pooled with the one seen here. ``inside`` maps cells to the variance that the measurement
-    itself stated (its interval over blocks of requests). ``assumed`` is what :meth:`difference` takes to be known of
-    spreads of which two rounds or two windows say next to nothing."""
+    itself stated (its interval over blocks of requests)."""
 
     def __init__(
         self,
         values: Mapping[tuple[str, int, str], float],
         known: Spread | None = None,
         inside: Mapping[tuple[str, int, str], float] | None = None,
-        assumed: Spread = NO_SPREAD,
     ) -> None:
         self.windows: tuple[str, ...] = tuple(dict.fromkeys(w for _, _, w in values))
         launches = sorted({(arm, number) for arm, number, _ in values}, key=lambda key: (key[1], key[0]))
@@ -66,7 +59,6 @@ class Repeats:
         self._cells = np.array([row for _, _, row in rows]).reshape(len(rows), len(self.windows))
         self._known = known or NO_SPREAD
         self._within = dict(inside or {})
-        self._assumed = assumed
 
     def count(self, arm: str) -> int:
         """How many launches of ``arm`` measured every window."""
@@ -96,46 +88,28 @@ class Repeats:
             rest = self._rest()[0] / (count * width)
         return _estimate(float(mine.mean()), launches, windows, rest)
 
-    def difference(self, arm: str, other: str, more: int = 0) -> Estimate:
+    def difference(self, arm: str, other: str, more: int = 0, wider: int = 0) -> Estimate:
         """``arm`` minus ``other``: paired by round and window, by least squares of the launch means on arm and round
-        (for two arms in every round: the paired t test). Three things make it uncertain, each pooled over the arms:
-        what launches differ by, what no factor explains, and how the difference changes from window to window.
+        (for two arms in every round: the paired t test). The error holds the launch spread and the change of the
+        difference from window to window, each pooled over the arms.
 
-        ``more`` rounds of the two are imagined that show what these showed: how sure it would then be.
+        ``more`` rounds of the two and ``wider`` windows are imagined that differ as the measured ones do: how sure the
+        difference would then be.
         """
-        arms, means, width = self.arms, self._cells.mean(axis=1), len(self.windows)
+        arms, means = self.arms, self._cells.mean(axis=1)
         design, contrast = self._design(arm, other)
-        middle = float(contrast @ np.linalg.lstsq(design, means, rcond=None)[0])
-        seen, freedom = self._inside()
+        solution = np.linalg.lstsq(design, means, rcond=None)[0]
+        inside, freedom = self._inside()
         leverage = float(contrast @ np.linalg.pinv(design.T @ design) @ contrast)
-        if more:
-            leverage, freedom = 1 / (1 / leverage + more / 2), freedom + more
-        if width < 2 or len(arms) < 2:  # nothing tells what launches differ by from what no factor explains
-            return Estimate(middle, ((seen * leverage, freedom),))
-        rest, rest_freedom = self._rest()
-        rest_freedom += 2 * more * (width - 1)
-        profile = np.array([self._of(name).mean(axis=0) for name in arms])
-        profile = profile - profile.mean(axis=1, keepdims=True) - profile.mean(axis=0) + profile.mean()
-        changing = float(np.sum(profile**2)) / ((len(arms) - 1) * (width - 1))
-        launches = self._with_assumed(seen, freedom, rest / width)
-        windows = self._with_assumed(changing, (len(arms) - 1) * (width - 1), rest * leverage / 2)
-        parts = [
-            (launches.variance * leverage, launches.freedom if freedom > 0 else 0.0),
-            (rest / width * leverage, rest_freedom),
-            (2 * windows.variance / width, windows.freedom),
-        ]
-        return Estimate(middle, tuple(part for part in parts if part[0] > 0 or part[1] <= 0) or (parts[0],))
-
-    def _with_assumed(self, seen: float, freedom: float, rest: float) -> Spread:
-        """A variance ``seen`` less the ``rest`` that is in it. Where it has fewer degrees of freedom than ``assumed``,
-        the missing ones come from there, as if that had been seen before (the moderated variance of Smyth 2004); not
-        where what is seen contradicts it."""
-        own, assumed = Spread(max(seen - rest, 0.0), freedom), self._assumed
-        missing = assumed.freedom - freedom
-        if missing <= 0 or freedom <= 0:
-            return own
-        improbable = stats.f.sf(seen / (assumed.variance + rest), freedom, assumed.freedom) < CONTRADICTED
-        return own if improbable else Spread(*pool([(own.variance, freedom), (assumed.variance, missing)]))
+        launches = (inside / (1 / leverage + more / 2), freedom + more)
+        windows, rest, width = NOTHING, 0.0, len(self.windows)
+        if width > 1 and len(arms) > 1:
+            profile = np.array([self._of(name).mean(axis=0) for name in arms])
+            profile = profile - profile.mean(axis=1, keepdims=True) - profile.mean(axis=0) + profile.mean()
+            squares = float(np.sum(profile**2)) / ((len(arms) - 1) * (width - 1))
+            windows = (2 * squares / (width + wider), (len(arms) - 1) * (width + wider - 1))
+            rest = self._rest()[0] * leverage / (width + wider)
+        return _estimate(float(contrast @ solution), launches, windows, rest)
 
     def draws(self, count: int, seed: int) -> np.ndarray:
         """``count`` draws of all arms' means (columns in the order of ``arms``) from what the measurements leave open:
