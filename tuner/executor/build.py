@@ -14,7 +14,7 @@ from tuner.study.evaluate import Bench
 def executor(bench: Bench) -> Iterator[Executor]:
     """The study's executor. Raises ``EnvironmentFault`` where there is no cluster."""
     if bench.study.executor.kind == "ray":
-        from tuner.executor.ray import RayExecutor
+        from tuner.executor.remote import RayExecutor
 
         made: Executor = RayExecutor(bench)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,9 @@ from tuner.errors import EnvironmentFault
 from tuner.search import hardware
 from tuner.spec.study import Study
 
-_TYPE = "accelerator_type:"  # Ray's own resource for the type of a node's accelerator
+TYPE = "accelerator_type:"  # Ray's own resource for the type of a node's accelerator
 _INSTALL = 'pip install "tuner[ray]"'
+_LOOK_S = 1.0  # how old what is known of the nodes may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,24 @@ class Node:
     type: str = ""
     device: str = ""
     why_gone: str = ""
+
+
+class Watch:
+    """The connected cluster's nodes, at most a second old. ``avoid``: the ids of those that get no more trials."""
+
+    def __init__(self) -> None:
+        self.avoid: set[str] = set()
+        self._nodes: list[Node] = []
+        self._looked_s = -_LOOK_S
+
+    def nodes(self, fresh: bool = False) -> list[Node]:
+        """Every node that the cluster has or had."""
+        if fresh or time.monotonic() - self._looked_s >= _LOOK_S:
+            self._looked_s, self._nodes = time.monotonic(), nodes()
+        return self._nodes
+
+    def usable(self) -> list[Node]:
+        return [node for node in self.nodes() if node.alive and node.id not in self.avoid]
 
 
 def connect(address: str) -> Any:
@@ -97,7 +117,7 @@ def _named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:
     for entry in entries:
         resources, labels = entry.get("Resources") or {}, entry.get("Labels") or {}
         word = labels.get("ray.io/accelerator-type") or next(
-            (name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE)), ""
+            (name.removeprefix(TYPE) for name in resources if name.startswith(TYPE)), ""
         )
         name = str(entry.get("NodeManagerHostname") or entry.get("NodeName") or entry.get("NodeManagerAddress"))
         if name in seen:  # several nodes on one machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,17 @@ class Report:
     teardown: Teardown
     files: parcel.Parcel
     beside: Mapping[str, bytes] = field(default_factory=dict)
+
+    def bring_home(self, folder: Path) -> None:
+        """Writes all of it into the study folder; ``folder`` is the trial's."""
+        parcel.unpack(self.files, folder)
+        for name, content in self.beside.items():
+            path = folder.parents[1] / name
+            if name.endswith(".jsonl"):
+                with path.open("ab") as file:
+                    file.write(content)
+            elif not path.exists():
+                path.write_bytes(content)
 
 
 class Seat:
@@ -196,7 +208,5 @@ _PREFIX = "tuner-seat-"
 
 
 def _prefix() -> str:
-    import os
-
     me = Pid.of(os.getpid())
     return f"{_PREFIX}{os.getpid()}-{me.start if me else 0}-"
