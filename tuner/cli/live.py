@@ -33,6 +33,7 @@ class View:
         self.running: dict[int, dict[str, Any]] = {}
         self.points: list[tuple[int, float, float, float, bool]] = []
         self.failures: Counter[str] = Counter()
+        self.nodes: list[dict[str, Any]] = []
         self.refused = ""
         self.budget = ""
         self.done = 0
@@ -89,7 +90,19 @@ class View:
         flags = describe(data["config"], self.default)
         self.running[trial] = {"since_s": time.monotonic(), "phase": "starting", "flags": flags, "why": data["why"]}
         if self.plain:
-            self.say(f"[{trial}] launching ({data['why']}): {flags}")
+            on = f" on {data['node']}" if data.get("node") else ""
+            self.say(f"[{trial}] launching{on} ({data['why']}): {flags}")
+
+    def _on_nodes(self, _: int, data: Any) -> None:
+        before = {node["name"]: node["alive"] for node in self.nodes}
+        self.nodes = data["nodes"]
+        for node in self.nodes:
+            if node["alive"] != before.get(node["name"], False):
+                self.say(f"node {node['name']}: {_gpus(node) if node['alive'] else 'gone'}")
+
+    def _on_lost(self, trial: int, data: Any) -> None:
+        self.running.pop(trial, None)
+        self.say(f"[{trial}] back to the queue, once: {data['why']}")
 
     def _on_phase(self, trial: int, data: Any) -> None:
         if trial in self.running:
@@ -153,6 +166,10 @@ class View:
         elapsed = time.monotonic() - self.began_s
         head = f"{self.study.name}  {self.done} trials done, {_clock(elapsed)}"
         parts.append(Text(head + (f", left: {self.budget}" if self.budget else ""), style="bold"))
+        for node in self.nodes:
+            runs = f"trial {', '.join(map(str, node['trials']))}" if node["trials"] else "idle"
+            text = f"  node {node['name']}  {_gpus(node)}  {runs if node['alive'] else 'gone'}"
+            parts.append(Text(text, style="" if node["alive"] else "yellow"))
         for number, state in sorted(self.running.items()):
             progress = state.get("progress") or {}
             share = f"  {progress['done']}/{progress['total']} requests" if progress.get("total") else ""
@@ -181,6 +198,12 @@ class View:
             if not best or point[3] < best[-1][3]:
                 best.append(point)
         return best[:8]
+
+
+def _gpus(node: dict[str, Any]) -> str:
+    if not node["gpus"]:
+        return "no GPU"
+    return f"{node['gpus']} x {node['device']}" if node["device"] else f"{node['gpus']} GPUs"
 
 
 def _clock(seconds: float) -> str:
