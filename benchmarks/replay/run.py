@@ -5,12 +5,18 @@
 Compiles ``server.c`` (needs gcc), pins the server to one core and each client, with all its processes, to another, and
 offers Poisson arrivals of 64-token requests at the asked chunk rates. What a tool reports (TTFT and ITL percentiles)
 is compared with what the server logged of itself. A tool whose command is not given, or does not run, is left out with
-a line. The model folder needs a tokenizer only: the peers make their prompts with it.
+a line. The model folder needs a tokenizer only: the peers make their prompts with it. Ours runs once more at
+``--spread-rate``, over all its processes and all of ``--spread-cores``.
+
+With ``--out`` every run is appended as a JSON line, and a run that is in the file is not repeated: an interrupted
+benchmark goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -21,13 +27,25 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TOKENS, PROMPT = 64, 32
 FIRST_MS, GAP_MS = 100, 20
+COLUMNS = (
+    "client",
+    "chunks/s",
+    "CPU s",
+    "CPU s / 100k chunks",
+    "TTFT error p50 / p99 ms",
+    "ITL error p50 / p99 ms",
+    "rate kept",
+    "first request s",
+    "server late p99 ms",
+)
 VLLM = (
     "import sys; from vllm.benchmarks.serve import add_cli_args, main;"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser as P;"
@@ -44,6 +62,7 @@ class Setting:
     rate: float
     count: int
     folder: Path
+    processes: int = 0  # of our client; 0: as it thinks right
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ def ours(s: Setting) -> list[str]:
     return [
         sys.executable, *program, "replay", "--url", s.url, "--trace", str(s.folder / "trace.jsonl"), "--model", "stub",
         "--tokenizer", str(s.model), "--records", str(s.folder / "records.parquet"), "--json",
+        *(["--processes", str(s.processes)] if s.processes else []),
     ]  # fmt: skip
 
 
@@ -143,7 +163,7 @@ def get(url: str) -> dict[str, float]:
         return json.load(answer)
 
 
-def run(tool: Tool, setting: Setting, cores: str, limit_s: float) -> dict[str, float] | str:
+def run(tool: Tool, setting: Setting, cores: str, limit_s: float) -> dict[str, Any] | str:
     """Figures of one run, or in words why there are none."""
     setting.folder.mkdir(parents=True)
     command = tool.command(setting)
@@ -166,7 +186,7 @@ def run(tool: Tool, setting: Setting, cores: str, limit_s: float) -> dict[str, f
         tail = (setting.folder / "stderr").read_text()[-300:]
         return f"no result (exit {process.returncode}, {type(error).__name__}: {error}): {tail}"
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    figures = {
+    figures: dict[str, Any] = {
         "cpu_s": cpu_s,
         "chunks": truth["chunks"],
         "cpu_s_per_100k": cpu_s / truth["chunks"] * 1e5,
@@ -193,6 +213,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--server-core", default="0")
     parser.add_argument("--client-cores", default="1", help="a list as taskset takes it")
+    parser.add_argument("--spread-rate", type=float, default=100_000, help="chunks/s, ours alone; 0: not")
+    parser.add_argument("--spread-cores", default="", help="default: the client's")
+    parser.add_argument("--processes", type=int, default=2, help="of our client at --spread-rate")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that one run may take")
     parser.add_argument("--lock", default="", help="a file to flock during each run, where the machine is shared")
     parser.add_argument("--out", type=Path, default=None, help="append each run as a JSON line")
@@ -210,56 +233,83 @@ def main() -> None:
     if args.tools:
         tools = [tool for tool in tools if tool.name in args.tools.split(",")]
 
+    bouts = [Bout(tool, rate, args.client_cores) for rate in map(float, args.rates.split(",")) for tool in tools]
+    if args.spread_rate and tools[0].read is read_ours:
+        bouts.append(Bout(tools[0], args.spread_rate, args.spread_cores or args.client_cores, args.processes))
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+    known = before(args.out)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "server"
         subprocess.run(["gcc", "-O2", "-o", str(binary), str(HERE / "server.c")], check=True)
-        port = 18_555
-        columns = ["client", "chunks/s", "CPU s", "CPU s / 100k chunks", "TTFT error p50 / p99 ms"]
-        columns += ["ITL error p50 / p99 ms", "rate kept", "first request s", "server late p99 ms"]
-        print("| " + " | ".join(columns) + " |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        for rate in (float(r) for r in args.rates.split(",")):
-            for k, tool in enumerate(tools):
-                lock = open(args.lock, "w") if args.lock else None  # noqa: SIM115
-                if lock:
-                    import fcntl
-
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                port += 1
-                server = subprocess.Popen(
-                    ["taskset", "-c", args.server_core, str(binary), str(port), str(FIRST_MS), str(GAP_MS)]
-                )
-                try:
-                    time.sleep(0.3)
-                    per_s = rate / TOKENS
-                    where = Path(folder) / f"{rate:.0f}-{k}"
-                    setting = Setting(
-                        f"http://127.0.0.1:{port}", args.model.resolve(), per_s, int(per_s * args.seconds), where
-                    )
+        for k, bout in enumerate(bouts):
+            figures = known.get(bout.key)
+            if figures is None:
+                with locked(args.lock):
                     load = os.getloadavg()[0]
-                    figures = run(tool, setting, args.client_cores, args.limit)
-                finally:
-                    server.kill()
-                    server.wait()
-                    if lock:
-                        lock.close()
+                    figures = play(bout, binary, 18_556 + k, Path(folder) / str(k), args)
                 if args.out:
+                    told = {"tool": bout.tool.name, "rate": bout.rate, "processes": bout.processes}
                     with args.out.open("a") as out:
-                        out.write(
-                            json.dumps({"tool": tool.name, "rate": rate, "load_before": load, "run": figures}) + "\n"
-                        )
-                if isinstance(figures, str):
-                    print(f"| {tool.name} | {rate:,.0f} | {figures} |", flush=True)
-                    continue
-                f = figures
-                print(
-                    f"| {tool.name} | {rate:,.0f} | {f['cpu_s']:.1f} | {f['cpu_s_per_100k']:.1f} | "
-                    f"{f['ttft_p50_error_ms']:.1f} / {f['ttft_p99_error_ms']:.1f} | "
-                    f"{f['itl_p50_error_ms']:.2f} / {f['itl_p99_error_ms']:.2f} | {f['kept']:.1%} | "
-                    f"{f['first_request_s']:.1f} | {f['server_late_p99_ms']:.2f} |"
-                    + (f" {f['untrusted']}" if "untrusted" in f else ""),
-                    flush=True,
-                )
+                        out.write(json.dumps(told | {"load_before": load, "run": figures}) + "\n")
+            print(line(bout, figures), flush=True)
+
+
+@dataclass(frozen=True)
+class Bout:
+    """One line of the table: ``rate`` chunks/s by a tool on ``cores``."""
+
+    tool: Tool
+    rate: float
+    cores: str
+    processes: int = 0
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self.tool.name, self.rate, self.processes
+
+
+def before(out: Path | None) -> dict[tuple[str, float, int], Any]:
+    """What the file holds of earlier runs; a run without a result is tried again."""
+    if out is None or not out.exists():
+        return {}
+    rows = [json.loads(text) for text in out.read_text().splitlines()]
+    return {(r["tool"], r["rate"], r["processes"]): r["run"] for r in rows if isinstance(r["run"], dict)}
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Holds the file's lock; no path: nothing."""
+    if not path:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def play(bout: Bout, binary: Path, port: int, folder: Path, args: argparse.Namespace) -> dict[str, Any] | str:
+    """One bout against a fresh server."""
+    server = subprocess.Popen(["taskset", "-c", args.server_core, str(binary), str(port), str(FIRST_MS), str(GAP_MS)])
+    try:
+        time.sleep(0.3)
+        per_s = bout.rate / TOKENS
+        url, model, count = f"http://127.0.0.1:{port}", args.model.resolve(), int(per_s * args.seconds)
+        return run(bout.tool, Setting(url, model, per_s, count, folder, bout.processes), bout.cores, args.limit)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def line(bout: Bout, f: dict[str, Any] | str) -> str:
+    name = bout.tool.name + (f", {bout.processes} processes" if bout.processes else "")
+    if isinstance(f, str):
+        return f"| {name} | {bout.rate:,.0f} | {f} |"
+    return (
+        f"| {name} | {bout.rate:,.0f} | {f['cpu_s']:.1f} | {f['cpu_s_per_100k']:.1f} | "
+        f"{f['ttft_p50_error_ms']:.1f} / {f['ttft_p99_error_ms']:.1f} | "
+        f"{f['itl_p50_error_ms']:.2f} / {f['itl_p99_error_ms']:.2f} | {f['kept']:.1%} | "
+        f"{f['first_request_s']:.1f} | {f['server_late_p99_ms']:.2f} |"
+    ) + (f" {f['untrusted']}" if "untrusted" in f else "")
 
 
 if __name__ == "__main__":

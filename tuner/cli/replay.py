@@ -33,6 +33,9 @@ def replay(
         False
     ),
     closed_loop: Annotated[int, typer.Option(help="Keep N in flight instead of the trace's times. [default: 0]")] = 0,
+    processes: Annotated[int | None, typer.Option(help="Client processes (default: by the rate and the cores).")] = (
+        None
+    ),
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 600.0,
     early_stop: Annotated[bool, typer.Option(help="End once the outcome is decided.")] = True,
     seed: Annotated[int, typer.Option(help="Another seed, other prompts: the prefix cache finds none of the last.")] = (
@@ -59,8 +62,8 @@ def replay(
                 "--url and --trace are needed", fix="tuner replay --url http://127.0.0.1:8000 --trace FILE"
             )
         step = _run(
-            url, trace, load, model, slos, tokenizer, requests, seconds, warmup, free_output, closed_loop, timeout,
-            early_stop, seed, quantiles, records, format, arrivals, api_key, as_json,
+            url, trace, load, model, slos, tokenizer, requests, seconds, warmup, free_output, closed_loop,
+            processes, timeout, early_stop, seed, quantiles, records, format, arrivals, api_key, as_json,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_plain(step), indent=2))
@@ -74,9 +77,9 @@ def replay(
 
 def _run(
     url: str, trace_file: Path, load: float, model: str, slos: tuple[Slo, ...], tokenizer: str, requests: int | None,
-    seconds: float | None, warmup: float, free_output: bool, closed_loop: int, timeout: float, early_stop: bool,
-    seed: int, quantiles: tuple[float, ...], records: Path | None, format: str, arrivals: str | None, api_key: str,
-    quiet: bool,
+    seconds: float | None, warmup: float, free_output: bool, closed_loop: int, processes: int | None, timeout: float,
+    early_stop: bool, seed: int, quantiles: tuple[float, ...], records: Path | None, format: str, arrivals: str | None,
+    api_key: str, quiet: bool,
 ) -> Step:  # fmt: skip
     import tempfile
 
@@ -94,6 +97,8 @@ def _run(
         trace = windows.cut(trace, 0, requests, name=trace.name)
     if warmup < 0 or timeout <= 0 or closed_loop < 0:
         raise UsageError("--warmup, --timeout and --closed-loop cannot be negative")
+    if processes is not None and processes < 1:
+        raise UsageError("--processes must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         plan = StepPlan(
             load=load,
@@ -111,7 +116,9 @@ def _run(
         )
         with _interrupt(plan.cancel):
             try:
-                return measure(Endpoint(url, model, api_key, tokenizer), plan, concurrency=closed_loop)
+                return measure(
+                    Endpoint(url, model, api_key, tokenizer), plan, concurrency=closed_loop, shards=processes
+                )
             except Cancelled:
                 where = f"; the records until then are in {records}" if records else ""
                 typer.echo(f"interrupted{where}", err=True)
