@@ -62,20 +62,6 @@ executor: ray
 """
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
-    for _ in range(2):
-        made.add_node(num_cpus=2, num_gpus=2)
-    made.wait_for_nodes()
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
-
-
 @dataclass
 class Session:
     """One session of a study, as ``tuner tune`` runs it, in a thread of its own."""

@@ -74,7 +74,7 @@ def nodes() -> list[Node]:
     """Every node that the connected cluster has or had."""
     import ray
 
-    return _named(sorted(ray.nodes(), key=lambda entry: entry["NodeID"]))
+    return named(sorted(ray.nodes(), key=lambda entry: entry["NodeID"]))
 
 
 def survey(address: str, wanted: str = "") -> Node:
@@ -112,7 +112,8 @@ def price(study: Study, device: str) -> float:
     return row.price_usd_per_hour if row and row.kind == "gpu" else objective.price_usd_per_gpu_hour
 
 
-def _named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:
+def named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:
+    """Ray's node entries as nodes."""
     found, seen = [], set[str]()
     for entry in entries:
         resources, labels = entry.get("Resources") or {}, entry.get("Labels") or {}

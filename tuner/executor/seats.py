@@ -56,7 +56,9 @@ class Seats:
         coming = [held for held in self._held if held.job and held.place is None]
         if not all(self._granted(held) for held in coming):
             return False
-        return sum(self._free(node) for node in self._watch.usable()) > sum(held.size for held in coming)
+        return sum(self._free(node) for node in self._watch.usable()) > sum(
+            held.size for held in coming if not held.node_id
+        )
 
     def take(self, job: Job) -> Held:
         """An idle seat of the job's shape, or a new one; idle seats of other shapes make way. Raises
@@ -74,7 +76,9 @@ class Seats:
     def retake(self, held: Held) -> Held:
         """For a trial whose seat still waits for its GPUs: a seat that is idle by now, if its shape is right; idle ones
         of other shapes make way. They may hold what it waits for, as after the end of a node."""
-        if held.job is None or all(other.job for other in self._held) or self._granted(held):
+        idle = any(other.job is None for other in self._held)
+        gone = held.node_id and held.node_id not in {node.id for node in self._watch.usable()}
+        if held.job is None or not (idle or gone) or self._granted(held):
             return held
         job, held.job = held.job, None
         self._held.remove(held)
@@ -123,21 +127,26 @@ class Seats:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        avoid = sorted(self._watch.avoid)
-        elsewhere = [{"ray.io/node-id": f"!in({','.join(avoid)})"}] if avoid else None
-        group = placement_group([shape], strategy="STRICT_PACK", bundle_label_selector=elsewhere)
+        host = "" if job.config.gpus else self._host()
+        avoid = f"!in({','.join(sorted(self._watch.avoid))})" if self._watch.avoid else ""
+        where = [{"ray.io/node-id": host or avoid}] if host or avoid else None
+        group = placement_group([shape], strategy="STRICT_PACK", bundle_label_selector=where)
         taken = {"num_cpus": shape.get("CPU", 0), "num_gpus": shape.get("GPU", 0)}
         there = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         actor = self._ray.remote(Seat).options(scheduling_strategy=there, **taken).remote(self._kit, self._line)
-        return Held(shape, group, actor, actor.where.remote(), job)
+        return Held(shape, group, actor, actor.where.remote(), job, host)
+
+    def _host(self) -> str:
+        """The id of a node without a trial: servers on one CPU measure each other. Empty where there is none (then
+        the host's lease makes the trial wait)."""
+        taken = {held.node_id for held in self._held}
+        return next((node.id for node in self._watch.usable() if node.id not in taken), "")
 
     def _shape(self, job: Job) -> dict[str, float]:
-        from ray._raylet import IMPLICIT_RESOURCE_PREFIX
-
         cpus = self._study.executor.cpus
-        shape: dict[str, float] = {"CPU": cpus} if cpus else {}
+        shape: dict[str, float] = {"CPU": cpus} if cpus else {"memory": 1.0}  # a bundle cannot be empty
         if not job.config.gpus:
-            return shape | {f"{IMPLICIT_RESOURCE_PREFIX}tuner-host": 1.0}  # every node has one of it
+            return shape
         shape["GPU"] = job.config.gpus
         if kind := self._type(job.config.gpu):
             shape[f"{cluster.TYPE}{kind}"] = 0.001

@@ -1,0 +1,32 @@
+from dataclasses import replace
+
+from tests import studies
+from tuner.executor import cluster
+
+
+def entry(number, alive=True, **resources):
+    return {"NodeID": f"{number:06}ff", "NodeManagerHostname": "box", "Alive": alive, "Resources": resources}
+
+
+def test_nodes_have_short_unique_names_and_say_what_gpu_they_have():
+    one, two, three = cluster.named(
+        [
+            entry(1, CPU=8.0, GPU=4.0, **{"accelerator_type:H100": 1.0}),
+            entry(2, CPU=8.0) | {"NodeManagerHostname": "other"},
+            entry(3, alive=False) | {"DeathReasonMessage": "preempted", "Labels": {"ray.io/accelerator-type": "L4"}},
+        ]
+    )
+    assert (one.name, one.gpus, one.type, one.device) == ("box", 4, "H100", cluster.device_of("H100"))
+    assert (two.name, two.gpus, two.device) == ("other", 0, "")
+    assert (three.name, three.alive, three.device, three.why_gone) == ("box/000003", False, "L4", "preempted")
+
+
+def test_a_node_costs_what_the_study_says_of_its_type_else_what_the_table_says(tmp_path):
+    study = studies.study(tmp_path)
+    objective = replace(study.objective, price_usd_per_gpu_hour=1.5, prices={"H100": 2.25})
+    study = replace(study, objective=objective, hardware=replace(study.hardware, name="A100-SXM-80GB"))
+    assert cluster.price(study, cluster.device_of("H100")) == 2.25
+    assert cluster.price(study, "A100-SXM-80GB") == 1.5  # the study's own hardware
+    assert cluster.price(study, "") == 1.5
+    assert cluster.price(study, "L4") == cluster.hardware.lookup("L4").price_usd_per_hour
+    assert cluster.price(study, "nobody-knows") == 1.5

@@ -1,0 +1,155 @@
+"""What every executor must do, here and on a Ray cluster: tuner/executor/protocol.py in sentences."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.spec.conftest import workplace as workplace  # a folder with a model and a trace
+from tuner.engines import build as engines
+from tuner.engines.protocol import LaunchFailed
+from tuner.errors import UsageError
+from tuner.executor.build import executor
+from tuner.executor.protocol import Job
+from tuner.load.trace import Trace
+from tuner.spec import studyfile
+from tuner.study.evaluate import Bench
+from tuner.study.outcome import Aborted, Infeasible, Measured
+from tuner.study.store import Store
+
+STUDY = """\
+name: s
+model: my-org/my-model
+engine: {kind: function, target: "evaluator:evaluate"}
+hardware: {gpu: L4, gpus: 2}
+search_space:
+  name: s
+  engine: function
+  parameters:
+    seqs: {flag: seqs, values: [1, 2, 3, 4], default: 1, trades: a against b}
+objective: {name: x, latency: tpot_p99, slo: {ttft_p99: 500ms, tpot_p99: 50ms}}
+price_usd_per_gpu_hour: 0.70
+load: {ladder: [0.5, 1]}
+"""
+GOOD = """\
+import time
+def evaluate(config, load):
+    time.sleep(0.3)
+    return {"ttft_p99_s": 0.1, "tpot_p99_s": 0.01 * load, "output_tokens_per_s": config["seqs"] * load}
+"""
+REFUSING = """\
+import tuner
+def evaluate(config, load):
+    raise tuner.Infeasible("too few")
+"""
+WRONG = "def evaluate(config, load):\n    return 7\n"
+WINDOW = Trace("w", np.zeros(1), np.ones(1, int), np.ones(1, int), 0, np.empty(0, int), np.zeros(2, int))
+
+
+class Rigged:
+    """An executor with its bench, and jobs for it."""
+
+    def __init__(self, folder, kind, evaluator, parallel):
+        (folder / "evaluator.py").write_text(evaluator)
+        path = folder / "s.yaml"
+        path.write_text(f"{STUDY}executor: {kind}\nparallel: {parallel}\nreports: {folder / 'reports'}\n")
+        self.study = studyfile.load(path)
+        self.cancel, self.events = threading.Event(), []
+        engine = engines.engine(self.study)
+        self.bench = Bench(self.study, engine, self.cancel, lambda n, d: self.events.append((n, d)))
+        self.store = Store(folder / "reports" / "s")
+
+    def job(self, number, window=True):
+        config = self.study.space.config({"seqs": 1 + number % 4}, self.study.model)
+        trace = WINDOW if window else None
+        return Job(number, config, self.store.trial_folder(number), trace, why="test")
+
+    def all(self, where, count, timeout_s=60):
+        ended, deadline = [], time.monotonic() + timeout_s
+        while len(ended) < count and time.monotonic() < deadline:
+            ended += where.wait(0.5)
+        return ended
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def rigged(request, workplace):
+    if request.param == "ray":
+        request.getfixturevalue("cluster")
+    return lambda evaluator=GOOD, parallel=2: Rigged(workplace, request.param, evaluator, parallel)
+
+
+def test_every_job_ends_once_with_its_outcome_and_its_place(rigged):
+    made = rigged()
+    with executor(made.bench) as where:
+        where.submit(made.job(0))
+        where.submit(made.job(1))
+        assert not where.room()  # parallel: 2
+        ended = made.all(where, 2)
+        assert where.room()
+        assert where.wait(0.1) == []
+    assert sorted(end.job.number for end in ended) == [0, 1]
+    assert all(isinstance(end.outcome, Measured) and len(end.outcome.steps) == 2 for end in ended)
+    assert {end.place.device for end in ended} == {"L4"}
+    assert {end.place.price_usd_per_gpu_hour for end in ended} == {0.70}
+    launches = [data for name, data in made.events if name == "launch"]
+    assert sorted(data["trial"] for data in launches) == [0, 1] and {data["why"] for data in launches} == {"test"}
+    assert [d["load"] for n, d in made.events if n == "measured" and d["trial"] == 1] == [0.5, 1.0]
+
+
+def test_what_cannot_serve_is_an_outcome(rigged):
+    made = rigged(REFUSING)
+    with executor(made.bench) as where:
+        where.submit(made.job(0))
+        (end,) = made.all(where, 1)
+    assert isinstance(end.outcome, Infeasible) and end.outcome.message == "too few"
+
+
+def test_what_is_a_bug_is_raised(rigged):
+    made = rigged(WRONG)
+    with executor(made.bench) as where, pytest.raises(UsageError, match="returned int"):
+        where.submit(made.job(1))
+        made.all(where, 1)
+
+
+def test_an_interrupt_ends_what_runs(rigged):
+    made = rigged()
+    with executor(made.bench) as where:
+        where.submit(made.job(0))
+        while not any(name == "step" for name, _ in made.events):
+            where.wait(0.05)
+        made.cancel.set()
+        (end,) = made.all(where, 1, 20)
+    assert isinstance(end.outcome, Aborted) and end.outcome.reason == "interrupted"
+
+
+def test_a_rig_is_measured_step_by_step_and_says_where_it_is(rigged):
+    made = rigged()
+    with executor(made.bench) as where:
+        with where.rig(made.job(0, window=False)) as rig:
+            steps = [rig.measure(load, WINDOW, "v") for load in (0.5, 2.0)]
+            assert rig.place.device == "L4"
+        with where.rig(made.job(1, window=False)) as rig:  # the GPU is free again
+            assert rig.measure(1.0, WINDOW, "v").metrics["output_tokens_per_s"] == 2.0
+    assert [step.load for step in steps] == [0.5, 2.0]
+
+
+def test_a_rig_raises_what_the_server_died_of(rigged):
+    made = rigged(REFUSING)
+    with (
+        executor(made.bench) as where,
+        where.rig(made.job(0, window=False)) as rig,
+        pytest.raises(LaunchFailed) as failed,
+    ):
+        rig.measure(1.0, WINDOW, "v")
+    assert failed.value.outcome.cause == "infeasible"
+
+
+def test_closing_ends_what_runs_and_may_be_done_twice(rigged):
+    made = rigged()
+    with executor(made.bench) as where:
+        where.submit(made.job(0))
+        where.wait(0.1)
+        began = time.monotonic()
+        where.close()
+    assert time.monotonic() - began < 30
