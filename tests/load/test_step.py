@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.load.replays import endpoint, plan, poisson, seconds, trace
+from tests.load.replays import endpoint, plan, poisson, seconds, trace, undisturbed
 from tests.load.stub import stub
 from tuner.cli.app import app
 from tuner.load.records import read
@@ -105,9 +105,14 @@ def test_the_command_measures_and_says_whether_the_slo_held(tmp_path, small_trac
     records = tmp_path / "r.parquet"
     with stub(first_s=0.05, gap_s=0.001) as (_, url):
         run = ["replay", "--url", url, "--trace", str(small_trace), "--records", str(records), "--json"]
-        held = CliRunner().invoke(app, [*run, "--slo", "ttft_p90=1s"])
-        missed = CliRunner().invoke(app, [*run, "--slo", "ttft_p90=10ms", "--seed", "1"])
-        closed = CliRunner().invoke(app, [*run[:-1], "--closed-loop", "2"])
+
+        def invoke(*words: str):
+            """Again while the machine was too busy to trust what was measured."""
+            return undisturbed(lambda: CliRunner().invoke(app, list(words)), lambda result: result.exit_code != 4)
+
+        held = invoke(*run, "--slo", "ttft_p90=1s")
+        missed = invoke(*run, "--slo", "ttft_p90=10ms", "--seed", "1")
+        closed = invoke(*run[:-1], "--closed-loop", "2")
     assert held.exit_code == 0, held.output
     assert json.loads(held.stdout)["metrics"]["ttft_p50_s"] == pytest.approx(0.05, abs=0.02)
     assert missed.exit_code == 3 and json.loads(missed.stdout)["slo_misses"]
