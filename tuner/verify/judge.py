@@ -10,6 +10,7 @@ from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Finalist, Launched, Range
 from tuner.verify.capacity import capacity, cost_at, value_at
+from tuner.verify.power import Power, power
 from tuner.verify.repeats import NO_SPREAD, Repeats, Spread
 from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_best
 
@@ -53,12 +54,14 @@ class Arm:
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """``choice`` is an arm's label (empty: nothing meets the SLOs); ``reason`` is a slug: ``cheaper``, ``faster`` (as
-    cheap, but lower latency), ``default-fails`` (the default meets no SLO), ``nothing-proven``, ``nothing-holds``."""
+    cheap, but lower latency), ``default-fails`` (the default meets no SLO), ``nothing-proven``, ``nothing-holds``.
+    ``power`` is about the cheapest finalist where nothing is proven."""
 
     choice: str
     reason: str
     arms: Mapping[str, Arm]
     spread: Spread = NO_SPREAD
+    power: Power | None = None
 
 
 def judge(
@@ -133,7 +136,12 @@ def judge(
             best=ahead.get(label, 0.0),
             failure=failures.get(label, ""),
         )
-    return Judgement(choice, reason, found, costs.total())
+    hope = min(gains, key=lambda label: gains[label].mean, default=None)
+    could = None
+    if reason == "nothing-proven" and hope is not None:
+        share = weights[hope] / sum(weights[label] for label in gains)
+        could = power(costs, hope, base, worth, (1 - confidence) / 2 * COST_SHARE * share)
+    return Judgement(choice, reason, found, costs.total(), could)
 
 
 class Table:

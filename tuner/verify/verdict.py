@@ -11,6 +11,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.verify.arm import Finalist, Launched, Range
 from tuner.verify.judge import UNKNOWN, Arm, Judgement
+from tuner.verify.power import Power
 from tuner.verify.repeats import NO_SPREAD, Spread
 
 
@@ -141,6 +142,7 @@ def _text(
         case _:
             words.append(f"No finalist is proven better than the default at {sure}:")
             words.append("what the search saw is within what launches and windows differ by anyway.")
+            words += _could(judgement.power)
     words.append(f"At that load it costs {_usd(state.load_cost)}, {latency} {_ms(state.latency)} ({sure} intervals).")
     if len(arms) > 1:
         words.append(f"Probability of being the cheapest of the {len(arms)}: {state.best * 100:.0f} %.")
@@ -160,6 +162,29 @@ def _text(
     if windows < 2:
         words.append("One held-out window: the intervals say nothing about other stretches of traffic.")
     return " ".join(words) + f"\n\n{how}"
+
+
+def _could(power: Power | None) -> list[str]:
+    """What these launches could have proven, and what it would have taken to prove what they saw."""
+    if power is None:
+        return []
+    if not power.provable:
+        return ["With one launch of each, no difference of any size could have been proven: it takes two, better four."]
+    words = [f"These launches could have proven a cost lower by about {(1 - power.provable) * 100:.0f} % or more;"]
+    if power.seen >= 1:
+        return [*words, f"they saw none ({power.label}: {(power.seen - 1) * 100:+.1f} %)."]
+    words.append(f"they saw {power.label} {(1 - power.seen) * 100:.1f} % cheaper.")
+    if power.rounds is None:
+        return [
+            *words,
+            "A gain that small beside such differences is out of reach of any reasonable number of launches.",
+        ]
+    rounds = f"{power.rounds} more launch{'es' if power.rounds != 1 else ''} of each" if power.rounds else ""
+    windows = f"{power.windows} more held-out window{'s' if power.windows != 1 else ''}" if power.windows else ""
+    needed = " and ".join(filter(None, (rounds, windows)))
+    if not needed:  # the arm left the race before the others
+        return words
+    return [*words, f"To prove that, about {needed} would have been needed, if they differ as these did."]
 
 
 def _row(arm: Arm, finalist: Finalist, latency: str) -> dict[str, Any]:
