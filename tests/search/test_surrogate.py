@@ -69,6 +69,16 @@ def test_a_source_that_explains_keeps_its_weight_and_one_that_does_not_loses_it(
     assert weights[0] > 0.9 and abs(weights[1]) < 0.4
 
 
+def test_an_effect_that_the_model_calls_large_is_believed_to_be_wrong_by_more():
+    pool, codes = everything()
+    known = rows([pool.keys[0]], [0.0])
+    more = np.array([0.5, 0.0, 0.0, 0.0, 0.0])
+    sd = [predict(fit(correlations(space()), known, Prior(), more=m), codes)[1] for m in (None, more)]
+    other_gpus = codes[:, 0] != codes[0, 0]
+    assert sd[1][other_gpus].min() > 1.5 * sd[0][other_gpus].min()
+    assert sd[1][~other_gpus] == pytest.approx(sd[0][~other_gpus], rel=0.1)
+
+
 def test_the_fit_is_a_maximum():
     pool, _ = everything()
     known = rows(
@@ -77,7 +87,8 @@ def test_the_fit_is_a_maximum():
     )
     tables, prior = correlations(space()), Prior(common=1e-3)
     s = fit(tables, known, prior)
-    centre = np.array([prior.constant, prior.load, *[prior.single] * 5, prior.pair, prior.own, prior.noise])
+    singles = [prior.single / (1 - t[:-1, :-1].mean()) for t in tables]  # between values, however alike they are
+    centre = np.array([prior.constant, prior.load, *singles, prior.pair, prior.own, prior.noise])
     spread = np.array([prior.spread] * 9 + [prior.noise_spread])
 
     def density(v: np.ndarray) -> float:

@@ -17,11 +17,12 @@ from tuner.space.config import Value
 
 QUANTITIES = ("capacity", "cost", "latency")
 # with a model the residual is small; without one the whole effect of a parameter has to be learnt
-WITH_MODEL = Prior(single=0.02, pair=0.006, own=0.002)
-WITHOUT = Prior(single=0.06, pair=0.04, own=0.004, common=0.5)
-COST = Prior(constant=0.1, load=0.02, single=0.005, pair=0.002, own=0.001, noise=0.0004, spread=1.6)
+WITH_MODEL = Prior(single=0.006, pair=0.01, own=0.001, common=0.5)
+WITHOUT = Prior(single=0.04, pair=0.04, own=0.002, common=0.5)
+MODEL_WRONG = 0.4  # share of an effect that the model may have wrong: large effects leave large residuals
+COST = Prior(constant=0.1, load=0.02, single=0.002, pair=0.002, own=0.001, noise=0.0004, spread=1.6)
 WORKS = Prior(
-    constant=0.15, load=1e-6, single=0.15, pair=0.3, own=0.02, noise=0.03, spread=1.0, common=0.5, noise_spread=0.5
+    constant=0.15, load=1e-6, single=0.08, pair=0.3, own=0.02, noise=0.03, spread=1.0, common=0.5, noise_spread=0.5
 )
 WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
@@ -77,6 +78,7 @@ class Beliefs:
                 mean=self._mean(name, rows, sources),
                 prior_weights=[s.weight for s in sources],
                 weight_sd=[s.weight_sd for s in sources],
+                more=MODEL_WRONG**2 * self._effects(name),
                 start=start,
                 seed=seed,
             )
@@ -223,6 +225,22 @@ class Beliefs:
         if kind == "model cost":
             return self.foresight.cost[at] - self._structure(at)
         return (self.foresight.capacity if kind == "capacity" else self.foresight.kv_tokens)[at][:, None]
+
+    def _effects(self, name: str) -> Array:
+        """Variance between the values of each parameter in the model's predictions, in squared log units."""
+        key = f"effects on {name}"
+        if key not in self.centres:
+            found = np.zeros(len(self.tables))
+            if self.foresight.predictor is not None:
+                some = np.arange(min(CENTRE_ON, len(self.candidates.params)))
+                raw = self._raw("model cost" if name == "cost" else name, some).mean(1)
+                some = some[np.isfinite(raw)]
+                codes, raw = self.candidates.codes(some.tolist()), raw[np.isfinite(raw)]
+                for j in range(len(self.tables)):
+                    levels = [raw[codes[:, j] == c].mean() for c in np.unique(codes[:, j]) if c >= 0]
+                    found[j] = np.var(levels) if levels else 0.0
+            self.centres[key] = found
+        return self.centres[key]
 
     def _centre(self, kind: str) -> Array:
         if kind not in self.centres:

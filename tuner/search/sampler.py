@@ -2,8 +2,8 @@
 
 In order: the engine's default (the baseline of every comparison); configurations spread over the analytic model's
 predicted front, or an expert's first choices where there is no model; then, by a surrogate on what the launches said,
-the candidate with the highest expected growth of the front per GPU-second. Everything is read from the study's trials
-each time, so that a resumed study goes on where it was.
+the candidate with the highest expected growth of the front, per GPU-second once a dozen launches have been made.
+Everything is read from the study's trials each time, so that a resumed study goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,18 +41,20 @@ MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not wo
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``first`` configurations come from the predicted front (or from the expert's list) before gain is counted per
-    GPU-second. Where the launches leave the model less than ``trust`` of its weight, the expert is asked after all.
-    ``shortlist`` candidates get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring
-    a point again may take one launch in ``remeasure_every`` (0: never). ``power``: of the GPU-seconds in the gain per
-    GPU-second."""
+    """``first`` configurations come from the predicted front (or from the expert's list). The first ``by_gain``
+    launches are chosen by gain alone: while little is known, gain per GPU-second tries one small server after another
+    and leaves whole parts of the front untried; afterwards gain counts per GPU-second to the ``power``. Where the
+    launches leave the model less than ``trust`` of its weight, the expert is asked after all. ``shortlist`` candidates
+    get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring a point again may take one
+    launch in ``remeasure_every`` (0: never)."""
 
     first: int = 4
     trust: float = 0.6
-    shortlist: int = 300
+    shortlist: int = 160
     neighbours: int = 200
     remeasure_every: int = 8
     power: float = 1.0
+    by_gain: int = 12
 
 
 class TunerSampler(BaseSampler):
@@ -167,11 +169,13 @@ class TunerSampler(BaseSampler):
         shortlist = scan.shortlist(free, mean, front, self.options.shortlist, rng)
         normal = draws(self.seed + number)
         values = worth(self.beliefs.posterior(shortlist), front, self.loads, cost, normal)
-        score = values.gain if early else values.gain / values.gpu_seconds**self.options.power
+        launched = sum(r.seen.outcome is not None for r in scan.readings)
+        power = self.options.power if launched >= self.options.by_gain else 0.0
+        score = values.gain / values.gpu_seconds**power
         best = int(np.argmax(score + 1e-15 * rng.random(len(score))))
         self.expected_gain = float(values.gain.max() / volume) if volume > 0 else None
         if not early and volume > 0:
-            doubt = scan.doubtful(front, cost, normal, self.options.remeasure_every)
+            doubt = scan.doubtful(front, cost, normal, self.options.remeasure_every, power)
             if doubt is not None and doubt.score > score[best]:
                 why = f"measured again: its point is worth {doubt.stake / volume:.1%} of the front, more or less"
                 return doubt.index, Proposal(why, self.expected_gain, doubt.number)

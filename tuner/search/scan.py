@@ -21,7 +21,7 @@ HOPE = 1.5  # standard deviations of optimism in the cheap look
 @dataclass(frozen=True, slots=True)
 class Doubt:
     """A measured candidate whose part of the front is uncertain by ``stake`` (hypervolume, one standard deviation), the
-    ``number`` of the trial that measured it, and what a repetition is worth per GPU-second."""
+    ``number`` of the trial that measured it, and the ``score`` of a repetition, in the units of a launch's."""
 
     index: int
     number: int
@@ -79,10 +79,10 @@ class Scan:
         found += rng.choice(len(free), size=count // 10, replace=False).tolist()
         return [free[i] for i in dict.fromkeys(found)]
 
-    def doubtful(self, front: Front, cost: LaunchCost, normal: Array, every: int) -> Doubt | None:
+    def doubtful(self, front: Front, cost: LaunchCost, normal: Array, every: int, power: float = 1.0) -> Doubt | None:
         """The measured configuration whose repetition would say most: whose part of the front (points that a lucky run
-        may have put there, loads that a narrow miss may have taken away) is the least certain, per GPU-second. None
-        where repetitions have had their share of the launches (one in ``every``)."""
+        may have put there, loads that a narrow miss may have taken away) is the least certain, per GPU-second to the
+        ``power``. None where repetitions have had their share of the launches (one in ``every``)."""
         launched = [r for r in self.readings if r.seen.outcome is not None]
         repeats = [r.seen.params for r in launched if r.seen.remeasure_of is not None]
         if not every or len(launched) < every * (len(repeats) + 1):
@@ -103,7 +103,7 @@ class Scan:
             alone = Posterior(*(getattr(believed, name)[row : row + 1] for name in Posterior.__slots__))
             stakes[row] = gains(alone, Front(others, front.reference), self.loads, normal)[0].std()
         seconds = worth(believed, front, self.loads, cost, normal).gpu_seconds
-        scores = stakes * SETTLED / seconds
+        scores = stakes * SETTLED / seconds**power
         best = int(np.argmax(scores))
         return Doubt(indices[best], first[indices[best]].seen.number, float(stakes[best]), float(scores[best]))
 

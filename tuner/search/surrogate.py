@@ -129,16 +129,18 @@ def fit(
     mean: float | None = None,
     prior_weights: Sequence[float] = (),
     weight_sd: Sequence[float] = (),
+    more: Array | None = None,
     start: Array | None = None,
     seed: int = 0,
 ) -> Surrogate:
-    """A process fitted to ``rows``. ``mean`` fixes the prior mean (otherwise that of the targets, the sources taken
-    off); ``start`` are variances to start from (an earlier fit's)."""
+    """A process fitted to ``rows``. ``more`` is added to the prior's ``single``, parameter by parameter: the variance
+    expected between a parameter's values, however alike neighbours are. ``mean`` fixes the prior mean (otherwise that
+    of the targets, the sources taken off); ``start`` are variances to start from (an earlier fit's)."""
     d = len(tables)
     weights, sds = np.array(prior_weights, float), np.array(weight_sd, float)
-    centre = np.concatenate(
-        [[prior.constant, prior.load], np.full(d, prior.single), [prior.pair, prior.own, prior.noise]]
-    )
+    apart = np.array([max(1 - float(t[:-1, :-1].mean()), 0.05) for t in tables])
+    singles = (prior.single + (np.zeros(d) if more is None else more)) / apart
+    centre = np.concatenate([[prior.constant, prior.load], singles, [prior.pair, prior.own, prior.noise]])
     spread = np.concatenate([np.full(d + 4, prior.spread), [prior.noise_spread]])
     if mean is None:
         mean = float(np.mean(rows.y - rows.sources @ weights)) if len(rows.y) else 0.0
