@@ -14,7 +14,8 @@ from tuner.fleet.day import Day, Traffic
 from tuner.fleet.demand import Demand
 from tuner.fleet.headroom import Routing, table
 from tuner.fleet.offer import Offer, Shop
-from tuner.fleet.plan import Plan, Terms, needs, pools_of, solve
+from tuner.fleet.plan import Plan, Terms, needs, pools_of
+from tuner.fleet.programme import solve
 
 Simulation = Literal["auto", "windows", "requests"]
 FEW = 200_000  # requests up to which every one of them is simulated

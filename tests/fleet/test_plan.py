@@ -1,0 +1,166 @@
+"""The plan is the cheapest that there is: held against every plan there could be."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fleet import made
+from tuner.fleet.plan import Pool, Terms, needs, pools_of
+from tuner.fleet.programme import solve
+
+MOST = 4  # replicas of a kind that the search by hand tries
+
+
+def pool(index, usd, *, start_h=0.0, late_h=0, gpus=1, spot=False, available=1.0):
+    return Pool(index, f"p{index}", spot, usd, available, start_h, late_h, f"g{index}", gpus)
+
+
+def by_hand(pools, need, allowed, terms):
+    """The lowest cost over all plans, from what ``docs/fleet.md`` says a plan must obey; None without one."""
+    hours, many = len(need), len(pools)
+    size = [[allowed[p][h] * pools[p].available for h in range(hours)] for p in range(many)]
+
+    def serves(ready, h):
+        for used in itertools.product(*(range(n + 1) for n in ready)):
+            whole = sum(n * size[p][h] for p, n in enumerate(used))
+            lost = terms.spare * max((size[p][h] for p, n in enumerate(used) if n), default=0.0)
+            spot = sum(n * size[p][h] for p, n in enumerate(used) if pools[p].spot)
+            if whole - lost >= need[h] - 1e-9 and spot <= terms.spot_share * whole + 1e-9:
+                return True
+        return False
+
+    columns = [
+        [n for n in itertools.product(range(MOST + 1), repeat=many) if need[h] == 0 or serves(n, h)]
+        for h in range(hours)
+    ]
+    best = math.inf
+    for plan in itertools.product(*columns):  # plan[h][p]
+        starts = [[max(plan[h][p] - plan[h - 1][p], 0) if hours > 1 else 0 for h in range(hours)] for p in range(many)]
+        cost = sum(
+            pools[p].usd_per_hour * (plan[h][p] + pools[p].start_h * starts[p][h])
+            for p in range(many)
+            for h in range(hours)
+        )
+        if cost >= best:
+            continue
+        uptime = min(terms.min_uptime_h, hours)
+        kept = all(
+            plan[h][p] >= sum(starts[p][h - j] for j in range(uptime)) for p in range(many) for h in range(hours)
+        )
+        ready = [
+            tuple(min(plan[h - j][p] for j in range(min(pools[p].late_h, hours - 1) + 1)) for p in range(many))
+            for h in range(hours)
+        ]
+        room = all(
+            sum((plan[h - 1][p] + starts[p][h]) * pools[p].gpus for p in range(many) if name in ("", pools[p].gpu))
+            <= most
+            for name, most in terms.max_gpus.items()
+            for h in range(hours)
+        )
+        if kept and room and all(need[h] == 0 or serves(ready[h], h) for h in range(hours)):
+            best = cost
+    return best if best < math.inf else None
+
+
+@st.composite
+def problems(draw):
+    hours = draw(st.integers(1, 3))
+    many = draw(st.integers(1, 2))
+    spot = many == 2 and draw(st.booleans())
+    numbers = st.sampled_from([0.0, 0.5, 1.0, 1.7, 2.5, 3.0])
+    pools = []
+    for p in range(many):
+        usd = draw(st.sampled_from([1.0, 1.3, 1.9, 2.6, 4.1]))
+        late = draw(st.integers(0, 1))
+        pools.append(
+            pool(
+                p,
+                usd,
+                start_h=draw(st.sampled_from([0.0, 0.1, 0.7])),
+                late_h=late,
+                gpus=draw(st.integers(1, 2)),
+                spot=spot and p == 1,
+                available=0.9 if spot and p == 1 else 1.0,
+            )
+        )
+    need = [draw(numbers) for _ in range(hours)]
+    allowed = [[draw(st.sampled_from([1.0, 1.5, 2.0, 3.0]))] * hours for _ in range(many)]
+    bounds = draw(st.sampled_from([{}, {}, {"": 5}, {"g0": 2}]))
+    terms = Terms(
+        spare=draw(st.integers(0, 1)),
+        spot_share=draw(st.sampled_from([0.3, 0.6])) if spot else 0.0,
+        min_uptime_h=draw(st.integers(1, 2)),
+        max_gpus=bounds,
+    )
+    return pools, need, allowed, terms
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_no_plan_is_cheaper_than_the_plan(problem):
+    pools, need, allowed, terms = problem
+    best = by_hand(pools, need, allowed, terms)
+    found = solve(pools, np.array(need), np.array(allowed), terms)
+    if best is None:
+        # more than MOST of a kind may still do where nothing bounds it
+        assert found is None or found.replicas.max() > MOST
+        return
+    assert found is not None
+    if found.replicas.max() <= MOST:
+        assert found.usd == pytest.approx(best, abs=1e-6)
+    else:
+        assert found.usd <= best + 1e-6
+
+
+def test_a_mix_of_kinds_beats_either_alone():
+    large, small = pool(0, 2.0), pool(1, 1.1)
+    plan = solve([large, small], np.array([13.0]), np.array([[10.0], [4.0]]), Terms(spare=0))
+    assert plan.replicas.tolist() == [[1], [1]]
+
+
+def test_the_spare_is_of_the_largest_kind_in_use():
+    large, small = pool(0, 2.0), pool(1, 1.1)
+    plan = solve([large, small], np.array([9.0]), np.array([[10.0], [4.0]]), Terms(spare=1))
+    served = plan.ready[:, 0] * np.array([10, 4])
+    assert served.sum() - max(size for size, n in zip((10, 4), plan.ready[:, 0], strict=True) if n) >= 9
+
+
+def test_a_replica_that_starts_too_late_is_paid_in_the_hour_before():
+    offer = made.offer(rps=10, start_s=1800.0)
+    need = np.array([5.0, 5.0, 15.0, 5.0])
+    allowed = np.full((1, 4), 10.0)
+    known = solve(pools_of([offer], Terms(spare=0)), need, allowed, Terms(spare=0))
+    late = Terms(spare=0, lead_s=0.0)
+    surprised = solve(pools_of([offer], late), need, allowed, late)
+    assert known.replicas[0].tolist() == [1, 1, 2, 1]
+    assert surprised.replicas[0].tolist() == [1, 2, 2, 1]
+    assert surprised.ready[0].tolist() == [1, 1, 2, 1]
+
+
+def test_spot_machines_are_used_up_to_their_share_and_counted_for_the_time_that_they_serve():
+    terms = Terms(spare=0, spot_share=0.5, spot_price=0.4, interruptions_per_hour=1.0)
+    pools = pools_of([made.offer(rps=10, start_s=360.0)], terms)
+    assert [p.available for p in pools] == [1.0, pytest.approx(1 / 1.1)]
+    plan = solve(pools, np.array([100.0]), np.full((2, 1), 10.0), terms)
+    spot = plan.ready[1, 0] * 10 / 1.1
+    assert spot <= 0.5 * plan.capacity_rps[0] + 1e-9
+    assert plan.ready[1, 0] == 5
+    assert plan.capacity_rps[0] >= 100
+
+
+def test_a_million_requests_per_second_take_seconds():
+    offers = [made.offer("a", rps=11.3, usd=2.1), made.offer("b", rps=29.7, usd=5.2)]
+    need = made.day(1e6).rate_rps
+    allowed = np.repeat([[11.3], [29.7]], 24, axis=1)
+    plan = solve(pools_of(offers, Terms()), need, allowed, Terms(), seconds=20)
+    assert plan.gap <= 1e-4
+    assert (plan.capacity_rps >= need).all()
+
+
+def test_what_was_needed_is_kept_around_the_circle():
+    assert needs(np.array([1.0, 5.0, 2.0, 1.0]), 1).tolist() == [1, 5, 5, 2]
+    assert needs(np.array([1.0, 2.0, 5.0]), 1).tolist() == [5, 2, 5]
