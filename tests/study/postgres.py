@@ -1,4 +1,4 @@
-"""PostgreSQL for tests: Debian's binaries, a data directory of its own, a port on the loopback, a user without rights."""
+"""PostgreSQL for tests: Debian's binaries, a data directory of its own, a loopback port, a user without rights."""
 
 from __future__ import annotations
 
