@@ -113,11 +113,11 @@ def test_what_is_a_bug_is_raised(rigged):
 
 
 def test_an_interrupt_ends_what_runs(rigged):
-    made = rigged()
+    made = rigged(GOOD.replace("0.3", "3"))
     with executor(made.bench) as where:
         where.submit(made.job(0))
         while not any(name == "step" for name, _ in made.events):
-            where.wait(0.05)
+            assert where.wait(0.05) == []
         made.cancel.set()
         (end,) = made.all(where, 1, 20)
     assert isinstance(end.outcome, Aborted) and end.outcome.reason == "interrupted"

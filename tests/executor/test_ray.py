@@ -100,9 +100,21 @@ def begin(folder, text):
 
 
 def servers(folder):
-    """Emulated servers of this study that still run."""
-    words = (" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
-    return [line for line in words if "tuner.engines.emulator" in line and str(folder) in line]
+    """Emulated servers of this study that run, their guards left out."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if "tuner.engines.emulator" in line and str(folder) in line and "guard" not in line:
+            found.append(process)
+    return found
+
+
+def until(happens, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not (found := happens()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+    return found
 
 
 def test_every_configuration_is_tried_once_and_its_record_says_where(cluster, workplace):
@@ -133,14 +145,26 @@ def test_an_interrupt_ends_the_trials_on_all_nodes_and_keeps_what_is_done(cluste
     assert sorted(Counter(t.config.hash for t in finished).values()) == [1] * 12
 
 
+def test_a_worker_killed_hard_leaves_no_server_and_an_interrupt_stops_those_on_all_nodes(cluster, workplace):
+    run = begin(workplace, EMULATOR.replace("[0.5]", "[0.05]"))
+    server = until(lambda: len(servers(workplace)) > 2 and servers(workplace))[0]
+    (worker,) = [parent for parent in server.parents() if "Seat" in parent.name() or "Seat" in parent.cmdline()[0]]
+    worker.kill()
+    until(lambda: not server.is_running())
+    until(lambda: run.seen("lost"))
+    assert "ended" in run.seen("lost")[0]["why"]
+    until(lambda: servers(workplace))
+    run.cancel.set()
+    run.done(30)
+    assert run.ended == "interrupted"
+    until(lambda: not servers(workplace), 20)
+
+
 def test_a_node_that_dies_loses_no_trial_and_leaves_no_server(cluster, workplace):
     run = begin(workplace, EMULATOR)
     doomed = cluster.worker_nodes.copy().pop()
     name = next(node.name for node in nodes() if node.id == doomed.node_id)
-    deadline = time.monotonic() + 60
-    while not any(name == d["node"] for d in run.seen("launch")):
-        assert time.monotonic() < deadline, "no trial came to the node"
-        time.sleep(0.1)
+    until(lambda: any(name == d["node"] for d in run.seen("launch")))
     time.sleep(1.0)
     cluster.remove_node(doomed, allow_graceful=False)
     trials = run.done()
@@ -150,7 +174,4 @@ def test_a_node_that_dies_loses_no_trial_and_leaves_no_server(cluster, workplace
     assert max(Counter(t.config.hash for t in trials).values()) == 1
     assert all((t.folder / t.outcome.steps[0].records).exists() for t in trials)
     assert all(t.emulated for t in trials)
-    deadline = time.monotonic() + 30
-    while servers(workplace) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert servers(workplace) == []
+    until(lambda: not servers(workplace))
