@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tuner.load import client
 from tuner.load.pacer import Alarm, ClosedLoop, OpenLoop
+from tuner.load.wire import target
 
 offsets = st.lists(st.integers(0, 10**10), max_size=50).map(sorted)
 
@@ -101,3 +102,27 @@ def test_an_alarm_is_absolute_and_can_be_set_again():
     alarm.set(begin + 5_000_000)
     assert poll.poll(1_000) and time.monotonic_ns() >= begin + 5_000_000
     alarm.close()
+
+
+def test_requests_whose_bytes_are_late_do_not_slow_the_loop_down():
+    """Looking at each of them at every turn would make a client that is behind fall behind for good."""
+    asked, events, turns = 0, [], 0
+
+    def take(number: int) -> bytes | None:
+        nonlocal asked
+        asked += 1
+        return b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n" if turns >= 10 else None
+
+    def turn() -> str:
+        nonlocal turns
+        turns += 1
+        return ""
+
+    loop = client.Client(
+        target("http://127.0.0.1:9"), [(socket.AF_INET, ("127.0.0.1", 9))], None, take, events.extend, 10**10
+    )
+    loop.run(OpenLoop(range(1_000), [0] * 1_000, time.monotonic_ns()), 1_000, turn)
+    loop.close()
+    assert asked < 1_100  # not 1,000 at each of 10 turns
+    ended = [event[1] for event in events if event[0] == client.ENDED]
+    assert sorted(ended) == list(range(1_000))

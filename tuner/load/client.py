@@ -32,7 +32,8 @@ Event = tuple  # (SENT, number, intended_ns, sent_ns) | (READ, number, kernel_ns
 class Client:
     """Runs one shard's requests against one server.
 
-    ``take(number)`` gives a request's bytes, or None while they are not there yet. ``emit(events)`` is given what
+    ``take(number)`` gives a request's bytes, or None while they are not there yet (they come in the order of sending).
+    ``emit(events)`` is given what
     happened, every 50 ms. Times are monotonic nanoseconds; ``kernel_ns`` is 0 where the kernel gave no stamp.
     ``late_ns`` says how long this loop may have left the bytes lying: the delay of the wake-up that found them.
     """
@@ -182,12 +183,14 @@ class Client:
     # requests
 
     def _send_due(self, now: int) -> None:
-        waiting, self._late_bodies = self._late_bodies, deque()
-        for number, intended_ns in (*waiting, *self._pacer.due(now)):
+        waiting = self._late_bodies
+        waiting.extend(self._pacer.due(now))
+        while waiting:
+            number, intended_ns = waiting[0]
             request = self._take(number)
             if request is None:
-                self._late_bodies.append((number, intended_ns))
-                continue
+                return  # bytes come in the order of sending: the others' are not there either
+            waiting.popleft()
             sent_ns = time.monotonic_ns()
             self._events.append((SENT, number, intended_ns, sent_ns))
             self._deadlines.append((intended_ns + self._timeout_ns, number))

@@ -31,6 +31,8 @@ CHUNKS_PER_SHARD_PER_S = 20_000.0
 _START_DELAY_NS = 30_000_000
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031  # Linux
+_FEED_REQUESTS = 64
+_FEED_BYTES = 1 << 18
 
 
 def shard_count(offsets_s: np.ndarray, output_tokens: np.ndarray, cores: int | None = None) -> int:
@@ -145,16 +147,26 @@ class Fleet:
                 raise self._feed_error
 
     def _feed(self) -> None:
+        """Several requests per write, for each write wakes a shard and may hand the interpreter to the parsing thread."""
         job = self._job
         pipes = [process.stdin for process in self._processes]
+        frames: list[list[bytes]] = [[] for _ in pipes]
+        held, size, last = 0, 0, len(job.offsets_ns) - 1
         try:
             for i in range(len(job.offsets_ns)):
-                data, pipe = job.request(i), pipes[i % job.shards]
-                if pipe is None:
-                    return
-                frame = memoryview(FRAME.pack(i, len(data)) + data)
-                while len(frame):
-                    frame = frame[pipe.write(frame) :]
+                data = job.request(i)
+                frames[i % job.shards] += (FRAME.pack(i, len(data)), data)
+                held, size = held + 1, size + len(data)
+                if held < _FEED_REQUESTS and size < _FEED_BYTES and i < last:
+                    continue
+                for pipe, waiting in zip(pipes, frames, strict=True):
+                    if pipe is None:
+                        return
+                    rest = memoryview(b"".join(waiting))
+                    while len(rest):
+                        rest = rest[pipe.write(rest) :]
+                    waiting.clear()
+                held, size = 0, 0
             for pipe in pipes:
                 if pipe:
                     pipe.close()
