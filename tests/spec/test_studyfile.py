@@ -76,7 +76,11 @@ def test_changing_the_budget_leaves_a_study_comparable_and_changing_the_ladder_d
         (("window: 10s", "window: soon"), 6, "bad duration"),
         (("[1, 2, 4]", "[4, 2, 1]"), 7, "rising list"),  # a ladder goes up
         (("[1, 2, 4]", "[-1, 2]"), 7, "rising list"),
+        (("[1, 2, 4]", "[1, x]"), 7, "load.ladder.1: input"),
+        (("file: trace.csv", "file: trace.csv, serch_windows: 1"), 6, "did you mean 'search_windows'"),
         (("launches: 5", "launches: -5"), 8, "above zero"),
+        (("launches: 5", "launches: five"), 8, " budget.launches: input"),
+        (("budget: {launches: 5}", "sampler: tpee"), 8, "did you mean 'tpe'"),
         (("model: ./model", "model: ./modle"), 1, "does not exist"),  # missing model
         (("gpu: H100-SXM", "gpu: H1000"), 2, "unknown GPU"),
         (("budget: {launches: 5}", "budget: a while"), 8, "4h"),

@@ -8,6 +8,7 @@ import pytest
 from tests.study.fake import FakeEngine, oom
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault, UsageError
+from tuner.spec import studyfile
 from tuner.study import budget, session
 from tuner.study.outcome import Aborted, Infeasible, Measured
 
@@ -133,6 +134,16 @@ def test_an_unknown_flag_is_refused_before_the_study_starts_with_the_nearest_nam
     assert not engine.launched
 
 
+def test_an_unknown_flag_of_the_study_file_is_named_with_its_line(runner):
+    with pytest.raises(UsageError, match=r"s\.yaml:\d+: .* knows no flag --max-modellen \(engine\.args\)") as error:
+        runner.run(
+            FakeEngine(known=frozenset({"max-model-len"})),
+            replace={"kind: vllm": "kind: vllm, args: {max-modellen: 5}"},
+        )
+    line = int(str(error.value).split(":")[1])
+    assert "max-modellen" in (runner.folder / "s.yaml").read_text().splitlines()[line - 1]
+
+
 def test_a_pinned_parameters_part_of_a_json_flag_is_known_by_the_flags_own_name(runner):
     pinned = "search_space: vllm/full\nparameters: {speculation: ngram, draft_length: 4}"
     study = runner.study(replace={"search_space: vllm/quick": pinned})
@@ -166,6 +177,13 @@ def test_a_study_that_changed_is_not_continued_silently(runner):
     runner.run()
     with pytest.raises(UsageError, match="begun with another load"):
         runner.run(replace={"[1, 2, 3, 4]": "[1, 2]"})
+
+
+def test_a_study_that_never_began_may_be_corrected_under_its_name(runner):
+    with session.opened(runner.study()) as store:
+        assert store.study_file.exists()
+    runner.run(replace={"[1, 2, 3, 4]": "[1, 2]"})
+    assert studyfile.load(runner.store.folder).load.ladder == (1, 2)
 
 
 def test_two_tuners_do_not_run_one_study(runner):

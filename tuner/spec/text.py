@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,7 @@ def validate(model: type[M], document: Document, data: Any = None, prefix: Loc =
         return model.model_validate(document.data if data is None else data)
     except ValidationError as error:
         first = error.errors()[0]
-        # pydantic puts the names of union members into the path: they are not keys of the file
-        loc = [*prefix, *(part for part in first["loc"] if not str(part).startswith(("function-", "is-instance")))]
+        loc = [*prefix, *_keys(first["loc"], document.data if data is None else data, first["type"] == "missing")]
         name = ".".join(str(part) for part in loc)
         if first["type"] == "extra_forbidden":
             known = _fields(model, [str(p) for p in first["loc"][:-1]])
@@ -107,7 +107,22 @@ def validate(model: type[M], document: Document, data: Any = None, prefix: Loc =
         if first["type"] == "missing":
             raise document.error(f"{name} is missing", loc[:-1], f"add {loc[-1]}: ...") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise document.error(f"{name}: {message[0].lower()}{message[1:]}" if name else message, loc) from None
+        words = re.findall(r"'([^']*)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else []
+        fix = suggest(str(first["input"]), words) if words else ""
+        fix = "" if fix.startswith("Known") else fix  # the message lists them already
+        raise document.error(f"{name}: {message[0].lower()}{message[1:]}" if name else message, loc, fix) from None
+
+
+def _keys(loc: Sequence[str | int], data: Any, missing: bool) -> list[str | int]:
+    """``loc`` without what pydantic adds to it, the names of a union's members: those are no keys of the file."""
+    found: list[str | int] = []
+    for at, part in enumerate(loc):
+        if missing and at == len(loc) - 1:
+            found.append(part)
+        elif (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            found.append(part)
+            data = data[part]
+    return found
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -44,7 +44,6 @@ def settled(
         return replace(study, load=kept.load, frozen=kept.frozen)
     if study.storage or study.engine.kind == "function":
         return replace(study, load=replace(study.load, auto=False))
-    on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     try:
         capacity, top = _capacity(study, store, cancel, on_event, prepare)
     except (LaunchFailed, Unsettled) as failure:
@@ -100,6 +99,7 @@ def _capacity(
     from tuner.executor.build import executor
 
     ready = prepare(replace(study, load=replace(study.load, ladder=(LOWEST, HIGHEST))))
+    on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     window = ready.traffic.search[0]
     top = min(HIGHEST, max(LOWEST, float(window.arrival_s[-1]) / study.trace.window_s))
     own, bench = Store(store.ladder_folder), Bench(ready.study, ready.engine, cancel, on_event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -113,9 +114,18 @@ def check_flags(study: Study, engine: Engine) -> None:
         if flag not in known and flag.removeprefix("no-") not in known:
             raise UsageError(
                 f"{study.engine.kind} {engine.version()} knows no flag --{flag} ({where})",
-                where=study.source,
+                where=_place(study.source, flag),
                 fix=suggest(flag, known) if len(suggest(flag, known)) < 100 else "choose another space or version",
             )
+
+
+def _place(source: str, flag: str) -> str:
+    """``file:line`` where the study file names the flag; the file alone where it only names the space that does."""
+    with suppress(OSError):
+        for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", line.partition("#")[0]):
+                return f"{source}:{number}"
+    return source
 
 
 def model_of(study: Study, traffic: workload.Workload) -> tuple[Predictor | None, str]:
@@ -177,7 +187,7 @@ def opened(study: Study) -> Iterator[Store]:
 
 
 def _freeze(study: Study, store: Store) -> None:
-    if store.study_file.exists():
+    if store.study_file.exists() and store.begun():
         before = studyfile.load(store.folder)
         changed = studyfile.differences(before, study)
         if bool(before.storage) != bool(study.storage):

@@ -61,6 +61,10 @@ class Store:
         """Where the launch that settled the ladder is kept; no trial of the study, but part of its budget."""
         return self.folder / "ladder"
 
+    def begun(self) -> bool:
+        """Whether anything was asked or launched here: until then the study file may still change."""
+        return any((self.folder / name).exists() for name in ("study.db", "trials")) or self.ladder_folder.exists()
+
     def launched(self, *roles: str) -> list[TrialRecord]:
         """What the budget has paid for: trials of these roles, and the launch that settled the ladder."""
         return [t for t in self.trials() if t.role in roles] + Store(self.ladder_folder).trials()
