@@ -81,6 +81,39 @@ def test_one_byte_at_a_time_gives_the_same_tokens_as_one_read(stream):
     assert [count for _, count in response.tokens] == counts == [c for _, c in whole(raw, counting).tokens]
 
 
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                event(completion('a"completion_tokens":9', 1)),
+                event(completion("b", 2)),
+                event(completion("b", 2), b"\r\n\r\n"),
+                event(completion("c", 4)) + event(completion("d", 5)),
+                event(completion("c", 4), b"\r\r") + event(completion("d", 5)),
+                event(final(6)),
+                event({"choices": [], "usage": {"completion_tokens": 7}}),
+                event({"choices": [{"text": "e"}], "usage": None}),
+                event({"error": "broken"}),
+                b": ping\n\n",
+                b'data: {"choices":[{"text":"f"}],"usage":{"completion_tokens":8}}\n',
+                b'data: {"choices":[{"text":"g"}],\ndata: "usage":{"completion_tokens":9}}\n\n',
+            ]
+        ),
+        max_size=8,
+    )
+)
+def test_reads_of_one_chunk_each_give_the_same_tokens_as_one_read(payloads):
+    raw = HEAD + chunked(*payloads)
+    response = Response("usage")
+    response.feed(1, HEAD)
+    for payload in payloads:
+        response.feed(1, b"%x\r\n%s\r\n" % (len(payload), payload))
+    response.feed(1, b"0\r\n\r\n")
+    response.close()
+    once = whole(raw, "usage")
+    assert (response.tokens, response.error, response.output_tokens) == (once.tokens, once.error, once.output_tokens)
+
+
 def test_a_token_has_the_time_of_the_read_that_completed_its_event():
     first, second = (b"%x\r\n%s\r\n" % (len(e), e) for e in (event(completion("a", 1)), event(completion("b", 2))))
     response = Response("usage")

@@ -147,7 +147,7 @@ class Fleet:
                 raise self._feed_error
 
     def _feed(self) -> None:
-        """Several requests per write, for each write wakes a shard and may hand the interpreter to the parsing thread."""
+        """Several requests per write, for each write wakes a shard and may hand the parsing thread the interpreter."""
         job = self._job
         pipes = [process.stdin for process in self._processes]
         frames: list[list[bytes]] = [[] for _ in pipes]

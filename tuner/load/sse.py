@@ -13,6 +13,7 @@ _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[^\r\n]*")
 _USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 _PROMPT_USAGE = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\r\n\n|\n\r\n")
+_NO_CHOICES = (b'"choices":[]', b'"choices": []')
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _MAX_HEAD_BYTES = 65_536
 _MAX_ERROR_BYTES = 4_096
@@ -33,6 +34,7 @@ class Response:
         "_events",
         "_framing",
         "_need",
+        "_plain",
         "_stage",
         "_time",
         "complete",
@@ -57,6 +59,7 @@ class Response:
         self.output_tokens: int | None = None
         self._stage = "head"
         self._framing = ""
+        self._plain = False  # within a chunked body whose events tell the running count
         self._need = 0
         self._buffer = b""  # bytes of the transfer coding not yet understood
         self._events = b""  # the beginning of an event whose end has not come
@@ -65,6 +68,8 @@ class Response:
 
     def feed(self, time: int, data: bytes) -> int:
         """Takes the next bytes, read at ``time``; returns how many events with tokens they completed."""
+        if self._plain and not self._buffer and not self._events and self._one(time, data):
+            return 1
         before = len(self.tokens)
         self._time = time
         if self._buffer:
@@ -83,6 +88,25 @@ class Response:
             else:
                 self._take(time, data)
         return len(self.tokens) - before
+
+    def _one(self, time: int, data: bytes) -> bool:
+        """Takes ``data`` where it is what nearly every read is: one chunk that holds one event that brings tokens and
+        tells how many there are. Anything else is left alone."""
+        at = data.find(b"\r\ndata:", 0, 10)
+        if at < 1 or not data.endswith(b"\n\n\r\n") or data.count(b"\n") != 4 or data.count(b"\r") != 2:
+            return False
+        match = _USAGE.match(data, data.rfind(b'"completion_tokens"'))
+        try:
+            if not match or int(data[:at], 16) != len(data) - at - 4:
+                return False
+        except ValueError:
+            return False
+        total = int(match[1])
+        if total <= self.seen or data.startswith(_NO_CHOICES, data.find(b'"choices"', at)):
+            return False
+        self.tokens.append([time, total - self.seen])
+        self.seen = total
+        return True
 
     def close(self) -> None:
         """The connection ended: the end of a body without framing, and a truncation of any other."""
@@ -115,6 +139,7 @@ class Response:
         else:
             self._framing = "close"
         self._stage = "body"
+        self._plain = status == 200 and self._framing == "chunked" and self.counting == "usage"
         return data[end + 4 :]
 
     def _chunks(self, time: int, data: bytes) -> None:
@@ -173,10 +198,10 @@ class Response:
             self.done = True
             return
         if self.counting == "usage":
-            match = _USAGE.search(data)
+            match = _USAGE.match(data, max(0, data.rfind(b'"completion_tokens"')))
             if match:
                 total = int(match.group(1))
-                if b'"choices":[]' in data or b'"choices": []' in data:
+                if data.startswith(_NO_CHOICES, max(0, data.find(b'"choices"'))):
                     self._totals(data, total)
                 elif total > self.seen:
                     self.tokens.append([time, total - self.seen])
@@ -216,7 +241,7 @@ class Response:
 
     def _end(self) -> None:
         self.complete = True
-        self._stage = "end"
+        self._stage, self._plain = "end", False
         if self.status != 200:
             self.error = f"HTTP {self.status}: {_message(self._events)}"
         elif self._events.startswith(b"data:"):  # a last event without its empty line
@@ -229,7 +254,7 @@ class Response:
             self.tokens = spread([time for time, _ in self.tokens], self.output_tokens)
 
     def _fail(self, error: str) -> None:
-        self.error, self._stage = error, "end"
+        self.error, self._stage, self._plain = error, "end", False
 
 
 def spread(times: list[int], count: int) -> list[list[int]]:
