@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 
 from tests.load.replays import endpoint, plan, poisson, seconds, trace, undisturbed
 from tests.load.stub import stub
+from tests.measure.made import records, request
 from tuner.cli.app import app
 from tuner.load.records import read
-from tuner.load.step import measure, prompt_seed
+from tuner.load.step import judge, measure, prompt_seed
 from tuner.load.tracefile import write
 from tuner.measure.metrics import metrics_from_records
+from tuner.spec.slo import parse
 
 
 def test_the_records_alone_give_exactly_what_the_step_reported(tmp_path):
@@ -39,8 +41,8 @@ def test_warm_up_is_sent_but_not_counted(tmp_path):
     with stub(first_s=0.0, gap_s=0.0) as (_, url):
         asked = plan(tmp_path, trace(np.arange(40) / 40), warmup_s=0.5)
         step = measure(endpoint(url), asked)
-    records = read(asked.records)
-    assert len(records) == 40 and records.columns["warmup"].sum() == 20
+    made = read(asked.records)
+    assert len(made) == 40 and made.columns["warmup"].sum() == 20
     assert step.metrics["measured_requests"] <= 20
 
 
@@ -52,6 +54,21 @@ def test_a_lost_slo_ends_the_step_and_the_verdict_agrees(tmp_path):
     assert "ttft_p90 cannot hold 100 ms" in step.stopped_early
     assert step.slo_misses and not step.untrusted
     assert len(read(asked.records)) < 400  # at most allowed misses and a second beyond the first quarter
+
+
+@pytest.mark.parametrize(
+    ("slos", "missed"),
+    [
+        (("ttft_p99=1s",), ("saturated: the queue grows",)),  # it held until then, and would not have for ever
+        (("ttft_p99=10ms",), ("ttft_p99 50 ms > 10 ms",)),  # what was seen says more
+        (("error_rate=1%",), ()),  # a queue is no error
+        ((), ()),
+    ],
+)
+def test_a_step_that_was_ended_as_saturated_holds_no_latency(tmp_path, slos, missed):
+    rows = [request(t / 10, [t / 10 + 0.05, t / 10 + 0.06]) for t in range(40)]
+    made = records(tmp_path, rows, stopped="saturated: the queue grows")
+    assert judge(made, tuple(parse(slo) for slo in slos), (0.5,)).slo_misses == missed
 
 
 def test_a_step_that_holds_is_not_ended_early(tmp_path):

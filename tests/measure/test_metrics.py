@@ -140,8 +140,14 @@ def test_a_request_cut_off_by_an_early_stop_counts_as_late_only_if_it_was(tmp_pa
     values, _ = compute(made, (parse("ttft_p99=1s"),), (0.5,))
     assert values["error_rate"] == 0 and values["censored_requests"] == 2
     late = m.ttft_s(made, 1.0)
-    assert late[40] == math.inf and math.isnan(late[41])
-    assert m.ttft_s(made, math.inf)[40] != math.inf  # without a limit nothing is known of it
+    assert late[40] == math.inf and late[41] == pytest.approx(0.1)
+
+
+def test_a_step_that_was_cut_off_does_not_flatter_by_leaving_out_those_who_waited(tmp_path):
+    """Stopped at 10 s with half of the requests unanswered: the median is among those who waited, at least so long."""
+    waiting = [request(5 + k / 10, (), end_s=10.0, error="stopped") for k in range(41)]
+    values, _ = compute(records(tmp_path, [*steady(40), *waiting]), (), (0.5,))
+    assert values["ttft_p50_s"] >= 1.0 and math.isfinite(values["ttft_max_s"])
 
 
 def test_nothing_measured_gives_counts_only(tmp_path):

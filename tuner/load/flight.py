@@ -90,6 +90,7 @@ class Tower:
         self._cut_off = 0
         self._ttft_ns, self._with_token = 0, 0
         self._unstamped = 0
+        self._exact = 0  # tokens' events whose arrival time is exact
         self._reads = 0
         self._cpu: dict[int, tuple[int, int, int, int]] = {}  # process -> first tick, its CPU time, last tick, its CPU
         self._read_lags, self._stamp_errors, self._loop_lags = Lags(), Lags(), Lags()
@@ -99,7 +100,8 @@ class Tower:
         for event in events:
             kind = event[0]
             if kind == READ:
-                self._read(*event[1:])
+                _, number, kernel_ns, read_ns, late_ns, data = event
+                self._read(number, kernel_ns, read_ns, late_ns, data)
             elif kind == SENT:
                 _, number, intended_ns, sent_ns = event
                 flights[number] = Flight(number, intended_ns - self._epoch_ns, sent_ns - self._epoch_ns, self._counting)
@@ -131,7 +133,7 @@ class Tower:
             if not kernel_ns:
                 self._stamp_errors.add(lag_ns, events)
             else:
-                self._stamp_errors.add(0)
+                self._exact += 1
                 if events > 1:
                     self._stamp_errors.add(lag_ns, events - 1)
 
@@ -146,9 +148,7 @@ class Tower:
             error = response.error
         elif response.error and error not in ("timeout", "stopped", "cancelled"):
             error = response.error
-        token_ns = array("q")
-        for time_ns, count in response.tokens:
-            token_ns.extend([time_ns] * count)
+        token_ns = array("q", [time_ns for time_ns, count in response.tokens for _ in range(count)])
         self.output_tokens += len(token_ns)
         self._cut_off += bool(error) and response.status == 200
         if token_ns:
@@ -179,6 +179,8 @@ class Tower:
     def facts(self) -> Mapping[str, float]:
         """What the client knows of itself and of everything it received, warm-up included: its own delays, and what the
         server's own counters can be compared with (the mean TTFT here counts from the actual send)."""
+        self._stamp_errors.add(0, self._exact)
+        self._exact = 0
         return {
             "client_output_tokens": self.output_tokens,
             "client_ttft_mean_s": self._ttft_ns / 1e9 / max(1, self._with_token),

@@ -219,11 +219,18 @@ def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> 
         window=str(records.meta["window"]),
         metrics=metrics,
         intervals=intervals,
-        slo_misses=tuple(miss for slo in slos if (miss := slo.miss(metrics))),
+        slo_misses=misses(metrics, slos, str(records.meta["stopped"])),
         untrusted=untrusted(metrics, slos),
         stopped_early=str(records.meta["stopped"]),
         records=records.path.name,
     )
+
+
+def misses(metrics: Mapping[str, float], slos: Sequence[Slo], stopped: str) -> tuple[str, ...]:
+    """Each SLO's miss in words. A step that was ``stopped`` because its queue grows without bound holds no SLO on a
+    latency, though the waits had not reached the limit when it was stopped."""
+    missed = tuple(miss for slo in slos if (miss := slo.miss(metrics)))
+    return missed or ((stopped,) if stopped and any(slo.latency for slo in slos) else ())
 
 
 def prompt_seed(plan: StepPlan) -> int:

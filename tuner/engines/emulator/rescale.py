@@ -66,6 +66,7 @@ def rescale(source: Path, target: Path, plan: StepPlan, scale: float) -> None:
 
 def step_from_records(plan: StepPlan, stopped: str = "") -> Step:
     """The step that ``plan.records`` shows, as the replay itself would report it."""
+    from tuner.load.step import misses
     from tuner.measure.metrics import metrics_from_records
     from tuner.measure.trust import untrusted
 
@@ -75,7 +76,7 @@ def step_from_records(plan: StepPlan, stopped: str = "") -> Step:
         window=plan.window,
         metrics=metrics,
         intervals=intervals,
-        slo_misses=tuple(miss for slo in plan.slos if (miss := slo.miss(metrics))),
+        slo_misses=misses(metrics, plan.slos, stopped),
         untrusted=untrusted(metrics, plan.slos),
         stopped_early=stopped,
         records=plan.records.name,
