@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tuner.errors import NothingFeasible, UsageError
 from tuner.export.deployment import deployment
 from tuner.export.formats import FORMATS, best_config, export
 from tuner.export.text import dump
+from tuner.export.vllm import config_text
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Measured
 from tuner.study.store import Store, write_json
@@ -52,6 +54,13 @@ def test_the_comments_say_what_was_measured_on_what_and_what_each_flag_trades(ma
     above = lines[lines.index("max-num-batched-tokens: 8192") - 1]
     assert above == ("# max_num_batched_tokens (default 2048): prefill throughput against the smoothness of decoding")
     assert "given by the study to every server" in lines[lines.index("max-model-len: 4096") - 1]
+
+
+@pytest.mark.parametrize(("version", "first"), [("0.32.0", "vllm serve"), ("0.32.0+cpu", "python -m vllm")])
+def test_the_command_that_starts_it_is_one_that_its_build_has(made, version, first):
+    store, study = made
+    text = config_text(replace(deployment(store, study), version=version))
+    assert f"; {first}" in next(line for line in text.splitlines() if line.startswith("# Start:"))
 
 
 def test_the_promise_can_be_read_back(made):

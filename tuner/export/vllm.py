@@ -38,8 +38,11 @@ def value_of(value: Any) -> Any:
 def config_text(what: Deployment) -> str:
     """The whole file: what was measured, how to start it, and every flag with its comment."""
     lines = [what.header(), "#\n"]
-    lines += [f"# Start:  set -a; . ./{ENV_NAME}; set +a; vllm serve --config {YAML_NAME}\n"]
-    lines += [f"# (without the vllm command: python -m vllm.entrypoints.openai.api_server --config {YAML_NAME})\n"]
+    by_hand = f"python -m vllm.entrypoints.openai.api_server --config {YAML_NAME}"
+    first, other = f"vllm serve --config {YAML_NAME}", f"# (without the vllm command: {by_hand})\n"
+    if what.engine == "vllm" and "+cpu" in what.version:
+        first, other = by_hand, "# (PyPI's CPU build has no working vllm command)\n"
+    lines += [f"# Start:  set -a; . ./{ENV_NAME}; set +a; {first}\n", other]
     for name, value in settings(what).items():
         comment = what.comments.get(name, "")
         lines.append(f"\n# {_one_line(comment)}\n" if comment else "\n")

@@ -131,7 +131,8 @@ def show(study: Study, store: Store, result: Result) -> None:
     Console().print(terminal.front_table(store, study))
     print(file=sys.stderr)
     print(f"Ended: {result.ended}.", file=sys.stderr)
-    print(result.words, file=sys.stderr)
+    if not sys.stdout.isatty():  # else they stand under the front
+        print(result.words, file=sys.stderr)
     for path in result.files:
         print(f"  {path}", file=sys.stderr)
     print(f"  tuner ui {store.folder}    # the study in MLflow", file=sys.stderr)
