@@ -28,7 +28,7 @@ from tuner.spec.text import Document
 from tuner.study import budget, session, workload
 from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.study.peers import joined
-from tuner.study.price import priced
+from tuner.study.price import priced, told
 from tuner.study.queue import Proposal, Queue
 
 
@@ -72,8 +72,9 @@ class AskTell:
     def tell(self, proposal: Proposal, outcome: Outcome | Refused | Mapping[float, Mapping[str, float]]) -> None:
         """What came of it: an outcome, ``tuner.Infeasible(reason)``, or metrics by load.
 
-        Metrics have the names of :class:`tuner.study.outcome.Step`; a cost is added from the goodput where none is
-        given. An SLO whose metric is absent counts as missed.
+        Metrics have the names of :class:`tuner.study.outcome.Step`, latencies in seconds. A cost is added from the
+        goodput where none is given, and the goodput from the output; UsageError where there is none of the three. An
+        SLO whose metric is absent counts as missed.
         """
         if isinstance(outcome, Refused):
             outcome = Infeasible("infeasible", outcome.reason)
@@ -95,6 +96,6 @@ class AskTell:
         return budget.search_is_over(self.study, budget.spent(self.study, self.store.trials(), running))
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
-        known = {"error_rate": 0.0, **metrics}
+        known = told(metrics, "the evaluation")
         misses = tuple(miss for slo in self.study.objective.slos if (miss := slo.miss(known)))
         return priced(Step(load, "told", known, slo_misses=misses), proposal.config, self.study.objective)

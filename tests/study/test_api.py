@@ -56,6 +56,15 @@ def test_a_refusal_is_told_and_never_asked_again(study):
         assert search.choice().point is None
 
 
+def test_where_only_the_output_is_told_it_counts_as_goodput_and_without_any_the_caller_hears_of_it(study):
+    with AskTell(study) as search:
+        proposal = search.ask()
+        search.tell(proposal, {1.0: {"tpot_p99_s": 0.02, "output_tokens_per_s": 100.0}})
+        assert search.choice().point.cost == pytest.approx(3.6 / 3600 / 100 * 1e6)
+        with pytest.raises(UsageError, match="there is no cost without"):
+            search.tell(search.ask(), {1.0: {"tpot_p99_s": 0.02}})
+
+
 def test_a_second_session_goes_on_where_the_first_ended(study):
     with AskTell(study) as search:
         proposal = search.ask()

@@ -19,9 +19,9 @@ from tuner.errors import UsageError
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
+from tuner.study.price import told
 
 Evaluate = Callable[[dict[str, Any], float], Mapping[str, float]]
-GOODPUT, OUTPUT, COST = "goodput_output_tokens_per_s", "output_tokens_per_s", "cost_usd_per_mtok_output"
 
 
 class FunctionEngine:
@@ -128,12 +128,7 @@ class FunctionServer:
                 f"{target} did not return {', '.join(missing)}, which the objective needs",
                 fix=f"it returned {', '.join(sorted(metrics)) or 'nothing'}",
             )
-        if not {OUTPUT, GOODPUT, COST} & metrics.keys():
-            raise UsageError(f"{target} returned none of {OUTPUT}, {GOODPUT} and {COST}: there is no cost without")
-        metrics.setdefault("error_rate", 0.0)
-        if GOODPUT not in metrics and OUTPUT in metrics:
-            metrics[GOODPUT] = metrics[OUTPUT] * (1 - metrics["error_rate"])
-        return metrics
+        return told(metrics, target)
 
 
 def load_target(target: str, folder: Path) -> Evaluate:

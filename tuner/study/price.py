@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from tuner.errors import UsageError
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
 
 COST = "cost_usd_per_mtok_output"
+OUTPUT, GOODPUT = "output_tokens_per_s", "goodput_output_tokens_per_s"
+
+
+def told(metrics: Mapping[str, float], who: str) -> dict[str, float]:
+    """Metrics that somebody else measured, made complete: an absent error rate is 0; where only the output is given, all
+    of it counts as goodput, less the error rate. Raises UsageError (``who`` gave them) where no cost can follow."""
+    if not {OUTPUT, GOODPUT, COST} & metrics.keys():
+        raise UsageError(f"{who} returned none of {OUTPUT}, {GOODPUT} and {COST}: there is no cost without")
+    known = {"error_rate": 0.0, **metrics}
+    if OUTPUT in known:
+        known.setdefault(GOODPUT, known[OUTPUT] * (1 - known["error_rate"]))
+    return known
 
 
 def per_hour(config: ServingConfig, objective: Objective, price: float | None = None) -> float:
