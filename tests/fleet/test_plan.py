@@ -15,8 +15,8 @@ from tuner.fleet.programme import solve
 MOST = 4  # replicas of a kind that the search by hand tries
 
 
-def pool(index, usd, *, start_h=0.0, late_h=0, gpus=1, spot=False, available=1.0):
-    return Pool(index, f"p{index}", spot, usd, available, start_h, late_h, f"g{index}", gpus)
+def pool(index, usd, *, ahead_h=0.0, late_h=0, gpus=1, spot=False, available=1.0):
+    return Pool(index, f"p{index}", spot, usd, available, ahead_h + late_h, ahead_h, late_h, f"g{index}", gpus)
 
 
 def by_hand(pools, need, allowed, terms):
@@ -41,7 +41,7 @@ def by_hand(pools, need, allowed, terms):
     for plan in itertools.product(*columns):  # plan[h][p]
         starts = [[max(plan[h][p] - plan[h - 1][p], 0) if hours > 1 else 0 for h in range(hours)] for p in range(many)]
         cost = sum(
-            pools[p].usd_per_hour * (plan[h][p] + pools[p].start_h * starts[p][h])
+            pools[p].usd_per_hour * (plan[h][p] + pools[p].ahead_h * starts[p][h])
             for p in range(many)
             for h in range(hours)
         )
@@ -80,7 +80,7 @@ def problems(draw):
             pool(
                 p,
                 usd,
-                start_h=draw(st.sampled_from([0.0, 0.1, 0.7])),
+                ahead_h=draw(st.sampled_from([0.0, 0.1, 0.7])),
                 late_h=late,
                 gpus=draw(st.integers(1, 2)),
                 spot=spot and p == 1,

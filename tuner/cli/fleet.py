@@ -114,7 +114,7 @@ def _terms(flags: Flags, gpus: set[str]) -> Terms:
     lead_s = math.inf
     if flags.lead != FOREVER:
         try:
-            lead_s = seconds(flags.lead)
+            lead_s = 0.0 if flags.lead in ("0", "0s") else seconds(flags.lead)
         except ValueError as failure:
             raise UsageError(f"--lead {flags.lead!r}: {failure}", fix="Write 0s, 90s, 5min or known") from failure
     most: dict[str, int] = {}
@@ -186,8 +186,11 @@ def _offers(fleet: Fleet) -> Any:
 
 
 def _hours(found: Account) -> Any:
+    from tuner.fleet import words
+
     pools = list(found.hours[0].replicas)
     starting = any(hour.starting for hour in found.hours)
+    most = max(hour.capacity_rps for hour in found.hours)
     columns = ["hour", "requests/s", *pools, *["starting"] * starting, "may serve", "USD", "within SLO", ""]
     table = _table("The plan, hour by hour", *columns, left=("hour", ""))
     for hour in found.hours:
@@ -195,10 +198,10 @@ def _hours(found: Account) -> Any:
         late = [f"{hour.starting:,}" if hour.starting else "-"] if starting else []
         table.add_row(
             _plain(hour.label),
-            f"{hour.rate_rps:,.5g}" if hour.rate_rps < 1e5 else f"{hour.rate_rps:,.0f}",
+            words.rate(hour.rate_rps, most),
             *replicas,
             *late,
-            f"{hour.capacity_rps:,.5g}" if hour.capacity_rps < 1e5 else f"{hour.capacity_rps:,.0f}",
+            words.rate(hour.capacity_rps, most),
             f"{hour.usd:,.2f}",
             f"{math.floor(hour.within * 1e4) / 100:.2f} %",
             "" if hour.holds else "[red]missed[/]",

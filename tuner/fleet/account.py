@@ -58,7 +58,7 @@ def account(fleet: Fleet) -> Account:
         for name in ("output_tokens", "total_tokens")
     )
     allowed = np.array([limit.allowed for limit in day.limits])
-    usd = plan.usd_by_hour
+    usd = plan.usd_by_hour.sum(axis=0)
     hours = tuple(
         Hour(
             label=label,
@@ -89,8 +89,8 @@ def account(fleet: Fleet) -> Account:
 
 
 def _watts(fleet: Fleet, rate_rps: np.ndarray) -> np.ndarray | None:
-    """(hours,) the fleet's power; a replica below its lowest measured load, or starting, draws what it drew there.
-    None where a kind in use has no measured power."""
+    """(hours,) the fleet's power, start-ups before an hour in that hour; a replica below its lowest measured load, or
+    starting, draws what it drew there. None where a kind in use has no measured power."""
     total = np.zeros(rate_rps.shape[1])
     for p, pool in enumerate(fleet.plan.pools):
         replicas, ready = fleet.plan.replicas[p], fleet.plan.ready[p]
@@ -100,7 +100,7 @@ def _watts(fleet: Fleet, rate_rps: np.ndarray) -> np.ndarray | None:
         each, idle = curve.power_w(rate_rps[p] / np.maximum(ready, 1)), curve.power_w(np.zeros(1))
         if each is None or idle is None:
             return None
-        total += each * ready + idle * (replicas - ready)
+        total += each * ready + idle * (replicas - ready + pool.ahead_h * fleet.plan.starts[p])
     return total
 
 

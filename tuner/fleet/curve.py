@@ -44,6 +44,11 @@ class Limit:
     slo: Slo
     allowed: float
 
+    @property
+    def lost(self) -> float:
+        """What a request counts that nobody serves: it is beyond every limit, and no mean of latencies is known."""
+        return 1.0 if self.slo.quantile is not None or not self.slo.latency else math.inf
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:

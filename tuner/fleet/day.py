@@ -173,8 +173,7 @@ class _Run:
         requests, held, count = np.zeros(len(at)), np.zeros(len(at)), np.zeros(len(at))
         for p in self.used:
             curve, inside = self.curves[p], self.inside[p]
-            moved = lost @ share[p] if lost.size else 0.0  # requests of machines that were taken away start again
-            expected = (mean * share[p])[:, None] + np.asarray(moved).reshape(-1, 1)
+            expected = ((mean + lost) * share[p])[:, None]  # requests of machines that were taken away start again
             arrived = expected + np.zeros_like(inside)
             if traffic.routing == "random":
                 arrived = self.rng.poisson(np.minimum(expected, 1e15), inside.shape).astype(float)
@@ -184,9 +183,10 @@ class _Run:
             requests += weight.sum(axis=-1)
             held += (average * (there[p] / self.sample[p])[:, None]).sum(axis=-1)
             count += there[p]
-        nobody = (there.sum(axis=0) == 0) & (mean > 0)  # every request is lost
-        scores += np.where(nobody, mean, 0.0)
-        requests += np.where(nobody, mean, 0.0)
+        nobody = np.flatnonzero((there.sum(axis=0) == 0) & (mean > 0))  # every request is lost
+        for i, limit in enumerate(self.curves[0].limits):
+            scores[i, nobody] += limit.lost * mean[nobody]
+        requests[nobody] += mean[nobody]
         return scores, requests, held, count
 
     def _fill(self, p: int, rate: np.ndarray) -> np.ndarray:
@@ -219,7 +219,7 @@ class _Run:
         return max(math.ceil(self.plan.pools[p].start_h * HOUR_S / self.traffic.window_s), 1)
 
     def _there(self, have: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(pools, days) replicas that serve in this window, and (days, days) diagonal of requests to start again."""
+        """(pools, days) replicas that serve in this window, and (days,) the requests that must start again."""
         there = have.copy()
         lost = np.zeros(have.shape[1])
         if self.interruptions > 0:
@@ -234,4 +234,4 @@ class _Run:
                 away[:, -1] = gone
                 there[p] = np.maximum(have[p] - away.sum(axis=1), 0)
                 lost += gone * self.inside[p].mean(axis=1)
-        return there, np.diag(lost) if lost.any() else np.zeros(0)
+        return there, lost

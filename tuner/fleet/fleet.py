@@ -19,8 +19,8 @@ from tuner.fleet.programme import solve
 
 Simulation = Literal["auto", "windows", "requests"]
 FEW = 200_000  # requests up to which every one of them is simulated
-TRIES = 4
-MORE = 1.03  # what an hour that missed must serve beyond what it had to before
+TRIES = 6
+MORE = 1.01  # what an hour that missed must serve beyond what it had before
 ENOUGH = 0.99  # share of the hours that must hold
 
 
@@ -68,11 +68,12 @@ def build(
 
     Raises NothingFeasible where no fleet serves the demand under ``terms``.
     """
-    offers = _worth(shop.offers)
-    shop = replace(shop, offers=offers)
-    window_s = min(offer.window_s for offer in offers)
+    window_s = min(offer.window_s for offer in shop.offers)
     traffic = Traffic(demand.rate_rps, demand.swing, routing, window_s)
-    allowed = table(offers, demand.rate_rps, demand.swing, routing, window_s)
+    allowed = table(shop.offers, demand.rate_rps, demand.swing, routing, window_s)
+    worth = _worth(shop.offers, allowed)
+    offers, allowed = tuple(shop.offers[i] for i in worth), allowed[worth]
+    shop = replace(shop, offers=offers)
     pools = pools_of(offers, terms)
     allowed_rps = allowed[[pool.offer for pool in pools]]
     need, raised = needs(demand.rate_rps, terms.hold_h), np.zeros(len(demand), dtype=bool)
@@ -104,30 +105,24 @@ def _largest(plan: Plan, terms: Terms) -> np.ndarray:
     return terms.spare * np.where(plan.ready > 0, plan.allowed_rps, 0.0).max(axis=0)
 
 
-def _worth(offers: Sequence[Offer]) -> tuple[Offer, ...]:
-    """Without offers that another one beats in everything: as cheap or cheaper, as large or larger, ready as soon, with
-    as few GPUs of the same kind. The first of equals stays."""
+def _worth(offers: Sequence[Offer], allowed: np.ndarray) -> list[int]:
+    """The offers (their indices) that no other one beats in everything: as cheap or cheaper, as much or more allowed in
+    every hour, ready as soon, with as few GPUs of the same kind. The first of equals stays."""
+
+    def at_least(j: int, i: int) -> bool:
+        mine, other = offers[i], offers[j]
+        return (
+            other.gpu == mine.gpu
+            and other.gpus <= mine.gpus
+            and other.usd_per_hour <= mine.usd_per_hour
+            and other.start_s <= mine.start_s
+            and bool((allowed[j] >= allowed[i]).all())
+        )
 
     def beaten(i: int) -> bool:
-        mine = offers[i]
-        for j, other in enumerate(offers):
-            at_least = (
-                j != i
-                and other.gpu == mine.gpu
-                and other.gpus <= mine.gpus
-                and other.usd_per_hour <= mine.usd_per_hour
-                and other.capacity[1] >= mine.capacity[1]
-                and other.start_s <= mine.start_s
-                and other.window_s == mine.window_s
-            )
-            better = at_least and (
-                other.usd_per_hour < mine.usd_per_hour or other.capacity[1] > mine.capacity[1] or j < i
-            )
-            if better:
-                return True
-        return False
+        return any(j != i and at_least(j, i) and (j < i or not at_least(i, j)) for j in range(len(offers)))
 
-    return tuple(offer for i, offer in enumerate(offers) if not beaten(i))
+    return [i for i in range(len(offers)) if not beaten(i)]
 
 
 def _why_not(demand: Demand, allowed: np.ndarray, terms: Terms) -> tuple[str]:

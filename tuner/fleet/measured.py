@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.fleet.curve import Point
+from tuner.fleet.curve import Limit, Point
 from tuner.pareto.front import trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Measured, Step
@@ -32,10 +32,12 @@ def kept_up(step: Step) -> float:
     return offered if high >= offered else step.metrics.get(ACHIEVED, offered)
 
 
-def point(step: Step) -> Point | None:
-    """What a step says about the replica; None where it was cut short or requests failed without end."""
+def point(step: Step, limits: Sequence[Limit]) -> Point | None:
+    """What a step says about the replica; None where it was cut short, or where so many requests never ended that a
+    latency of ``limits`` is not known."""
     mean = step.metrics.get("e2e_mean_s", step.metrics.get("e2e_p50_s", math.nan))
-    if step.stopped_early or not (0 < mean < math.inf):
+    latencies = [step.metrics.get(x.slo.key, math.nan) for x in limits if x.slo.latency]
+    if step.stopped_early or not (0 < mean < math.inf) or not all(map(math.isfinite, latencies)):
         return None
     rate = kept_up(step)
     energy, tokens = step.metrics.get(ENERGY, math.nan), step.metrics.get("output_tokens_per_s", math.nan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from scipy import stats
 
 from tuner.errors import NothingFeasible, UsageError
 from tuner.fleet import measured
+from tuner.fleet.capacity import RATES, kept, proven
 from tuner.fleet.curve import Curve, Limit, curve, limits_of
 from tuner.pareto.changes import baseline_of, describe
 from tuner.pareto.choice import choose
@@ -20,16 +21,14 @@ from tuner.pareto.recommend import recommended
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo
 from tuner.spec.study import Study
-from tuner.study.outcome import Infeasible, Measured, Step
+from tuner.study.outcome import Step
 from tuner.study.price import per_hour
 from tuner.study.store import Store, TrialRecord
 from tuner.study.verifying import verification
-from tuner.verify.arm import Launched, Range
-from tuner.verify.capacity import value_at
+from tuner.verify.arm import Range
 from tuner.verify.finalists import launch_spread
-from tuner.verify.judge import Arm, Table
+from tuner.verify.judge import Arm
 from tuner.verify.racing import LAUNCH_SPREAD
-from tuner.verify.repeats import Repeats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,8 +101,8 @@ def shop(studies: Sequence[tuple[Study, Store]], confidence: float) -> Shop:
 
 
 def offers_of(study: Study, store: Store, confidence: float) -> tuple[list[Offer], list[str]]:
-    """One offer per number of GPUs: the recommended configuration and, for other numbers, the best one measured.
-    Among configurations of one price another one would add nothing but doubt.
+    """One offer per GPU type and number of GPUs: the recommended configuration and, for the others, the best one
+    measured. Among configurations of one price another one would add nothing but doubt.
 
     From verification where it was done and something held, else from the search. Raises NothingFeasible where nothing
     meets the SLOs, UsageError where no arrival rate was measured.
@@ -127,27 +126,27 @@ def _verified(
         raise NothingFeasible(choice.text)
     rows = {str(row["config"]): row for row in known.rows}
     configs = {t.number: t.config for t in trials}
-    by_gpus: dict[int, tuple[Arm, ServingConfig]] = {known.config.gpus: (known.chosen, known.config)}
+    by_kind: dict[tuple[str, int], tuple[Arm, ServingConfig]] = {_kind(known.config): (known.chosen, known.config)}
     left = []
     for arm in sorted(known.arms, key=lambda a: a.cost[0]):
         number = rows.get(arm.label, {}).get("trial")
         config = configs.get(number) if number is not None else None
         if not arm.holds or config is None or arm.label == known.choice:
             continue
-        if config.gpus in by_gpus:
+        if _kind(config) in by_kind:
             left.append(arm.label)
         else:
-            by_gpus[config.gpus] = (arm, config)
+            by_kind[_kind(config)] = (arm, config)
     notes = [f"{study.name}: {', '.join(left)} held too, at the same price per replica: not offered."] if left else []
     offers = []
-    for arm, config in by_gpus.values():
+    for arm, config in by_kind.values():
         deployed = choice.point.config if arm.label == known.choice else config
         own = [t for t in trials if t.config.hash == config.hash]
         steps = measured.steps([t for t in own if t.role == "verify"])
-        capacity, basis = _proven(study, trials, arm, confidence)
+        capacity, basis = proven(study, trials, arm, confidence)
         if not steps or not math.isfinite(capacity[0]):  # the launches are not in the folder: what the verdict kept
             steps = measured.steps(own)
-            capacity, basis = _kept(study, arm, steps, trials, confidence)
+            capacity, basis = kept(study, arm, steps, trials, confidence)
         # verification measures around the capacity only: lower loads are the search's
         below = 0.9 * steps[0].load if steps else math.inf
         steps = [s for s in measured.steps([t for t in own if t.role == "search"]) if s.load < below] + steps
@@ -162,16 +161,18 @@ def _searched(study: Study, trials: Sequence[TrialRecord], confidence: float) ->
     spread = launch_spread(trials)
     learnt = spread.freedom >= 3
     sd = math.sqrt(spread.variance) if learnt else LAUNCH_SPREAD
-    offers, why = [], ""
-    for _, group in itertools.groupby(sorted(search, key=lambda t: t.config.gpus), key=lambda t: t.config.gpus):
+    offers = []
+    by_kind = sorted(search, key=lambda t: _kind(t.config))
+    for _, group in itertools.groupby(by_kind, key=lambda t: _kind(t.config)):
         own = list(group)
         choice = choose(own, study.objective)
-        why = why or choice.text
         if choice.point is None:
             continue
         mine = [t for t in own if t.config.hash == choice.point.config.hash]
         steps = measured.steps(mine)
         held = [s for s in steps if not s.slo_misses and all(x.ok for x in steps if x.load == s.load)]
+        if not held:
+            raise UsageError("no arrival rate was measured", where=study.folder, fix=RATES)
         rate = statistics.fmean(measured.kept_up(s) for s in held if s.load == held[-1].load)
         error = stats.norm.ppf(confidence) * sd / math.sqrt(len(mine))
         basis = (
@@ -185,61 +186,6 @@ def _searched(study: Study, trials: Sequence[TrialRecord], confidence: float) ->
     return offers, [f"{study.name} was not verified: its capacities are the search's, and the search took its best."]
 
 
-def _proven(study: Study, trials: Sequence[TrialRecord], arm: Arm, confidence: float) -> tuple[Range, str]:
-    """The capacity in requests per second: one per launch and window, at the load where the worst SLO just holds; its
-    mean over both and the one-sided limits at ``confidence``. NaN where the launches are not in the folder."""
-    table = Table(_launches(trials), study.objective.slos, max(study.load.ladder))
-    rates: dict[tuple[str, int, str], float] = {}
-    for cell, steps in table.cells.items():
-        load = table.capacity(cell)
-        rate = value_at(steps, load, measured.OFFERED) if load > 0 else math.nan
-        if rate > 0:
-            rates[cell] = math.log(rate)
-    repeats = Repeats(rates, launch_spread(trials))
-    if arm.label not in repeats.arms:
-        return (math.nan, math.nan, math.nan), ""
-    estimate = repeats.estimate(arm.label)
-    middle = math.exp(estimate.mean)
-    low, high = (math.exp(min(x, 700.0)) for x in estimate.between(1 - confidence, 1 - confidence))
-    basis = f"verified: {repeats.count(arm.label)} launches on {len(repeats.windows)} held-out windows"
-    if not low > 0:
-        error = stats.norm.ppf(confidence) * LAUNCH_SPREAD
-        low, high = middle * math.exp(-error), middle * math.exp(error)
-        basis += f", too few for a limit: launches are assumed to differ by {LAUNCH_SPREAD * 100:g} %"
-    return (middle, low, high), basis
-
-
-def _kept(
-    study: Study, arm: Arm, steps: Sequence[Step], trials: Sequence[TrialRecord], confidence: float
-) -> tuple[Range, str]:
-    """The capacity that the verdict kept, as a load, times the trace's rate as any step of the study saw it."""
-    seen = [
-        s.metrics[measured.OFFERED] / s.load
-        for s in steps or measured.steps(trials)
-        if s.metrics.get(measured.OFFERED, 0) > 0
-    ]
-    if not seen:
-        raise UsageError("no arrival rate was measured", where=study.folder, fix=_RATES)
-    per_load = statistics.fmean(seen)
-    middle, _, high = (x * per_load for x in arm.capacity)
-    safe = arm.safe_load * per_load or middle * math.exp(-stats.norm.ppf(confidence) * LAUNCH_SPREAD)
-    return (middle, safe, high), f"verified: the safe load that the verdict kept (95 %), {arm.safe_load:.3g}"
-
-
-def _launches(trials: Iterable[TrialRecord]) -> list[Launched]:
-    """The launches of verification, from the labels (``verify 2 trial 17``) under which they were kept."""
-    found = []
-    for trial in trials:
-        label = str((trial.extra or {}).get("label", ""))
-        word, _, rest = label.partition(" ")
-        number, _, arm = rest.partition(" ")
-        if trial.role != "verify" or word != "verify" or not number.isdecimal() or not arm:
-            continue
-        if isinstance(trial.outcome, Measured | Infeasible):
-            found.append(Launched(arm, int(number), trial.outcome.steps))
-    return found
-
-
 def _offer(
     study: Study,
     trials: Sequence[TrialRecord],
@@ -250,24 +196,25 @@ def _offer(
     *,
     verified: bool,
 ) -> Offer:
-    usable = [point for s in steps if (point := measured.point(s)) is not None]
-    if not usable:
-        raise UsageError("no request rates and latencies were measured", where=study.folder, fix=_RATES)
     limits: tuple[Limit, ...] = limits_of(study.objective.slos)[0]
+    usable = [point for s in steps if (point := measured.point(s, limits)) is not None]
+    if not usable:
+        raise UsageError("no request rates and latencies were measured", where=study.folder, fix=RATES)
     folder = next((t.folder for t in trials if any(s is steps[-1] for s in t.outcome.steps)), None)  # type: ignore[union-attr]
     cv = measured.cv(folder / steps[-1].records if folder and steps[-1].records else None)
     extra = max(0.0, 1 - cv**2) if math.isfinite(cv) else 0.0
     outputs, totals = measured.tokens(steps)
     default = baseline_of(trials)
-    hardware = study.hardware.name if config.gpus else f"{study.hardware.name} (CPU server)"
+    hardware = config.gpu or study.hardware.name
+    price = next((t.price for t in trials if t.config.hash == config.hash and t.price), None)
     return Offer(
         name=study.name,
         study=study.name,
         config=config,
         flags=describe(config, default.config if default else None),
-        gpu=hardware,
+        gpu=hardware if config.gpus else f"{hardware} (CPU server)",
         gpus=config.gpus,
-        usd_per_hour=per_hour(config, study.objective),
+        usd_per_hour=per_hour(config, study.objective, price),
         capacity=capacity,
         curve=curve(usable, limits, stretch=capacity[1] / capacity[0], extra=extra),
         start_s=measured.start_s(trials, config),
@@ -281,10 +228,21 @@ def _offer(
     )
 
 
+def _kind(config: ServingConfig) -> tuple[str, int]:
+    """What decides the price of a replica."""
+    return config.gpu, config.gpus
+
+
 def _named(offers: Sequence[Offer]) -> tuple[Offer, ...]:
-    """Names that differ: the study's, with the number of GPUs where a study has several offers."""
-    counts: Mapping[str, int] = {o.study: sum(x.study == o.study for x in offers) for o in offers}
-    return tuple(replace(o, name=f"{o.study} x{o.gpus}" if counts[o.study] > 1 else o.study) for o in offers)
+    """Names that differ: the study's, with what its offers differ by where it has several."""
+
+    def name(offer: Offer) -> str:
+        own = [o for o in offers if o.study == offer.study]
+        types = f" {offer.gpu}" if len({o.gpu for o in own}) > 1 else ""
+        sizes = f" x{offer.gpus}" if len({o.gpus for o in own}) > 1 else ""
+        return offer.study + types + sizes
+
+    return tuple(replace(o, name=name(o)) for o in offers)
 
 
 def _differences(studies: Sequence[Study]) -> list[str]:
@@ -302,6 +260,3 @@ def _differences(studies: Sequence[Study]) -> list[str]:
 
 def _words(slos: Sequence[Slo]) -> str:
     return ", ".join(map(str, slos)) or "none"
-
-
-_RATES = "A fleet is planned from requests per second: tune an engine that replays a trace"

@@ -15,6 +15,7 @@ from tuner.fleet.fleet import Fleet
 from tuner.report.style import Figure, frame, rule
 from tuner.report.summary import clean
 
+TICKS = 12  # labels under a plot
 COLORS = ("$accent", "$series2", "$series3", "$series1", "$series0", "$series4")
 
 
@@ -47,6 +48,9 @@ def build(fleet: Fleet, out: Path) -> Path:
         assumptions=words.assumptions(fleet),
         pools=list(found.hours[0].replicas),
         hours=found.hours,
+        starting=any(hour.starting for hour in found.hours),
+        most=max(hour.capacity_rps for hour in found.hours),
+        rate=words.rate,
         offers=fleet.offers,
     )
     try:
@@ -89,7 +93,7 @@ def capacity_chart(fleet: Fleet) -> Figure:
     line = {"shape": "hvh", "color": "$chosen", "width": 2}
     demand = {"type": "scatter", "mode": "lines", "name": "demand", "x": labels, "line": line}
     data.append(demand | {"y": fleet.demand.rate_rps.tolist(), "hovertemplate": "%{y:,.5g} requests/s"})
-    return {"data": data, "layout": _layout("requests/s")}
+    return {"data": data, "layout": _layout("requests/s", labels)}
 
 
 def used_chart(found: Account) -> Figure:
@@ -101,7 +105,7 @@ def used_chart(found: Account) -> Figure:
         mark = {"mode": "lines+markers", "line": {"color": COLORS[i % len(COLORS)], "width": 1.5}}
         data.append({"type": "scatter", "name": name, "x": labels, "y": shares} | mark)
         data[-1] |= {"hovertemplate": "%{y:.1%} of what it allows"}
-    layout = _layout("share of what is allowed")
+    layout = _layout("share of what is allowed", labels)
     layout["yaxis"] |= {"tickformat": ".0%", "rangemode": "tozero"}
     layout["shapes"] = [rule("y", 1.0)]
     return {"data": data, "layout": layout}
@@ -110,11 +114,9 @@ def used_chart(found: Account) -> Figure:
 def cost_chart(fleet: Fleet) -> Figure:
     """USD per hour by pool, start-ups in the hour for which they are made."""
     plan = fleet.plan
-    usd = [
-        (p.usd_per_hour * (plan.replicas[i] + p.start_h * plan.starts[i])).tolist() for i, p in enumerate(plan.pools)
-    ]
+    usd = plan.usd_by_hour.tolist()
     texts = [[f"{n:,} paid, ${x:,.2f}" for n, x in zip(plan.replicas[i], usd[i], strict=True)] for i in range(len(usd))]
-    return {"data": _stacked(fleet, usd, texts), "layout": _layout("USD per hour"), "height": 320}
+    return {"data": _stacked(fleet, usd, texts), "layout": _layout("USD per hour", fleet.demand.labels), "height": 320}
 
 
 def _ready(fleet: Fleet) -> list[tuple[Sequence[int], Sequence[float]]]:
@@ -133,7 +135,8 @@ def _stacked(fleet: Fleet, values: Sequence[Sequence[float]], texts: Sequence[Se
     return found
 
 
-def _layout(title: str) -> dict[str, Any]:
+def _layout(title: str, labels: Sequence[str]) -> dict[str, Any]:
     layout = frame("hour", title) | {"barmode": "stack", "bargap": 0.08, "hovermode": "x unified"}
-    layout["xaxis"] |= {"type": "category"}
+    some = labels[:: -(-len(labels) // TICKS)]
+    layout["xaxis"] |= {"type": "category", "tickmode": "array", "tickvals": list(some), "tickangle": 0}
     return layout

@@ -37,8 +37,9 @@ class Terms:
 @dataclass(frozen=True, slots=True)
 class Pool:
     """Replicas of one offer, on demand or on spot machines. ``available`` is the share of the time that a replica of
-    it serves, ``usd_per_hour`` its price there, ``late_h`` for how many hours a new one is not ready where scaling
-    knows of the need too late."""
+    it serves, ``usd_per_hour`` its price there. A start-up takes ``start_h`` hours, of which ``ahead_h`` are paid
+    before the hour for which it is made; where scaling knows of the need too late for that, it is made ``late_h`` hours
+    earlier and is not ready in these (paid) hours."""
 
     offer: int
     name: str
@@ -46,6 +47,7 @@ class Pool:
     usd_per_hour: float
     available: float
     start_h: float
+    ahead_h: float
     late_h: int
     gpu: str
     gpus: int
@@ -73,10 +75,10 @@ class Plan:
 
     @property
     def usd_by_hour(self) -> np.ndarray:
-        """(hours,) replicas and, with the hour for which they start, the start-ups before it."""
+        """(pools, hours) replicas and, with the hour for which they start, what is paid before it."""
         price = np.array([[p.usd_per_hour] for p in self.pools])
-        start = np.array([[p.usd_per_hour * p.start_h] for p in self.pools])
-        return (price * self.replicas + start * self.starts).sum(axis=0)
+        start = np.array([[p.usd_per_hour * p.ahead_h] for p in self.pools])
+        return price * self.replicas + start * self.starts
 
 
 def pools_of(offers: Sequence[Offer], terms: Terms) -> tuple[Pool, ...]:
@@ -90,7 +92,9 @@ def pools_of(offers: Sequence[Offer], terms: Terms) -> tuple[Pool, ...]:
         late_s = offer.start_s - terms.lead_s
         late_h = math.ceil(late_s / HOUR_S) if late_s > 0 else 0
         start_h = offer.start_s / HOUR_S
-        shared = {"start_h": start_h, "late_h": late_h, "gpu": offer.gpu, "gpus": max(offer.gpus, 1)}
+        ahead_h = min(offer.start_s, terms.lead_s) / HOUR_S
+        times = {"start_h": start_h, "ahead_h": ahead_h, "late_h": late_h}
+        shared = times | {"gpu": offer.gpu, "gpus": max(offer.gpus, 1)}
         found.append(Pool(index, offer.name, False, offer.usd_per_hour, 1.0, **shared))
         if terms.spot_share > 0:
             there = 1 / (1 + terms.interruptions_per_hour * start_h)

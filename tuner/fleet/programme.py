@@ -118,7 +118,7 @@ class _Programme:
         for p, pool in enumerate(self.pools):
             cost[0, p] = pool.usd_per_hour
             # a start-up that costs nothing is still not made for nothing
-            cost[2, p] = max(pool.usd_per_hour * pool.start_h, pool.usd_per_hour * 1e-9)
+            cost[2, p] = pool.usd_per_hour * max(pool.ahead_h, 1e-9)
         return cost
 
     def _starts(self) -> None:

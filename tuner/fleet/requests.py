@@ -75,7 +75,7 @@ class _Fleet:
         """So many replicas per pool from now on; new ones are empty, those taken away finish what they have."""
         left = have.tolist()
         for slot, p in enumerate(self.pool):
-            self.active[slot] = left[p] > 0
+            self.active[slot] = left[p] > 0 and allowed[p] > 0
             left[p] -= 1
             self.size[slot] = float(allowed[p])
         self._route_table()
@@ -86,7 +86,7 @@ class _Fleet:
         for slot in self.open:
             curve = self.curves[self.pool[slot]]
             for _ in range(round(float(curve.holds_inside(np.array(rate_rps * self.size[slot] / whole))))):
-                self._enter(slot)
+                self._change(slot, 1)
 
     def hour(self, rate_rps: float) -> tuple[np.ndarray, float]:
         """An hour at ``rate_rps``: what the limits count in the mean over requests, and the mean number inside."""
@@ -109,7 +109,9 @@ class _Fleet:
                 total += self.curves[self.pool[slot]].score(np.array(mean)) * self.arrived[slot]
                 requests += self.arrived[slot]
                 held, count = held + mean, count + 1
-            total, requests, self.lost = total + self.lost, requests + self.lost, 0
+            if self.lost:
+                total += [limit.lost * self.lost for limit in self.curves[0].limits]
+            requests, self.lost = requests + self.lost, 0
             self.area, self.arrived = [0.0] * len(self.pool), [0] * len(self.pool)
         return (total / requests if requests else total), (held / count if count else 0.0)
 
@@ -149,9 +151,6 @@ class _Fleet:
             case _:
                 slot = min(self.open, key=self._load)
         self.arrived[slot] += 1
-        self._enter(slot)
-
-    def _enter(self, slot: int) -> None:
         self._change(slot, 1)
 
     def _drawn(self) -> int:

@@ -98,11 +98,13 @@ def assumptions(fleet: Fleet) -> tuple[str, ...]:
     """What the plan takes for granted, one sentence or two each."""
     terms, traffic = fleet.terms, fleet.traffic
     found = [
-        f"Demand: {fleet.demand.source}. Requests arrive independently; beyond that the rate swings by "
-        f"{percent(traffic.swing)} between stretches of {traffic.window_s:g} s. After the last hour comes the first.",
-        f"Routing: {ROUTINGS[traffic.routing]}. No request is retried, and none finds another replica's prefix cache.",
+        f"Demand: {fleet.demand.source}. Requests arrive independently, and {_swing(fleet)}. After the last hour comes "
+        "the first.",
+        f"Routing: {ROUTINGS[traffic.routing]}. No request is retried. As many prefixes are found cached as in the "
+        "measurement, where one server saw all requests of the trace.",
         f"Every replica is as slow as the lower limit of its measured capacity ({percent(fleet.confidence)}, "
         "one-sided). Beyond the highest measured load it completes no more than there.",
+        "Tokens are those of all requests, the few beyond a limit too.",
     ]
     found += [f"{o.name}: {o.basis}. Ready {o.start_s:.0f} s after its launch." for o in fleet.offers]
     found.append(_scaling(fleet))
@@ -121,6 +123,18 @@ def assumptions(fleet: Fleet) -> tuple[str, ...]:
         )
     found.append("Prices are those of the studies; nothing is paid for traffic, storage or a load balancer.")
     return tuple(found)
+
+
+def rate(rps: float, largest: float) -> str:
+    """Requests per second in a column whose largest figure is ``largest``: at least three digits of that."""
+    return f"{rps:,.{max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0}f}"
+
+
+def _swing(fleet: Fleet) -> str:
+    traffic = fleet.traffic
+    if not traffic.swing:
+        return "their rate is constant within an hour (--swing says otherwise)"
+    return f"their rate swings by {percent(traffic.swing)} between stretches of {traffic.window_s:g} s"
 
 
 def _scaling(fleet: Fleet) -> str:
