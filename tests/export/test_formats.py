@@ -13,6 +13,7 @@ from tuner.export.deployment import deployment
 from tuner.export.formats import FORMATS, best_config, export
 from tuner.export.text import dump
 from tuner.export.vllm import config_text
+from tuner.pareto.choice import of_trial
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Measured
 from tuner.study.store import Store, write_json
@@ -61,6 +62,14 @@ def test_the_command_that_starts_it_is_one_that_its_build_has(made, version, fir
     store, study = made
     text = config_text(replace(deployment(store, study), version=version))
     assert f"; {first}" in next(line for line in text.splitlines() if line.startswith("# Start:"))
+
+
+def test_a_trial_picked_by_hand_says_so_and_compares_itself_with_the_default(made):
+    store, study = made
+    text = config_text(deployment(store, study, of_trial(store.trials(), OBJECTIVE, 1)))
+    assert text.startswith("# Configuration, picked by hand, of study 's': trial 1,") and "cost -50.0 % (" in text
+    default = config_text(deployment(store, study, of_trial(store.trials(), OBJECTIVE, 0)))
+    assert "This is the engine's default.\n" in default
 
 
 def test_the_promise_can_be_read_back(made):

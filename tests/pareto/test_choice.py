@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests import studies
-from tuner.pareto.choice import choose, compare, nearest
+from tuner.errors import NothingFeasible, UsageError
+from tuner.pareto.choice import choose, compare, nearest, of_trial
 from tuner.study.outcome import Infeasible, Measured
 from tuner.study.store import Store
 
@@ -26,6 +27,21 @@ def test_the_cheapest_configuration_within_slo_is_chosen_and_compared_with_the_d
     assert choice.point and choice.point.trial == 1 and choice.baseline and choice.baseline.trial == 0
     assert choice.cost_change and choice.cost_change.value == pytest.approx(-0.5) and choice.cost_change.proven
     assert "max-num-batched-tokens=8192" in choice.text and "-50.0 %" in choice.text
+
+
+def test_a_trial_picked_by_hand_stands_with_its_cheapest_step_within_slo(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000), store, baseline=True)
+    both = served(1500, tpot_s=0.01, load=1.0) + served(2000, tpot_s=0.02, load=2.0)
+    studies.measured(1, both, store, params=FASTER)
+    studies.measured(2, served(9000, tpot_s=0.09), store, params={"max_num_seqs": 512})  # misses
+    choice = of_trial(store.trials(), OBJECTIVE, 1)
+    assert choice.by_hand and choice.point and choice.point.load == 2.0
+    assert choice.cost_change and choice.cost_change.value == pytest.approx(-0.5)
+    with pytest.raises(NothingFeasible, match="Trial 2 met the SLOs at no load"):
+        of_trial(store.trials(), OBJECTIVE, 2)
+    with pytest.raises(UsageError, match="there is no trial 7"):
+        of_trial(store.trials(), OBJECTIVE, 7)
 
 
 def test_of_equally_cheap_configurations_the_faster_is_chosen(tmp_path: Path):

@@ -159,12 +159,15 @@ def ui(
 def export(
     study: StudyArgument,
     form: Annotated[str, typer.Option("--format", help="vllm, compose, k8s or helm.")] = "vllm",
-    out: Annotated[Path | None, typer.Option(help="The folder to write to (default: the study's).")] = None,
+    trial: Annotated[int | None, typer.Option(help="Another trial than the recommended one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write to (default: the study's, or the trial's).")
+    ] = None,
 ) -> None:
     """Write the best configuration for deployment."""
     from tuner.cli import read as command
 
-    command.export(study, form, out)
+    command.export(study, form, out, trial)
 
 
 @app.command(rich_help_panel="Deploy")

@@ -74,14 +74,17 @@ def report(path: Path, out: Path | None) -> None:
     print(page.build(store, study, out or store.folder / "report.html"))
 
 
-def export(path: Path, form: str, out: Path | None) -> None:
-    """Writes the best configuration and prints the files' paths."""
+def export(path: Path, form: str, out: Path | None, trial: int | None) -> None:
+    """Writes the best configuration, or that of ``trial``, and prints the files' paths."""
     from tuner.export import formats
+    from tuner.pareto.choice import of_trial
 
     study, store = opened(path)
-    folder = out or store.folder
+    choice = None if trial is None else of_trial(store.trials(), study.objective, trial)
+    folder = out or (store.folder if trial is None else store.trial_folder(trial))
+    files = formats.export(store, study, form, choice=choice)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in formats.export(store, study, form).items():
+    for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
         print(folder / name)
 

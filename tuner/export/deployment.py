@@ -146,9 +146,10 @@ def _about(
     objective = study.objective
     on = promise.fingerprint
     machine = f"{point.config.gpus} x {on.gpu}" if point.config.gpus else f"CPU ({on.gpu})"
+    title = "Configuration, picked by hand," if choice.by_hand else "Best configuration"
     repeats = f", {len(point.trials)} measurements" if len(point.trials) > 1 else ""
     lines = [
-        f"Best configuration of study {study.name!r}: trial {point.trial}, {on.date}, by tuner.",
+        f"{title} of study {study.name!r}: trial {point.trial}, {on.date}, by tuner.",
         f"Measured on {on.engine} {on.engine_version}, {machine}, with {on.trace} at load {point.load:.4g}{repeats}"
         + (" (held-out windows)." if point.role == "verify" else " (search windows: not verified yet)."),
         f"Cost {point.cost:.4g} USD per million output tokens within SLO{_between(point.cost_interval)}, at "
@@ -157,7 +158,8 @@ def _about(
         f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.",
     ]
     if point.baseline:
-        lines.append("This is the engine's default: nothing measured is proven to be better.")
+        proven = "" if choice.by_hand else ": nothing measured is proven to be better"
+        lines.append(f"This is the engine's default{proven}.")
     elif choice.cost_change and choice.latency_change:
         lines.append(
             f"Against the engine's default at its own capacity: cost {choice.cost_change}, "

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tuner.errors import NothingFeasible, UsageError
 from tuner.pareto.changes import baseline_of, changes, describe
 from tuner.pareto.front import Interval, Point, overlap, points, trusted_steps
 from tuner.space.config import ServingConfig
@@ -52,7 +53,8 @@ class Choice:
 
     ``baseline`` is the engine's default at its own capacity (None: it met the SLOs at no load, or was not measured);
     ``cost_change`` and ``latency_change`` compare with it (None where it is the choice itself). ``tied`` are the
-    configurations whose cost cannot be told apart from the chosen one's. ``text`` explains all of it.
+    configurations whose cost cannot be told apart from the chosen one's. ``text`` explains all of it. ``by_hand``: the
+    user picked it, it is no recommendation.
     """
 
     point: Point | None
@@ -62,6 +64,7 @@ class Choice:
     tied: tuple[Point, ...]
     nearest: Near | None
     text: str
+    by_hand: bool = False
 
 
 def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
@@ -85,13 +88,35 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     last = [p for p in level if overlap(p.latency, p.latency_interval, fastest.latency, fastest.latency_interval)]
     point = min(last, key=lambda p: (len(changes(p.config, default_config)), p.latency, p.cost, p.trial))
     base = next((p for p in contenders if p.baseline), None)
-    cost = latency = None
-    if base and base is not point:
-        cost = compare(point.cost, point.cost_interval, base.cost, base.cost_interval)
-        latency = compare(point.latency, point.latency_interval, base.latency, base.latency_interval)
+    cost, latency = _against(point, base)
     tied = tuple(p for p in level if p is not point)
     text = _explain(point, base, cost, latency, tied, objective, default)
     return Choice(point, base, cost, latency, tied, None, text)
+
+
+def of_trial(trials: Sequence[TrialRecord], objective: Objective, number: int) -> Choice:
+    """Not the recommendation but what the user picks: the cheapest step within SLO of trial ``number``.
+
+    Raises UsageError where there is no such trial, NothingFeasible where it met the SLOs at no load.
+    """
+    if number not in {t.number for t in trials}:
+        raise UsageError(f"there is no trial {number}", fix="tuner front lists the trials of the front")
+    good = [p for p in points(trials, objective) if p.ok]
+    point = min((p for p in good if p.trial == number), key=lambda p: (p.cost, p.latency), default=None)
+    if point is None:
+        raise NothingFeasible(f"Trial {number} met the SLOs at no load (tuner show says which it missed).")
+    searched = [p for p in good if p.role == "search"]  # the cheapest of many repetitions would be the luckiest
+    base = next((p for p in _cheapest_each(searched) if p.baseline), None)
+    text = f"Trial {number} was picked by hand; it need not be the recommendation."
+    return Choice(point, base, *_against(point, base), (), None, text, by_hand=True)
+
+
+def _against(point: Point, base: Point | None) -> tuple[Change | None, Change | None]:
+    """Difference in cost and in latency to the default; None where ``point`` is the default, or where it met no SLO."""
+    if base is None or base.config.hash == point.config.hash:
+        return None, None
+    cost = compare(point.cost, point.cost_interval, base.cost, base.cost_interval)
+    return cost, compare(point.latency, point.latency_interval, base.latency, base.latency_interval)
 
 
 def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:
