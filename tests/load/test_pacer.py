@@ -104,6 +104,26 @@ def test_an_alarm_is_absolute_and_can_be_set_again():
     alarm.close()
 
 
+def test_sockets_are_looked_at_once_per_hold_but_no_send_or_handshake_waits_for_it(monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr(client.time, "sleep", slept.append)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where: list[tuple[int, tuple]] = [(socket.AF_INET, server.getsockname())]
+        loop = client.Client(target("http://x"), where, None, lambda _: None, lambda _: None, 10**10, hold_ns=10**9)
+        monkeypatch.setattr(loop._poll, "wait", lambda deadline_ns: [])
+        now = time.monotonic_ns()
+        loop._step(now + 10**10)
+        assert slept == []  # nothing was looked at before
+        loop._step(now + 10**10)
+        loop._step(now + 5 * 10**8)
+        held_s, before_a_send_s = slept
+        assert 0.5 < held_s <= 1.0 and before_a_send_s < 0.5
+        loop._open()
+        loop._step(now + 10**10)
+        assert len(slept) == 2
+        loop.close()
+
+
 def test_requests_whose_bytes_are_late_do_not_slow_the_loop_down():
     """Looking at each of them at every turn would make a client that is behind fall behind for good."""
     asked, events, turns = 0, [], 0
@@ -119,7 +139,7 @@ def test_requests_whose_bytes_are_late_do_not_slow_the_loop_down():
         return ""
 
     loop = client.Client(
-        target("http://127.0.0.1:9"), [(socket.AF_INET, ("127.0.0.1", 9))], None, take, events.extend, 10**10
+        target("http://127.0.0.1:9"), [(int(socket.AF_INET), ("127.0.0.1", 9))], None, take, events.extend, 10**10
     )
     loop.run(OpenLoop(range(1_000), [0] * 1_000, time.monotonic_ns()), 1_000, turn)
     loop.close()

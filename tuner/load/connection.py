@@ -27,6 +27,7 @@ class Connection:
         "_framing",
         "_head",
         "_need",
+        "_recvmsg",
         "_tail",
         "_tls",
         "_unsent",
@@ -38,6 +39,7 @@ class Connection:
         "idle_ns",
         "keep",
         "number",
+        "plain",
         "polled_write",
         "ready",
         "received",
@@ -65,6 +67,8 @@ class Connection:
         self.reused = False
         self.keep = True
         self.idle_ns = 0
+        self.plain = self.stamped and tls is None
+        self._recvmsg = self.sock.recvmsg
         self._connected = False
         self._unsent = memoryview(b"")
         self._waiting = b""  # a request that waits for the TLS handshake
@@ -150,18 +154,20 @@ class Connection:
         """
         if not self._connected:
             raise BlockingIOError
-        if not self.stamped:
-            data, ancillary = self.sock.recv(_READ_BYTES), ()
-        else:
-            data, ancillary, _, _ = self.sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
-        stamp = 0
-        for _, kind, value in ancillary:
-            if kind == _SO_TIMESTAMPNS:
-                seconds, nanoseconds = _TIMESPEC.unpack(value)
-                stamp = seconds * 1_000_000_000 + nanoseconds
+        data, stamp = self.receive() if self.stamped else (self.sock.recv(_READ_BYTES), 0)
         if self._tls and data:
             data = self._decrypt(data)
         return data, stamp
+
+    def receive(self) -> tuple[bytes, int]:
+        """As :meth:`read`, of a connected socket with stamps, TLS or not still in it: all that a ``plain`` connection
+        needs."""
+        data, ancillary, _, _ = self._recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
+        for _, kind, value in ancillary:
+            if kind == _SO_TIMESTAMPNS:
+                seconds, nanoseconds = _TIMESPEC.unpack(value)
+                return data, seconds * 1_000_000_000 + nanoseconds
+        return data, 0
 
     def _decrypt(self, data: bytes) -> bytes:
         tls = self._tls

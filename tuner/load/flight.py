@@ -14,22 +14,43 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_TOGETHER = 4_096
+
+
 class Lags:
     """Counts of delays, in buckets 3 % wide, so that a quantile over any number of reads is at hand."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
+        self._waiting: list[int] = []
         self._n = 0
 
     def add(self, lag_ns: int, count: int = 1) -> None:
+        if count == 1:
+            self._waiting.append(lag_ns)
+            if len(self._waiting) >= _TOGETHER:
+                self._count()
+            return
         us = lag_ns // 1_000
         bits = us.bit_length() - 6
         key = us if bits <= 0 else (us >> bits) << bits
         self._counts[key] = self._counts.get(key, 0) + count
         self._n += count
 
+    def _count(self) -> None:
+        """What waits, at once: the same buckets by numpy."""
+        import numpy as np
+
+        us = np.array(self._waiting, dtype=np.int64) // 1_000
+        self._waiting.clear()
+        bits = np.maximum(np.frexp(us)[1] - 6, 0)
+        for key, count in zip(*(a.tolist() for a in np.unique((us >> bits) << bits, return_counts=True)), strict=True):
+            self._counts[key] = self._counts.get(key, 0) + count
+            self._n += count
+
     def quantile_s(self, q: float) -> float:
         """Nearest rank, rounded down to the bucket's edge; 0 where nothing was counted."""
+        self._count()
         left = q * self._n
         for key in sorted(self._counts):
             left -= self._counts[key]
@@ -100,8 +121,7 @@ class Tower:
         for event in events:
             kind = event[0]
             if kind == READ:
-                _, number, kernel_ns, read_ns, late_ns, data = event
-                self._read(number, kernel_ns, read_ns, late_ns, data)
+                self._read(event)
             elif kind == SENT:
                 _, number, intended_ns, sent_ns = event
                 flights[number] = Flight(number, intended_ns - self._epoch_ns, sent_ns - self._epoch_ns, self._counting)
@@ -113,7 +133,8 @@ class Tower:
                 first = self._cpu.get(process, (now_ns, cpu_ns))
                 self._cpu[process] = (first[0], first[1], now_ns, cpu_ns)
 
-    def _read(self, number: int, kernel_ns: int, read_ns: int, late_ns: int, data: bytes) -> None:
+    def _read(self, event: Event) -> None:
+        _, number, kernel_ns, read_ns, late_ns, data = event
         flight = self.flights.get(number)
         if flight is None:
             return

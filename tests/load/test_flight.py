@@ -1,0 +1,32 @@
+"""What the parent keeps of the requests under way."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuner.load.flight import Lags
+
+
+@given(st.lists(st.integers(0, 10**11), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]), st.data())
+def test_a_quantile_of_delays_is_off_by_its_buckets_width_at_most(delays_ns, q, data):
+    """However they were counted: one by one, or several alike at once."""
+    lags = Lags()
+    counts = [data.draw(st.sampled_from([1, 1, 3])) for _ in delays_ns]
+    for delay_ns, count in zip(delays_ns, counts, strict=True):
+        lags.add(delay_ns, count)
+    every = sorted(d for d, count in zip(delays_ns, counts, strict=True) for _ in range(count))
+    true_s = every[max(1, math.ceil(q * len(every))) - 1] / 1e9
+    assert true_s * (1 - 1 / 32) - 1e-6 <= lags.quantile_s(q) <= true_s + 1e-12
+
+
+def test_a_quantile_of_nothing_is_nothing():
+    assert Lags().quantile_s(0.99) == 0.0
+
+
+def test_many_delays_are_counted_in_little_memory():
+    lags = Lags()
+    for delay_ns in range(0, 100_000_000, 1_000):
+        lags.add(delay_ns)
+    assert 0.097 < lags.quantile_s(0.99) <= 0.099
+    assert len(lags._counts) < 1_000
