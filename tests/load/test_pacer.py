@@ -112,14 +112,14 @@ def test_sockets_are_looked_at_once_per_hold_but_no_send_or_handshake_waits_for_
         loop = client.Client(target("http://x"), where, None, lambda _: None, lambda _: None, 10**10, hold_ns=10**9)
         monkeypatch.setattr(loop._poll, "wait", lambda deadline_ns: [])
         now = time.monotonic_ns()
-        loop._step(now + 10**10)
+        loop._wait(now + 10**10)
         assert slept == []  # nothing was looked at before
-        loop._step(now + 10**10)
-        loop._step(now + 5 * 10**8)
+        loop._wait(now + 10**10)
+        loop._wait(now + 5 * 10**8)
         held_s, before_a_send_s = slept
         assert 0.5 < held_s <= 1.0 and before_a_send_s < 0.5
         loop._open()
-        loop._step(now + 10**10)
+        loop._wait(now + 10**10)
         assert len(slept) == 2
         loop.close()
 

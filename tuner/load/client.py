@@ -92,7 +92,8 @@ class Client:
             self._refill(now, self._spare)
             if not self._opening:
                 return  # refused: the requests will say so
-            self._step(min(until_ns, now + TICK_NS))
+            ready, now = self._wait(min(until_ns, now + TICK_NS))
+            self._serve_all(ready, 0)
 
     def run(self, pacer: Pacer, expected: int, stopped: Callable[[], str]) -> None:
         """Until ``expected`` requests have ended, or ``stopped()`` gives a reason; the rest then ends with it."""
@@ -105,9 +106,12 @@ class Client:
             if self._late_bodies:
                 due_ns = tick_ns
             deadline_ns = tick_ns if due_ns is None or due_ns > tick_ns else due_ns
-            now = self._step(deadline_ns)
+            ready, now = self._wait(deadline_ns)
+            late_ns = max(0, now - deadline_ns)
             if self._late_bodies or (due_ns is not None and due_ns <= now):
-                self._send_due(now)
+                self._send_due(now)  # before reading: what was received has the kernel's time already
+                late_ns += time.monotonic_ns() - now
+            now = self._serve_all(ready, late_ns)
             if now >= tick_ns:
                 late_ns = now - tick_ns
                 self._events.append((TICK, now, late_ns, time.process_time_ns(), self._pid))
@@ -134,8 +138,8 @@ class Client:
 
     # one turn of the loop
 
-    def _step(self, deadline_ns: int) -> int:
-        """Waits for bytes or ``deadline_ns``; handles what is ready; returns the time."""
+    def _wait(self, deadline_ns: int) -> tuple[list[int], int]:
+        """Waits for bytes or ``deadline_ns``; returns what is ready, and the time."""
         if self._hold_ns and not self._writing:
             rest_ns = min(self._held_ns, deadline_ns) - time.monotonic_ns()
             if rest_ns > _HOLD_LEAST_NS:
@@ -148,7 +152,10 @@ class Client:
         wall = time.time_ns()
         if time.monotonic_ns() - now < _TOGETHER_NS or not self._offset_ns:
             self._offset_ns = wall - now
-        late_ns = max(0, now - deadline_ns)
+        return ready, now
+
+    def _serve_all(self, ready: list[int], late_ns: int) -> int:
+        """Handles what is ready; returns the time."""
         for fd in ready:
             connection = self._connections.get(fd)
             if connection is None:
@@ -164,7 +171,7 @@ class Client:
                 self._received(connection, data, stamp, late_ns)
             else:
                 self._serve(connection, late_ns)
-        return time.monotonic_ns() if ready else now
+        return time.monotonic_ns()
 
     def _serve(self, connection: Connection, late_ns: int) -> None:
         """A connection with more to do than reading: handshakes, a request not yet written, TLS."""
