@@ -111,6 +111,7 @@ def to_dict(fleet: Fleet) -> dict[str, Any]:
         {
             "holds": fleet.holds,
             "missed": [fleet.demand.labels[h] for h in fleet.missed],
+            "raised": [fleet.demand.labels[h] for h in fleet.raised],
             "usd_per_day": found.usd_per_day,
             "level_usd_per_day": found.level_usd_per_day,
             "usd_per_mtok_output": found.usd_per_mtok_output,

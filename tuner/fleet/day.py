@@ -20,7 +20,7 @@ from tuner.fleet.headroom import Routing
 from tuner.fleet.offer import Offer
 from tuner.fleet.plan import Plan
 
-SAMPLE = 64  # replicas of a kind that are followed
+SAMPLE, LEAST = 1024, 64  # replicas of a kind that are followed, shared among the days; each day has the least
 STEPS = 6  # parts of a window in which the number of requests inside is followed
 DAY_H = 24
 
@@ -111,7 +111,8 @@ class _Run:
         self.interruptions = interruptions
         self.rng = np.random.default_rng(seed)
         self.used = [p for p in range(len(plan.pools)) if serving[p].max() > 0]
-        self.sample = {p: int(min(serving[p].max(), SAMPLE)) for p in self.used}
+        sample = max(SAMPLE // len(index), LEAST)
+        self.sample = {p: int(min(serving[p].max(), sample)) for p in self.used}
         self.windows = max(round(HOUR_S / traffic.window_s), 1)
         self.inside = {p: np.zeros((len(index), self.sample[p])) for p in self.used}
         self.away = {p: np.zeros((len(index), self._away_windows(p)), dtype=np.int64) for p in self.used}

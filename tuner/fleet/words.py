@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tuner.fleet.account import Account
 
 BURSTY = 1.3  # arrivals whose gaps vary by more than independent ones (1) and a short window's chance
+LISTED = 24  # hours that are named in a sentence
 OTHER = 1.1  # a trace whose outputs are longer or shorter by this factor is another traffic
 
 
@@ -26,14 +27,19 @@ def verdict(fleet: Fleet) -> str:
     lost = f", with {spare} replica{'s' * (spare > 1)} lost all the time" if spare else ""
     text = f"Simulated {fleet.day.how}{lost}: "
     if missed:
-        named = ", ".join(f"{fleet.demand.labels[h]} ({worst(fleet, h)})" for h in missed)
+        named = _listed([f"{fleet.demand.labels[h]} ({worst(fleet, h)})" for h in missed])
         text += f"the SLOs are missed in {len(missed)} of {hours} hours: {named}."
     else:
         text += f"the SLOs hold in each of the {hours} hours." if hours > 1 else "the SLOs hold in the one hour."
     if fleet.raised:
-        raised = ", ".join(fleet.demand.labels[h] for h in fleet.raised)
+        raised = _listed([fleet.demand.labels[h] for h in fleet.raised])
         text += f" Given more than the headroom asked for, because a first plan missed there: {raised}."
     return text
+
+
+def _listed(hours: Sequence[str]) -> str:
+    left = len(hours) - LISTED
+    return ", ".join(hours[:LISTED]) + (f" and {left:,} more (--json has them all)" if left > 0 else "")
 
 
 def worst(fleet: Fleet, hour: int) -> str:
