@@ -93,6 +93,25 @@ def test_a_passing_failure_is_tried_once_more_and_a_lasting_one_never(runner):
     assert {n for (again, n) in counts if not again} == {1}
 
 
+def test_a_passing_failure_of_the_last_trial_that_runs_has_its_second_launch_too(runner):
+    """Nothing was left to propose while it ran; its own second launch is."""
+    engine = FakeEngine()
+
+    def last(config):
+        if config.hash != engine.launched[0] or engine.launched.count(config.hash) > 1:
+            return None
+        while len(engine.launched) < 4 or engine.alive:  # the others have come and gone
+            threading.Event().wait(0.05)
+        threading.Event().wait(1.0)  # and the loop has asked in vain
+        return Infeasible("port-in-use", "port taken", transient=True)
+
+    engine.fail = last
+    pins = "parallel: 2\nparameters: {max_num_batched_tokens: 8192, kv_cache_dtype: auto, max_num_seqs: [64, 1024]}"
+    changes = {"sampler: random": f"sampler: grid\n{pins}", "launches: 6": "launches: 40"}
+    assert runner.run(engine, replace=changes) == "every configuration of the space has been tried"
+    assert sorted(Counter(engine.launched).values()) == [1, 1, 1, 2]
+
+
 def test_a_server_that_dies_under_load_keeps_the_steps_measured_before(runner):
     def die(config, plan):
         if plan.load == 2:
@@ -152,6 +171,28 @@ def test_a_pinned_parameters_part_of_a_json_flag_is_known_by_the_flags_own_name(
     session.check_flags(study, FakeEngine(known=frozenset(flags | {"speculative-config"})))
 
 
+def test_a_study_in_which_every_launch_crashes_in_the_same_way_is_given_up(runner):
+    engine = FakeEngine(fail=lambda c: Infeasible("crash", "no module named x", "ImportError"))
+    why = runner.run(engine, replace={"launches: 6": "launches: 60"})
+    assert why == "8 launches failed in the same way and none served: no module named x"
+    assert len(engine.launched) == 8
+
+
+def test_a_study_goes_on_where_one_launch_served_or_where_the_crashes_differ(runner):
+    default = []
+
+    def fail(config):
+        default.append(config.hash)
+        return None if config.hash == default[0] else Infeasible("crash", "no module named x", "ImportError")
+
+    runner.run(FakeEngine(fail=fail), replace={"launches: 6": "launches: 12"})
+    assert len(runner.store.trials()) == 12
+    runner.run(
+        FakeEngine(fail=lambda c: Infeasible("crash", f"at {c.hash}", "x")), replace={"launches: 6": "launches: 24"}
+    )
+    assert len(runner.store.trials()) == 24
+
+
 def test_an_interrupt_finishes_the_teardown_and_keeps_what_was_measured(runner):
     cancel = threading.Event()
     engine = FakeEngine(during=lambda c, p: cancel.set() if p.load == 2 and len(engine.launched) == 3 else None)
@@ -194,7 +235,15 @@ def test_two_tuners_do_not_run_one_study(runner):
 
 
 def test_parallel_trials_share_the_gpus_without_stacking(runner):
-    engine = FakeEngine(during=lambda c, p: threading.Event().wait(0.05))
+    two, never = threading.Event(), threading.Event()
+
+    def during(_config, _plan):
+        if engine.most_alive >= 2:
+            two.set()
+        two.wait(20)  # for another, however busy the machine is; then for a third, which must not come
+        never.wait(0.05)
+
+    engine = FakeEngine(during=during)
     runner.run(engine, replace={"sampler: random": "sampler: random\nparallel: 4"})
     assert engine.most_alive == 2  # two GPUs, one each
     assert len(runner.store.trials()) == 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from tuner.engines.protocol import OnEvent
@@ -35,23 +35,25 @@ class Loop:
     on_event: OnEvent
     stop_reason: Callable[[int], str]
     cancel: threading.Event
+    failures: list[str] = field(default_factory=list)  # how each launch of this session crashed; empty where not
 
     def run(self) -> str:
         """Runs trials until something says stop; returns why it ended. Trials end one by one, told by this thread."""
         running: dict[int, Proposal] = {}
-        ended = ""
+        ended, dry = "", False  # dry: nothing is left to propose, unless a trial that runs is to be launched again
         while True:
-            while not ended and self.executor.room():
+            while not ended and not dry and self.executor.room():
                 ended = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
                 proposal = None if ended else self.queue.propose()
                 if proposal is None:
-                    ended = ended or "every configuration of the space has been tried"
+                    dry = True
                     break
                 running[proposal.number] = proposal
                 self.executor.submit(self._job(proposal))
             if not running:
-                return ended
+                return ended or "every configuration of the space has been tried"
             for end in self.executor.wait(0.5):
+                dry = False
                 ended = self._conclude(running.pop(end.job.number), end) or ended
 
     def _job(self, proposal: Proposal) -> Job:
@@ -78,6 +80,16 @@ class Loop:
             raise EnvironmentFault(
                 outcome.message, where=str(self.store.trial_folder(proposal.number) / "server.log"), fix=outcome.fix
             )
+        return self._hopeless(outcome)
+
+    def _hopeless(self, outcome: Outcome) -> str:
+        """Why no further launch is worth its cost, where all of this session failed, and in the very same words."""
+        if isinstance(outcome, Infeasible) and outcome.cause in CRASHES:
+            self.failures.append(outcome.message)
+        elif not isinstance(outcome, Aborted):
+            self.failures.append("")
+        if len(self.failures) == ALIKE and self.failures[0] and len(set(self.failures)) == 1:
+            return f"{ALIKE} launches failed in the same way and none served: {self.failures[0]}"
         return ""
 
     def _again(self, proposal: Proposal, outcome: Outcome) -> bool:
@@ -87,6 +99,9 @@ class Loop:
         return isinstance(outcome, Infeasible) and outcome.transient and proposal.repeat == 0
 
 
+ALIKE = 8  # launches that fail in the same words, before the study gives up
+#: Failures that say nothing of the configuration. What does not fit, or a refusal in words, is part of the search.
+CRASHES = frozenset({"crash", "hang", "unhealthy", "too-slow-to-start"})
 #: What no other configuration can cure: the study ends with exit code 4 when the engine's own default meets it.
 ENVIRONMENT_CAUSES = frozenset(
     {"no-gpu", "driver-too-old", "model-not-found", "model-not-allowed", "missing-dependency", "disk-full"}
