@@ -7,14 +7,21 @@
 
 Each of 200 studies searches 20 configurations and the default (ties repeated) and verifies on three held-out windows,
 with 60 launches in all, 12 of them (20 %) for verification. One of the 20 is faster than the others, or none is.
+
+With ``--out FILE`` every study is appended as a JSON line, and studies that are in the file are not repeated: an
+interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -24,64 +31,94 @@ from benchmarks.verify.small_study import LATENCY, THROUGHPUT, Scenario, run, tr
 BETTER = "v7"
 
 
-def measure(scenario: Scenario, speed: float, studies: int, seed: int, launches: int) -> dict[str, object]:
-    """One row of the table: ``speed`` is that of one of the twenty (1.0: all are equal)."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one study came to. ``choice``: ``default``, ``better`` (the faster one), ``another`` or ``nothing``; the
+    rest says whether an interval held the truth, None where there was none; ``width`` is a share of the low end."""
+
+    choice: str
+    seconds: float
+    verified: bool | None = None
+    gain: bool | None = None
+    searched: bool | None = None
+    width: float | None = None
+    launches: int | None = None
+
+
+def one(scenario: Scenario, speed: float, seed: int, launches: int) -> Seen:
+    """One study; ``speed`` is that of one of the twenty (1.0: all are equal)."""
+    begun = time.monotonic()
     speeds = {f"v{i}": speed if f"v{i}" == BETTER else 1.0 for i in range(21)}
-    verified, searched, gains, widths, spent = [], [], [], [], []
-    choices: collections.Counter[str] = collections.Counter()
-    for i in range(studies):
-        result = run(speeds, seed + i, scenario, launches=launches)
-        found = result.verification
-        if found.chosen is None or found.config is None:
-            choices["nothing"] += 1
-            continue
-        variant = str(found.config.params["variant"])
-        choices["default" if found.is_default else "better" if variant == BETTER else "another"] += 1
-        true = truth(speeds[variant], scenario)
-        _, low, high = found.chosen.cost
-        verified.append(low <= true <= high)
-        widths.append(high / low - 1)
-        if not found.is_default:
-            _, low, high = found.chosen.difference
-            gains.append(low <= true / truth(1.0, scenario) <= high)
-        low, high = result.apparent_interval
-        if result.apparent:
-            searched.append(low <= truth(speeds[result.apparent], scenario, result.apparent_load) <= high)
-        spent.append(found.launches)
+    result = run(speeds, seed, scenario, launches=launches)
+    found, spent_s = result.verification, time.monotonic() - begun  # the truth is not part of the study
+    if found.chosen is None or found.config is None:
+        return Seen("nothing", spent_s)
+    variant = str(found.config.params["variant"])
+    true = truth(speeds[variant], scenario)
+    _, low, high = found.chosen.cost
+    gain = searched = None
+    if not found.is_default:
+        _, least, most = found.chosen.difference
+        gain = bool(least <= true / truth(1.0, scenario) <= most)
+    if result.apparent:
+        least, most = result.apparent_interval
+        searched = bool(least <= truth(speeds[result.apparent], scenario, result.apparent_load) <= most)
+    choice = "default" if found.is_default else "better" if variant == BETTER else "another"
+    return Seen(choice, spent_s, bool(low <= true <= high), gain, searched, high / low - 1, found.launches)
+
+
+def row(seen: Sequence[Seen]) -> dict[str, object]:
+    """One row of the table."""
+    widths = [s.width for s in seen if s.width is not None]
     return {
-        "scenario": scenario.name,
-        "one_is_faster_by": round(speed - 1, 3),
-        "studies": studies,
-        "launches": launches,
-        "verified_interval_covers": _share(verified),
-        "verified_gain_covers": _share(gains) if gains else None,
-        "search_interval_covers": _share(searched),
-        "median_width": round(float(np.median(widths)), 3),
-        "mean_verify_launches": round(float(np.mean(spent)), 1),
-        "choices": dict(choices),
+        "verified_interval_covers": _share([s.verified for s in seen]),
+        "verified_gain_covers": _share([s.gain for s in seen]),
+        "search_interval_covers": _share([s.searched for s in seen]),
+        "median_width": round(float(np.median(widths)), 3) if widths else None,
+        "mean_verify_launches": round(float(np.mean([s.launches for s in seen if s.launches])), 1),
+        "choices": dict(collections.Counter(s.choice for s in seen)),
+        "seconds": round(sum(s.seconds for s in seen)),
     }
 
 
-def _share(hits: list[bool]) -> dict[str, object]:
+def _share(answers: Sequence[bool | None]) -> dict[str, object] | None:
     """A share with its own exact 95 % interval (Clopper and Pearson 1934)."""
+    hits = [hit for hit in answers if hit is not None]
     n, k = len(hits), sum(hits)
+    if not n:
+        return None
     low = float(stats.beta.ppf(0.025, k, n - k + 1)) if k else 0.0
     high = float(stats.beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
     return {"share": round(k / n, 3), "of": n, "low": round(low, 3), "high": round(high, 3)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", choices=("throughput", "latency"))
     parser.add_argument("--faster-by", type=float, default=0.0)
     parser.add_argument("--launches", type=int, default=60)
     parser.add_argument("--studies", type=int, default=200)
     parser.add_argument("--seed", type=int, default=20000)
-    arguments = parser.parse_args()
-    scenario = {"throughput": THROUGHPUT, "latency": LATENCY}[arguments.scenario]
-    begun = time.monotonic()
-    row = measure(scenario, 1 + arguments.faster_by, arguments.studies, arguments.seed, arguments.launches)
-    print(json.dumps({**row, "seconds": round(time.monotonic() - begun)}), flush=True)
+    parser.add_argument("--out", type=Path, help="keep every study here, and go on from what is there")
+    a = parser.parse_args()
+    scenario = {"throughput": THROUGHPUT, "latency": LATENCY}[a.scenario]
+    kept, seen = _kept(a.out), []
+    for seed in range(a.seed, a.seed + a.studies):
+        key = f"{scenario.name} {a.faster_by:g} {a.launches} {seed}"
+        before = kept.get(key)
+        seen.append(before or one(scenario, 1 + a.faster_by, seed, a.launches))
+        if a.out and before is None:
+            with a.out.open("a") as out:
+                out.write(json.dumps({"study": key} | dataclasses.asdict(seen[-1])) + "\n")
+    what = {"scenario": scenario.name, "one_is_faster_by": a.faster_by, "studies": a.studies, "launches": a.launches}
+    print(json.dumps(what | row(seen)), flush=True)
+
+
+def _kept(out: Path | None) -> dict[str, Seen]:
+    if out is None or not out.exists():
+        return {}
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    return {r.pop("study"): Seen(**r) for r in rows}
 
 
 if __name__ == "__main__":

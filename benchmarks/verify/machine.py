@@ -94,11 +94,11 @@ def replay(trace: Trace, load: float, speed: float, machine: Machine, window: st
     per_token = 0.02 * rng.lognormal(-0.02, 0.2, n) / speed
     stall = np.where(rng.random(n) < noise.stalls, rng.pareto(2.5, n) * noise.stall_s, 0.0)
     service = prefill + per_token * trace.output_tokens + stall
-    free = [0.0] * machine.slots
-    start = np.empty(n)
-    for i in range(n):
-        start[i] = max(arrival[i], free[0])
-        heapq.heapreplace(free, start[i] + service[i])
+    free, begun = [0.0] * machine.slots, []
+    for came, takes in zip(arrival.tolist(), service.tolist(), strict=True):  # floats: numpy's scalars are slow
+        begun.append(max(came, free[0]))
+        heapq.heapreplace(free, begun[-1] + takes)
+    start = np.array(begun)
     ttft, end = start + prefill - arrival, start + service
     limit = next((slo.limit for slo in machine.objective.slos if slo.latency == "ttft"), math.inf)
     tokens = np.where(ttft <= limit, trace.output_tokens, 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.verify.machine import Machine, Noise, window
-from tuner.pareto.front import COST, points
+from tuner.pareto.front import COST, Point, points
 from tuner.space.space import Emission, Parameter, SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.slo import parse
@@ -86,16 +86,22 @@ def run(
     kept = [window(10_001 + 50 * seed + i, name=f"heldout-{i}") for i in range(heldout)]
     configs = {v: spec.space.config({"variant": v}, spec.model) for v in speeds}
     trials: list[TrialRecord] = []
+    bests: dict[str, Point] = {}
     order = [*np.random.default_rng(seed).permutation(list(speeds))]
     while len(trials) < launches - round(launches * share):
         if order:
             variant = str(order.pop())
         else:
-            again = measure_again(_bests(trials, spec.objective), most=4)
+            again = measure_again(sorted(bests.values(), key=lambda p: p.cost), most=4)
             if again is None:
                 break
             variant = str(again.config.params["variant"])
         trials.append(_trial(len(trials), variant, machine, spec, configs[variant], searched))
+        mine = [p for p in points([t for t in trials if t.params["variant"] == variant], spec.objective) if p.ok]
+        if mine:
+            bests[variant] = min(mine, key=lambda p: p.cost)
+        else:
+            bests.pop(variant, None)
     listed = shortlist(trials, spec.objective, configs["v0"], scenario.ladder)
     budget = VerifyBudget(round(launches * share))
     found = verify(spec, machine.launch, listed.finalists, listed.baseline, kept, budget, known=launch_spread(trials))
@@ -115,13 +121,6 @@ def _trial(number, variant, machine, spec, config, searched) -> TrialRecord:
                 break
     outcome = Measured(tuple(steps))
     return TrialRecord(number, Path("."), config, outcome, config.params, 0.0, 0.0, baseline=variant == "v0")
-
-
-def _bests(trials: list[TrialRecord], objective: Objective) -> list:
-    best = {}
-    for point in sorted((p for p in points(trials, objective) if p.ok), key=lambda p: p.cost):
-        best.setdefault(point.config.hash, point)
-    return list(best.values())
 
 
 def _apparent(trials: list[TrialRecord]) -> tuple[str, Step] | None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from tuner.engines.protocol import LaunchFailed, OnEvent
 from tuner.errors import NothingFeasible, UsageError
@@ -157,7 +157,7 @@ def _error(promised: Range, confidence: float) -> float:
     _, low, high = promised
     if not (0 < low <= high < math.inf):
         return 0.0
-    return math.log(high / low) / (2 * float(stats.norm.isf((1 - confidence) / 2)))
+    return math.log(high / low) / (2 * float(-special.ndtri((1 - confidence) / 2)))
 
 
 _NOTHING: Range = (math.nan, math.nan, math.nan)

@@ -76,12 +76,14 @@ def judge(
     known: Spread | None = None,
     active: Sequence[str] | None = None,
     seed: int = 0,
+    explain: bool = True,
 ) -> Judgement:
     """Weighs ``arms`` (one of them the default) by their ``launches``.
 
     A finalist is recommended over the default when it is cheaper by more than ``worth`` at ``confidence``, corrected
     for the number of finalists (Holm); or, with the rest of the allowed doubt, when it is at most ``worth`` more
     expensive and its latency is lower by more than ``worth``. ``active`` are the labels still in the race.
+    ``explain`` False leaves out :attr:`Judgement.power`, which takes a few hundred fits and decides nothing.
     """
     base = next(a.label for a in arms if a.baseline)
     table = Table(launches, slos, max(ladder))
@@ -138,7 +140,7 @@ def judge(
         )
     hope = min(gains, key=lambda label: gains[label].mean, default=None)
     could = None
-    if reason == "nothing-proven" and hope is not None:
+    if explain and reason == "nothing-proven" and hope is not None:
         share = weights[hope] / sum(weights[label] for label in gains)
         could = power(costs, hope, base, worth, (1 - confidence) / 2 * COST_SHARE * share)
     return Judgement(choice, reason, found, costs.total(), could)

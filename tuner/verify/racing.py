@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy import special
 
 from tuner.pareto.front import COST, Interval, Point
 from tuner.spec.objective import Objective
@@ -64,7 +64,7 @@ def end(value: float, interval: Interval | None, spread: float, confidence: floa
     inside = 0.0
     if interval is not None and 0 < interval[0] <= interval[1] < math.inf:
         inside = math.log(interval[1] / interval[0]) / (2 * 1.96)
-    reach = float(stats.norm.ppf(confidence)) * math.hypot(inside, spread)
+    reach = float(special.ndtri(confidence)) * math.hypot(inside, spread)
     return value * math.exp(-reach if low else reach)
 
 
@@ -114,7 +114,7 @@ def _equal(first: Point, second: Point, axis: str, spread: float) -> float:
     """Two-sided p-value of "equal", from the intervals and the launch spread (z test on the log ratio)."""
     error = math.hypot(*(log_error(point, axis, spread) for point in (first, second)))
     gap = abs(math.log(getattr(first, axis) / getattr(second, axis)))
-    return float(2 * stats.norm.sf(gap / error)) if error > 0 else float(gap == 0)
+    return float(2 * special.ndtr(-gap / error)) if error > 0 else float(gap == 0)
 
 
 def log_error(point: Point, axis: str, spread: float) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 Interval = tuple[float, float]
 
@@ -46,7 +46,7 @@ class Estimate:
         three windows."""
         if not self.known:
             return math.inf
-        return math.sqrt(sum(float(stats.t.isf(tail, f)) ** 2 * v for v, f in self.parts if v > 0))
+        return math.sqrt(sum(float(special.stdtrit(f, tail)) ** 2 * v for v, f in self.parts if v > 0))
 
     def interval(self, confidence: float = 0.95) -> Interval:
         """Equal tails."""
@@ -135,15 +135,15 @@ def block_bootstrap(
     levels = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     if method == "bca":
         share = (np.sum(replicas < seen) + 0.5 * np.sum(replicas == seen)) / draws
-        bias = stats.norm.ppf(np.clip(share, 1 / draws, 1 - 1 / draws))
+        bias = special.ndtri(np.clip(share, 1 / draws, 1 - 1 / draws))
         left_out = np.array(
             [statistic(np.concatenate([p for j, p in enumerate(parts) if j != i])) for i in range(len(parts))]
         )
         gaps = left_out.mean() - left_out
         scale = float(np.sum(gaps**2)) ** 1.5
         skew = float(np.sum(gaps**3)) / (6 * scale) if scale > 0 else 0.0
-        shifted = bias + stats.norm.ppf(levels)
-        levels = stats.norm.cdf(bias + shifted / (1 - skew * shifted))
+        shifted = bias + special.ndtri(levels)
+        levels = special.ndtr(bias + shifted / (1 - skew * shifted))
     low, high = np.quantile(replicas, levels)
     return (float(low), float(high))
 

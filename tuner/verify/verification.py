@@ -89,7 +89,7 @@ class _Race:
             self.rounds.play(self.active)
         return stop
 
-    def judge(self) -> Judgement:
+    def judge(self, explain: bool = True) -> Judgement:
         return judge(
             self.arms,
             self.rounds.launches,
@@ -101,13 +101,14 @@ class _Race:
             known=self.known,
             active=[a.label for a in self.active],
             seed=self.study.seed,
+            explain=explain,
         )
 
     def _stop(self, rounds: int, seconds: float) -> str:
         """Takes arms out of the race where that is decided, and says why to end it (empty: go on)."""
         left = self.budget.launches - len(self.rounds.launches)
         if rounds:
-            found = self.judge()
+            found = self.judge(explain=False)
             self.active = [a for a in self.active if not found.arms[a.label].failure]
             if rounds > 1:
                 self._drop(found, left)
