@@ -30,7 +30,6 @@ search_space:
     seqs: {flag: seqs, values: [1, 2, 3, 4], default: 1, trades: a against b}
 objective: {name: x, latency: tpot_p99, slo: {ttft_p99: 500ms, tpot_p99: 50ms}}
 price_usd_per_gpu_hour: 0.70
-load: {ladder: [0.5, 1]}
 """
 GOOD = """\
 import time
@@ -50,10 +49,11 @@ WINDOW = Trace("w", np.zeros(1), np.ones(1, int), np.ones(1, int), 0, np.empty(0
 class Rigged:
     """An executor with its bench, and jobs for it."""
 
-    def __init__(self, folder, kind, evaluator, parallel):
+    def __init__(self, folder, kind, evaluator, parallel, ladder):
         (folder / "evaluator.py").write_text(evaluator)
         path = folder / "s.yaml"
-        path.write_text(f"{STUDY}executor: {kind}\nparallel: {parallel}\nreports: {folder / 'reports'}\n")
+        more = f"load: {{ladder: {ladder}}}\nexecutor: {kind}\nparallel: {parallel}\nreports: {folder / 'reports'}\n"
+        path.write_text(STUDY + more)
         self.study = studyfile.load(path)
         self.cancel, self.events = threading.Event(), []
         engine = engines.engine(self.study)
@@ -64,6 +64,9 @@ class Rigged:
         config = self.study.space.config({"seqs": 1 + number % 4}, self.study.model)
         trace = WINDOW if window else None
         return Job(number, config, self.store.trial_folder(number), trace, why="test")
+
+    def seen(self, name):
+        return [data for event, data in self.events if event == name]
 
     def all(self, where, count, timeout_s=60):
         ended, deadline = [], time.monotonic() + timeout_s
@@ -76,7 +79,7 @@ class Rigged:
 def rigged(request, workplace):
     if request.param == "ray":
         request.getfixturevalue("cluster")
-    return lambda evaluator=GOOD, parallel=2: Rigged(workplace, request.param, evaluator, parallel)
+    return lambda evaluator=GOOD, ladder=(0.5, 1): Rigged(workplace, request.param, evaluator, 2, list(ladder))
 
 
 def test_every_job_ends_once_with_its_outcome_and_its_place(rigged):
@@ -92,9 +95,9 @@ def test_every_job_ends_once_with_its_outcome_and_its_place(rigged):
     assert all(isinstance(end.outcome, Measured) and len(end.outcome.steps) == 2 for end in ended)
     assert {end.place.device for end in ended} == {"L4"}
     assert {end.place.price_usd_per_gpu_hour for end in ended} == {0.70}
-    launches = [data for name, data in made.events if name == "launch"]
+    launches = made.seen("launch")
     assert sorted(data["trial"] for data in launches) == [0, 1] and {data["why"] for data in launches} == {"test"}
-    assert [d["load"] for n, d in made.events if n == "measured" and d["trial"] == 1] == [0.5, 1.0]
+    assert [data["load"] for data in made.seen("measured") if data["trial"] == 1] == [0.5, 1.0]
 
 
 def test_what_cannot_serve_is_an_outcome(rigged):
@@ -113,14 +116,15 @@ def test_what_is_a_bug_is_raised(rigged):
 
 
 def test_an_interrupt_ends_what_runs(rigged):
-    made = rigged(GOOD.replace("0.3", "3"))
+    made = rigged(ladder=[1 + step / 1000 for step in range(1000)])  # five minutes
     with executor(made.bench) as where:
         where.submit(made.job(0))
-        while not any(name == "step" for name, _ in made.events):
+        while not made.seen("step"):
             assert where.wait(0.05) == []
         made.cancel.set()
-        (end,) = made.all(where, 1, 20)
+        (end,) = made.all(where, 1)
     assert isinstance(end.outcome, Aborted) and end.outcome.reason == "interrupted"
+    assert len(made.seen("step")) < 200
 
 
 def test_a_rig_is_measured_step_by_step_and_says_where_it_is(rigged):

@@ -104,6 +104,10 @@ class View:
         self.running.pop(trial, None)
         self.say(f"[{trial}] back to the queue, once: {data['why']}")
 
+    def _on_waiting(self, trial: int, data: Any) -> None:
+        self.running.get(trial, {}).update(phase="waiting")
+        self.say(f"[{trial}] waiting: {data['for']}")
+
     def _on_phase(self, trial: int, data: Any) -> None:
         if trial in self.running:
             self.running[trial]["phase"] = data.get("name", "")

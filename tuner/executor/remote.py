@@ -30,7 +30,8 @@ _NO_NODE_S = 300.0  # an autoscaler may bring the node that a trial waits for
 
 @dataclass(slots=True)
 class _Run:
-    """A job on its way. ``lost`` says what befell it before; ``result`` resolves to its report."""
+    """A job on its way. ``lost`` says what befell it before; ``result`` resolves to its report; ``since_s`` is when
+    there was last a node for it, ``waits`` that its absence was told."""
 
     job: Job
     seat: Held
@@ -38,6 +39,7 @@ class _Run:
     since_s: float = field(default_factory=time.monotonic)
     started_s: float = 0.0
     lost: str = ""
+    waits: bool = False
 
     @property
     def next(self) -> Any:
@@ -80,6 +82,8 @@ class RayExecutor:
         """See the protocol."""
         self._desk.listen([run.next for run in self._runs.values()], timeout_s)
         ended = [end for run in list(self._runs.values()) if (end := self._end_of(run))]
+        if ended:
+            self._desk.catch_up()
         for end in ended:
             del self._runs[end.job.number]
         self._show()
@@ -132,7 +136,6 @@ class RayExecutor:
 
     def _start(self, run: _Run) -> None:
         self._runs[run.job.number] = run
-        run.since_s = time.monotonic()
         if run.seat.place is not None:
             self._begin(run, run.seat.place)
 
@@ -202,12 +205,15 @@ class RayExecutor:
         """Raises ``EnvironmentFault`` where no node can ever take the run, and none has come for minutes."""
         need, usable = run.job.config.gpus, self._watch.usable()
         if run.seat.place is not None or any(node.gpus >= need for node in usable):
+            run.since_s, run.waits = time.monotonic(), False
             return
         most = max((node.gpus for node in usable), default=0)
         text = f"trial {run.job.number} wants {need} GPUs on one node; the largest has {most}"
         if time.monotonic() - run.since_s > _NO_NODE_S:
             raise EnvironmentFault(text, fix="add such a node, or set hardware.gpus to what a node has")
-        self._bench.of_trial(run.job.number).on_event("waiting", {"for": text})
+        if not run.waits:
+            run.waits = True
+            self._bench.of_trial(run.job.number).on_event("waiting", {"for": text})
 
     def _show(self) -> None:
         """Tells the view of the nodes, when something changed."""
