@@ -128,6 +128,7 @@ def read_aiperf(s: Setting) -> dict[str, float]:
 
 def clients(vllm: str, guidellm_command: str, aiperf_command: str) -> list[Tool]:
     """Ours, and those whose command is not empty."""
+    vllm, guidellm_command, aiperf_command = map(_absolute, (vllm, guidellm_command, aiperf_command))
     tools = [Tool("tuner", ours, read_ours)]
     if vllm:
         tools.append(Tool("vllm bench serve", vllm_bench(vllm), read_vllm, _version(vllm, "vllm")))
@@ -138,6 +139,12 @@ def clients(vllm: str, guidellm_command: str, aiperf_command: str) -> list[Tool]
         python = _interpreter(aiperf_command)
         tools.append(Tool("AIPerf", aiperf(aiperf_command), read_aiperf, _version(python, "aiperf")))
     return tools
+
+
+def _absolute(command: str) -> str:
+    """Each run has a folder of its own: a path to a program must not depend on where it is started."""
+    program, *rest = shlex.split(command) or [""]
+    return shlex.join([str(Path(program).absolute()) if "/" in program else program, *rest]) if program else ""
 
 
 def _interpreter(script: str) -> str:

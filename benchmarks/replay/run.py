@@ -231,9 +231,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "server"
         subprocess.run(["gcc", "-O2", "-o", str(binary), str(HERE / "server.c")], check=True)
-        full: set[str] = set()  # tools that are saturated
+        full: set[tuple[str, int]] = set()  # tools that are saturated, and the turn
         for k, bout in enumerate(bouts(tools, args)):
-            if bout.tool.name in full and not bout.processes and (bout.line, bout.turn) not in known:
+            if (bout.tool.name, bout.turn) in full and not bout.processes and (bout.line, bout.turn) not in known:
                 continue
             figures: Figures | str | None = known.get((bout.line, bout.turn))
             if figures is None:
@@ -248,8 +248,8 @@ def main() -> None:
                         out.write(json.dumps(row | {"run": figures}) + "\n")
             if not isinstance(figures, str):
                 known[bout.line, bout.turn] = figures
-                if bout.rate and saturated(figures):
-                    full.add(bout.tool.name)
+                if bout.rate and not bout.processes and saturated(figures):
+                    full.add((bout.tool.name, bout.turn))
     for text in table(tools, known):
         print(text)
 
