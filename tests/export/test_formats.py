@@ -62,6 +62,7 @@ def test_the_command_that_starts_it_is_one_that_its_build_has(made, version, fir
     store, study = made
     text = config_text(replace(deployment(store, study), version=version))
     assert f"; {first}" in next(line for line in text.splitlines() if line.startswith("# Start:"))
+    assert text.count("python -m vllm") == 1
 
 
 def test_a_trial_picked_by_hand_says_so_and_compares_itself_with_the_default(made):

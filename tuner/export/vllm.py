@@ -38,16 +38,26 @@ def value_of(value: Any) -> Any:
 def config_text(what: Deployment) -> str:
     """The whole file: what was measured, how to start it, and every flag with its comment."""
     lines = [what.header(), "#\n"]
-    by_hand = f"python -m vllm.entrypoints.openai.api_server --config {YAML_NAME}"
-    first, other = f"vllm serve --config {YAML_NAME}", f"# (without the vllm command: {by_hand})\n"
-    if what.engine == "vllm" and "+cpu" in what.version:
-        first, other = by_hand, "# (PyPI's CPU build has no working vllm command)\n"
-    lines += [f"# Start:  set -a; . ./{ENV_NAME}; set +a; {first}\n", other]
+    lines += [f"# Start:  {start(what)}\n"]
+    lines += [f"# (without the vllm command: {_WITHOUT})\n"] * (_WITHOUT not in start(what))
     for name, value in settings(what).items():
         comment = what.comments.get(name, "")
         lines.append(f"\n# {_one_line(comment)}\n" if comment else "\n")
         lines.append(dump({name: value}))
     return "".join(lines)
+
+
+_WITHOUT = f"python -m vllm.entrypoints.openai.api_server --config {YAML_NAME}"
+
+
+def start(what: Deployment) -> str:
+    """The shell command that serves the exported files; empty for engines other than vLLM. PyPI's CPU build has no
+    working ``vllm`` command."""
+    if what.engine not in ("vllm", "emulator"):
+        return ""
+    return (
+        f"set -a; . ./{ENV_NAME}; set +a; {_WITHOUT if '+cpu' in what.version else f'vllm serve --config {YAML_NAME}'}"
+    )
 
 
 def env_text(what: Deployment) -> str:

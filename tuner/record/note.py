@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tuner.export import vllm
+from tuner.export.deployment import deployment
 from tuner.pareto.changes import baseline_of, describe
 from tuner.pareto.front import front, points
 from tuner.pareto.recommend import recommended
@@ -22,19 +24,14 @@ def markdown(store: Store, study: Study) -> str:
         lines += ["**EMULATED: these numbers come from a model of the hardware, nothing was measured.**", ""]
     lines += [choice.text, "", f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.", ""]
     if choice.point:
+        lines += ["## Deploy", ""]
         lines += [
-            "## Deploy",
-            "",
-            "`best-config.yaml` and `best-config.env` are among this run's artifacts and in the study folder:",
-            "",
-            "```sh",
-            "set -a; . ./best-config.env; set +a",
-            "vllm serve --config best-config.yaml",
-            "```",
-            "",
-            f"As a deployment: `tuner export {store.folder} --format compose` (or `k8s`, `helm`).",
+            "`best-config.yaml` and `best-config.env` are among this run's artifacts and in the study folder.",
             "",
         ]
+        if start := vllm.start(deployment(store, study, choice)):
+            lines += ["```sh", *start.replace("; set +a; ", "; set +a\n").splitlines(), "```", ""]
+            lines += [f"As a deployment: `tuner export {store.folder} --format compose` (or `k8s`, `helm`).", ""]
     best = front(points([t for t in trials if t.role == "search"], objective))
     rows = []
     for p in best:

@@ -170,13 +170,13 @@ def _change(change: Change | None) -> dict[str, Any] | None:
     }
 
 
-def _config(s: Summary, store: Store) -> str:
-    """The exported file's settings, without its comments."""
+def _config(s: Summary, store: Store) -> tuple[str, str]:
+    """The exported file's settings, without its comments, and the command that serves it."""
     try:
         what = deployment(store, s.study, s.choice)
     except NothingFeasible:
-        return ""
-    return dump(vllm.settings(what))
+        return "", ""
+    return dump(vllm.settings(what)), vllm.start(what)
 
 
 def _verified(store: Store) -> dict[str, Any] | None:
