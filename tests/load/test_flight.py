@@ -1,11 +1,19 @@
 """What the parent keeps of the requests under way."""
 
+import errno
 import math
+import socket
+import time
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.load.flight import Lags
+from tuner.load import client
+from tuner.load.flight import Lags, Tower
+from tuner.load.pacer import OpenLoop
+from tuner.load.wire import target
 
 
 @given(st.lists(st.integers(0, 10**11), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]), st.data())
@@ -30,3 +38,19 @@ def test_many_delays_are_counted_in_little_memory():
         lags.add(delay_ns)
     assert 0.097 < lags.quantile_s(0.99) <= 0.099
     assert len(lags._counts) < 1_000
+
+
+@pytest.mark.parametrize(("code", "faults"), [(errno.EMFILE, 3), (errno.EADDRNOTAVAIL, 3), (errno.ENETUNREACH, 0)])
+def test_a_request_for_which_the_client_had_no_socket_is_not_the_servers_failure(monkeypatch, code, faults):
+    def none(*_: object) -> client.Connection:
+        raise OSError(code, "none left")
+
+    records = []
+    tower = Tower(0, "usage", np.full(3, 8), np.full(3, 4), 0, records.append)
+    monkeypatch.setattr(client, "Connection", none)
+    address: list[tuple[int, tuple]] = [(int(socket.AF_INET), ("127.0.0.1", 9))]
+    loop = client.Client(target("http://127.0.0.1:9"), address, None, lambda _: b"POST", tower.take, 10**10)
+    loop.run(OpenLoop(range(3), [0] * 3, time.monotonic_ns()), 3, lambda: "")
+    loop.close()
+    assert ["none left" in record.error for record in records] == [True] * 3
+    assert tower.facts()["client_failures"] == faults

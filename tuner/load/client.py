@@ -6,6 +6,7 @@ understood elsewhere. One thread, no locks, no allocation that outlives a batch.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import ssl
@@ -25,6 +26,9 @@ HOLD_NS = 1_000_000
 _HOLD_LEAST_NS = 60_000
 _SPARE_MAX = 256
 _OPEN_PER_TICK = 16
+
+_OUR_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
+OWN_FAULT = "the client: "  # how an error begins that no server caused
 
 SENT, READ, ENDED, TICK = 0, 1, 2, 3
 Event = tuple  # (SENT, number, intended_ns, sent_ns) | (READ, number, kernel_ns, read_ns, late_ns, bytes)
@@ -243,7 +247,8 @@ class Client:
                 self._watch_write(connection)
         except OSError as error:
             if connection is None:
-                self._finish(number, now, _words(error))
+                ours = OWN_FAULT if error.errno in _OUR_ERRORS else ""
+                self._finish(number, now, ours + _words(error))
             else:
                 self._broken(connection, _words(error))
 

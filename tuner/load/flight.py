@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tuner.load.client import ENDED, READ, SENT, TICK, Event
+from tuner.load.client import ENDED, OWN_FAULT, READ, SENT, TICK, Event
 from tuner.load.records import Record
 from tuner.load.sse import Response
 
@@ -109,6 +109,7 @@ class Tower:
         self.ended = 0
         self.output_tokens = 0
         self._cut_off = 0
+        self._never_sent = 0
         self._ttft_ns, self._with_token = 0, 0
         self._unstamped = 0
         self._exact = 0  # tokens' events whose arrival time is exact
@@ -172,6 +173,7 @@ class Tower:
         token_ns = array("q", [time_ns for time_ns, count in response.tokens for _ in range(count)])
         self.output_tokens += len(token_ns)
         self._cut_off += bool(error) and response.status == 200
+        self._never_sent += error.startswith(OWN_FAULT)
         if token_ns:
             self._ttft_ns += token_ns[0] - flight.sent_ns
             self._with_token += 1
@@ -206,6 +208,7 @@ class Tower:
             "client_output_tokens": self.output_tokens,
             "client_ttft_mean_s": self._ttft_ns / 1e9 / max(1, self._with_token),
             "cut_off_requests": self._cut_off,
+            "client_failures": self._never_sent,
             "read_lag_p99_s": self._read_lags.quantile_s(0.99),
             "stamp_error_p99_s": self._stamp_errors.quantile_s(0.99),
             "loop_lag_p99_s": self._loop_lags.quantile_s(0.99),

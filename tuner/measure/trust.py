@@ -40,6 +40,10 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
     offered, sent = metrics.get("offered_requests_per_s", math.nan), metrics.get("sent_requests_per_s", math.nan)
     if offered > 0 and abs(sent - offered) > OFFERED_OFF * offered:
         reasons.append(f"{sent:.4g} requests/s were sent where the trace wants {offered:.4g}")
+    if never_sent := metrics.get("client_failures", 0.0):
+        reasons.append(
+            f"{never_sent:,.0f} requests could not be sent: the client's machine is out of sockets or memory"
+        )
     core_share = metrics.get("client_cpu_share", 0.0)
     if core_share > CORE_SHARE:
         reasons.append(f"a client process used {core_share:.0%} of a core, at most {CORE_SHARE:.0%} is allowed")
