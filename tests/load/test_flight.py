@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.load.replays import plan, trace
 from tuner.load import client
 from tuner.load.flight import Lags, Tower
 from tuner.load.pacer import OpenLoop
+from tuner.load.step import Watch
 from tuner.load.wire import target
 
 
@@ -54,3 +56,28 @@ def test_a_request_for_which_the_client_had_no_socket_is_not_the_servers_failure
     loop.close()
     assert ["none left" in record.error for record in records] == [True] * 3
     assert tower.facts()["client_failures"] == faults
+
+
+def test_what_a_shard_has_not_told_yet_is_no_delay_of_the_server():
+    """The early stop looks at a time until which every shard was heard, not at the clock on the wall."""
+    tower = Tower(1_000, "usage", np.full(2, 8), np.full(2, 4), 0, lambda record: None, shards=2)
+    assert tower.known_until_ns is None
+    tower.take([(client.SENT, 0, 1_000, 1_000), (client.TICK, 9_000, 0, 0, 71)])
+    assert tower.known_until_ns is None  # nothing is known of the other
+    tower.take([(client.TICK, 5_000, 0, 0, 72)])
+    assert tower.known_until_ns == 4_000
+    tower.take([(client.LEFT, 72)])  # it has nothing to tell any more
+    assert tower.known_until_ns == 8_000
+    tower.take([(client.LEFT, 71)])
+    assert tower.known_until_ns is None
+
+
+@pytest.mark.parametrize(("heard_s", "lost"), [(0.5, False), (2.5, True)])
+def test_a_step_is_not_ended_for_tokens_that_wait_to_be_parsed(tmp_path, heard_s, lost):
+    """All of 100 requests wait; the limit is 1 s; it is late on the wall, and the shard was heard until ``heard_s``."""
+    replayed = trace(np.zeros(100))
+    asked = plan(tmp_path, replayed, "ttft_p99=1s")
+    tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
+    tower.take([(client.SENT, i, 0, 0) for i in range(100)] + [(client.TICK, int(heard_s * 1e9), 0, 0, 71)])
+    watch = Watch(asked, np.zeros(100, dtype=np.int64), True)
+    assert watch.verdict(tower).startswith("ttft_p99 cannot hold") == lost

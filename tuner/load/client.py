@@ -30,9 +30,9 @@ _OPEN_PER_TICK = 16
 _OUR_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 OWN_FAULT = "the client: "  # how an error begins that no server caused
 
-SENT, READ, ENDED, TICK = 0, 1, 2, 3
+SENT, READ, ENDED, TICK, LEFT = 0, 1, 2, 3, 4
 Event = tuple  # (SENT, number, intended_ns, sent_ns) | (READ, number, kernel_ns, read_ns, late_ns, bytes)
-#              | (ENDED, number, end_ns, error, retried) | (TICK, now_ns, late_ns, cpu_ns, process)
+#              | (ENDED, number, end_ns, error, retried) | (TICK, now_ns, late_ns, cpu_ns, process) | (LEFT, process)
 
 
 class Client:
@@ -128,6 +128,7 @@ class Client:
                 if reason := stopped():
                     self._abandon(reason)
                     break
+        self._events.append((LEFT, self._pid))
         self.flush()
 
     def flush(self) -> None:

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tuner.load.client import ENDED, OWN_FAULT, READ, SENT, TICK, Event
+from tuner.load.client import ENDED, LEFT, OWN_FAULT, READ, SENT, TICK, Event
 from tuner.load.records import Record
 from tuner.load.sse import Response
 
@@ -102,6 +102,7 @@ class Tower:
         wanted_tokens: np.ndarray,
         warmup_ns: int,
         done: Callable[[Record], None],
+        shards: int = 1,
     ) -> None:
         self._epoch_ns, self._counting, self._done = epoch_ns, counting, done
         self._input, self._wanted, self._warmup_ns = input_tokens, wanted_tokens, warmup_ns
@@ -115,6 +116,8 @@ class Tower:
         self._exact = 0  # tokens' events whose arrival time is exact
         self._reads = 0
         self._cpu: dict[int, tuple[int, int, int, int]] = {}  # process -> first tick, its CPU time, last tick, its CPU
+        self._clocks: dict[int, int] = {}  # process -> until when all that happened in it is known here
+        self._shards, self._left = shards, 0
         self._read_lags, self._stamp_errors, self._loop_lags = Lags(), Lags(), Lags()
 
     def take(self, events: Sequence[Event]) -> None:
@@ -131,8 +134,12 @@ class Tower:
             elif kind == TICK:
                 _, now_ns, late_ns, cpu_ns, process = event
                 self._loop_lags.add(late_ns)
+                self._clocks[process] = now_ns
                 first = self._cpu.get(process, (now_ns, cpu_ns))
                 self._cpu[process] = (first[0], first[1], now_ns, cpu_ns)
+            elif kind == LEFT:
+                self._clocks.pop(event[1], None)
+                self._left += 1
 
     def _read(self, event: Event) -> None:
         _, number, kernel_ns, read_ns, late_ns, data = event
@@ -198,6 +205,14 @@ class Tower:
                 read_lag_ns=flight.read_lag_ns,
             )
         )
+
+    @property
+    def known_until_ns(self) -> int | None:
+        """The time after the start until which everything is known here: what came later may be on its way still, for
+        this process can be behind its shards. None before the first word of each, and once all have ended."""
+        if not self._clocks or len(self._clocks) + self._left < self._shards:
+            return None
+        return min(self._clocks.values()) - self._epoch_ns
 
     def facts(self) -> Mapping[str, float]:
         """What the client knows of itself and of everything it received, warm-up included: its own delays, and what the

@@ -92,7 +92,7 @@ class _Replay:
                 epoch_ns = fleet.epoch_ns
                 epoch_unix_s = time.time() + (epoch_ns - time.monotonic_ns()) / 1e9
                 counting = self.found.dialect.counting
-                tower = Tower(epoch_ns, counting, trace.input_tokens, trace.output_tokens, warmup_ns, done)
+                tower = Tower(epoch_ns, counting, trace.input_tokens, trace.output_tokens, warmup_ns, done, shards)
                 self._follow(fleet, tower, watch, float(offsets_s[-1]))
                 end_ns = time.monotonic_ns()
             sampler.settle(tower.output_tokens)
@@ -134,7 +134,7 @@ class _Replay:
                     self._stop(fleet, "cancelled", b"c")
                 elif _due(next_s, "alive", elapsed_s, _ALIVE_S) and not self.alive():
                     self._stop(fleet, "the server died", b"d")
-                elif _due(next_s, "early", elapsed_s, _EARLY_S) and (reason := watch.verdict(elapsed_s, tower)):
+                elif _due(next_s, "early", elapsed_s, _EARLY_S) and (reason := watch.verdict(tower)):
                     self._stop(fleet, reason, b"s")
             if _due(next_s, "progress", elapsed_s, _PROGRESS_S):
                 if self.concurrency:
@@ -186,10 +186,13 @@ class Watch:
         self._queue = QueueWatch(offsets_ns, self._input + self._wanted, warmup_ns) if forced else None
         self.done = self._slos.done
 
-    def verdict(self, now_s: float, tower: Tower) -> str:
-        """Why the step may end, or nothing."""
-        flights = tower.flights.values()
-        if reason := self._slos.verdict(int(now_s * 1e9), flights):
+    def verdict(self, tower: Tower) -> str:
+        """Why the step may end, or nothing. Judged as of the time until which the tower knows what happened: a token
+        that has arrived, and waits to be parsed, is not late."""
+        flights, now_ns = tower.flights.values(), tower.known_until_ns
+        if now_ns is None:
+            return ""
+        if reason := self._slos.verdict(now_ns, flights):
             return reason
         if not self._queue:
             return ""
@@ -197,7 +200,7 @@ class Watch:
             (int(self._input[f.number]) if f.first_token_ns is None else 0) + int(self._wanted[f.number]) - f.produced
             for f in flights
         )
-        return self._queue.verdict(now_s, backlog)
+        return self._queue.verdict(now_ns / 1e9, backlog)
 
 
 def _due(next_s: dict[str, float], name: str, now_s: float, every_s: float) -> bool:
