@@ -1,6 +1,7 @@
 """A load step as the study sees it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,19 @@ def test_a_lost_slo_ends_the_step_and_the_verdict_agrees(tmp_path):
     assert "ttft_p90 cannot hold 100 ms" in step.stopped_early
     assert step.slo_misses and not step.untrusted
     assert len(read(asked.records)) < 400  # at most allowed misses and a second beyond the first quarter
+
+
+def test_the_prefix_share_is_that_of_what_was_sent(tmp_path):
+    """The first 60 of 200 prompts are one and the same; a step that ends after some 90 has sent many shared ones."""
+    n = 200
+    ids = np.where(np.arange(n) < 60, 0, np.arange(n))
+    replayed = replace(trace(np.arange(n) / 50), block_tokens=16, block_ids=ids, block_offsets=np.arange(n + 1))
+    with stub(first_s=0.2, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, replayed, "ttft_p90=100ms", early_stop=True)
+        step = measure(endpoint(url), asked)
+    sent = len(read(asked.records))
+    assert step.stopped_early and sent < 150
+    assert step.metrics["trace_prefix_share"] == pytest.approx(59 / sent)
 
 
 @pytest.mark.parametrize(

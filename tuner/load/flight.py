@@ -107,6 +107,7 @@ class Tower:
         self._epoch_ns, self._counting, self._done = epoch_ns, counting, done
         self._input, self._wanted, self._warmup_ns = input_tokens, wanted_tokens, warmup_ns
         self.flights: dict[int, Flight] = {}
+        self.sent = 0
         self.ended = 0
         self.output_tokens = 0
         self._cut_off = 0
@@ -128,6 +129,7 @@ class Tower:
                 self._read(event)
             elif kind == SENT:
                 _, number, intended_ns, sent_ns = event
+                self.sent += 1
                 flights[number] = Flight(number, intended_ns - self._epoch_ns, sent_ns - self._epoch_ns, self._counting)
             elif kind == ENDED:
                 self._ended(*event[1:])

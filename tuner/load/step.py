@@ -152,8 +152,9 @@ class _Replay:
         plan, dialect = self.plan, self.found.dialect
         client: dict[str, float] = {**tower.facts(), "shards": shards}
         if plan.trace.texts is None:  # what no prefix cache can exceed that has not seen these prompts before
-            shared = int(shared_tokens(plan.trace).sum())
-            client["trace_prefix_share"] = shared / max(1, int(plan.trace.input_tokens.sum()))
+            sent = slice(0, tower.sent)  # they leave in order
+            shared = int(shared_tokens(plan.trace)[sent].sum())
+            client["trace_prefix_share"] = shared / max(1, int(plan.trace.input_tokens[sent].sum()))
         if self.concurrency:
             client["closed_loop_concurrency"] = self.concurrency
         return {
