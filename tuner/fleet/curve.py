@@ -23,6 +23,7 @@ WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 NODES = _NODES
 _RARE = 1e-6  # no share of misses below this is told from quantiles
 _GRID = 200
+_STEPS = 6  # parts of a window in which the number of requests inside is followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,29 @@ class Curve:
         """(limits, ...): the share beyond each limit (or the mean over it) with ``inside`` requests in the replica."""
         found = [np.interp(inside, self.states, row) for row in self.scores]
         return np.array(found).reshape(len(self.limits), *np.shape(inside))
+
+    def follow(
+        self, inside: np.ndarray, rate_rps: np.ndarray, seconds: float | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Follows the requests inside for ``seconds`` at ``rate_rps``: their number at the end, and its mean.
+
+        Below the top rate the number relaxes to the rate's own, as fast as requests pass through; above the highest
+        measured number it grows or shrinks by what arrives less what is completed.
+        """
+        step_s, full = seconds / _STEPS, float(self.inside[-1])
+        target = self.holds_inside(rate_rps)
+        pass_s = target / np.maximum(np.minimum(rate_rps, self.top_rps), 1e-12)
+        pass_s = np.where(rate_rps > 0, pass_s, full / self.top_rps)
+        decay = np.exp(-step_s / np.maximum(pass_s, 1e-9))
+        drift = (rate_rps - self.top_rps) * step_s
+        total = np.zeros_like(inside)
+        for _ in range(_STEPS):
+            before = inside
+            below = target + (np.minimum(inside, full) - target) * decay
+            piled = np.maximum(inside - full, 0.0) + drift
+            inside = np.where((drift > 0) | (inside > full), np.where(piled > 0, full + piled, below), below)
+            total += (before + inside) / 2
+        return inside, total / _STEPS
 
     def power_w(self, rate_rps: np.ndarray) -> np.ndarray | None:
         """Watts at a rate; below the lowest measured load what was measured there. None where no power was."""

@@ -21,7 +21,6 @@ from tuner.fleet.offer import Offer
 from tuner.fleet.plan import Plan
 
 SAMPLE, LEAST = 1024, 64  # replicas of a kind that are followed, shared among the days; each day has the least
-STEPS = 6  # parts of a window in which the number of requests inside is followed
 DAY_H = 24
 
 
@@ -178,7 +177,7 @@ class _Run:
             arrived = expected + np.zeros_like(inside)
             if traffic.routing == "random":
                 arrived = self.rng.poisson(np.minimum(expected, 1e15), inside.shape).astype(float)
-            average = self._fill(p, arrived / window_s)
+            self.inside[p], average = curve.follow(inside, arrived / window_s, window_s)
             weight = arrived * (there[p] / self.sample[p])[:, None]
             scores += (curve.score(average) * weight).sum(axis=-1)
             requests += weight.sum(axis=-1)
@@ -189,29 +188,6 @@ class _Run:
             scores[i, nobody] += limit.lost * mean[nobody]
         requests[nobody] += mean[nobody]
         return scores, requests, held, count
-
-    def _fill(self, p: int, rate: np.ndarray) -> np.ndarray:
-        """Follows the requests inside through the window at ``rate``; returns their mean over it.
-
-        Below the top rate the number relaxes to the rate's own, as fast as requests pass through; above the highest
-        measured number it grows or shrinks by what arrives less what is completed.
-        """
-        curve, step_s = self.curves[p], self.traffic.window_s / STEPS
-        inside, full = self.inside[p], float(curve.inside[-1])
-        target = curve.holds_inside(rate)
-        pass_s = target / np.maximum(np.minimum(rate, curve.top_rps), 1e-12)
-        pass_s = np.where(rate > 0, pass_s, full / curve.top_rps)
-        decay = np.exp(-step_s / np.maximum(pass_s, 1e-9))
-        drift = (rate - curve.top_rps) * step_s
-        total = np.zeros_like(inside)
-        for _ in range(STEPS):
-            before = inside
-            below = target + (np.minimum(inside, full) - target) * decay
-            piled = np.maximum(inside - full, 0.0) + drift
-            inside = np.where((drift > 0) | (inside > full), np.where(piled > 0, full + piled, below), below)
-            total += (before + inside) / 2
-        self.inside[p] = inside
-        return total / STEPS
 
     # spot machines
 

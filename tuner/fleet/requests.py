@@ -1,9 +1,11 @@
 """The day request by request: the same replicas as :mod:`tuner.fleet.day`, but every request arrives, is routed and
 ends by itself. For small fleets, and to check the other simulation, which follows numbers of requests.
 
-Between two events a replica with n requests inside completes the next after an exponential time of rate X(n). Only the
-rates matter for how many are inside, not how long the single requests are (insensitivity of processor sharing; Kelly,
-*Reversibility and Stochastic Networks*, 1979, chapter 3).
+What a replica's requests meet in a window is counted from how many it was given there, as in the other simulation: what
+fluctuates within a window is in the measured curve already. How many are inside at a moment decides where the next
+request goes. Between two events a replica with n requests inside completes the next after an exponential time of rate
+X(n). Only the rates matter for how many are inside, not how long the single requests are (insensitivity of processor
+sharing; Kelly, *Reversibility and Stochastic Networks*, 1979, chapter 3).
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ class _Fleet:
         self.rates = [c.completes(np.arange(math.ceil(c.inside[-1]) + 2)).tolist() for c in self.curves]
         slots = len(self.pool)
         self.n, self.area, self.since = [0] * slots, [0.0] * slots, [0.0] * slots
+        self.here_s = [0.0] * slots  # since the window began, serving or finishing what it had
+        self.level = np.zeros(slots)  # requests inside, by the curve and the windows' arrivals
         self.version, self.arrived = [0] * slots, [0] * slots
         self.active, self.down = [False] * slots, [False] * slots
         self.size = [0.0] * slots
@@ -85,7 +89,8 @@ class _Fleet:
         whole = sum(self.size[s] for s in self.open)
         for slot in self.open:
             curve = self.curves[self.pool[slot]]
-            for _ in range(round(float(curve.holds_inside(np.array(rate_rps * self.size[slot] / whole))))):
+            self.level[slot] = float(curve.holds_inside(np.array(rate_rps * self.size[slot] / whole)))
+            for _ in range(round(self.level[slot])):
                 self._change(slot, 1)
 
     def hour(self, rate_rps: float) -> tuple[np.ndarray, float]:
@@ -102,18 +107,27 @@ class _Fleet:
                 self._until(begin_s + at_s * window_s)
                 self._arrive()
             self._until(begin_s + window_s)
-            slots = [s for s in range(len(self.pool)) if self.arrived[s] or s in self.open_set]
-            for slot in slots:
+            for slot in range(len(self.pool)):
                 self._change(slot, 0)
-                mean = self.area[slot] / window_s
-                total += self.curves[self.pool[slot]].score(np.array(mean)) * self.arrived[slot]
-                requests += self.arrived[slot]
-                held, count = held + mean, count + 1
+            total, requests = total + self._scores(), requests + sum(self.arrived)
+            held, count = held + sum(self.area), count + sum(self.here_s)
             if self.lost:
                 total += [limit.lost * self.lost for limit in self.curves[0].limits]
             requests, self.lost = requests + self.lost, 0
-            self.area, self.arrived = [0.0] * len(self.pool), [0] * len(self.pool)
+            self.area, self.here_s = [0.0] * len(self.pool), [0.0] * len(self.pool)
+            self.arrived = [0] * len(self.pool)
         return (total / requests if requests else total), (held / count if count else 0.0)
+
+    def _scores(self) -> np.ndarray:
+        """(limits,) what the limits count in this window, summed over its requests."""
+        arrived, here_s, pool = np.array(self.arrived, float), np.array(self.here_s), np.array(self.pool)
+        total = np.zeros(len(self.curves[0].limits))
+        for p, curve in enumerate(self.curves):
+            own = np.flatnonzero((pool == p) & (here_s > 0))
+            rate = arrived[own] / here_s[own]
+            self.level[own], mean = curve.follow(self.level[own], rate, here_s[own])
+            total += (curve.score(mean) * arrived[own]).sum(axis=-1)
+        return total
 
     def _until(self, end_s: float) -> None:
         while self.events and self.events[0][0] <= end_s:
@@ -124,6 +138,7 @@ class _Fleet:
             elif kind == _LOSS:
                 self._lose(slot)
             else:
+                self._change(slot, 0)
                 self.down[slot] = False
                 self._route_table()
                 self._push(self.now_s + self.rng.expovariate(self.interruptions) * HOUR_S, _LOSS, slot)
@@ -131,8 +146,10 @@ class _Fleet:
 
     def _lose(self, slot: int) -> None:
         """A spot machine is taken away; what it had begins again elsewhere."""
-        again, self.down[slot] = self.n[slot], True
+        again = self.n[slot]
         self._change(slot, -again)
+        self.down[slot], self.level[slot] = True, 0.0
+        self.arrived[slot] = max(self.arrived[slot] - again, 0)
         self._route_table()
         for _ in range(again):
             self._arrive()
@@ -162,7 +179,10 @@ class _Fleet:
     def _change(self, slot: int, by: int) -> None:
         """Counts the time until now, then ``by`` requests come or go, and the next departure is drawn anew (it has no
         memory)."""
-        self.area[slot] += self.n[slot] * (self.now_s - self.since[slot])
+        elapsed_s = self.now_s - self.since[slot]
+        self.area[slot] += self.n[slot] * elapsed_s
+        if self.n[slot] or (self.active[slot] and not self.down[slot]):
+            self.here_s[slot] += elapsed_s
         self.since[slot] = self.now_s
         if not by:
             return
@@ -178,5 +198,4 @@ class _Fleet:
 
     def _route_table(self) -> None:
         self.open = [s for s in range(len(self.pool)) if self.active[s] and not self.down[s]]
-        self.open_set = set(self.open)
         self.edges = list(accumulate(self.size[s] for s in self.open))
