@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tuner.errors import EnvironmentFault
-from tuner.server.leases import Lease, Leases
+from tuner.server.leases import Lease, Leases, sweep
 
 ROOT = str(Path(__file__).parents[2])
 HOLDER = """
@@ -59,6 +59,22 @@ def test_the_lease_of_a_killed_owner_is_free_at_once(tmp_path):
     assert (tmp_path / "leases" / "gpu-0").exists()  # a stale file, and no obstacle
     with Leases(tmp_path).gpus((0, 1)) as mine:
         assert mine.indices == (0, 1)
+
+
+def test_the_files_of_killed_owners_are_swept_away_and_those_of_the_living_stay(tmp_path):
+    other = hold_gpus_elsewhere(tmp_path)
+    mine = Leases(tmp_path).gpus((3,))
+
+    def files() -> set[str]:
+        sweep(tmp_path)
+        return {path.name for path in (tmp_path / "leases").iterdir()}
+
+    assert files() == {"gpu-0", "gpu-1", "gpu-3"}
+    other.kill()
+    other.wait()
+    assert files() == {"gpu-3"}
+    mine.release()
+    assert files() == set()
 
 
 def test_a_lease_can_be_waited_for(tmp_path):

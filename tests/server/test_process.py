@@ -188,6 +188,17 @@ def test_a_broken_ownership_file_is_left_alone(tmp_path):
     assert reap(tmp_path) == [] and broken.exists()
 
 
+def test_half_an_ownership_file_goes_with_the_process_that_wrote_it(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "launches").mkdir()
+    halves = [tmp_path / "launches" / f"{'f6' * 8}.{pid}.tmp" for pid in (gone.pid, os.getpid())]
+    for half in halves:
+        half.write_text('{"id": ')
+    reap(tmp_path)
+    assert [half.exists() for half in halves] == [False, True]
+
+
 def test_members_knows_a_process_by_its_marker_alone(tmp_path):
     child = subprocess.Popen(
         fake("--child"), env={"PATH": os.environ["PATH"], MARKER: "e5" * 8}, start_new_session=True

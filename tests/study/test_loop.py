@@ -9,8 +9,9 @@ from tests.study.fake import FakeEngine, oom
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec import studyfile
-from tuner.study import budget, session
+from tuner.study import budget, queue, session
 from tuner.study.outcome import Aborted, Infeasible, Measured
+from tuner.study.store import Store
 
 
 def test_the_first_trial_is_the_engines_default_with_none_of_the_spaces_flags(runner):
@@ -212,6 +213,50 @@ def test_resuming_after_an_interrupt_measures_the_interrupted_configuration_agai
     assert second.launched[0] == first.launched[2]
     assert not set(first.launched[:2]) & set(second.launched)
     assert len(runner.store.trials()) == 8
+
+
+class Killed(BaseException):
+    """What nobody catches: the session ends where it is."""
+
+
+@pytest.mark.parametrize("where", [(queue.Queue, "_start"), (Store, "start_trial")])
+def test_a_queued_trial_is_not_lost_where_the_tuner_is_killed_before_its_folder_is_there(runner, monkeypatch, where):
+    def kill(*_args, **_kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(*where, kill)
+        runner.run()
+    runner.run(replace={"launches: 6": "launches: 2"})
+    assert [t.baseline for t in runner.store.trials()] == [True, False]
+
+
+def test_a_remeasurement_that_a_kill_cut_off_is_one_when_it_is_queued_again(runner):
+    import optuna
+
+    runner.run(replace={"launches: 6": "launches: 2"})
+    book = optuna.load_study(study_name="s", storage=runner.store.database)
+    first = runner.store.trial(1)
+    book.enqueue_trial(dict(first.params), user_attrs={"remeasure_of": first.extra["optuna"]})
+
+    def kill(_config, _plan):
+        raise Killed
+
+    with pytest.raises(Killed):
+        runner.run(FakeEngine(during=kill), replace={"launches: 6": "launches: 3"})
+    runner.run(replace={"launches: 6": "launches: 3"})
+    assert [t.remeasure_of for t in runner.store.trials()] == [None, None, 1]
+    assert len(list((runner.store.folder / "interrupted").iterdir())) == 1
+
+
+def test_a_line_of_events_that_a_kill_cut_short_spoils_no_other(tmp_path):
+    store = Store(tmp_path)
+    store.log("first")
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"at_s": 1, "eve')
+    store.log("third")
+    store.log("fourth")
+    assert [event["event"] for event in store.events()] == ["first", "third", "fourth"]
 
 
 def test_a_study_that_changed_is_not_continued_silently(runner):

@@ -192,6 +192,13 @@ class Leases:
         return self._random.sample(outside, min(200, len(outside)))
 
 
+def sweep(root: Path) -> None:
+    """Removes the lease files that nobody holds, litter of tuners that were killed."""
+    for path in (root / "leases").glob("*"):
+        if lease := Lease.take(path):
+            lease.release()
+
+
 def _still(fd: int, path: Path) -> bool:
     try:
         return os.fstat(fd).st_ino == os.stat(path).st_ino

@@ -73,7 +73,7 @@ class Ownership:
         self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        half = self.path.with_suffix(".tmp")
+        half = self.path.with_suffix(f".{os.getpid()}.tmp")
         half.write_text(json.dumps(self._data), encoding="utf-8")
         half.replace(self.path)
 
@@ -106,6 +106,9 @@ def reap(root: Path | None = None, sleep: Callable[[float], None] = time.sleep) 
             shutil.rmtree(temporary, ignore_errors=True)
         path.unlink(missing_ok=True)
         cleaned.append(f"launch {launch_id} of a tuner that is gone (pid {tuner.pid})")
+    for half in (root / "launches").glob("*.tmp"):  # killed in the middle of writing an ownership file
+        if not _writes(half):
+            half.unlink(missing_ok=True)
     return cleaned
 
 
@@ -130,6 +133,13 @@ def _reap_one(data: Mapping[str, object], launch_id: str, sleep: Callable[[float
         with contextlib.suppress(OSError):
             file.unlink()
     return said
+
+
+def _writes(half: Path) -> bool:
+    """Whether the process that this half-written file is named after still runs."""
+    number = half.suffixes[-2].lstrip(".") if len(half.suffixes) > 1 else ""
+    process = Pid.of(int(number)) if number.isdigit() else None
+    return process is not None and process.alive
 
 
 def _pid(value: object) -> Pid | None:

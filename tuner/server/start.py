@@ -16,7 +16,7 @@ from tuner.server.diagnosis import Evidence, diagnose
 from tuner.server.environment import not_passed, server_environment
 from tuner.server.faststart import FastStart
 from tuner.server.gpu import Gpus
-from tuner.server.leases import GpuLease, Lease, Leases, PortLease
+from tuner.server.leases import GpuLease, Lease, Leases, PortLease, sweep
 from tuner.server.limits import History, Limits
 from tuner.server.process import GuardLink, Process, Program, StartFailed
 from tuner.server.running import Running
@@ -85,6 +85,7 @@ def start(recipe: Recipe, site: Site, root: Path | None = None) -> Running:
     root = root or runtime_root()
     for cleaned in reap(root):
         site.on_event("reaped", {"what": cleaned})
+    sweep(root)
     running = _claim(recipe, site, root)
     try:
         _run(recipe, site, running)

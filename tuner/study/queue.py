@@ -248,15 +248,14 @@ class Queue:
                 self._tell(trial, record.outcome, record)
                 continue
             self._fail(trial)
-            number = frozen.user_attrs.get("trial")
-            if number is not None:
-                params = self._shelve(int(number))
-                if params and params not in waiting:
-                    why = {"why": "again: the tuner was killed"}
-                    self.book.enqueue_trial(params, user_attrs=why)
+            params = dict(frozen.user_attrs.get("params") or frozen.system_attrs.get("fixed_params") or {})
+            if params and params not in waiting:  # else the kill came before the sampler had an answer
+                waiting.append(params)
+                self.book.enqueue_trial(params, user_attrs=self._as_before(frozen))
         for record in records:
             lost = (record.extra or {}).get("again") and record.config.hash not in self._known
-            if lost and dict(record.params) not in waiting and self._launches[record.config.hash] == 1:
+            if lost and dict(record.params) not in waiting:
+                waiting.append(dict(record.params))
                 self.book.enqueue_trial(
                     dict(record.params), user_attrs={"why": "again after " + _short(record.outcome)}
                 )
@@ -265,23 +264,24 @@ class Queue:
         if not records and not self.book.get_trials(deepcopy=False):
             self.book.enqueue_trial(self.space.default(), user_attrs={"why": "the engine's default"})
 
+    def _as_before(self, frozen: optuna.trial.FrozenTrial) -> dict[str, Any]:
+        """What a trial that a kill cut off is queued again with: why, and of which trial it is another measurement."""
+        told = frozen.user_attrs
+        if "trial" in told:
+            return {"why": "again: the tuner was killed", **{k: told[k] for k in ("remeasure_of",) if k in told}}
+        return {key: told[key] for key in ("why", "reason", "remeasure_of") if key in told}
+
     def _unfinished(self, records: list[TrialRecord]) -> set[int]:
         numbers = {int(p.name) for p in (self.store.folder / "trials").glob("[0-9]*")}
         return numbers - {record.number for record in records}
 
-    def _shelve(self, number: int) -> dict[str, Any]:
-        """Moves the folder of a trial that never ended to ``interrupted/``; returns its parameters."""
-        from tuner.study.store import read_json
-
+    def _shelve(self, number: int) -> None:
+        """Moves the folder of a trial that never ended to ``interrupted/``."""
         folder = self.store.folder / "trials" / f"{number:04d}"
-        params: dict[str, Any] = {}
-        if (folder / "config.json").exists():
-            params = read_json(folder / "config.json")["params"]
         if folder.exists():
             target = self.store.folder / "interrupted" / f"{number:04d}-{int(time.time())}"
             target.parent.mkdir(exist_ok=True)
             shutil.move(folder, target)
-        return params
 
 
 def refusals(space_params: list[Mapping[str, Value]], why_not: Callable[[Mapping[str, Value]], str]) -> Counter[str]:

@@ -153,8 +153,11 @@ def read_json(path: Path) -> Any:
 
 
 def append_json(path: Path, data: Any) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(data), allow_nan=False, default=str) + "\n")
+    """One line more; a last line that a kill cut short stays a line of its own."""
+    with path.open("ab+") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")
+        file.write((json.dumps(finite(data), allow_nan=False, default=str) + "\n").encode())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

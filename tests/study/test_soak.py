@@ -1,0 +1,77 @@
+"""Whatever happens to servers and tuners, a study has every trial once, and the machine is clean.
+
+In CI one seed, and what becomes of each configuration is stated (:data:`tests.study.soak.FAULTS`). By hand more of
+them, with MLflow, and compared with a study that nobody disturbed: ``TUNER_SOAK_SEEDS="1 2 3" pytest
+tests/study/test_soak.py``.
+"""
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.study import soak
+from tuner.errors import NothingFeasible
+
+SEEDS = os.environ.get("TUNER_SOAK_SEEDS", "").split()
+NO_MLFLOW = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}  # away: importing it for each of six sessions takes long
+EXHAUSTED = "Ended: every configuration of the space has been tried."
+KILLS = 5
+
+pytestmark = pytest.mark.slow
+
+
+def finish(tuner: soak.Tuner) -> None:
+    """Waits until the study has run to its end. On a machine so busy that no measurement can be believed it has no best
+    configuration, which is not what is tested here."""
+    assert tuner.ended() in (0, NothingFeasible.exit_code), tuner.log.read_text()
+    said = tuner.log.read_text()
+    assert EXHAUSTED in said and "Traceback" not in said, said
+
+
+def check_trials(tuner: soak.Tuner, expected: dict[str, tuple[str, ...]]) -> None:
+    """Folder and ledger have the trials that they should, none lost, none twice."""
+    import optuna
+
+    assert tuner.fates() == expected
+    trials = tuner.store.trials()
+    assert [t.number for t in trials] == list(range(len(trials)))
+    assert sum(t.baseline for t in trials) == 1
+    book = optuna.load_study(study_name=tuner.name, storage=tuner.store.database).trials
+    assert {t.state.name for t in book} <= {"COMPLETE", "FAIL"}, "nothing runs or waits for ever"
+    launched = [t for t in book if t.state.name == "COMPLETE" and not t.user_attrs.get("free")]
+    assert {t.number: t.user_attrs["trial"] for t in launched} == {t.extra["optuna"]: t.number for t in trials}
+
+
+@pytest.mark.parametrize("seed", SEEDS or ["1"])
+def test_a_study_with_a_fault_in_every_second_trial_killed_five_times_has_every_trial_once(tmp_path: Path, seed: str):
+    expected = {f"sound{number}": ("served",) for number in range(len(soak.FAULTS))} | soak.FAULTS
+    text = soak.STUDY.replace("ENGINE", soak.EMULATOR).replace("SPACE", soak.space())
+    tuner = soak.Tuner(soak.workplace(tmp_path / "s"), "soak", text, **({} if SEEDS else NO_MLFLOW))
+    if SEEDS:
+        calm = soak.Tuner(soak.workplace(tmp_path / "calm"), "calm", text)
+        calm.start()
+        finish(calm)
+        check_trials(calm, expected)
+    chance = random.Random(int(seed))
+    for kill in range(KILLS):
+        assert tuner.killed_at(chance), f"it ended before kill {kill + 1}:\n{tuner.log.read_text()}"
+    tuner.start()
+    finish(tuner)
+
+    check_trials(tuner, expected)
+    assert soak.left_in(tuner.folder) == []
+    if SEEDS:
+        check_mlflow(tuner)
+
+
+def check_mlflow(tuner: soak.Tuner) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tuner.folder / 'reports' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tuner")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    logged = Counter(run.data.tags["tuner.trial"] for run in runs if "tuner.trial" in run.data.tags)
+    assert logged == {str(trial.number): 1 for trial in tuner.store.trials()}
