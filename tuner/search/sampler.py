@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler
+from threadpoolctl import threadpool_limits
 
 from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 
 MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
+
+# The matrices are small: more threads wait for each other, and on a busy machine for servers that are being measured.
+ONE_THREAD = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class TunerSampler(BaseSampler):
         """Why the trial of this number was proposed (None: not by this sampler, in this process)."""
         return self._proposals.get(number)
 
+    @ONE_THREAD
     def model_error(self, study: Study) -> ModelError:
         """How wrong the analytic model was on what was measured so far, and the weight it is left with."""
         readings = [read_outcome(s, self.objective, self.loads) for s in read(study, self.space)]
@@ -130,6 +135,7 @@ class TunerSampler(BaseSampler):
 
     # the search
 
+    @ONE_THREAD
     def _propose(self, seen: Sequence[Seen], number: int) -> tuple[int, Proposal]:
         rng = np.random.default_rng([self.seed, number])
         default = self.beliefs.index(self.space.snap(self.space.default()))
