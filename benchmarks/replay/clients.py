@@ -154,5 +154,9 @@ def _interpreter(script: str) -> str:
 
 
 def _version(python: str, package: str) -> str:
-    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    # vLLM's build for CPUs has another name
+    code = (
+        "import importlib.metadata as m;"
+        f"print(next(d.version for d in m.distributions() if d.name in ({package!r}, {package + '-cpu'!r})))"
+    )
     return subprocess.run([*shlex.split(python), "-c", code], capture_output=True, text=True).stdout.strip()

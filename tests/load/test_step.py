@@ -12,9 +12,13 @@ from tests.load.replays import endpoint, plan, poisson, seconds, trace, undistur
 from tests.load.stub import stub
 from tests.measure.made import records, request
 from tuner.cli.app import app
+from tuner.load.client import SENT
+from tuner.load.flight import Tower
+from tuner.load.probe import Found
 from tuner.load.records import read
-from tuner.load.step import judge, measure, prompt_seed
+from tuner.load.step import _Replay, judge, measure, prompt_seed
 from tuner.load.tracefile import write
+from tuner.load.wire import Dialect
 from tuner.measure.metrics import metrics_from_records
 from tuner.spec.slo import parse
 
@@ -58,16 +62,15 @@ def test_a_lost_slo_ends_the_step_and_the_verdict_agrees(tmp_path):
 
 
 def test_the_prefix_share_is_that_of_what_was_sent(tmp_path):
-    """The first 60 of 200 prompts are one and the same; a step that ends after some 90 has sent many shared ones."""
+    """The first 60 of 200 prompts are one and the same; a step that ends after 90 has shared more than the trace."""
     n = 200
     ids = np.where(np.arange(n) < 60, 0, np.arange(n))
-    replayed = replace(trace(np.arange(n) / 50), block_tokens=16, block_ids=ids, block_offsets=np.arange(n + 1))
-    with stub(first_s=0.2, gap_s=0.0) as (_, url):
-        asked = plan(tmp_path, replayed, "ttft_p90=100ms", early_stop=True)
-        step = measure(endpoint(url), asked)
-    sent = len(read(asked.records))
-    assert step.stopped_early and sent < 150
-    assert step.metrics["trace_prefix_share"] == pytest.approx(59 / sent)
+    replayed = replace(trace(np.arange(n)), block_tokens=16, block_ids=ids, block_offsets=np.arange(n + 1))
+    tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
+    tower.take([(SENT, i, 0, 0) for i in range(90)])
+    found = Found(Dialect("stub"), 100, (), False)
+    ended = _Replay(endpoint("http://x"), plan(tmp_path, replayed), found, lambda: True, 0, None)
+    assert ended._meta(0.0, tower, 1, {})["client"]["trace_prefix_share"] == pytest.approx(59 / 90)
 
 
 @pytest.mark.parametrize(
