@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import math
 
 import pytest
 
@@ -74,6 +75,20 @@ def test_a_promise_that_was_itself_uncertain_is_not_broken_by_little():
     middle = promised().cost[0] / 1.1
     vague = (middle, middle / 1.3, middle * 1.3)
     assert broken(dataclasses.replace(promised(), cost=vague)) == []
+
+
+def test_a_promise_that_does_not_say_how_sure_it_is_is_not_taken_for_the_truth():
+    middle = promised().cost[0] / 1.105
+    assert broken(dataclasses.replace(promised(), cost=(middle, middle / 1.001, middle * 1.001))) == ["cost"]
+    assert broken(dataclasses.replace(promised(), cost=(middle, math.nan, math.inf))) == []
+
+
+def test_what_is_dearer_but_not_proven_so_says_what_would_be():
+    vague = (promised().cost[0] / 1.1, promised().cost[0] / 1.4, promised().cost[0] * 1.2)
+    found = recertify(dataclasses.replace(promised(), cost=vague), machine(1.0).launch, WINDOWS, MARK)
+    text = next(check.text for check in found.checks if check.name == "cost")
+    assert "broken would be +" in text
+    assert "broken would be" not in next(check.text for check in certificate(1.5).checks if check.name == "cost")
 
 
 def test_a_cheaper_or_faster_machine_keeps_it():

@@ -1,8 +1,12 @@
+import io
 import math
 from pathlib import Path
 
+from rich.console import Console
+
 from tests.studies import objective, space, step
 from tests.verify.test_finalists import trial
+from tuner.report.terminal import comparison_table
 from tuner.study.outcome import Measured
 from tuner.study.store import TrialRecord
 from tuner.verify.compare import Side, compare
@@ -20,7 +24,7 @@ def test_a_front_that_is_cheaper_at_every_latency_wins_with_significance():
     found = compare(first, second)
     assert {level.winner for level in found.levels} == {2}
     assert found.levels[0].ratio[1] < 0.5 < found.levels[0].ratio[2] < 1
-    assert "**new** is cheaper at 4 of 4 latencies" in found.text
+    assert "**new** is cheaper at 2 of 2 latencies" in found.text
     assert found.rows[0]["proven"] == "new"
     assert found.levels[0].second_cheaper > 0.99
 
@@ -29,7 +33,7 @@ def test_the_same_study_twice_is_not_told_apart():
     trials = (trial(0, 2048, 1000, tpot_s=0.02), trial(1, 4096, 1500, tpot_s=0.03))
     found = compare(side("a", *trials), side("b", *trials))
     assert {level.winner for level in found.levels} == {0}
-    assert "At none of 4 latencies is either proven cheaper" in found.text
+    assert "At none of 2 latencies is either proven cheaper" in found.text
     assert "Nothing else differs" in found.text
 
 
@@ -53,6 +57,22 @@ def test_what_else_differs_is_named():
     assert "Neither study has a point" in found.text
     strict = Side("c", (), objective("ttft_p99=100ms", price=5.0), {})
     assert any(text.startswith("SLOs:") for text in compare(side("a"), strict).differences)
+
+
+def test_figures_that_were_emulated_on_both_sides_are_called_so():
+    emulated = compare(side("a", figures="emulated"), side("b", figures="emulated"))
+    assert "Both are emulated" in emulated.text and emulated.differences == ()
+    mixed = compare(side("a", figures="emulated"), side("b", figures="measured"))
+    assert "Both are emulated" not in mixed.text and mixed.differences == ("figures: emulated / measured",)
+
+
+def test_the_table_shows_at_each_latency_what_either_offers():
+    first = side("old", trial(0, 2048, 1000, tpot_s=0.02))
+    second = side("new", trial(0, 2048, 2000, tpot_s=0.02), trial(1, 4096, 3000, tpot_s=0.04))
+    drawn = Console(width=100, file=io.StringIO(), force_terminal=False)
+    drawn.print(comparison_table(compare(first, second), "tpot_p99"))
+    text = drawn.file.getvalue()
+    assert "at most ms" in text and "0.50 (" in text and text.count("new") >= 2
 
 
 def test_points_beyond_the_slos_do_not_count():

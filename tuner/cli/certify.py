@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
     from tuner.study import verifying
     from tuner.verify.promise import read_promise
 
+    if not minutes > 0:
+        raise UsageError("--minutes must be more than 0")
     promise = read_promise(file)
     folder = study_folder or file.parent
     result = _session(folder, lambda ready, store, bench: verifying.certify(ready, store, bench, promise, minutes * 60))
@@ -51,25 +54,37 @@ def compare(first: Path, second: Path, json: bool) -> int:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from tuner.verify.compare import Side
+    from tuner.report.terminal import comparison_table
     from tuner.verify.compare import compare as compare_
 
-    sides = []
-    for path in (first, second):
-        study, store = opened(path)
-        facts = {
-            "model": study.model,
-            "GPU": f"{study.hardware.gpus} x {study.hardware.name}",
-            "trace": Path(study.trace.file).name,
-            "engine": next((str((t.extra or {}).get("engine_version", "")) for t in store.trials()), ""),
-        }
-        sides.append(Side(study.name, store.trials(), study.objective, facts))
+    sides = [_side(path) for path in (first, second)]
+    if sides[0].name == sides[1].name:
+        sides = [replace(side, name=str(path)) for side, path in zip(sides, (first, second), strict=True)]
     result = compare_(*sides)
     if json:
         print(_dumped(result))
-    else:
-        Console().print(Markdown(result.text))
+        return 0
+    if result.levels:
+        Console().print(comparison_table(result, sides[0].objective.latency))
+    Console().print(Markdown(result.text))
     return 0
+
+
+def _side(path: Path) -> Any:
+    from tuner.verify.compare import Side
+
+    study, store = opened(path)
+    trials = store.trials()
+    hardware = study.hardware
+    versions = {str((t.extra or {}).get("engine_version", "")) for t in trials} - {""}
+    facts = {
+        "model": study.model,
+        "hardware": f"{hardware.gpus} x {hardware.name}" if hardware.gpus else hardware.name,
+        "trace": Path(study.trace.file).name,
+        "engine": ", ".join(sorted(versions)),
+        "figures": "emulated" if all(t.emulated for t in trials) else "measured",
+    }
+    return Side(study.name, trials, study.objective, facts)
 
 
 def _dumped(result: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from tuner.study.store import Store, TrialRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from tuner.verify.compare import Comparison
 
 THROUGHPUT = "output_tokens_per_s"
 
@@ -202,3 +205,22 @@ def _trial(s: Summary, store: Store, number: int) -> TrialRecord:
     if found is None:
         raise UsageError(f"no finished trial {number} in {store.folder}", fix="See tuner front for the trials.")
     return found
+
+
+def comparison_table(found: Comparison, latency: str) -> RenderableType:
+    """Two studies side by side: at each latency the cheapest that either offers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    names = (f"{label(latency)}\nat most ms", f"$ per M out\n{found.first}", f"$ per M out\n{found.second}")
+    for name in (*names, "second over first\n(95 %)"):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("proven\ncheaper", overflow="fold")
+    for level in found.levels:
+        costs = [f"{cost:.4g}" if math.isfinite(cost) else "none" for cost in (level.first, level.second)]
+        middle, low, high = level.ratio
+        ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})" if low > 0 and high < math.inf else "-"
+        winner = ("", found.first, found.second)[level.winner]
+        table.add_row(f"{level.latency_s * 1e3:.4g}", *costs, ratio, winner)
+    return table

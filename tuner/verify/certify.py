@@ -121,13 +121,16 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
             continue
         now = _now(logs, promise)
         # the promise is itself an estimate: both errors count
-        both = (*now.parts, (_error(promised, promise.confidence) ** 2, math.inf))
+        both = (*now.parts, *_promised(promised, logs, promise))
         worse = Estimate(math.log(promised[0]) - now.mean, both)
         holds = worse.doubt() > 1 - promise.confidence
         low, high = now.interval(promise.confidence)
         measured = (math.exp(now.mean), math.exp(low), math.exp(high))
         change = math.expm1(now.mean - math.log(promised[0])) * 100
         text = f"{name} {measured[0] * scale:.4g} {unit}, promised {promised[0] * scale:.4g} ({change:+.1f} %)"
+        if holds and change > 0:
+            shown = math.expm1(worse.reach(1 - promise.confidence)) * 100
+            text += f"; broken would be {shown:+.0f} % or more, by what this and the promise leave open"
         checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", measured, holds, text))
     return tuple(checks)
 
@@ -152,12 +155,14 @@ def _now(logs: Sequence[Sequence[float]], promise: Promise) -> Estimate:
     return Estimate(float(np.mean(means)), tuple(parts))
 
 
-def _error(promised: Range, confidence: float) -> float:
-    """The standard error that the promised interval stands for (log scale, normal)."""
+def _promised(promised: Range, logs: Sequence[Sequence[float]], promise: Promise) -> tuple[tuple[float, float], ...]:
+    """The variance that the promised interval stands for (log scale, normal). A promise that does not say how sure it
+    is counts as one launch on these windows, not as the truth."""
     _, low, high = promised
     if not (0 < low <= high < math.inf):
-        return 0.0
-    return math.log(high / low) / (2 * float(-special.ndtri((1 - confidence) / 2)))
+        return _now(logs[:1], promise).parts
+    error = math.log(high / low) / (2 * float(-special.ndtri((1 - promise.confidence) / 2)))
+    return ((error**2, math.inf),)
 
 
 _NOTHING: Range = (math.nan, math.nan, math.nan)
@@ -169,6 +174,7 @@ def _text(
     lines = [f"**The promise {'holds' if holds else 'no longer holds'}** at load {promise.load:.3g}."]
     lines += [f"- {'ok' if check.holds else 'BROKEN'}: {check.text}" for check in checks]
     before = promise.fingerprint.date or "an unknown date"
-    lines.append(f"Measured in {launches} launches on {windows} windows; promised on {before}.")
+    counted = f"{launches} launch{'es' if launches != 1 else ''} on {windows} window{'s' if windows != 1 else ''}"
+    lines.append(f"Measured in {counted}; promised on {before}.")
     lines.append(f"Changed since then: {'; '.join(changes)}." if changes else "Nothing of the fingerprint has changed.")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def compare(first: Side, second: Side, *, most: int = 12, seed: int = 0) -> Comp
     differences = _differences(first, second)
     spreads = [_spread(side.trials) for side in sides]
     # the latency that a point keeps for sure: at its middle half of the draws would rule the point out
-    latencies = sorted(
+    latencies = _apart(
         end(p.latency, p.latency_interval, spread, 0.99, low=False)
         for cloud, spread in zip(clouds, spreads, strict=True)
         for p in front(cloud)
@@ -91,6 +91,15 @@ def compare(first: Side, second: Side, *, most: int = 12, seed: int = 0) -> Comp
     return Comparison(
         first.name, second.name, tuple(levels), differences, _text(first, second, levels, differences), rows
     )
+
+
+def _apart(latencies: Iterable[float], least: float = 1.01) -> list[float]:
+    """Rising, without those that the one before makes superfluous: the same question would count twice."""
+    kept: list[float] = []
+    for latency in sorted(latencies):
+        if not kept or latency > kept[-1] * least:
+            kept.append(latency)
+    return kept
 
 
 def _spread(trials: Sequence[TrialRecord]) -> float:
@@ -153,6 +162,8 @@ def _text(first: Side, second: Side, levels: Sequence[Level], differences: Seque
         verdict += "; at the others they cannot be told apart." if won[0] else "."
     else:
         verdict = f"At none of {len(levels)} latencies is either proven cheaper at 95 %."
+    if first.facts.get("figures") == second.facts.get("figures") == "emulated":
+        verdict += " **Both are emulated**: these figures come from a model of the hardware; nothing was measured."
     what = f" They differ in {'; '.join(differences)}." if differences else " Nothing else differs between them."
     return verdict + what
 
