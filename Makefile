@@ -8,6 +8,7 @@ SERVER := .venv-vllm/bin
 MODEL  := models/tiny-qwen3
 STUDY  ?= examples/quickstart.yaml
 TORCH  := 2.13.0
+QUICK  := $(TUNER)/python -m pytest -m "not vllm and not slow" -n logical --maxprocesses 4
 PIP    := -m pip install --quiet --disable-pip-version-check
 # PyTorch's CPU build: from the package index at hand where it has it, else from PyTorch's own (never the CUDA build)
 CPU_TORCH = "torch==$(TORCH)+cpu" 2>/dev/null || $(1) $(PIP) "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
@@ -18,10 +19,10 @@ tune: setup $(MODEL)/config.json
 	$(TUNER)/tuner tune $(STUDY)
 
 test: setup setup-dev $(MODEL)/config.json
-	$(TUNER)/python -m pytest
+	@failed=0; $(QUICK) || failed=1; $(TUNER)/python -m pytest -m "vllm or slow" || failed=1; exit $$failed
 
 quick: .venv/.dev
-	$(TUNER)/python -m pytest -m "not vllm and not slow"
+	$(QUICK)
 
 lint: .venv/.dev
 	$(TUNER)/ruff check .
