@@ -60,6 +60,28 @@ reports: reports
 EMULATOR = "{kind: emulator, options: {boot_scale: 0, stop_wait_s: 1, phase_limit_s: {graphs: 4}}}"
 
 
+#: Runs the words after the first two, unless somebody runs on one of these GPUs: the lock lives as long as it does.
+ALONE = """\
+import fcntl, os, sys
+for gpu in sys.argv[2].split(","):
+    lock = os.open(sys.argv[1] + "/in-use-" + gpu, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.set_inheritable(lock, True)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
+def command(folder: Path) -> str:
+    """The emulator's process as the engine ``command``, whose GPUs are leased as real ones are; it ends with an error
+    where one of them is in use."""
+    words = [sys.executable, "-c", ALONE, str(folder), "{gpus}", sys.executable, "-m", "tuner.engines.emulator"]
+    words += ["--model", "{model}", "--host", "{host}", "--port", "{port}", "--served-model-name", "{served}"]
+    words += ["--gpu", "H100-SXM", "--emulator", json.dumps({"boot_scale": 0}), "{flags}"]
+    env = {"VLLM_API_KEY": "{api_key}", "PYTHONPATH": str(ROOT)}
+    options = {"log": "vllm", "shares_port": True, "stop_wait_s": 5}
+    return json.dumps({"kind": "command", "command": words, "env": env, "options": options})
+
+
 def workplace(folder: Path) -> Path:
     """A model folder and a trace of four requests per second, as a study file beside them names them."""
     (folder / "model").mkdir(parents=True)
@@ -75,7 +97,18 @@ def space(faults: Iterable[str] = FAULTS) -> str:
     for number, fault in enumerate(faults):
         values.setdefault(f"sound{number}", {"flags": {"max-num-seqs": 16 + number}})
         values[fault] = {"flags": {"max-num-seqs": 64 + number}, "env": {"TUNER_EMULATOR_FAULTS": fault}}
-    case = {"values": values, "default": "sound0", "trades": "nothing: half of it fails"}
+    return _space(values)
+
+
+def sound_space(count: int) -> str:
+    """A search space of ``count`` configurations that all work."""
+    return _space(
+        {f"sound{number}": {"flags": {"max-num-seqs": 16 + number}} if number else {} for number in range(count)}
+    )
+
+
+def _space(values: dict[str, object]) -> str:
+    case = {"values": values, "default": "sound0", "trades": "nothing"}
     return json.dumps({"name": "soak", "engine": "any", "parameters": {"case": case}})
 
 

@@ -42,7 +42,7 @@ def check_trials(tuner: soak.Tuner, expected: dict[str, tuple[str, ...]]) -> Non
     book = optuna.load_study(study_name=tuner.name, storage=tuner.store.database).trials
     assert {t.state.name for t in book} <= {"COMPLETE", "FAIL"}, "nothing runs or waits for ever"
     launched = [t for t in book if t.state.name == "COMPLETE" and not t.user_attrs.get("free")]
-    assert {t.number: t.user_attrs["trial"] for t in launched} == {t.extra["optuna"]: t.number for t in trials}
+    assert {t.number: t.user_attrs["trial"] for t in launched} == {(t.extra or {})["optuna"]: t.number for t in trials}
 
 
 @pytest.mark.parametrize("seed", SEEDS or ["1"])
@@ -75,3 +75,22 @@ def check_mlflow(tuner: soak.Tuner) -> None:
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     logged = Counter(run.data.tags["tuner.trial"] for run in runs if "tuner.trial" in run.data.tags)
     assert logged == {str(trial.number): 1 for trial in tuner.store.trials()}
+
+
+def test_two_tuners_on_one_machine_share_its_gpus_and_nothing_collides(tmp_path: Path):
+    """Ten trials each, two at a time, on the same two GPUs: a server on a GPU in use ends with an error."""
+    folder = soak.workplace(tmp_path / "s")
+    text = soak.STUDY.replace("gpus: 3", "gpus: 2").replace("parallel: 3", "parallel: 2")
+    text = text.replace("ENGINE", soak.command(folder)).replace("SPACE", soak.sound_space(10))
+    both = [soak.Tuner(folder, name, text, **NO_MLFLOW) for name in ("one", "other")]
+    for tuner in both:
+        tuner.start()
+    for tuner in both:
+        finish(tuner)
+
+    for tuner in both:
+        check_trials(tuner, {f"sound{number}": ("served",) for number in range(10)})
+    spans = [(trials[0].started_s, max(t.ended_s for t in trials)) for trials in (t.store.trials() for t in both)]
+    assert max(start for start, _ in spans) < min(end for _, end in spans), "they were at work at the same time"
+    assert any("leased by" in tuner.log.read_text() for tuner in both), "and waited for each other"
+    assert soak.left_in(folder) == []
