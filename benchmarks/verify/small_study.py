@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from scipy import special
 
 from benchmarks.verify.machine import Machine, Noise, window
 from tuner.pareto.front import COST, Point, points
@@ -20,7 +21,7 @@ from tuner.study.outcome import Measured, Step
 from tuner.study.store import TrialRecord
 from tuner.verify.capacity import capacity, cost_at
 from tuner.verify.finalists import launch_spread, shortlist
-from tuner.verify.racing import measure_again
+from tuner.verify.racing import LAUNCH_SPREAD, log_error
 from tuner.verify.verdict import Verification
 from tuner.verify.verification import VerifyBudget, verify
 
@@ -92,7 +93,7 @@ def run(
         if order:
             variant = str(order.pop())
         else:
-            again = measure_again(sorted(bests.values(), key=lambda p: p.cost), most=4)
+            again = _again(sorted(bests.values(), key=lambda p: p.cost))
             if again is None:
                 break
             variant = str(again.config.params["variant"])
@@ -121,6 +122,27 @@ def _trial(number, variant, machine, spec, config, searched) -> TrialRecord:
                 break
     outcome = Measured(tuple(steps))
     return TrialRecord(number, Path("."), config, outcome, config.params, 0.0, 0.0, baseline=variant == "v0")
+
+
+def _again(
+    points: Sequence[Point], *, spread: float = LAUNCH_SPREAD, confidence: float = 0.95, most: int = 4
+) -> Point | None:
+    """Which of ``points`` (each configuration's own best one) another launch teaches most: of the cheapest and those
+    tied with it in cost the one with the fewest launches (at most ``most``), then the cheapest (a lucky best is what
+    a repeat corrects). None where the best stands alone, or every tie has been measured often enough."""
+    if len(points) < 2:
+        return None
+    cheapest = min(points, key=lambda p: (p.cost, p.latency))
+    tied = [p for p in points if p is not cheapest and _equal(cheapest, p, "cost", spread) > 1 - confidence]
+    open_points = [p for p in (cheapest, *tied) if len(p.trials) < most] if tied else []
+    return min(open_points, key=lambda p: (len(p.trials), p.cost, p.trial), default=None)
+
+
+def _equal(first: Point, second: Point, axis: str, spread: float) -> float:
+    """Two-sided p-value of "equal", from the intervals and the launch spread (z test on the log ratio)."""
+    error = math.hypot(*(log_error(point, axis, spread) for point in (first, second)))
+    gap = abs(math.log(getattr(first, axis) / getattr(second, axis)))
+    return float(2 * special.ndtr(-gap / error)) if error > 0 else float(gap == 0)
 
 
 def _apparent(trials: list[TrialRecord]) -> tuple[str, Step] | None:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.studies import objective, space, step
 from tuner.pareto.front import Point
-from tuner.verify.racing import end, measure_again, should_stop, ties
+from tuner.verify.racing import end, should_stop
 
 WANT = objective()
 LADDER = (1.0, 2.0, 3.0, 4.0)
@@ -63,22 +63,3 @@ def test_limits_widen_with_the_interval_and_the_launch_spread():
     assert end(1.0, (0.9, 1.1), 0.0, 0.95, low=True) < narrow < 1.0
     assert end(1.0, (0.99, 1.01), 0.05, 0.95, low=True) < narrow
     assert end(1.0, None, 0.03, 0.95, low=False) == pytest.approx(1.0506, abs=0.0005)  # e^(1.645 x 0.03)
-
-
-def test_points_within_noise_in_both_axes_are_ties():
-    a, b, far = point(1.0, 0.02, trial=1), point(1.02, 0.0201, trial=2), point(1.5, 0.02, trial=3)
-    found = ties([a, b, far])
-    assert [(t.first.trial, t.second.trial) for t in found] == [(1, 2)]
-    assert ties([a, dataclasses.replace(b, latency=0.04, latency_interval=(0.039, 0.041))]) == []
-
-
-def test_the_lucky_best_is_measured_again_before_those_tied_with_it():
-    a, b = point(1.0, 0.02, trial=1), point(1.02, 0.02, trial=2)
-    assert measure_again([a, b]).trial == 1
-    assert measure_again([dataclasses.replace(a, trials=(1, 5)), b]).trial == 2
-
-
-def test_nothing_is_measured_again_where_the_best_stands_alone_or_all_was_seen_often():
-    assert measure_again([point(1.0, 0.02), point(2.0, 0.02)]) is None
-    assert measure_again([point(1.0, 0.02, launches=3), point(1.02, 0.02, launches=3)]) is None
-    assert measure_again([point(1.0, 0.02)]) is None

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import special
 
 from tuner.engines.protocol import LaunchFailed, OnEvent
-from tuner.errors import NothingFeasible, UsageError
+from tuner.errors import UsageError
 from tuner.load.trace import Trace
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Range, margin
@@ -49,12 +49,6 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def require(self) -> None:
-        """Raises :class:`NothingFeasible` (exit code 3) where the promise is broken."""
-        if not self.holds:
-            broken = "; ".join(check.text for check in self.checks if not check.holds)
-            raise NothingFeasible(f"the promise no longer holds: {broken}", fix="Tune again with `tuner tune`.")
 
 
 def recertify(
@@ -115,6 +109,9 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
     figures = (("cost", COST, promise.cost, "USD per million output tokens", 1.0),)
     figures += ((promise.latency_metric, f"{promise.latency_metric}_s", promise.latency, "ms", 1e3),)
     for name, key, promised, unit, scale in figures:
+        if not 0 < promised[0] < math.inf:
+            checks.append(Check(name, "nothing", _NOTHING, True, f"of {name} the file promises nothing"))
+            continue
         logs = [found for group in steps if (found := _logs(group, key))]
         if not logs:
             checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", _NOTHING, False, f"{name} was not measured"))

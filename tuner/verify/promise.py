@@ -113,7 +113,7 @@ def read_promise(path: Path) -> Promise:
             study=found["study"],
             trial=found["trial"],
             config=ServingConfig.from_dict(found["config"]),
-            load=float(found["load"]),
+            load=_positive(found["load"]),
             slos=tuple(_slo(text) for text in found["slos"]),
             cost=_range(found["cost_usd_per_mtok_output"]),
             latency_metric=found["latency_metric"],
@@ -130,6 +130,12 @@ def read_promise(path: Path) -> Promise:
 
 
 _EXPORT = "Export it again with `tuner export STUDY`."
+
+
+def _positive(load: float) -> float:
+    if not 0 < float(load) < math.inf:
+        raise ValueError(f"a load of {load!r}")
+    return float(load)
 
 
 def _slo(text: str) -> Slo:

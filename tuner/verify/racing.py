@@ -1,10 +1,9 @@
-"""Racing: when a trial cannot matter any more, which points cannot be told apart, and what to measure again."""
+"""Racing: when the rest of a trial cannot matter any more."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from scipy import special
 
@@ -74,47 +73,6 @@ def _dominates(point: Point, cost: float, latency: float, spread: float, confide
         end(point.cost, point.cost_interval, spread / repeats, confidence, low=False) <= cost
         and end(point.latency, point.latency_interval, spread / repeats, confidence, low=False) <= latency
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Tie:
-    """Two points that cannot be told apart; ``closeness`` is the p-value (two-sided) of "they are equal" in cost."""
-
-    first: Point
-    second: Point
-    closeness: float
-
-
-def ties(points: Sequence[Point], *, spread: float = LAUNCH_SPREAD, confidence: float = 0.95) -> list[Tie]:
-    """Every pair whose difference is proven in neither axis, the closest in cost first."""
-    found = []
-    for i, first in enumerate(points):
-        for second in points[i + 1 :]:
-            cost = _equal(first, second, "cost", spread)
-            if cost > 1 - confidence and _equal(first, second, "latency", spread) > 1 - confidence:
-                found.append(Tie(first, second, cost))
-    return sorted(found, key=lambda tie: -tie.closeness)
-
-
-def measure_again(
-    points: Sequence[Point], *, spread: float = LAUNCH_SPREAD, confidence: float = 0.95, most: int = 3
-) -> Point | None:
-    """Which of ``points`` (each configuration's own best one) another launch teaches most: of the cheapest and those
-    tied with it in cost the one with the fewest launches (at most ``most``), then the cheapest (a lucky best is what
-    a repeat corrects). None where the best stands alone, or every tie has been measured often enough."""
-    if len(points) < 2:
-        return None
-    cheapest = min(points, key=lambda p: (p.cost, p.latency))
-    tied = [p for p in points if p is not cheapest and _equal(cheapest, p, "cost", spread) > 1 - confidence]
-    open_points = [p for p in (cheapest, *tied) if len(p.trials) < most] if tied else []
-    return min(open_points, key=lambda p: (len(p.trials), p.cost, p.trial), default=None)
-
-
-def _equal(first: Point, second: Point, axis: str, spread: float) -> float:
-    """Two-sided p-value of "equal", from the intervals and the launch spread (z test on the log ratio)."""
-    error = math.hypot(*(log_error(point, axis, spread) for point in (first, second)))
-    gap = abs(math.log(getattr(first, axis) / getattr(second, axis)))
-    return float(2 * special.ndtr(-gap / error)) if error > 0 else float(gap == 0)
 
 
 def log_error(point: Point, axis: str, spread: float) -> float:
