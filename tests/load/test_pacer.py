@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tuner.load import client
 from tuner.load.pacer import Alarm, ClosedLoop, OpenLoop
+from tuner.load.poll import Poll
 from tuner.load.wire import target
 
 offsets = st.lists(st.integers(0, 10**10), max_size=50).map(sorted)
@@ -67,8 +68,8 @@ def test_waiting_ends_at_the_deadline_or_when_bytes_are_there(timerfd, monkeypat
         def none() -> None:
             raise OSError
 
-        monkeypatch.setattr(client, "Alarm", none)
-    poll = client.Poll()
+        monkeypatch.setattr("tuner.load.poll.Alarm", none)
+    poll = Poll()
     here, there = socket.socketpair()
     poll.add(here.fileno(), None)
     begin = time.monotonic_ns()
@@ -121,6 +122,28 @@ def test_sockets_are_looked_at_once_per_hold_but_no_send_or_handshake_waits_for_
         loop._open()
         loop._wait(now + 10**10)
         assert len(slept) == 2
+        loop.close()
+
+
+@pytest.mark.parametrize(
+    ("together", "end", "held_ns"), [(1, b"\n\n", 10**6), (2, b"\n\n", 500_000), (2, b"\r\n\r\n", 500_000)]
+)
+def test_a_server_whose_events_come_faster_than_that_is_looked_at_oftener(together, end, held_ns):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where: list[tuple[int, tuple]] = [(int(socket.AF_INET), server.getsockname())]
+        loop = client.Client(target("http://x"), where, None, lambda _: None, lambda _: None, 10**10, hold_ns=10**6)
+        connection = loop._open()
+        event = b'data: {"choices":[{"text":"a data: of its own"}]}' + end
+        chunk = b"%x\r\n%s\r\n" % (len(event), event)
+        for number in range(100):
+            connection.assign(number, b"POST")
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            for data in (head + chunk * 2, *[chunk * together] * 5):  # a first read may bring more
+                loop._received(connection, data, 1, 0)
+        loop._review()
+        assert loop._hold_ns == held_ns
+        loop._review()  # nothing has come since
+        assert loop._hold_ns == held_ns
         loop.close()
 
 
