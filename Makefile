@@ -12,6 +12,8 @@ QUICK  := $(TUNER)/python -m pytest -m "not vllm and not slow" -n logical --maxp
 PIP    := -m pip install --quiet --disable-pip-version-check
 # PyTorch's CPU build: from the package index at hand where it has it, else from PyTorch's own (never the CUDA build)
 CPU_TORCH = "torch==$(TORCH)+cpu" 2>/dev/null || $(1) $(PIP) "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
+# Tests of shared studies skip without PostgreSQL's binaries: installed where nobody needs to be asked, else left alone.
+POSTGRES = ls /usr/lib/postgresql/*/bin/initdb || { test "$$(id -u)" = 0 && export DEBIAN_FRONTEND=noninteractive && timeout 150 sh -c "apt-get -qq update; apt-get -qq install --no-install-recommends -y postgresql"; }
 
 .PHONY: tune test quick lint setup setup-dev clean
 
@@ -42,6 +44,7 @@ setup-dev: .venv/.dev
 
 .venv/.dev: .venv/.ready
 	@$(TUNER)/python $(PIP) -e ".[dev]"
+	@{ $(POSTGRES); } >/dev/null 2>&1 || true
 	@touch $@
 
 .venv-vllm/.ready:
