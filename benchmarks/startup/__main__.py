@@ -60,12 +60,14 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=list(CASES), default=[])
     parser.add_argument("--repeat", type=int, default=1)
     args = parser.parse_args()
-    engines = {mode: VllmEngine(python=args.python, fast_start=mode) for mode in ("off", "auto")}
+    # absolute: a server starts in its trial's folder
+    model, python = (os.path.abspath(path) if path else "" for path in (args.model, args.python))
+    engines = {mode: VllmEngine(python=python, fast_start=mode) for mode in ("off", "auto")}
     with tempfile.TemporaryDirectory() as empty:
         for number in range(args.repeat):
             for case in args.case:
                 folder = "shared" if CASES[case].caches == "shared" else case
-                line = launch(case, engines, args.model, Path(empty) / f"{number}-{folder}")
+                line = launch(case, engines, model, Path(empty) / f"{number}-{folder}")
                 with (HERE / "measured.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print(line)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import threading
@@ -35,10 +36,12 @@ def main() -> None:
     parser.add_argument("--python", default="")
     parser.add_argument("--repeat", type=int, default=1)
     args = parser.parse_args()
-    engines = {case: VllmEngine(python=args.python, fast_start=CASES[case].fast) for case in ("plain", "fast")}
+    # absolute: a server starts in its trial's folder
+    model, python = (os.path.abspath(path) if path else "" for path in (args.model, args.python))
+    engines = {case: VllmEngine(python=python, fast_start=CASES[case].fast) for case in ("plain", "fast")}
     for _ in range(args.repeat):
         for case, engine in engines.items():
-            line = {"case": case, **once(engine, args.model)}
+            line = {"case": case, **once(engine, model)}
             with (HERE / "speed.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
     for engine in engines.values():
