@@ -1,10 +1,15 @@
 """What the executor costs: wall time against the ideal while a node dies, and overhead per trial, Ray beside local.
 
     python -m benchmarks.executor wall --seconds 20        # three Ray nodes of this machine, one killed in the middle
+    python -m benchmarks.executor emulator                 # the same with the emulator's servers and a replayed trace
     python -m benchmarks.executor overhead                 # one GPU, trials that do nothing
+    python -m benchmarks.executor.real                     # a real CPU vLLM through Ray, its exported YAML served
 
-The nodes are processes of this machine, their GPUs only declared; a trial is a function that sleeps, so that what is
-measured is the executor's own time. Appends one line per run to ``benchmarks/executor/measured.jsonl``.
+The nodes are processes of this machine, their GPUs only declared. With ``wall`` a trial is a function that sleeps, so
+that what is measured is the executor's own time; with ``emulator`` all trials' servers and clients share this machine's
+cores. The ideal (:func:`ideal_s`) is a schedule on the declared GPUs without any overhead, of trials as long as one
+alone: the sleep, or the median of three launches one after the other without Ray. Appends one line per run to
+``benchmarks/executor/measured.jsonl``.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tuner.executor import cluster as executor
 from tuner.spec import studyfile
 from tuner.study import session
@@ -31,6 +38,7 @@ from tuner.study.outcome import Measured
 from tuner.study.store import Store, TrialRecord
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 STUDY = """\
 name: executor
 model: my-org/my-model
@@ -45,7 +53,7 @@ search_space:
 objective: {{name: x, latency: tpot_p99, slo: {{ttft_p99: 500ms, tpot_p99: 50ms}}}}
 price_usd_per_gpu_hour: 0.70
 load: {{ladder: [0.5, 1]}}
-budget: {{launches: 40, verify_share: 0}}
+budget: {{launches: {launches}, verify_share: 0}}
 sampler: grid
 parallel: {parallel}
 executor: {executor}
@@ -57,17 +65,45 @@ def evaluate(config, load):
     time.sleep({seconds} / 2)
     return {{"ttft_p99_s": 0.1, "tpot_p99_s": 0.01 * load, "output_tokens_per_s": 100.0 * load + config["a"]}}
 """
+EMULATED = f"""\
+name: executor
+model: {ROOT}/models/tiny-qwen3
+engine: {{{{kind: emulator, options: {{{{time_scale: 1, boot_scale: 0.2}}}}, args: {{{{max-model-len: 1024}}}}}}}}
+hardware: {{{{gpu: H100-SXM, gpus: {{gpus}}}}}}
+search_space:
+  name: executor
+  engine: vllm
+  parameters:
+    seqs: {{{{flag: max-num-seqs, values: [128, 136, 144, 152, 160, 168, 176, 184], default: 128, trades: nothing}}}}
+    tokens: {{{{flag: max-num-batched-tokens, values: [2048, 2304, 2560, 2816, 3072], default: 2048, trades: nothing}}}}
+objective: {{{{name: x, latency: tpot_p90, slo: {{{{ttft_p90: 60s, tpot_p90: 10s}}}}, quality: {{{{kl_max: null}}}}}}}}
+trace:
+  file: {ROOT}/examples/traces/conversation-small.jsonl
+  window: 30s
+  heldout_windows: 1
+  max_output_tokens: 16
+load: {{{{ladder: [0.25], warmup: 0}}}}
+budget: {{{{launches: {{launches}}, verify_share: 0}}}}
+sampler: grid
+parallel: {{parallel}}
+executor: {{executor}}
+reports: {{reports}}
+"""
 Event = tuple[float, str, Any]
 
 
 class Search:
-    """One session of a study of 40 trials in a thread of its own; ``events`` with the time since its start."""
+    """One session of a study of ``launches`` trials in a thread of its own; ``events`` with the time since its start.
+    ``seconds`` is how long a trial sleeps; None: the emulator's servers."""
 
-    def __init__(self, executor: str, seconds: float, gpus: int, parallel: str) -> None:
+    def __init__(self, executor: str, seconds: float | None, gpus: int, parallel: str, launches: int = 40) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="tuner-executor-"))
-        (self.folder / "work.py").write_text(WORK.format(seconds=seconds))
+        if seconds is not None:
+            (self.folder / "work.py").write_text(WORK.format(seconds=seconds))
+        given = {"executor": executor, "gpus": gpus, "parallel": parallel, "launches": launches}
         path = self.folder / "study.yaml"
-        path.write_text(STUDY.format(executor=executor, gpus=gpus, parallel=parallel, reports=self.folder / "reports"))
+        text = EMULATED if seconds is None else STUDY
+        path.write_text(text.format(reports=self.folder / "reports", **given))
         self.study = studyfile.load(path)
         self.events: list[Event] = []
         self.wall_s = 0.0
@@ -111,15 +147,16 @@ def ideal_s(trials: int, slots: int, seconds: float, killed_s: float = float("in
 
 
 @contextmanager
-def cluster_of(nodes: int, gpus: int) -> Iterator[Any]:
-    """A Ray cluster on this machine, connected to."""
+def cluster_of(nodes: int, cpus: int, gpus: int) -> Iterator[Any]:
+    """A Ray cluster on this machine, connected to; its workers are not nice, as on a machine of their own."""
     import ray
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": gpus, "num_gpus": gpus})
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "num_gpus": gpus})
     try:
         for _ in range(nodes - 1):
-            made.add_node(num_cpus=gpus, num_gpus=gpus)
+            made.add_node(num_cpus=cpus, num_gpus=gpus)
         made.wait_for_nodes()
         ray.init(address=made.address, log_to_driver=False)
         yield made
@@ -128,10 +165,28 @@ def cluster_of(nodes: int, gpus: int) -> Iterator[Any]:
         made.shutdown()
 
 
-def wall(seconds: float, nodes: int = 3, gpus: int = 2) -> dict[str, Any]:
-    """40 trials on ``nodes`` Ray nodes; one is killed when half of them are done."""
-    with cluster_of(nodes, gpus) as made:
-        search = Search("ray", seconds, gpus, "auto")
+def alone_s() -> float:
+    """How long a trial of the emulator takes without Ray and with nothing beside it: from one launch to the next."""
+    trials = Search("local", None, 1, "1", launches=4).trials()
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(launched(trials)))
+
+
+def launched(trials: Sequence[TrialRecord]) -> list[float]:
+    """When each had its GPU, in order, Unix seconds."""
+    return sorted(float((trial.extra or {})["launched_s"]) for trial in trials)
+
+
+def processes(search: Search) -> int:
+    """Servers and guards of this study that still run."""
+    lines = (" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+    return sum("tuner-seat-" in line or str(search.folder) in line for line in lines)
+
+
+def wall(given: float | None, nodes: int = 3, gpus: int = 2) -> dict[str, Any]:
+    """40 trials of ``given`` seconds (None: the emulator's) on Ray nodes; one is killed when half of them are done."""
+    seconds = alone_s() if given is None else given
+    with cluster_of(nodes, gpus, gpus) as made:
+        search = Search("ray", given, gpus, "auto")
         while len(search.seen("trial")) < 20 and search.thread.is_alive():
             time.sleep(0.1)
         doomed = made.worker_nodes.copy().pop()
@@ -139,8 +194,11 @@ def wall(seconds: float, nodes: int = 3, gpus: int = 2) -> dict[str, Any]:
         made.remove_node(doomed, allow_graceful=False)
         killed_s = time.monotonic() - search.began_s
         trials = search.trials()
+    left = processes(search)
     ideal = ideal_s(len(trials), nodes * gpus, seconds, killed_s, gpus)
     return {
+        "seconds": round(seconds, 2),
+        "processes_left": left,
         "trials": len(trials),
         "measured": sum(isinstance(trial.outcome, Measured) for trial in trials),
         "most_often": max(Counter(trial.config.hash for trial in trials).values()),
@@ -157,11 +215,10 @@ def wall(seconds: float, nodes: int = 3, gpus: int = 2) -> dict[str, Any]:
 def overhead() -> dict[str, Any]:
     """Seconds from one trial's launch to the next one's on one GPU, where a trial does nothing."""
     found: dict[str, Any] = {}
-    with cluster_of(1, 1):
+    with cluster_of(1, 1, 1):
         for kind in ("local", "ray"):
             trials = Search(kind, 0.0, 1, "1").trials()
-            begins = sorted(float((trial.extra or {})["launched_s"]) for trial in trials)
-            steps = [later - earlier for earlier, later in itertools.pairwise(begins)]
+            steps = [later - earlier for earlier, later in itertools.pairwise(launched(trials))]
             found[kind] = {
                 "trials": len(trials),
                 "median_s": round(statistics.median(steps), 3),
@@ -173,17 +230,12 @@ def overhead() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.executor", description=__doc__)
-    parser.add_argument("what", choices=("wall", "overhead"))
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long a trial takes")
+    parser.add_argument("what", choices=("wall", "emulator", "overhead"))
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long a trial of wall sleeps")
     given = parser.parse_args()
     load = os.getloadavg()[0]
-    result = wall(given.seconds) if given.what == "wall" else overhead()
-    line = {
-        "what": given.what,
-        "seconds": given.seconds,
-        "load_before": round(load, 1),
-        "cpus": os.cpu_count(),
-    } | result
+    kinds = {"wall": lambda: wall(given.seconds), "emulator": lambda: wall(None), "overhead": overhead}
+    line = {"what": given.what, "load_before": round(load, 1), "cpus": os.cpu_count()} | kinds[given.what]()
     with (HERE / "measured.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line, indent=1))

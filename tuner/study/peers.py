@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -236,6 +237,7 @@ class Peers:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", "Heartbeat of storage")  # :class:`Pulse` gives them, not Study.optimize
         return optuna.create_study(
             storage=self.database.storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
         )

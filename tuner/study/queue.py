@@ -106,7 +106,7 @@ class Queue:
         return new
 
     def _propose(self) -> Proposal | None:
-        for _ in range(PATIENCE):
+        for _ in range(min(PATIENCE, self.space.size())):  # each costs a shared database a dozen round trips
             trial, params = ledger.ask(self.book, self.space)
             reason = self.why_not(params)
             config = self.space.config(params, self.study.model)
