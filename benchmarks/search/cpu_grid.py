@@ -4,11 +4,11 @@ vLLM, and searches are replayed on that table.
     python -m benchmarks.search.cpu_grid table STUDY_FOLDER     # a finished study with ``sampler: grid``
     python -m benchmarks.search.cpu_grid replay --seeds 20      # regret after 6 launches, ours and TPE
 
-The table (``cpu_grid.json``) holds the space, the objective, and per configuration the steps of its ladder and the
-seconds of its launch. A replayed launch answers with what was measured then: the table has one measurement per
-configuration, so its noise is part of its truth, and a search differs from another by its seed alone. There is no
-analytic model in it: ours starts from the launches alone. Regret is counted against the table's own front, in
-logarithms, the reference being its worst cost and worst latency within SLO.
+The table (``cpu_grid.json``) holds the space, the objective, and per configuration the steps of its ladder, the seconds
+of its launch and what the analytic model had predicted before it (the study's records hold that). A replayed launch
+answers with what was measured then: the table has one measurement per configuration, so its noise is part of its truth,
+and a search differs from another by its seed alone. Ours is replayed with those predictions and without. Regret is
+counted against the table's own front, in logarithms, the reference being its worst cost and worst latency within SLO.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import numpy as np
 from tuner.pareto.volume import hypervolume
 from tuner.search import choose, ledger
 from tuner.search.ledger import COST_KEY
+from tuner.search.prediction import Prediction
+from tuner.space.config import ServingConfig
 from tuner.space.space import Emission, Parameter, SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.slo import Slo
@@ -53,6 +55,10 @@ def make(folder: Path) -> dict[str, Any]:
                 "steps": [
                     [s.load, {k: _short(s.metrics[k]) for k in dict.fromkeys(keys) if k in s.metrics}] for s in steps
                 ],
+                "predicted": [
+                    [float(load), {k: _short(of[k]) for k in dict.fromkeys(keys) if k in of}]
+                    for load, of in (trial.extra or {}).get("predicted", {}).items()
+                ],
             }
         )
     return {
@@ -72,7 +78,21 @@ def _short(value: float) -> float | None:
     return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
-def replay(table: Mapping[str, Any], method: str, ladder: bool, seed: int, launches: int = LAUNCHES) -> list[float]:
+class Predicted:
+    """What the analytic model had said of each configuration of the table."""
+
+    def __init__(self, table: Mapping[str, Any], space: SearchSpace) -> None:
+        self.space = space
+        self.known = {tuple(space.snap(r["params"]).values()): dict(map(tuple, r["predicted"])) for r in table["rows"]}
+
+    def predict(self, config: ServingConfig, load: float) -> Prediction:
+        metrics = self.known[tuple(self.space.snap(config.params).values())][load]
+        return Prediction(True, {k: float("inf") if v is None else v for k, v in metrics.items()})
+
+
+def replay(
+    table: Mapping[str, Any], method: str, ladder: bool, seed: int, launches: int = LAUNCHES, model: bool = False
+) -> list[float]:
     """Regret after each launch of one search on the table."""
     import optuna
     from optuna.distributions import IntDistribution
@@ -80,7 +100,9 @@ def replay(table: Mapping[str, Any], method: str, ladder: bool, seed: int, launc
     space, objective = space_of(table), objective_of(table)
     loads = tuple(sorted({step[0] for row in table["rows"] for step in row["steps"]}))
     known = {tuple(space.snap(row["params"]).values()): row for row in table["rows"]}
-    sampler = choose.sampler("auto" if method == "ours" else method, space, objective, loads, seed=seed)
+    predictor = Predicted(table, space) if model else None
+    name = "auto" if method == "ours" else method
+    sampler = choose.sampler(name, space, objective, loads, predictor=predictor, seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     distributions = space.distributions()
     if not ladder:
@@ -160,7 +182,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.verb == "table":
         found = make(args.folder)
-        TABLE.write_text(json.dumps(found, indent=1) + "\n")
+        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items() if k != "rows"]
+        rows = ",\n".join(json.dumps(row) for row in found["rows"])
+        TABLE.write_text("{" + ",\n".join([*lines, f'"rows": [\n{rows}\n]']) + "}\n")
         print(f"{len(found['rows'])} configurations in {TABLE.name}")
         return
     import optuna
@@ -169,10 +193,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="optuna")
     table = json.loads(TABLE.read_text())
     print(f"{len(table['rows'])} configurations; regret after {LAUNCHES} launches over {args.seeds} seeds")
-    for method, ladder in (("ours", True), ("tpe", True), ("tpe", False), ("random", True)):
-        last = [replay(table, method, ladder, seed)[-1] for seed in range(args.seeds)]
+    for method, ladder, model in (
+        ("ours", True, True),
+        ("ours", True, False),
+        ("tpe", True, False),
+        ("tpe", False, False),
+        ("random", True, False),
+    ):
+        last = [replay(table, method, ladder, seed, model=model)[-1] for seed in range(args.seeds)]
         low, middle, high = np.quantile(last, [0.25, 0.5, 0.75])
-        print(f"{method}, {'ladder' if ladder else 'one load'}: {middle:.3f} ({low:.3f}-{high:.3f})")
+        with_what = f"{'ladder' if ladder else 'one load'}{', with the model' if model else ''}"
+        print(f"{method}, {with_what}: {middle:.3f} ({low:.3f}-{high:.3f})")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""The tables of docs/search.md from the runs in results.jsonl.
+"""The tables of docs/search.md from runs of benchmarks.search.run: one file or several, the longest run of each kind.
 
-python -m benchmarks.search.table [--by-surface] [--file results.jsonl]
+    python -m benchmarks.search.table results.jsonl more.jsonl [--by-surface] [--surfaces dense experts]
+
+A cell is the median and the quartiles over seeds and surfaces. A cell with fewer than 80 % of a line's runs is left
+empty: those runs had fewer launches, or their launches took fewer GPU-hours.
 """
 
 from __future__ import annotations
@@ -8,26 +11,45 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 LAUNCHES = (5, 10, 20, 30, 60)
 HOURS = (2, 5, 10, 20)
+GOOD = 0.10  # the regret that "launches to .10" counts up to
+MODELS = {"30%": "model wrong by 30 %", "badly": "badly wrong model", "none": "no model"}
+PEERS = {"nsga2": "NSGA-II", "tpe": "TPE", "gp": "GPSampler", "grid": "grid, shuffled"}
+ORDER = ("ours, model", "ours, badly", "ours, no", "TPE", "GPSampler", "random", "grid", "NSGA-II")
 
 
 def label(row: dict) -> str:
     if row["method"] == "ours":
-        words = {"30%": "model wrong by 30 %", "badly": "badly wrong model", "none": "no model"}
-        return f"ours, {words.get(row['model'], row['model'])}"
-    name = {"nsga2": "NSGA-II", "tpe": "TPE", "gp": "GPSampler", "grid": "grid, shuffled"}.get(
-        row["method"], row["method"]
-    )
-    return f"{name}, {'ladder' if row['ladder'] else 'one load'}"
+        return f"ours, {MODELS.get(row['model'], row['model'])}"
+    return f"{PEERS.get(row['method'], row['method'])}, {'ladder' if row['ladder'] else 'one load'}"
+
+
+def read(files: Sequence[Path]) -> list[dict]:
+    """The longest run of every surface, method, ladder, model and seed."""
+    found: dict[tuple, dict] = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            key = (row["surface"], row["method"], row["ladder"], row["model"], row["seed"])
+            if key not in found or len(row["regret"]) > len(found[key]["regret"]):
+                found[key] = row
+    return list(found.values())
 
 
 def launches_to(row: dict, level: float) -> float:
     return next((i + 1 for i, r in enumerate(row["regret"]) if r <= level), float("inf"))
+
+
+def needed(rows: list[dict]) -> str:
+    """Launches to a regret of GOOD, in the median; beyond the shortest run where the median run does not get there."""
+    need = float(np.median([launches_to(r, GOOD) for r in rows]))
+    return f"{need:.0f}" if np.isfinite(need) else f"> {min(len(r['regret']) for r in rows)}"
 
 
 def cells(rows: list[dict], hours: bool) -> list[str]:
@@ -37,46 +59,53 @@ def cells(rows: list[dict], hours: bool) -> list[str]:
         for r in rows:
             if hours:
                 n = int(np.searchsorted(r["gpu_s"], mark * 3600, side="right"))
-                complete = r["gpu_s"] and r["gpu_s"][-1] >= mark * 3600
-                if complete or len(r["regret"]) >= LAUNCHES[-1]:
+                if r["gpu_s"] and r["gpu_s"][-1] >= mark * 3600:
                     values.append(r["regret"][n - 1] if n else 1.0)
             elif len(r["regret"]) >= mark:
                 values.append(r["regret"][mark - 1])
         if len(values) < max(0.8 * len(rows), 1):
-            found.append("-")
+            found.append("")
         else:
             q = np.quantile(values, [0.25, 0.5, 0.75])
-            found.append(f"{q[1]:.3f} ({q[0]:.3f}-{q[2]:.3f})")
+            found.append(f"{_short(q[1])} ({_short(q[0])}-{_short(q[2])})")
     return found
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
+
+
+def place(name: str) -> tuple[str, int, str]:
+    surface, _, method = name.rpartition(": ")
+    return surface, next((i for i, start in enumerate(ORDER) if method.startswith(start)), len(ORDER)), method
+
+
+def table(groups: dict[str, list[dict]], hours: bool) -> list[str]:
+    marks = [f"{h} GPU-h" for h in HOURS] if hours else [str(n) for n in LAUNCHES]
+    extra = [] if hours else ["crashes", "launches to .10", "runs"]
+    lines = ["| method | " + " | ".join([*marks, *extra]) + " |", "|---" * (1 + len(marks) + len(extra)) + "|"]
+    for name in sorted(groups, key=place):
+        rows, more = groups[name], []
+        if not hours:
+            crash = np.mean([np.mean(r["crash"]) for r in rows if r["crash"]])
+            more = [f"{crash:.0%}", needed(rows), str(len(rows))]
+        lines.append(f"| {name} | " + " | ".join([*cells(rows, hours), *more]) + " |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, default=Path(__file__).parent / "results.jsonl")
+    parser.add_argument("files", type=Path, nargs="*", default=[Path(__file__).parent / "results.jsonl"])
     parser.add_argument("--by-surface", action="store_true")
-    parser.add_argument("--surfaces", nargs="+")
+    parser.add_argument("--surfaces", nargs="+", default=["dense", "experts", "abstract"])
     args = parser.parse_args()
     groups: dict[str, list[dict]] = defaultdict(list)
-    for line in args.file.read_text().splitlines():
-        row = json.loads(line)
-        if args.surfaces and row["surface"] not in args.surfaces:
-            continue
-        groups[f"{row['surface']}: {label(row)}" if args.by_surface else label(row)].append(row)
+    for row in read(args.files):
+        surface = row["surface"].partition(":")[0]
+        if surface in args.surfaces:
+            groups[f"{surface}: {label(row)}" if args.by_surface else label(row)].append(row)
     for hours in (False, True):
-        marks = [f"{h} GPU-h" for h in HOURS] if hours else [str(n) for n in LAUNCHES]
-        extra = [] if hours else ["crashes", "launches to .10", "runs"]
-        print("| method | " + " | ".join([*marks, *extra]) + " |")
-        print("|---" * (1 + len(marks) + len(extra)) + "|")
-        for name, rows in sorted(groups.items()):
-            more = []
-            if not hours:
-                crash = np.mean([np.mean(r["crash"]) for r in rows if r["crash"]])
-                need = np.median([launches_to(r, 0.10) for r in rows])
-                more = [f"{crash:.0%}", f"{need:.0f}" if np.isfinite(need) else "> 60", str(len(rows))]
-            print(f"| {name} | " + " | ".join([*cells(rows, hours), *more]) + " |")
-        print()
-    slow = max((max(r["seconds"]) for rows in groups.values() for r in rows if r["method"] == "ours"), default=0)
-    print(f"slowest suggestion of ours: {slow:.2f} s")
+        print("\n".join(table(groups, hours)), end="\n\n")
 
 
 if __name__ == "__main__":

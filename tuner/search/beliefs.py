@@ -21,10 +21,13 @@ WITH_MODEL = Prior(single=0.006, pair=0.01, own=0.001, common=0.5)
 WITHOUT = Prior(single=0.04, pair=0.04, own=0.002, common=0.5)
 MODEL_WRONG = 0.4  # share of an effect that the model may have wrong: large effects leave large residuals
 COST = Prior(constant=0.1, load=0.02, single=0.002, pair=0.002, own=0.001, noise=0.0004, spread=1.6)
+# a crash may be the configuration's own (``own``): two of them condemn no value that they share. These variances and
+# WORKS_DOUBT were chosen by the log-likelihood of launches held out (docs/search.md)
 WORKS = Prior(
-    constant=0.15, load=1e-6, single=0.08, pair=0.3, own=0.02, noise=0.03, spread=1.0, common=0.5, noise_spread=0.5
+    constant=0.15, load=1e-6, single=0.08, pair=0.3, own=0.3, noise=0.03, spread=1.0, common=0.5, noise_spread=0.5
 )
 WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
+WORKS_DOUBT = 0.5  # standard deviation added to that of "works" where it becomes a probability
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
 CENTRE_ON = 400  # candidates over which prior means are centred
 
@@ -98,7 +101,7 @@ class Beliefs:
             sources = columns(self._sources(name, indices), places.shape[1], len(indices))
             found[name] = self.fitted[name].predict(codes, places, sources, spread=spread)
         works, works_sd = found["works"][0][:, 0], found["works"][1][:, 0]
-        odds = works / np.sqrt(works_sd**2 + 0.3**2)
+        odds = works / np.sqrt(works_sd**2 + WORKS_DOUBT**2)
         return Posterior(
             *found["cost"],
             *found["latency"],
@@ -158,19 +161,17 @@ class Beliefs:
     def _rows(self, name: str, known: Sequence[Reading]) -> tuple[Rows, list[Source]]:
         """The launches' values of one quantity, with the sources at the same places."""
         points: list[tuple[int, int, float, float, float]] = []  # candidate, place in the ladder, use, value, noise
-        for r in known:
-            index = self.index(r.seen.params)
-            if index is None:
-                continue
+        numbered = [(index, r) for r in known if (index := self.index(r.seen.params)) is not None]
+        use = self._places(name, [index for index, _ in numbered])
+        for i, (index, r) in enumerate(numbered):
             if name == "capacity" and r.capacity is not None:
                 points.append((index, 0, 0.0, r.capacity, r.capacity_sd**2))
             elif name == "works" and r.works is not None:
                 points.append((index, 0, 0.0, r.works, 0.0))
             elif name in ("cost", "latency"):
-                use = self._places(name, [index])[0]
                 for place, cost, latency in r.steps:
                     value = cost if name == "cost" else latency
-                    points.append((index, place, float(use[place]), value, 0.0 if place in r.good else MISS_NOISE))
+                    points.append((index, place, float(use[i, place]), value, 0.0 if place in r.good else MISS_NOISE))
         indices = sorted({p[0] for p in points})
         sources = self._sources(name, indices)
         at = {index: row for row, index in enumerate(indices)}

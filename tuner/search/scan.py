@@ -15,6 +15,7 @@ from tuner.search.surrogate import Array, Codes
 
 MARGIN = 0.1  # log units by which the reference lies beyond the worst point of the front
 SETTLED = 0.3  # share of a standard deviation that one more measurement takes away (1 - sqrt(1/2))
+LOOK_AGAIN = 64  # candidates whose gain is computed anew at a time
 HOPE = 1.5  # standard deviations of optimism in the cheap look
 
 
@@ -56,10 +57,13 @@ class Scan:
         points = self._points(indices)
         front = Front(np.zeros((0, 2)), self._reference(_flat(points)))
         chosen: list[int] = []
+        gain = _gain(points, front)
         for _ in range(count):
-            gains = improvement(points[:, None, :, 0], points[:, None, :, 1], front)[:, 0]
-            best = int(np.argmax(gains))
-            if gains[best] <= 0:
+            fresh = np.zeros(len(points), dtype=bool)  # a gain only falls as the front grows, so few need a new look
+            while not fresh[best := int(np.argmax(gain))]:
+                look = np.argpartition(-np.where(fresh, -np.inf, gain), min(LOOK_AGAIN, len(gain) - 1))[:LOOK_AGAIN]
+                gain[look], fresh[look] = _gain(points[look], front), True
+            if gain[best] <= 0:
                 break
             chosen.append(indices[best])
             front = front.with_points(_flat(points[best : best + 1]))
@@ -74,7 +78,7 @@ class Scan:
         found: list[int] = []
         for hope in (0.0, HOPE):
             points = _points(mean, self.loads, hope * sd[0], hope * sd[1])
-            gain = improvement(points[:, None, :, 0], points[:, None, :, 1], front)[:, 0] * mean.works / mean.gpus**0.5
+            gain = _gain(points, front) * mean.works / mean.gpus**0.5
             found += np.argsort(-gain, kind="stable")[: int(count * 0.45)].tolist()
         found += rng.choice(len(free), size=count // 10, replace=False).tolist()
         return [free[i] for i in dict.fromkeys(found)]
@@ -172,6 +176,11 @@ def _points(believed: Posterior, loads: Sequence[float], latency_off: float, cap
     """Believed points (candidates, loads, 2); the latency is infinite beyond the capacity."""
     within = np.log(np.array(loads))[None, :] <= believed.capacity[:, None] + capacity_up
     return np.stack([believed.cost, np.where(within, believed.latency - latency_off, np.inf)], axis=2)
+
+
+def _gain(points: Array, front: Front) -> Array:
+    """Growth of the front's hypervolume by each candidate's points (candidates, loads, 2)."""
+    return improvement(points[:, None, :, 0], points[:, None, :, 1], front)[:, 0]
 
 
 def _flat(points: Array) -> Array:
