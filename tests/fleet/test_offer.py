@@ -1,0 +1,119 @@
+"""What a study offers to a fleet: from its verified best, at its own price, marked where it was emulated."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from tests import studies
+from tuner.errors import NothingFeasible, UsageError
+from tuner.fleet.offer import offers_of, shop
+from tuner.study.outcome import Boot, Measured
+from tuner.study.store import Store
+from tuner.verify.capacity import capacity
+
+WANT = studies.objective()
+BOOT = Boot(72.5, {"weights": 8.4}, {})
+
+
+def steps(*loads, factor=1.0, window="search-0"):
+    """Loads at which tpot_p99 is 25 ms x load: its limit of 50 ms is reached at load 2 (x ``factor``)."""
+    return tuple(
+        studies.step(x, WANT, tpot_s=0.025 * x / factor, ttft_s=0.1, tokens_per_s=1000 * x, window=window)
+        for x in loads
+    )
+
+
+def add(store, number, outcome, *, config=None, role="search", **facts):
+    known = studies.space()
+    config = config or known.config(known.default(), "Qwen/Qwen3-8B")
+    store.start_trial(number, config, known.default(), started_s=0.0, baseline=True, role=role)
+    store.end_trial(number, outcome, ended_s=60.0, **facts)
+
+
+def test_a_verified_study_offers_its_recommendation_at_the_lower_limit_of_what_was_proven(tmp_path):
+    study, store = studies.write(tmp_path / "s", verified=True)
+    offers, _ = offers_of(study, store, 0.95)
+    best = offers[0]
+    assert best.verified
+    assert not best.emulated
+    assert best.capacity == pytest.approx((1.9 * 5, 1.8 * 5, 2.0 * 5))  # loads of the verdict, 5 requests/s at load 1
+    assert best.usd_per_hour == 2.5 * best.gpus
+    assert best.start_s == pytest.approx(72.5)
+    assert best.curve.top_rps <= studies.LADDER[-1] * 5 * 1.8 / 1.9 * 1.001  # as slow as the lower limit
+
+
+def test_what_was_emulated_is_marked(tmp_path):
+    for emulated in (True, False):
+        known = studies.write(tmp_path / str(emulated), trials=2, verified=True, emulated=emulated)
+        assert {o.emulated for o in shop([known], 0.95).offers} == {emulated}
+
+
+def test_a_capacity_is_read_off_every_launch_and_window_of_the_verification(tmp_path):
+    study, store = studies.write(tmp_path / "s", trials=1, verified=True)
+    launches = {}
+    for number, factor in ((7, 0.9), (8, 1.0), (9, 1.1)):
+        own = [steps(1.5, 2.5, factor=factor * more, window=f"heldout-{i}") for i, more in enumerate((0.97, 1.03))]
+        launches[number] = [capacity(s, WANT.slos, 3.0) for s in own]
+        add(store, number, Measured(own[0] + own[1], BOOT), role="verify", label=f"verify {number} trial 0")
+    (offer,) = [o for o in offers_of(study, store, 0.95)[0] if o.gpus == 1]
+    middle, low, high = offer.capacity
+    logs = [math.log(5 * x) for pair in launches.values() for x in pair]
+    assert middle == pytest.approx(math.exp(sum(logs) / 6))
+    assert low < middle < high
+    assert "verified: 3 launches on 2 held-out windows" in offer.basis
+    surer = next(o for o in offers_of(study, store, 0.99)[0] if o.gpus == 1)
+    assert surer.capacity[1] < low
+
+
+def test_a_study_that_was_not_verified_offers_what_its_search_saw_and_says_so(tmp_path):
+    known = studies.write(tmp_path / "s")
+    found = shop([known], 0.95)
+    assert not any(o.verified for o in found.offers)
+    assert all(o.capacity[1] < o.capacity[0] for o in found.offers)
+    assert "was not verified" in " ".join(found.notes)
+
+
+def test_gpu_types_of_one_study_are_offers_of_their_own_at_the_price_of_where_they_ran(tmp_path):
+    study = studies.study(tmp_path / "s")
+    store = Store(tmp_path / "s")
+    default = study.space.config(study.space.default(), study.model)
+    add(store, 0, Measured(steps(1, 2), BOOT), config=replace(default, gpu="H100-SXM"), price_usd_per_gpu_hour=2.5)
+    add(store, 1, Measured(steps(1), BOOT), config=replace(default, gpu="L4"), price_usd_per_gpu_hour=0.7)
+    found = {o.gpu: o for o in shop([(study, store)], 0.95).offers}
+    assert {gpu: o.usd_per_hour for gpu, o in found.items()} == {"H100-SXM": 2.5, "L4": 0.7}
+    assert {o.name for o in found.values()} == {"s H100-SXM", "s L4"}
+    assert found["H100-SXM"].capacity[0] == pytest.approx(10)
+    assert found["L4"].capacity[0] == pytest.approx(5)
+
+
+def test_a_load_at_which_latencies_were_not_known_is_no_point_of_the_curve(tmp_path):
+    study, store = studies.study(tmp_path / "s"), Store(tmp_path / "s")
+    drowned = studies.step(3, WANT, tpot_s=math.inf, ttft_s=math.inf, error_rate=0.5)
+    add(store, 0, Measured((*steps(1, 2), drowned), BOOT))
+    (offer,) = shop([(study, store)], 0.95).offers
+    assert offer.curve.rate_rps.size == 2
+
+
+def test_a_study_without_arrival_rates_is_refused_in_one_line(tmp_path):
+    study, store = studies.study(tmp_path / "s"), Store(tmp_path / "s")
+    bare = [replace(s, metrics={k: v for k, v in s.metrics.items() if "requests_per_s" not in k}) for s in steps(1, 2)]
+    add(store, 0, Measured(tuple(bare), BOOT))
+    with pytest.raises(UsageError, match="no arrival rate was measured"):
+        shop([(study, store)], 0.95)
+
+
+def test_where_nothing_holds_there_is_no_offer(tmp_path):
+    bad, good = studies.write(tmp_path / "bad", trials=1, slow=10), studies.write(tmp_path / "good", trials=2)
+    with pytest.raises(NothingFeasible):
+        shop([bad], 0.95)
+    both = shop([bad, good], 0.95)
+    assert {o.study for o in both.offers} == {"good"}
+    assert "bad offers nothing" in " ".join(both.notes)
+
+
+def test_studies_with_other_slos_are_not_mixed(tmp_path):
+    one = studies.write(tmp_path / "one", trials=1)
+    other = studies.write(tmp_path / "other", trials=1, want=studies.objective("ttft_p99=200ms"))
+    with pytest.raises(UsageError, match="holds other SLOs"):
+        shop([one, other], 0.95)
