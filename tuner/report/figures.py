@@ -69,16 +69,22 @@ def _line(front: Sequence[Point], x: Scale, y: Scale) -> list[str]:
 
 
 def _bars(p: Point, x: Scale, y: Scale, color: str) -> list[str]:
-    parts, at_x, at_y = [], x(p.cost), y(p.latency * 1e3)
+    """Both intervals, as far as the picture goes; towards an end that has no bound they are dotted."""
+    at_x, at_y = x(p.cost), y(p.latency * 1e3)
+    ends = []
     if p.cost_interval and p.cost_interval[0] > 0:
-        low, high = p.cost_interval
-        ends = [min(max(x(value), LEFT), WIDTH - RIGHT) for value in (low, high)]  # a bar ends with the picture
-        parts.append(f'<path d="M{ends[0]:.1f} {at_y:.1f}H{ends[1]:.1f}" stroke="{color}"/>')
+        for value in p.cost_interval:
+            bounded = math.isfinite(value)
+            ends.append((min(max(x(value), LEFT), WIDTH - RIGHT) if bounded else WIDTH - RIGHT, at_y, bounded))
     if p.latency_interval and p.latency_interval[0] > 0:
-        low, high = p.latency_interval
-        ends = [min(max(y(value * 1e3), TOP), HEIGHT - BOTTOM) for value in (low, high)]
-        parts.append(f'<path d="M{at_x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="{color}"/>')
-    return parts
+        for value in p.latency_interval:
+            bounded = math.isfinite(value)
+            ends.append((at_x, min(max(y(value * 1e3), TOP), HEIGHT - BOTTOM) if bounded else TOP, bounded))
+    dotted = ' stroke-dasharray="1 5"'
+    return [
+        f'<path d="M{at_x:.1f} {at_y:.1f}L{to_x:.1f} {to_y:.1f}" stroke="{color}"{"" if bounded else dotted}/>'
+        for to_x, to_y, bounded in ends
+    ]
 
 
 def _legend(s: Summary) -> list[str]:
