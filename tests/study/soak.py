@@ -20,7 +20,7 @@ from tuner.study.outcome import Infeasible, Outcome
 from tuner.study.store import Store
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 300.0  # for anything at all, on the busiest machine
+STILL_S = 240.0  # without a sign of life: on the busiest machine, too, something is wrong
 
 #: fault -> what becomes of its configuration, launch by launch (what may pass is launched once more). Whether what was
 #: ``served`` can be believed depends on how busy the machine is, and is not asked here.
@@ -131,12 +131,16 @@ class Tuner:
             self.process = subprocess.Popen(words, env=self.env, stdout=out, stderr=out, cwd=self.folder)
 
     def ended(self) -> int:
-        """Its exit code."""
-        try:
-            return self.process.wait(DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(f"still at work:\n{self.log.read_text()}") from None
+        """Its exit code; waits for it as long as there is progress."""
+        size, deadline = 0, time.monotonic() + STILL_S
+        while (code := self.process.poll()) is None:
+            if self.log.stat().st_size > size:
+                size, deadline = self.log.stat().st_size, time.monotonic() + STILL_S
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(f"no progress:\n{self.log.read_text()}")
+            time.sleep(0.05)
+        return code
 
     def kill(self) -> None:
         """``kill -9`` of the tuner alone; what it started has to look after itself."""
@@ -149,7 +153,7 @@ class Tuner:
         """
         before, wanted, more_s = self.progress(), chance.randrange(12), chance.uniform(0, 1.5)
         self.start()
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + STILL_S
         while self.progress() - before < wanted and self.process.poll() is None:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
