@@ -33,47 +33,51 @@ BETTER = "v7"
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one study came to. ``choice``: ``default``, ``better`` (the faster one), ``another`` or ``nothing``; the
-    rest says whether an interval held the truth, None where there was none; ``width`` is a share of the low end."""
+    """What one study said, to be held against the truth later. ``choice``: ``default``, ``better`` (the faster one),
+    ``another`` or ``nothing``; intervals (low, high) of the recommendation's cost, of its cost over the default's, and
+    of the search's apparent winner, None where there is none."""
 
     choice: str
     seconds: float
-    verified: bool | None = None
-    gain: bool | None = None
-    searched: bool | None = None
-    width: float | None = None
-    launches: int | None = None
+    cost: tuple[float, float] | None = None
+    ratio: tuple[float, float] | None = None
+    apparent: str = ""
+    apparent_load: float = 0.0
+    apparent_cost: tuple[float, float] | None = None
+    launches: int = 0
 
 
 def one(scenario: Scenario, speed: float, seed: int, launches: int) -> Seen:
     """One study; ``speed`` is that of one of the twenty (1.0: all are equal)."""
     begun = time.monotonic()
-    speeds = {f"v{i}": speed if f"v{i}" == BETTER else 1.0 for i in range(21)}
-    result = run(speeds, seed, scenario, launches=launches)
-    found, spent_s = result.verification, time.monotonic() - begun  # the truth is not part of the study
+    result = run({f"v{i}": _speed(f"v{i}", speed) for i in range(21)}, seed, scenario, launches=launches)
+    found = result.verification
+    apparent = (result.apparent, result.apparent_load, result.apparent_interval if result.apparent else None)
     if found.chosen is None or found.config is None:
-        return Seen("nothing", spent_s)
+        return Seen("nothing", time.monotonic() - begun, None, None, *apparent)
     variant = str(found.config.params["variant"])
-    true = truth(speeds[variant], scenario)
-    _, low, high = found.chosen.cost
-    gain = searched = None
-    if not found.is_default:
-        _, least, most = found.chosen.difference
-        gain = bool(least <= true / truth(1.0, scenario) <= most)
-    if result.apparent:
-        least, most = result.apparent_interval
-        searched = bool(least <= truth(speeds[result.apparent], scenario, result.apparent_load) <= most)
     choice = "default" if found.is_default else "better" if variant == BETTER else "another"
-    return Seen(choice, spent_s, bool(low <= true <= high), gain, searched, high / low - 1, found.launches)
+    ratio = None if found.is_default else found.chosen.difference[1:]
+    return Seen(choice, time.monotonic() - begun, found.chosen.cost[1:], ratio, *apparent, found.launches)
 
 
-def row(seen: Sequence[Seen]) -> dict[str, object]:
+def row(seen: Sequence[Seen], scenario: Scenario, speed: float) -> dict[str, object]:
     """One row of the table."""
-    widths = [s.width for s in seen if s.width is not None]
+    verified, gains, searched, widths = [], [], [], []
+    for s in seen:
+        own = truth(speed if s.choice == "better" else 1.0, scenario)
+        if s.cost:
+            verified.append(s.cost[0] <= own <= s.cost[1])
+            widths.append(s.cost[1] / s.cost[0] - 1)
+        if s.ratio:
+            gains.append(s.ratio[0] <= own / truth(1.0, scenario) <= s.ratio[1])
+        if s.apparent_cost:
+            true = truth(_speed(s.apparent, speed), scenario, s.apparent_load)
+            searched.append(s.apparent_cost[0] <= true <= s.apparent_cost[1])
     return {
-        "verified_interval_covers": _share([s.verified for s in seen]),
-        "verified_gain_covers": _share([s.gain for s in seen]),
-        "search_interval_covers": _share([s.searched for s in seen]),
+        "verified_interval_covers": _share(verified),
+        "verified_gain_covers": _share(gains),
+        "search_interval_covers": _share(searched),
         "median_width": round(float(np.median(widths)), 3) if widths else None,
         "mean_verify_launches": round(float(np.mean([s.launches for s in seen if s.launches])), 1),
         "choices": dict(collections.Counter(s.choice for s in seen)),
@@ -81,9 +85,12 @@ def row(seen: Sequence[Seen]) -> dict[str, object]:
     }
 
 
-def _share(answers: Sequence[bool | None]) -> dict[str, object] | None:
+def _speed(variant: str, speed: float) -> float:
+    return speed if variant == BETTER else 1.0
+
+
+def _share(hits: Sequence[bool]) -> dict[str, object] | None:
     """A share with its own exact 95 % interval (Clopper and Pearson 1934)."""
-    hits = [hit for hit in answers if hit is not None]
     n, k = len(hits), sum(hits)
     if not n:
         return None
@@ -111,7 +118,7 @@ def main() -> None:
             with a.out.open("a") as out:
                 out.write(json.dumps({"study": key} | dataclasses.asdict(seen[-1])) + "\n")
     what = {"scenario": scenario.name, "one_is_faster_by": a.faster_by, "studies": a.studies, "launches": a.launches}
-    print(json.dumps(what | row(seen)), flush=True)
+    print(json.dumps(what | row(seen, scenario, 1 + a.faster_by)), flush=True)
 
 
 def _kept(out: Path | None) -> dict[str, Seen]:
