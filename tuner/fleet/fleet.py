@@ -18,7 +18,7 @@ from tuner.fleet.plan import Plan, Terms, needs, pools_of
 from tuner.fleet.programme import solve
 
 Simulation = Literal["auto", "windows", "requests"]
-FEW = 200_000  # requests up to which every one of them is simulated
+FEW = 50_000  # requests up to which every one of them is simulated
 TRIES = 6
 MORE = 1.01  # what an hour that missed must serve beyond what it had before
 ENOUGH = 0.99  # share of the hours that must hold

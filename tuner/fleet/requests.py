@@ -36,7 +36,7 @@ def simulate(
     interruptions_per_hour: float = 0.0,
     seed: int = 0,
 ) -> Day:
-    """As :func:`tuner.fleet.day.simulate`. For up to a few hundred thousand requests."""
+    """As :func:`tuner.fleet.day.simulate`. For up to some hundred thousand requests."""
     limits = offers[0].curve.limits
     fleet = _Fleet(plan, offers, traffic, interruptions_per_hour, seed)
     have = serving(plan, spare)
