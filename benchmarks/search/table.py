@@ -1,6 +1,7 @@
 """The tables of docs/search.md from runs of benchmarks.search.run: one file or several, the longest run of each kind.
 
     python -m benchmarks.search.table results.jsonl more.jsonl [--by-surface] [--surfaces dense experts]
+    python -m benchmarks.search.table results.jsonl more.jsonl --goals
 
 A cell is the median and the quartiles over seeds and surfaces. A cell with fewer than 80 % of a line's runs is left
 empty: those runs had fewer launches, or their launches took fewer GPU-hours.
@@ -22,6 +23,16 @@ GOOD = 0.10  # the regret that "launches to .10" counts up to
 MODELS = {"30%": "model wrong by 30 %", "badly": "badly wrong model", "none": "no model"}
 PEERS = {"nsga2": "NSGA-II", "tpe": "TPE", "gp": "GPSampler", "grid": "grid, shuffled"}
 ORDER = ("ours, model", "ours, badly", "ours, no", "TPE", "GPSampler", "random", "grid", "NSGA-II")
+
+
+GOALS = (
+    ("30%", 10, 0.03),
+    ("30%", 30, 0.015),
+    ("badly", 10, 0.09),
+    ("badly", 30, 0.05),
+    ("none", 10, 0.15),
+    ("none", 30, 0.06),
+)
 
 
 def label(row: dict) -> str:
@@ -93,17 +104,38 @@ def table(groups: dict[str, list[dict]], hours: bool) -> list[str]:
     return lines
 
 
+def goals(rows: list[dict]) -> list[str]:
+    """The medians that were aimed at, beside those that were reached, together and surface by surface."""
+    surfaces = sorted({r["surface"] for r in rows})
+    lines = ["| | goal | all | " + " | ".join(surfaces) + " |", "|---" * (3 + len(surfaces)) + "|"]
+    for model, launches, goal in GOALS:
+        of = [r for r in rows if (r["method"], r["model"]) == ("ours", model) and len(r["regret"]) >= launches]
+        found = []
+        for some in (of, *([r for r in of if r["surface"] == name] for name in surfaces)):
+            if not some:
+                found.append("")
+                continue
+            middle = float(np.median([r["regret"][launches - 1] for r in some]))
+            found.append(f"{'**' if middle <= goal else ''}{_short(middle)}{'**' if middle <= goal else ''}")
+        lines.append(f"| {MODELS[model]}, {launches} launches | {_short(goal)} | " + " | ".join(found) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", default=[Path(__file__).parent / "results.jsonl"])
     parser.add_argument("--by-surface", action="store_true")
+    parser.add_argument("--goals", action="store_true", help="the goals' table instead; what is met is in bold")
     parser.add_argument("--surfaces", nargs="+", default=["dense", "experts", "abstract"])
     args = parser.parse_args()
     groups: dict[str, list[dict]] = defaultdict(list)
-    for row in read(args.files):
+    rows = [row for row in read(args.files) if row["surface"].partition(":")[0] in args.surfaces]
+    if args.goals:
+        print("\n".join(goals(rows)))
+        return
+    for row in rows:
         surface = row["surface"].partition(":")[0]
-        if surface in args.surfaces:
-            groups[f"{surface}: {label(row)}" if args.by_surface else label(row)].append(row)
+        groups[f"{surface}: {label(row)}" if args.by_surface else label(row)].append(row)
     for hours in (False, True):
         print("\n".join(table(groups, hours)), end="\n\n")
 
