@@ -71,14 +71,14 @@ class Tuner:
     def release(self) -> None:
         self.go.touch()
 
-    def ended(self, timeout_s: float = 120) -> int:
+    def ended(self, timeout_s: float = 240) -> int:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(self.log.read_text()) from None
 
-    def until(self, said: str, timeout_s: float = 90) -> None:
+    def until(self, said: str, timeout_s: float = 180) -> None:
         """Waits until the log says so."""
         deadline = time.monotonic() + timeout_s
         while said not in self.log.read_text():
