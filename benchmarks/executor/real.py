@@ -1,4 +1,4 @@
-"""A study of a real CPU vLLM through Ray, to the end: its exported YAML is served by ``vllm serve --config`` and asked.
+"""A study of a real CPU vLLM through Ray, to the end: its exported YAML is served as its head says, and asked.
 
     python -m benchmarks.executor.real        # two launches of examples/quickstart.yaml's model, float32, one Ray node
 
@@ -61,9 +61,8 @@ def served(best: Path) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "PATH": f"{PYTHON.parent}:{os.environ['PATH']}"}
-    command = (
-        f"set -a; . ./best-config.env; set +a; exec vllm serve --config {best.name} --host 127.0.0.1 --port {port}"
-    )
+    said = next(line for line in best.read_text().splitlines() if line.startswith("# Start:"))
+    command = f"{said.removeprefix('# Start:').strip()} --host 127.0.0.1 --port {port}"
     with (best.parent / "serve.log").open("wb") as log:
         server = subprocess.Popen(["bash", "-c", command], cwd=best.parent, env=env, stdout=log, stderr=log)
     began_s = time.monotonic()
