@@ -48,3 +48,4 @@ def test_the_compilers_beside_an_interpreter_are_found():
 def test_what_would_change_a_server_and_is_not_passed_is_named():
     assert not_passed({}, OURS) == ("OMP_NUM_THREADS", "VLLM_ATTENTION_BACKEND")
     assert not_passed({"OMP_NUM_THREADS": "2"}, OURS) == ("VLLM_ATTENTION_BACKEND",)
+    assert not_passed({}, {"KMP_DUPLICATE_LIB_OK": "True"}) == ()  # scikit-learn's, in our own process

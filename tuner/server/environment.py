@@ -19,6 +19,8 @@ _NAMES = frozenset({
 _PREFIXES = ("LC_", "HF_", "NVIDIA_", "NCCL_", "UCX_")
 # These change what a server does; taken from a shell they would be part of the result and of no record.
 _TELLING = ("VLLM_", "SGLANG_", "SGL_", "OMP_", "KMP_", "MKL_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_")
+# scikit-learn sets these in our own process when it is imported; nobody asked a server for them.
+_OUR_LIBRARIES = frozenset({"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"})
 
 
 def server_environment(
@@ -44,6 +46,5 @@ def server_environment(
 def not_passed(wanted: Mapping[str, str], ours: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Variables of ours that would change the server and are not handed on; to be named to the user once."""
     ours = os.environ if ours is None else ours
-    return tuple(
-        sorted(name for name in ours if name.startswith(_TELLING) and name not in _NAMES and name not in wanted)
-    )
+    known = _NAMES | _OUR_LIBRARIES | wanted.keys()
+    return tuple(sorted(name for name in ours if name.startswith(_TELLING) and name not in known))
