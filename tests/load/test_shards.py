@@ -1,13 +1,15 @@
 """Several client processes, one schedule."""
 
 import numpy as np
+import psutil
 import pytest
 
-from tests.load.replays import endpoint, plan, poisson, seconds
+from tests.load.replays import endpoint, plan, poisson, seconds, trace
 from tests.load.stub import stub
 from tuner.load.records import read
-from tuner.load.shards import shard_count
+from tuner.load.shards import Fleet, Job, shard_count
 from tuner.load.step import measure
+from tuner.load.wire import target
 
 
 def test_shards_keep_one_schedule_and_lose_nothing(tmp_path):
@@ -68,3 +70,30 @@ def test_prompts_are_the_traces_whatever_the_shards(tmp_path):
     prompts = [json.loads(line)["prompt"] for line in log.read_text().splitlines()][1:]  # the first is the probe's
     assert [len(prompt) for prompt in prompts] == [5_000] * 40
     assert len({tuple(prompt[:4]) for prompt in prompts}) == 40
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_client_process_that_dies_makes_the_step_untrusted_and_misses_no_slo(tmp_path, shards):
+    killed = []
+
+    def kill(name: str, data: dict) -> None:
+        if name == "progress" and data["done"] >= 10 and not killed:
+            killed.extend(p for p in psutil.Process().children() if "tuner.load.worker" in p.cmdline())
+            killed[0].kill()
+
+    with stub(first_s=0.05, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(400) / 40), "ttft_p99=60s", on_event=kill)
+        step = measure(endpoint(url), asked, shards=shards)
+    assert len(killed) == shards
+    assert any("a client process died" in reason for reason in step.untrusted) and not step.slo_misses
+    assert step.metrics["client_processes_lost"] == 1
+
+
+def test_a_request_that_cannot_be_made_ends_the_replay_with_its_own_error():
+    def request(number: int) -> bytes:
+        raise ValueError(f"no text for {number}")
+
+    job = Job(target("http://127.0.0.1:9"), [0, 10], request, 5.0)
+    with pytest.raises(ValueError, match="no text for 0"), Fleet(job) as fleet:
+        while fleet.events(0.1) is not None:
+            pass

@@ -62,3 +62,9 @@ def test_cost_at_capacity_falls_with_what_the_server_puts_out_there():
 def test_a_metric_between_two_loads_is_read_off_the_line_in_logarithms():
     assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 2.0, "ttft_p99_s") == pytest.approx(0.2)
     assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 9.0, "ttft_p99_s") == pytest.approx(0.4)
+
+
+def test_the_capacity_lies_next_to_the_load_that_held_where_the_next_one_saturated_before_its_latency_rose():
+    held = Step(4.0, "w", {"tpot_p99_s": 0.03})
+    full = Step(8.0, "w", {"tpot_p99_s": 0.04}, slo_misses=("saturated: ...",), stopped_early="saturated: ...")
+    assert capacity([held, full], [parse("tpot_p99=50ms")], 10) < 4.8

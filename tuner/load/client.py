@@ -35,7 +35,7 @@ OWN_FAULT = "the client: "  # how an error begins that no server caused
 
 SENT, READ, ENDED, TICK, LEFT = 0, 1, 2, 3, 4
 Event = tuple  # (SENT, number, intended_ns, sent_ns) | (READ, number, kernel_ns, read_ns, late_ns, bytes)
-#              | (ENDED, number, end_ns, error, retried) | (TICK, now_ns, late_ns, cpu_ns, process) | (LEFT, process)
+#              | (ENDED, number, end_ns, error, retried) | (TICK, known_ns, late_ns, cpu_ns, process) | (LEFT, process)
 
 
 class Client:
@@ -115,14 +115,17 @@ class Client:
                 due_ns = tick_ns
             deadline_ns = tick_ns if due_ns is None or due_ns > tick_ns else due_ns
             ready, now = self._wait(deadline_ns)
-            late_ns = max(0, now - deadline_ns)
+            woke_ns, late_ns = now, max(0, now - deadline_ns)
             if self._late_bodies or (due_ns is not None and due_ns <= now):
                 self._send_due(now)  # before reading: what was received has the kernel's time already
                 late_ns += time.monotonic_ns() - now
             now = self._serve_all(ready, late_ns)
+            if self._late_bodies:
+                self._send_due(now)  # whose bytes may have come just now
             if now >= tick_ns:
                 late_ns = now - tick_ns
-                self._events.append((TICK, now, late_ns, time.process_time_ns(), self._pid))
+                # what came after the wake-up has not been read yet
+                self._events.append((TICK, woke_ns, late_ns, time.process_time_ns(), self._pid))
                 self._expire(now)
                 self._refill(now, _OPEN_PER_TICK)
                 ticks += 1

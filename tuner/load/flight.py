@@ -209,6 +209,11 @@ class Tower:
         )
 
     @property
+    def lost(self) -> int:
+        """Processes that have not said that they are through: once all have ended, those that died."""
+        return self._shards - self._left
+
+    @property
     def known_until_ns(self) -> int | None:
         """The time after the start until which everything is known here: what came later may be on its way still, for
         this process can be behind its shards. None before the first word of each, and once all have ended."""
@@ -226,6 +231,7 @@ class Tower:
             "client_ttft_mean_s": self._ttft_ns / 1e9 / max(1, self._with_token),
             "cut_off_requests": self._cut_off,
             "client_failures": self._never_sent,
+            "client_processes_lost": self.lost,
             "read_lag_p99_s": self._read_lags.quantile_s(0.99),
             "stamp_error_p99_s": self._stamp_errors.quantile_s(0.99),
             "loop_lag_p99_s": self._loop_lags.quantile_s(0.99),

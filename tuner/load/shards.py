@@ -154,7 +154,11 @@ class Fleet:
         held, size, last = 0, 0, len(job.offsets_ns) - 1
         try:
             for i in range(len(job.offsets_ns)):
-                data = job.request(i)
+                try:
+                    data = job.request(i)
+                except BaseException as error:
+                    self._feed_error = error
+                    return
                 frames[i % job.shards] += (FRAME.pack(i, len(data)), data)
                 held, size = held + 1, size + len(data)
                 if held < _FEED_REQUESTS and size < _FEED_BYTES and i < last:
@@ -172,8 +176,11 @@ class Fleet:
                     pipe.close()
         except (BrokenPipeError, ValueError, OSError):
             pass  # stopped: the shard that read this is gone
-        except BaseException as error:
-            self._feed_error = error
+
+    @property
+    def running(self) -> int:
+        """Shards that have not ended."""
+        return len(self._buffers)
 
     def events(self, timeout_s: float) -> list[Event] | None:
         """What happened since the last call, waiting up to ``timeout_s``; None once every shard has ended.

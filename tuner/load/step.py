@@ -31,6 +31,8 @@ _PROGRESS_S = 0.5
 _ALIVE_S = 0.5
 _EARLY_S = 1.0
 
+CLIENT_DIED = "a client process died"
+
 
 def measure(
     endpoint: Endpoint,
@@ -132,6 +134,8 @@ class _Replay:
             if not self.stopped:
                 if plan.cancel.is_set():
                     self._stop(fleet, "cancelled", b"c")
+                elif fleet.running < tower.lost:
+                    self._stop(fleet, CLIENT_DIED, b"s")  # what it had in flight is lost
                 elif _due(next_s, "alive", elapsed_s, _ALIVE_S) and not self.alive():
                     self._stop(fleet, "the server died", b"d")
                 elif _due(next_s, "early", elapsed_s, _EARLY_S) and (reason := watch.verdict(tower)):
@@ -234,7 +238,8 @@ def misses(metrics: Mapping[str, float], slos: Sequence[Slo], stopped: str) -> t
     """Each SLO's miss in words. A step that was ``stopped`` because its queue grows without bound holds no SLO on a
     latency, though the waits had not reached the limit when it was stopped."""
     missed = tuple(miss for slo in slos if (miss := slo.miss(metrics)))
-    return missed or ((stopped,) if stopped and any(slo.latency for slo in slos) else ())
+    ended = stopped and stopped != CLIENT_DIED and any(slo.latency for slo in slos)
+    return missed or ((stopped,) if ended else ())
 
 
 def prompt_seed(plan: StepPlan) -> int:

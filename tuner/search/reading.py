@@ -44,6 +44,8 @@ def read(seen: Seen, objective: Objective, loads: Sequence[float]) -> Reading:
     good = {nearest(loads, s.load) for s in good_steps(outcome, objective)}
     axes = []
     for step in trusted:
+        if step.saturated:
+            continue
         cost, latency = step.metrics.get(COST_KEY, math.inf), step.metrics.get(objective.latency_key, math.inf)
         if 0 < cost < math.inf and 0 < latency < math.inf and (step.ok or within(objective, objective.latency, step)):
             axes.append((nearest(loads, step.load), math.log(cost), math.log(latency)))
@@ -96,6 +98,8 @@ def within(objective: Objective, metric: str, step: Step) -> bool:
 
 
 def _margin(step: Step, slos: Sequence[Slo]) -> float:
+    if step.saturated:
+        return CEILING
     found = margin(step.metrics, slos)
     return min(found, -1e-3) if step.ok else max(found, 0.05)
 

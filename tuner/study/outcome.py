@@ -44,6 +44,11 @@ class Step:
         """Whether every SLO held and the measurement can be believed."""
         return not self.slo_misses and not self.untrusted
 
+    @property
+    def saturated(self) -> bool:
+        """Whether it was ended because its queue grew without bound: its latencies are those of the beginning."""
+        return self.stopped_early.startswith("saturated")
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:

@@ -15,8 +15,8 @@ OUTPUT, GOODPUT = "output_tokens_per_s", "goodput_output_tokens_per_s"
 
 
 def told(metrics: Mapping[str, float], who: str) -> dict[str, float]:
-    """Metrics that somebody else measured, made complete: an absent error rate is 0; where only the output is given, all
-    of it counts as goodput, less the error rate. Raises UsageError (``who`` gave them) where no cost can follow."""
+    """Metrics that somebody else measured, made complete: an absent error rate is 0; where only the output is given,
+    all of it counts as goodput, less the error rate. Raises UsageError (``who`` gave them) where no cost can follow."""
     if not {OUTPUT, GOODPUT, COST} & metrics.keys():
         raise UsageError(f"{who} returned none of {OUTPUT}, {GOODPUT} and {COST}: there is no cost without")
     known = {"error_rate": 0.0, **metrics}

@@ -44,7 +44,10 @@ class Launched:
 
 def margin(step: Step, slos: Sequence[Slo]) -> float:
     """How far the worst SLO is missed: ``log(value / limit)`` for a latency, the share above the limit for the error
-    rate; negative where all hold. A step that missed an SLO (or ended early for it) is never better than +5 %."""
+    rate; negative where all hold. A step that missed an SLO (or ended early for it) is never better than +5 %, a
+    saturated one is as far off as can be."""
+    if step.saturated:
+        return FAR
     worst = -FAR
     for slo in slos:
         value = step.metrics.get(slo.key, math.nan)
