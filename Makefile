@@ -13,14 +13,15 @@ PIP    := -m pip install --quiet --disable-pip-version-check
 # PyTorch's CPU build: from the package index at hand where it has it, else from PyTorch's own (never the CUDA build)
 CPU_TORCH = "torch==$(TORCH)+cpu" 2>/dev/null || $(1) $(PIP) "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
 # Tests of shared studies skip without PostgreSQL's binaries: installed where nobody needs to be asked, else left alone.
-POSTGRES = ls /usr/lib/postgresql/*/bin/initdb || { test "$$(id -u)" = 0 && export DEBIAN_FRONTEND=noninteractive && timeout 150 sh -c "apt-get -qq update; apt-get -qq install --no-install-recommends -y postgresql"; }
+POSTGRES = { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "Installing PostgreSQL for the tests" >&2 \
+  && { timeout 100 apt-get -qq update; DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y postgresql; } >/dev/null 2>&1; }
 
-.PHONY: tune test quick lint setup setup-dev clean
+.PHONY: tune test quick lint setup setup-dev postgres clean
 
 tune: setup $(MODEL)/config.json
 	$(TUNER)/tuner tune $(STUDY)
 
-test: setup setup-dev $(MODEL)/config.json
+test: setup setup-dev postgres $(MODEL)/config.json
 	@failed=0; $(QUICK) || failed=1; $(TUNER)/python -m pytest -m "vllm or slow" || failed=1; exit $$failed
 
 quick: .venv/.dev
@@ -30,6 +31,10 @@ lint: .venv/.dev
 	$(TUNER)/ruff check .
 	$(TUNER)/ruff format --check .
 	$(TUNER)/pyright
+
+# The tests of shared studies want PostgreSQL's programs; without them they are skipped
+postgres:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || $(POSTGRES) || true
 
 setup:
 	@$(MAKE) --no-print-directory -j2 .venv/.ready .venv-vllm/.ready
@@ -44,7 +49,6 @@ setup-dev: .venv/.dev
 
 .venv/.dev: .venv/.ready
 	@$(TUNER)/python $(PIP) -e ".[dev]"
-	@{ $(POSTGRES); } >/dev/null 2>&1 || true
 	@touch $@
 
 .venv-vllm/.ready:

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 from tests import studies
 from tuner.executor import cluster
+from tuner.search.hardware import device_of
 
 
 def entry(number, alive=True, **resources):
@@ -16,7 +17,7 @@ def test_nodes_have_short_unique_names_and_say_what_gpu_they_have():
             entry(3, alive=False) | {"DeathReasonMessage": "preempted", "Labels": {"ray.io/accelerator-type": "L4"}},
         ]
     )
-    assert (one.name, one.gpus, one.type, one.device) == ("box", 4, "H100", cluster.device_of("H100"))
+    assert (one.name, one.gpus, one.type, one.device) == ("box", 4, "H100", device_of("H100"))
     assert (two.name, two.gpus, two.device) == ("other", 0, "")
     assert (three.name, three.alive, three.device, three.why_gone) == ("box/000003", False, "L4", "preempted")
 
@@ -25,7 +26,7 @@ def test_a_node_costs_what_the_study_says_of_its_type_else_what_the_table_says(t
     study = studies.study(tmp_path)
     objective = replace(study.objective, price_usd_per_gpu_hour=1.5, prices={"H100": 2.25})
     study = replace(study, objective=objective, hardware=replace(study.hardware, name="A100-SXM-80GB"))
-    assert cluster.price(study, cluster.device_of("H100")) == 2.25
+    assert cluster.price(study, device_of("H100")) == 2.25
     assert cluster.price(study, "A100-SXM-80GB") == 1.5  # the study's own hardware
     assert cluster.price(study, "") == 1.5
     assert cluster.price(study, "L4") == cluster.hardware.lookup("L4").price_usd_per_hour

@@ -38,6 +38,9 @@ def test_a_trial_picked_by_hand_stands_with_its_cheapest_step_within_slo(tmp_pat
     choice = of_trial(store.trials(), OBJECTIVE, 1)
     assert choice.by_hand and choice.point and choice.point.load == 2.0
     assert choice.cost_change and choice.cost_change.value == pytest.approx(-0.5)
+    studies.measured(3, served(1900, tpot_s=0.02, load=2.0), store, params=FASTER)  # trial 1's configuration again
+    again = of_trial(store.trials(), OBJECTIVE, 3).point
+    assert again and again.trial == 3 and again.trials == (1, 3)
     with pytest.raises(NothingFeasible, match="Trial 2 met the SLOs at no load"):
         of_trial(store.trials(), OBJECTIVE, 2)
     with pytest.raises(UsageError, match="there is no trial 7"):

@@ -194,6 +194,27 @@ def test_a_study_goes_on_where_one_launch_served_or_where_the_crashes_differ(run
     assert len(runner.store.trials()) == 24
 
 
+def test_a_resumed_study_that_once_served_is_not_given_up(runner):
+    runner.run()
+    engine = FakeEngine(fail=lambda c: Infeasible("crash", "no module named x", "ImportError"))
+    runner.run(engine, replace={"launches: 6": "launches: 18"})
+    assert len(engine.launched) == 12
+
+
+def test_where_nothing_runs_and_there_is_no_room_the_executor_is_asked_to_wait_for_it(runner, monkeypatch):
+    from tuner.executor.local import LocalExecutor
+
+    asked = []
+    room = LocalExecutor.room
+
+    def later(self):
+        asked.append(1)
+        return len(asked) > 1 and room(self)
+
+    monkeypatch.setattr(LocalExecutor, "room", later)
+    assert runner.run(FakeEngine()) == "the budget of 6 launches is spent"
+
+
 def test_an_interrupt_finishes_the_teardown_and_keeps_what_was_measured(runner):
     cancel = threading.Event()
     engine = FakeEngine(during=lambda c, p: cancel.set() if p.load == 2 and len(engine.launched) == 3 else None)

@@ -84,7 +84,7 @@ def survey(address: str, wanted: str = "") -> Node:
     """
     connect(address)
     alive = [node for node in nodes() if node.alive]
-    same = [node for node in alive if not wanted or node.device == device_of(wanted)] or alive
+    same = [node for node in alive if not wanted or node.device == hardware.device_of(wanted)] or alive
     types = sorted({node.device for node in same if node.gpus and node.device})
     if len(types) > 1:
         fix = f"name one: hardware: {{gpu: {types[0]}}}; a parameter of the search space may compare them"
@@ -94,16 +94,10 @@ def survey(address: str, wanted: str = "") -> Node:
     return max(same, key=lambda node: node.gpus)
 
 
-def device_of(word: str) -> str:
-    """The hardware table's name for what Ray, a driver or a user calls a GPU; the word itself where it has no row."""
-    row = hardware.lookup(word) if word else None
-    return row.name if row else word
-
-
 def price(study: Study, device: str) -> float:
     """USD per GPU-hour on ``device``: the study's mapping, else its price for its own hardware, else the table's."""
     objective = study.objective
-    given = {device_of(name): usd for name, usd in objective.prices.items()}
+    given = {hardware.device_of(name): usd for name, usd in objective.prices.items()}
     if device in given:
         return given[device]
     if not device or device == study.hardware.name:
@@ -132,7 +126,7 @@ def named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:
                 gpus=int(resources.get("GPU", 0)),
                 cpus=int(resources.get("CPU", 0)),
                 type=word,
-                device=device_of(word),
+                device=hardware.device_of(word),
                 why_gone=str(entry.get("DeathReasonMessage") or ""),
             )
         )

@@ -15,6 +15,7 @@ from tuner.executor import cluster, parcel
 from tuner.executor.line import Home
 from tuner.executor.protocol import Job, Place
 from tuner.load.trace import Trace
+from tuner.search import hardware
 from tuner.server.gpu import Gpus
 from tuner.server.tree import Pid
 from tuner.spec.study import Study
@@ -132,7 +133,7 @@ class Seat:
         from tuner.verify.fingerprint import driver
 
         gpus, mine = Gpus(), gpu_indices()
-        device = cluster.device_of(gpus.name(mine[0])) if mine and len(gpus) else node.device
+        device = hardware.device_of(gpus.name(mine[0])) if mine and len(gpus) else node.device
         device = device or self._kit.study.hardware.name
         return Place(node.name, device, cluster.price(self._kit.study, device), driver())
 

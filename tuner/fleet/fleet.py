@@ -20,7 +20,8 @@ from tuner.fleet.programme import solve
 Simulation = Literal["auto", "windows", "requests"]
 FEW = 50_000  # requests up to which every one of them is simulated
 TRIES = 6
-MORE = 1.01  # what an hour that missed must serve beyond what it had before
+MORE = 0.01  # what an hour that missed must serve beyond what it had before, doubled with each try
+LONG = 7 * 24  # hours beyond which no request is simulated alone: that costs time by the hour, too
 ENOUGH = 0.99  # share of the hours that must hold
 
 
@@ -87,14 +88,15 @@ def build(
             break
         raised |= missed
         # what it had, spare and rounding included, was not enough
-        need = np.where(missed, np.maximum(need, plan.capacity_rps - _largest(plan, terms)) * MORE, need)
+        more = np.maximum(need, plan.capacity_rps - _largest(plan, terms)) * (1 + MORE * 2**attempt)
+        need = np.where(missed, more, need)
     return Fleet(shop, demand, terms, traffic, confidence, plan, found, tuple(np.flatnonzero(raised).tolist()))
 
 
 def _simulated(
     plan: Plan, offers: Sequence[Offer], traffic: Traffic, terms: Terms, simulation: Simulation, seed: int
 ) -> Day:
-    few = float(traffic.rate_rps.sum()) * 3600 <= FEW
+    few = float(traffic.rate_rps.sum()) * 3600 <= FEW and len(traffic.rate_rps) <= LONG
     chosen = requests.simulate if simulation == "requests" or (simulation == "auto" and few) else day.simulate
     interruptions = terms.interruptions_per_hour
     return chosen(plan, offers, traffic, spare=terms.spare, interruptions_per_hour=interruptions, seed=seed)
@@ -102,7 +104,8 @@ def _simulated(
 
 def _largest(plan: Plan, terms: Terms) -> np.ndarray:
     """(hours,) what the spare replicas of the largest kind in use could serve."""
-    return terms.spare * np.where(plan.ready > 0, plan.allowed_rps, 0.0).max(axis=0)
+    counted = plan.allowed_rps * np.array([[pool.available] for pool in plan.pools])
+    return terms.spare * np.where(plan.ready > 0, counted, 0.0).max(axis=0)
 
 
 def _worth(offers: Sequence[Offer], allowed: np.ndarray) -> list[int]:

@@ -18,6 +18,7 @@ from tuner.fleet.curve import Curve, Limit, curve, limits_of
 from tuner.pareto.changes import baseline_of, describe
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import recommended
+from tuner.search.hardware import device_of
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo
 from tuner.spec.study import Study
@@ -205,7 +206,7 @@ def _offer(
     extra = max(0.0, 1 - cv**2) if math.isfinite(cv) else 0.0
     outputs, totals = measured.tokens(steps)
     default = baseline_of(trials)
-    hardware = config.gpu or study.hardware.name
+    hardware = device_of(config.gpu) or study.hardware.name
     price = next((t.price for t in trials if t.config.hash == config.hash and t.price), None)
     return Offer(
         name=study.name,
@@ -230,7 +231,7 @@ def _offer(
 
 def _kind(config: ServingConfig) -> tuple[str, int]:
     """What decides the price of a replica."""
-    return config.gpu, config.gpus
+    return device_of(config.gpu), config.gpus
 
 
 def _named(offers: Sequence[Offer]) -> tuple[Offer, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.errors import NothingFeasible, UsageError
 from tuner.pareto.changes import baseline_of, changes, describe
@@ -102,9 +102,10 @@ def of_trial(trials: Sequence[TrialRecord], objective: Objective, number: int) -
     if number not in {t.number for t in trials}:
         raise UsageError(f"there is no trial {number}", fix="tuner front lists the trials of the front")
     good = [p for p in points(trials, objective) if p.ok]
-    point = min((p for p in good if p.trial == number), key=lambda p: (p.cost, p.latency), default=None)
-    if point is None:
+    own = [p for p in good if number in p.trials]  # repeats of one configuration at one load are one point
+    if not own:
         raise NothingFeasible(f"Trial {number} met the SLOs at no load (tuner show says which it missed).")
+    point = replace(min(own, key=lambda p: (p.cost, p.latency)), trial=number)
     searched = [p for p in good if p.role == "search"]  # the cheapest of many repetitions would be the luckiest
     base = next((p for p in _cheapest_each(searched) if p.baseline), None)
     text = f"Trial {number} was picked by hand; it need not be the recommendation."

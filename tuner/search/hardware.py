@@ -91,6 +91,12 @@ def lookup(name: str, rows: Mapping[str, Hardware] | None = None) -> Hardware | 
     return max(matching, key=lambda row: len(row.match), default=None)
 
 
+def device_of(word: str) -> str:
+    """The hardware table's name for what Ray, a driver or a user calls a GPU; the word itself where it has no row."""
+    row = lookup(word) if word else None
+    return row.name if row else word
+
+
 def detect(
     extra: str | Path | None = None, probe: Callable[[], tuple[str, int] | None] | None = None
 ) -> tuple[Hardware | None, str]:

@@ -369,7 +369,7 @@ def _objective(
     price = None if isinstance(said, dict) else said
     price = price or spec.price_usd_per_gpu_hour or frozen.get("price_usd_per_gpu_hour")
     if prices:
-        from tuner.executor.cluster import device_of
+        from tuner.search.hardware import device_of
 
         prices = {device_of(name): usd for name, usd in prices.items()}
         price = prices.get(hardware.name, price)

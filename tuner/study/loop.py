@@ -10,7 +10,7 @@ from typing import Protocol
 from tuner.engines.protocol import OnEvent
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Executor, Job
-from tuner.study.outcome import Aborted, Infeasible, Outcome
+from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome
 from tuner.study.queue import Proposal, Queue
 from tuner.study.store import Store
 from tuner.study.workload import Workload
@@ -42,7 +42,8 @@ class Loop:
         running: dict[int, Proposal] = {}
         ended, dry = "", False  # dry: nothing is left to propose, unless a trial that runs is to be launched again
         while True:
-            while not ended and not dry and self.executor.room():
+            # where nothing runs, one trial is handed over even without room: the executor waits for it, and says so
+            while not ended and not dry and (not running or self.executor.room()):
                 ended = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
                 proposal = None if ended else self.queue.propose()
                 if proposal is None:
@@ -80,15 +81,18 @@ class Loop:
             raise EnvironmentFault(
                 outcome.message, where=str(self.store.trial_folder(proposal.number) / "server.log"), fix=outcome.fix
             )
-        return self._hopeless(outcome)
+        return "" if again else self._hopeless(outcome)
 
     def _hopeless(self, outcome: Outcome) -> str:
-        """Why no further launch is worth its cost, where all of this session failed, and in the very same words."""
+        """Why no further launch is worth its cost, where all of this session failed, and in the very same words, and
+        none ever served."""
         if isinstance(outcome, Infeasible) and outcome.cause in CRASHES:
             self.failures.append(outcome.message)
         elif not isinstance(outcome, Aborted):
             self.failures.append("")
-        if len(self.failures) == ALIKE and self.failures[0] and len(set(self.failures)) == 1:
+        if len(self.failures) != ALIKE or not self.failures[0] or len(set(self.failures)) > 1:
+            return ""
+        if not any(isinstance(t.outcome, Measured) for t in self.store.trials()):
             return f"{ALIKE} launches failed in the same way and none served: {self.failures[0]}"
         return ""
 
