@@ -198,6 +198,7 @@ def wall(given: float | None, nodes: int = 3, gpus: int = 2) -> dict[str, Any]:
         search = Search("ray", given, gpus, "auto")
         while len(search.seen("trial")) < 20 and search.thread.is_alive():
             time.sleep(0.1)
+        time.sleep(seconds / 2)  # in the middle of a round: what the node has just ended or just begun decides little
         doomed = made.worker_nodes.copy().pop()
         name = next(node.name for node in executor.nodes() if node.id == doomed.node_id)
         made.remove_node(doomed, allow_graceful=False)
