@@ -41,8 +41,8 @@ class View:
 
     def __enter__(self) -> View:
         if not self.plain:
-            self.live = Live(self, console=self.console, refresh_per_second=4, transient=True)
-            self.live.start()
+            self.live = live = Live(self, console=self.console, refresh_per_second=4, transient=True)
+            live.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
@@ -107,7 +107,8 @@ def validate(model: type[M], document: Document, data: Any = None, prefix: Loc =
         if first["type"] == "missing":
             raise document.error(f"{name} is missing", loc[:-1], f"add {loc[-1]}: ...") from None
         message = first["msg"].removeprefix("Value error, ")
-        words = re.findall(r"'([^']*)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else []
+        expected = first.get("ctx", {}).get("expected", "") if first["type"] == "literal_error" else ""
+        words = re.findall(r"'([^']*)'", expected)
         fix = suggest(str(first["input"]), words) if words else ""
         fix = "" if fix.startswith("Known") else fix  # the message lists them already
         raise document.error(f"{name}: {message[0].lower()}{message[1:]}" if name else message, loc, fix) from None
@@ -117,11 +118,12 @@ def _keys(loc: Sequence[str | int], data: Any, missing: bool) -> list[str | int]
     """``loc`` without what pydantic adds to it, the names of a union's members: those are no keys of the file."""
     found: list[str | int] = []
     for at, part in enumerate(loc):
-        if missing and at == len(loc) - 1:
+        last = missing and at == len(loc) - 1
+        known = part in data if isinstance(data, Mapping) else isinstance(data, list) and isinstance(part, int)
+        if known or last:
             found.append(part)
-        elif (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int)):
-            found.append(part)
-            data = data[part]
+        if known:
+            data = cast(Any, data)[part]
     return found
 
 

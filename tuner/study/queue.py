@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -284,7 +284,9 @@ class Queue:
             shutil.move(folder, target)
 
 
-def refusals(space_params: list[Mapping[str, Value]], why_not: Callable[[Mapping[str, Value]], str]) -> Counter[str]:
+def refusals(
+    space_params: Iterable[Mapping[str, Value]], why_not: Callable[[Mapping[str, Value]], str]
+) -> Counter[str]:
     """How many of the combinations given are refused, by reason."""
     return Counter(reason for params in space_params if (reason := why_not(params)))
 
