@@ -32,7 +32,6 @@ lint: .venv/.dev
 	$(TUNER)/ruff format --check .
 	$(TUNER)/pyright
 
-# The tests of shared studies want PostgreSQL's programs; without them they are skipped
 postgres:
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || $(POSTGRES) || true
 

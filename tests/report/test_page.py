@@ -10,7 +10,8 @@ import pytest
 
 from tests import studies
 from tuner.report.figures import front_svg
-from tuner.report.page import _script_json, build
+from tuner.report.html import script_json
+from tuner.report.page import build
 from tuner.report.summary import summarize
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Infeasible
@@ -180,8 +181,8 @@ def test_names_from_outside_cannot_become_markup(tmp_path: Path):
 
 
 def test_a_figure_cannot_end_the_script_that_holds_it():
-    assert "<" not in _script_json({"a": "</script><b>"})
-    assert json.loads(_script_json({"a": "</script><b>", "x": float("nan")})) == {"a": "</script><b>", "x": None}
+    assert "<" not in script_json({"a": "</script><b>"})
+    assert json.loads(script_json({"a": "</script><b>", "x": float("nan")})) == {"a": "</script><b>", "x": None}
 
 
 def test_secrets_of_the_frozen_study_are_hidden(tmp_path: Path):

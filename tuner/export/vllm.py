@@ -38,7 +38,7 @@ def value_of(value: Any) -> Any:
 def config_text(what: Deployment) -> str:
     """The whole file: what was measured, how to start it, and every flag with its comment."""
     lines = [what.header(), "#\n"]
-    lines += [f"# Start:  {start(what)}\n"]
+    lines += [f"# Start:  {'; '.join(start(what))}\n"]
     lines += [f"# (without the vllm command: {_WITHOUT})\n"] * (_WITHOUT not in start(what))
     for name, value in settings(what).items():
         comment = what.comments.get(name, "")
@@ -50,14 +50,13 @@ def config_text(what: Deployment) -> str:
 _WITHOUT = f"python -m vllm.entrypoints.openai.api_server --config {YAML_NAME}"
 
 
-def start(what: Deployment) -> str:
-    """The shell command that serves the exported files; empty for engines other than vLLM. PyPI's CPU build has no
+def start(what: Deployment) -> tuple[str, ...]:
+    """The shell commands that serve the exported files; none for engines other than vLLM. PyPI's CPU build has no
     working ``vllm`` command."""
     if what.engine not in ("vllm", "emulator"):
-        return ""
-    return (
-        f"set -a; . ./{ENV_NAME}; set +a; {_WITHOUT if '+cpu' in what.version else f'vllm serve --config {YAML_NAME}'}"
-    )
+        return ()
+    serve = _WITHOUT if "+cpu" in what.version else f"vllm serve --config {YAML_NAME}"
+    return f"set -a; . ./{ENV_NAME}; set +a", serve
 
 
 def env_text(what: Deployment) -> str:

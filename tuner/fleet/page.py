@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ from tuner.errors import UsageError
 from tuner.fleet import words
 from tuner.fleet.account import Account, account
 from tuner.fleet.fleet import Fleet
+from tuner.report import html
 from tuner.report.style import Figure, frame, rule
-from tuner.report.summary import clean
 
 TICKS = 12  # labels under a plot
 COLORS = ("$accent", "$series2", "$series3", "$series1", "$series0", "$series4")
@@ -21,46 +19,30 @@ COLORS = ("$accent", "$series2", "$series3", "$series1", "$series0", "$series4")
 
 def build(fleet: Fleet, out: Path) -> Path:
     """Writes the page to ``out`` and returns it. Raises UsageError where it cannot be written."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     found = account(fleet)
-    environment = Environment(
-        loader=PackageLoader("tuner.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    folder = files("tuner.report") / "templates"
     figures = {"capacity": capacity_chart(fleet), "used": used_chart(found), "cost": cost_chart(fleet)}
-    text = environment.get_template("fleet.html.j2").render(
-        title=" + ".join(dict.fromkeys(o.study for o in fleet.offers)),
-        emulated=any(o.emulated for o in fleet.offers),
-        css=(folder / "page.css").read_text("utf-8"),
-        js=(folder / "page.js").read_text("utf-8"),
-        plotly=(files("plotly") / "package_data" / "plotly.min.js").read_text("utf-8"),
-        figures=json.dumps(clean(figures), allow_nan=False).replace("<", "\\u003c"),
-        shown={name for name, figure in figures.items() if figure["data"]},
-        head=_head(fleet),
-        numbers=_numbers(found),
-        verdict=words.verdict(fleet),
-        warnings=words.warnings(fleet),
-        assumptions=words.assumptions(fleet),
-        pools=list(found.hours[0].replicas),
-        hours=found.hours,
-        starting=any(hour.starting for hour in found.hours),
-        most=max(hour.capacity_rps for hour in found.hours),
-        rate=words.rate,
-        offers=fleet.offers,
-    )
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        return html.write(
+            out,
+            "fleet.html.j2",
+            figures,
+            title=" + ".join(dict.fromkeys(o.study for o in fleet.offers)),
+            emulated=any(o.emulated for o in fleet.offers),
+            shown={name for name, figure in figures.items() if figure["data"]},
+            head=_head(fleet),
+            numbers=_numbers(found),
+            verdict=words.verdict(fleet),
+            warnings=words.warnings(fleet),
+            assumptions=words.assumptions(fleet),
+            pools=list(found.hours[0].replicas),
+            hours=found.hours,
+            starting=any(hour.starting for hour in found.hours),
+            most=max(hour.capacity_rps for hour in found.hours),
+            rate=words.rate,
+            offers=fleet.offers,
+        )
     except OSError as failure:
         raise UsageError(f"cannot be written ({failure.strerror})", where=str(out), fix="Give --out FILE") from failure
-    return out
 
 
 def _head(fleet: Fleet) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ def markdown(store: Store, study: Study) -> str:
             "",
         ]
         if start := vllm.start(deployment(store, study, choice)):
-            lines += ["```sh", *start.replace("; set +a; ", "; set +a\n").splitlines(), "```", ""]
+            lines += ["```sh", *start, "```", ""]
             lines += [f"As a deployment: `tuner export {store.folder} --format compose` (or `k8s`, `helm`).", ""]
     best = front(points([t for t in trials if t.role == "search"], objective))
     rows = []

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +17,28 @@ from tuner.export.deployment import deployment
 from tuner.export.text import dump
 from tuner.pareto.choice import Change
 from tuner.record.secrets import HIDDEN, is_secret
-from tuner.report import charts, tables
+from tuner.report import charts, html, tables
 from tuner.report.figures import front_svg
 from tuner.report.hours import hours
 from tuner.report.importance import importance
 from tuner.report.modelerror import errors
 from tuner.report.parallel import parallel_chart
 from tuner.report.style import Figure
-from tuner.report.summary import Summary, clean, label, ms, summarize
+from tuner.report.summary import Summary, label, ms, summarize
 from tuner.spec.study import Study
 from tuner.study.store import Store, read_json
 
 
 def build(store: Store, study: Study, out: Path) -> Path:
     """Writes the report to ``out`` and returns it. Works for any number of trials, feasible or not."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     s = summarize(store, study)
-    environment = Environment(
-        loader=PackageLoader("tuner.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     figures = _figures(s)
-    folder = files("tuner.report") / "templates"
-    text = environment.get_template("page.html.j2").render(
+    return html.write(
+        out,
+        "page.html.j2",
+        figures,
         s=s,
         study=study,
-        css=(folder / "page.css").read_text("utf-8"),
-        js=(folder / "page.js").read_text("utf-8"),
-        plotly=(files("plotly") / "package_data" / "plotly.min.js").read_text("utf-8") if figures else "",
-        figures=_script_json(figures),
         shown=set(figures),
         curves=[(name, figures[name]["title"]) for name in figures if name.startswith("curve")],
         still=front_svg(s) if s.points else "",
@@ -74,11 +61,6 @@ def build(store: Store, study: Study, out: Path) -> Path:
         label=label,
         ms=ms,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out)
-    return out
 
 
 def _refused(store: Store) -> list[tuple[str, int]]:
@@ -101,11 +83,6 @@ def _figures(s: Summary) -> dict[str, Figure]:
         "errors": charts.error_chart(errors(s)),
     }
     return {name: figure for name, figure in found.items() if figure}
-
-
-def _script_json(data: Any) -> str:
-    """JSON for a script element: no ``<``, so that nothing in it can end the element."""
-    return json.dumps(clean(data), allow_nan=False).replace("<", "\\u003c")
 
 
 def _head(s: Summary, store: Store) -> list[tuple[str, str]]:
@@ -170,12 +147,12 @@ def _change(change: Change | None) -> dict[str, Any] | None:
     }
 
 
-def _config(s: Summary, store: Store) -> tuple[str, str]:
-    """The exported file's settings, without its comments, and the command that serves it."""
+def _config(s: Summary, store: Store) -> tuple[str, tuple[str, ...]]:
+    """The exported file's settings, without its comments, and the commands that serve it."""
     try:
         what = deployment(store, s.study, s.choice)
     except NothingFeasible:
-        return "", ""
+        return "", ()
     return dump(vllm.settings(what)), vllm.start(what)
 
 
