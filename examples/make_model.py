@@ -15,6 +15,7 @@ import json
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 8192
 CONFIG = {
@@ -49,6 +50,16 @@ LIKE = {
         "tie_word_embeddings": False,
         "max_position_embeddings": 40960,
     },
+    "qwen3-0.6b": {  # the published config.json of Qwen/Qwen3-0.6B: a draft model for the one above
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+    },
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT = (
@@ -60,7 +71,8 @@ CHAT = (
 def main(folder: Path, like: str) -> None:
     """Trains the tokenizer on Python's own standard library and writes the three files vLLM wants.
 
-    A larger model keeps the small tokenizer: prompts are token ids, and no answer of random weights is ever read.
+    The tokenizer of a larger model is filled up to its vocabulary with words that no text is ever split into: prompts are
+    token ids, and each token of an answer has a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -77,6 +89,7 @@ def main(folder: Path, like: str) -> None:
         show_progress=False,
     )
     tokenizer.train([str(path) for path in texts], trainer)
+    tokenizer = Tokenizer.from_str(_filled(json.loads(tokenizer.to_str()), config["vocab_size"]))
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -88,6 +101,13 @@ def main(folder: Path, like: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     print(f"{folder}: {tokenizer.get_vocab_size()} tokens, {config['num_hidden_layers']} layers", file=sys.stderr)
+
+
+def _filled(document: dict[str, Any], size: int) -> str:
+    """A byte-level BPE tokenizer's file with ``size`` words, those that it lacks made up."""
+    words = document["model"]["vocab"]
+    words.update({f"\u0120~{number:x}": number for number in range(len(words), size)})  # U+0120: a space
+    return json.dumps(document)
 
 
 if __name__ == "__main__":
