@@ -1,8 +1,10 @@
 """What the parent keeps of the requests under way."""
 
 import errno
+import json
 import math
 import socket
+import struct
 import time
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.load.replays import plan, trace
 from tuner.load import client
+from tuner.load.connection import NO_STAMP
 from tuner.load.flight import Lags, Tower
 from tuner.load.pacer import OpenLoop
 from tuner.load.step import Watch
@@ -62,9 +65,11 @@ def test_what_a_shard_has_not_told_yet_is_no_delay_of_the_server():
     """The early stop looks at a time until which every shard was heard, not at the clock on the wall."""
     tower = Tower(1_000, "usage", np.full(2, 8), np.full(2, 4), 0, lambda record: None, shards=2)
     assert tower.known_until_ns is None
-    tower.take([(client.SENT, 0, 1_000, 1_000), (client.TICK, 9_000, 0, 0, 71)])
+    tower.take([(client.SENT, 0, 1_000, 1_000), (client.TICK, 9_500, 9_000, 0, 0, 71)])
     assert tower.known_until_ns is None  # nothing is known of the other
-    tower.take([(client.TICK, 5_000, 0, 0, 72)])
+    tower.take([(client.TICK, 4_500, 0, 0, 0, 72)])
+    assert tower.known_until_ns is None  # nor by its first word: it is there, and tells later what happened
+    tower.take([(client.TICK, 5_500, 5_000, 0, 0, 72)])
     assert tower.known_until_ns == 4_000
     tower.take([(client.LEFT, 72)])  # it has nothing to tell any more
     assert tower.known_until_ns == 8_000
@@ -78,6 +83,64 @@ def test_a_step_is_not_ended_for_tokens_that_wait_to_be_parsed(tmp_path, heard_s
     replayed = trace(np.zeros(100))
     asked = plan(tmp_path, replayed, "ttft_p99=1s")
     tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
-    tower.take([(client.SENT, i, 0, 0) for i in range(100)] + [(client.TICK, int(heard_s * 1e9), 0, 0, 71)])
+    tower.take([(client.SENT, i, 0, 0) for i in range(100)] + [(client.TICK, 3 * 10**9, int(heard_s * 1e9), 0, 0, 71)])
     watch = Watch(asked, np.zeros(100, dtype=np.int64), True)
     assert watch.verdict(tower).startswith("ttft_p99 cannot hold") == lost
+
+
+WALL_NS = 1_700_000_000_000_000_000  # the wall clock's time at the monotonic clock's 0
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def tokens(first: int, count: int) -> bytes:
+    """``count`` events of one token each, a chunk each, the running count being ``first`` in the first."""
+    text = b""
+    for total in range(first, first + count):
+        told = {"choices": [{"text": "a"}], "usage": {"prompt_tokens": 8, "completion_tokens": total}}
+        event = b"data: " + json.dumps(told).encode() + b"\n\n"
+        text += b"%x\r\n%s\r\n" % (len(event), event)
+    return text
+
+
+def told(*reads: tuple[int | None, int, int, bytes]) -> tuple:
+    """A client's event: of each read the kernel's time, since when bytes may have lain, when they were read, ms."""
+    stamps = [NO_STAMP if at is None else struct.pack("qq", *divmod(WALL_NS + at * 10**6, 10**9)) for at, *_ in reads]
+    wakes = [[since * 10**6, WALL_NS, read * 10**6] for _, since, read, _ in reads]
+    return client.READ, 0, b"".join(stamps), wakes, [len(data) for *_, data in reads], b"".join(r[-1] for r in reads)
+
+
+def heard(*reads: tuple[int | None, int, int, bytes]) -> tuple[list[int], dict]:
+    """The tokens' times in the record, ms, and the client's facts."""
+    records = []
+    tower = Tower(0, "usage", np.full(1, 8), np.full(1, 100), 0, records.append)
+    tower.take([(client.SENT, 0, 0, 0), told(*reads), (client.ENDED, 0, 10**9, "stopped", False)])
+    return [at // 10**6 for at in records[0].token_ns], dict(tower.facts())
+
+
+@pytest.mark.parametrize(
+    ("last", "error_s"),
+    [
+        (tokens(3, 1), 0.0),
+        # the socket was last looked at at 41 ms: the earlier of two tokens that were found at 49 may have come right
+        # after it, and not, as the time that the last one lay unread could suggest, at 47
+        (tokens(3, 2), 0.007),
+    ],
+)
+def test_a_token_read_with_a_later_one_may_be_misdated_by_the_time_since_the_last_look(last, error_s):
+    times, facts = heard((10, 5, 11, HEAD + tokens(1, 1)), (30, 25, 31, tokens(2, 1)), (48, 41, 49, last))
+    assert times == [10, 30, *[48] * (len(times) - 2)] and len(times) == 2 + last.count(b"data:")
+    assert facts["stamp_error_p99_s"] == pytest.approx(error_s, rel=1 / 32)
+    assert facts["kernel_stamped_share"] == 1.0
+
+
+def test_a_token_without_a_stamp_is_misdated_by_no_more_than_since_the_last_look():
+    times, facts = heard((10, 5, 11, HEAD + tokens(1, 1)), (None, 25, 31, tokens(2, 1)))
+    assert times == [10, 31] and facts["stamp_error_p99_s"] == pytest.approx(0.006, rel=1 / 32)
+    assert facts["kernel_stamped_share"] == 0.5
+
+
+def test_reads_of_one_response_are_told_together_and_keep_their_own_times():
+    first = [(20 * k, 20 * k - 3, 20 * k + 2, tokens(k, 1)) for k in range(2, 40)]
+    times, facts = heard((20, 15, 21, HEAD + tokens(1, 1)), *first)
+    assert times == [20 * k for k in range(1, 40)]
+    assert facts["read_lag_p99_s"] == pytest.approx(0.002, rel=1 / 32) and facts["stamp_error_p99_s"] == 0

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner.load import client
+from tuner.load.connection import NO_STAMP
 from tuner.load.pacer import Alarm, ClosedLoop, OpenLoop
 from tuner.load.poll import Poll
 from tuner.load.wire import target
@@ -112,17 +113,41 @@ def test_sockets_are_looked_at_once_per_hold_but_no_send_or_handshake_waits_for_
         where: list[tuple[int, tuple]] = [(socket.AF_INET, server.getsockname())]
         loop = client.Client(target("http://x"), where, None, lambda _: None, lambda _: None, 10**10, hold_ns=10**9)
         monkeypatch.setattr(loop._poll, "wait", lambda deadline_ns: [])
-        now = time.monotonic_ns()
-        loop._wait(now + 10**10)
-        assert slept == []  # nothing was looked at before
-        loop._wait(now + 10**10)
-        loop._wait(now + 5 * 10**8)
+        monkeypatch.setattr(loop._poll, "ready", lambda: found)
+        found, now = [7], time.monotonic_ns()
+        loop._wait(now + 10**10, None)
+        assert slept == []  # nothing was found before
+        loop._wait(now + 1, None)  # nor a tick: it can wait
+        loop._wait(now + 10**10, now + 5 * 10**8)
         held_s, before_a_send_s = slept
         assert 0.5 < held_s <= 1.0 and before_a_send_s < 0.5
+        found = []
+        loop._wait(now + 10**10, None)
+        loop._wait(now + 10**10, None)  # nothing was found: the first bytes wake the loop
+        assert len(slept) == 3
+        found = [7]
+        loop._wait(now + 10**10, None)
         loop._open()
-        loop._wait(now + 10**10)
-        assert len(slept) == 2
+        loop._wait(now + 10**10, None)
+        assert len(slept) == 3
         loop.close()
+
+
+def test_a_send_does_not_wait_for_many_reads(monkeypatch):
+    """A thousand sockets are ready, and each read takes a millisecond: a request that is due meanwhile leaves."""
+    served: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where: list[tuple[int, tuple]] = [(socket.AF_INET, server.getsockname())]
+        events: list[tuple] = []
+        loop = client.Client(target("http://x"), where, None, lambda _: b"POST", events.extend, 10**10)
+        now_ns = time.monotonic_ns()
+        monkeypatch.setattr(client.time, "monotonic_ns", lambda: now_ns + len(served) * 10**6)
+        monkeypatch.setattr(loop._poll, "ready", lambda: [] if served else list(range(10_000, 11_000)))
+        monkeypatch.setattr(loop._poll, "call", served.append)
+        loop.run(OpenLoop([0], [100 * 10**6], now_ns), 1, lambda: "stopped")
+        loop.close()
+    [(_, _, intended_ns, sent_ns)] = [event for event in events if event[0] == client.SENT]
+    assert 0 <= sent_ns - intended_ns < 20 * 10**6
 
 
 @pytest.mark.parametrize(
@@ -138,12 +163,17 @@ def test_a_server_whose_events_come_faster_than_that_is_looked_at_oftener(togeth
         for number in range(100):
             connection.assign(number, b"POST")
             head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-            for data in (head + chunk * 2, *[chunk * together] * 5):  # a first read may bring more
-                loop._received(connection, data, 1, 0)
-        loop._review()
-        assert loop._hold_ns == held_ns
-        loop._review()  # nothing has come since
-        assert loop._hold_ns == held_ns
+            for data in (
+                head + chunk * 2,
+                *[chunk * together] * 5,
+                chunk * 3,
+            ):  # the first and last read may bring more
+                loop._received(connection, data, NO_STAMP, [0, 0, 0])
+            loop._gather(connection, True)
+        loop._hold.review()
+        assert loop._hold.ns == held_ns
+        loop._hold.review()  # nothing has come since
+        assert loop._hold.ns == held_ns
         loop.close()
 
 

@@ -1,11 +1,14 @@
 """The parser of streamed responses: the same tokens however the bytes were split."""
 
 import json
+import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tuner.load import alike
 from tuner.load.sse import Response, spread
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -70,6 +73,49 @@ def test_any_split_of_the_byte_stream_gives_the_same_tokens(stream, data):
     assert [count for _, count in response.tokens] == counts
     assert response.complete and not response.error
     assert response.output_tokens == sum(counts) and response.prompt_tokens == 5
+
+
+@given(streams(), st.data())
+def test_reads_taken_together_give_what_they_give_one_by_one(stream, data):
+    """Whether a read is one chunk, as nearly all are, or any piece of the stream."""
+    raw, _, counting = stream
+    at_chunks = [m.end() for m in re.finditer(rb"\r\n\r\n|\n\n\r\n", raw)]
+    cuts = data.draw(st.lists(st.one_of(st.sampled_from(at_chunks), st.integers(0, len(raw))), max_size=40))
+    cuts = sorted({0, len(raw), *(at_chunks if data.draw(st.booleans()) else []), *cuts})
+    reads = [(time, raw[a:b]) for time, (a, b) in enumerate(pairwise(cuts))]
+    groups = sorted({0, len(reads), *data.draw(st.lists(st.integers(0, len(reads)), max_size=5))})
+    singly, together = Response(counting), Response(counting)
+    for a, b in pairwise(groups):
+        times, pieces = zip(*reads[a:b], strict=True)
+        events = together.feed_all(times, [len(piece) for piece in pieces], b"".join(pieces))
+        assert events == [singly.feed(time, piece) for time, piece in reads[a:b]]
+    singly.close()
+    together.close()
+    assert together.tokens == singly.tokens and together.seen == singly.seen
+    assert (together.error, together.output_tokens) == (singly.error, singly.output_tokens)
+
+
+ONE, TWO, MORE = (b"%x\r\n%s\r\n" % (len(e), e) for e in (event(completion("a", t)) for t in (1, 2, 5)))
+NONE, LAST = (b"%x\r\n%s\r\n" % (len(e), e) for e in (event(completion("a")), event(final(6))))
+
+
+@pytest.mark.parametrize(
+    ("reads", "counts"),
+    [
+        ([ONE, TWO, MORE], [1, 1, 3]),
+        ([ONE, ONE], None),  # no token came with the second
+        ([TWO], [2]),
+        ([NONE, TWO], None),
+        ([ONE, LAST], None),  # the totals, and no token
+        ([ONE + TWO, MORE], None),
+        ([ONE + TWO[:9], TWO[9:]], None),  # cut elsewhere than between two chunks
+        ([ONE, TWO.replace(b"a", b"\r")], None),
+        ([ONE, b"0" + TWO], None),  # a length of another form
+        ([ONE, TWO.replace(b"data", b"DATA")], None),
+    ],
+)
+def test_reads_are_taken_together_only_where_each_is_one_event_that_tells_the_count(reads, counts):
+    assert alike.counts([len(read) for read in reads], b"".join(reads), 0) == counts
 
 
 @given(streams())

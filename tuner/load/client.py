@@ -11,22 +11,21 @@ import os
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from tuner.load.connection import Connection
+from tuner.load.connection import ANCILLARY_BYTES, EVENT_END, READ_BYTES, Connection, Stream, Wake, stamp_in
+from tuner.load.hold import LEAST_NS, Hold
 from tuner.load.pacer import Pacer
-from tuner.load.poll import Poll
+from tuner.load.poll import AT_ONCE, Poll
 from tuner.load.wire import Target
 
 TICK_NS = 10_000_000
-_FLUSH_TICKS = 5
+_FLUSH_TICKS = 10
+_READS_BETWEEN_SENDS = 16
+_ROUND_TICKS = 50
 _REVIEW_TICKS = 100
 _TOGETHER_NS = 20_000
 _IDLE_LIMIT_NS = 2_000_000_000  # servers close idle connections, uvicorn after 5 s: use none that old
-HOLD_NS = 1_000_000
-_HOLD_LEAST_NS = 60_000
-_CHUNK_HEAD_BYTES = 12  # before an event at the very beginning of a read: its chunk's length
-_JOINED_SHARE, _JOINED_FEW = 0.01, 10
 _SPARE_MAX = 256
 _OPEN_PER_TICK = 16
 
@@ -34,8 +33,9 @@ _OUR_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, e
 OWN_FAULT = "the client: "  # how an error begins that no server caused
 
 SENT, READ, ENDED, TICK, LEFT = 0, 1, 2, 3, 4
-Event = tuple  # (SENT, number, intended_ns, sent_ns) | (READ, number, kernel_ns, read_ns, late_ns, bytes)
-#              | (ENDED, number, end_ns, error, retried) | (TICK, known_ns, late_ns, cpu_ns, process) | (LEFT, process)
+Event = tuple  # (SENT, number, intended_ns, sent_ns) | (READ, number, stamps, wakes, sizes, bytes): see Connection
+#              | (ENDED, number, end_ns, error, retried) | (TICK, now_ns, known_ns, late_ns, cpu_ns, process)
+#              | (LEFT, process)
 
 
 class Client:
@@ -43,12 +43,9 @@ class Client:
 
     ``take(number)`` gives a request's bytes, or None while they are not there yet (they come in the order of sending).
     ``emit(events)`` is given what
-    happened, every 50 ms. Times are monotonic nanoseconds; ``kernel_ns`` is 0 where the kernel gave no stamp.
-    ``late_ns`` says how long this loop may have left the bytes lying: the delay of the wake-up that found them.
-
-    ``hold_ns``: sockets are looked at no oftener than that, for being woken for each token costs more than reading it.
-    The kernel's stamps lose nothing by it but events of one response that lie closer together, and where over 1 % of a
-    second's reads bring such events it is halved. Sends, handshakes and connections without stamps are not held.
+    happened, every 100 ms; what a response in flight brought is in it when the response has ended, and every 500 ms: a
+    ``known_ns`` says until when all is told. Times are monotonic nanoseconds. ``hold_ns``: see :class:`Hold`; sends,
+    handshakes and connections without stamps are not held.
     """
 
     def __init__(
@@ -65,6 +62,7 @@ class Client:
         self._take, self._emit, self._timeout_ns = take, emit, timeout_ns
         self._poll = Poll()
         self._connections: dict[int, Connection] = {}
+        self._streams: dict[int, Stream] = {}  # those in the middle of a response, as little of them as a read needs
         self._spares: dict[Connection, None] = {}  # open and never used; both are sets with an order
         self._reusable: dict[Connection, None] = {}
         self._opening = 0
@@ -76,9 +74,12 @@ class Client:
         self._late_bodies: deque[tuple[int, int]] = deque()
         self._events: list[Event] = []
         self._offset_ns = 0
-        self._hold_ns = hold_ns
-        self._held_ns = 0  # until when
-        self._reads, self._joined = 0, 0  # since the last review; those that brought several events
+        self._hold = Hold(hold_ns)
+        self._looked_ns = 0  # until when all that had come has been read
+        self._found = False  # whether anything had when we last looked
+        self._planned_ns = 0  # when the last wait was to end
+        self._known_ns = 0  # until when all is told
+        self._round: Iterator[None] = iter(())
         self._writing = 0  # connections that wait for their socket to take bytes
         self._left = 0
         self._pid = os.getpid()
@@ -100,8 +101,7 @@ class Client:
             self._refill(now, self._spare)
             if not self._opening:
                 return  # refused: the requests will say so
-            ready, now = self._wait(min(until_ns, now + TICK_NS))
-            self._serve_all(ready, 0)
+            self._serve_all(*self._wait(min(until_ns, now + TICK_NS), None))
 
     def run(self, pacer: Pacer, expected: int, stopped: Callable[[], str]) -> None:
         """Until ``expected`` requests have ended, or ``stopped()`` gives a reason; the rest then ends with it."""
@@ -113,27 +113,29 @@ class Client:
             due_ns = pacer.next_ns()
             if self._late_bodies:
                 due_ns = tick_ns
-            deadline_ns = tick_ns if due_ns is None or due_ns > tick_ns else due_ns
-            ready, now = self._wait(deadline_ns)
-            woke_ns, late_ns = now, max(0, now - deadline_ns)
-            if self._late_bodies or (due_ns is not None and due_ns <= now):
-                self._send_due(now)  # before reading: what was received has the kernel's time already
-                late_ns += time.monotonic_ns() - now
-            now = self._serve_all(ready, late_ns)
+            ready, wake = self._wait(tick_ns, due_ns)
+            now = time.monotonic_ns()
+            for first in range(0, max(1, len(ready)), _READS_BETWEEN_SENDS):
+                if self._late_bodies or (due_ns is not None and due_ns <= now):
+                    self._send_due(now)  # before reading: what was received has the kernel's time already
+                    due_ns = pacer.next_ns()
+                now = self._serve_all(ready[first : first + _READS_BETWEEN_SENDS], wake)
             if self._late_bodies:
                 self._send_due(now)  # whose bytes may have come just now
             if now >= tick_ns:
-                late_ns = now - tick_ns
-                # what came after the wake-up has not been read yet
-                self._events.append((TICK, woke_ns, late_ns, time.process_time_ns(), self._pid))
+                late_ns = max(0, now - max(tick_ns, self._planned_ns))
+                next(self._round, None)
+                self._events.append((TICK, now, self._known_ns, late_ns, time.process_time_ns(), self._pid))
                 self._expire(now)
                 self._refill(now, _OPEN_PER_TICK)
                 ticks += 1
-                tick_ns += TICK_NS * (1 + late_ns // TICK_NS)
+                tick_ns += TICK_NS * (1 + (now - tick_ns) // TICK_NS)
                 if ticks % _FLUSH_TICKS == 0:
                     self.flush()
+                if ticks % _ROUND_TICKS == 0:
+                    self._round = self._gather_round()
                 if ticks % _REVIEW_TICKS == 0:
-                    self._review()
+                    self._hold.review()
                 if reason := stopped():
                     self._abandon(reason)
                     break
@@ -152,44 +154,64 @@ class Client:
 
     # one turn of the loop
 
-    def _wait(self, deadline_ns: int) -> tuple[list[int], int]:
-        """Waits for bytes or ``deadline_ns``; returns what is ready, and the time."""
-        if self._hold_ns and not self._writing:
-            rest_ns = min(self._held_ns, deadline_ns) - time.monotonic_ns()
-            if rest_ns > _HOLD_LEAST_NS:
-                time.sleep(rest_ns / 1e9)
-        ready = self._poll.wait(deadline_ns)
+    def _wait(self, tick_ns: int, due_ns: int | None) -> tuple[list[int], Wake]:
+        """Waits for bytes, or for the next send at ``due_ns``, or ``tick_ns``, which a hold may delay; returns what is
+        ready."""
         now = time.monotonic_ns()
-        self._held_ns = now + self._hold_ns
+        if self._found and self._hold.ns and not self._writing:
+            self._planned_ns = self._looked_ns + self._hold.ns
+            if due_ns is not None and due_ns < self._planned_ns:
+                self._planned_ns = due_ns
+            if self._planned_ns > now + LEAST_NS:
+                time.sleep((self._planned_ns - now) / 1e9)
+                now = time.monotonic_ns()
+        ready, since_ns = self._poll.ready(), self._looked_ns
+        deadline_ns = tick_ns if due_ns is None or due_ns > tick_ns else due_ns
+        if not ready and now < deadline_ns:
+            self._planned_ns = deadline_ns
+            ready = self._poll.wait(deadline_ns)  # woken by the first of them
+            now = time.monotonic_ns()
+            since_ns = min(now, deadline_ns)
+        self._found = bool(ready)
+        if len(ready) < AT_ONCE:
+            self._looked_ns = now
         # the kernel stamps with the wall clock: its distance from ours is taken anew, for it can be stepped, unless
         # this process was interrupted between the two
-        wall = time.time_ns()
+        now, wall = time.monotonic_ns(), time.time_ns()
         if time.monotonic_ns() - now < _TOGETHER_NS or not self._offset_ns:
             self._offset_ns = wall - now
-        return ready, now
+        return ready, [since_ns, self._offset_ns, now]
 
-    def _serve_all(self, ready: list[int], late_ns: int) -> int:
-        """Handles what is ready; returns the time."""
+    def _serve_all(self, ready: list[int], wake: Wake) -> int:
+        """Handles what is ready; returns the time. Nearly all of it is the middle of a response: that case is here in
+        full, and as short as can be."""
+        streams, end = self._streams, EVENT_END
         for fd in ready:
-            connection = self._connections.get(fd)
-            if connection is None:
-                self._poll.call(fd)
-            elif connection.plain and not connection.polled_write:
-                try:
-                    data, stamp = connection.receive()
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    self._broken(connection, _words(error))
-                    continue
-                self._received(connection, data, stamp, late_ns)
-            else:
-                self._serve(connection, late_ns)
-        return time.monotonic_ns()
+            stream = streams.get(fd)
+            if stream is None:
+                connection = self._connections.get(fd)
+                if connection is None:
+                    self._poll.call(fd)
+                else:
+                    self._serve(connection, wake)
+                continue
+            receive, keep = stream
+            try:
+                data, ancillary, _, _ = receive(READ_BYTES, ANCILLARY_BYTES)
+                if data[-4:] == end and ancillary:
+                    keep((data, ancillary[0][2], wake))
+                else:
+                    self._received(self._connections[fd], data, stamp_in(ancillary), wake)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self._broken(self._connections[fd], _words(error))
+        wake[2] = now = time.monotonic_ns()
+        return now
 
-    def _serve(self, connection: Connection, late_ns: int) -> None:
-        """A connection with more to do than reading: handshakes, a request not yet written, TLS."""
-        data, stamp = None, 0
+    def _serve(self, connection: Connection, wake: Wake) -> None:
+        """A connection with more to do than reading: handshakes, a request not yet written, a response's head, TLS."""
+        data, stamp = None, b""
         try:
             if connection.wants_write:
                 connection.write()
@@ -204,9 +226,9 @@ class Client:
             self._opened(connection)
         self._watch_write(connection)
         if data is not None:
-            self._received(connection, data, stamp, late_ns)
+            self._received(connection, data, stamp, wake)
 
-    def _received(self, connection: Connection, data: bytes, stamp: int, late_ns: int) -> None:
+    def _received(self, connection: Connection, data: bytes, stamp: bytes, wake: Wake) -> None:
         now = time.monotonic_ns()
         number = connection.number
         if number >= 0 and not data and connection.received:
@@ -218,24 +240,36 @@ class Client:
             return
         if not connection.received:
             self._requests.pop(number, None)
-        connection.received += len(data)
-        self._reads += 1
-        self._events.append((READ, number, stamp - self._offset_ns if stamp else 0, now, late_ns, data))
-        if connection.ended(data):
+            connection.received = True
+        ended = connection.ended(data)
+        connection.kept += (data, stamp, [wake[0], wake[1], now])
+        if ended:
             self._finish(number, now, "")
             if connection.keep:
                 connection.number, connection.reused, connection.idle_ns = -1, True, now
                 self._reusable[connection] = None
             else:
                 self._drop(connection)
-        elif connection.received > len(data) and data.find(b"\ndata:", _CHUNK_HEAD_BYTES) > 0:
-            self._joined += 1
+        elif connection.streaming:
+            self._streams[connection.fd] = connection.stream
 
-    def _review(self) -> None:
-        """Every second: looks oftener where the server's events come faster than we look."""
-        if self._joined > max(_JOINED_FEW, _JOINED_SHARE * self._reads):
-            self._hold_ns = self._hold_ns // 2 if self._hold_ns > 4 * _HOLD_LEAST_NS else 0
-        self._reads, self._joined = 0, 0
+    def _gather(self, connection: Connection, ended: bool) -> None:
+        """What a connection has read becomes an event."""
+        if connection.kept:
+            if self._hold.curious:
+                self._hold.saw(*connection.middle(ended))
+            self._events.append((READ, connection.number, *connection.gather()))
+
+    def _gather_round(self) -> Iterator[None]:
+        """All connections, a part of them each time it is asked: together they would hold up a request."""
+        begun_ns = self._looked_ns
+        busy = list(self._busy.values())
+        share = len(busy) // (_ROUND_TICKS - 1) + 1
+        for k, connection in enumerate(busy, start=1):
+            self._gather(connection, False)
+            if k % share == 0:
+                yield
+        self._known_ns = begun_ns
 
     # requests
 
@@ -284,7 +318,9 @@ class Client:
         return self._spares.popitem()[0] if self._spares else None
 
     def _finish(self, number: int, now: int, error: str) -> None:
-        self._busy.pop(number, None)
+        if connection := self._busy.pop(number, None):
+            self._streams.pop(connection.fd, None)
+            self._gather(connection, True)
         self._requests.pop(number, None)
         self._events.append((ENDED, number, now, error, number in self._retried))
         self._left -= 1
@@ -324,7 +360,7 @@ class Client:
         self._opening += 1
         self._writing += 1
         if not connection.stamped:
-            self._hold_ns = 0
+            self._hold.off()
         return connection
 
     def _opened(self, connection: Connection) -> None:

@@ -6,18 +6,31 @@ import os
 import re
 import socket
 import ssl
-import struct
 import sys
+from array import array
+from collections.abc import Callable
 
-_READ_BYTES = 65_536
+READ_BYTES = 65_536
 _SO_TIMESTAMPNS = 35  # SO_TIMESTAMPNS and SCM_TIMESTAMPNS on Linux, which Python's socket module does not name
-_ANCILLARY_BYTES = socket.CMSG_SPACE(16)
-_TIMESPEC = struct.Struct("qq")
+ANCILLARY_BYTES = socket.CMSG_SPACE(16)
+_STAMP_BYTES = 16  # of a struct timespec
+NO_STAMP = bytes(_STAMP_BYTES)
+EVENT_END = b"\n\n\r\n"  # of an event that ends with its chunk
+_BODY_END = b"\r\n0\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)")
+
+
+Stream = tuple[Callable, Callable]
+Wake = list[int]  # since when bytes may have lain unread, the wall clock - the monotonic one, when they were read; ns
 
 
 class Connection:
     """``number`` is the request under way, -1 for none; ``ready`` is true once the handshakes are done.
+
+    What was read waits in ``kept``, three things for each: the bytes, the kernel's stamp of the last of them (as the
+    kernel gave it; NO_STAMP), and the :data:`Wake` of the event loop that found them. ``streaming`` is true in the
+    middle of a chunked body on a plain connection: a read that ends with EVENT_END needs nothing but to be kept, and
+    ``stream`` has what that takes.
 
     Methods raise OSError where the connection is broken.
     """
@@ -27,7 +40,6 @@ class Connection:
         "_framing",
         "_head",
         "_need",
-        "_recvmsg",
         "_tail",
         "_tls",
         "_unsent",
@@ -36,8 +48,10 @@ class Connection:
         "_wire_out",
         "announced",
         "fd",
+        "gathered",
         "idle_ns",
         "keep",
+        "kept",
         "number",
         "plain",
         "polled_write",
@@ -46,6 +60,8 @@ class Connection:
         "reused",
         "sock",
         "stamped",
+        "stream",
+        "streaming",
     )
 
     def __init__(self, address: tuple, family: int, tls: ssl.SSLContext | None, host: str) -> None:
@@ -53,7 +69,7 @@ class Connection:
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.stamped = False
-        if sys.platform.startswith("linux"):
+        if sys.platform.startswith("linux") and sys.maxsize > 2**32:  # a timespec of two 64-bit numbers
             try:
                 self.sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
                 self.stamped = True
@@ -68,7 +84,8 @@ class Connection:
         self.keep = True
         self.idle_ns = 0
         self.plain = self.stamped and tls is None
-        self._recvmsg = self.sock.recvmsg
+        self.kept: list = []
+        self.stream: Stream = (self.sock.recvmsg, self.kept.extend)
         self._connected = False
         self._unsent = memoryview(b"")
         self._waiting = b""  # a request that waits for the TLS handshake
@@ -87,7 +104,10 @@ class Connection:
         self._head = b""
         self._need = 0
         self._tail = b""
-        self.received = 0
+        self.streaming = False
+        self.received = False
+        self.gathered = False  # whether some of the response was handed on already
+        self.kept.clear()
 
     def assign(self, number: int, request: bytes) -> None:
         """The request to send; :meth:`write` sends it as far as the socket takes it."""
@@ -147,27 +167,18 @@ class Connection:
         if self._wire_out.pending:
             self._unsent = memoryview(bytes(self._unsent) + self._wire_out.read())
 
-    def read(self) -> tuple[bytes, int]:
-        """Next bytes and the kernel's receive time of the last of them (CLOCK_REALTIME, ns; 0 where there is none).
+    def read(self) -> tuple[bytes, bytes]:
+        """Next bytes and the kernel's stamp of the last of them.
 
         ``b""`` is the end of the stream. Raises BlockingIOError where nothing is to be read.
         """
         if not self._connected:
             raise BlockingIOError
-        data, stamp = self.receive() if self.stamped else (self.sock.recv(_READ_BYTES), 0)
-        if self._tls and data:
-            data = self._decrypt(data)
-        return data, stamp
-
-    def receive(self) -> tuple[bytes, int]:
-        """As :meth:`read`, of a connected socket with stamps, TLS or not still in it: all that a ``plain`` connection
-        needs."""
-        data, ancillary, _, _ = self._recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
-        for _, kind, value in ancillary:
-            if kind == _SO_TIMESTAMPNS:
-                seconds, nanoseconds = _TIMESPEC.unpack(value)
-                return data, seconds * 1_000_000_000 + nanoseconds
-        return data, 0
+        if not self.stamped:
+            data, ancillary = self.sock.recv(READ_BYTES), []
+        else:
+            data, ancillary, _, _ = self.sock.recvmsg(READ_BYTES, ANCILLARY_BYTES)
+        return self._decrypt(data) if self._tls and data else data, stamp_in(ancillary)
 
     def _decrypt(self, data: bytes) -> bytes:
         tls = self._tls
@@ -180,7 +191,7 @@ class Connection:
         pieces = []
         if self.ready:
             try:
-                while piece := tls.read(_READ_BYTES):
+                while piece := tls.read(READ_BYTES):
                     pieces.append(piece)
             except ssl.SSLWantReadError:
                 if not pieces:
@@ -199,9 +210,12 @@ class Connection:
         response was whole.
         """
         if self._framing == "chunked":
-            tail = data[-7:] if len(data) >= 7 else (self._tail + data)[-7:]
-            self._tail = tail
-            return tail == b"\r\n0\r\n\r\n"
+            if len(data) >= len(_BODY_END):
+                self._tail = data[-len(_BODY_END) :]
+            else:
+                before = EVENT_END if self.kept and self.kept[-3].endswith(EVENT_END) else self._tail
+                self._tail = (before + data)[-len(_BODY_END) :]
+            return self._tail == _BODY_END
         if self._framing == "length":
             self._need -= len(data)
             return self._need <= 0
@@ -219,11 +233,47 @@ class Connection:
         length = _LENGTH.search(headers)
         if b"chunked" in headers:
             self._framing, body = "chunked", b"\r\n" + body
+            self.streaming = self.plain and not self.wants_write  # the request may still be on its way
         elif length:
             self._framing, self._need = "length", int(length.group(1))
         else:
             self._framing, self.keep = "close", False
         return self.ended(body)
 
+    def middle(self, ended: bool) -> tuple[int, int, list[int]]:
+        """For :meth:`Hold.saw`, of what is kept: without the first read of a response, which brings the head, and often
+        a role but no token, and without the last, which brings what follows the last token."""
+        first, last = 3 * (not self.gathered), len(self.kept) - 3 * ended
+        reads = self.kept[first:last:3]
+        joined = b"".join(reads).count(b"\ndata:") - len(reads)
+        stamps_ns = stamps(b"".join(self.kept[2 * first + 1 : last - 9 * ended : 3]))  # those may follow at once
+        return len(reads), max(0, joined), stamps_ns
+
+    def gather(self) -> tuple[bytes, list[Wake], list[int], bytes]:
+        """What is kept, and is no longer: the stamps end to end, the wakes, the reads' sizes, the bytes end to end."""
+        kept = self.kept
+        parts = kept[0::3]
+        taken = b"".join(kept[1::3]), kept[2::3], list(map(len, parts)), b"".join(parts)
+        if parts[-1].endswith(EVENT_END):
+            self._tail = EVENT_END
+        kept.clear()
+        self.gathered = True
+        return taken
+
     def close(self) -> None:
         self.sock.close()
+
+
+def stamp_in(ancillary: list[tuple[int, int, bytes]]) -> bytes:
+    """The kernel's stamp in what ``recvmsg`` gives beside the bytes; NO_STAMP where there is none."""
+    for _, kind, value in ancillary:
+        if kind == _SO_TIMESTAMPNS and len(value) == _STAMP_BYTES:
+            return value
+    return NO_STAMP
+
+
+def stamps(packed: bytes) -> list[int]:
+    """The times (CLOCK_REALTIME, ns) of kernel stamps that lie end to end; 0 for NO_STAMP."""
+    numbers = array("q")
+    numbers.frombytes(packed)
+    return [seconds * 1_000_000_000 + ns for seconds, ns in zip(numbers[0::2], numbers[1::2], strict=True)]

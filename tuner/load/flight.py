@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from tuner.load.client import ENDED, LEFT, OWN_FAULT, READ, SENT, TICK, Event
+from tuner.load.connection import Wake, stamps
 from tuner.load.records import Record
 from tuner.load.sse import Response
 
@@ -25,12 +27,14 @@ class Lags:
         self._waiting: list[int] = []
         self._n = 0
 
+    def extend(self, lags_ns: Iterable[int]) -> None:
+        """Adds each, once."""
+        self._waiting.extend(lags_ns)
+        if len(self._waiting) >= _TOGETHER:
+            self._count()
+
     def add(self, lag_ns: int, count: int = 1) -> None:
-        if count == 1:
-            self._waiting.append(lag_ns)
-            if len(self._waiting) >= _TOGETHER:
-                self._count()
-            return
+        """Adds one, so many times."""
         us = lag_ns // 1_000
         bits = us.bit_length() - 6
         key = us if bits <= 0 else (us >> bits) << bits
@@ -73,13 +77,13 @@ class Flight:
 
     @property
     def first_token_ns(self) -> int | None:
-        tokens = self.response.tokens
-        return tokens[0][0] if tokens else None
+        times = self.response.times
+        return times[0] if times else None
 
     @property
     def last_token_ns(self) -> int | None:
-        tokens = self.response.tokens
-        return tokens[-1][0] if tokens else None
+        times = self.response.times
+        return times[-1] if times else None
 
     @property
     def produced(self) -> int:
@@ -126,7 +130,7 @@ class Tower:
         for event in events:
             kind = event[0]
             if kind == READ:
-                self._read(event)
+                self._read(*event[1:])
             elif kind == SENT:
                 _, number, intended_ns, sent_ns = event
                 self.sent += 1
@@ -134,39 +138,59 @@ class Tower:
             elif kind == ENDED:
                 self._ended(*event[1:])
             elif kind == TICK:
-                _, now_ns, late_ns, cpu_ns, process = event
+                _, now_ns, known_ns, late_ns, cpu_ns, process = event
                 self._loop_lags.add(late_ns)
-                self._clocks[process] = now_ns
+                if known_ns:
+                    self._clocks[process] = known_ns
                 first = self._cpu.get(process, (now_ns, cpu_ns))
                 self._cpu[process] = (first[0], first[1], now_ns, cpu_ns)
             elif kind == LEFT:
                 self._clocks.pop(event[1], None)
                 self._left += 1
 
-    def _read(self, event: Event) -> None:
-        _, number, kernel_ns, read_ns, late_ns, data = event
+    def _read(self, number: int, packed: bytes, wakes: list[Wake], sizes: list[int], data: bytes) -> None:
+        """Reads of one response, in their order, as :meth:`Connection.gather` gave them."""
         flight = self.flights.get(number)
         if flight is None:
             return
-        read_ns -= self._epoch_ns
-        stamp_ns = kernel_ns - self._epoch_ns if kernel_ns else read_ns
+        epoch_ns, n = self._epoch_ns, len(sizes)
+        kernel_ns = stamps(packed)
+        stamped = all(kernel_ns)
+        # where there is no stamp, the time of the read stands in for it
+        times_ns = (
+            [kernel - wake[1] - epoch_ns for kernel, wake in zip(kernel_ns, wakes, strict=True)]
+            if stamped
+            else [
+                (kernel - wake[1] if kernel else wake[2]) - epoch_ns
+                for kernel, wake in zip(kernel_ns, wakes, strict=True)
+            ]
+        )
+        lags_ns = [wake[2] - epoch_ns - time for wake, time in zip(wakes, times_ns, strict=True)]
         if flight.first_byte_ns is None:
-            flight.first_byte_ns, flight.first_read_ns = stamp_ns, read_ns
-        lag_ns = max(read_ns - stamp_ns, late_ns)
-        if lag_ns > flight.read_lag_ns:
-            flight.read_lag_ns = lag_ns
-        events = flight.response.feed(stamp_ns, data)
-        self._reads += 1
-        self._unstamped += not kernel_ns
-        if events:
-            self._read_lags.add(lag_ns, events)
-            # the kernel's stamp is right for the last event of a read; the others may have lain for that long
-            if not kernel_ns:
-                self._stamp_errors.add(lag_ns, events)
-            else:
+            flight.first_byte_ns, flight.first_read_ns = times_ns[0], wakes[0][2] - epoch_ns
+        events = flight.response.feed_all(times_ns, sizes, data)
+        self._reads += n
+        if stamped and events.count(1) == n:  # nearly always
+            self._read_lags.extend(lags_ns)
+            self._exact += n
+            flight.read_lag_ns = max(flight.read_lag_ns, *lags_ns)
+            return
+        for kernel, (since, _, read), time, lag_ns, found in zip(
+            kernel_ns, wakes, times_ns, lags_ns, events, strict=True
+        ):
+            # the kernel's stamp is that of the last bytes; others, and bytes without, may have lain since the last look
+            self._unstamped += not kernel
+            longest_ns = read - since
+            flight.read_lag_ns = max(flight.read_lag_ns, lag_ns if kernel and found < 2 else longest_ns)
+            if not found:
+                continue
+            if kernel:
                 self._exact += 1
-                if events > 1:
-                    self._stamp_errors.add(lag_ns, events - 1)
+                self._read_lags.add(lag_ns)
+                found -= 1
+            if found:
+                self._read_lags.add(longest_ns, found)
+                self._stamp_errors.add(max(0, time + epoch_ns - since), found)
 
     def _ended(self, number: int, end_ns: int, error: str, retried: bool) -> None:
         flight = self.flights.pop(number, None)
@@ -179,7 +203,10 @@ class Tower:
             error = response.error
         elif response.error and error not in ("timeout", "stopped", "cancelled"):
             error = response.error
-        token_ns = array("q", [time_ns for time_ns, count in response.tokens for _ in range(count)])
+        if response.counts.count(1) == len(response.counts):
+            token_ns = array("q", response.times)
+        else:
+            token_ns = array("q", chain.from_iterable(map(repeat, response.times, response.counts)))
         self.output_tokens += len(token_ns)
         self._cut_off += bool(error) and response.status == 200
         self._never_sent += error.startswith(OWN_FAULT)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from tuner.load.pacer import Alarm
 
+AT_ONCE = 512  # more descriptors are not told of at once
+
 
 class Poll:
     """Waits for descriptors until an absolute time: epoll with a timerfd on Linux, else the platform's selector."""
@@ -51,21 +53,29 @@ class Poll:
         if call:
             call()
 
+    def ready(self) -> list[int]:
+        """The descriptors that are ready now."""
+        if self._alarm:
+            return self._told(self._alarm, 0)
+        return [key.fd for key, _ in self._selector.select(0)]
+
     def wait(self, deadline_ns: int) -> list[int]:
         """The descriptors that are ready, empty at the deadline."""
         if self._alarm:
             if deadline_ns != self._armed_ns:
                 self._alarm.set(deadline_ns)
                 self._armed_ns = deadline_ns
-            alarm_fd = self._alarm.fd
-            ready = [fd for fd, _ in self._epoll.poll(-1, 512)]
-            if alarm_fd in ready:
-                ready.remove(alarm_fd)
-                self._alarm.clear()
-                self._armed_ns = 0
-            return ready
+            return self._told(self._alarm, -1)
         timeout_s = max(0, deadline_ns - time.monotonic_ns()) / 1e9
         return [key.fd for key, _ in self._selector.select(timeout_s)]
+
+    def _told(self, alarm: Alarm, timeout_s: int) -> list[int]:
+        ready = [fd for fd, _ in self._epoll.poll(timeout_s, AT_ONCE)]
+        if alarm.fd in ready:
+            ready.remove(alarm.fd)
+            alarm.clear()
+            self._armed_ns = 0
+        return ready
 
     def close(self) -> None:
         if self._alarm:

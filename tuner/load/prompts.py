@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _WORD = re.compile(r"[a-z]{2,12}")
 _FEWEST_WORDS = 64
 _MOST_WORDS = 8192
+_AT_ONCE_TOKENS = 65_536
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -42,9 +43,19 @@ class PromptIds(Sequence[np.ndarray]):
     def __getitem__(self, index: slice) -> list[np.ndarray]: ...
     def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return self._several(range(*index.indices(len(self))))
         i = range(len(self))[index]  # negative and out-of-range numbers as in a list
         return self._alphabet[self._units.request(i, int(self._trace.input_tokens[i]))]
+
+    def _several(self, numbers: range) -> list[np.ndarray]:
+        """Short prompts without blocks at once: one by one, numpy's calls cost far more than their tokens."""
+        trace, at = self._trace, np.asarray(numbers, dtype=np.int64)
+        tokens = trace.input_tokens[at]
+        width = int(tokens.max(initial=0))
+        if width * len(at) > _AT_ONCE_TOKENS or (trace.block_offsets[at] != trace.block_offsets[at + 1]).any():
+            return [self[i] for i in numbers]
+        rows = self._alphabet[self._units.own(at, width)]
+        return [row[:n] for row, n in zip(rows, tokens.tolist(), strict=True)]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[i] for i in range(len(self)))
@@ -244,8 +255,11 @@ class _Units:
         shared = self.content(blocks[: -(-tokens // width)], width).ravel()[:tokens] if len(blocks) else blocks[:0]
         if len(shared) == tokens:
             return shared
-        own = self.content(np.array([self._first_own + i], dtype=np.uint64), tokens - len(shared))
-        return np.concatenate([shared, own[0]])
+        return np.concatenate([shared, self.own(np.array([i]), tokens - len(shared))[0]])
+
+    def own(self, requests: np.ndarray, width: int) -> np.ndarray:
+        """(len(requests), width) int64 indices: the first ``width`` tokens that belong to each alone."""
+        return self.content(self._first_own + requests, width)
 
     def content(self, numbers: np.ndarray, width: int) -> np.ndarray:
         """(len(numbers), width) int64 indices: each unit's first ``width`` tokens."""

@@ -49,7 +49,7 @@ def shard_count(offsets_s: np.ndarray, output_tokens: np.ndarray, cores: int | N
 @dataclass(frozen=True, slots=True)
 class Job:
     """What the fleet is to send. ``request(i)`` gives request i's bytes; it is called in order of sending, on a
-    thread of its own. ``offsets_ns`` (n,) are the intended times after the start."""
+    thread per shard. ``offsets_ns`` (n,) are the intended times after the start."""
 
     target: Target
     offsets_ns: Sequence[int]
@@ -68,7 +68,10 @@ class Fleet:
         self._controls: list[int] = []
         self._buffers: dict[int, bytearray] = {}
         self._selector = selectors.DefaultSelector()
-        self._feeder = threading.Thread(target=self._feed, name="replay-feeder", daemon=True)
+        self._feeders = [
+            threading.Thread(target=self._feed, args=(shard,), name=f"replay-feeder-{shard}", daemon=True)
+            for shard in range(job.shards)
+        ]
         self._feed_error: BaseException | None = None
         self.epoch_ns = 0
 
@@ -129,7 +132,8 @@ class Fleet:
             process.stdin.write(LENGTH.pack(len(header)) + header)
             self._selector.register(stdout.fileno(), selectors.EVENT_READ)
             self._buffers[stdout.fileno()] = bytearray()
-        self._feeder.start()
+        for feeder in self._feeders:
+            feeder.start()
         self._await_ready()
         self.epoch_ns = time.monotonic_ns() + _START_DELAY_NS
         for control in self._controls:
@@ -146,34 +150,34 @@ class Fleet:
             if self._feed_error:
                 raise self._feed_error
 
-    def _feed(self) -> None:
-        """Several requests per write, for each write wakes a shard and may hand the parsing thread the interpreter."""
-        job = self._job
-        pipes = [process.stdin for process in self._processes]
-        frames: list[list[bytes]] = [[] for _ in pipes]
-        held, size, last = 0, 0, len(job.offsets_ns) - 1
+    def _feed(self, shard: int) -> None:
+        """A shard's requests, several per write: each write wakes it, and may hand the parsing thread the interpreter.
+
+        Each shard has a thread of its own: one that has enough for now, and does not read on, must not keep another
+        from its requests, for which that one may be waiting to start."""
+        job, pipe = self._job, self._processes[shard].stdin
+        frames: list[bytes] = []
+        size, numbers = 0, range(shard, len(job.offsets_ns), job.shards)
         try:
-            for i in range(len(job.offsets_ns)):
+            for i in numbers:
                 try:
                     data = job.request(i)
                 except BaseException as error:
                     self._feed_error = error
                     return
-                frames[i % job.shards] += (FRAME.pack(i, len(data)), data)
-                held, size = held + 1, size + len(data)
-                if held < _FEED_REQUESTS and size < _FEED_BYTES and i < last:
+                frames += (FRAME.pack(i, len(data)), data)
+                size += len(data)
+                if len(frames) < 2 * _FEED_REQUESTS and size < _FEED_BYTES and i != numbers[-1]:
                     continue
-                for pipe, waiting in zip(pipes, frames, strict=True):
-                    if pipe is None:
-                        return
-                    rest = memoryview(b"".join(waiting))
-                    while len(rest):
-                        rest = rest[pipe.write(rest) :]
-                    waiting.clear()
-                held, size = 0, 0
-            for pipe in pipes:
-                if pipe:
-                    pipe.close()
+                if pipe is None:
+                    return
+                rest = memoryview(b"".join(frames))
+                while len(rest):
+                    rest = rest[pipe.write(rest) :]
+                frames.clear()
+                size = 0
+            if pipe:
+                pipe.close()
         except (BrokenPipeError, ValueError, OSError):
             pass  # stopped: the shard that read this is gone
 
@@ -233,8 +237,9 @@ class Fleet:
                 process.wait()
             if process.stdout:
                 process.stdout.close()
-        if self._feeder.ident:
-            self._feeder.join(5.0)
+        for feeder in self._feeders:
+            if feeder.ident:
+                feeder.join(5.0)
         for process in self._processes:
             if process.stdin:
                 with contextlib.suppress(OSError):

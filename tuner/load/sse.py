@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+
+from tuner.load import alike
+from tuner.load.alike import NO_CHOICES, USAGE
 
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[^\r\n]*")
-_USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 _PROMPT_USAGE = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\r\n\n|\n\r\n")
-_NO_CHOICES = (b'"choices":[]', b'"choices": []')
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _MAX_HEAD_BYTES = 65_536
 _MAX_ERROR_BYTES = 4_096
@@ -22,9 +24,9 @@ _MAX_ERROR_BYTES = 4_096
 class Response:
     """One response as it comes in.
 
-    ``counting`` is the dialect's. ``tokens`` is a list of ``[time, count]``: ``count`` tokens came at ``time`` (the
-    time given with the piece of bytes that completed their event). ``status`` is 0 before the head; ``error`` is
-    empty, or what went wrong in words; ``complete`` is true once the body has ended by its own framing.
+    ``counting`` is the dialect's. ``counts[k]`` tokens came at ``times[k]`` (the time given with the piece of bytes
+    that completed their event); ``tokens`` has both, as ``[time, count]``. ``status`` is 0 before the head; ``error``
+    is empty, or what went wrong in words; ``complete`` is true once the body has ended by its own framing.
     ``seen`` is their number until now. ``prompt_tokens`` and ``output_tokens`` are the server's own counts, None where
     it gave none.
     """
@@ -39,18 +41,20 @@ class Response:
         "_time",
         "complete",
         "counting",
+        "counts",
         "done",
         "error",
         "output_tokens",
         "prompt_tokens",
         "seen",
         "status",
-        "tokens",
+        "times",
     )
 
     def __init__(self, counting: str) -> None:
         self.counting = counting
-        self.tokens: list[list[int]] = []
+        self.times: list[int] = []
+        self.counts: list[int] = []
         self.status = 0
         self.error = ""
         self.complete = False
@@ -66,11 +70,15 @@ class Response:
         self.seen = 0
         self._time = 0
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [[time, count] for time, count in zip(self.times, self.counts, strict=True)]
+
     def feed(self, time: int, data: bytes) -> int:
         """Takes the next bytes, read at ``time``; returns how many events with tokens they completed."""
         if self._plain and not self._buffer and not self._events and self._one(time, data):
             return 1
-        before = len(self.tokens)
+        before = len(self.times)
         self._time = time
         if self._buffer:
             data = self._buffer + data
@@ -87,7 +95,29 @@ class Response:
                     self._end()
             else:
                 self._take(time, data)
-        return len(self.tokens) - before
+        return len(self.times) - before
+
+    def feed_all(self, times: Sequence[int], sizes: Sequence[int], data: bytes) -> list[int]:
+        """:meth:`feed` of successive reads, which lie end to end in ``data``; what each call would return."""
+        events: list[int] = []
+        at, n = 0, len(sizes)
+        while len(events) < n:
+            k = len(events)
+            if k < 2 and self._plain and not self._buffer and not self._events:
+                for last in (n, n - 1):  # what ends a response is of another kind
+                    size = sum(sizes[k:last])
+                    if size and (found := alike.counts(sizes[k:last], data[at : at + size], self.seen)):
+                        self.times += times[k:last]
+                        self.counts += found
+                        self.seen += sum(found)
+                        events += [1] * (last - k)
+                        at += size
+                        break
+                if (k := len(events)) == n:
+                    break
+            events.append(self.feed(times[k], data[at : at + sizes[k]]))
+            at += sizes[k]
+        return events
 
     def _one(self, time: int, data: bytes) -> bool:
         """Takes ``data`` where it is what nearly every read is: one chunk that holds one event that brings tokens and
@@ -95,18 +125,22 @@ class Response:
         at = data.find(b"\r\ndata:", 0, 10)
         if at < 1 or not data.endswith(b"\n\n\r\n") or data.count(b"\n") != 4 or data.count(b"\r") != 2:
             return False
-        match = _USAGE.match(data, data.rfind(b'"completion_tokens"'))
+        match = USAGE.match(data, data.rfind(b'"completion_tokens"'))
         try:
             if not match or int(data[:at], 16) != len(data) - at - 4:
                 return False
         except ValueError:
             return False
         total = int(match[1])
-        if total <= self.seen or data.startswith(_NO_CHOICES, data.find(b'"choices"', at)):
+        if total <= self.seen or data.startswith(NO_CHOICES, data.find(b'"choices"', at)):
             return False
-        self.tokens.append([time, total - self.seen])
-        self.seen = total
+        self._came(time, total - self.seen)
         return True
+
+    def _came(self, time: int, count: int) -> None:
+        self.times.append(time)
+        self.counts.append(count)
+        self.seen += count
 
     def close(self) -> None:
         """The connection ended: the end of a body without framing, and a truncation of any other."""
@@ -198,14 +232,13 @@ class Response:
             self.done = True
             return
         if self.counting == "usage":
-            match = _USAGE.match(data, max(0, data.rfind(b'"completion_tokens"')))
+            match = USAGE.match(data, max(0, data.rfind(b'"completion_tokens"')))
             if match:
                 total = int(match.group(1))
-                if data.startswith(_NO_CHOICES, max(0, data.find(b'"choices"'))):
+                if data.startswith(NO_CHOICES, max(0, data.find(b'"choices"'))):
                     self._totals(data, total)
                 elif total > self.seen:
-                    self.tokens.append([time, total - self.seen])
-                    self.seen = total
+                    self._came(time, total - self.seen)
                 return
         self._slow(time, data)
 
@@ -226,8 +259,7 @@ class Response:
             ids = choice.get("token_ids")
             count += len(ids) if ids is not None and self.counting == "ids" else _has_text(choice)
         if count and self.counting != "usage":
-            self.tokens.append([time, count])
-            self.seen += count
+            self._came(time, count)
         usage = event.get("usage")
         if isinstance(usage, dict):
             self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
@@ -246,12 +278,12 @@ class Response:
             self.error = f"HTTP {self.status}: {_message(self._events)}"
         elif self._events.startswith(b"data:"):  # a last event without its empty line
             self._event(self._time, self._events.rstrip())
-        if self.status == 200 and not self.error and not self.tokens and not self.done:
+        if self.status == 200 and not self.error and not self.times and not self.done:
             self.error = "the response is no event stream"
-        if self.counting == "usage" and self.output_tokens and self.tokens:
-            self.tokens[-1][1] += max(0, self.output_tokens - self.seen)  # tokens that no chunk told of
-        if self.counting == "total" and self.output_tokens and self.tokens:
-            self.tokens = spread([time for time, _ in self.tokens], self.output_tokens)
+        if self.counting == "usage" and self.output_tokens and self.times:
+            self.counts[-1] += max(0, self.output_tokens - self.seen)  # tokens that no chunk told of
+        if self.counting == "total" and self.output_tokens and self.times:
+            self.times, self.counts = map(list, zip(*spread(self.times, self.output_tokens), strict=True))
 
     def _fail(self, error: str) -> None:
         self.error, self._stage, self._plain = error, "end", False

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from tuner.study.outcome import Step
 _PROGRESS_S = 0.5
 _ALIVE_S = 0.5
 _EARLY_S = 1.0
+_FEW = 16  # prompts are made so many at once
 
 CLIENT_DIED = "a client process died"
 
@@ -77,7 +79,7 @@ class _Replay:
         offsets_ns = np.round(offsets_s * 1e9).astype(np.int64)
         shards = self.shards or shard_count(offsets_s, trace.output_tokens)
         shards = min(shards, self.concurrency) if self.concurrency else shards
-        job = Job(where, offsets_ns.tolist(), self._requests(), plan.request_timeout_s, shards, self.concurrency)
+        job = Job(where, offsets_ns.tolist(), self._requests(shards), plan.request_timeout_s, shards, self.concurrency)
         warmup_ns = int(plan.warmup_s * 1e9)
         writer = RecordWriter(plan.records)
         early = plan.early_stop and not self.concurrency
@@ -109,7 +111,7 @@ class _Replay:
             raise Cancelled("the replay was cancelled")
         return judge(read(plan.records), plan.slos, plan.quantiles)
 
-    def _requests(self) -> Callable[[int], bytes]:
+    def _requests(self, shards: int) -> Callable[[int], bytes]:
         """Request i's bytes."""
         plan, trace, found = self.plan, self.plan.trace, self.found
         where, forced = target(self.endpoint.url), plan.output == "forced"
@@ -120,7 +122,8 @@ class _Replay:
             return lambda i: request(texts[i], wanted[i])
         prompts = token_ids(trace, found.vocab_size, found.special_ids, prompt_seed(plan))
         if found.dialect.prompt == "ids":
-            return lambda i: request(prompts[i].tolist(), wanted[i])
+            few = lru_cache(2 * shards)(lambda k: prompts[_FEW * k : _FEW * (k + 1)])
+            return lambda i: request(few(i // _FEW)[i % _FEW].tolist(), wanted[i])
         text = _texts(self.endpoint.tokenizer)
         return lambda i: request(text(prompts[i].tolist()), wanted[i])
 

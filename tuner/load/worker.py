@@ -18,7 +18,8 @@ import time
 from array import array
 from collections import deque
 
-from tuner.load.client import HOLD_NS, Client, Event
+from tuner.load.client import Client, Event
+from tuner.load.hold import FIRST_NS
 from tuner.load.pacer import ClosedLoop, OpenLoop
 from tuner.load.wire import Target, tls_context
 
@@ -120,7 +121,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
 
     tls = tls_context() if target.tls else None
-    hold_ns = 0 if header["concurrency"] else HOLD_NS  # a closed loop waits for responses to send
+    hold_ns = 0 if header["concurrency"] else FIRST_NS  # a closed loop waits for responses to send
     client = Client(target, addresses, tls, inbox.take, outbox.emit, header["timeout_ns"], hold_ns)
     while not inbox.full and not inbox.all_seen and len(inbox._ready) < header["first"]:
         inbox.fill()
