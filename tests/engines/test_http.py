@@ -3,13 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.server.test_gpu import Nvml
 from tests.server.test_start import Stage
 from tuner.engines.http import HttpServer
 from tuner.engines.protocol import LaunchFailed, StepPlan
+from tuner.engines.vllmlog import DIALECT
 from tuner.errors import EnvironmentFault
+from tuner.load.step import prompt_seed
+from tuner.load.trace import Trace
 from tuner.server import probe
 from tuner.server.gpu import Gpus
 from tuner.server.start import start
@@ -65,6 +69,54 @@ def test_a_gpu_that_throttled_makes_the_step_untrusted(stage, monkeypatch):
     server.stop()
     assert len(measured.untrusted) == 1 and "thermal" in measured.untrusted[0]
     assert measured.metrics["system_gpu_throttled_share"] == 1.0
+
+
+def say(stage: Stage, line: str) -> None:
+    """What the server writes into its log now."""
+    with (stage.site.folder / "server.log").open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+
+
+def test_a_server_that_compiles_while_it_is_measured_makes_the_step_untrusted(stage, monkeypatch):
+    server = launched(stage, dialect=DIALECT)
+    say(stage, "WARNING [jit_monitor.py:129] Triton kernel JIT compilation during inference: earlier. This causes")
+
+    def compiling(endpoint, plan, alive):
+        for kernel in ("two", "one", "two"):
+            say(stage, f"WARNING [jit_monitor.py:129] Triton kernel JIT compilation during inference: {kernel}. This")
+        return step()
+
+    replay(monkeypatch, compiling)
+    first = server.measure(plan(stage))
+    replay(monkeypatch, lambda endpoint, plan, alive: step())
+    second = server.measure(plan(stage))
+    server.stop()
+    assert first.untrusted == ("the server was still compiling while it was measured (one, two)",)
+    assert second.untrusted == ()
+
+
+def test_a_server_is_warmed_once_before_its_first_step(stage, monkeypatch):
+    server = HttpServer(start(stage.recipe(), stage.site, stage.root), warm_s=3.0)
+    seen: list[StepPlan] = []
+
+    def act(endpoint, plan, alive):
+        seen.append(plan)
+        return step()
+
+    replay(monkeypatch, act)
+    n, none = 100, np.zeros(0, dtype=np.int64)
+    trace = Trace("t", np.arange(n) / 2, np.full(n, 50), np.full(n, 40), 0, none, np.zeros(n + 1, dtype=np.int64))
+    wanted = replace(plan(stage), trace=trace, load=4.0, warmup_s=5.0)
+    for _ in range(2):
+        server.measure(wanted)
+    server.stop()
+    warming, *measured = seen
+    assert measured == [wanted, wanted]
+    assert len(warming.trace) == 24  # 3 s of replay are 12 s of the trace at load 4
+    assert warming.trace.output_tokens.max() == 16 and warming.trace.input_tokens.min() == 50
+    assert warming.slos == () and not warming.early_stop
+    assert prompt_seed(warming) != prompt_seed(wanted)  # its prompts must not be in the prefix cache
+    assert not warming.records.parent.exists()
 
 
 def test_energy_is_told_per_token_that_was_served(stage, monkeypatch):

@@ -51,7 +51,9 @@ def test_the_configs_environment_wins_and_a_local_model_needs_no_network(tmp_pat
 
 def test_what_one_launch_compiled_is_there_for_the_next(tmp_path, model, site, binding):
     config = ServingConfig(model, {}, {})
-    first, second = (engine(tmp_path).recipe(config, site).env(binding) for _ in range(2))
+    recipes = [engine(tmp_path).recipe(config, site) for _ in range(2)]
+    assert recipes[0].api_key == recipes[1].api_key != ""  # part of the name under which vLLM keeps it
+    first, second = (recipe.env(binding) for recipe in recipes)
     cache = Path(first["TORCHINDUCTOR_CACHE_DIR"])
     assert str(cache) == second["TORCHINDUCTOR_CACHE_DIR"] and cache.is_relative_to(tmp_path / "cache")
 

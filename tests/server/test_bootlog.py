@@ -1,10 +1,13 @@
 """Phases and facts are read from logs as vLLM and SGLang write them."""
 
 import re
+from pathlib import Path
+
+import pytest
 
 from tuner.engines.sglang import DIALECT as SGLANG
 from tuner.engines.vllmlog import DIALECT as VLLM
-from tuner.server.bootlog import BootLog, Dialect, Fact, LogFile
+from tuner.server.bootlog import GIB, BootLog, Dialect, Fact, LogFile
 
 CPU_032 = """\
 (APIServer pid=1) INFO 11-23 19:13:39 [api_utils.py:286] non-default args: {'host': '127.0.0.1', 'port': 8123}
@@ -161,3 +164,29 @@ def test_facts_read_thousands_separators():
     log = BootLog(dialect, 0.0)
     log.feed(["n=1,234.5"], 1.0)
     assert log.boot(1.0).facts == {"n": 2469.0}
+
+
+LOGS = Path(__file__).parent / "logs"
+
+
+def logged(name: str) -> str:
+    """The log of a real launch on an H100, without the lines of its requests."""
+    return (LOGS / f"vllm-0.25.1-h100-{name}.log").read_text(encoding="utf-8")
+
+
+def test_a_real_start_on_an_h100_is_read():
+    boot = read(VLLM, logged("default")).boot(60.0)
+    assert list(boot.phases_s) == ["imports", "config", "engine", "weights", "compile", "kv", "warmup", "graphs", "api"]
+    facts = {"max_model_len": 16384, "max_num_batched_tokens": 8192, "model_load_s": 1.526915, "compile_s": 24.7}
+    facts |= {"kv_cache_tokens": 408_256, "max_concurrency": 24.92, "graph_capture_s": 5, "init_s": 49.78}
+    facts |= {"weights_bytes": 15.27 * GIB, "kv_cache_bytes": 56.07 * GIB, "graph_bytes": GIB}
+    assert boot.facts == pytest.approx(facts)
+
+
+def test_a_real_start_with_a_draft_model_is_read_and_its_late_compilations_are_recognised():
+    text = logged("draft")
+    boot = read(VLLM, text).boot(90.0)
+    assert list(boot.phases_s) == ["imports", "config", "engine", "weights", "compile", "kv", "warmup", "graphs", "api"]
+    assert boot.facts["kv_cache_tokens"] == 453_696 and boot.facts["init_s"] == 118.18
+    late = [found.group(1) for line in text.splitlines() if (found := VLLM.cold.search(line))]
+    assert late[-1] == "eagle_prepare_inputs_padded_kernel" and len(late) >= 4

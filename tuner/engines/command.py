@@ -14,7 +14,7 @@ from tuner.engines.vllmlog import DIALECT
 from tuner.errors import UsageError
 from tuner.server.bootlog import SILENT
 from tuner.server.limits import Limits, PhaseLimit, fixed
-from tuner.server.start import Binding, Recipe
+from tuner.server.start import WARM_S, Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Step
@@ -157,6 +157,7 @@ class CommandEngine:
             host_alone=not site.gpus if self.host_alone is None else self.host_alone,
             health=self.health,
             stop_wait_s=self.stop_wait_s,
+            warm_s=WARM_S,
             dialect=DIALECT if self.log == "vllm" else SILENT,
         )
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from tuner.engines.protocol import Endpoint, LaunchFailed, Site, StepPlan, Teardown
 from tuner.errors import EnvironmentFault
+from tuner.load.windows import cut_time
 from tuner.server import probe
 from tuner.server.diagnosis import Evidence, diagnose
 from tuner.server.running import Running
@@ -17,32 +22,45 @@ from tuner.study.outcome import Boot, Infeasible, Step
 
 _DYING_S = 5.0  # a server whose engine died takes moments to end itself; its exit code says more than its silence
 _HEALTH_TRIES = 3
+_WARM_TOKENS = 16
 
 
 class HttpServer:
     """Implements :class:`tuner.engines.protocol.Server` over a :class:`Running`."""
 
-    def __init__(self, running: Running, health: str = "/health") -> None:
+    def __init__(self, running: Running, health: str = "/health", warm_s: float = 0.0) -> None:
         self._running = running
         self._health = health
-        self._step = 0
+        self._warm_s = warm_s
         self.endpoint: Endpoint | None = running.endpoint
         self.boot: Boot = running.boot_log.boot(time.monotonic())
 
     def measure(self, plan: StepPlan) -> Step:
-        """See the protocol. Adds the machine's ``system_...`` metrics; a throttled GPU makes the step untrusted."""
+        """See the protocol. Adds the machine's ``system_...`` metrics; a throttled GPU makes the step untrusted, and so
+        does a server that compiled during it. Before the first step the server is warmed."""
+        if self._warm_s:
+            self._warm_s, warm_s = 0.0, self._warm_s
+            plan.on_event("phase", {"name": "warming"})
+            with tempfile.TemporaryDirectory(prefix="tuner-") as folder:
+                self._measured(_warming(plan, warm_s, Path(folder)))
+        self._said()
+        begin_s = time.time()
+        step = self._measured(plan)
+        return self._with_system(step, begin_s, time.time())
+
+    def _measured(self, plan: StepPlan) -> Step:
+        """One replay; raises :class:`LaunchFailed` where the server did not live through it."""
         from tuner.load.step import measure
 
         if self.endpoint is None:
             raise LaunchFailed(Infeasible("crash", "the server was never started", stage="under load"))
-        begin_s = time.time()
         try:
             step = measure(self.endpoint, plan, alive=self.alive)
         except (EnvironmentFault, OSError) as error:  # nothing answers
             raise LaunchFailed(self._fault(errors=True) or _unreachable(error)) from None
         if fault := self._fault(errors=step.metrics.get("error_rate", 0.0) > 0):
             raise LaunchFailed(fault)
-        return self._with_system(step, begin_s, time.time())
+        return step
 
     def alive(self) -> bool:
         """Whether the server's first process still runs; asked by the replay while it waits."""
@@ -80,13 +98,34 @@ class HttpServer:
         if tokens > 0 and system.get("system_gpu_energy_j", 0.0) > 0:
             system["system_gpu_energy_j_per_output_token"] = system["system_gpu_energy_j"] / tokens
         metrics: Mapping[str, float] = {**step.metrics, **system}
-        slow = throttling(samples)
-        return replace(step, metrics=metrics, untrusted=(*step.untrusted, slow) if slow else step.untrusted)
+        doubts = [doubt for doubt in (throttling(samples), self._cold()) if doubt]
+        return replace(step, metrics=metrics, untrusted=(*step.untrusted, *doubts))
+
+    def _said(self) -> list[str]:
+        """The server's log lines since the last call."""
+        lines: list[str] = []
+        while new := self._running.log.new_lines():
+            lines += new
+        return lines
+
+    def _cold(self) -> str:
+        """What the server compiled since it was last asked, in words; empty where nothing."""
+        pattern = self._running.boot_log.dialect.cold
+        kernels = sorted({found.group(1) for line in self._said() if (found := pattern.search(line))})
+        return f"the server was still compiling while it was measured ({', '.join(kernels)})" if kernels else ""
 
 
 def launch(recipe: Recipe, site: Site) -> HttpServer:
     """Starts what ``recipe`` says and returns it as a server; raises as :meth:`Engine.launch` does."""
-    return HttpServer(start(recipe, site), recipe.health)
+    return HttpServer(start(recipe, site), recipe.health, recipe.warm_s)
+
+
+def _warming(plan: StepPlan, seconds: float, folder: Path) -> StepPlan:
+    """The first ``seconds`` of ``plan``, with prompts of their own and short answers; nothing is judged or kept."""
+    few = cut_time(plan.trace, 0.0, max(seconds * plan.load, float(plan.trace.arrival_s[0]) + 1e-3))
+    few = replace(few, output_tokens=np.minimum(few.output_tokens, _WARM_TOKENS))
+    quiet = replace(plan, trace=few, window=f"{plan.window}/warming", slos=(), records=folder / "records.parquet")
+    return replace(quiet, warmup_s=0.0, early_stop=False, on_event=lambda _name, _data: None)
 
 
 def _unreachable(error: Exception) -> Infeasible:

@@ -15,7 +15,7 @@ from tuner.errors import UsageError
 from tuner.server.bootlog import GIB, Dialect, Fact
 from tuner.server.limits import History, Limits, PhaseLimit, fixed
 from tuner.server.pagecache import fetch
-from tuner.server.start import Binding, Recipe
+from tuner.server.start import WARM_S, Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 
@@ -118,6 +118,7 @@ class SglangEngine:
             history=history,
             host_alone=not site.gpus,
             stop_wait_s=self.stop_wait_s,
+            warm_s=WARM_S,
         )
 
     def _argv(self, config: ServingConfig, binding: Binding) -> list[str]:

