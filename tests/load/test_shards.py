@@ -1,14 +1,18 @@
 """Several client processes, one schedule."""
 
+import threading
+import time
+
 import numpy as np
 import psutil
 import pytest
 
 from tests.load.replays import endpoint, plan, poisson, seconds, trace
 from tests.load.stub import stub
+from tuner.load.flight import Tower
 from tuner.load.records import read
 from tuner.load.shards import Fleet, Job, shard_count
-from tuner.load.step import measure
+from tuner.load.step import CLIENT_BEHIND, measure
 from tuner.load.wire import target
 
 
@@ -87,6 +91,51 @@ def test_a_client_process_that_dies_makes_the_step_untrusted_and_misses_no_slo(t
     assert len(killed) == shards
     assert any("a client process died" in reason for reason in step.untrusted) and not step.slo_misses
     assert step.metrics["client_processes_lost"] == 1
+
+
+def test_a_client_that_cannot_parse_what_it_receives_gives_up_and_says_so(tmp_path, monkeypatch):
+    """Its processes keep so many bytes and no more, and send in time all the while; what they sent is all accounted
+    for."""
+    take = Tower.take
+    monkeypatch.setattr("tuner.load.shards._PIPE_BYTES", 65_536)
+    monkeypatch.setattr("tuner.load.step.Job", lambda *a: Job(*a, backlog_bytes=100_000))
+
+    def slow(tower: Tower, events: list) -> None:
+        take(tower, events)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(Tower, "take", slow)
+    with stub(first_s=0.0, gap_s=0.005) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(400) / 40, output_tokens=100), "ttft_p99=60s")
+        told = measure(endpoint(url), asked, shards=2)
+    assert any("could not keep up" in reason for reason in told.untrusted)
+    assert told.stopped_early == CLIENT_BEHIND and not told.slo_misses
+    made = read(asked.records)
+    assert 0 < len(made) < 400 and set(made.columns["error"]) == {"", "stopped"}
+    assert sorted(made.columns["request"]) == list(range(len(made)))
+    assert told.metrics["client_processes_lost"] == 0
+    whole = made.columns["error"] == ""
+    assert (made.columns["output_tokens"][whole] == 100).all()
+
+
+def test_a_shard_that_has_its_fill_of_requests_keeps_no_other_from_starting():
+    """Every second request has a prompt of 3 MB. The first shard reads no further once it has 32 MB and waits for the
+    start, and the other must get its many small ones all the same."""
+    big = b"x" * 3_000_000
+    job = Job(target("http://127.0.0.1:9"), [10**6] * 60, lambda i: b"x" if i % 2 else big, 5.0, shards=2)
+    started = threading.Event()
+
+    def run() -> None:
+        with Fleet(job):
+            started.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        assert started.wait(30)
+    finally:
+        for child in psutil.Process().children():
+            if "tuner.load.worker" in child.cmdline():
+                child.kill()
 
 
 def test_a_request_that_cannot_be_made_ends_the_replay_with_its_own_error():

@@ -88,6 +88,42 @@ def test_a_step_that_was_ended_as_saturated_holds_no_latency(tmp_path, slos, mis
     assert judge(made, tuple(parse(slo) for slo in slos), (0.5,)).slo_misses == missed
 
 
+LOST = {"stopped": "ttft_p90 cannot hold 100 ms: 5 misses, 4 are allowed among 40", "slos": {"ttft_p90": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("told", "asked", "missed", "undecided"),
+    [
+        (LOST, ("ttft_p90=100ms",), 1, 0),  # the same rule
+        (LOST, ("ttft_p90=80ms",), 1, 0),  # what cannot hold 100 ms does not hold 80
+        (LOST, ("ttft_p99=100ms", "tpot_p99=1s"), 1, 0),  # nor does a higher percentile: the step is lost
+        (LOST, ("ttft_max=100ms",), 1, 0),
+        (LOST, ("ttft_p90=2s",), 0, 1),  # who knows
+        (LOST, ("ttft_p50=100ms",), 0, 1),
+        (LOST, ("ttft_mean=100ms",), 0, 1),
+        (LOST, ("ttft_p90=2s", "itl_p99=1ms"), 0, 2),  # though the half that was seen misses one of them
+        (LOST, ("error_rate=1%",), 0, 1),
+        (LOST, (), 0, 0),
+        (LOST | {"slos": None}, ("ttft_p90=100ms",), 0, 1),  # a file of before, which does not tell its rule
+        ({"stopped": "saturated: the queue grows"}, ("ttft_p90=2s",), 1, 0),  # whatever the SLO
+        ({"stopped": ""}, ("ttft_p90=2s",), 0, 0),
+        ({"stopped": "the client could not keep up with what it received"}, ("ttft_p90=2s",), 0, 0),
+    ],
+)
+def test_records_that_end_early_under_one_rule_decide_nothing_under_another(tmp_path, told, asked, missed, undecided):
+    made = records(tmp_path, [request(t / 10, [t / 10 + 0.15, t / 10 + 0.16]) for t in range(40)], **told)
+    step = judge(made, tuple(parse(slo) for slo in asked), (0.5,))
+    assert (len(step.slo_misses), sum(r.startswith("undecided: ") for r in step.untrusted)) == (missed, undecided)
+
+
+def test_recomputing_under_other_slos_says_what_it_cannot_decide(tmp_path):
+    records(tmp_path, [request(t / 10, [t / 10 + 0.15, t / 10 + 0.16]) for t in range(40)], **LOST)
+    again = ["replay", "--recompute", "--records", str(tmp_path / "records.parquet")]
+    result = CliRunner().invoke(app, [*again, "--slo", "ttft_p90=2s"])
+    assert result.exit_code == 4
+    assert "SLO ttft_p90=2000ms: undecided" in result.stdout and "ended early under other SLOs" in result.stdout
+
+
 def test_a_step_that_holds_is_not_ended_early(tmp_path):
     with stub(first_s=0.01, gap_s=0.0) as (_, url):
         asked = plan(tmp_path, trace(np.arange(60) / 30), "ttft_p90=2s", early_stop=True)

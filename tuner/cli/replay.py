@@ -219,7 +219,8 @@ def _page(step: Step, slos: tuple[Slo, ...]) -> list[str]:
         lines += ["", f"stopped early: {step.stopped_early}"]
     for slo in slos:
         miss = slo.miss(m)
-        lines.append(f"SLO {slo}: {'missed, ' + miss if miss else 'held'}")
+        undecided = any(reason.startswith(f"undecided: {slo},") for reason in step.untrusted)
+        lines.append(f"SLO {slo}: {'undecided' if undecided else 'missed, ' + miss if miss else 'held'}")
     lines += [f"UNTRUSTED: {reason}" for reason in step.untrusted]
     return lines
 

@@ -32,10 +32,10 @@ _OPEN_PER_TICK = 16
 _OUR_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 OWN_FAULT = "the client: "  # how an error begins that no server caused
 
-SENT, READ, ENDED, TICK, LEFT = 0, 1, 2, 3, 4
+SENT, READ, ENDED, TICK, LEFT, BEHIND = range(6)
 Event = tuple  # (SENT, number, intended_ns, sent_ns) | (READ, number, stamps, wakes, sizes, bytes): see Connection
 #              | (ENDED, number, end_ns, error, retried) | (TICK, now_ns, known_ns, late_ns, cpu_ns, process)
-#              | (LEFT, process)
+#              | (LEFT, process) | (BEHIND, process): it gave up, for its events were not taken in time
 
 
 class Client:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from tuner.load.client import ENDED, LEFT, OWN_FAULT, READ, SENT, TICK, Event
+from tuner.load.client import BEHIND, ENDED, LEFT, OWN_FAULT, READ, SENT, TICK, Event
 from tuner.load.connection import Wake, stamps
 from tuner.load.records import Record
 from tuner.load.sse import Response
@@ -114,6 +114,7 @@ class Tower:
         self.sent = 0
         self.ended = 0
         self.output_tokens = 0
+        self.behind = False  # whether a process gave up because this one took its events too slowly
         self._cut_off = 0
         self._never_sent = 0
         self._ttft_ns, self._with_token = 0, 0
@@ -147,6 +148,8 @@ class Tower:
             elif kind == LEFT:
                 self._clocks.pop(event[1], None)
                 self._left += 1
+            elif kind == BEHIND:
+                self.behind = True
 
     def _read(self, number: int, packed: bytes, wakes: list[Wake], sizes: list[int], data: bytes) -> None:
         """Reads of one response, in their order, as :meth:`Connection.gather` gave them."""
@@ -259,6 +262,7 @@ class Tower:
             "cut_off_requests": self._cut_off,
             "client_failures": self._never_sent,
             "client_processes_lost": self.lost,
+            "client_fell_behind": float(self.behind),
             "read_lag_p99_s": self._read_lags.quantile_s(0.99),
             "stamp_error_p99_s": self._stamp_errors.quantile_s(0.99),
             "loop_lag_p99_s": self._loop_lags.quantile_s(0.99),

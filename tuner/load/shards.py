@@ -57,6 +57,7 @@ class Job:
     timeout_s: float
     shards: int = 1
     concurrency: int = 0  # closed loop; 0 is the open loop
+    backlog_bytes: int = 256 << 20  # of events that a shard keeps where they are not taken; past it it gives up
 
 
 class Fleet:
@@ -122,6 +123,7 @@ class Fleet:
                         "spare": concurrency or max(8, min(soon, 256)),
                         "first": min(len(numbers), max(16, soon)),
                         "concurrency": concurrency,
+                        "backlog_bytes": job.backlog_bytes,
                     }
                 )
             )

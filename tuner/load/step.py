@@ -34,6 +34,7 @@ _EARLY_S = 1.0
 _FEW = 16  # prompts are made so many at once
 
 CLIENT_DIED = "a client process died"
+CLIENT_BEHIND = "the client could not keep up with what it received"
 
 
 def measure(
@@ -98,6 +99,8 @@ class _Replay:
                 counting = self.found.dialect.counting
                 tower = Tower(epoch_ns, counting, trace.input_tokens, trace.output_tokens, warmup_ns, done, shards)
                 self._follow(fleet, tower, watch, float(offsets_s[-1]))
+                if tower.behind:
+                    self.stopped = self.stopped or CLIENT_BEHIND
                 end_ns = time.monotonic_ns()
             sampler.settle(tower.output_tokens)
             server = fold(sampler.samples, epoch_ns + warmup_ns, min(end_ns, epoch_ns + int(offsets_ns[-1])))
@@ -139,6 +142,8 @@ class _Replay:
                     self._stop(fleet, "cancelled", b"c")
                 elif fleet.running < tower.lost:
                     self._stop(fleet, CLIENT_DIED, b"s")  # what it had in flight is lost
+                elif tower.behind:
+                    self._stop(fleet, CLIENT_BEHIND, b"s")
                 elif _due(next_s, "alive", elapsed_s, _ALIVE_S) and not self.alive():
                     self._stop(fleet, "the server died", b"d")
                 elif _due(next_s, "early", elapsed_s, _EARLY_S) and (reason := watch.verdict(tower)):
@@ -175,6 +180,7 @@ class _Replay:
             "output": plan.output,
             "prompt_seed": prompt_seed(plan),
             "stopped": self.stopped,
+            "slos": {slo.metric: slo.limit for slo in plan.slos},
             "dialect": asdict(dialect),
             "notes": self.found.notes,
             "client": client,
@@ -220,19 +226,25 @@ def _due(next_s: dict[str, float], name: str, now_s: float, every_s: float) -> b
 
 
 def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> Step:
-    """The Step that a records file tells, from nothing else."""
+    """The Step that a records file tells, from nothing else.
+
+    ``slos`` need not be those of the replay. Where it was ended early because one of those was lost, the records say
+    nothing certain about others: the step is then untrusted, and misses none.
+    """
     from tuner.measure.metrics import compute
     from tuner.measure.trust import untrusted
 
     metrics, intervals = compute(records, slos, quantiles)
+    stopped, open_ones = str(records.meta["stopped"]), undecided(records.meta, slos)
+    reasons = [f"undecided: {slo}, for the step was ended early under other SLOs ({stopped})" for slo in open_ones]
     return Step(
         load=float(records.meta["load"]),
         window=str(records.meta["window"]),
         metrics=metrics,
         intervals=intervals,
-        slo_misses=misses(metrics, slos, str(records.meta["stopped"])),
-        untrusted=untrusted(metrics, slos),
-        stopped_early=str(records.meta["stopped"]),
+        slo_misses=() if reasons else misses(metrics, slos, stopped),
+        untrusted=(*untrusted(metrics, slos), *reasons),
+        stopped_early=stopped,
         records=records.path.name,
     )
 
@@ -241,8 +253,28 @@ def misses(metrics: Mapping[str, float], slos: Sequence[Slo], stopped: str) -> t
     """Each SLO's miss in words. A step that was ``stopped`` because its queue grows without bound holds no SLO on a
     latency, though the waits had not reached the limit when it was stopped."""
     missed = tuple(miss for slo in slos if (miss := slo.miss(metrics)))
-    ended = stopped and stopped != CLIENT_DIED and any(slo.latency for slo in slos)
+    ended = stopped and stopped not in (CLIENT_DIED, CLIENT_BEHIND) and any(slo.latency for slo in slos)
     return missed or ((stopped,) if ended else ())
+
+
+def undecided(meta: Mapping[str, Any], slos: Sequence[Slo]) -> tuple[Slo, ...]:
+    """Those of ``slos`` that a replay leaves open which was ended early because an SLO of its own was lost: all, unless
+    one of them is lost with that one (a limit as tight or tighter on a percentile as high or higher)."""
+    metric, lost, _ = str(meta["stopped"]).partition(" cannot hold ")
+    if not lost:
+        return ()
+    limit = (meta.get("slos") or {}).get(metric, 0.0)  # a file that does not tell: nothing is certain
+    theirs = Slo(metric, limit)
+    if any(slo.limit <= limit and (slo.metric == metric or _above(slo, theirs)) for slo in slos):
+        return ()
+    return tuple(slos)
+
+
+def _above(one: Slo, other: Slo) -> bool:
+    """Whether ``one`` is on the same latency at a percentile at least as high, or on the maximum."""
+    if not one.latency or one.latency != other.latency or other.quantile is None:
+        return False
+    return one.metric.endswith("_max") or (one.quantile or 0.0) >= other.quantile
 
 
 def prompt_seed(plan: StepPlan) -> int:

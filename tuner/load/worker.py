@@ -18,7 +18,7 @@ import time
 from array import array
 from collections import deque
 
-from tuner.load.client import Client, Event
+from tuner.load.client import BEHIND, Client, Event
 from tuner.load.hold import FIRST_NS
 from tuner.load.pacer import ClosedLoop, OpenLoop
 from tuner.load.wire import Target, tls_context
@@ -80,16 +80,23 @@ class Inbox:
 
 
 class Outbox:
-    """Batches of events on their way to the parent; what the pipe does not take waits here."""
+    """Batches of events on their way to the parent; what the pipe does not take waits here, up to ``most`` bytes: when
+    it is ``full``, it takes only what ends the run."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, most: int) -> None:
+        self._fd, self._most = fd, most
         self._pending: deque[memoryview] = deque()
+        self._bytes = 0
         os.set_blocking(fd, False)
+
+    @property
+    def full(self) -> bool:
+        return self._bytes > self._most
 
     def emit(self, events: list[Event]) -> None:
         data = marshal.dumps(events)
         self._pending.append(memoryview(LENGTH.pack(len(data)) + data))
+        self._bytes += len(self._pending[-1])
         self.pump()
 
     def pump(self) -> None:
@@ -98,6 +105,7 @@ class Outbox:
                 written = os.write(self._fd, self._pending[0])
             except BlockingIOError:
                 return
+            self._bytes -= written
             if written == len(self._pending[0]):
                 self._pending.popleft()
             else:
@@ -116,7 +124,7 @@ def main() -> None:
     numbers, offsets_ns = array("q", header["numbers"]), array("q", header["offsets_ns"])
     target = Target(**header["target"])
     addresses = [(family, tuple(address)) for family, address in header["addresses"]]
-    inbox, outbox = Inbox(0, len(numbers)), Outbox(1)
+    inbox, outbox = Inbox(0, len(numbers)), Outbox(1, header["backlog_bytes"])
     _raise_limits()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
 
@@ -147,7 +155,11 @@ def main() -> None:
 
     def turn() -> str:
         """Every tick: goes on with the pipes."""
+        nonlocal reason
         outbox.pump()
+        if outbox.full and not reason:  # neither wait for the parent nor forget anything: the step is lost
+            outbox.emit([(BEHIND, os.getpid())])
+            reason = "stopped"
         if not inbox.watched and not inbox.full and not inbox.all_seen:
             client.watch(0, fill)
             inbox.watched = True
