@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tuner.cli.tune import Flags, read
 
-# A server's start, before this machine has shown one; with GPUs as vLLM 0.25.1 took on an H100 (93 to 145 s, caches cold).
+# A server's start before this machine has shown one; on GPUs as vLLM 0.25.1 took on an H100, caches cold (93 to 145 s).
 START_S, GPU_START_S = 60.0, 110.0
 MOST = 5_000  # configurations that are predicted; a larger space is sampled
 
