@@ -11,11 +11,10 @@ import numpy as np
 from tuner.search.candidates import Candidates, correlations
 from tuner.search.foresight import Foresight, Source, columns
 from tuner.search.reading import Reading
-from tuner.search.surrogate import Array, Codes, Prior, Rows, Surrogate, fit
-from tuner.search.warmstart import Earlier
+from tuner.search.sources import QUANTITIES, Sources
+from tuner.search.surrogate import Array, Prior, Rows, Surrogate, fit
 from tuner.space.config import Value
 
-QUANTITIES = ("capacity", "cost", "latency")
 # with a model the residual is small; without one the whole effect of a parameter has to be learnt
 WITH_MODEL = Prior(single=0.006, pair=0.01, own=0.001, common=0.5)
 WITHOUT = Prior(single=0.04, pair=0.04, own=0.002, common=0.5)
@@ -29,7 +28,8 @@ WORKS = Prior(
 WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
 WORKS_DOUBT = 0.5  # standard deviation added to that of "works" where it becomes a probability
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
-CENTRE_ON = 400  # candidates over which prior means are centred
+JUDGES = 16  # launches that say whether the model is believed
+BENEFIT_OF_DOUBT = -1.0  # log odds of the model against rules of thumb down to which it is believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,8 @@ class Beliefs:
 
     candidates: Candidates
     foresight: Foresight
-    earlier: Sequence[Earlier] = ()
+    sources: Sources
     tables: list[Array] = field(default_factory=list)
-    centres: dict[str, Array] = field(default_factory=dict)
     fitted: dict[str, Surrogate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,28 +66,47 @@ class Beliefs:
         return self.fitted["latency"].noise_sd if "latency" in self.fitted else 0.04
 
     def learn(self, readings: Sequence[Reading], seed: int) -> None:
-        """Fits every quantity to the launches so far."""
+        """Fits every quantity to the launches so far; first decides whether the model is believed."""
         known = [r for r in readings if r.seen.outcome is not None and self.index(r.seen.params) is not None]
         self.foresight.look()
+        self.sources.trusted = self._trusted(known, seed)
         for name in QUANTITIES:  # the capacity first: the others are seen by how much of it a load takes
-            rows, sources = self._rows(name, known)
-            last = self.fitted.get(name)
-            start = None if last is None or last.variances.shape != (len(self.tables) + 5,) else last.variances
-            self.fitted[name] = fit(
-                self.tables,
-                rows,
-                COST if name == "cost" else WITH_MODEL if self.foresight.predictor or self.earlier else WITHOUT,
-                mean=self._mean(name, rows, sources),
-                prior_weights=[s.weight for s in sources],
-                weight_sd=[s.weight_sd for s in sources],
-                more=MODEL_WRONG**2 * self._effects(name),
-                start=start,
-                seed=seed,
-            )
+            self.fitted[name] = self._fit(name, known, seed, self.fitted.get(name))
         rows, sources = self._rows("works", known)
         weights, sds = [s.weight for s in sources], [s.weight_sd for s in sources]
         self.fitted["works"] = fit(
             self.tables, rows, WORKS, mean=WORKS_AT_FIRST, prior_weights=weights, weight_sd=sds, seed=seed
+        )
+
+    def _trusted(self, known: Sequence[Reading], seed: int) -> bool:
+        """Whether the model explains the first launches as well as rules of thumb do: by the evidence (Rasmussen and
+        Williams 2006, section 5.4.1) for latency and capacity. Where no rule knows the space the model stays, with the
+        weight that launches leave it."""
+        if self.foresight.predictor is None or not self.sources.ruled or not known:
+            return True
+        before, evidence = dict(self.fitted), []
+        for self.sources.trusted in (False, True):
+            evidence.append(0.0)
+            for name in ("capacity", "latency"):
+                self.fitted[name] = self._fit(name, known[:JUDGES], seed, None)
+                evidence[-1] += self.fitted[name].evidence()
+        self.fitted = before
+        return evidence[1] - evidence[0] > BENEFIT_OF_DOUBT
+
+    def _fit(self, name: str, known: Sequence[Reading], seed: int, last: Surrogate | None) -> Surrogate:
+        """One quantity, from the variances of the ``last`` fit."""
+        rows, sources = self._rows(name, known)
+        informed = self.sources.modelled or self.sources.earlier
+        return fit(
+            self.tables,
+            rows,
+            COST if name == "cost" else WITH_MODEL if informed else WITHOUT,
+            mean=self._mean(name, rows),
+            prior_weights=[s.weight for s in sources],
+            weight_sd=[s.weight_sd for s in sources],
+            more=MODEL_WRONG**2 * self.sources.effects(name),
+            start=None if last is None or last.variances.shape != (len(self.tables) + 5,) else last.variances,
+            seed=seed,
         )
 
     def posterior(self, indices: Sequence[int], *, spread: bool = True) -> Posterior:
@@ -98,7 +116,7 @@ class Beliefs:
         found: dict[str, tuple[Array, Array]] = {}
         for name in (*QUANTITIES, "works"):
             places = self._places(name, indices, found.get("capacity"))
-            sources = columns(self._sources(name, indices), places.shape[1], len(indices))
+            sources = columns(self.sources.of(name, indices), places.shape[1], len(indices))
             found[name] = self.fitted[name].predict(codes, places, sources, spread=spread)
         works, works_sd = found["works"][0][:, 0], found["works"][1][:, 0]
         odds = works / np.sqrt(works_sd**2 + WORKS_DOUBT**2)
@@ -118,7 +136,7 @@ class Beliefs:
             surrogate = self.fitted[name]
             places = self._places(name, indices)
             n = places.shape[1]
-            sources = columns(self._sources(name, indices), n, len(indices))
+            sources = columns(self.sources.of(name, indices), n, len(indices))
             codes = self.candidates.codes(indices)
             mean, _ = surrogate.predict(codes, places, sources)
             rows = Rows(
@@ -136,7 +154,7 @@ class Beliefs:
         if name not in ("cost", "latency"):
             return np.zeros((len(indices), 1))
         if capacity is None:
-            sources = columns(self._sources("capacity", indices), 1, len(indices))
+            sources = columns(self.sources.of("capacity", indices), 1, len(indices))
             codes = self.candidates.codes(indices)
             capacity = self.fitted["capacity"].predict(codes, np.zeros((len(indices), 1)), sources, spread=False)
         return np.minimum(np.array(self.foresight.loads)[None, :] / np.exp(capacity[0]), 1.2)
@@ -146,17 +164,15 @@ class Beliefs:
         found = {}
         for name in QUANTITIES:
             if name in self.fitted:
-                names = [s.name for s in self._sources(name, [])]
+                names = [s.name for s in self.sources.of(name, [])]
                 found[name] = dict(zip(names, self.fitted[name].weights.tolist(), strict=True))
         return found
 
-    def _mean(self, name: str, rows: Rows, sources: Sequence[Source]) -> float | None:
+    def _mean(self, name: str, rows: Rows) -> float | None:
         """With a model, its own level; without, the level of what was measured."""
-        if not self.foresight.predictor:
-            if len(rows.y):
-                return None
-            return {"cost": 0.0, "latency": -3.0, "capacity": math.log(self.foresight.loads[-1])}[name]
-        return float(self._centre(name)[0]) if name != "cost" else float(self._centre("model cost")[0])
+        if self.sources.modelled:
+            return self.sources.mean(name)
+        return None if len(rows.y) else {"cost": 0.0, "latency": -3.0}.get(name, math.log(self.foresight.loads[-1]))
 
     def _rows(self, name: str, known: Sequence[Reading]) -> tuple[Rows, list[Source]]:
         """The launches' values of one quantity, with the sources at the same places."""
@@ -173,7 +189,7 @@ class Beliefs:
                     value = cost if name == "cost" else latency
                     points.append((index, place, float(use[i, place]), value, 0.0 if place in r.good else MISS_NOISE))
         indices = sorted({p[0] for p in points})
-        sources = self._sources(name, indices)
+        sources = self.sources.of(name, indices)
         at = {index: row for row, index in enumerate(indices)}
         values = np.array([[s.values[at[p[0]], p[1]] for s in sources] for p in points])
         _, _, use, y, extra = np.array(points, float).reshape(-1, 5).T
@@ -186,68 +202,6 @@ class Beliefs:
         if key not in self.candidates.index:
             self.candidates.add([params])
         return self.candidates.index.get(key)
-
-    def _sources(self, name: str, indices: Sequence[int]) -> list[Source]:
-        """The prior means of one quantity at these candidates, centred so that a weight changes the shape alone."""
-        found: list[Source] = []
-        at = np.array(indices, dtype=np.int64)
-        modelled = self.foresight.predictor is not None
-        if name == "cost":
-            found.append(Source("price x GPUs / load", self._structure(at), 1.0, 0.2))
-            if modelled:
-                found.append(Source("model", self._modelled("model cost", at), 1.0, 0.4))
-        elif modelled:
-            weight, sd = (0.0, 0.3) if name == "works" else (1.0, 0.4)
-            found.append(Source("model", self._modelled(name, at), weight, sd))
-        elif name != "works":
-            width = len(self.foresight.loads) if name == "latency" else 1
-            weight = -0.4 if name == "latency" else 0.7
-            found.append(
-                Source(
-                    "number of GPUs", np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1), weight, 0.3
-                )
-            )
-        for study in self.earlier if name in QUANTITIES else ():
-            values = study.values(name, self.candidates.codes(indices), len(self.foresight.loads))
-            found.append(Source(study.name, values, 0.0 if modelled else 0.7 / len(self.earlier), 0.4))
-        return found
-
-    def _structure(self, at: Codes) -> Array:
-        return np.log(self.foresight.gpus[at])[:, None] - np.log(np.array(self.foresight.loads))[None, :]
-
-    def _modelled(self, kind: str, at: Codes) -> Array:
-        """The model's values (candidates, loads), the centre taken off; refused ones lie at the centre."""
-        raw, centre = self._raw(kind, at), self._centre(kind)
-        return np.where(np.isfinite(raw), raw - centre, 0.0)
-
-    def _raw(self, kind: str, at: Codes) -> Array:
-        if kind == "latency":
-            return self.foresight.latency[at]
-        if kind == "model cost":
-            return self.foresight.cost[at] - self._structure(at)
-        return (self.foresight.capacity if kind == "capacity" else self.foresight.kv_tokens)[at][:, None]
-
-    def _effects(self, name: str) -> Array:
-        """Variance between the values of each parameter in the model's predictions, in squared log units."""
-        key = f"effects on {name}"
-        if key not in self.centres:
-            found = np.zeros(len(self.tables))
-            if self.foresight.predictor is not None:
-                some = np.arange(min(CENTRE_ON, len(self.candidates.params)))
-                raw = self._raw("model cost" if name == "cost" else name, some).mean(1)
-                some = some[np.isfinite(raw)]
-                codes, raw = self.candidates.codes(some.tolist()), raw[np.isfinite(raw)]
-                for j in range(len(self.tables)):
-                    levels = [raw[codes[:, j] == c].mean() for c in np.unique(codes[:, j]) if c >= 0]
-                    found[j] = np.var(levels) if levels else 0.0
-            self.centres[key] = found
-        return self.centres[key]
-
-    def _centre(self, kind: str) -> Array:
-        if kind not in self.centres:
-            raw = self._raw(kind, np.arange(min(CENTRE_ON, len(self.candidates.params))))
-            self.centres[kind] = np.array([np.nanmean(raw) if np.isfinite(raw).any() else 0.0])
-        return self.centres[kind]
 
 
 def _normal_cdf(x: Array) -> Array:

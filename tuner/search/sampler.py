@@ -1,8 +1,9 @@
 """The search: an Optuna sampler that knows what a launch costs, what a ladder tells and what a crash means.
 
-In order: the engine's default (the baseline of every comparison); configurations spread over the analytic model's
-predicted front, or an expert's first choices where there is no model; then, by a surrogate on what the launches said,
-the candidate with the highest expected growth of the front, per GPU-second once a dozen launches have been made.
+In order: the engine's default (the baseline of every comparison); configurations spread over the predicted front (by
+the analytic model, by earlier studies, or by rules of thumb), or over the space where nothing predicts one; then, by
+a surrogate on what the launches said, the candidate with the highest expected growth of the front, per GPU-second once
+a dozen launches have been made.
 Everything is read from the study's trials each time, so that a resumed study goes on where it was.
 """
 
@@ -19,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
 from tuner.search.candidates import Candidates, distribution_values, spread
-from tuner.search.expert import first_choices
+from tuner.search.expert import gpu_counts
 from tuner.search.foresight import Foresight
 from tuner.search.ledger import Proposal, Seen, answered, read
 from tuner.search.modelerror import ModelError, model_error
@@ -27,6 +28,7 @@ from tuner.search.prediction import Predictor
 from tuner.search.reading import Reading
 from tuner.search.reading import read as read_outcome
 from tuner.search.scan import Scan, launch_cost
+from tuner.search.sources import Sources
 from tuner.search.warmstart import Earlier
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
@@ -45,15 +47,13 @@ ONE_THREAD = threadpool_limits.wrap(limits=1, user_api="blas")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``first`` configurations come from the predicted front (or from the expert's list). The first ``by_gain``
-    launches are chosen by gain alone: while little is known, gain per GPU-second tries one small server after another
-    and leaves whole parts of the front untried; afterwards gain counts per GPU-second to the ``power``. Where the
-    launches leave the model less than ``trust`` of its weight, the expert is asked after all. ``shortlist`` candidates
-    get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring a point again may take one
-    launch in ``remeasure_every`` (0: never)."""
+    """``first`` configurations come from the predicted front (or are spread, where nothing is predicted). The first
+    ``by_gain`` launches are chosen by gain alone: while little is known, gain per GPU-second tries one small server
+    after another and leaves whole parts of the front untried; afterwards gain counts per GPU-second to the ``power``.
+    ``shortlist`` candidates get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring a
+    point again may take one launch in ``remeasure_every`` (0: never)."""
 
     first: int = 4
-    trust: float = 0.6
     shortlist: int = 160
     neighbours: int = 200
     remeasure_every: int = 8
@@ -89,7 +89,7 @@ class TunerSampler(BaseSampler):
         self.predictor = predictor
         self.candidates = Candidates.of(space, seed, asked=predictor is not None)
         self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
-        self.beliefs = Beliefs(self.candidates, self.foresight, earlier)
+        self.beliefs = Beliefs(self.candidates, self.foresight, Sources(self.candidates, self.foresight, earlier))
         self.expected_gain: float | None = None
         self._memory = (0.0, 1.0)  # overhead in bytes, share of the weights: the correction that is in force
         self._proposals: dict[int, Proposal] = {}
@@ -146,7 +146,7 @@ class TunerSampler(BaseSampler):
         launched = [r for r in readings if r.seen.outcome is not None and r.seen.remeasure_of is None]
         pending = [i for s in seen if s.outcome is None if (i := self.beliefs.index(s.params)) is not None]
         early = len(launched) + len(pending) <= self.options.first
-        if early and self.predictor is None and not self.beliefs.earlier:
+        if early and self.predictor is None and not (self.beliefs.sources.earlier or self.beliefs.sources.ruled):
             index, reason = self._without_model(taken, rng)
             if index is not None:
                 return index, Proposal(reason)
@@ -154,11 +154,6 @@ class TunerSampler(BaseSampler):
         self.beliefs.learn(readings, self.seed)
         if pending:
             self.beliefs.believe(pending)
-        if self._distrusted() and len(launched) <= 2 * self.options.first:
-            for params, why in first_choices(self.space):
-                index = self.beliefs.index(params)
-                if index is not None and index in self._admitted(taken):
-                    return index, Proposal(f"the model proved wrong, so an expert's first choice: {why}")
         if not self.candidates.whole:
             self._grow_near(readings, rng)
         return self._best(Scan(self.beliefs, self.loads, readings, pending), self._admitted(taken), early, number)
@@ -190,7 +185,7 @@ class TunerSampler(BaseSampler):
             share = min(float(values.gain[best] / volume), 9.99)
             reason = f"{share:.1%} more hypervolume expected, for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
         if early:
-            source = "the model's predicted front" if self.predictor else "what earlier studies predict"
+            source = self.beliefs.sources.words
             reason = f"spread over {source}: {reason}"
         return shortlist[best], Proposal(reason, self.expected_gain)
 
@@ -227,11 +222,6 @@ class TunerSampler(BaseSampler):
             faults.append(index)
         return taken
 
-    def _distrusted(self) -> bool:
-        """Whether the launches took much of the model's weight away (of latency or of capacity)."""
-        left = self.beliefs.weights()
-        return any(left.get(name, {}).get("model", 1.0) < self.options.trust for name in ("latency", "capacity"))
-
     def _admitted(self, taken: set[int]) -> list[int]:
         """Candidates that may be launched: new ones that fit in memory, as far as the model can tell."""
         self.foresight.look()
@@ -240,11 +230,11 @@ class TunerSampler(BaseSampler):
         return np.nonzero(fits)[0].tolist()
 
     def _without_model(self, taken: set[int], rng: Any) -> tuple[int | None, str]:
-        """An expert's first choices where the parameters are known by name, else what is least like the launched."""
-        for params, why in first_choices(self.space):
+        """Where nothing is known of any parameter: other numbers of GPUs, then what is least like the launched."""
+        for params, why in gpu_counts(self.space):
             found = self.candidates.add([params]) or [self.candidates.index.get(self.candidates.key(params))]
             if found[0] is not None and found[0] not in taken:
-                return found[0], f"an expert's first choice: {why}"
+                return found[0], why
         if len(taken) >= len(self.candidates.params):
             return None, ""
         left = [i for i in range(len(self.candidates.params)) if i not in taken]

@@ -88,6 +88,13 @@ class Surrogate:
     def noise_sd(self) -> float:
         return math.sqrt(self.variances[-1])
 
+    def evidence(self) -> float:
+        """Log likelihood of the rows, the weights and the effects integrated out, up to a constant per row."""
+        if not len(self.rows.y):
+            return 0.0
+        off = self.rows.y - self.mean - self.rows.sources @ self.prior_weights
+        return float(0.5 * np.linalg.slogdet(self.inverse)[1] - 0.5 * off @ self.alpha)
+
     def predict(self, codes: Codes, places: Array, sources: Array, *, spread: bool = True) -> tuple[Array, Array]:
         """Mean and standard deviation (candidates, loads) without the noise of a measurement.
 

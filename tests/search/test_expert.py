@@ -1,0 +1,147 @@
+"""Rules of thumb say what a serving parameter does by its name, and are asked where no model can be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.search.problem import LOADS, knob, objective, study
+from tuner.search import ledger
+from tuner.search.expert import effects, gpu_counts, speculation
+from tuner.search.prediction import Prediction
+from tuner.search.sampler import Options, TunerSampler
+from tuner.space.space import SearchSpace
+from tuner.study.outcome import Boot, Infeasible, Measured, Step
+
+NAMED = SearchSpace(
+    "named",
+    "emulator",
+    (
+        knob("tensor_parallel_size", 1, 2, 4, default=2, numeric=True, log=True, counts_gpus=True),
+        knob("quantization", "none", "fp8", default="none"),
+        knob("speculation", "none", "ngram", "eagle", default="none"),
+        knob("draft_length", 1, 2, 4, 8, default=2, numeric=True, log=True, when={"speculation": {"ne": "none"}}),
+        knob("max_num_seqs", 16, 64, 256, default=256, numeric=True, log=True),
+        knob("enforce_eager", True, False, default=False),
+        knob("colour", "red", "blue", default="red"),
+    ),
+)
+UNNAMED = SearchSpace(
+    "unnamed",
+    "emulator",
+    (knob("n", 1, 2, 4, default=1, numeric=True, log=True, counts_gpus=True), knob("x", "a", "b", default="a")),
+)
+
+
+def truth(p: Mapping[str, Any], load: float) -> dict[str, float]:
+    tpot = 0.03 / p["tensor_parallel_size"] ** 0.4
+    tpot *= 0.65 if p["quantization"] == "fp8" else 1
+    tpot *= {"none": 1.0, "ngram": 0.85, "eagle": 0.55}[p["speculation"]] * (1.4 if p["enforce_eager"] else 1)
+    tokens = 400.0 * load
+    busy = min(load / (2.5 * p["tensor_parallel_size"] ** 0.7), 0.99)
+    cost = 2.0 * p["tensor_parallel_size"] / 3600 / tokens * 1e6
+    return {"ttft_p99_s": 0.05 / (1 - busy), "tpot_p99_s": tpot * (1 + busy), "cost_usd_per_mtok_output": cost}
+
+
+class Model:
+    """The truth, or its opposite."""
+
+    def __init__(self, right: bool) -> None:
+        self.power = 1.0 if right else -1.0
+
+    def predict(self, config: Any, load: float) -> Prediction:
+        metrics = truth(NAMED.snap(config.params), load)
+        metrics["tpot_p99_s"] = 0.02 * (metrics["tpot_p99_s"] / 0.02) ** self.power
+        return Prediction(True, metrics, 1e5)
+
+    def capacity(self, config: Any) -> float:
+        return LOADS[-1]
+
+
+def search(launches: int, predictor: Any = None, **options: Any) -> tuple[TunerSampler, list[Any]]:
+    one = TunerSampler(NAMED, objective(), LOADS, predictor, "m", options=Options(**options))
+    book, trials = study(one), []
+    for _ in range(launches):
+        trial, params = ledger.ask(book, NAMED)
+        steps = []
+        for load in LOADS:
+            metrics = truth(params, load)
+            misses = tuple(text for slo in objective().slos if (text := slo.miss(metrics)))
+            steps.append(Step(load, "s", metrics, slo_misses=misses))
+            if misses:
+                break
+        ledger.tell(book, trial, NAMED, objective(), Measured(tuple(steps), Boot(30.0)))
+        trials.append((params, trial.user_attrs["reason"]))
+    ledger.ask(book, NAMED)
+    return one, trials
+
+
+def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
+    table = effects(NAMED)[1]
+    assert table[1, 0] < table[0, 0] == 0 and table[1, 1] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "worse"),
+    [
+        ("enforce_eager", False, True),
+        ("cuda-graph-mode", "full", "eager"),
+        ("enable_chunked_prefill", True, False),
+        ("async_scheduling", True, False),
+        ("speculative_algorithm", "eagle3", "none"),
+        ("mtp", 2, 0),
+        ("num_speculative_tokens", 3, 1),
+    ],
+)
+def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
+    made = SearchSpace("one", "emulator", (knob(name, better, worse, default=worse),))
+    table = effects(made)[0]
+    assert table[0, 0] < table[1, 0]
+
+
+@pytest.mark.parametrize("name", ["gpu-memory-utilization", "mem_fraction_static", "memory_share"])
+def test_more_memory_for_the_cache_raises_the_capacity_alone(name: str):
+    table = effects(SearchSpace("one", "emulator", (knob(name, 0.8, 0.9, default=0.8, numeric=True),)))[0]
+    assert table[1, 1] > table[0, 1] and table[1, 0] == table[0, 0]
+
+
+def test_a_parameter_that_no_rule_knows_and_one_that_counts_gpus_have_no_effect():
+    tables = effects(NAMED)
+    assert not tables[0].any() and not tables[6].any()
+    assert not any(t.any() for t in effects(UNNAMED))
+
+
+def test_a_few_drafted_tokens_are_worth_more_than_one_and_many_no_more_than_a_few():
+    assert 0 == speculation(0) < speculation(1) < speculation(4)
+    assert speculation(16) < speculation(8)
+
+
+def test_without_a_model_known_names_are_searched_by_rules_from_the_second_launch_on():
+    _, trials = search(4)
+    assert all("rules of thumb" in reason for _, reason in trials[1:])
+    tried = [params for params, _ in trials[1:]]
+    assert sum(p["quantization"] == "fp8" for p in tried) >= 2
+    assert sum(p["speculation"] == "eagle" for p in tried) >= 2
+    assert not any(p["enforce_eager"] for p in tried)
+
+
+def test_a_model_that_has_it_the_wrong_way_round_loses_to_the_rules_and_a_right_one_stays():
+    wrong, trials = search(4, Model(right=False))
+    assert not wrong.beliefs.sources.trusted
+    assert "rules of thumb" in trials[-1][1]
+    right, trials = search(4, Model(right=True))
+    assert right.beliefs.sources.trusted
+    assert "the model" in trials[-1][1]
+
+
+def test_where_no_name_is_known_other_numbers_of_gpus_come_first():
+    counts = [params["n"] for params, _ in gpu_counts(UNNAMED)]
+    assert counts == [4, 2]
+    book, tried = study(TunerSampler(UNNAMED, objective(), LOADS, None, "m")), []
+    for n in range(3):
+        trial, params = ledger.ask(book, UNNAMED)
+        tried.append(params["n"])
+        ledger.tell(book, trial, UNNAMED, objective(), Infeasible("crash", f"it died, {n}"))
+    assert tried == [1, 4, 2]

@@ -1,0 +1,128 @@
+"""Prior means of cost, latency and capacity: the analytic model, rules of thumb, numbers of GPUs, earlier studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tuner.search.candidates import Candidates
+from tuner.search.expert import effects
+from tuner.search.foresight import Foresight, Source
+from tuner.search.surrogate import Array, Codes
+from tuner.search.warmstart import Earlier
+
+QUANTITIES = ("capacity", "cost", "latency")
+CENTRE_ON = 400  # candidates over which prior means are centred
+OF_A_MODEL = (1.0, 0.4)  # a source's weight and its standard deviation
+OF_A_MODEL_THAT_LOST = (0.0, 0.3)  # launches may still find that some of it is right
+OF_RULES = (1.0, 0.4)
+
+
+@dataclass(slots=True)
+class Sources:
+    """The prior means at any candidates. ``trusted``: the model is what is expected; otherwise rules of thumb and the
+    number of GPUs are, as where there is no model (whether it is, launches decide: :meth:`Beliefs.learn`)."""
+
+    candidates: Candidates
+    foresight: Foresight
+    earlier: Sequence[Earlier] = ()
+    trusted: bool = True
+    rules: list[Array] = field(default_factory=list)
+    centres: dict[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rules = effects(self.candidates.space)
+
+    @property
+    def modelled(self) -> bool:
+        """Whether the analytic model is there and believed."""
+        return self.foresight.predictor is not None and self.trusted
+
+    @property
+    def ruled(self) -> bool:
+        """Whether rules of thumb know parameters of this space (an earlier study knows better)."""
+        return not self.earlier and any(table.any() for table in self.rules)
+
+    @property
+    def words(self) -> str:
+        """What the predicted front is predicted by, for a proposal's reason."""
+        if self.modelled:
+            return "the model's predicted front"
+        return "what earlier studies predict" if self.earlier else "what rules of thumb predict"
+
+    def of(self, name: str, indices: Sequence[int]) -> list[Source]:
+        """The prior means of one quantity at these candidates, centred so that a weight changes the shape alone."""
+        found: list[Source] = []
+        at = np.array(indices, dtype=np.int64)
+        has_model = self.foresight.predictor is not None
+        weight, sd = OF_A_MODEL if self.trusted else OF_A_MODEL_THAT_LOST
+        width = len(self.foresight.loads) if name in ("cost", "latency") else 1
+        if name == "works":
+            return [Source("model", self._modelled(name, at), 0.0, 0.3)] if has_model else []
+        if name == "cost":
+            found.append(Source("price x GPUs / load", self._structure(at), 1.0, 0.2))
+        elif not self.modelled:
+            gpus = np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1)
+            found.append(Source("number of GPUs", gpus, -0.4 if name == "latency" else 0.7, 0.3))
+            if self.ruled:
+                values = self._by_rules(name, indices) - self._centre(f"rules {name}")
+                found.append(Source("rules of thumb", np.repeat(values[:, None], width, axis=1), *OF_RULES))
+        if has_model:
+            found.append(Source("model", self._modelled("model cost" if name == "cost" else name, at), weight, sd))
+        for study in self.earlier:
+            values = study.values(name, self.candidates.codes(indices), len(self.foresight.loads))
+            found.append(Source(study.name, values, 0.0 if self.modelled else 0.7 / len(self.earlier), 0.4))
+        return found
+
+    def mean(self, name: str) -> float:
+        """The model's own level of a quantity."""
+        return float(self._centre("model cost" if name == "cost" else name)[0])
+
+    def effects(self, name: str) -> Array:
+        """Variance between the values of each parameter in the model's predictions, in squared log units; nothing where
+        the model is not believed."""
+        count = len(self.candidates.space.parameters)
+        if not self.modelled:
+            return np.zeros(count)
+        key = f"effects on {name}"
+        if key not in self.centres:
+            found = np.zeros(count)
+            some = np.arange(min(CENTRE_ON, len(self.candidates.params)))
+            raw = self._raw("model cost" if name == "cost" else name, some).mean(1)
+            some = some[np.isfinite(raw)]
+            codes, raw = self.candidates.codes(some.tolist()), raw[np.isfinite(raw)]
+            for j in range(count):
+                levels = [raw[codes[:, j] == c].mean() for c in np.unique(codes[:, j]) if c >= 0]
+                found[j] = np.var(levels) if levels else 0.0
+            self.centres[key] = found
+        return self.centres[key]
+
+    def _by_rules(self, name: str, indices: Sequence[int]) -> Array:
+        codes = self.candidates.codes(indices)
+        column = 0 if name == "latency" else 1
+        return sum((t[codes[:, j], column] for j, t in enumerate(self.rules)), np.zeros(len(codes)))
+
+    def _structure(self, at: Codes) -> Array:
+        return np.log(self.foresight.gpus[at])[:, None] - np.log(np.array(self.foresight.loads))[None, :]
+
+    def _modelled(self, kind: str, at: Codes) -> Array:
+        """The model's values (candidates, loads), the centre taken off; refused ones lie at the centre."""
+        raw, centre = self._raw(kind, at), self._centre(kind)
+        return np.where(np.isfinite(raw), raw - centre, 0.0)
+
+    def _raw(self, kind: str, at: Codes) -> Array:
+        if kind == "latency":
+            return self.foresight.latency[at]
+        if kind == "model cost":
+            return self.foresight.cost[at] - self._structure(at)
+        if kind.startswith("rules "):
+            return self._by_rules(kind.removeprefix("rules "), at.tolist())
+        return (self.foresight.capacity if kind == "capacity" else self.foresight.kv_tokens)[at][:, None]
+
+    def _centre(self, kind: str) -> Array:
+        if kind not in self.centres:
+            raw = self._raw(kind, np.arange(min(CENTRE_ON, len(self.candidates.params))))
+            self.centres[kind] = np.array([np.nanmean(raw) if np.isfinite(raw).any() else 0.0])
+        return self.centres[kind]
