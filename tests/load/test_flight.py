@@ -52,7 +52,7 @@ def test_a_request_for_which_the_client_had_no_socket_is_not_the_servers_failure
 
     records = []
     tower = Tower(0, "usage", np.full(3, 8), np.full(3, 4), 0, records.append)
-    monkeypatch.setattr(client, "Connection", none)
+    monkeypatch.setattr("tuner.load.pool.Connection", none)
     address: list[tuple[int, tuple]] = [(int(socket.AF_INET), ("127.0.0.1", 9))]
     loop = client.Client(target("http://127.0.0.1:9"), address, None, lambda _: b"POST", tower.take, 10**10)
     loop.run(OpenLoop(range(3), [0] * 3, time.monotonic_ns()), 3, lambda: "")

@@ -127,7 +127,7 @@ def test_sockets_are_looked_at_once_per_hold_but_no_send_or_handshake_waits_for_
         assert len(slept) == 3
         found = [7]
         loop._wait(now + 10**10, None)
-        loop._open()
+        loop._pool.open()
         loop._wait(now + 10**10, None)
         assert len(slept) == 3
         loop.close()
@@ -157,7 +157,7 @@ def test_a_server_whose_events_come_faster_than_that_is_looked_at_oftener(togeth
     with socket.create_server(("127.0.0.1", 0)) as server:
         where: list[tuple[int, tuple]] = [(int(socket.AF_INET), server.getsockname())]
         loop = client.Client(target("http://x"), where, None, lambda _: None, lambda _: None, 10**10, hold_ns=10**6)
-        connection = loop._open()
+        connection = loop._pool.open()
         event = b'data: {"choices":[{"text":"a data: of its own"}]}' + end
         chunk = b"%x\r\n%s\r\n" % (len(event), event)
         for number in range(100):

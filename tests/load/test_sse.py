@@ -109,7 +109,7 @@ NONE, LAST = (b"%x\r\n%s\r\n" % (len(e), e) for e in (event(completion("a")), ev
         ([ONE, LAST], None),  # the totals, and no token
         ([ONE + TWO, MORE], None),
         ([ONE + TWO[:9], TWO[9:]], None),  # cut elsewhere than between two chunks
-        ([ONE, TWO.replace(b"a", b"\r")], None),
+        ([ONE, TWO.replace(b'"a"', b'"\r"')], None),
         ([ONE, b"0" + TWO], None),  # a length of another form
         ([ONE, TWO.replace(b"data", b"DATA")], None),
     ],

@@ -53,6 +53,7 @@ def test_a_clean_measurement_is_believed():
         ({"sent_requests_per_s": 19.9}, (), ""),
         ({"client_cpu_share": 0.71}, (), "71% of a core"),
         ({"client_failures": 3}, (), "3 requests could not be sent"),
+        ({"client_fell_behind": 1.0}, (), "could not keep up"),
         ({"server_output_tokens": 10_200.0}, (), "somebody else"),
         ({"server_output_tokens": 10_020.0}, (), ""),
         # tokens of requests that were cut off are counted by the server alone

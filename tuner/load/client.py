@@ -17,6 +17,7 @@ from tuner.load.connection import ANCILLARY_BYTES, EVENT_END, READ_BYTES, Connec
 from tuner.load.hold import LEAST_NS, Hold
 from tuner.load.pacer import Pacer
 from tuner.load.poll import AT_ONCE, Poll
+from tuner.load.pool import Pool
 from tuner.load.wire import Target
 
 TICK_NS = 10_000_000
@@ -25,8 +26,6 @@ _READS_BETWEEN_SENDS = 16
 _ROUND_TICKS = 50
 _REVIEW_TICKS = 100
 _TOGETHER_NS = 20_000
-_IDLE_LIMIT_NS = 2_000_000_000  # servers close idle connections, uvicorn after 5 s: use none that old
-_SPARE_MAX = 256
 _OPEN_PER_TICK = 16
 
 _OUR_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
@@ -42,10 +41,9 @@ class Client:
     """Runs one shard's requests against one server.
 
     ``take(number)`` gives a request's bytes, or None while they are not there yet (they come in the order of sending).
-    ``emit(events)`` is given what
-    happened, every 100 ms; what a response in flight brought is in it when the response has ended, and every 500 ms: a
-    ``known_ns`` says until when all is told. Times are monotonic nanoseconds. ``hold_ns``: see :class:`Hold`; sends,
-    handshakes and connections without stamps are not held.
+    ``emit(events)`` is given what happened, every 100 ms; what a response in flight brought is in it when the response
+    has ended, and every 500 ms: a ``known_ns`` says until when all is told. Times are monotonic nanoseconds.
+    ``hold_ns``: see :class:`Hold`; sends, handshakes and connections without stamps are not held.
     """
 
     def __init__(
@@ -58,15 +56,12 @@ class Client:
         timeout_ns: int,
         hold_ns: int = 0,
     ) -> None:
-        self._target, self._addresses, self._tls = target, addresses, tls
         self._take, self._emit, self._timeout_ns = take, emit, timeout_ns
         self._poll = Poll()
-        self._connections: dict[int, Connection] = {}
+        self._hold = Hold(hold_ns)
+        self._pool = Pool(target, addresses, tls, self._poll, self._hold.off)
+        self.open_ahead = self._pool.open_ahead
         self._streams: dict[int, Stream] = {}  # those in the middle of a response, as little of them as a read needs
-        self._spares: dict[Connection, None] = {}  # open and never used; both are sets with an order
-        self._reusable: dict[Connection, None] = {}
-        self._opening = 0
-        self._spare = 0
         self._busy: dict[int, Connection] = {}
         self._requests: dict[int, bytes] = {}  # for the one retry on a connection that the server had closed
         self._retried: set[int] = set()
@@ -74,13 +69,11 @@ class Client:
         self._late_bodies: deque[tuple[int, int]] = deque()
         self._events: list[Event] = []
         self._offset_ns = 0
-        self._hold = Hold(hold_ns)
         self._looked_ns = 0  # until when all that had come has been read
         self._found = False  # whether anything had when we last looked
         self._planned_ns = 0  # when the last wait was to end
         self._known_ns = 0  # until when all is told
         self._round: Iterator[None] = iter(())
-        self._writing = 0  # connections that wait for their socket to take bytes
         self._left = 0
         self._pid = os.getpid()
 
@@ -91,15 +84,11 @@ class Client:
     def unwatch(self, fd: int) -> None:
         self._poll.remove(fd)
 
-    def open_ahead(self, count: int) -> None:
-        """Keeps up to ``count`` connections open in advance, so that no request waits for a handshake."""
-        self._spare = min(count, _SPARE_MAX)
-
     def wait_open(self, until_ns: int) -> None:
         """Runs the loop until the spare connections are up, at most until ``until_ns``."""
-        while (now := time.monotonic_ns()) < until_ns and len(self._spares) < self._spare:
-            self._refill(now, self._spare)
-            if not self._opening:
+        while (now := time.monotonic_ns()) < until_ns and not self._pool.full:
+            self._pool.refill()
+            if not self._pool.opening:
                 return  # refused: the requests will say so
             self._serve_all(*self._wait(min(until_ns, now + TICK_NS), None))
 
@@ -127,7 +116,7 @@ class Client:
                 next(self._round, None)
                 self._events.append((TICK, now, self._known_ns, late_ns, time.process_time_ns(), self._pid))
                 self._expire(now)
-                self._refill(now, _OPEN_PER_TICK)
+                self._pool.refill(_OPEN_PER_TICK)
                 ticks += 1
                 tick_ns += TICK_NS * (1 + (now - tick_ns) // TICK_NS)
                 if ticks % _FLUSH_TICKS == 0:
@@ -148,8 +137,8 @@ class Client:
             self._emit(events)
 
     def close(self) -> None:
-        for connection in list(self._connections.values()):
-            self._drop(connection)
+        for connection in list(self._pool.all.values()):
+            self._pool.drop(connection)
         self._poll.close()
 
     # one turn of the loop
@@ -158,7 +147,7 @@ class Client:
         """Waits for bytes, or for the next send at ``due_ns``, or ``tick_ns``, which a hold may delay; returns what is
         ready."""
         now = time.monotonic_ns()
-        if self._found and self._hold.ns and not self._writing:
+        if self._found and self._hold.ns and not self._pool.writing:
             self._planned_ns = self._looked_ns + self._hold.ns
             if due_ns is not None and due_ns < self._planned_ns:
                 self._planned_ns = due_ns
@@ -189,7 +178,7 @@ class Client:
         for fd in ready:
             stream = streams.get(fd)
             if stream is None:
-                connection = self._connections.get(fd)
+                connection = self._pool.all.get(fd)
                 if connection is None:
                     self._poll.call(fd)
                 else:
@@ -201,11 +190,11 @@ class Client:
                 if data[-4:] == end and ancillary:
                     keep((data, ancillary[0][2], wake))
                 else:
-                    self._received(self._connections[fd], data, stamp_in(ancillary), wake)
+                    self._received(self._pool.all[fd], data, stamp_in(ancillary), wake)
             except BlockingIOError:
                 continue
             except OSError as error:
-                self._broken(self._connections[fd], _words(error))
+                self._broken(self._pool.all[fd], _words(error))
         wake[2] = now = time.monotonic_ns()
         return now
 
@@ -221,10 +210,7 @@ class Client:
         except OSError as error:
             self._broken(connection, _words(error))
             return
-        if not connection.announced and connection.ready:
-            connection.announced = True
-            self._opened(connection)
-        self._watch_write(connection)
+        self._pool.look(connection)
         if data is not None:
             self._received(connection, data, stamp, wake)
 
@@ -233,7 +219,7 @@ class Client:
         number = connection.number
         if number >= 0 and not data and connection.received:
             self._finish(number, now, "")  # how a body without framing ends: the parser tells it from a truncation
-            self._drop(connection)
+            self._pool.drop(connection)
             return
         if number < 0 or not data:
             self._broken(connection, "connection closed by the server")
@@ -245,11 +231,7 @@ class Client:
         connection.kept += (data, stamp, [wake[0], wake[1], now])
         if ended:
             self._finish(number, now, "")
-            if connection.keep:
-                connection.number, connection.reused, connection.idle_ns = -1, True, now
-                self._reusable[connection] = None
-            else:
-                self._drop(connection)
+            self._pool.back(connection, now)
         elif connection.streaming:
             self._streams[connection.fd] = connection.stream
 
@@ -288,34 +270,22 @@ class Client:
             self._start(number, request, sent_ns)
 
     def _start(self, number: int, request: bytes, now: int, again: bool = False) -> None:
-        connection = self._unused() if again else self._idle(now)
+        connection = self._pool.unused() if again else self._pool.idle(now)
         try:
             if connection is None:
-                connection = self._open()
+                connection = self._pool.open()
             self._busy[number] = connection
             self._requests[number] = request
             connection.assign(number, request)
             if connection.ready:
                 connection.write()
-                self._watch_write(connection)
+                self._pool.look(connection)
         except OSError as error:
             if connection is None:
                 ours = OWN_FAULT if error.errno in _OUR_ERRORS else ""
                 self._finish(number, now, ours + _words(error))
             else:
                 self._broken(connection, _words(error))
-
-    def _idle(self, now: int) -> Connection | None:
-        """An idle connection that the server will not have given up."""
-        while self._reusable:
-            connection, _ = self._reusable.popitem()  # the latest first: it is the least likely to be closed
-            if now - connection.idle_ns < _IDLE_LIMIT_NS:
-                return connection
-            self._drop(connection)
-        return self._unused()
-
-    def _unused(self) -> Connection | None:
-        return self._spares.popitem()[0] if self._spares else None
 
     def _finish(self, number: int, now: int, error: str) -> None:
         if connection := self._busy.pop(number, None):
@@ -336,55 +306,13 @@ class Client:
             self._deadlines.popleft()
             if connection is not None:
                 self._finish(number, now, "timeout")
-                self._drop(connection)
+                self._pool.drop(connection)
 
     def _abandon(self, reason: str) -> None:
         now = time.monotonic_ns()
         for number, connection in list(self._busy.items()):
             self._finish(number, now, reason)
-            self._drop(connection)
-
-    # connections
-
-    def _watch_write(self, connection: Connection) -> None:
-        if connection.wants_write != connection.polled_write:
-            connection.polled_write = not connection.polled_write
-            self._writing += 1 if connection.polled_write else -1
-            self._poll.modify(connection.fd, connection.polled_write)
-
-    def _open(self) -> Connection:
-        family, address = self._addresses[0]
-        connection = Connection(address, family, self._tls, self._target.host)
-        self._connections[connection.fd] = connection
-        self._poll.add(connection.fd, None, write=True)
-        self._opening += 1
-        self._writing += 1
-        if not connection.stamped:
-            self._hold.off()
-        return connection
-
-    def _opened(self, connection: Connection) -> None:
-        self._opening -= 1
-        if connection.number < 0:
-            self._spares[connection] = None
-
-    def _refill(self, now: int, limit: int) -> None:
-        missing = min(self._spare - len(self._spares) - self._opening, limit)
-        try:
-            for _ in range(missing):
-                self._open()
-        except OSError:
-            pass  # a request that finds no connection reports the reason
-
-    def _drop(self, connection: Connection) -> None:
-        if self._connections.pop(connection.fd, None) is not None:
-            if not connection.announced:
-                self._opening -= 1
-            self._writing -= connection.polled_write
-            self._spares.pop(connection, None)
-            self._reusable.pop(connection, None)
-            self._poll.remove(connection.fd)
-            connection.close()
+            self._pool.drop(connection)
 
     def _broken(self, connection: Connection, why: str) -> None:
         """The connection is gone. A request that it had not begun to answer, on a connection used before, met a
@@ -392,11 +320,11 @@ class Client:
         number, now = connection.number, time.monotonic_ns()
         if number < 0:
             if not connection.ready:
-                self._spare = max(0, self._spare - 1)  # refused: do not knock again and again
-            self._drop(connection)
+                self._pool.refused()
+            self._pool.drop(connection)
             return
         request = self._requests.get(number)
-        self._drop(connection)
+        self._pool.drop(connection)
         if not connection.received and connection.reused and request is not None and number not in self._retried:
             self._retried.add(number)
             self._start(number, request, now, again=True)
