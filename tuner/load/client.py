@@ -21,12 +21,12 @@ from tuner.load.pool import Pool
 from tuner.load.wire import Target
 
 TICK_NS = 10_000_000
-_FLUSH_TICKS = 10
+_FLUSH_TICKS, _FLUSH_BYTES = 10, 200_000
 _READS_BETWEEN_SENDS = 16
 _ROUND_TICKS = 50
 _REVIEW_TICKS = 100
 _TOGETHER_NS = 20_000
-_OPEN_PER_TICK = 16
+_OPEN_PER_TICK = 8
 
 _OUR_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 OWN_FAULT = "the client: "  # how an error begins that no server caused
@@ -68,6 +68,7 @@ class Client:
         self._deadlines: deque[tuple[int, int]] = deque()
         self._late_bodies: deque[tuple[int, int]] = deque()
         self._events: list[Event] = []
+        self._bytes = 0  # that they brought
         self._offset_ns = 0
         self._looked_ns = 0  # until when all that had come has been read
         self._found = False  # whether anything had when we last looked
@@ -119,7 +120,7 @@ class Client:
                 self._pool.refill(_OPEN_PER_TICK)
                 ticks += 1
                 tick_ns += TICK_NS * (1 + (now - tick_ns) // TICK_NS)
-                if ticks % _FLUSH_TICKS == 0:
+                if ticks % _FLUSH_TICKS == 0 or self._bytes > _FLUSH_BYTES:  # much at once would hold up a request
                     self.flush()
                 if ticks % _ROUND_TICKS == 0:
                     self._round = self._gather_round()
@@ -132,7 +133,7 @@ class Client:
         self.flush()
 
     def flush(self) -> None:
-        events, self._events = self._events, []
+        events, self._events, self._bytes = self._events, [], 0
         if events:
             self._emit(events)
 
@@ -241,6 +242,7 @@ class Client:
             if self._hold.curious:
                 self._hold.saw(*connection.middle(ended))
             self._events.append((READ, connection.number, *connection.gather()))
+            self._bytes += len(self._events[-1][-1])
 
     def _gather_round(self) -> Iterator[None]:
         """All connections, a part of them each time it is asked: together they would hold up a request."""
