@@ -203,9 +203,10 @@ class Watch:
     def verdict(self, tower: Tower) -> str:
         """Why the step may end, or nothing. Judged as of the time until which the tower knows what happened: a token
         that has arrived, and waits to be parsed, is not late."""
-        flights, now_ns = tower.flights.values(), tower.known_until_ns
+        now_ns = tower.known_until_ns
         if now_ns is None:
             return ""
+        flights = [flight for flight in tower.flights.values() if flight.sent_ns <= now_ns]
         if reason := self._slos.verdict(now_ns, flights):
             return reason
         if not self._queue:
