@@ -37,6 +37,27 @@ def test_a_model_larger_than_the_gpu_is_refused_with_the_figures() -> None:
     assert 58 * GIB < found.short_bytes < 68 * GIB
 
 
+# KV cache sizes that vLLM 0.25.1 gave on an H100, with those flags (reports/h100-qwen3-8b-azure-conversation)
+FP8: dict[str, Value | None] = {"quantization": "fp8", "kv-cache-dtype": "fp8"}
+DRAFT = '{"method": "draft_model", "model": "d", "num_speculative_tokens": 3}'
+MEASURED: list[tuple[dict[str, Value | None], int]] = [
+    ({}, 408_256),
+    ({**FP8, "max-num-seqs": 512}, 909_808),
+    ({**FP8, "speculative-config": DRAFT, "gpu-memory-utilization": 0.85, "max-num-seqs": 128,
+      "max-num-batched-tokens": 2048, "block-size": 64}, 453_696),
+    ({"quantization": "fp8", "speculative-config": DRAFT, "gpu-memory-utilization": 0.95,
+      "max-num-batched-tokens": 16384}, 245_408),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "tokens"), MEASURED)
+def test_the_cache_on_a_real_h100_is_foreseen(flags: dict[str, Value | None], tokens: int) -> None:
+    target, draft = (ModelShape.from_folder(SHAPES / f"{name}.json") for name in ("qwen3-8b", "qwen3-0.6b"))
+    config = ServingConfig("m", {}, {"max-model-len": 16384, **flags})
+    found = fits(target, table.table()["H100-SXM"], config, draft=draft)
+    assert found.kv_tokens == pytest.approx(tokens, rel=0.04)
+
+
 def test_two_gpus_or_half_the_bits_make_it_fit() -> None:
     assert not fit("llama-3.3-70b", "H200", {"max-model-len": 8192}).fits  # 131 of 129 GiB
     assert fit("llama-3.3-70b", "H200", {"max-model-len": 8192, "tensor-parallel-size": 2}).fits

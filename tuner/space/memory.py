@@ -51,22 +51,28 @@ def fits(
     config: ServingConfig,
     engine: str = "vllm",
     correction: MemoryCorrection | None = None,
+    draft: ModelShape | None = None,
 ) -> Fit:
-    """Memory arithmetic for ``config`` (its flags under the engine's names). Pure; microseconds."""
+    """Memory arithmetic for ``config`` (its flags under the engine's names). Pure; microseconds. ``draft``: the shape of
+    the draft model, where the config has one and it is known."""
     from tuner.search.model import settings
 
-    return fits_settings(shape, hardware, settings.of(config, shape, hardware, engine), correction)
+    return fits_settings(shape, hardware, settings.of(config, shape, hardware, engine), correction, draft)
 
 
 def fits_settings(
-    shape: ModelShape, hardware: Hardware, settings: Settings, correction: MemoryCorrection | None = None
+    shape: ModelShape,
+    hardware: Hardware,
+    settings: Settings,
+    correction: MemoryCorrection | None = None,
+    draft: ModelShape | None = None,
 ) -> Fit:
     """:func:`fits` for settings that are resolved already."""
     impossible = _impossible(shape, settings)
     if impossible:
         return Fit(False, 0.0, 0, impossible)
     learned = correction or MemoryCorrection()
-    parts = _parts(shape, hardware, settings, learned)
+    parts = _parts(shape, hardware, settings, learned, draft)
     used = parts["weights"] + parts["activations"] + parts["graphs"] + parts["context"]
     per_token, fixed = parts["kv_per_token"], parts["kv_fixed"]
     sequence = per_token * settings.max_model_len + fixed
@@ -126,7 +132,9 @@ def learn(fit: Fit, outcome: Outcome, learned: MemoryCorrection | None = None) -
     return learned
 
 
-def _parts(shape: ModelShape, hardware: Hardware, settings: Settings, learned: MemoryCorrection) -> dict[str, float]:
+def _parts(
+    shape: ModelShape, hardware: Hardware, settings: Settings, learned: MemoryCorrection, draft: ModelShape | None
+) -> dict[str, float]:
     p, ranks = settings.precision, settings.tp * settings.pp
     weights = (
         shape.linear_weights * p.linear_bits / 8 / ranks
@@ -136,9 +144,18 @@ def _parts(shape: ModelShape, hardware: Hardware, settings: Settings, learned: M
         / (ranks * settings.dp)  # vLLM spreads experts over the data-parallel ranks
         + shape.embedding_weights * p.embedding_bits / 8 / settings.tp
     ) * learned.weights_share
-    if settings.speculation and settings.speculation.method in ("draft_model", "eagle", "mtp"):
-        layer = (shape.linear_weights + shape.expert_weights) / shape.layers * p.linear_bits / 8 / settings.tp
-        weights += layer if settings.speculation.method != "draft_model" else 0.1 * weights
+    kv_per_token, kv_fixed = _cache(shape, settings)
+    method = settings.speculation.method if settings.speculation else ""
+    if method == "draft_model" and draft is not None:  # has a cache of its own, and is not quantized with the target
+        words = draft.linear_weights + draft.expert_weights + draft.embedding_weights
+        weights += words * p.embedding_bits / 8 / settings.tp
+        own_per_token, own_fixed = _cache(draft, settings)
+        kv_per_token, kv_fixed = kv_per_token + own_per_token, kv_fixed + own_fixed
+    elif method == "draft_model":
+        weights *= 1.1
+    elif method in ("eagle", "mtp"):  # one more layer
+        weights += (shape.linear_weights + shape.expert_weights) / shape.layers * p.linear_bits / 8 / settings.tp
+        kv_per_token *= 1 + 1 / shape.layers
     # vLLM profiles a step of max_num_batched_tokens: hidden rows in and out, the widest product, logits in 32 bits.
     rows = min(settings.max_batched_tokens, settings.max_model_len * max(settings.max_seqs, 1))
     widest = max([f.weights / shape.hidden / (1 if f.experts else 3) for f in shape.ffn] + [2.0 * shape.hidden])
@@ -153,13 +170,6 @@ def _parts(shape: ModelShape, hardware: Hardware, settings: Settings, learned: M
         if settings.eager or on_cpu or settings.engine == "sglang"
         else _GRAPH_BYTES + shape.layers / settings.pp * _GRAPH_BYTES_PER_LAYER
     )
-    kv_per_token = kv_fixed = 0.0
-    for a in shape.attention:
-        split = min(settings.tp, a.kv_heads) * settings.pp
-        token = a.layers * a.cache * p.kv_bits / 8 / split
-        kv_per_token += 0.0 if a.kind == "window" else token
-        kv_fixed += token * min(a.window + settings.block_size, settings.max_model_len) if a.kind == "window" else 0.0
-        kv_fixed += a.layers * a.state * 2.0 / settings.tp / settings.pp
     share = 1.0 if on_cpu and settings.kv_bytes is not None else settings.memory_share
     return {
         "memory": hardware.memory_bytes / (settings.tp * settings.pp * settings.dp if on_cpu else 1) * share,
@@ -172,6 +182,18 @@ def _parts(shape: ModelShape, hardware: Hardware, settings: Settings, learned: M
         "kv_fixed": kv_fixed,
         "sequence": kv_per_token * settings.max_model_len + kv_fixed,
     }
+
+
+def _cache(shape: ModelShape, settings: Settings) -> tuple[float, float]:
+    """Bytes of KV cache on each GPU: per token, and per sequence whatever its length."""
+    per_token = fixed = 0.0
+    for a in shape.attention:
+        split = min(settings.tp, a.kv_heads) * settings.pp
+        token = a.layers * a.cache * settings.precision.kv_bits / 8 / split
+        per_token += 0.0 if a.kind == "window" else token
+        fixed += token * min(a.window + settings.block_size, settings.max_model_len) if a.kind == "window" else 0.0
+        fixed += a.layers * a.state * 2.0 / settings.tp / settings.pp
+    return per_token, fixed
 
 
 def _impossible(shape: ModelShape, settings: Settings) -> str:

@@ -33,6 +33,7 @@ from tuner.study.together import Together
 if TYPE_CHECKING:
     import optuna
 
+    from tuner.search.model.shape import ModelShape
     from tuner.search.warmstart import Earlier
     from tuner.study.peers import Peers
     from tuner.verify.fingerprint import Fingerprint
@@ -156,8 +157,21 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[Predictor | None
         objective.latency,
         objective.price_usd_per_gpu_hour,
         engine="sglang" if study.engine.kind == "sglang" else "vllm",
+        drafts=_drafts(study),
     )
     return model, ""
+
+
+def _drafts(study: Study) -> dict[str, ModelShape]:
+    """The shapes of the models that the study may draft with, as far as they can be read on this machine."""
+    from tuner.search.model.shape import ModelShape
+
+    found: dict[str, ModelShape] = {}
+    for fact in ("draft_model", "eagle_model"):
+        with suppress(UsageError):
+            if folder := str(study.space.facts.get(fact) or ""):
+                found[folder] = ModelShape.from_folder(folder)
+    return found
 
 
 @contextmanager

@@ -137,7 +137,8 @@ class AnalyticModel:
 
     def _make(self, config: ServingConfig) -> _Server:
         settings = settings_of.of(config, self.shape, self.hardware, self.engine)
-        fit = fits_settings(self.shape, self.hardware, settings, self.correction)
+        draft = self.drafts.get(settings.speculation.model) if settings.speculation else None
+        fit = fits_settings(self.shape, self.hardware, settings, self.correction, draft)
         step = StepTime(self.shape, settings, self.hardware, self.constants)
         work = self.workload
         empty = np.zeros(0)
