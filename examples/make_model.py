@@ -71,8 +71,8 @@ CHAT = (
 def main(folder: Path, like: str) -> None:
     """Trains the tokenizer on Python's own standard library and writes the three files vLLM wants.
 
-    The tokenizer of a larger model is filled up to its vocabulary with words that no text is ever split into: prompts are
-    token ids, and each token of an answer has a text.
+    The tokenizer of a larger model is filled up to its vocabulary with words that no text is ever split into: prompts
+    are token ids, and each token of an answer has a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

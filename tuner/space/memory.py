@@ -53,8 +53,8 @@ def fits(
     correction: MemoryCorrection | None = None,
     draft: ModelShape | None = None,
 ) -> Fit:
-    """Memory arithmetic for ``config`` (its flags under the engine's names). Pure; microseconds. ``draft``: the shape of
-    the draft model, where the config has one and it is known."""
+    """Memory arithmetic for ``config`` (its flags under the engine's names). Pure; microseconds. ``draft``: the shape
+    of the draft model, where the config has one and it is known."""
     from tuner.search.model import settings
 
     return fits_settings(shape, hardware, settings.of(config, shape, hardware, engine), correction, draft)
