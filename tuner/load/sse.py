@@ -17,6 +17,7 @@ _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[^\r\n]*")
 _PROMPT_USAGE = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\r\n\n|\n\r\n")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_MANY = 5  # reads, for which it pays to look at them together first
 _MAX_HEAD_BYTES = 65_536
 _MAX_ERROR_BYTES = 4_096
 
@@ -103,7 +104,7 @@ class Response:
         at, n = 0, len(sizes)
         while len(events) < n:
             k = len(events)
-            if k < 2 and self._plain and not self._buffer and not self._events:
+            if k < 2 and n - k >= _MANY and self._plain and not self._buffer and not self._events:
                 for last in (n, n - 1):  # what ends a response is of another kind
                     size = sum(sizes[k:last])
                     if size and (found := alike.counts(sizes[k:last], data[at : at + size], self.seen)):
