@@ -146,12 +146,12 @@ def test_reads_of_one_response_are_told_together_and_keep_their_own_times():
     assert facts["read_lag_p99_s"] == pytest.approx(0.002, rel=1 / 32) and facts["stamp_error_p99_s"] == 0
 
 
-def test_what_was_sent_after_the_time_until_which_all_is_known_is_no_backlog(tmp_path):
+def test_what_was_sent_after_the_time_until_which_all_is_known_is_no_backlog(tmp_path, monkeypatch):
     replayed = trace(np.zeros(2), input_tokens=16, output_tokens=10)
     tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
     at_ns = 10**9
     tower.take([(client.SENT, i, i * at_ns, (1 + 2 * i) * at_ns) for i in range(2)])
     tower.take([(client.TICK, 4 * at_ns, 2 * at_ns, 0, 0, 71)])
     watch, told = Watch(plan(tmp_path, replayed), np.zeros(2, dtype=np.int64), True), []
-    watch._queue.verdict = lambda now_s, backlog: told.append((now_s, backlog)) or ""
+    monkeypatch.setattr(watch._queue, "verdict", lambda now_s, backlog: told.append((now_s, backlog)) or "")
     assert watch.verdict(tower) == "" and told == [(2.0, 26)]
