@@ -58,6 +58,69 @@ def test_throughput_of_an_overload_is_the_servers_not_the_traces(tmp_path):
     assert values["goodput_output_tokens_per_s"] <= values["output_tokens_per_s"]
 
 
+PROMPT = (parse("ttft_p99=2s"), parse("tpot_p99=1s"))
+
+
+def poisson(service_s, *, rate: float = 8.0, seconds: float = 10.0, seed: int = 5):
+    """Poisson arrivals of lognormal lengths; ``service_s(tokens, arrival_s)`` gives the wait and the time per token."""
+    rng = np.random.default_rng(seed)
+    at, rows = np.sort(rng.uniform(0, seconds, int(rate * seconds))), []
+    for t, n in zip(at.tolist(), np.ceil(rng.lognormal(4, 0.8, len(at))).astype(int).tolist(), strict=True):
+        wait, pace = service_s(n, t)
+        rows.append(request(t, t + wait + pace * np.arange(n)))
+    return rows
+
+
+def test_goodput_of_servers_that_keep_up_is_what_they_were_asked_for_however_fast_they_are(tmp_path):
+    """Responses of a third and of six seconds in a window of ten: what arrived in it differs by a fifth and more."""
+    good, came, asked = {}, {}, 0.0
+    for name, pace in (("fast", 0.005), ("slow", 0.08)):
+        (tmp_path / name).mkdir()
+        rows = poisson(lambda n, t, pace=pace: (0.1, pace))
+        values, _ = compute(records(tmp_path / name, rows), PROMPT, Q)
+        good[name], came[name] = values["goodput_output_tokens_per_s"], values["output_tokens_per_s"]
+        asked = sum(row.output_tokens for row in rows) / (rows[-1].intended_ns / 1e9)
+        assert values["goodput_window_s"] == pytest.approx(rows[-1].intended_ns / 1e9)
+    assert good["fast"] == pytest.approx(asked) and good["slow"] == pytest.approx(asked)
+    assert came["slow"] < 0.8 * came["fast"]
+
+
+@pytest.mark.parametrize("slos", ["ttft_p99=3600s tpot_p99=1s", "tpot_p99=1s"])
+def test_goodput_of_an_overload_is_the_servers_where_the_slos_let_requests_wait(tmp_path, slos):
+    """The queue grows by a second per second: half of what was asked for is served per second."""
+    rows = poisson(lambda n, t: (0.1 + t, 0.01), seconds=60.0)
+    values, _ = compute(records(tmp_path, rows), [parse(x) for x in slos.split()], Q)
+    asked = sum(row.output_tokens for row in rows) / 60
+    assert values["goodput_output_tokens_per_s"] == pytest.approx(asked / 2, rel=0.06)
+
+
+def test_goodput_of_late_responses_counts_in_the_window_where_no_slo_bounds_a_token(tmp_path):
+    rows = poisson(lambda n, t: (0.1, 0.01 + 0.05 * t), seconds=10.0)
+    made = records(tmp_path, rows)
+    for slos in ((), (parse("ttft_p99=2s"),), (parse("e2e_p90=60s"),)):
+        values, _ = compute(made, slos, Q)
+        assert "goodput_window_s" not in values
+        assert values["goodput_output_tokens_per_s"] <= values["output_tokens_per_s"]
+    assert "goodput_window_s" in compute(made, (parse("e2e_p90=1s"),), Q)[0]
+
+
+def test_goodput_of_a_closed_loop_counts_in_the_window(tmp_path):
+    """32 in flight, all sent at the start: what is still running at the end was asked for, but not served."""
+    made = records(tmp_path, steady(40), client={"closed_loop_concurrency": 32.0})
+    values, _ = compute(made, PROMPT, Q)
+    assert values["goodput_output_tokens_per_s"] == values["output_tokens_per_s"]
+
+
+def test_goodput_leaves_out_the_warm_up_and_who_failed_or_was_late(tmp_path):
+    rows = [request(t / 10, [t / 10 + 0.05 + 0.01 * k for k in range(5)], warmup=t < 10) for t in range(41)]
+    rows[20] = request(2.0, [6.05 + 0.01 * k for k in range(5)])
+    rows[30] = request(3.0, [3.05], error="boom", wanted=5)
+    values, _ = compute(records(tmp_path, rows, warmup_s=1.0), PROMPT, Q)
+    assert values["goodput_requests_per_s"] == pytest.approx((31 - 2) / 3.0)
+    assert values["goodput_output_tokens_per_s"] == pytest.approx((31 - 2) * 5 / 3.0)
+    assert values["goodput_total_tokens_per_s"] == pytest.approx((31 - 2) * 105 / 3.0)
+
+
 def test_itl_is_over_all_gaps_not_a_mean_of_means(tmp_path):
     """One stall of a second in 200 gaps: the mean per request would show 14 ms, the p99.9 must show the second."""
     rows = steady(50)

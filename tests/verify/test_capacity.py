@@ -59,6 +59,13 @@ def test_cost_at_capacity_falls_with_what_the_server_puts_out_there():
     assert cost_at(steps, 2.0 * math.sqrt(2)) == pytest.approx(1 / math.sqrt(2))
 
 
+def test_cost_at_capacity_falls_with_the_load_where_goodput_is_what_was_asked_for():
+    """What arrived in the step above is no measure: it ended early."""
+    steps = [step(2.0, 0.5, cost=1.0, tokens=100), step(4.0, 2.0, cost=1.6, tokens=90)]
+    steps[0].metrics["goodput_window_s"] = 60.0
+    assert cost_at(steps, 3.0) == pytest.approx(1.0 * 2 / 3)
+
+
 def test_a_metric_between_two_loads_is_read_off_the_line_in_logarithms():
     assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 2.0, "ttft_p99_s") == pytest.approx(0.2)
     assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 9.0, "ttft_p99_s") == pytest.approx(0.4)

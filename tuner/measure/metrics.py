@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,14 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     _describe_itl(Gaps(records, measured), _stats("itl", slos, quantiles), metrics, intervals)
     if span.duration_s > 0:
         good = is_good(records, slos)
-        for name, per_batch in throughputs(records, span, good).items():
-            metrics[name] = float(per_batch.sum()) / span.duration_s
-            intervals[name] = _batch_means(per_batch / (span.duration_s / _BATCHES))
+        _rates(throughputs(records, span), span.duration_s, metrics, intervals)
+        asked = replace(span, start_ns=min(int(float(records.meta.get("warmup_s", 0.0)) * 1e9), span.start_ns))
+        if _promptly(records, slos, asked):
+            counts, metrics["goodput_window_s"] = goodputs(records, asked, good)
+            _rates(counts, metrics["goodput_window_s"], metrics, intervals)
+        else:
+            served = throughputs(records, span, good)
+            _rates({f"goodput_{k}": v for k, v in served.items()}, span.duration_s, metrics, intervals)
     return metrics, intervals
 
 
@@ -228,35 +234,77 @@ def output_share(records: Records, measured: np.ndarray) -> float:
     return float(records.columns["output_tokens"][whole].sum() / max(1, records.columns["wanted_tokens"][whole].sum()))
 
 
-def throughputs(records: Records, span: Window, good: np.ndarray) -> dict[str, np.ndarray]:
-    """What was served in the window, (20,) counts over equal parts of it, by the metric's name.
+def throughputs(records: Records, span: Window, of: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """What left the server in the window, (20,) counts over equal parts of it, by the metric's name; of the requests
+    ``of``, (n,) bool, alone where they are given.
 
-    An output token counts when it arrives, a prompt when its first token arrives, a request when it ends; the goodput
-    variants count only those of good requests.
+    An output token counts when it arrives, a prompt when its first token arrives, a request when it ends.
     """
     c = records.columns
     edges = np.linspace(span.start_ns, span.end_ns, _BATCHES + 1)
-    prompts = np.where(c["prompt_tokens"] != ABSENT, c["prompt_tokens"], c["input_tokens"])
-    whole = _whole(records)
-    counts: dict[str, np.ndarray] = {}
-    for prefix, mask in (("", np.ones(len(records), dtype=bool)), ("goodput_", good)):
-        ended, started = mask & whole, mask & (c["first_token_ns"] != ABSENT)
-        counts[f"{prefix}requests_per_s"] = np.histogram(c["last_token_ns"][ended], edges)[0].astype(float)
-        counts[f"{prefix}output_tokens_per_s"] = np.zeros(_BATCHES)
-        counts[f"{prefix}total_tokens_per_s"] = np.histogram(
-            c["first_token_ns"][started], edges, weights=prompts[started].astype(float)
-        )[0]
+    of = np.ones(len(records), dtype=bool) if of is None else of
+    ended, started = of & _whole(records), of & (c["first_token_ns"] != ABSENT)
+    output = np.zeros(_BATCHES)
     for rows, token_ns, offsets in records.tokens():
-        lengths = np.diff(offsets)
-        for prefix, mask in (("", None), ("goodput_", np.repeat(good[rows], lengths))):
-            counts[f"{prefix}output_tokens_per_s"] += np.histogram(token_ns if mask is None else token_ns[mask], edges)[
-                0
-            ]
-    for prefix in ("", "goodput_"):
-        counts[f"{prefix}total_tokens_per_s"] = (
-            counts[f"{prefix}total_tokens_per_s"] + counts[f"{prefix}output_tokens_per_s"]
-        )
-    return counts
+        output += np.histogram(token_ns[np.repeat(of[rows], np.diff(offsets))], edges)[0]
+    prompts = np.histogram(c["first_token_ns"][started], edges, weights=_prompts(records)[started])[0]
+    return {
+        "requests_per_s": np.histogram(c["last_token_ns"][ended], edges)[0].astype(float),
+        "output_tokens_per_s": output,
+        "total_tokens_per_s": prompts + output,
+    }
+
+
+def goodputs(records: Records, span: Window, good: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
+    """What the good requests brought, (20,) counts by when they were asked for, and in how many seconds it was served.
+
+    ``span`` begins with the end of the warm-up. A server that keeps up brings
+    what it is asked for, however long a response takes; what happens to arrive in a window as short as a few responses
+    is another number for every configuration. A server that does not keep up lets requests wait ever longer: by as much
+    as the last tenth waited longer for a first token than the first tenth (medians, five requests at the least) the
+    traffic took longer to serve than to arrive. A twentieth of the window is nothing: bursts do that. Infinite waits
+    count as the longest finite one.
+    """
+    c = records.columns
+    chosen = is_measured(records, span)
+    waits = ttft_s(records)[chosen][np.argsort(c["intended_ns"][chosen], kind="stable")]
+    finite = waits[np.isfinite(waits)]
+    waits = np.where(np.isfinite(waits), waits, finite.max(initial=0.0))
+    tenth = max(5, len(waits) // 10)
+    grown = 0.0
+    if len(waits) >= 2 * tenth:  # the tenths' middles lie less than the whole apart
+        grown = float(np.median(waits[-tenth:]) - np.median(waits[:tenth])) * len(waits) / (len(waits) - tenth)
+    edges = np.linspace(span.start_ns, span.end_ns, _BATCHES + 1)
+    chosen = chosen & good
+    asked = c["intended_ns"][chosen]
+    output = c["output_tokens"][chosen].astype(float)
+    counts = {
+        "goodput_requests_per_s": np.histogram(asked, edges)[0].astype(float),
+        "goodput_output_tokens_per_s": np.histogram(asked, edges, weights=output)[0],
+        "goodput_total_tokens_per_s": np.histogram(asked, edges, weights=output + _prompts(records)[chosen])[0],
+    }
+    return counts, span.duration_s + max(grown - 0.05 * span.duration_s, 0.0)
+
+
+def _promptly(records: Records, slos: Sequence[Slo], span: Window) -> bool:
+    """Whether a good request cannot have been served long after the window: the SLOs bound how long its tokens take
+    (by the token, or by an end-to-end limit that is short beside the window), and arrivals did not wait for it."""
+    bounded = any(
+        slo.latency in ("tpot", "itl", "norm_latency") or (slo.latency == "e2e" and slo.limit <= span.duration_s / 10)
+        for slo in slos
+    )
+    return bounded and "closed_loop_concurrency" not in records.meta.get("client", {})
+
+
+def _prompts(records: Records) -> np.ndarray:
+    c = records.columns
+    return np.where(c["prompt_tokens"] != ABSENT, c["prompt_tokens"], c["input_tokens"]).astype(float)
+
+
+def _rates(counts: Mapping[str, np.ndarray], seconds: float, metrics: Metrics, intervals: Intervals) -> None:
+    for name, per_batch in counts.items():
+        metrics[name] = float(per_batch.sum()) / seconds
+        intervals[name] = _batch_means(per_batch / (seconds / _BATCHES))
 
 
 def _offered(measured: np.ndarray, duration_s: float) -> float:

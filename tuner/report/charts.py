@@ -14,6 +14,7 @@ from tuner.report.modelerror import Error
 from tuner.report.style import Figure, bars, frame, note, rule, wrap
 from tuner.report.summary import Summary, label, spread
 from tuner.study.outcome import Step
+from tuner.study.price import GOODPUT
 from tuner.study.store import TrialRecord
 
 CROWD = 30  # above so many lines each is drawn paler
@@ -189,8 +190,8 @@ def _hover(s: Summary, p: Point) -> str:
     lines.append(f"${p.cost:.3g} per M output tokens {spread(p.cost, p.cost_interval)}")
     latency = f"{p.latency * 1e3:,.4g} ms {spread(p.latency, p.latency_interval)}"
     lines.append(f"{label(s.study.objective.latency)} {latency}")
-    if "output_tokens_per_s" in p.metrics:
-        lines.append(f"{p.metrics['output_tokens_per_s']:,.0f} output tokens/s")
+    if GOODPUT in p.metrics:
+        lines.append(f"{p.metrics[GOODPUT]:,.0f} output tokens/s within SLO")
     lines += [f"<i>{html.escape(miss)}</i>" for miss in p.misses]
     if p.ties:
         lines.append("not told apart from trial " + ", ".join(str(trial) for trial, _ in p.ties[:4]))

@@ -24,8 +24,8 @@ class Error:
 
 
 def errors(s: Summary) -> tuple[Error, ...]:
-    """For cost, throughput and the latencies that matter to the study; empty where nothing was predicted."""
-    names = {COST: "cost", "output_tokens_per_s": "output tokens/s"}
+    """For cost and the latencies that matter to the study; empty where nothing was predicted."""
+    names = {COST: "cost"}
     names |= {f"{m}_s": label(m) for m in (s.study.objective.latency, *(x.metric for x in s.study.objective.slos))}
     found = []
     for metric, name in names.items():

@@ -9,6 +9,7 @@ from typing import Any
 from tuner.pareto.front import Point
 from tuner.report.summary import Summary, kind, ms, spread, why
 from tuner.study.outcome import Infeasible
+from tuner.study.price import GOODPUT
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -51,7 +52,7 @@ def point_row(s: Summary, p: Point) -> dict[str, Any]:
         "latency": ms(p.latency),
         "latency_spread": spread(p.latency, p.latency_interval),
         "load": f"{p.load:g}",
-        "tokens": f"{p.metrics['output_tokens_per_s']:,.0f}" if "output_tokens_per_s" in p.metrics else "-",
+        "tokens": f"{p.metrics[GOODPUT]:,.0f}" if GOODPUT in p.metrics else "-",
         "trial": p.trial,
         "ties": ", ".join(str(trial) for trial in dict.fromkeys(trial for trial, _ in p.ties)),
         "flags": s.flags(p.config),

@@ -12,14 +12,13 @@ from tuner.pareto.front import COST, Point
 from tuner.report.summary import Summary, clean, kind, label, ms, spread, summarize, why
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Step, to_dict
+from tuner.study.price import GOODPUT
 from tuner.study.store import Store, TrialRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tuner.verify.compare import Comparison
-
-THROUGHPUT = "output_tokens_per_s"
 
 
 def front_data(store: Store, study: Study) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def front_table(store: Store, study: Study) -> RenderableType:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
         table.add_column("", width=1)
         latency = f"{label(study.objective.latency)}\nms"
-        for name in ("$ per M\nout tokens", latency, "load", "out\ntokens/s", "trial", "not told\napart from"):
+        for name in ("$ per M\nout tokens", latency, "load", "good out\ntokens/s", "trial", "not told\napart from"):
             table.add_column(name, justify="right", no_wrap=True)
         shown = list(s.front)
         defaults = [p for p in s.points if p.baseline and p.ok]
@@ -129,7 +128,7 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
         latencies = list(
             dict.fromkeys([study.objective.latency, *(x.metric for x in study.objective.slos if x.latency)])
         )
-        for name in ("load", "$ per M\nout tokens", *(f"{label(m)}\nms" for m in latencies), "out\ntokens/s"):
+        for name in ("load", "$ per M\nout tokens", *(f"{label(m)}\nms" for m in latencies), "good out\ntokens/s"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("SLO", overflow="fold")
         for step in outcome.steps:
@@ -151,7 +150,7 @@ def _row(s: Summary, p: Point) -> tuple[str, ...]:
         f"{p.cost:.3g} {spread(p.cost, p.cost_interval)}".strip(),
         f"{ms(p.latency)} {spread(p.latency, p.latency_interval)}".strip(),
         f"{p.load:g}",
-        f"{p.metrics[THROUGHPUT]:,.0f}" if THROUGHPUT in p.metrics else "-",
+        f"{p.metrics[GOODPUT]:,.0f}" if GOODPUT in p.metrics else "-",
         str(p.trial),
         ", ".join(map(str, ties[:3])) + (" ..." if len(ties) > 3 else ""),
     )
@@ -164,7 +163,7 @@ def _step_row(step: Step, latencies: list[str]) -> tuple[str, ...]:
         f"{step.load:g}",
         f"{cost:.3g}" if cost is not None else "-",
         *(ms(step.metrics.get(f"{metric}_s", float("nan"))) for metric in latencies),
-        f"{step.metrics[THROUGHPUT]:,.0f}" if THROUGHPUT in step.metrics else "-",
+        f"{step.metrics[GOODPUT]:,.0f}" if GOODPUT in step.metrics else "-",
         verdict,
     )
 
@@ -182,7 +181,7 @@ def _point_data(s: Summary, p: Point) -> dict[str, Any]:
         f"{COST}_95": p.cost_interval,
         s.study.objective.latency_key: p.latency,
         f"{s.study.objective.latency_key}_95": p.latency_interval,
-        THROUGHPUT: p.metrics.get(THROUGHPUT),
+        GOODPUT: p.metrics.get(GOODPUT),
         "baseline": p.baseline,
         "role": p.role,
         "trials": list(p.trials),
