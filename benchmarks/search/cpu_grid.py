@@ -1,14 +1,17 @@
 """The search on a real server's own exhaustive grid: every configuration of a small space was measured once on a CPU
 vLLM, and searches are replayed on that table.
 
-    python -m benchmarks.search.cpu_grid table STUDY_FOLDER     # a finished study with ``sampler: grid``
+    tuner tune benchmarks/search/cpu_grid.yaml                  # ``sampler: grid``: an hour or less
+    python -m benchmarks.search.cpu_grid table STUDY_FOLDER
     python -m benchmarks.search.cpu_grid replay --seeds 20      # regret after 6 launches, ours and TPE
 
 The table (``cpu_grid.json``) holds the space, the objective, and per configuration the steps of its ladder, the seconds
 of its launch and what the analytic model had predicted before it (the study's records hold that). A replayed launch
 answers with what was measured then: the table has one measurement per configuration, so its noise is part of its truth,
-and a search differs from another by its seed alone. Ours is replayed with those predictions and without. Regret is
-counted against the table's own front, in logarithms, the reference being its worst cost and worst latency within SLO.
+and a search differs from another by its seed alone. Ours is replayed with those predictions, with the model itself,
+whose constants the launches then correct (the study above, on this machine: its row of the hardware table), and with
+neither. Regret is counted against the table's own front, in logarithms, the reference being its worst cost and worst
+latency within SLO.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from tuner.errors import UsageError
 from tuner.pareto.volume import hypervolume
 from tuner.search import choose, ledger
 from tuner.search.ledger import COST_KEY
@@ -30,6 +34,7 @@ from tuner.space.config import ServingConfig
 from tuner.space.space import Emission, Parameter, SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.slo import Slo
+from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Measured, Step
 from tuner.study.store import Store
 
@@ -90,8 +95,42 @@ class Predicted:
         return Prediction(True, {k: float("inf") if v is None else v for k, v in metrics.items()})
 
 
+class Modelled:
+    """The analytic model of the study, asked for configurations of the table."""
+
+    def __init__(self, study: Study, model: Any) -> None:
+        self.study, self.model = study, model
+
+    def predict(self, config: ServingConfig, load: float) -> Prediction:
+        space = self.study.space
+        return self.model.predict(space.config(space.snap(config.params), self.study.model), load)
+
+    def doubts(self) -> Mapping[str, float]:
+        return self.model.doubts()
+
+    def scaled(self, factors: Mapping[str, float]) -> Modelled:
+        return Modelled(self.study, self.model.scaled(factors))
+
+
+def modelled() -> Modelled:
+    """The model of ``cpu_grid.yaml`` on this machine; raises UsageError where its model folder is missing."""
+    from tuner.spec.studyfile import load
+    from tuner.study import session, workload
+
+    study = load(TABLE.with_suffix(".yaml"))
+    model, why = session.model_of(study, workload.read(study))
+    if model is None:
+        raise UsageError(why)
+    return Modelled(study, model)
+
+
 def replay(
-    table: Mapping[str, Any], method: str, ladder: bool, seed: int, launches: int = LAUNCHES, model: bool = False
+    table: Mapping[str, Any],
+    method: str,
+    ladder: bool,
+    seed: int,
+    launches: int = LAUNCHES,
+    predictor: Any = None,
 ) -> list[float]:
     """Regret after each launch of one search on the table."""
     import optuna
@@ -100,7 +139,6 @@ def replay(
     space, objective = space_of(table), objective_of(table)
     loads = tuple(sorted({step[0] for row in table["rows"] for step in row["steps"]}))
     known = {tuple(space.snap(row["params"]).values()): row for row in table["rows"]}
-    predictor = Predicted(table, space) if model else None
     name = "auto" if method == "ours" else method
     sampler = choose.sampler(name, space, objective, loads, predictor=predictor, seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
@@ -193,17 +231,18 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="optuna")
     table = json.loads(TABLE.read_text())
     print(f"{len(table['rows'])} configurations; regret after {LAUNCHES} launches over {args.seeds} seeds")
-    for method, ladder, model in (
-        ("ours", True, True),
-        ("ours", True, False),
-        ("tpe", True, False),
-        ("tpe", False, False),
-        ("random", True, False),
+    known = Predicted(table, space_of(table))
+    for method, ladder, predictor, with_what in (
+        ("ours", True, modelled(), "ladder, the model corrected by launches"),
+        ("ours", True, known, "ladder, the model as it was"),
+        ("ours", True, None, "ladder, no model"),
+        ("tpe", True, None, "ladder"),
+        ("tpe", False, None, "one load"),
+        ("random", True, None, "ladder"),
     ):
-        last = [replay(table, method, ladder, seed, model=model)[-1] for seed in range(args.seeds)]
+        last = [replay(table, method, ladder, seed, predictor=predictor)[-1] for seed in range(args.seeds)]
         low, middle, high = np.quantile(last, [0.25, 0.5, 0.75])
-        with_what = f"{'ladder' if ladder else 'one load'}{', with the model' if model else ''}"
-        print(f"{method}, {with_what}: {middle:.3f} ({low:.3f}-{high:.3f})")
+        print(f"| {method}, {with_what} | {middle:.3f} ({low:.3f}-{high:.3f}) |", flush=True)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,14 @@ class WrongModel:
             found.append(Prediction(True, metrics, float(m["kv_tokens"][i]) if "kv_tokens" in m else 0.0))
         return found
 
+    def doubts(self) -> dict[str, float]:
+        """Every constant that no data sheet states may be off by a third."""
+        return {name: 0.35 for name in self.constants if name not in self.surface.exact}
+
+    def scaled(self, factors: Mapping[str, float]) -> WrongModel:
+        constants = {name: value * factors.get(name, 1.0) for name, value in self.constants.items()}
+        return WrongModel(self.surface, constants, self.level_noise)
+
     def capacity(self, config: ServingConfig) -> float:
         best = 0.0
         for load in self.surface.loads:

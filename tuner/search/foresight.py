@@ -64,6 +64,14 @@ class Foresight:
             self.short_bytes[i] = 0.0 if now.fits else max(now.short_bytes, 1)
             self.kv_tokens[i] = math.log(max(now.kv_tokens, 1.0)) if now.fits else math.nan
 
+    def recall(self, predictor: Predictor) -> None:
+        """Takes a model whose constants were learnt anew: everything is asked again."""
+        self.predictor = predictor
+        width = len(self.loads)
+        self.gpus, self.capacity, self.kv_tokens, self.short_bytes = (np.zeros(0) for _ in range(4))
+        self.cost, self.latency = np.zeros((0, width)), np.zeros((0, width))
+        self.look()
+
     def _ask(self, config: ServingConfig) -> tuple[float, float, float, float, list[float], list[float]]:
         """(GPUs, log capacity, log KV tokens, bytes short, log costs, log latencies) of one serving config."""
         gpus, unknown = float(max(config.gpus, 1)), [math.nan] * len(self.loads)

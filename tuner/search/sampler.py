@@ -9,6 +9,7 @@ Everything is read from the study's trials each time, so that a resumed study go
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
+from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate
 from tuner.search.candidates import Candidates, distribution_values, spread
 from tuner.search.expert import gpu_counts
 from tuner.search.foresight import Foresight
@@ -32,6 +34,7 @@ from tuner.search.sources import Sources
 from tuner.search.warmstart import Earlier
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
+from tuner.study.outcome import Measured
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+NEWS = 0.05  # log units by which a constant moves before the model is asked again
 MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
 
 # The matrices are small: more threads wait for each other, and on a busy machine for servers that are being measured.
@@ -86,11 +90,13 @@ class TunerSampler(BaseSampler):
             raise ValueError("a ladder needs at least one load, all above zero")
         self.space, self.objective, self.loads = space, objective, tuple(sorted(loads))
         self.seed, self.cost, self.options = seed, cost or LaunchCost(), options or Options()
-        self.predictor = predictor
+        self.predictor = self._base = predictor  # as it came; with the constants that the launches gave it
         self.candidates = Candidates.of(space, seed, asked=predictor is not None)
         self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
         self.beliefs = Beliefs(self.candidates, self.foresight, Sources(self.candidates, self.foresight, earlier))
         self.expected_gain: float | None = None
+        self.factors: dict[str, float] = {}  # on the model's constants, learnt from the launches
+        self._learnt_from = 0  # launches
         self._memory = (0.0, 1.0)  # overhead in bytes, share of the weights: the correction that is in force
         self._proposals: dict[int, Proposal] = {}
         self._independent = RandomSampler(seed=seed)
@@ -150,6 +156,7 @@ class TunerSampler(BaseSampler):
             index, reason = self._without_model(taken, rng)
             if index is not None:
                 return index, Proposal(reason)
+        self._calibrate(readings)
         self._correct(readings)
         self.beliefs.learn(readings, self.seed)
         if pending:
@@ -189,14 +196,31 @@ class TunerSampler(BaseSampler):
             reason = f"spread over {source}: {reason}"
         return shortlist[best], Proposal(reason, self.expected_gain)
 
+    def _calibrate(self, readings: Sequence[Reading]) -> None:
+        """The model's constants from the launches, where it says which it doubts."""
+        if not isinstance(self.predictor, Calibratable):
+            return
+        outcomes = [(r.seen.params, r.seen.outcome) for r in readings if isinstance(r.seen.outcome, Measured)]
+        if min(len(outcomes), LAUNCHES) == self._learnt_from:
+            return
+        self._learnt_from = min(len(outcomes), LAUNCHES)
+        launches = [Launched(self.space.config(params, self.foresight.model), o.steps) for params, o in outcomes]
+        factors = calibrate(self.predictor, launches, self.objective, self.factors)
+        if any(abs(math.log(f / self.factors.get(name, 1.0))) > NEWS for name, f in factors.items()):
+            self.factors = factors
+            self._base = self.predictor.scaled(factors)
+            self._memory = (0.0, 1.0)  # what the logs say of memory is applied again
+            self.foresight.recall(self._base)
+            self.beliefs.sources.centres.clear()
+
     def _correct(self, readings: Sequence[Reading]) -> None:
         """What the servers' own logs say about memory corrects the model's arithmetic, where it knows how (the methods
         ``fit`` and ``corrected`` of :class:`tuner.search.model.predictor.AnalyticModel`)."""
-        if not hasattr(self.predictor, "corrected"):
+        if not hasattr(self._base, "corrected"):
             return
         from tuner.space.memory import learn
 
-        model: Any = self.predictor
+        model: Any = self._base
         learned = None
         for r in readings:
             if r.seen.outcome is not None:

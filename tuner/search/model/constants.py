@@ -21,6 +21,9 @@ class Host:
     eager_kernel_s: float
 
 
+_HOST = Host.__slots__
+
+
 @dataclass(frozen=True, slots=True)
 class Constants:
     """Fitted once over all rows of a measured serving table (``benchmarks/model``); none belongs to a model or a GPU.
@@ -46,6 +49,20 @@ class Constants:
             "vllm/cpu": Host(1e-3, 0.35e-3, 5e-3, 15e-6),
         }
     )
+
+    def doubts(self, engine: str, kind: str) -> dict[str, float]:
+        """Standard deviation of each constant's logarithm on a machine that was not measured: how far they lay apart
+        when they were fitted to parts of the table alone; a CPU server's shares are anybody's guess."""
+        shares = 0.8 if kind == "cpu" else 0.25
+        names = ("bandwidth_share", "flops_share", "expert_flops_share", "attention_share", "link_share", "kernel_s")
+        return dict.fromkeys(names, shares) | dict.fromkeys(_HOST, 0.8 if kind == "cpu" else 0.5)
+
+    def scaled(self, factors: Mapping[str, float], engine: str, kind: str) -> Constants:
+        """These constants times ``factors``; those of :class:`Host` are the engine's own."""
+        own = {n: getattr(self, n) * factors.get(n, 1.0) for n in self.__slots__ if n != "hosts"}
+        host = self.host(engine, kind)
+        name = f"{engine}/cpu" if kind == "cpu" else engine
+        return Constants(**own, hosts={name: Host(*(getattr(host, n) * factors.get(n, 1.0) for n in _HOST))})
 
     def host(self, engine: str, kind: str = "gpu") -> Host:
         """The host costs of ``engine`` on a ``gpu`` or ``cpu`` server; vLLM's for an engine that was never measured."""

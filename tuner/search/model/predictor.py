@@ -122,6 +122,18 @@ class AnalyticModel:
         fields = {n: getattr(self, n) for n in self.__slots__ if n not in ("_servers", "correction")}
         return AnalyticModel(**fields, correction=correction)
 
+    def doubts(self) -> dict[str, float]:
+        """How little is known of each constant (:mod:`tuner.search.calibration`); those that this model cannot feel are
+        left out."""
+        left_out = set() if self.shape.has_experts else {"expert_flops_share"}
+        known = self.constants.doubts(self.engine, self.hardware.kind)
+        return {name: sd for name, sd in known.items() if name not in left_out}
+
+    def scaled(self, factors: Mapping[str, float]) -> AnalyticModel:
+        """This model with its constants times ``factors``."""
+        fields = {n: getattr(self, n) for n in self.__slots__ if n not in ("_servers", "constants")}
+        return AnalyticModel(**fields, constants=self.constants.scaled(factors, self.engine, self.hardware.kind))
+
     def _holds(self, server: _Server, load: float) -> bool:
         metrics = self._metrics(server, load)
         return not any(slo.miss(metrics) for slo in self.slos)

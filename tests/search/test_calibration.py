@@ -1,0 +1,141 @@
+"""The analytic model's constants from launches: a machine that gives less than the data sheet is recognised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.search.problem import LOADS, Model, objective, run, space, study
+from tests.search.test_model_predictor import config, model
+from tests.search.test_sampler import regret, sampler
+from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate
+from tuner.search.model.predictor import AnalyticModel
+from tuner.space.config import ServingConfig
+from tuner.spec.objective import Objective
+from tuner.spec.slo import parse
+from tuner.study.outcome import Step
+
+SLOS = (parse("ttft_p99=3s"), parse("tpot_p99=100ms"))
+OBJECTIVE = Objective("chat", "tpot_p99", SLOS, 2.0)
+TRUE = {"bandwidth_share": 0.6, "flops_share": 1.3, "step_s": 2.5}
+FEW = config(2, max_num_batched_tokens=2048)
+LOW, HIGH = 0.25, 1.0
+
+
+@pytest.fixture(scope="module")
+def machine() -> AnalyticModel:
+    """The machine that is measured: slower memory, faster arithmetic and a slower host than the constants say."""
+    return model(slos=SLOS).scaled(TRUE)
+
+
+def launched(
+    machine: AnalyticModel, of: ServingConfig, loads: Sequence[float] = (LOW, 0.5, HIGH), **off: float
+) -> Launched:
+    steps = []
+    for load in loads:
+        found = dict(machine.predict(of, load).metrics)
+        found |= {key: value * off.get(key.split("_")[0], 1.0) for key, value in found.items() if key.endswith("_s")}
+        steps.append(Step(load, "w", found, slo_misses=tuple(m for s in SLOS if (m := s.miss(found)))))
+    return Launched(of, steps)
+
+
+def off(guess: Any, machine: AnalyticModel, of: ServingConfig, load: float) -> float:
+    key = OBJECTIVE.latency_key
+    return abs(math.log(guess.predict(of, load).metrics[key] / machine.predict(of, load).metrics[key]))
+
+
+def test_two_launches_teach_the_latency_of_what_was_not_launched(machine: AnalyticModel) -> None:
+    before = model(slos=SLOS)
+    assert isinstance(before, Calibratable)
+    factors = calibrate(before, [launched(machine, FEW), launched(machine, config(4))], OBJECTIVE)
+    assert factors["bandwidth_share"] == pytest.approx(0.6, rel=0.2)
+    for other in (config(8), config(2, quantization="fp8"), config(4, kv_cache_dtype="fp8", max_num_seqs=64)):
+        assert off(before, machine, other, HIGH) > 0.25
+        assert off(before.scaled(factors), machine, other, HIGH) < 0.1
+
+
+def test_what_no_launch_says_keeps_its_value(machine: AnalyticModel) -> None:
+    assert calibrate(model(slos=SLOS), [], OBJECTIVE) == {}
+    factors = calibrate(model(slos=SLOS), [launched(machine, FEW)], OBJECTIVE)
+    assert "expert_flops_share" not in factors, "a dense model has no experts"
+    assert factors["eager_kernel_s"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_launch_that_no_constants_explain_does_not_spoil_them(machine: AnalyticModel) -> None:
+    good = [launched(machine, c) for c in (FEW, config(4), config(8))]
+    strange = launched(machine, config(2, max_num_seqs=64), ttft=6.0, tpot=6.0)
+    factors = calibrate(model(slos=SLOS), [*good, strange], OBJECTIVE)
+    assert off(model(slos=SLOS).scaled(factors), machine, config(4, quantization="fp8"), HIGH) < 0.12
+
+
+def test_how_hopelessly_an_slo_was_missed_says_nothing(machine: AnalyticModel) -> None:
+    """A step whose requests were never answered, or one that was ended as saturated, is a miss and no figure."""
+    ordinary = launched(machine, FEW)
+    endless = Step(4.0, "w", {"ttft_p99_s": math.inf, "tpot_p99_s": math.inf}, slo_misses=("ttft_p99 ...",))
+    ended = Step(5.0, "w", {"ttft_p99_s": 0.1, "tpot_p99_s": 0.01}, ("saturated: ...",), stopped_early="saturated: ...")
+    ended = replace(ended, slo_misses=("saturated",))
+    broken = Step(0.3, "w", {"ttft_p99_s": 9.0, "tpot_p99_s": 9.0}, untrusted=("the client lagged",))
+    want = calibrate(model(slos=SLOS), [ordinary], OBJECTIVE)
+    more = Launched(FEW, [*ordinary.steps, endless, ended, broken])
+    found = calibrate(model(slos=SLOS), [more], OBJECTIVE)
+    assert found == pytest.approx(want, rel=0.15)
+
+
+def test_the_first_launches_are_enough(machine: AnalyticModel) -> None:
+    """So that a proposal at the hundredth trial takes no longer."""
+    asked = []
+
+    class Counted:
+        def doubts(self) -> Mapping[str, float]:
+            return {"a": 0.5}
+
+        def scaled(self, factors: Mapping[str, float]) -> Any:
+            return self
+
+        def predict(self, of: ServingConfig, load: float) -> Any:
+            asked.append(of)
+            return machine.predict(FEW, load)
+
+    one = launched(machine, FEW, loads=(LOW,))
+    calibrate(Counted(), [Launched(config(2, max_num_seqs=8 + n), one.steps) for n in range(40)], OBJECTIVE)
+    assert len({id(of) for of in asked}) == LAUNCHES
+
+
+class Slow(Model):
+    """A model whose one constant is off: everything takes ``factor`` as long as it thinks."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(wrong=lambda _p: factor)
+        self.factor = factor
+
+    def doubts(self) -> Mapping[str, float]:
+        return {"pace": 0.5}
+
+    def scaled(self, factors: Mapping[str, float]) -> Slow:
+        return Slow(self.factor * factors.get("pace", 1.0))
+
+
+def test_the_search_goes_on_with_the_constants_that_its_launches_gave() -> None:
+    one = sampler(Slow(2.5))
+    book = study(one)
+    tried = run(book, 4)
+    assert one.factors["pace"] == pytest.approx(1 / 2.5, rel=0.1)
+    row = one.beliefs.index(space().snap(tried[1]))
+    right = Model().predict(space().config(tried[1], "m"), LOADS[0]).metrics["tpot_p99_s"]
+    assert one.foresight.latency[row, 0] == pytest.approx(math.log(right), abs=0.1)
+    assert one.predictor.factor == 2.5, "what was predicted before the launches is what the report compares"
+    assert regret(tried) < regret(run(study(sampler(Model(wrong=lambda _p: 2.5))), 4)) + 1e-9
+    assert objective().latency_key == "tpot_p99_s"
+
+
+def test_a_resumed_search_learns_the_constants_anew() -> None:
+    book = study(sampler(Slow(0.5)))
+    run(book, 3)
+    again = sampler(Slow(0.5))
+    book.sampler = again
+    run(book, 1)
+    assert again.factors["pace"] == pytest.approx(2.0, rel=0.1)
