@@ -60,7 +60,7 @@ class Client:
         self._poll = Poll()
         self._hold = Hold(hold_ns)
         self._pool = Pool(target, addresses, tls, self._poll, self._hold.off)
-        self.open_ahead = self._pool.open_ahead
+        self.open_ahead, self.open_fewer = self._pool.open_ahead, self._pool.open_fewer
         self._streams: dict[int, Stream] = {}  # those in the middle of a response, as little of them as a read needs
         self._busy: dict[int, Connection] = {}
         self._requests: dict[int, bytes] = {}  # for the one retry on a connection that the server had closed

@@ -40,6 +40,10 @@ class Pool:
         """Keeps up to ``count`` connections open in advance, so that no request waits for a handshake."""
         self._spare = min(count, _SPARE_MAX)
 
+    def open_fewer(self, count: int) -> None:
+        """From now on keeps at most ``count`` open in advance."""
+        self._spare = min(self._spare, count)
+
     @property
     def full(self) -> bool:
         """Whether as many are open in advance as are to be."""

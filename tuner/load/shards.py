@@ -29,6 +29,7 @@ from tuner.load.worker import FRAME, LENGTH
 
 CHUNKS_PER_SHARD_PER_S = 20_000.0
 _START_DELAY_NS = 30_000_000
+_HANDSHAKE_NS = 250_000_000  # as long as one may take, TLS and a distant server included
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031  # Linux
 _FEED_REQUESTS = 64
@@ -44,6 +45,12 @@ def shard_count(offsets_s: np.ndarray, output_tokens: np.ndarray, cores: int | N
     per_bin = np.bincount((np.asarray(offsets_s) / 10.0).astype(int), weights=np.asarray(output_tokens))
     wanted = int(np.ceil(float(per_bin.max()) / 10.0 / CHUNKS_PER_SHARD_PER_S))
     return max(1, min(wanted, cores // 2))
+
+
+def most_within(offsets_ns: np.ndarray, span_ns: int) -> int:
+    """How many of the times, which never decrease, lie within a span at the most."""
+    ends = np.searchsorted(offsets_ns, offsets_ns + span_ns)
+    return int((ends - np.arange(len(offsets_ns))).max(initial=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +117,20 @@ class Fleet:
             _widen(process.stdin)
             _widen(process.stdout)
             numbers = range(shard, n, job.shards)
-            soon = sum(1 for i in numbers if job.offsets_ns[i] < 2_000_000_000)
+            offsets_ns = np.asarray(job.offsets_ns[shard :: job.shards], dtype=np.int64)
+            soon = int(np.searchsorted(offsets_ns, 2_000_000_000))
+            burst = most_within(offsets_ns, _HANDSHAKE_NS)
             concurrency = len(range(shard, job.concurrency, job.shards)) if job.concurrency else 0
             headers.append(
                 marshal.dumps(
                     {
                         "numbers": array("q", numbers).tobytes(),
-                        "offsets_ns": array("q", [int(job.offsets_ns[i]) for i in numbers]).tobytes(),
+                        "offsets_ns": offsets_ns.tobytes(),
                         "target": {name: getattr(job.target, name) for name in ("host", "port", "path", "tls")},
                         "addresses": addresses,
                         "timeout_ns": int(job.timeout_s * 1e9),
-                        "spare": concurrency or max(8, min(soon, 256)),
+                        "spare": concurrency or max(8, soon),
+                        "later_spare": concurrency or max(8, burst),
                         "first": min(len(numbers), max(16, soon)),
                         "concurrency": concurrency,
                         "backlog_bytes": job.backlog_bytes,

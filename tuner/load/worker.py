@@ -136,6 +136,7 @@ def main() -> None:
     os.set_blocking(0, False)
     client.open_ahead(header["spare"])
     client.wait_open(time.monotonic_ns() + 1_000_000_000)
+    client.open_fewer(header["later_spare"])
     outbox.emit([])  # ready
     epoch_ns = struct.unpack("<q", _read_exactly(control, 8))[0]
     os.set_blocking(control, False)
