@@ -89,6 +89,7 @@ class Writer:
     api_key: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     forced: bool = True
+    _known: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def request(self, prompt: Sequence[int] | str, output_tokens: int) -> bytes:
         """Head and body for ``prompt`` (token ids, or text), asking for ``output_tokens`` tokens."""
@@ -99,6 +100,17 @@ class Writer:
         return self._head_and_body(text, output_tokens)
 
     def _head_and_body(self, prompt: str, output_tokens: int) -> bytes:
+        chat = self.dialect.route == "chat"
+        # the prompt is written by hand: it is nearly all of the body, and already text
+        key = '"messages":[{"role":"user","content":' + prompt + "}]" if chat else '"prompt":' + prompt
+        body = (self._fields(output_tokens) + key + "}").encode()
+        path = f"{self.target.path}/v1/{'chat/completions' if chat else 'completions'}"
+        return post(self.target, path, body, self.api_key)
+
+    def _fields(self, output_tokens: int) -> str:
+        """The body's beginning: everything but the prompt, which differs by nothing but the output's length."""
+        if (known := self._known.get(output_tokens)) is not None:
+            return known
         dialect = self.dialect
         fields: dict[str, Any] = {"model": dialect.model, "stream": True}
         fields.update(self.sampling)
@@ -111,12 +123,8 @@ class Writer:
         if self.forced and dialect.forced:
             fields["ignore_eos"] = True
             fields["min_tokens"] = output_tokens
-        chat = dialect.route == "chat"
-        # the prompt is written by hand: it is nearly all of the body, and already text
-        key = '"messages":[{"role":"user","content":' + prompt + "}]" if chat else '"prompt":' + prompt
-        body = (json.dumps(fields, separators=(",", ":"))[:-1] + "," + key + "}").encode()
-        path = f"{self.target.path}/v1/{'chat/completions' if chat else 'completions'}"
-        return post(self.target, path, body, self.api_key)
+        text = self._known[output_tokens] = json.dumps(fields, separators=(",", ":"))[:-1] + ","
+        return text
 
 
 def post(target: Target, path: str, body: bytes, api_key: str = "") -> bytes:
