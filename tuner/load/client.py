@@ -23,7 +23,7 @@ from tuner.load.wire import Target
 TICK_NS = 10_000_000
 _FLUSH_TICKS, _FLUSH_BYTES = 10, 200_000
 _READS_BETWEEN_SENDS = 16
-_ROUND_TICKS = 50
+_EVERY_TICKS, _ROUND_TICKS = 100, 50
 _REVIEW_TICKS = 100
 _TOGETHER_NS = 20_000
 _OPEN_PER_TICK = 8
@@ -42,7 +42,7 @@ class Client:
 
     ``take(number)`` gives a request's bytes, or None while they are not there yet (they come in the order of sending).
     ``emit(events)`` is given what happened, every 100 ms; what a response in flight brought is in it when the response
-    has ended, and every 500 ms: a ``known_ns`` says until when all is told. Times are monotonic nanoseconds.
+    has ended, and every second: a ``known_ns`` says until when all is told. Times are monotonic nanoseconds.
     ``hold_ns``: see :class:`Hold`; sends, handshakes and connections without stamps are not held.
     """
 
@@ -122,7 +122,7 @@ class Client:
                 tick_ns += TICK_NS * (1 + (now - tick_ns) // TICK_NS)
                 if ticks % _FLUSH_TICKS == 0 or self._bytes > _FLUSH_BYTES:  # much at once would hold up a request
                     self.flush()
-                if ticks % _ROUND_TICKS == 0:
+                if ticks % _EVERY_TICKS == _ROUND_TICKS:
                     self._round = self._gather_round()
                 if ticks % _REVIEW_TICKS == 0:
                     self._hold.review()
