@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,7 @@ class Fleet:
         self._job = job
         self._processes: list[subprocess.Popen[bytes]] = []
         self._controls: list[int] = []
-        self._buffers: dict[int, bytearray] = {}
+        self._rests: dict[int, bytes] = {}  # by descriptor: the beginning of a batch of which the end has not come
         self._selector = selectors.DefaultSelector()
         self._feeders = [
             threading.Thread(target=self._feed, args=(shard,), name=f"replay-feeder-{shard}", daemon=True)
@@ -143,7 +143,7 @@ class Fleet:
                 raise EnvironmentFault("the client process has no pipes")
             process.stdin.write(LENGTH.pack(len(header)) + header)
             self._selector.register(stdout.fileno(), selectors.EVENT_READ)
-            self._buffers[stdout.fileno()] = bytearray()
+            self._rests[stdout.fileno()] = b""
         for feeder in self._feeders:
             feeder.start()
         self._await_ready()
@@ -152,12 +152,12 @@ class Fleet:
             os.write(control, struct.pack("<q", self.epoch_ns))
 
     def _await_ready(self) -> None:
-        waiting = set(self._buffers)
+        waiting = set(self._rests)
         while waiting:
             for key, _ in self._selector.select(1.0):
-                if any(True for _ in self._read(key.fd)):
+                if self._read(key.fd):
                     waiting.discard(key.fd)
-                elif key.fd not in self._buffers:
+                elif key.fd not in self._rests:
                     raise EnvironmentFault("a client process ended before the replay began", fix="See the lines above")
             if self._feed_error:
                 raise self._feed_error
@@ -196,7 +196,7 @@ class Fleet:
     @property
     def running(self) -> int:
         """Shards that have not ended."""
-        return len(self._buffers)
+        return len(self._rests)
 
     def events(self, timeout_s: float) -> list[Event] | None:
         """What happened since the last call, waiting up to ``timeout_s``; None once every shard has ended.
@@ -205,7 +205,7 @@ class Fleet:
         """
         if self._feed_error:
             raise self._feed_error
-        if not self._buffers:
+        if not self._rests:
             return None
         events: list[Event] = []
         for key, _ in self._selector.select(timeout_s):
@@ -213,22 +213,23 @@ class Fleet:
                 events.extend(batch)
         return events
 
-    def _read(self, fd: int) -> Iterator[list[Event]]:
+    def _read(self, fd: int) -> list[list[Event]]:
+        """The batches that have come since the last time; none at the process's end, too."""
         data = os.read(fd, _PIPE_BYTES)
         if not data:
             self._selector.unregister(fd)
-            del self._buffers[fd]
-            return
-        buffer = self._buffers[fd]
-        buffer += data
-        at = 0
-        while len(buffer) - at >= LENGTH.size:
-            end = at + LENGTH.size + LENGTH.unpack_from(buffer, at)[0]
-            if end > len(buffer):
+            del self._rests[fd]
+            return []
+        data = self._rests[fd] + data
+        at, view, batches = 0, memoryview(data), []
+        while len(data) - at >= LENGTH.size:
+            end = at + LENGTH.size + LENGTH.unpack_from(data, at)[0]
+            if end > len(data):
                 break
-            yield marshal.loads(memoryview(buffer)[at + LENGTH.size : end].tobytes())
+            batches.append(marshal.loads(view[at + LENGTH.size : end]))
             at = end
-        del buffer[:at]
+        self._rests[fd] = data[at:]
+        return batches
 
     def stop(self, code: bytes) -> None:
         """Ends the run: ``c`` cancelled, ``s`` stopped early, ``d`` the server died. Its last events still come."""
@@ -258,7 +259,7 @@ class Fleet:
                     process.stdin.close()
         self._processes.clear()
         self._selector.close()
-        self._buffers.clear()
+        self._rests.clear()
 
 
 def resolve(target: Target) -> list[tuple[int, tuple]]:
