@@ -23,8 +23,7 @@ from tuner.load.wire import Target
 TICK_NS = 10_000_000
 _FLUSH_TICKS, _FLUSH_BYTES = 10, 200_000
 _READS_BETWEEN_SENDS = 16
-_EVERY_TICKS, _ROUND_TICKS = 100, 50
-_REVIEW_TICKS = 100
+_REVIEW_TICKS, _FIRST_REVIEW_TICKS = 100, 20
 _TOGETHER_NS = 20_000
 _OPEN_PER_TICK = 8
 
@@ -122,9 +121,10 @@ class Client:
                 tick_ns += TICK_NS * (1 + (now - tick_ns) // TICK_NS)
                 if ticks % _FLUSH_TICKS == 0 or self._bytes > _FLUSH_BYTES:  # much at once would hold up a request
                     self.flush()
-                if ticks % _EVERY_TICKS == _ROUND_TICKS:
-                    self._round = self._gather_round()
-                if ticks % _REVIEW_TICKS == 0:
+                every = _REVIEW_TICKS if self._hold.settled else _FIRST_REVIEW_TICKS
+                if ticks % every == every // 2:
+                    self._round = self._gather_round(every // 2)
+                if ticks % every == 0:
                     self._hold.review()
                 if reason := stopped():
                     self._abandon(reason)
@@ -244,11 +244,11 @@ class Client:
             self._events.append((READ, connection.number, *connection.gather()))
             self._bytes += len(self._events[-1][-1])
 
-    def _gather_round(self) -> Iterator[None]:
-        """All connections, a part of them each time it is asked: together they would hold up a request."""
+    def _gather_round(self, ticks: int) -> Iterator[None]:
+        """All connections within so many ticks, a part of them each: together they would hold up a request."""
         begun_ns = self._looked_ns
         busy = list(self._busy.values())
-        share = len(busy) // (_ROUND_TICKS - 1) + 1
+        share = len(busy) // (ticks - 1) + 1
         for k, connection in enumerate(busy, start=1):
             self._gather(connection, False)
             if k % share == 0:

@@ -24,17 +24,23 @@ class Hold:
     the p99 of the 500 reads that are looked at together.
     """
 
-    __slots__ = ("_gaps_ns", "_joined", "_most_ns", "_reads", "ns")
+    __slots__ = ("_gaps_ns", "_joined", "_known", "_most_ns", "_reads", "ns")
 
     def __init__(self, ns: int) -> None:
         self.ns = ns
         self._most_ns = LONGEST_NS if ns else 0
         self._reads, self._joined = 0, 0
         self._gaps_ns: list[int] = []
+        self._known = False
 
     def off(self) -> None:
         """No holding from now on."""
         self.ns = self._most_ns = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether it rests on gaps that were seen, or is off."""
+        return self._known or not self._most_ns
 
     @property
     def curious(self) -> bool:
@@ -49,7 +55,7 @@ class Hold:
         self._gaps_ns += [b - a for a, b in pairwise(stamps_ns)]
 
     def review(self) -> None:
-        """Once a second."""
+        """Once a second, oftener until it is settled."""
         if self._joined >= _JOINED_FEW and self._joined > _JOINED_SHARE * self._reads:
             self._most_ns = self.ns // 2 if self.ns > 4 * LEAST_NS else 0
             self.ns = self._most_ns
@@ -60,3 +66,4 @@ class Hold:
             usual_ns = sorted(self._gaps_ns)[len(self._gaps_ns) // 100]
             self.ns = min(self._most_ns, usual_ns // _GAP_SHARE)
             self._gaps_ns.clear()
+            self._known = True
