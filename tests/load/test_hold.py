@@ -81,3 +81,8 @@ def test_it_is_never_longer_than_the_longest_and_off_stays_off(seen):
         after(gap_ns, reads, joined, hold)
         assert 0 <= hold.ns <= LONGEST_NS
         assert after(gap_ns, reads, joined, off).ns == 0
+
+
+def test_it_is_settled_once_it_knows_the_gaps_or_never_holds():
+    assert not Hold(FIRST_NS).settled and not after(20 * MS, reads=100).settled
+    assert after(20 * MS).settled and Hold(0).settled

@@ -6,12 +6,14 @@ import time
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.load.replays import endpoint, plan, poisson, seconds, trace
 from tests.load.stub import stub
 from tuner.load.flight import Tower
 from tuner.load.records import read
-from tuner.load.shards import Fleet, Job, shard_count
+from tuner.load.shards import Fleet, Job, most_within, shard_count
 from tuner.load.step import CLIENT_BEHIND, measure
 from tuner.load.wire import target
 
@@ -150,3 +152,9 @@ def test_a_request_that_cannot_be_made_ends_the_replay_with_its_own_error():
     with pytest.raises(ValueError, match="no text for 0"), Fleet(job) as fleet:
         while fleet.events(0.1) is not None:
             pass
+
+
+@given(st.lists(st.integers(0, 1_000), max_size=30).map(sorted), st.integers(1, 300))
+def test_the_busiest_span_is_found(times, span):
+    every = [sum(begin <= t < begin + span for t in times) for begin in times]
+    assert most_within(np.array(times, dtype=np.int64), span) == max(every, default=0)
