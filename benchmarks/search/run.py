@@ -109,11 +109,15 @@ def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, l
     }
 
 
-def load_surface(name: str) -> Surface:
+def load_surface(name: str) -> Any:
     if name.startswith("silicon"):
         from benchmarks.search.silicon import surface
 
         return surface(int(name.partition(":")[2] or 0))
+    if name.startswith("blind:"):
+        from benchmarks.search.blind import Blind
+
+        return Blind(name.partition(":")[2])
     if name.startswith("abstract:"):
         from benchmarks.search.abstract import surface as abstract
 

@@ -1,0 +1,84 @@
+"""Surfaces of another make: written from the first paragraphs of a brief by somebody who had not seen the search, its
+rules of thumb or the other surfaces (``blind_a``: vLLM on a node, by vLLM's own names; ``blind_b``: an engine with
+invented names, a simulation of queues), and searched as a user's function is: no model, no GPU count, no rules.
+
+    python -m benchmarks.search.run --surfaces blind:a0 blind:a1 blind:a2 blind:b0 blind:b1 blind:b2 --models none
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import tuner
+from tuner.pareto.volume import hypervolume
+from tuner.space.space import Emission, Parameter, SearchSpace
+from tuner.spec.objective import Objective
+from tuner.spec.slo import parse
+from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
+
+
+class Blind:
+    """What :func:`benchmarks.search.run.search` needs of a surface; ``name`` is a letter and a scenario, as ``a0``."""
+
+    start_s, step_s = 90.0, 60.0
+
+    def __init__(self, name: str) -> None:
+        self.name, self.scenario = f"blind:{name}", int(name[1])
+        self.source: Any = importlib.import_module(f"benchmarks.search.blind_{name[0]}")
+        default = self.source.default(self.scenario)
+        self.space = SearchSpace(
+            self.name, "function", tuple(_parameter(n, v, default[n]) for n, v in self.source.space().items())
+        )
+        slos = tuple(parse(f"{key[:-2]}={limit * 1e3:g}ms") for key, limit in self.source.slos(self.scenario).items())
+        self.objective = Objective("blind", "tpot_p99", slos, 2.0)
+        self.loads = tuple(self.source.LOADS)
+        grid = self.source.truth_grid(self.scenario)
+        self._cost, self._latency = np.asarray(grid["cost"]), np.asarray(grid["tpot_p99"])
+        self._holds = np.logical_and.accumulate(np.asarray(grid["ok"]), axis=1) & np.asarray(grid["feasible"])[:, None]
+        cost, latency = self._cost[self._holds], self._latency[self._holds]
+        order, best, self._front = np.lexsort((latency, cost)), np.inf, []
+        for i in order:
+            if latency[i] < best:
+                best = latency[i]
+                self._front.append((float(cost[i]), float(latency[i])))
+        self._worst = (float(cost.max()), float(latency.max()))
+
+    def points(self, params: Mapping[str, Any]) -> list[tuple[float, float, float]]:
+        i = self.source.grid_index(dict(params))
+        return [
+            (load, float(self._cost[i, k]), float(self._latency[i, k]))
+            for k, load in enumerate(self.loads)
+            if self._holds[i, k]
+        ]
+
+    def regret(self, points: Sequence[tuple[float, float]]) -> float:
+        return 1 - hypervolume(points, self._worst, log=True) / hypervolume(self._front, self._worst, log=True)
+
+    def gpus(self, params: Mapping[str, Any]) -> int:
+        return 1
+
+    def launch(
+        self, params: Mapping[str, Any], loads: Sequence[float], rng: np.random.Generator
+    ) -> tuple[Outcome, float]:
+        start_s = float(self.source.launch_s(dict(params), self.scenario))
+        steps = []
+        for load in loads:
+            try:
+                metrics = dict(self.source.measure(dict(params), load, self.scenario, rng))
+            except tuner.Infeasible as error:
+                return Infeasible("engine-died", str(error)), 0.6 * start_s
+            misses = tuple(text for slo in self.objective.slos if (text := slo.miss(metrics)))
+            steps.append(Step(load, "w", metrics, slo_misses=misses))
+            if misses:
+                break
+        return Measured(tuple(steps), Boot(start_s)), start_s + self.step_s * len(steps)
+
+
+def _parameter(name: str, values: Sequence[Any], default: Any) -> Parameter:
+    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    flags = tuple(Emission({name: v}) for v in values)
+    return Parameter(name, tuple(values), flags, default, numeric=numeric, log=numeric and min(values) > 0)
