@@ -139,3 +139,13 @@ def test_a_resumed_search_learns_the_constants_anew() -> None:
     book.sampler = again
     run(book, 1)
     assert again.factors["pace"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_process_that_takes_up_a_long_study_does_not_ask_the_model_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.search.sampler.LONG", 2)
+    book = study(sampler(Slow(0.5)))
+    run(book, 3)
+    again = sampler(Slow(0.5))
+    book.sampler = again
+    run(book, 1)
+    assert again.factors == {}

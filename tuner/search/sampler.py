@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+LONG = 3 * LAUNCHES
 NEWS = 0.05  # log units by which a constant moves before the model is asked again
 MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
 
@@ -197,11 +198,12 @@ class TunerSampler(BaseSampler):
         return shortlist[best], Proposal(reason, self.expected_gain)
 
     def _calibrate(self, readings: Sequence[Reading]) -> None:
-        """The model's constants from the launches, where it says which it doubts."""
+        """The model's constants from the launches, where it says which it doubts. A process that takes up a long study
+        leaves them: so many launches have said what the model gets wrong, and asking it anew takes seconds."""
         if not isinstance(self.predictor, Calibratable):
             return
         outcomes = [(r.seen.params, r.seen.outcome) for r in readings if isinstance(r.seen.outcome, Measured)]
-        if min(len(outcomes), LAUNCHES) == self._learnt_from:
+        if min(len(outcomes), LAUNCHES) == self._learnt_from or (not self._learnt_from and len(outcomes) > LONG):
             return
         self._learnt_from = min(len(outcomes), LAUNCHES)
         launches = [Launched(self.space.config(params, self.foresight.model), o.steps) for params, o in outcomes]
