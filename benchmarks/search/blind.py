@@ -2,7 +2,7 @@
 rules of thumb or the other surfaces (``blind_a``: vLLM on a node, by vLLM's own names; ``blind_b``: an engine with
 invented names, a simulation of queues), and searched as a user's function is: no model, no GPU count, no rules.
 
-    python -m benchmarks.search.run --surfaces blind:a0 blind:a1 blind:a2 blind:b0 blind:b1 blind:b2 --models none
+    python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
 
 
 class Blind:
-    """What :func:`benchmarks.search.run.search` needs of a surface; ``name`` is a letter and a scenario, as ``a0``."""
+    """What :func:`benchmarks.search.run.search` needs of a surface; ``name``: module and scenario, as ``blind_a:0``."""
 
     start_s, step_s = 90.0, 60.0
 
     def __init__(self, name: str) -> None:
-        self.name, self.scenario = f"blind:{name}", int(name[1])
-        self.source: Any = importlib.import_module(f"benchmarks.search.blind_{name[0]}")
+        module, _, scenario = name.partition(":")
+        self.name, self.scenario = name, int(scenario)
+        self.source: Any = importlib.import_module(f"benchmarks.search.{module}")
         default = self.source.default(self.scenario)
         self.space = SearchSpace(
             self.name, "function", tuple(_parameter(n, v, default[n]) for n, v in self.source.space().items())

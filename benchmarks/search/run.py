@@ -114,10 +114,10 @@ def load_surface(name: str) -> Any:
         from benchmarks.search.silicon import surface
 
         return surface(int(name.partition(":")[2] or 0))
-    if name.startswith("blind:"):
+    if name.startswith("blind_"):
         from benchmarks.search.blind import Blind
 
-        return Blind(name.partition(":")[2])
+        return Blind(name)
     if name.startswith("abstract:"):
         from benchmarks.search.abstract import surface as abstract
 
