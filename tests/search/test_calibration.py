@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.search.problem import LOADS, Model, objective, run, space, study
@@ -67,7 +68,7 @@ def test_what_no_launch_says_keeps_its_value(machine: AnalyticModel) -> None:
 
 def test_a_launch_that_no_constants_explain_does_not_spoil_them(machine: AnalyticModel) -> None:
     good = [launched(machine, c) for c in (FEW, config(4), config(8))]
-    strange = launched(machine, config(2, max_num_seqs=64), ttft=6.0, tpot=6.0)
+    strange = launched(machine, config(2, max_num_seqs=64), ttft=0.1, tpot=0.1)
     factors = calibrate(model(slos=SLOS), [*good, strange], OBJECTIVE)
     assert off(model(slos=SLOS).scaled(factors), machine, config(4, quantization="fp8"), HIGH) < 0.12
 
@@ -78,7 +79,9 @@ def test_how_hopelessly_an_slo_was_missed_says_nothing(machine: AnalyticModel) -
     endless = Step(4.0, "w", {"ttft_p99_s": math.inf, "tpot_p99_s": math.inf}, slo_misses=("ttft_p99 ...",))
     ended = Step(5.0, "w", {"ttft_p99_s": 0.1, "tpot_p99_s": 0.01}, ("saturated: ...",), stopped_early="saturated: ...")
     ended = replace(ended, slo_misses=("saturated",))
-    broken = Step(0.3, "w", {"ttft_p99_s": 9.0, "tpot_p99_s": 9.0}, untrusted=("the client lagged",))
+    broken = Step(
+        0.3, "w", {"ttft_p99_s": 1e-3, "tpot_p99_s": 1e-4}, ("ttft_p99 ...",), untrusted=("the client lagged",)
+    )
     want = calibrate(model(slos=SLOS), [ordinary], OBJECTIVE)
     more = Launched(FEW, [*ordinary.steps, endless, ended, broken])
     found = calibrate(model(slos=SLOS), [more], OBJECTIVE)
@@ -127,6 +130,8 @@ def test_the_search_goes_on_with_the_constants_that_its_launches_gave() -> None:
     row = one.beliefs.index(space().snap(tried[1]))
     right = Model().predict(space().config(tried[1], "m"), LOADS[0]).metrics["tpot_p99_s"]
     assert one.foresight.latency[row, 0] == pytest.approx(math.log(right), abs=0.1)
+    level = np.mean(one.foresight.latency[: len(one.candidates.params)])
+    assert one.beliefs.sources.mean("latency") == pytest.approx(level, abs=1e-6)
     assert one.predictor.factor == 2.5, "what was predicted before the launches is what the report compares"
     assert regret(tried) < regret(run(study(sampler(Model(wrong=lambda _p: 2.5))), 4)) + 1e-9
     assert objective().latency_key == "tpot_p99_s"
