@@ -72,7 +72,8 @@ class TunerSampler(BaseSampler):
     or folder (it goes into serving configs); ``cost`` a first estimate of a launch's seconds, replaced by what launches
     really took; ``earlier`` studies to start warm from.
 
-    ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share.
+    ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share;
+    ``factors`` are what the launches put on the model's constants.
     """
 
     def __init__(
