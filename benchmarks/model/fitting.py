@@ -17,10 +17,8 @@ from rows import Row
 from scipy.optimize import least_squares
 
 from tuner.search.model.closed_loop import ClosedLoop, predict_closed_loop
-from tuner.search.model.constants import Constants, Host
+from tuner.search.model.constants import HOST, SHARED, Constants, Host
 
-_SHARED = ("bandwidth_share", "flops_share", "expert_flops_share", "attention_share", "link_share", "kernel_s")
-_HOST = ("step_s", "sequence_s", "request_s", "eager_kernel_s")
 _ENGINES = ("vllm", "sglang")
 _ANY_HOST = Host(step_s=0.5e-3, sequence_s=10e-6, request_s=20e-3, eager_kernel_s=15e-6)
 NEUTRAL = Constants(0.8, 0.6, 0.3, 0.4, 0.6, 5e-6, {"vllm": _ANY_HOST, "sglang": _ANY_HOST})
@@ -51,14 +49,14 @@ def fit(rows: Sequence[Row], start: Constants = NEUTRAL, prior: float = 0.5) -> 
         return np.concatenate(((x - first) / prior, weight * error[:, 1] / 0.1, weight * error[:, 0] / 0.5))
 
     bounds = (first - np.log(20), first + np.log(20))
-    bounds[1][: len(_SHARED) - 1] = np.log(0.98)  # shares
+    bounds[1][: len(SHARED) - 1] = np.log(0.98)  # shares
     solution = least_squares(residuals, first, bounds=bounds, loss="soft_l1", diff_step=0.02, max_nfev=10).x
     constants = from_vector(solution)
     present = {row.engine for row in rows}
     if absent := [engine for engine in _ENGINES if engine not in present]:
         other = next(constants.hosts[e] for e in _ENGINES if e in present)
         hosts = {**constants.hosts, **dict.fromkeys(absent, other)}
-        constants = Constants(**{name: getattr(constants, name) for name in _SHARED}, hosts=hosts)
+        constants = Constants(**{name: getattr(constants, name) for name in SHARED}, hosts=hosts)
     return constants
 
 
@@ -71,12 +69,12 @@ def _thinned(rows: Sequence[Row], most: int = 30) -> list[Row]:
 
 
 def to_vector(constants: Constants) -> np.ndarray:
-    hosts = [getattr(constants.host(engine), name) for engine in _ENGINES for name in _HOST]
-    return np.log([*(getattr(constants, name) for name in _SHARED), *hosts])
+    hosts = [getattr(constants.host(engine), name) for engine in _ENGINES for name in HOST]
+    return np.log([*(getattr(constants, name) for name in SHARED), *hosts])
 
 
 def from_vector(x: np.ndarray) -> Constants:
     values = [float(v) for v in np.exp(x)]
-    shared, rest = values[: len(_SHARED)], values[len(_SHARED) :]
-    hosts = {e: Host(*rest[i * len(_HOST) : (i + 1) * len(_HOST)]) for i, e in enumerate(_ENGINES)}
-    return Constants(**dict(zip(_SHARED, shared, strict=True)), hosts=hosts)
+    shared, rest = values[: len(SHARED)], values[len(SHARED) :]
+    hosts = {e: Host(*rest[i * len(HOST) : (i + 1) * len(HOST)]) for i, e in enumerate(_ENGINES)}
+    return Constants(**dict(zip(SHARED, shared, strict=True)), hosts=hosts)

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 import tuner
+from benchmarks.search.surface import parameter
 from tuner.pareto.volume import hypervolume
-from tuner.space.space import Emission, Parameter, SearchSpace
+from tuner.search.scan import nondominated
+from tuner.space.space import Parameter, SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.slo import parse
 from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
@@ -31,22 +33,17 @@ class Blind:
         self.name, self.scenario = name, int(scenario)
         self.source: Any = importlib.import_module(f"benchmarks.search.{module}")
         default = self.source.default(self.scenario)
-        self.space = SearchSpace(
-            self.name, "function", tuple(_parameter(n, v, default[n]) for n, v in self.source.space().items())
-        )
+        made = tuple(_parameter(n, v, default[n]) for n, v in self.source.space().items())
+        self.space = SearchSpace(self.name, "function", made)
         slos = tuple(parse(f"{key[:-2]}={limit * 1e3:g}ms") for key, limit in self.source.slos(self.scenario).items())
         self.objective = Objective("blind", "tpot_p99", slos, 2.0)
         self.loads = tuple(self.source.LOADS)
-        grid = self.source.truth_grid(self.scenario)
-        self._cost, self._latency = np.asarray(grid["cost"]), np.asarray(grid["tpot_p99"])
-        self._holds = np.logical_and.accumulate(np.asarray(grid["ok"]), axis=1) & np.asarray(grid["feasible"])[:, None]
-        cost, latency = self._cost[self._holds], self._latency[self._holds]
-        order, best, self._front = np.lexsort((latency, cost)), np.inf, []
-        for i in order:
-            if latency[i] < best:
-                best = latency[i]
-                self._front.append((float(cost[i]), float(latency[i])))
-        self._worst = (float(cost.max()), float(latency.max()))
+        runs, self._cost, self._latency, ok = self.source.truth_grid(self.scenario)
+        self._holds = np.logical_and.accumulate(ok, axis=1) & runs[:, None]
+        points = np.column_stack([self._cost[self._holds], self._latency[self._holds]])
+        self._worst = (float(points[:, 0].max()), float(points[:, 1].max()))
+        front = [(float(cost), float(latency)) for cost, latency in nondominated(points)]
+        self._whole = hypervolume(front, self._worst, log=True)
 
     def points(self, params: Mapping[str, Any]) -> list[tuple[float, float, float]]:
         i = self.source.grid_index(dict(params))
@@ -57,7 +54,7 @@ class Blind:
         ]
 
     def regret(self, points: Sequence[tuple[float, float]]) -> float:
-        return 1 - hypervolume(points, self._worst, log=True) / hypervolume(self._front, self._worst, log=True)
+        return 1 - hypervolume(points, self._worst, log=True) / self._whole
 
     def gpus(self, params: Mapping[str, Any]) -> int:
         return 1
@@ -81,5 +78,4 @@ class Blind:
 
 def _parameter(name: str, values: Sequence[Any], default: Any) -> Parameter:
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    flags = tuple(Emission({name: v}) for v in values)
-    return Parameter(name, tuple(values), flags, default, numeric=numeric, log=numeric and min(values) > 0)
+    return parameter(name, *values, default=default, numeric=numeric, log=numeric and min(values) > 0)

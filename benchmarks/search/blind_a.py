@@ -1,18 +1,16 @@
 """A synthetic response surface: vLLM on one node of up to 8 GPUs (roofline, continuous batching, queues at open-loop
 load).
 
-Every number is computed on columns (numpy arrays over configurations x loads); ``truth`` on one configuration uses the
-same core, or the grid of its scenario once ``truth_grid(scenario)`` was called (then a look-up).
+Every number is computed on columns (numpy arrays over configurations x loads), for the whole grid of a scenario at
+once; ``truth`` of one configuration is a look-up.
 """
 
 import functools
 import hashlib
-import itertools
 import math
 
 import numpy as np
 
-SCENARIOS = 3
 LOADS = [0.25, 0.5, 1.0, 1.6, 2.5, 4.0, 6.0]
 NOISE, LUCK = 0.05, 0.04
 WINDOW_S = 120.0
@@ -31,10 +29,9 @@ _SPACE = {
     "enforce_eager": [False, True],
 }
 
-# n_gb: bf16 weights; p_act: billions of parameters active per token; kv_b: bytes of KV per token, bf16; heads: KV
-# heads;
-# bus: GB/s of an all-reduce; alpha: seconds per all-reduce by log2(tp); rate: requests/s at load 1; pool: tokens of
-# hot prefixes
+# n_gb: bf16 weights; p_act: billions of parameters active per token; kv_b: bytes of KV per token, bf16; heads: of KV;
+# bus: GB/s of an all-reduce; alpha: seconds per all-reduce by log2(tp); rate: requests/s at load 1; pool: tokens of hot
+# prefixes
 _S = [
     dict(
         name="8B dense, 8 x L40S, chat",
@@ -346,6 +343,7 @@ def _evaluate(c, load, s):
     )
 
 
+@functools.cache
 def _compute(scenario):
     sizes = [len(v) for v in _SPACE.values()]
     n = math.prod(sizes)
@@ -363,23 +361,11 @@ def _compute(scenario):
     return crash, metrics, ok
 
 
-@functools.cache
-def _grid(scenario):
-    return _compute(scenario)
-
-
 def truth_grid(scenario):
-    """Arrays in the order of itertools.product over space(): runs (N,), cost, tpot_p99, ok (N, L) and the metrics."""
-    crash, metrics, ok = _grid(scenario)
-    return dict(
-        feasible=~crash,
-        crash=crash,
-        cost=metrics["cost_usd_per_mtok_output"],
-        tpot_p99=metrics["tpot_p99_s"],
-        ttft_p99=metrics["ttft_p99_s"],
-        ok=ok,
-        metrics=metrics,
-    )
+    """Which configurations run (N,), and at every load of the ladder cost, TPOT p99 and whether the SLOs hold (N, L),
+    in the order of itertools.product over space()."""
+    crash, metrics, ok = _compute(scenario)
+    return ~crash, metrics["cost_usd_per_mtok_output"], metrics["tpot_p99_s"], ok
 
 
 def grid_index(config):
@@ -389,24 +375,12 @@ def grid_index(config):
     return at
 
 
-def configs():
-    return (dict(zip(_SPACE, v, strict=True)) for v in itertools.product(*_SPACE.values()))
-
-
 def _single(config):
     return _columns({n: np.array([v.index(config[n])]) for n, v in _SPACE.items()})
 
 
-def truth_direct(config, load, scenario):
-    with np.errstate(all="ignore"):
-        crash, metrics, _ = _evaluate(_single(config), np.array([float(load)]), _S[scenario])
-    return None if crash[0] else {m: float(v[0, 0]) for m, v in metrics.items()}
-
-
 def truth(config, load, scenario):
-    if load not in LOADS:
-        return truth_direct(config, load, scenario)
-    crash, metrics, _ = _grid(scenario)
+    crash, metrics, _ = _compute(scenario)
     i, j = grid_index(config), LOADS.index(load)
     return None if crash[i] else {m: float(v[i, j]) for m, v in metrics.items()}
 

@@ -12,11 +12,9 @@ of arrivals, 36 ticks of 5 s, with feedback between the pools. Things its users 
 
 import functools
 import hashlib
-import itertools
 
 import numpy as np
 
-SCENARIOS = 3
 LOADS = [0.3, 0.6, 1.0, 1.7, 2.8, 4.5]
 NOISE, LUCK = 0.05, 0.04
 TICKS, TICK_S = 36, 5.0
@@ -437,14 +435,7 @@ def reason(config, scenario):
     return next((text for mask, text in Deck(_index(config), WORLDS[scenario]).rules() if mask[0, 0]), None)
 
 
-def truth_direct(config, load, scenario):
-    deck = Deck(_index(config), WORLDS[scenario])
-    if any(mask[0, 0] for mask, _ in deck.rules()):
-        return None
-    with np.errstate(all="ignore"):
-        return {k: float(v[0, 0]) for k, v in simulate(deck, np.array([float(load)])).items()}
-
-
+@functools.cache
 def _compute(scenario):
     w, total = WORLDS[scenario], int(np.prod(SHAPE))
     every = np.stack(np.unravel_index(np.arange(total), SHAPE), axis=1)
@@ -464,27 +455,11 @@ def _compute(scenario):
     return crash[:, 0], metrics, ok
 
 
-@functools.cache
-def _table(scenario):
-    return _compute(scenario)
-
-
 def truth_grid(scenario):
-    """Arrays in the order of itertools.product over space(): runs (N,), cost, tpot_p99, ok (N, L) and the metrics."""
-    crash, metrics, ok = _table(scenario)
-    return {
-        "feasible": ~crash,
-        "crash": crash,
-        "cost": metrics["cost_usd_per_mtok_output"],
-        "tpot_p99": metrics["tpot_p99_s"],
-        "ttft_p99": metrics["ttft_p99_s"],
-        "ok": ok,
-        "metrics": metrics,
-    }
-
-
-def configs():
-    return (dict(zip(NAMES, v, strict=True)) for v in itertools.product(*PARAMETERS.values()))
+    """Which configurations run (N,), and at every load of the ladder cost, TPOT p99 and whether the SLOs hold (N, L),
+    in the order of itertools.product over space()."""
+    crash, metrics, ok = _compute(scenario)
+    return ~crash, metrics["cost_usd_per_mtok_output"], metrics["tpot_p99_s"], ok
 
 
 def grid_index(config):
@@ -492,10 +467,8 @@ def grid_index(config):
 
 
 def truth(config, load, scenario):
-    """On the ladder a look-up (the first call of a scenario simulates its whole grid), off it a simulation."""
-    if load not in LOADS:
-        return truth_direct(config, load, scenario)
-    crash, metrics, _ = _table(scenario)
+    """A look-up (the first call of a scenario simulates its whole grid)."""
+    crash, metrics, _ = _compute(scenario)
     row, col = grid_index(config), LOADS.index(load)
     return None if crash[row] else {k: float(v[row, col]) for k, v in metrics.items()}
 

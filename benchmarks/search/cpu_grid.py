@@ -1,7 +1,7 @@
 """The search on a real server's own exhaustive grid: every configuration of a small space was measured once on a CPU
 vLLM, and searches are replayed on that table.
 
-    tuner tune benchmarks/search/cpu_grid.yaml                  # ``sampler: grid``: an hour or less
+    tuner tune benchmarks/search/cpu_grid.yaml                  # ``sampler: grid``: twenty minutes
     python -m benchmarks.search.cpu_grid table STUDY_FOLDER
     python -m benchmarks.search.cpu_grid replay --seeds 20      # regret after 6 launches, ours and TPE
 

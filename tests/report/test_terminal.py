@@ -50,6 +50,7 @@ def test_the_data_is_strict_json_and_carries_intervals(made):
     data = json.loads(json.dumps(front_data(*made), allow_nan=False))
     assert [p["trial"] for p in data["front"]] == [1]
     assert data["front"][0]["cost_usd_per_mtok_output_95"][0] < data["front"][0]["cost_usd_per_mtok_output"]
+    assert data["front"][0]["output_tokens_per_s"] == data["front"][0]["goodput_output_tokens_per_s"] == 2000
     assert data["recommended"]["changes"] == {"max-num-batched-tokens": 8192}
     assert data["cost_change"]["relative"] == pytest.approx(-0.5) and data["cost_change"]["proven"] is True
     assert data["failures"] == {"oom-kv": 1}

@@ -15,7 +15,7 @@ import numpy as np
 
 from tuner.load.records import ABSENT, Records, read
 from tuner.measure import quantile
-from tuner.measure.window import Window, window
+from tuner.measure.window import Window, warm_end_ns, window
 from tuner.spec.slo import Slo
 
 _BATCHES = 20
@@ -66,14 +66,14 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     _describe_itl(Gaps(records, measured), _stats("itl", slos, quantiles), metrics, intervals)
     if span.duration_s > 0:
         good = is_good(records, slos)
-        _rates(throughputs(records, span), span.duration_s, metrics, intervals)
-        asked = replace(span, start_ns=min(int(float(records.meta.get("warmup_s", 0.0)) * 1e9), span.start_ns))
+        came, good_came = throughputs(records, span, np.ones(len(records), dtype=bool), good)
+        _rates("", came, span.duration_s, metrics, intervals)
+        asked = replace(span, start_ns=min(warm_end_ns(records), span.start_ns))
         if _promptly(records, slos, asked):
             counts, metrics["goodput_window_s"] = goodputs(records, asked, good)
-            _rates(counts, metrics["goodput_window_s"], metrics, intervals)
+            _rates("goodput_", counts, metrics["goodput_window_s"], metrics, intervals)
         else:
-            served = throughputs(records, span, good)
-            _rates({f"goodput_{k}": v for k, v in served.items()}, span.duration_s, metrics, intervals)
+            _rates("goodput_", good_came, span.duration_s, metrics, intervals)
     return metrics, intervals
 
 
@@ -234,36 +234,36 @@ def output_share(records: Records, measured: np.ndarray) -> float:
     return float(records.columns["output_tokens"][whole].sum() / max(1, records.columns["wanted_tokens"][whole].sum()))
 
 
-def throughputs(records: Records, span: Window, of: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """What left the server in the window, (20,) counts over equal parts of it, by the metric's name; of the requests
-    ``of``, (n,) bool, alone where they are given.
+def throughputs(records: Records, span: Window, *many: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """What left the server in the window, (20,) counts over equal parts of it, by the metric's name; for each of
+    ``many`` sets of requests, (n,) bool, in one pass over the tokens.
 
     An output token counts when it arrives, a prompt when its first token arrives, a request when it ends.
     """
     c = records.columns
     edges = np.linspace(span.start_ns, span.end_ns, _BATCHES + 1)
-    of = np.ones(len(records), dtype=bool) if of is None else of
-    ended, started = of & _whole(records), of & (c["first_token_ns"] != ABSENT)
-    output = np.zeros(_BATCHES)
+    output = np.zeros((len(many), _BATCHES))
     for rows, token_ns, offsets in records.tokens():
-        output += np.histogram(token_ns[np.repeat(of[rows], np.diff(offsets))], edges)[0]
-    prompts = np.histogram(c["first_token_ns"][started], edges, weights=_prompts(records)[started])[0]
-    return {
-        "requests_per_s": np.histogram(c["last_token_ns"][ended], edges)[0].astype(float),
-        "output_tokens_per_s": output,
-        "total_tokens_per_s": prompts + output,
-    }
+        for counts, of in zip(output, many, strict=True):
+            counts += np.histogram(token_ns[np.repeat(of[rows], np.diff(offsets))], edges)[0]
+    found = []
+    for counts, of in zip(output, many, strict=True):
+        ended, started = of & _whole(records), of & (c["first_token_ns"] != ABSENT)
+        prompts = np.histogram(c["first_token_ns"][started], edges, weights=_prompts(records)[started])[0]
+        requests = np.histogram(c["last_token_ns"][ended], edges)[0].astype(float)
+        found.append(_named(requests, counts, prompts))
+    return found
 
 
 def goodputs(records: Records, span: Window, good: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
     """What the good requests brought, (20,) counts by when they were asked for, and in how many seconds it was served.
 
-    ``span`` begins with the end of the warm-up. A server that keeps up brings
-    what it is asked for, however long a response takes; what happens to arrive in a window as short as a few responses
-    is another number for every configuration. A server that does not keep up lets requests wait ever longer: by as much
-    as the last tenth waited longer for a first token than the first tenth (medians, five requests at the least) the
-    traffic took longer to serve than to arrive. A twentieth of the window is nothing: bursts do that. Infinite waits
-    count as the longest finite one.
+    ``span`` begins with the end of the warm-up. A server that keeps up brings what it is asked for, however long a
+    response takes; what happens to arrive in a window as short as a few responses is another number for every
+    configuration. A server that does not keep up lets requests wait ever longer: by as much as the last tenth waited
+    longer for a first token than the first tenth (medians, five requests at the least) the traffic took longer to
+    serve than to arrive. A twentieth of the window is nothing: bursts do that. Infinite waits count as the longest
+    finite one.
     """
     c = records.columns
     chosen = is_measured(records, span)
@@ -277,12 +277,8 @@ def goodputs(records: Records, span: Window, good: np.ndarray) -> tuple[dict[str
     edges = np.linspace(span.start_ns, span.end_ns, _BATCHES + 1)
     chosen = chosen & good
     asked = c["intended_ns"][chosen]
-    output = c["output_tokens"][chosen].astype(float)
-    counts = {
-        "goodput_requests_per_s": np.histogram(asked, edges)[0].astype(float),
-        "goodput_output_tokens_per_s": np.histogram(asked, edges, weights=output)[0],
-        "goodput_total_tokens_per_s": np.histogram(asked, edges, weights=output + _prompts(records)[chosen])[0],
-    }
+    brought = (np.ones(len(asked)), c["output_tokens"][chosen].astype(float), _prompts(records)[chosen])
+    counts = _named(*(np.histogram(asked, edges, weights=each)[0] for each in brought))
     return counts, span.duration_s + max(grown - 0.05 * span.duration_s, 0.0)
 
 
@@ -301,10 +297,16 @@ def _prompts(records: Records) -> np.ndarray:
     return np.where(c["prompt_tokens"] != ABSENT, c["prompt_tokens"], c["input_tokens"]).astype(float)
 
 
-def _rates(counts: Mapping[str, np.ndarray], seconds: float, metrics: Metrics, intervals: Intervals) -> None:
+def _named(requests: np.ndarray, output: np.ndarray, prompts: np.ndarray) -> dict[str, np.ndarray]:
+    return {"requests_per_s": requests, "output_tokens_per_s": output, "total_tokens_per_s": prompts + output}
+
+
+def _rates(
+    prefix: str, counts: Mapping[str, np.ndarray], seconds: float, metrics: Metrics, intervals: Intervals
+) -> None:
     for name, per_batch in counts.items():
-        metrics[name] = float(per_batch.sum()) / seconds
-        intervals[name] = _batch_means(per_batch / (seconds / _BATCHES))
+        metrics[prefix + name] = float(per_batch.sum()) / seconds
+        intervals[prefix + name] = _batch_means(per_batch / (seconds / _BATCHES))
 
 
 def _offered(measured: np.ndarray, duration_s: float) -> float:

@@ -40,7 +40,7 @@ def window(records: Records) -> Window:
     if not len(records):
         return Window(0, 0)
     last_ns = int(c["intended_ns"].max())
-    warm_ns = min(int(float(records.meta.get("warmup_s", 0.0)) * 1e9), last_ns)
+    warm_ns = min(warm_end_ns(records), last_ns)
     start_ns = _ramp_end(c["sent_ns"], c["end_ns"], warm_ns, last_ns)
     ended = c["end_ns"] != ABSENT
     whole = ended & (c["error"] == "")
@@ -48,6 +48,11 @@ def window(records: Records) -> Window:
     if last_ns - start_ns <= mean_ns:
         last_ns = max(last_ns, int(c["end_ns"][ended].max()) if ended.any() else last_ns)
     return Window(start_ns, last_ns)
+
+
+def warm_end_ns(records: Records) -> int:
+    """When the warm-up ends, in nanoseconds after the replay's start."""
+    return int(float(records.meta.get("warmup_s", 0.0)) * 1e9)
 
 
 def _ramp_end(sent_ns: np.ndarray, end_ns: np.ndarray, warm_ns: int, last_ns: int) -> int:

@@ -12,7 +12,7 @@ from tuner.pareto.front import COST, Point
 from tuner.report.summary import Summary, clean, kind, label, ms, spread, summarize, why
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Step, to_dict
-from tuner.study.price import GOODPUT
+from tuner.study.price import GOODPUT, OUTPUT
 from tuner.study.store import Store, TrialRecord
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ def _point_data(s: Summary, p: Point) -> dict[str, Any]:
         f"{COST}_95": p.cost_interval,
         s.study.objective.latency_key: p.latency,
         f"{s.study.objective.latency_key}_95": p.latency_interval,
+        OUTPUT: p.metrics.get(OUTPUT),
         GOODPUT: p.metrics.get(GOODPUT),
         "baseline": p.baseline,
         "role": p.role,

@@ -1,7 +1,7 @@
 """The analytic model's constants, learnt from the launches: how much of the data sheet this machine really gives.
 
-A model whose formulas are right and whose constants are not errs everywhere in the same few directions. Four launches
-say of a dozen constants what no surrogate would learn of a dozen parameters. The constants are those of highest
+A model whose formulas are right and whose constants are not errs everywhere in the same few directions, which a few
+launches show. The constants are those of highest
 posterior density: log-normal priors around their values, launches that err by what all of a launch's steps share and by
 noise (a calibration with a model discrepancy, Kennedy and O'Hagan 2001, J. R. Statist. Soc. B 63(3)), found by
 Gauss-Newton; a launch that no constants explain counts less (Huber's loss, by reweighting: Huber 1964, Ann. Math.
@@ -50,7 +50,7 @@ class Calibratable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """One launch: its serving config and its trusted steps."""
+    """One launch: its serving config and its steps."""
 
     config: ServingConfig
     steps: Sequence[Step]
@@ -109,15 +109,12 @@ class _Group:
     def scale(self) -> float:
         return WAITING if self.metric.startswith("ttft") else 1.0
 
-    def clipped(self, values: Array) -> Array:
-        return np.minimum(values, self.ceiling)
-
 
 def _groups(launches: Sequence[Launched], objective: Objective) -> list[_Group]:
     limits = {s.key: math.log(s.limit) for s in objective.slos if s.latency}
     found = []
     for launch in launches:
-        steps = [s for s in launch.steps if not s.untrusted and (s.ok or s.slo_misses)]
+        steps = [s for s in launch.steps if not s.untrusted]
         for metric in dict.fromkeys((objective.latency_key, *limits, COST_KEY)):
             ceiling = limits.get(metric, math.inf) + BEYOND
             kept = [s for s in steps if metric in s.metrics and (metric in limits or s.ok)]
@@ -130,7 +127,7 @@ def _groups(launches: Sequence[Launched], objective: Objective) -> list[_Group]:
     return found
 
 
-def _off(model: Calibratable, names: Sequence[str], theta: Array, groups: Sequence[_Group]) -> list[Array]:
+def _off(model: Calibratable, names: Sequence[str], theta: np.ndarray, groups: Sequence[_Group]) -> list[Array]:
     """Measured minus predicted per group, in units of its scale; 0 where the model has no answer."""
     scaled = model.scaled({n: math.exp(t) for n, t in zip(names, theta.tolist(), strict=True)})
     asked: dict[tuple[int, float], Mapping[str, float]] = {}
@@ -144,7 +141,7 @@ def _off(model: Calibratable, names: Sequence[str], theta: Array, groups: Sequen
                 asked[key] = answer.metrics if answer.fits else {}
             value = asked[key].get(g.metric, math.nan)
             values[i] = math.log(value) if 0 < value < math.inf else math.nan
-        off = g.measured - g.clipped(values)
+        off = g.measured - np.minimum(values, g.ceiling)
         found.append(np.where(np.isfinite(off), off, 0.0) / g.scale)
     return found
 
@@ -152,7 +149,7 @@ def _off(model: Calibratable, names: Sequence[str], theta: Array, groups: Sequen
 def _slopes(
     model: Calibratable,
     names: Sequence[str],
-    theta: Array,
+    theta: np.ndarray,
     groups: Sequence[_Group],
     off: Sequence[Array],
     felt: Sequence[int],
@@ -183,7 +180,7 @@ def _weight(off: Array) -> float:
     return min(1.0, HUBER / math.sqrt(_distance(off) / len(off) + 1e-12))
 
 
-def _loss(off: Sequence[Array], theta: Array, sds: Array) -> float:
+def _loss(off: Sequence[Array], theta: np.ndarray, sds: np.ndarray) -> float:
     found = 0.5 * float(((theta / sds) ** 2).sum())
     for r in off:
         far = math.sqrt(_distance(r) / len(r))

@@ -67,9 +67,8 @@ class Foresight:
     def recall(self, predictor: Predictor) -> None:
         """Takes a model whose constants were learnt anew: everything is asked again."""
         self.predictor = predictor
-        width = len(self.loads)
-        self.gpus, self.capacity, self.kv_tokens, self.short_bytes = (np.zeros(0) for _ in range(4))
-        self.cost, self.latency = np.zeros((0, width)), np.zeros((0, width))
+        self.gpus = self.capacity = self.kv_tokens = self.short_bytes = np.zeros(0)
+        self.cost = self.latency = np.zeros((0, 0))
         self.look()
 
     def _ask(self, config: ServingConfig) -> tuple[float, float, float, float, list[float], list[float]]:

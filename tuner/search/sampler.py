@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-LONG = 3 * LAUNCHES
+LONG = 3 * LAUNCHES  # launches of a study whose resumption leaves the model's constants alone
 NEWS = 0.05  # log units by which a constant moves before the model is asked again
 MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
 
@@ -111,7 +111,8 @@ class TunerSampler(BaseSampler):
 
     @ONE_THREAD
     def model_error(self, study: Study) -> ModelError:
-        """How wrong the analytic model was on what was measured so far, and the weight it is left with."""
+        """How wrong the analytic model, with the constants that it has by now, is on what was measured so far, and the
+        weight that it is left with."""
         readings = [read_outcome(s, self.objective, self.loads) for s in read(study, self.space)]
         if not self.beliefs.fitted and any(r.capacity is not None for r in readings):
             self.beliefs.learn(readings, self.seed)

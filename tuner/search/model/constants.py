@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,6 @@ class Host:
     sequence_s: float
     request_s: float
     eager_kernel_s: float
-
-
-_HOST = Host.__slots__
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +47,25 @@ class Constants:
         }
     )
 
-    def doubts(self, engine: str, kind: str) -> dict[str, float]:
-        """Standard deviation of each constant's logarithm on a machine that was not measured: how far they lay apart
-        when they were fitted to parts of the table alone; a CPU server's shares are anybody's guess."""
-        shares = 0.8 if kind == "cpu" else 0.25
-        names = ("bandwidth_share", "flops_share", "expert_flops_share", "attention_share", "link_share", "kernel_s")
-        return dict.fromkeys(names, shares) | dict.fromkeys(_HOST, 0.8 if kind == "cpu" else 0.5)
+    def doubts(self, kind: str) -> dict[str, float]:
+        """How far each constant may be off on a machine that was not measured, as the standard deviation of its
+        logarithm (chosen, not fitted): on a CPU server all of them are anybody's guess."""
+        shared, host = (0.8, 0.8) if kind == "cpu" else (0.25, 0.5)
+        return dict.fromkeys(SHARED, shared) | dict.fromkeys(HOST, host)
 
     def scaled(self, factors: Mapping[str, float], engine: str, kind: str) -> Constants:
         """These constants times ``factors``; those of :class:`Host` are the engine's own."""
-        own = {n: getattr(self, n) * factors.get(n, 1.0) for n in self.__slots__ if n != "hosts"}
-        host = self.host(engine, kind)
-        name = f"{engine}/cpu" if kind == "cpu" else engine
-        return Constants(**own, hosts={name: Host(*(getattr(host, n) * factors.get(n, 1.0) for n in _HOST))})
+        shared = {n: getattr(self, n) * factors.get(n, 1.0) for n in SHARED}
+        known = self.host(engine, kind)
+        host = Host(*(getattr(known, n) * factors.get(n, 1.0) for n in HOST))
+        return Constants(**shared, hosts={f"{engine}/cpu" if kind == "cpu" else engine: host})
 
     def host(self, engine: str, kind: str = "gpu") -> Host:
         """The host costs of ``engine`` on a ``gpu`` or ``cpu`` server; vLLM's for an engine that was never measured."""
         if kind == "cpu":
             return self.hosts.get(f"{engine}/cpu") or self.hosts.get("vllm/cpu") or self.hosts["vllm"]
         return self.hosts.get(engine) or self.hosts["vllm"]
+
+
+HOST = tuple(f.name for f in fields(Host))
+SHARED = tuple(f.name for f in fields(Constants) if f.name != "hosts")

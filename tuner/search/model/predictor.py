@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -119,20 +119,19 @@ class AnalyticModel:
 
     def corrected(self, correction: MemoryCorrection) -> AnalyticModel:
         """This model with what was learnt about memory."""
-        fields = {n: getattr(self, n) for n in self.__slots__ if n not in ("_servers", "correction")}
-        return AnalyticModel(**fields, correction=correction)
+        return replace(self, correction=correction, _servers={})
 
     def doubts(self) -> dict[str, float]:
         """How little is known of each constant (:mod:`tuner.search.calibration`); those that this model cannot feel are
         left out."""
-        left_out = set() if self.shape.has_experts else {"expert_flops_share"}
-        known = self.constants.doubts(self.engine, self.hardware.kind)
-        return {name: sd for name, sd in known.items() if name not in left_out}
+        known = self.constants.doubts(self.hardware.kind)
+        if not self.shape.has_experts:
+            del known["expert_flops_share"]
+        return known
 
     def scaled(self, factors: Mapping[str, float]) -> AnalyticModel:
         """This model with its constants times ``factors``."""
-        fields = {n: getattr(self, n) for n in self.__slots__ if n not in ("_servers", "constants")}
-        return AnalyticModel(**fields, constants=self.constants.scaled(factors, self.engine, self.hardware.kind))
+        return replace(self, constants=self.constants.scaled(factors, self.engine, self.hardware.kind), _servers={})
 
     def _holds(self, server: _Server, load: float) -> bool:
         metrics = self._metrics(server, load)
