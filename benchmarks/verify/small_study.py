@@ -172,7 +172,7 @@ def truth(speed: float, scenario: Scenario, load: float | None = None, repeats: 
                     middle = math.sqrt(low * high)
                     steps.append(rig.measure(middle, trace, "truth"))
                     low, high = (low, middle) if steps[-1].slo_misses else (middle, high)
-                cost = cost_at(steps, capacity(steps, slos, max(ladder)))
+                cost = cost_at(steps, capacity(steps, slos))
             else:
                 cost = rig.measure(load, trace, "truth").metrics[COST]
         total += math.log(cost)

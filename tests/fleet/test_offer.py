@@ -54,7 +54,7 @@ def test_a_capacity_is_read_off_every_launch_and_window_of_the_verification(tmp_
     launches = {}
     for number, factor in ((7, 0.9), (8, 1.0), (9, 1.1)):
         own = [steps(1.5, 2.5, factor=factor * more, window=f"heldout-{i}") for i, more in enumerate((0.97, 1.03))]
-        launches[number] = [capacity(s, WANT.slos, 3.0) for s in own]
+        launches[number] = [capacity(s, WANT.slos) for s in own]
         add(store, number, Measured(own[0] + own[1], BOOT), role="verify", label=f"verify {number} trial 0")
     (offer,) = [o for o in offers_of(study, store, 0.95)[0] if o.gpus == 1]
     middle, low, high = offer.capacity

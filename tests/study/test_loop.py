@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -284,6 +285,37 @@ def test_a_study_that_changed_is_not_continued_silently(runner):
     runner.run()
     with pytest.raises(UsageError, match="begun with another load"):
         runner.run(replace={"[1, 2, 3, 4]": "[1, 2]"})
+
+
+def test_held_out_windows_may_become_more_until_something_was_measured_on_them(runner):
+    runner.text = runner.text.replace("window: 10s", "window: 1s")
+    runner.run()
+    more = {"trace: {": "trace: {heldout_windows: 4, "}
+    with session.opened(runner.study(replace=more)) as store:
+        assert studyfile.load(store.folder).trace.heldout_windows == 4
+        assert studyfile.load(store.folder).frozen["frozen"] == runner.study().frozen["frozen"]
+        config = store.trials()[0].config
+        store.start_trial(9, config, config.params, role="verify", label="verify 1 default")
+        store.end_trial(9, store.trials()[0].outcome)
+    with pytest.raises(UsageError, match="heldout_windows of this study is 4: something was already measured on them"):
+        runner.run()
+
+
+def test_held_out_windows_that_would_move_the_searchs_own_are_refused(runner):
+    runner.run()
+    more = {"trace: {": "trace: {heldout_windows: 50, "}
+    with pytest.raises(UsageError, match="the search's windows would be others, too"):
+        runner.run(replace=more)
+
+
+def test_a_study_goes_on_where_the_host_has_another_memory(runner):
+    """As on two machines of one cloud, whose memory differs by some megabytes."""
+    runner.run()
+    before = studyfile.load(runner.store.folder)
+    facts = {**before.space.facts, "memory_gib": 1.0, "cpu_cores": 99}
+    assert not studyfile.differences(before, replace(before, space=replace(before.space, facts=facts)))
+    facts["gpus"] = 7
+    assert studyfile.differences(before, replace(before, space=replace(before.space, facts=facts))) == ["space"]
 
 
 def test_a_study_that_never_began_may_be_corrected_under_its_name(runner):

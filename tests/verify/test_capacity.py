@@ -4,15 +4,19 @@ import pytest
 
 from tuner.spec.slo import parse
 from tuner.study.outcome import Step
-from tuner.verify.capacity import capacity, cost_at, loads, value_at
+from tuner.verify.arm import margin
+from tuner.verify.capacity import capacity, cost_at, expected, held, loads, still_pays, value_at
 
 SLO = parse("ttft_p99=1s")
 COST = "cost_usd_per_mtok_output"
 
 
-def step(load: float, ttft_s: float, cost: float = 1.0, tokens: float = 100.0, **more) -> Step:
-    metrics = {"ttft_p99_s": ttft_s, COST: cost, "output_tokens_per_s": tokens}
-    return Step(load, "w", metrics, slo_misses=("ttft_p99",) if ttft_s > 1 else (), **more)
+def step(
+    load: float, ttft_s: float, cost: float = 1.0, tokens: float = 100.0, untrusted: tuple[str, ...] = (), **more: float
+) -> Step:
+    """``more`` are metrics."""
+    metrics = {"ttft_p99_s": ttft_s, COST: cost, "output_tokens_per_s": tokens, **more}
+    return Step(load, "w", metrics, slo_misses=("ttft_p99",) if ttft_s > 1 else (), untrusted=untrusted)
 
 
 def bracket(start: float, true: float, lowest: float = 0.5, highest: float = 8.0) -> list[float]:
@@ -25,7 +29,7 @@ def bracket(start: float, true: float, lowest: float = 0.5, highest: float = 8.0
 
 def test_a_bracket_ends_with_the_first_load_on_the_other_side():
     assert bracket(2.0, 2.05) == pytest.approx([2.0, 2.12])
-    assert bracket(2.0, 1.7) == pytest.approx([2.0, 1.88, 1.66])
+    assert bracket(2.0, 1.7) == pytest.approx([2.0, 2 / 1.06, 2 / 1.2])
 
 
 def test_a_bracket_goes_on_until_the_ends_of_the_ladder():
@@ -35,21 +39,21 @@ def test_a_bracket_goes_on_until_the_ends_of_the_ladder():
 
 
 def test_capacity_lies_between_the_load_that_holds_and_the_one_that_does_not():
-    found = capacity([step(2.0, 0.5), step(4.0, 2.0)], [SLO], 10)
+    found = capacity([step(2.0, 0.5), step(4.0, 2.0)], [SLO])
     assert found == pytest.approx(2 * math.sqrt(2))  # half way in logarithms, as 0.5 and 2 are equally far from 1
 
 
 def test_capacity_is_the_top_of_the_ladder_where_nothing_was_missed():
-    assert capacity([step(2.0, 0.2), step(8.0, 0.3)], [SLO], 8.0) == 8.0
+    assert capacity([step(2.0, 0.2), step(8.0, 0.3)], [SLO]) == 8.0
 
 
 def test_where_no_load_held_the_capacity_is_at_most_the_lowest_measured():
-    assert capacity([step(2.0, 3.0), step(1.0, 2.0)], [SLO], 8.0) == 1.0
-    assert math.isnan(capacity([step(1.0, 0.1, untrusted=("client lag",))], [SLO], 8.0))
+    assert capacity([step(2.0, 3.0), step(1.0, 2.0)], [SLO]) == 1.0
+    assert math.isnan(capacity([step(1.0, 0.1, untrusted=("client lag",))], [SLO]))
 
 
 def test_untrusted_steps_do_not_count():
-    assert capacity([step(2.0, 0.5), step(4.0, 0.5, untrusted=("client lag",)), step(3.0, 2.0)], [SLO], 8.0) < 3.0
+    assert capacity([step(2.0, 0.5), step(4.0, 0.5, untrusted=("client lag",)), step(3.0, 2.0)], [SLO]) < 3.0
 
 
 def test_cost_at_capacity_falls_with_what_the_server_puts_out_there():
@@ -74,4 +78,38 @@ def test_a_metric_between_two_loads_is_read_off_the_line_in_logarithms():
 def test_the_capacity_lies_next_to_the_load_that_held_where_the_next_one_saturated_before_its_latency_rose():
     held = Step(4.0, "w", {"tpot_p99_s": 0.03})
     full = Step(8.0, "w", {"tpot_p99_s": 0.04}, slo_misses=("saturated: ...",), stopped_early="saturated: ...")
-    assert capacity([held, full], [parse("tpot_p99=50ms")], 10) < 4.8
+    assert capacity([held, full], [parse("tpot_p99=50ms")]) < 4.8
+
+
+def test_no_errors_are_far_from_an_error_limit_and_leave_the_capacity_to_the_latencies():
+    slos = [SLO, parse("error_rate=1%")]
+    low, high = step(2.0, 0.5, error_rate=0.0), step(4.0, 2.0, error_rate=0.0)
+    assert margin(low, slos) == pytest.approx(math.log(0.5))
+    assert capacity([low, high], slos) == pytest.approx(2 * math.sqrt(2))
+    assert margin(step(2.0, 0.5, error_rate=0.008), slos) == pytest.approx(math.log(0.8))
+    assert margin(step(2.0, 0.5), slos) > 0  # not measured is a miss
+    none = [parse("error_rate=0%")]
+    assert margin(step(2.0, 0.5, error_rate=0.0), none) < -1 and margin(step(2.0, 0.5, error_rate=0.001), none) > 1
+
+
+def test_where_to_look_first_is_the_crossing_or_as_far_as_the_last_two_loads_point():
+    assert expected([step(2.0, 0.5), step(4.0, 2.0)], [SLO]) == pytest.approx(2 * math.sqrt(2))
+    assert expected([step(1.0, 0.25), step(2.0, 0.5)], [SLO]) == pytest.approx(4.0)  # twice the load, twice the TTFT
+    assert expected([step(1.0, 0.1), step(2.0, 0.11)], [SLO]) == pytest.approx(4.0)  # at most twice the last
+    assert expected([step(1.0, 0.2), step(2.0, 0.1)], [SLO]) == 2.0
+    assert expected([step(2.0, 0.5)], [SLO]) == 2.0
+
+
+def test_the_highest_load_that_held_is_where_the_next_round_begins():
+    assert held([step(2.0, 0.5), step(3.0, 0.6), step(4.0, 2.0)]) == 3.0
+    assert held([step(2.0, 3.0), step(1.0, 2.0)]) == 1.0
+    assert math.isnan(held([step(2.0, 0.5, untrusted=("client lag",))]))
+
+
+def test_above_the_ladder_a_server_is_followed_for_as_long_as_that_can_save_money():
+    assert still_pays([step(2.0, 0.5)])
+    assert still_pays([step(2.0, 0.5, cost=1.0), step(2.5, 0.5, cost=0.8)])
+    assert not still_pays([step(2.0, 0.5, cost=1.0), step(2.5, 0.5, cost=0.99)])  # saturated, and no SLO minds
+    asked = step(2.0, 0.5, cost=1.0, goodput_window_s=8.0)
+    # the traffic of the two steps differs a little: as measured on an H100, 2.1 % for 6 % more load
+    assert still_pays([asked, step(2.12, 0.5, cost=0.979, goodput_window_s=8.0)])

@@ -26,7 +26,7 @@ RATES = "A fleet is planned from requests per second: tune an engine that replay
 def proven(study: Study, trials: Sequence[TrialRecord], arm: Arm, confidence: float) -> tuple[Range, str]:
     """The capacity in requests per second: one per launch and window, at the load where the worst SLO just holds; its
     mean over both and the one-sided limits at ``confidence``. NaN where the launches are not in the folder."""
-    table = Table(_launches(trials), study.objective.slos, max(study.load.ladder))
+    table = Table(_launches(trials), study.objective.slos)
     rates: dict[tuple[str, int, str], float] = {}
     for cell, steps in table.cells.items():
         load = table.capacity(cell)

@@ -392,8 +392,13 @@ def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> sl
 
 
 def differences(before: Study, now: Study) -> list[str]:
-    """Which parts of a study changed in a way that makes its measurements incomparable."""
+    """Which parts of a study changed in a way that makes its measurements incomparable. Held-out windows are the
+    caller's to judge: before anything was measured on them, there may be more or fewer. Another host's cores and memory
+    count where the space's parameters depend on them."""
     parts = ("model", "engine", "space", "objective", "trace", "load", "hardware")
     if now.load.auto and "ladder" in before.frozen["frozen"]:
         now = replace(now, load=replace(now.load, ladder=before.load.ladder, auto=False))
+    now = replace(now, trace=replace(now.trace, heldout_windows=before.trace.heldout_windows))
+    host = {fact: before.space.facts[fact] for fact in ("cpu_cores", "memory_gib") if fact in before.space.facts}
+    now = replace(now, space=replace(now.space, facts={**now.space.facts, **host}))
     return [part for part in parts if getattr(before, part) != getattr(now, part)]

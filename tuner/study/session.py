@@ -212,8 +212,29 @@ def _freeze(study: Study, store: Store) -> None:
                 where=study.source,
                 fix="give this one another name, or remove that folder",
             )
+        if (count := study.trace.heldout_windows) != before.trace.heldout_windows:
+            _hold_out(study, before, store)
+            write_study({**before.frozen, "trace": {**before.frozen["trace"], "heldout_windows": count}}, store)
         return
     write_study(study.frozen, store)
+
+
+def _hold_out(study: Study, before: Study, store: Store) -> None:
+    """Raises UsageError where another number of held-out windows would make measurements incomparable: something was
+    measured on them, or the search's windows would be others too."""
+    from tuner.verify.fingerprint import trace_hash
+
+    if any(t.role in ("verify", "ablate") for t in store.trials()):
+        why = "something was already measured on them"
+    elif trace_hash(workload.read(before).search) != trace_hash(workload.read(study).search):
+        why = "the search's windows would be others, too"
+    else:
+        return
+    raise UsageError(
+        f"trace.heldout_windows of this study is {before.trace.heldout_windows}: {why}",
+        where=study.source,
+        fix="put it back, or give this study another name",
+    )
 
 
 def write_study(document: Mapping[str, Any], store: Store) -> None:

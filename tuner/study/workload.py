@@ -10,6 +10,7 @@ import numpy as np
 from tuner.load import formats, windows
 from tuner.load.trace import Trace
 from tuner.spec.study import Study
+from tuner.verify.capacity import BEYOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class Workload:
 def read(study: Study) -> Workload:
     """Reads the study's trace. Raises UsageError where it is too short for the windows asked for.
 
-    A window holds what the highest load replays in ``window_s`` seconds (or what the trace has); :func:`at_load` cuts
-    what a lower load needs from its beginning.
+    A search window holds what the highest load replays in ``window_s`` seconds (or what the trace has), a held-out
+    window what verification may replay above that; :func:`at_load` cuts what a lower load needs from its beginning.
     """
     spec = study.trace
     if not spec.file:  # a function engine needs no traffic
@@ -37,13 +38,15 @@ def read(study: Study) -> Workload:
     trace = formats.read(Path(spec.file), spec.format)
     longest = study.space.facts.get("max_model_len")
     trace, cut = shorten(trace, spec.max_input_tokens, spec.max_output_tokens, longest)
+    longest_s = spec.window_s * max(study.load.ladder)
     parts = windows.split(
         trace,
         search=spec.search_windows,
         held_out=max(1, spec.heldout_windows),
-        max_seconds=spec.window_s * max(study.load.ladder),
+        max_seconds=BEYOND * longest_s,
     )
-    return Workload(trace, parts.search, parts.held_out, cut)
+    search = tuple(windows.cut_time(window, 0.0, longest_s, name=window.name) for window in parts.search)
+    return Workload(trace, search, parts.held_out, cut)
 
 
 def at_load(window: Trace, load: float, window_s: float) -> Trace:

@@ -208,7 +208,7 @@ class _Bench:
         return {label for label in found.arms if found.estimate(label).mean >= lowest}
 
     def _table(self) -> Table:
-        return Table(self.rounds.launches, self.study.objective.slos, max(self.study.load.ladder))
+        return Table(self.rounds.launches, self.study.objective.slos)
 
     def _arm(self, label: str, params: Mapping[str, Value]) -> Finalist:
         return Finalist(label, self.study.space.config(params, self.study.model), self.winner.load)

@@ -17,8 +17,8 @@ FAR = 3.0  # a margin beyond e^3 = 20 times the limit says nothing more
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """A point that may be the best. ``load`` is where it is to be deployed (its capacity in the search); ``value`` its
-    search-time cost in USD per million output tokens (None: it met the SLOs at no load), ``interval`` that cost's
+    """A point that may be the best. ``load`` is where the search expects its capacity; ``value`` its search-time
+    cost in USD per million output tokens (None: it met the SLOs at no load), ``interval`` that cost's
     search-time interval; ``trial`` the search's number of it; ``promise`` the search-time probability (or any positive
     weight) of being the best, which decides how the allowed doubt is shared between finalists."""
 
@@ -43,19 +43,14 @@ class Launched:
 
 
 def margin(step: Step, slos: Sequence[Slo]) -> float:
-    """How far the worst SLO is missed: ``log(value / limit)`` for a latency, the share above the limit for the error
-    rate; negative where all hold. A step that missed an SLO (or ended early for it) is never better than +5 %, a
-    saturated one is as far off as can be."""
+    """How far the worst SLO is missed: ``log(value / limit)``, negative where all hold. A step that missed an SLO (or
+    ended early for it) is never better than +5 %, a saturated one is as far off as can be."""
     if step.saturated:
         return FAR
     worst = -FAR
     for slo in slos:
-        value = step.metrics.get(slo.key, math.nan)
-        if math.isnan(value):
-            gap = FAR
-        elif slo.latency:
-            gap = math.log(max(value, 1e-9) / slo.limit) if math.isfinite(value) else FAR
-        else:
-            gap = value - slo.limit
+        value = step.metrics.get(slo.key, math.inf)
+        # no errors at all are far from any limit, and a limit of no errors is far off with the first one
+        gap = math.log(max(value, 1e-12) / max(slo.limit, 1e-9)) if math.isfinite(value) else FAR
         worst = max(worst, min(gap, FAR))
     return max(worst, 0.05) if step.slo_misses else worst

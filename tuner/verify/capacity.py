@@ -11,13 +11,34 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+from tuner.load.trace import Trace
 from tuner.spec.slo import Slo
+from tuner.spec.study import Study
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, margin
 
 UP = (1.06, 1.2, 1.5, 2.0)
-DOWN = (0.94, 0.83, 0.67, 0.5)
+DOWN = tuple(1 / up for up in UP)
 THROUGHPUT = "output_tokens_per_s"
+BEYOND = 2.0  # how far above the ladder's top a launch is followed that holds there
+
+
+def highest_load(study: Study, windows: Sequence[Trace]) -> float:
+    """The highest load worth measuring: twice the ladder's top, as far as the shortest of ``windows`` has the requests
+    for a whole step."""
+    top = max(study.load.ladder)
+    lasts_s = min(float(window.arrival_s[-1]) for window in windows)
+    return max(top, min(BEYOND * top, lasts_s / study.trace.window_s))
+
+
+def still_pays(steps: Sequence[Step]) -> bool:
+    """Whether more load may cost less. Goodput that is counted by what was asked for rises with the load for as long as
+    the SLOs hold. Else a saturated server may hold at any load, at the same cost: it must have fallen by at least half
+    of what the load rose in the last step."""
+    if len(steps) < 2 or any("goodput_window_s" in s.metrics for s in steps):
+        return True
+    before, last = (s.metrics.get(COST, math.nan) for s in steps[-2:])
+    return last / before <= (steps[-2].load / steps[-1].load) ** 0.5
 
 
 def loads(start: float, lowest: float, highest: float, held: Sequence[bool]) -> float | None:
@@ -45,21 +66,38 @@ def _factor(up: bool, tried: int) -> float:
     return factors[min(tried, len(factors) - 1)] * (2.0 if up else 0.5) ** beyond
 
 
-def capacity(steps: Sequence[Step], slos: Sequence[Slo], highest: float) -> float:
+def capacity(steps: Sequence[Step], slos: Sequence[Slo]) -> float:
     """The load at which the worst SLO of ``steps`` (one launch, one window) crosses its limit; the highest load
-    measured (at most ``highest``) where none was missed; the lowest measured where none held (it is at most that: left
-    out, a launch would be the better for having failed). NaN without a trusted step."""
+    measured where none was missed; the lowest measured where none held (it is at most that: left out, a launch would be
+    the better for having failed). NaN without a trusted step."""
     known = [(s.load, margin(s, slos)) for s in _trusted(steps)]
     below = [(load, gap) for load, gap in known if gap <= 0]
     if not below:
-        return min((load for load, _ in known), default=math.nan)
+        return held(steps)
     low, low_gap = below[-1]
     above = [(load, gap) for load, gap in known if gap > 0 and load > low]
     if not above:
-        return min(low, highest)
+        return low
     high, high_gap = above[0]
     share = -low_gap / (high_gap - low_gap)
-    return min(math.exp(math.log(low) + share * math.log(high / low)), highest)
+    return math.exp(math.log(low) + share * math.log(high / low))
+
+
+def held(steps: Sequence[Step]) -> float:
+    """The highest load at which the SLOs held; the lowest measured where they held at none; NaN without any."""
+    known = _trusted(steps)
+    return max((s.load for s in known if not s.slo_misses), default=min((s.load for s in known), default=math.nan))
+
+
+def expected(steps: Sequence[Step], slos: Sequence[Slo]) -> float:
+    """:func:`capacity`, and where no SLO was missed the load at which the line through the last two loads reaches the
+    limit, at most ``BEYOND`` times the last: where to look first, nothing that was measured."""
+    known = [(s.load, margin(s, slos)) for s in _trusted(steps)]
+    if len(known) < 2 or any(gap > 0 for _, gap in known):
+        return capacity(steps, slos)
+    (low, first), (high, second) = known[-2:]
+    rise = (second - first) / math.log(high / low)
+    return high * math.exp(min(-second / rise, math.log(BEYOND))) if rise > 0 else high
 
 
 def cost_at(steps: Sequence[Step], load: float) -> float:

@@ -15,6 +15,7 @@ from tuner.spec.objective import Objective
 from tuner.study.outcome import Measured
 from tuner.study.store import TrialRecord
 from tuner.verify.arm import Finalist
+from tuner.verify.capacity import expected
 from tuner.verify.racing import LAUNCH_SPREAD, log_error
 from tuner.verify.repeats import Spread
 from tuner.verify.statistics import pool, share_best
@@ -56,7 +57,14 @@ def shortlist(
     for point in sorted(found, key=lambda p: (p.cost, p.latency, p.trial)):
         best.setdefault(point.config.hash, point)
     base = best.pop(default.hash, None)
-    baseline = _finalist(base, DEFAULT, True) if base else Finalist(DEFAULT, default, min(ladder), baseline=True)
+    measured = {t.number: t.outcome.steps for t in trials if isinstance(t.outcome, Measured)}
+
+    def finalist(point: Point, label: str, baseline: bool = False, promise: float = 1.0) -> Finalist:
+        load = expected(measured.get(point.trial, ()), objective.slos)
+        load = point.load if math.isnan(load) else load
+        return Finalist(label, point.config, load, point.cost, point.cost_interval, point.trial, baseline, promise)
+
+    baseline = finalist(base, DEFAULT, True) if base else Finalist(DEFAULT, default, min(ladder), baseline=True)
     others = list(best.values())
     shares = may_be_best(others, sd, confidence)
     # a cost that differs by less than launches do is no order: then the lower latency is the better promise
@@ -64,7 +72,7 @@ def shortlist(
     doubtful = sorted(
         shares, key=lambda row: (round(math.log(row[0].cost / cheapest) / max(sd, 1e-9)), row[0].latency, row[0].trial)
     )
-    chosen = tuple(_finalist(p, f"trial {p.trial}", False, share) for p, share in doubtful[:most])
+    chosen = tuple(finalist(p, f"trial {p.trial}", promise=share) for p, share in doubtful[:most])
     text = f"{len(doubtful)} of {len(others)} configurations may be the cheapest at {confidence * 100:g} %"
     text += f"; the first {most} are verified" if len(doubtful) > most else ""
     text += "" if spread.freedom >= 3 else f" (assuming that launches differ by {LAUNCH_SPREAD * 100:g} %)"
@@ -107,7 +115,3 @@ def launch_spread(trials: Sequence[TrialRecord]) -> Spread:
         if len(values) > 2 and load > highest.get((config, window), (-1.0, []))[0]:
             highest[config, window] = (load, values)
     return Spread(*pool([(float(np.var(v[1:], ddof=1)), float(len(v) - 2)) for _, v in highest.values()]))
-
-
-def _finalist(point: Point, label: str, baseline: bool, promise: float = 1.0) -> Finalist:
-    return Finalist(label, point.config, point.load, point.cost, point.cost_interval, point.trial, baseline, promise)

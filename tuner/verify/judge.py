@@ -24,8 +24,9 @@ class Arm:
     """What verification found out about one arm.
 
     Ranges are (middle, low, high); NaN where not measured, infinite where not known. ``capacity`` is the load at which
-    the SLOs just hold (at most the ladder's top), ``cost`` the USD per million output tokens there; ``safe_load`` is
-    the lower confidence limit (one-sided) of the capacity: up to there the SLOs hold; 0 where nothing is proven.
+    the SLOs just hold (the highest measured, where none was missed), ``cost`` the USD per million output tokens there;
+    ``safe_load`` is the lower confidence limit (one-sided) of the capacity: up to there the SLOs hold; 0 where nothing
+    is proven.
     ``load`` is what to deploy at (the safe load, or the capacity where none is proven), ``load_cost`` and ``latency``
     (seconds) belong to it. ``difference`` is cost over the default's, each at its capacity (0.9: 10 % cheaper),
     ``latency_difference`` latency over the default's, both at ``common_load``.
@@ -86,7 +87,7 @@ def judge(
     ``explain`` False leaves out :attr:`Judgement.power`, which takes a few hundred fits and decides nothing.
     """
     base = next(a.label for a in arms if a.baseline)
-    table = Table(launches, slos, max(ladder))
+    table = Table(launches, slos)
     failures = _failures(launches)
     capacities = Repeats(table.capacities())
     costs = Repeats(table.costs(), known, table.within(COST))
@@ -149,8 +150,8 @@ def judge(
 class Table:
     """The launches as cells of (arm, round, window), each with the steps of its loads."""
 
-    def __init__(self, launches: Sequence[Launched], slos: Sequence[Slo], highest: float) -> None:
-        self.slos, self.highest = slos, highest
+    def __init__(self, launches: Sequence[Launched], slos: Sequence[Slo]) -> None:
+        self.slos = slos
         self.cells: dict[Cell, list[Step]] = {}
         for launch in launches:
             for step in launch.steps:
@@ -160,7 +161,7 @@ class Table:
         return len({number for name, number, _ in self.cells if name == arm})
 
     def capacity(self, cell: Cell) -> float:
-        return capacity(self.cells[cell], self.slos, self.highest)
+        return capacity(self.cells[cell], self.slos)
 
     def capacities(self) -> dict[Cell, float]:
         """Log of the capacity of every cell that has one."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.verify.arm import Finalist, Launched
-from tuner.verify.capacity import loads
+from tuner.verify.capacity import held, highest_load, loads, still_pays
 from tuner.verify.judge import Table
 
 
@@ -94,19 +95,42 @@ class Rounds:
         try:
             with self.launch(arm.config, label) as rig:
                 for window in self.windows if self.number % 2 else self.windows[::-1]:
-                    steps += self._bracket(rig, arm, window)
+                    steps += self._bracket(rig, arm, window, steps)
         except LaunchFailed as failure:
             return Launched(arm.label, self.number, tuple(steps), failure.outcome)
         return Launched(arm.label, self.number, tuple(steps))
 
-    def _bracket(self, rig: Rig, arm: Finalist, window: Trace) -> list[Step]:
-        """The loads around the arm's capacity on this window, starting where earlier rounds found it."""
+    def _bracket(self, rig: Rig, arm: Finalist, window: Trace, before: Sequence[Step]) -> list[Step]:
+        """The loads around the arm's capacity on this window; ``before`` are this launch's steps on other windows."""
         ladder = self.study.load.ladder
-        table = Table(self.launches, self.study.objective.slos, max(ladder))
-        seen = [table.capacity(cell) for cell in table.cells if (cell[0], cell[2]) == (arm.label, window.name)]
-        seen = [found for found in seen if not math.isnan(found)]
-        start = float(np.exp(np.mean(np.log(seen)))) if seen else arm.load
+        lowest, highest = min(ladder), highest_load(self.study, self.windows)
+        start = self._start(arm, window, before)
         steps: list[Step] = []
-        while (load := loads(start, min(ladder), max(ladder), [not s.slo_misses for s in steps])) is not None:
+        while (load := loads(start, lowest, highest, [not s.slo_misses for s in steps])) is not None:
+            if load > max(ladder) and not still_pays(steps):
+                break
             steps.append(rig.measure(load, window, window.name))
         return steps
+
+    def _start(self, arm: Finalist, window: Trace, before: Sequence[Step]) -> float:
+        """Where to begin on ``window``: at the load that held there in the last round, so that what rounds differ by is
+        not what their loads differ by; else where the capacity was on the other windows, times what the other arms saw
+        between those and this one; else where the search expects it."""
+        for launch in reversed(self.launches):
+            there = [s for s in launch.steps if s.window == window.name]
+            if launch.arm == arm.label and not math.isnan(load := held(there)):
+                return load
+        table = Table([*self.launches, Launched(arm.label, self.number, tuple(before))], self.study.objective.slos)
+        seen: dict[str, dict[str, list[float]]] = {}
+        for (label, _, name), found in table.capacities().items():
+            seen.setdefault(label, {}).setdefault(name, []).append(found)
+        means = {label: {name: fmean(x) for name, x in windows.items()} for label, windows in seen.items()}
+        mine = means.pop(arm.label, {})
+        if not mine:
+            return arm.load
+        harder = [
+            other[window.name] - fmean(other[name] for name in mine)
+            for other in means.values()
+            if {window.name, *mine} <= set(other)
+        ]
+        return math.exp(fmean(mine.values()) + (fmean(harder) if harder else 0.0))

@@ -86,7 +86,7 @@ def verdict(
         windows=windows,
         stopped=stopped,
         confidence=confidence,
-        text=_text(judgement, arms, base, state, survived, study, len(launches), windows, stopped, confidence),
+        text=_text(judgement, arms, base, state, survived, study, launches, windows, stopped, confidence),
         rows=tuple(_row(judgement.arms[a.label], a, study.objective.latency) for a in arms),
         spread=judgement.spread,
     )
@@ -114,14 +114,14 @@ def _text(
     state: Arm | None,
     survived: Range,
     study: Study,
-    launches: int,
+    launches: Sequence[Launched],
     windows: int,
     stopped: str,
     confidence: float,
 ) -> str:
     sure = f"{confidence * 100:g} %"
     how = (
-        f"Measured again: {launches} launches of {len(arms)} configurations on {windows} held-out "
+        f"Measured again: {len(launches)} launches of {len(arms)} configurations on {windows} held-out "
         f"window{'s' if windows != 1 else ''}, in alternating order; ended because {stopped}."
     ) + "".join(f" {arm.label} failed: {arm.failure}." for arm in judgement.arms.values() if arm.failure)
     if state is None:
@@ -149,8 +149,9 @@ def _text(
     if not math.isnan(survived[0]):
         words.append(f"{_percent(survived[0])} of the search-time gain survived")
         words.append(f"({_percent(survived[1])} to {_percent(survived[2])}).")
-    if state.capacity[0] >= max(study.load.ladder) * (1 - 1e-9):
-        words.append(f"The SLOs held up to load {state.capacity[0]:g}, the highest of the ladder.")
+    mine = [step for launch in launches if launch.arm == state.label for step in launch.steps if not step.untrusted]
+    if not any(step.slo_misses for step in mine):
+        words.append(f"The SLOs held up to load {state.capacity[0]:.3g}, the highest that was tried.")
     elif state.safe_load:
         words.append(
             f"The SLOs just hold at load {_span(state.capacity)}; up to {state.safe_load:.3g} that is {sure} sure."
