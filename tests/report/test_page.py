@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ from tuner.report.html import script_json
 from tuner.report.page import build
 from tuner.report.summary import summarize
 from tuner.spec.study import EngineSpec
-from tuner.study.outcome import Infeasible
+from tuner.study.outcome import Infeasible, Measured
 from tuner.study.store import Store, write_json
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}
@@ -160,6 +161,26 @@ def test_a_verdict_is_shown_with_its_table(tmp_path: Path):
     _, outline = page(tmp_path, trials=12, verified=True)
     assert "verified on held-out traffic" in outline.text and "1.9 (1.8 to 2)" in outline.text
     assert "0.74 (0.7 to 0.79)" in outline.text
+
+
+def test_a_verification_that_was_not_finished_shows_what_it_measured_and_concludes_nothing(tmp_path: Path):
+    study, store = studies.write(tmp_path, trials=4)
+    want, config = study.objective, store.trials()[0].config
+    steps = (
+        replace(studies.step(2.0, want, tokens_per_s=1000), window="t/held-out-0"),
+        replace(studies.step(3.0, want, tokens_per_s=1400, ttft_s=9.0), window="t/held-out-0"),
+        replace(studies.step(3.0, want, tokens_per_s=1500), window="t/held-out-1"),
+        replace(studies.step(4.0, want, tokens_per_s=1500), window="t/held-out-1", untrusted=("client lag",)),
+    )
+    store.start_trial(9, config, config.params, role="verify", label="verify 1 default", baseline=True)
+    store.end_trial(9, Measured(steps))
+    outline = read(build(store, study, tmp_path / "r.html"))
+    assert "Not finished: 1 launches so far, and nothing is concluded from them." in outline.text
+    assert "search measurement, not verified" in outline.text
+    rows = re.findall(r"<tr>(.*?)</tr>", (tmp_path / "r.html").read_text())
+    first, second = (row for row in rows if ">held-out-" in row)
+    assert "3: ttft_p99" in first and ">2<" in first
+    assert ">3<" in second and "ttft" not in second
 
 
 def test_what_ablation_found_stands_with_the_recommendation(tmp_path: Path):

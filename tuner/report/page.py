@@ -53,7 +53,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         hours=hours(s),
         importance=importance(s),
         errors=errors(s),
-        verified=_verified(store),
+        verified=_verified(s, store),
         facts=_facts(s),
         frozen=dump(_public(study.frozen)),
         command=f"tuner tune {shlex.quote(study.source)}",
@@ -156,12 +156,16 @@ def _config(s: Summary, store: Store) -> tuple[str, tuple[str, ...]]:
     return dump(vllm.settings(what)), vllm.start(what)
 
 
-def _verified(store: Store) -> dict[str, Any] | None:
-    """``verify.json`` as a paragraph list and a table, whatever columns it has."""
+def _verified(s: Summary, store: Store) -> dict[str, Any] | None:
+    """``verify.json`` as a paragraph list and a table, whatever columns it has; what its launches measured so far where
+    it was not finished."""
     path = store.folder / "verify.json"
     data = read_json(path) if path.exists() else None
     if not isinstance(data, Mapping):
-        return None
+        launches = [t for t in s.trials if t.role == "verify"]
+        words = f"Not finished: {len(launches)} launches so far, and nothing is concluded from them. "
+        words += "The same tuner tune goes on."
+        return {"paragraphs": [words], "table": tables.folded(tables.windows(s, launches))} if launches else None
     rows = [row for row in data.get("rows", ()) if isinstance(row, Mapping)]
     return {
         "paragraphs": [part.strip() for part in str(data.get("text", "")).replace("**", "").split("\n\n") if part],

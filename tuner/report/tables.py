@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuner.pareto.front import Point
-from tuner.report.summary import Summary, kind, ms, spread, why
+from tuner.pareto.front import COST, Point
+from tuner.report.summary import Summary, kind, label, ms, spread, why
 from tuner.study.outcome import Infeasible
 from tuner.study.price import GOODPUT
+from tuner.study.store import TrialRecord
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -100,6 +102,30 @@ def failures(s: Summary) -> list[Failure]:
         first = trials[0].outcome
         rows = tuple((t.number, s.name(t.config), t.outcome.evidence) for t in trials)
         found.append(Failure(cause, first.message, first.stage, first.fix, rows))
+    return found
+
+
+def windows(s: Summary, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    """Per trial and window the highest load within SLO, with its cost and latency (95 % within that step), and the
+    lowest load above it that missed. Steps that are not trusted do not count."""
+    latency = (f"{label(s.study.objective.latency)} ms", s.study.objective.latency_key, 1e3)
+    found: list[dict[str, Any]] = []
+    for trial in trials:
+        steps = sorted((x for x in trial.outcome.steps if not x.untrusted), key=lambda x: x.load)
+        for window in sorted({x.window for x in steps}):
+            here = [x for x in steps if x.window == window]
+            held = next((x for x in reversed(here) if not x.slo_misses), None)
+            above = next((x for x in here if x.slo_misses and (held is None or x.load > held.load)), None)
+            row: dict[str, Any] = {"configuration": s.name(trial.config), "trial": trial.number}
+            row["window"] = window.rpartition("/")[2]
+            row["load within SLO"] = held.load if held else "none"
+            for name, metric, scale in (("USD per M output tokens", COST, 1.0), latency):
+                row[name] = held.metrics[metric] * scale if held else None
+                low, high = held.intervals.get(metric, (None, None)) if held else (None, None)
+                if high is not None and math.isfinite(high):
+                    row |= {f"{name}_low": low * scale, f"{name}_high": high * scale}
+            row["missed at"] = f"{above.load:.3g}: {'; '.join(above.slo_misses)}" if above else ""
+            found.append(row)
     return found
 
 

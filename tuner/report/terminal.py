@@ -128,11 +128,14 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
         latencies = list(
             dict.fromkeys([study.objective.latency, *(x.metric for x in study.objective.slos if x.latency)])
         )
+        windows = len({step.window for step in outcome.steps}) > 1
+        if windows:
+            table.add_column("window", overflow="fold")
         for name in ("load", "$ per M\nout tokens", *(f"{label(m)}\nms" for m in latencies), "good out\ntokens/s"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("SLO", overflow="fold")
         for step in outcome.steps:
-            table.add_row(*_step_row(step, latencies))
+            table.add_row(*([step.window.rpartition("/")[2]] if windows else []), *_step_row(step, latencies))
         parts.append(table)
     if why(outcome):
         parts.append(Text(why(outcome), style="bold"))
@@ -160,7 +163,7 @@ def _step_row(step: Step, latencies: list[str]) -> tuple[str, ...]:
     cost = step.metrics.get(COST)
     verdict = "; ".join((*step.untrusted, *step.slo_misses)) or "met"
     return (
-        f"{step.load:g}",
+        f"{step.load:.4g}",
         f"{cost:.3g}" if cost is not None else "-",
         *(ms(step.metrics.get(f"{metric}_s", float("nan"))) for metric in latencies),
         f"{step.metrics[GOODPUT]:,.0f}" if GOODPUT in step.metrics else "-",
