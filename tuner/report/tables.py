@@ -121,8 +121,8 @@ def windows(s: Summary, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
             row["load within SLO"] = held.load if held else "none"
             for name, metric, scale in (("USD per M output tokens", COST, 1.0), latency):
                 row[name] = held.metrics[metric] * scale if held else None
-                low, high = held.intervals.get(metric, (None, None)) if held else (None, None)
-                if high is not None and math.isfinite(high):
+                low, high = held.intervals.get(metric, (0.0, math.inf)) if held else (0.0, math.inf)
+                if math.isfinite(high):
                     row |= {f"{name}_low": low * scale, f"{name}_high": high * scale}
             row["missed at"] = f"{above.load:.3g}: {'; '.join(above.slo_misses)}" if above else ""
             found.append(row)

@@ -61,12 +61,7 @@ def nearest(loads: Sequence[float], load: float) -> int:
 def margin(metrics: Mapping[str, float], slos: Sequence[Slo]) -> float:
     """How far the worst SLO is from its limit: log(value / limit), below 0 where every SLO holds, flattened above 0 to
     :data:`CEILING` (how hopeless a miss is matters little)."""
-    worst = -math.inf
-    for slo in slos:
-        value = metrics.get(slo.key, math.inf)
-        # no errors at all are far from any limit, and a limit of no errors is far off with the first one
-        ratio = math.log(max(value, 1e-12) / max(slo.limit, 1e-9)) if value < math.inf else math.inf
-        worst = max(worst, ratio)
+    worst = max((slo.gap(metrics) for slo in slos), default=-math.inf)
     return worst if worst <= 0 else CEILING * (1 - math.exp(-worst / CEILING))
 
 

@@ -43,6 +43,12 @@ class Slo:
             return f"{self.metric} was not measured"
         return "" if value <= self.limit else f"{self.metric} {self.show(value)} > {self.show(self.limit)}"
 
+    def gap(self, metrics: Mapping[str, float]) -> float:
+        """``log(value / limit)``, negative where the SLO holds; infinite where the value is not finite or was not
+        measured. No errors at all are far from any limit, and a limit of no errors is far off with the first one."""
+        value = metrics.get(self.key, math.inf)
+        return math.log(max(value, 1e-12) / max(self.limit, 1e-9)) if math.isfinite(value) else math.inf
+
     def show(self, value: float) -> str:
         """``value`` as the user reads it: milliseconds, or per cent."""
         if self.metric == "error_rate":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,10 +46,5 @@ def margin(step: Step, slos: Sequence[Slo]) -> float:
     ended early for it) is never better than +5 %, a saturated one is as far off as can be."""
     if step.saturated:
         return FAR
-    worst = -FAR
-    for slo in slos:
-        value = step.metrics.get(slo.key, math.inf)
-        # no errors at all are far from any limit, and a limit of no errors is far off with the first one
-        gap = math.log(max(value, 1e-12) / max(slo.limit, 1e-9)) if math.isfinite(value) else FAR
-        worst = max(worst, min(gap, FAR))
-    return max(worst, 0.05) if step.slo_misses else worst
+    worst = min(max((slo.gap(step.metrics) for slo in slos), default=-FAR), FAR)
+    return max(worst, 0.05 if step.slo_misses else -FAR)
