@@ -51,6 +51,13 @@ def test_a_default_that_met_no_slo_is_verified_at_the_lowest_load():
     assert found.baseline.load == 1.0 and found.baseline.value is None
 
 
+def test_verification_begins_where_the_searchs_steps_point_to():
+    config = space().config(space().default(), "m")
+    steps = (step(1.0, WANT, ttft_s=0.125, tpot_s=0.01), step(2.0, WANT, ttft_s=0.25, tpot_s=0.01))
+    one = TrialRecord(0, Path("."), config, Measured(steps), config.params, 0, 0, True)
+    assert shortlist([one], WANT, default(), LADDER).baseline.load == pytest.approx(4.0)  # TTFT 500 ms, and no errors
+
+
 def test_what_missed_the_slos_or_was_measured_in_verification_is_no_finalist():
     trials = [trial(0, 2048, 1000), trial(1, 4096, 5000, ttft_s=9.0), trial(2, 1024, 9000, role="verify")]
     assert shortlist(trials, WANT, default(), LADDER).finalists == ()
