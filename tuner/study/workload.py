@@ -38,14 +38,14 @@ def read(study: Study) -> Workload:
     trace = formats.read(Path(spec.file), spec.format)
     longest = study.space.facts.get("max_model_len")
     trace, cut = shorten(trace, spec.max_input_tokens, spec.max_output_tokens, longest)
-    longest_s = spec.window_s * max(study.load.ladder)
+    top = max(study.load.ladder)
     parts = windows.split(
         trace,
         search=spec.search_windows,
         held_out=max(1, spec.heldout_windows),
-        max_seconds=BEYOND * longest_s,
+        max_seconds=spec.window_s * top * BEYOND,
     )
-    search = tuple(windows.cut_time(window, 0.0, longest_s, name=window.name) for window in parts.search)
+    search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
     return Workload(trace, search, parts.held_out, cut)
 
 
