@@ -183,6 +183,20 @@ def test_a_verification_that_was_not_finished_shows_what_it_measured_and_conclud
     assert ">3<" in second and "ttft" not in second
 
 
+def test_what_starting_the_exported_file_again_found_is_shown_newest_first(tmp_path: Path):
+    study, store = studies.write(tmp_path, trials=4)
+    again = Store(store.folder / "certify")
+    again.folder.mkdir()
+    again.log("reaped", what="something else")
+    again.log(
+        "certified", holds=True, text="**The promise holds** at load 2.\n- ok: cost 0.3 USD, promised 0.3 (+0.0 %)"
+    )
+    again.log("certified", holds=False, text="**The promise no longer holds** at load 2.\n- BROKEN: cost 0.9 USD")
+    outline = read(build(store, study, tmp_path / "r.html"))
+    first, second = outline.text.index("UTC: The promise no longer holds"), outline.text.index("UTC: The promise holds")
+    assert first < outline.text.index("BROKEN: cost 0.9 USD") < second < outline.text.index("ok: cost 0.3 USD")
+
+
 def test_what_ablation_found_stands_with_the_recommendation(tmp_path: Path):
     study, store = studies.write(tmp_path / "s", trials=24, verified=True)
     winner = studies.verification(study, store).config

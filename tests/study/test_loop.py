@@ -1,5 +1,6 @@
 """The loop: what is launched, what is told, and what survives."""
 
+import math
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -10,9 +11,12 @@ from tests.study.fake import FakeEngine, oom
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec import studyfile
-from tuner.study import budget, queue, session
+from tuner.study import budget, queue, session, verifying, workload
+from tuner.study.evaluate import Bench
 from tuner.study.outcome import Aborted, Infeasible, Measured
+from tuner.study.session import Prepared
 from tuner.study.store import Store
+from tuner.verify.promise import Promise
 
 
 def test_the_first_trial_is_the_engines_default_with_none_of_the_spaces_flags(runner):
@@ -306,6 +310,24 @@ def test_held_out_windows_that_would_move_the_searchs_own_are_refused(runner):
     more = {"trace: {": "trace: {heldout_windows: 50, "}
     with pytest.raises(UsageError, match="the search's windows would be others, too"):
         runner.run(replace=more)
+
+
+def test_what_starting_an_exported_file_again_found_is_kept(runner):
+    runner.text = runner.text.replace("window: 10s", "window: 1s, heldout_windows: 2")
+    runner.run()
+    engine, best = FakeEngine(), runner.store.trials()[0]
+    ready = Prepared(runner.study(), engine, workload.read(runner.study()), None, "none in this test")
+    bench = Bench(ready.study, engine, threading.Event(), lambda _name, _data: None)
+    mark = ready.fingerprint("m")
+    for launch_fails in (False, True):
+        engine.fail = oom if launch_fails else None
+        unsure = (math.nan, math.nan, math.nan)
+        promise = Promise("s", 0, best.config, 1.0, ready.study.objective.slos, unsure, "tpot_p99", unsure, mark)
+        verifying.certify(ready, runner.store, bench, promise, 60.0)
+    kept = [e for e in Store(runner.store.folder / "certify").events() if e["event"] == "certified"]
+    assert [e["holds"] for e in kept] == [True, False]
+    assert "The promise holds" in kept[0]["text"] and "does not fit" in kept[1]["text"]
+    assert kept[0]["fingerprint"]["engine_version"] == "0.0-fake"
 
 
 def test_a_study_goes_on_where_the_host_has_another_memory(runner):

@@ -54,6 +54,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         importance=importance(s),
         errors=errors(s),
         verified=_verified(s, store),
+        certified=_certified(store),
         facts=_facts(s),
         frozen=dump(_public(study.frozen)),
         command=f"tuner tune {shlex.quote(study.source)}",
@@ -171,6 +172,17 @@ def _verified(s: Summary, store: Store) -> dict[str, Any] | None:
         "paragraphs": [part.strip() for part in str(data.get("text", "")).replace("**", "").split("\n\n") if part],
         "table": tables.folded(rows),
     }
+
+
+def _certified(store: Store) -> list[tuple[str, str, list[str]]]:
+    """What ``tuner verify`` found, newest first: when, its verdict, and each line after it."""
+    found = []
+    for event in reversed(Store(store.folder / "certify").events()):
+        if event.get("event") == "certified" and isinstance(event.get("at_s"), int | float):
+            when = datetime.fromtimestamp(event["at_s"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+            verdict, *lines = str(event.get("text", "")).replace("**", "").splitlines() or [""]
+            found.append((when, verdict, [line.removeprefix("- ") for line in lines]))
+    return found
 
 
 def _facts(s: Summary) -> list[tuple[str, str]]:

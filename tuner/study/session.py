@@ -17,7 +17,6 @@ from tuner.engines import build
 from tuner.engines.protocol import Engine, LaunchFailed, OnEvent
 from tuner.errors import UsageError
 from tuner.executor.build import executor
-from tuner.search.prediction import Predictor
 from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
 from tuner.spec.study import Study
@@ -33,6 +32,7 @@ from tuner.study.together import Together
 if TYPE_CHECKING:
     import optuna
 
+    from tuner.search.model.predictor import AnalyticModel
     from tuner.search.model.shape import ModelShape
     from tuner.search.warmstart import Earlier
     from tuner.study.peers import Peers
@@ -48,7 +48,7 @@ class Prepared:
     study: Study
     engine: Engine
     traffic: workload.Workload
-    predictor: Predictor | None
+    predictor: AnalyticModel | None
     no_model: str  # why there is no analytic model, in words
 
     def notes(self, config: ServingConfig) -> dict[str, Any]:
@@ -85,9 +85,9 @@ class Prepared:
         """Why memory arithmetic refuses ``config``; empty where it may run."""
         if self.predictor is None:
             return ""
-        prediction = self.predictor.predict(config, self.study.load.ladder[0])
+        fit = self.predictor.fit(config)
         margin = REFUSE_MARGIN * self.study.hardware.memory_bytes
-        return "" if prediction.fits or prediction.short_bytes <= margin else prediction.reason
+        return "" if fit.fits or fit.short_bytes <= margin else fit.reason
 
 
 def prepare(study: Study) -> Prepared:
@@ -129,7 +129,7 @@ def _place(source: str, flag: str) -> str:
     return source
 
 
-def model_of(study: Study, traffic: workload.Workload) -> tuple[Predictor | None, str]:
+def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | None, str]:
     """The analytic model of this study, or None and why there is none."""
     from tuner.search import hardware
     from tuner.search.model import predictor

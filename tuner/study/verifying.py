@@ -142,13 +142,15 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
 
 def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, seconds: float) -> Certificate:
     """Launches what ``promise`` describes on this machine, wherever the study ran, and replays held-out windows; the
-    launches are kept under ``certify/``."""
+    launches are kept under ``certify/``, and what was found as an event there (``certified``)."""
     own = Store(store.folder / "certify")
     recorder = Nobody()
     windows = ready.traffic.heldout
     launch = launcher(ready, own, recorder, LocalExecutor(bench), bench.on_event, "certify")
     served = str(ready.notes(promise.config).get("model_folder") or promise.config.model)
-    return recertify(promise, launch, windows, ready.fingerprint(served), bench.on_event, seconds=seconds)
+    found = recertify(promise, launch, windows, ready.fingerprint(served), bench.on_event, seconds=seconds)
+    own.log("certified", **found.to_dict())
+    return found
 
 
 def verification(store: Store) -> Verification | None:
