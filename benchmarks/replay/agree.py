@@ -23,34 +23,31 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.replay.clients import VLLM
+from tuner.load.formats import read
+from tuner.load.prompts import load_tokenizer, texts
 
 WARM = 60  # requests
 FIGURES = ("output_tokens_per_s", *(f"{name}_{q}_ms" for name in ("ttft", "tpot", "itl") for q in ("p50", "p99")))
 
 
-def prompts(model: Path, lengths: pd.DataFrame, seed: int, path: Path) -> None:
-    """Random text of about the asked lengths in tokens, one JSON line a request. How long each is, the peer counts."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    rng = np.random.default_rng(seed)
-    with path.open("w") as file:
-        for row in lengths.itertuples():
-            ids = rng.integers(0, tokenizer.get_vocab_size(with_added_tokens=False), int(row.input_tokens))
-            file.write(
-                json.dumps({"prompt": tokenizer.decode(ids.tolist()), "output_tokens": int(row.output_tokens)}) + "\n"
-            )
+def prompts(model: Path, lengths: pd.DataFrame, seed: int, folder: Path) -> Path:
+    """Text of the asked lengths in tokens, one JSON line a request."""
+    lengths.assign(arrival_s=0.0).to_json(folder / "lengths.jsonl", orient="records", lines=True)
+    rows = zip(texts(read(folder / "lengths.jsonl"), load_tokenizer(model), seed), lengths.output_tokens, strict=True)
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "output_tokens": int(n)}) + "\n" for text, n in rows))
+    return path
 
 
 def theirs(
     args: argparse.Namespace, requests: pd.DataFrame, seed: int, folder: Path
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """What ``vllm bench serve`` measured, and the trace of what it sent: ``arrival_s``, lengths in tokens."""
-    prompts(args.model, requests, seed, folder / "prompts.jsonl")
     command = [
         args.vllm, "-c", VLLM, "--backend", "openai", "--base-url", args.url, "--endpoint", "/v1/completions",
         "--model", args.served, "--tokenizer", str(args.model), "--dataset-name", "custom",
-        "--dataset-path", str(folder / "prompts.jsonl"), "--custom-output-len", "-1", "--skip-chat-template",
+        "--dataset-path", str(prompts(args.model, requests, seed, folder)), "--custom-output-len", "-1",
+        "--skip-chat-template",
         "--request-rate", str(args.rate), "--num-prompts", str(len(requests)), "--seed", str(seed), "--ignore-eos",
         "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99",
         "--save-result", "--save-detailed", "--result-dir", str(folder), "--result-filename", "result.json",

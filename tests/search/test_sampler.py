@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.search.problem import LOADS, Model, launch, objective, run, space, study, truth
+from tests.search.problem import LOADS, Model, knob, launch, objective, run, space, study, truth
 from tuner.pareto.volume import hypervolume
 from tuner.search import ledger
 from tuner.search.acquisition import LaunchCost
 from tuner.search.sampler import Options, TunerSampler
 from tuner.space.space import SearchSpace
-from tuner.study.outcome import Measured, Untrusted
+from tuner.study.outcome import Boot, Infeasible, Measured, Step, Untrusted
 
 
 def sampler(predictor: Any = None, **more: Any) -> TunerSampler:
@@ -108,7 +108,7 @@ def test_crashes_teach_where_not_to_launch():
     works = dict(zip(left, one.beliefs.posterior(left).works, strict=True))
     bad = [p for i, p in works.items() if crash(one.candidates.params[i])]
     good = [p for i, p in works.items() if not crash(one.candidates.params[i])]
-    assert sum(bad) / len(bad) < 0.5 < 0.8 < sum(good) / len(good)
+    assert sum(bad) / len(bad) < 0.5 < 0.7 < sum(good) / len(good)
 
 
 def test_a_running_trial_is_not_proposed_beside_itself():
@@ -203,3 +203,48 @@ def test_measured_steps_are_believed_over_the_estimate_of_a_launchs_seconds():
     seen = ledger.Seen(0, space().default(), outcome, started_s=10.0, ended_s=10.0 + 30.0 + 40.0 * len(outcome.steps))
     known = launch_cost(LaunchCost(500, 500), [read(seen, objective(), LOADS)])
     assert (known.start_s, known.step_s) == (30.0, 40.0)
+
+
+def nameless() -> SearchSpace:
+    """Eight parameters of which no rule of thumb knows anything."""
+    knobs = (knob(f"k{i}", 1, 2, 4, 8, default=2, numeric=True, log=True) for i in range(8))
+    return SearchSpace("test", "emulator", tuple(knobs), ())
+
+
+def off_nearest(params: dict[str, Any], others: list[dict[str, Any]]) -> int:
+    return min(sum(params[name] != other[name] for name in params) for other in others)
+
+
+def tell_all(one: TunerSampler, launches: int, serves: Any) -> list[tuple[dict[str, Any], str, bool]]:
+    """(params, reason, whether it served) of each launch."""
+    book, found = study(one), []
+    for _ in range(launches):
+        trial, params = ledger.ask(book, one.space)
+        speed = sum(params.values()) / 16
+        metrics = {"ttft_p99_s": 0.1, "tpot_p99_s": 0.03 / speed, "cost_usd_per_mtok_output": 1 / speed}
+        good = serves(params)
+        crash = Infeasible("engine-died", "the engine died")
+        outcome = Measured((Step(1.0, "search-0", metrics),), Boot(30.0)) if good else crash
+        ledger.tell(book, trial, one.space, objective(), outcome, started_s=0.0, ended_s=90.0)
+        found.append((params, trial.user_attrs["reason"], good))
+    return found
+
+
+def test_where_no_name_is_known_a_few_parameters_are_varied_at_a_time_beside_what_served():
+    one = TunerSampler(nameless(), objective(), LOADS, model="m", cost=LaunchCost(60, 30))
+    tried = tell_all(one, 10, lambda p: p["k0"] < 8 or p["k1"] < 8)
+    served = [tried[0][0]]
+    for params, _, good in tried[1:]:
+        assert 1 <= off_nearest(params, served) <= 3
+        served += [params] if good else []
+    default, first = tried[0][0], tried[1:4]
+    assert all("not varied yet" in reason for _, reason, _ in first)
+    assert {name for p, _, _ in first for name in p if p[name] != default[name]} == set(default)
+
+
+def test_beside_a_default_that_does_not_serve_nothing_is_varied():
+    default = nameless().default()
+    one = TunerSampler(nameless(), objective(), LOADS, model="m", cost=LaunchCost(60, 30))
+    tried = tell_all(one, 4, lambda p: p != default)
+    assert all("least like" in reason for _, reason, _ in tried[1:])
+    assert min(off_nearest(p, [default]) for p, _, _ in tried[1:]) > 3

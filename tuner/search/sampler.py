@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
 from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate
-from tuner.search.candidates import Candidates, distribution_values, spread
+from tuner.search.candidates import Candidates, Key, distribution_values, spread
 from tuner.search.expert import gpu_counts
 from tuner.search.foresight import Foresight
 from tuner.search.ledger import Proposal, Seen, answered, read
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 
 LONG = 3 * LAUNCHES  # launches of a study whose resumption leaves the model's constants alone
+DRAWN = 200  # variations of the default of which the newest is launched
 NEWS = 0.05  # log units by which a constant moves before the model is asked again
 MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
 
@@ -56,7 +57,8 @@ class Options:
     ``by_gain`` launches are chosen by gain alone: while little is known, gain per GPU-second tries one small server
     after another and leaves whole parts of the front untried; afterwards gain counts per GPU-second to the ``power``.
     ``shortlist`` candidates get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring a
-    point again may take one launch in ``remeasure_every`` (0: never)."""
+    point again may take one launch in ``remeasure_every`` (0: never). Where nothing is known of any parameter, the
+    first ``near_until`` launches differ in at most ``near`` parameters from one that served."""
 
     first: int = 4
     shortlist: int = 160
@@ -64,6 +66,8 @@ class Options:
     remeasure_every: int = 8
     power: float = 1.0
     by_gain: int = 12
+    near: int = 3
+    near_until: int = 10
 
 
 class TunerSampler(BaseSampler):
@@ -155,8 +159,10 @@ class TunerSampler(BaseSampler):
         launched = [r for r in readings if r.seen.outcome is not None and r.seen.remeasure_of is None]
         pending = [i for s in seen if s.outcome is None if (i := self.beliefs.index(s.params)) is not None]
         early = len(launched) + len(pending) <= self.options.first
-        if early and self.predictor is None and not (self.beliefs.sources.earlier or self.beliefs.sources.ruled):
-            index, reason = self._without_model(taken, rng)
+        blind = self.predictor is None and not (self.beliefs.sources.earlier or self.beliefs.sources.ruled)
+        served = [i for r in launched if (r.works or 0.0) > 0 if (i := self.beliefs.index(r.seen.params)) is not None]
+        if early and blind:
+            index, reason = self._without_model(taken, default if default in served else None, rng)
             if index is not None:
                 return index, Proposal(reason)
         self._calibrate(readings)
@@ -166,7 +172,10 @@ class TunerSampler(BaseSampler):
             self.beliefs.believe(pending)
         if not self.candidates.whole:
             self._grow_near(readings, rng)
-        return self._best(Scan(self.beliefs, self.loads, readings, pending), self._admitted(taken), early, number)
+        free = self._admitted(taken)
+        if blind and len(launched) + len(pending) < self.options.near_until:
+            free = self._near(free, served) or free
+        return self._best(Scan(self.beliefs, self.loads, readings, pending), free, early, number)
 
     def _best(self, scan: Scan, free: Sequence[int], early: bool, number: int) -> tuple[int, Proposal]:
         """The candidate with the highest expected gain: per launch among the first, per GPU-second afterwards."""
@@ -257,18 +266,53 @@ class TunerSampler(BaseSampler):
         fits[list(taken)] = False
         return np.nonzero(fits)[0].tolist()
 
-    def _without_model(self, taken: set[int], rng: Any) -> tuple[int | None, str]:
-        """Where nothing is known of any parameter: other numbers of GPUs, then what is least like the launched."""
+    def _without_model(self, taken: set[int], default: int | None, rng: Any) -> tuple[int | None, str]:
+        """Where nothing is known of any parameter: other numbers of GPUs; then a few parameters off the default at a
+        time, those that were not varied yet; where the default does not serve (None), what is least like the launched.
+
+        What differs in everything from a server that works mostly does not work, and its points say nothing of which
+        difference they come from (group screening: Watson 1961, Technometrics 3(3))."""
         for params, why in gpu_counts(self.space):
             found = self.candidates.add([params]) or [self.candidates.index.get(self.candidates.key(params))]
             if found[0] is not None and found[0] not in taken:
                 return found[0], why
         if len(taken) >= len(self.candidates.params):
             return None, ""
+        if default is not None and (index := self._off(default, taken, rng)) is not None:
+            return index, f"the default but for {self.options.near} parameters that were not varied yet"
         left = [i for i in range(len(self.candidates.params)) if i not in taken]
         few = rng.choice(left, size=min(8, len(left)), replace=False).tolist()  # the farthest of all is a corner
         index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), few)
         return index, "least like anything launched so far"
+
+    def _off(self, base: int, taken: set[int], rng: Any) -> int | None:
+        """A candidate that differs from ``base`` in ``near`` parameters (a condition may add one), of some drawn at
+        random the one with the most parameters, then values, that none of ``taken`` varied."""
+        known = self.candidates.keys
+        varied = [{known[i][j] for i in taken} for j in range(len(self.space.parameters))]
+
+        def news(key: Key) -> tuple[int, int]:
+            fresh = [j for j, code in enumerate(key) if code != known[base][j] and code not in varied[j]]
+            return sum(len(varied[j]) == 1 for j in fresh), len(fresh)
+
+        wide = [p for p in self.space.parameters if len(p.values) > 1]
+        best, most = None, (-1, -1)
+        for _ in range(DRAWN):
+            params = dict(self.candidates.params[base])
+            for k in rng.choice(len(wide), size=min(self.options.near, len(wide)), replace=False):
+                params[wide[k].name] = wide[k].values[int(rng.integers(len(wide[k].values)))]
+            self.candidates.add([params])
+            index = self.candidates.index.get(self.candidates.key(self.space.snap(params)))
+            if index is not None and index not in taken and news(known[index]) > most:
+                best, most = index, news(known[index])
+        return best
+
+    def _near(self, indices: Sequence[int], served: Sequence[int]) -> list[int]:
+        """Those of ``indices`` that differ in at most ``near`` parameters from one of ``served``."""
+        codes = self.candidates.codes(indices)
+        apart = [(codes != of).sum(1) for of in self.candidates.codes(served)]
+        near = np.min(apart, axis=0) <= self.options.near if apart else np.zeros(len(codes), dtype=bool)
+        return np.array(indices, dtype=np.int64)[near].tolist()
 
     def _grow_towards_front(self) -> None:
         """Neighbours of the model's front join a sampled pool, until it stays what it is (six rounds at most)."""
