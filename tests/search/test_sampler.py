@@ -238,7 +238,7 @@ def test_where_no_name_is_known_a_few_parameters_are_varied_at_a_time_beside_wha
         assert 1 <= off_nearest(params, served) <= 3
         served += [params] if good else []
     default, first = tried[0][0], tried[1:4]
-    assert all("not varied yet" in reason for _, reason, _ in first)
+    assert all("off the default" in reason for _, reason, _ in first)
     assert {name for p, _, _ in first for name in p if p[name] != default[name]} == set(default)
 
 

@@ -160,9 +160,10 @@ class TunerSampler(BaseSampler):
         pending = [i for s in seen if s.outcome is None if (i := self.beliefs.index(s.params)) is not None]
         early = len(launched) + len(pending) <= self.options.first
         blind = self.predictor is None and not (self.beliefs.sources.earlier or self.beliefs.sources.ruled)
-        served = [i for r in launched if (r.works or 0.0) > 0 if (i := self.beliefs.index(r.seen.params)) is not None]
+        works = [(i, r.works) for r in launched if r.works and (i := self.beliefs.index(r.seen.params)) is not None]
         if early and blind:
-            index, reason = self._without_model(taken, default if default in served else None, rng)
+            crashed = any(i == default and found < 0 for i, found in works)
+            index, reason = self._without_model(taken, None if crashed else default, rng)
             if index is not None:
                 return index, Proposal(reason)
         self._calibrate(readings)
@@ -174,7 +175,7 @@ class TunerSampler(BaseSampler):
             self._grow_near(readings, rng)
         free = self._admitted(taken)
         if blind and len(launched) + len(pending) < self.options.near_until:
-            free = self._near(free, served) or free
+            free = self._near(free, [i for i, found in works if found > 0]) or free
         return self._best(Scan(self.beliefs, self.loads, readings, pending), free, early, number)
 
     def _best(self, scan: Scan, free: Sequence[int], early: bool, number: int) -> tuple[int, Proposal]:
@@ -268,7 +269,7 @@ class TunerSampler(BaseSampler):
 
     def _without_model(self, taken: set[int], default: int | None, rng: Any) -> tuple[int | None, str]:
         """Where nothing is known of any parameter: other numbers of GPUs; then a few parameters off the default at a
-        time, those that were not varied yet; where the default does not serve (None), what is least like the launched.
+        time, those that were varied least; where the default does not serve (None), what is least like the launched.
 
         What differs in everything from a server that works mostly does not work, and its points say nothing of which
         difference they come from (group screening: Watson 1961, Technometrics 3(3))."""
@@ -279,7 +280,7 @@ class TunerSampler(BaseSampler):
         if len(taken) >= len(self.candidates.params):
             return None, ""
         if default is not None and (index := self._off(default, taken, rng)) is not None:
-            return index, f"the default but for {self.options.near} parameters that were not varied yet"
+            return index, f"{self.options.near} parameters off the default, those that were varied least"
         left = [i for i in range(len(self.candidates.params)) if i not in taken]
         few = rng.choice(left, size=min(8, len(left)), replace=False).tolist()  # the farthest of all is a corner
         index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), few)
