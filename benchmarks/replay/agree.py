@@ -17,73 +17,69 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.replay.clients import VLLM
+from benchmarks.replay.clients import Setting, benching, our_figures, replaying, their_figures
 from tuner.load.formats import read
 from tuner.load.prompts import load_tokenizer, texts
+from tuner.study.workload import shorten
 
 WARM = 60  # requests
-FIGURES = ("output_tokens_per_s", *(f"{name}_{q}_ms" for name in ("ttft", "tpot", "itl") for q in ("p50", "p99")))
+NAMES = ("ttft", "tpot", "itl")
 
 
-def prompts(model: Path, lengths: pd.DataFrame, seed: int, folder: Path) -> Path:
+def prompts(s: Setting, lengths: pd.DataFrame, seed: int) -> Path:
     """Text of the asked lengths in tokens, one JSON line a request."""
-    lengths.assign(arrival_s=0.0).to_json(folder / "lengths.jsonl", orient="records", lines=True)
-    rows = zip(texts(read(folder / "lengths.jsonl"), load_tokenizer(model), seed), lengths.output_tokens, strict=True)
-    path = folder / "prompts.jsonl"
+    lengths.assign(arrival_s=0.0).to_json(s.folder / "lengths.jsonl", orient="records", lines=True)
+    rows = zip(
+        texts(read(s.folder / "lengths.jsonl"), load_tokenizer(s.model), seed), lengths.output_tokens, strict=True
+    )
+    path = s.folder / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text, "output_tokens": int(n)}) + "\n" for text, n in rows))
     return path
 
 
-def theirs(
-    args: argparse.Namespace, requests: pd.DataFrame, seed: int, folder: Path
-) -> tuple[dict[str, float], pd.DataFrame]:
+def theirs(python: str, s: Setting, lengths: pd.DataFrame, seed: int) -> tuple[dict[str, float], pd.DataFrame]:
     """What ``vllm bench serve`` measured, and the trace of what it sent: ``arrival_s``, lengths in tokens."""
-    command = [
-        args.vllm, "-c", VLLM, "--backend", "openai", "--base-url", args.url, "--endpoint", "/v1/completions",
-        "--model", args.served, "--tokenizer", str(args.model), "--dataset-name", "custom",
-        "--dataset-path", str(prompts(args.model, requests, seed, folder)), "--custom-output-len", "-1",
-        "--skip-chat-template",
-        "--request-rate", str(args.rate), "--num-prompts", str(len(requests)), "--seed", str(seed), "--ignore-eos",
-        "--temperature", "0", "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99",
-        "--save-result", "--save-detailed", "--result-dir", str(folder), "--result-filename", "result.json",
-        "--disable-tqdm",
-    ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    d = json.loads((folder / "result.json").read_text())
-    if d["completed"] < len(requests):
-        raise SystemExit(f"vllm bench serve: {len(requests) - d['completed']} of {len(requests)} requests failed")
+    dataset = (
+        "--dataset-name",
+        "custom",
+        "--dataset-path",
+        str(prompts(s, lengths, seed)),
+        "--custom-output-len",
+        "-1",
+    )
+    more = ("--skip-chat-template", "--seed", str(seed), "--temperature", "0")
+    subprocess.run(benching(python, s, *dataset, *more), check=True, stdout=sys.stderr)
+    d = json.loads((s.folder / "result.json").read_text())
+    if d["completed"] < s.count:
+        raise SystemExit(f"vllm bench serve: {s.count - d['completed']} of {s.count} requests failed")
     start, ttft = np.array(d["start_times"]), np.array(d["ttfts"])
     end = start + ttft + [sum(gaps) for gaps in d["itls"]]
-    figures = {f"{name}_{q}_ms": d[f"{q}_{name}_ms"] for name in ("ttft", "tpot", "itl") for q in ("p50", "p99")}
-    figures["output_tokens_per_s"] = sum(d["output_lens"]) / (end.max() - start.min())
+    tokens_per_s = sum(d["output_lens"]) / (end.max() - start.min())
     sent = {"arrival_s": start - start.min(), "input_tokens": d["input_lens"], "output_tokens": d["output_lens"]}
+    figures = {"output_tokens_per_s": tokens_per_s, **their_figures(d, NAMES)}
     return figures, pd.DataFrame(sent).sort_values("arrival_s")
 
 
-def ours(args: argparse.Namespace, trace: pd.DataFrame, seed: int, folder: Path) -> dict[str, float]:
-    trace.to_json(folder / "trace.jsonl", orient="records", lines=True, double_precision=9)
-    command = [
-        sys.executable, "-c", "from tuner.cli.app import main; main()", "replay", "--url", args.url, "--trace",
-        str(folder / "trace.jsonl"), "--model", args.served, "--tokenizer", str(args.model), "--seed", str(seed + 1000),
-        "--no-early-stop", "--records", str(folder / "records.parquet"), "--json",
-    ]  # fmt: skip
+def ours(s: Setting, trace: pd.DataFrame, seed: int) -> tuple[dict[str, float], Sequence[str]]:
+    """What ``tuner replay`` measured, and why it should not be trusted (empty: it may be)."""
+    trace.to_json(s.folder / "trace.jsonl", orient="records", lines=True, double_precision=9)
+    command = replaying(s, "--seed", str(seed + 1000), "--no-early-stop")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if not done.stdout:
         raise SystemExit(f"tuner replay ended with {done.returncode}")
     told = json.loads(done.stdout)
-    m = told["metrics"]
-    figures = {f"{name}_{q}_ms": 1e3 * m[f"{name}_{q}_s"] for name in ("ttft", "tpot", "itl") for q in ("p50", "p99")}
-    records = pd.read_parquet(folder / "records.parquet")
-    span_s = (records.end_ns.max() - records.sent_ns.min()) / 1e9
-    figures["output_tokens_per_s"] = records.output_tokens.sum() / span_s
+    records = pd.read_parquet(s.folder / "records.parquet")
     if failed := int((records.error != "").sum()):
         raise SystemExit(f"tuner replay: {failed} of {len(records)} requests failed")
-    return figures | {"untrusted": told["untrusted"]}
+    span_s = (records.end_ns.max() - records.sent_ns.min()) / 1e9
+    figures = {"output_tokens_per_s": records.output_tokens.sum() / span_s, **our_figures(told["metrics"], NAMES)}
+    return figures, told["untrusted"]
 
 
 def main() -> None:
@@ -91,36 +87,40 @@ def main() -> None:
     parser.add_argument("--url", required=True)
     parser.add_argument("--model", type=Path, required=True, help="folder with the tokenizer")
     parser.add_argument("--served", default="", help="the served model's name (default: the folder's path)")
-    parser.add_argument(
-        "--trace", type=Path, required=True, help="a .parquet as `tuner trace convert` writes it: the lengths"
-    )
+    parser.add_argument("--trace", type=Path, required=True, help="the lengths; any format that `tuner trace` reads")
     parser.add_argument("--rate", type=float, required=True, help="requests/s")
     parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals per run")
-    parser.add_argument("--max-output-tokens", type=int, default=0)
+    parser.add_argument("--max-output-tokens", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--vllm", required=True, help="Python of an environment that has vLLM")
     parser.add_argument("--out", type=Path, default=None, help="append each run as a JSON line")
     args = parser.parse_args()
-    args.served = args.served or str(args.model)
-    lengths = pd.read_parquet(args.trace)
-    if args.max_output_tokens:
-        lengths["output_tokens"] = lengths.output_tokens.clip(upper=args.max_output_tokens)
+    trace, _ = shorten(read(args.trace), None, args.max_output_tokens, None)
+    lengths = pd.DataFrame({"input_tokens": trace.input_tokens, "output_tokens": trace.output_tokens})
     count = int(args.rate * args.seconds)
-    with tempfile.TemporaryDirectory() as name:
-        unmeasured = lengths.tail(WARM).assign(arrival_s=[i / args.rate for i in range(WARM)])
-        ours(args, unmeasured, args.rounds, Path(name))
+
+    def setting(requests: pd.DataFrame, folder: str) -> Setting:
+        served = args.served or str(args.model)
+        return Setting(args.url, args.model, args.rate, len(requests), Path(folder), served=served)
+
+    with tempfile.TemporaryDirectory() as folder:
+        unmeasured = lengths.tail(WARM)
+        unmeasured = unmeasured.assign(arrival_s=np.arange(len(unmeasured)) / args.rate)
+        ours(setting(unmeasured, folder), unmeasured, args.rounds)
     for turn in range(args.rounds):
         requests = lengths.iloc[turn * count : (turn + 1) * count]
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            peer, trace = theirs(args, requests, turn, folder)
-            runs = {"vllm bench serve": peer, "tuner": ours(args, trace, turn, folder)}
-        for client, figures in runs.items():
-            line = {"client": client, "turn": turn, "requests": len(requests), "rate": args.rate, **figures}
+        with tempfile.TemporaryDirectory() as folder:
+            s = setting(requests, folder)
+            peer, sent = theirs(args.vllm, s, requests, turn)
+            own, untrusted = ours(s, sent, turn)
+        for client, figures in {"vllm bench serve": peer, "tuner": own}.items():
+            line = {"client": client, "turn": turn, "requests": s.count, "rate": args.rate, **figures}
+            if client == "tuner":
+                line["untrusted"] = untrusted
             if args.out:
                 with args.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-            print(client, *(f"{key} {figures[key]:.4g}" for key in FIGURES), flush=True)
+            print(client, *(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
 
 
 if __name__ == "__main__":

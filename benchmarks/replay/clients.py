@@ -7,11 +7,12 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 TOKENS, PROMPT = 64, 32
+NAMES = ("ttft", "itl")
 VLLM = (
     "import sys; from vllm.benchmarks.serve import add_cli_args, main;"
     "from vllm.utils.argparse_utils import FlexibleArgumentParser as P;"
@@ -29,6 +30,7 @@ class Setting:
     count: int
     folder: Path
     processes: int = 0  # of our client; 0: as it thinks right
+    served: str = "stub"  # the model's name
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,34 @@ class Tool:
     version: str = ""
 
 
+def replaying(s: Setting, *more: str) -> list[str]:
+    """Our command for ``trace.jsonl`` in the setting's folder; it writes ``records.parquet`` there."""
+    return [
+        sys.executable, "-c", "from tuner.cli.app import main; main()", "replay", "--url", s.url, "--trace",
+        str(s.folder / "trace.jsonl"), "--model", s.served, "--tokenizer", str(s.model),
+        "--records", str(s.folder / "records.parquet"), "--json", *more,
+    ]  # fmt: skip
+
+
+def our_figures(metrics: Mapping[str, float], names: Sequence[str] = NAMES) -> dict[str, float]:
+    return {f"{name}_{q}_ms": 1e3 * metrics[f"{name}_{q}_s"] for name in names for q in ("p50", "p99")}
+
+
+def benching(python: str, s: Setting, *dataset: str) -> list[str]:
+    """The command of ``vllm bench serve``; it writes ``result.json`` in the setting's folder."""
+    return [
+        *shlex.split(python), "-c", VLLM, "--backend", "openai", "--base-url", s.url, "--endpoint", "/v1/completions",
+        "--model", s.served, "--tokenizer", str(s.model), *dataset, "--request-rate", str(s.rate),
+        "--num-prompts", str(s.count), "--ignore-eos", "--percentile-metrics", "ttft,tpot,itl",
+        "--metric-percentiles", "50,99", "--save-result", "--save-detailed", "--result-dir", str(s.folder),
+        "--result-filename", "result.json", "--disable-tqdm",
+    ]  # fmt: skip
+
+
+def their_figures(result: Mapping[str, float], names: Sequence[str] = NAMES) -> dict[str, float]:
+    return {f"{name}_{q}_ms": result[f"{q}_{name}_ms"] for name in names for q in ("p50", "p99")}
+
+
 def ours(s: Setting) -> list[str]:
     import numpy as np
 
@@ -50,37 +80,29 @@ def ours(s: Setting) -> list[str]:
     with (s.folder / "trace.jsonl").open("w") as file:
         for at in arrival_s - arrival_s[0]:
             file.write(json.dumps({"arrival_s": float(at), "input_tokens": PROMPT, "output_tokens": TOKENS}) + "\n")
-    program = ["-c", "from tuner.cli.app import main; main()"]
-    return [
-        sys.executable, *program, "replay", "--url", s.url, "--trace", str(s.folder / "trace.jsonl"), "--model", "stub",
-        "--tokenizer", str(s.model), "--records", str(s.folder / "records.parquet"), "--json",
-        *(["--processes", str(s.processes)] if s.processes else []),
-    ]  # fmt: skip
+    return replaying(s, *(["--processes", str(s.processes)] if s.processes else []))
 
 
 def read_ours(s: Setting) -> dict[str, float]:
     told = json.loads((s.folder / "stdout").read_text())
     m = told["metrics"]
-    figures = {f"{name}_{q}_ms": 1e3 * m[f"{name}_{q}_s"] for name in ("ttft", "itl") for q in ("p50", "p99")}
-    return figures | {"kept": m["sent_requests_per_s"] / m["offered_requests_per_s"], "untrusted": told["untrusted"]}
+    return our_figures(m) | {
+        "kept": m["sent_requests_per_s"] / m["offered_requests_per_s"],
+        "untrusted": told["untrusted"],
+    }
 
 
 def vllm_bench(python: str) -> Callable[[Setting], list[str]]:
-    return lambda s: [
-        *shlex.split(python), "-c", VLLM, "--backend", "openai", "--base-url", s.url, "--endpoint", "/v1/completions",
-        "--model", "stub", "--tokenizer", str(s.model), "--dataset-name", "random", "--random-input-len", str(PROMPT),
-        "--random-output-len", str(TOKENS), "--request-rate", str(s.rate), "--num-prompts", str(s.count),
-        "--ignore-eos", "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99", "--save-result",
-        "--save-detailed", "--result-dir", str(s.folder), "--result-filename", "result.json", "--disable-tqdm",
-    ]  # fmt: skip
+    lengths = ("--random-input-len", str(PROMPT), "--random-output-len", str(TOKENS))
+    return lambda s: benching(python, s, "--dataset-name", "random", *lengths)
 
 
 def read_vllm(s: Setting) -> dict[str, float]:
     d = json.loads((s.folder / "result.json").read_text())
-    figures = {f"{name}_{q}_ms": d[f"{q}_{name}_ms"] for name in ("ttft", "itl") for q in ("p50", "p99")}
     starts = sorted(d.get("start_times") or [])
     span = starts[-1] - starts[0] if len(starts) > 1 else math.nan
-    return figures | {"kept": (len(starts) - 1) / span / s.rate if starts else d["request_throughput"] / s.rate}
+    kept = (len(starts) - 1) / span / s.rate if starts else d["request_throughput"] / s.rate
+    return their_figures(d) | {"kept": kept}
 
 
 def guidellm(command: str) -> Callable[[Setting], list[str]]:

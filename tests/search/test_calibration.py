@@ -15,9 +15,12 @@ from tests.search.test_sampler import regret, sampler
 from tuner.search import ledger
 from tuner.search.acquisition import LaunchCost
 from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate
+from tuner.search.candidates import Candidates
+from tuner.search.foresight import Foresight
 from tuner.search.model.predictor import AnalyticModel
 from tuner.search.sampler import TunerSampler
 from tuner.space.config import ServingConfig
+from tuner.space.memory import MemoryCorrection
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.slo import parse
@@ -158,6 +161,20 @@ def test_a_process_that_takes_up_a_long_study_does_not_ask_the_model_anew(monkey
     book.sampler = again
     run(book, 1)
     assert again.factors == {}
+
+
+def test_what_the_logs_say_of_memory_decides_anew_what_fits() -> None:
+    told = model(shape="qwen3-8b", slos=SLOS)
+    small = SearchSpace("test", "vllm", (knob("max-num-seqs", 128, 256, default=256),), fixed={"max-model-len": 8192})
+    foresight = Foresight(Candidates.of(small, 0), OBJECTIVE, (LOW, HIGH), told, "m")
+    foresight.look()
+    before = foresight.latency.copy()
+    assert (foresight.short_bytes == 0).all()
+    foresight.reconsider(told.corrected(MemoryCorrection(overhead_bytes=float(70 * 2**30))))
+    assert (foresight.short_bytes > 2**30).all() and np.isnan(foresight.kv_tokens).all()
+    foresight.latency[:] = math.nan  # as where it never fitted
+    foresight.reconsider(told)
+    assert (foresight.short_bytes == 0).all() and (foresight.latency == before).all()
 
 
 def test_what_the_logs_say_of_memory_stays_when_the_constants_change() -> None:

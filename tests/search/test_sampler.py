@@ -99,7 +99,7 @@ def test_crashes_teach_where_not_to_launch():
     def crash(params: dict[str, Any]) -> bool:
         return params["gpus"] == 1 and params["batch"] >= 32
 
-    one = sampler()
+    one = sampler(options=Options(near=0))  # launches from all over the space
     book = study(one)
     tried = run(book, 15, crash=crash)
     ledger.ask(book, space())
@@ -108,7 +108,7 @@ def test_crashes_teach_where_not_to_launch():
     works = dict(zip(left, one.beliefs.posterior(left).works, strict=True))
     bad = [p for i, p in works.items() if crash(one.candidates.params[i])]
     good = [p for i, p in works.items() if not crash(one.candidates.params[i])]
-    assert sum(bad) / len(bad) < 0.5 < 0.7 < sum(good) / len(good)
+    assert sum(bad) / len(bad) < 0.5 < 0.8 < sum(good) / len(good)
 
 
 def test_a_running_trial_is_not_proposed_beside_itself():

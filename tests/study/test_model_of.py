@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tuner.spec import studyfile
+from tuner.spec.study import Study
 from tuner.study import workload
-from tuner.study.session import model_of
+from tuner.study.session import model_of, prepare
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -31,15 +32,27 @@ search_space:
 """
 
 
-@pytest.mark.parametrize("draft", ["draft", "not/here"])
-def test_a_draft_models_own_cache_is_counted_where_its_shape_can_be_read(tmp_path: Path, draft: str) -> None:
-    for folder, name in (("target", "qwen3-8b"), ("draft", "qwen3-0.6b")):
-        (tmp_path / folder).mkdir()
-        shutil.copy(ROOT / f"tests/search/shapes/{name}.json", tmp_path / folder / "config.json")
-    file = tmp_path / "study.yaml"
+def resolved(folder: Path, draft: str = "draft", target: str = "qwen3-8b") -> Study:
+    for name, shape in (("target", target), ("draft", "qwen3-0.6b")):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(ROOT / f"tests/search/shapes/{shape}.json", folder / name / "config.json")
+    file = folder / "study.yaml"
     trace = str(ROOT / "examples/traces/conversation-small.jsonl")
     file.write_text(STUDY.replace("FILE", trace).replace("DRAFT", draft), encoding="utf-8")
-    study = studyfile.resolve(studyfile.read(file, "study"), tmp_path)
+    return studyfile.resolve(studyfile.read(file, "study"), folder)
+
+
+def test_what_memory_arithmetic_finds_too_large_by_far_is_refused_with_its_reason(tmp_path: Path) -> None:
+    for target, refused in (("qwen3-8b", False), ("llama-3.3-70b", True)):
+        study = resolved(tmp_path / target, target=target)
+        ready = prepare(study)
+        why = ready.why_not(study.space.config(study.space.default(), study.model))
+        assert ("GiB" in why) == refused, why
+
+
+@pytest.mark.parametrize("draft", ["draft", "not/here"])
+def test_a_draft_models_own_cache_is_counted_where_its_shape_can_be_read(tmp_path: Path, draft: str) -> None:
+    study = resolved(tmp_path, draft)
     model, why = model_of(study, workload.read(study))
     assert model is not None, why
     plain, drafting = (

@@ -106,11 +106,12 @@ def _head(s: Summary, store: Store) -> list[tuple[str, str]]:
 def _dates(s: Summary) -> str:
     if not s.trials:
         return "-"
-    first, last = (
-        datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M")
-        for at_s in (min(t.started_s for t in s.trials), max(t.ended_s for t in s.trials))
-    )
+    first, last = (_minute(at_s) for at_s in (min(t.started_s for t in s.trials), max(t.ended_s for t in s.trials)))
     return f"{first} to {last[11:] if first[:10] == last[:10] else last} UTC"
+
+
+def _minute(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _choice(s: Summary, store: Store) -> dict[str, Any]:
@@ -178,10 +179,9 @@ def _certified(store: Store) -> list[tuple[str, str, list[str]]]:
     """What ``tuner verify`` found, newest first: when, its verdict, and each line after it."""
     found = []
     for event in reversed(Store(store.folder / "certify").events()):
-        if event.get("event") == "certified" and isinstance(event.get("at_s"), int | float):
-            when = datetime.fromtimestamp(event["at_s"], UTC).strftime("%Y-%m-%d %H:%M UTC")
-            verdict, *lines = str(event.get("text", "")).replace("**", "").splitlines() or [""]
-            found.append((when, verdict, [line.removeprefix("- ") for line in lines]))
+        if event["event"] == "certified":
+            verdict, *lines = event["text"].replace("**", "").splitlines()
+            found.append((f"{_minute(event['at_s'])} UTC", verdict, [line.removeprefix("- ") for line in lines]))
     return found
 
 

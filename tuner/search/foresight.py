@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from tuner.search.reading import capacity, margin
 from tuner.search.surrogate import Array
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
+
+if TYPE_CHECKING:
+    from tuner.search.model.predictor import AnalyticModel
 
 
 @dataclass(slots=True)
@@ -50,14 +54,14 @@ class Foresight:
         self.cost = np.concatenate([self.cost.reshape(-1, width), np.array([r[4] for r in rows])])
         self.latency = np.concatenate([self.latency.reshape(-1, width), np.array([r[5] for r in rows])])
 
-    def reconsider(self, predictor: Predictor) -> None:
+    def reconsider(self, predictor: AnalyticModel) -> None:
         """Takes a model that was corrected: what fits, and how much room is left, is asked again of every candidate;
         latencies only of those that fit now and did not before."""
         self.predictor = predictor
         self.look()
         for i in range(len(self.gpus)):
             config = self.candidates.space.config(self.candidates.params[i], self.model)
-            now = predictor.predict(config, self.loads[0])
+            now = predictor.fit(config)
             if now.fits and self.short_bytes[i] > 0:
                 row = self._ask(config)
                 self.capacity[i], self.cost[i], self.latency[i] = row[1], row[4], row[5]

@@ -58,7 +58,7 @@ class Options:
     after another and leaves whole parts of the front untried; afterwards gain counts per GPU-second to the ``power``.
     ``shortlist`` candidates get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring a
     point again may take one launch in ``remeasure_every`` (0: never). Where nothing is known of any parameter, the
-    first ``near_until`` launches differ in at most ``near`` parameters from one that served."""
+    first ``near_until`` launches differ in at most ``near`` parameters (0: in any) from one that served."""
 
     first: int = 4
     shortlist: int = 160
@@ -274,9 +274,9 @@ class TunerSampler(BaseSampler):
         What differs in everything from a server that works mostly does not work, and its points say nothing of which
         difference they come from (group screening: Watson 1961, Technometrics 3(3))."""
         for params, why in gpu_counts(self.space):
-            found = self.candidates.add([params]) or [self.candidates.index.get(self.candidates.key(params))]
-            if found[0] is not None and found[0] not in taken:
-                return found[0], why
+            index = self.beliefs.index(params)
+            if index is not None and index not in taken:
+                return index, why
         if len(taken) >= len(self.candidates.params):
             return None, ""
         if default is not None and (index := self._off(default, taken, rng)) is not None:
@@ -302,8 +302,7 @@ class TunerSampler(BaseSampler):
             params = dict(self.candidates.params[base])
             for k in rng.choice(len(wide), size=min(self.options.near, len(wide)), replace=False):
                 params[wide[k].name] = wide[k].values[int(rng.integers(len(wide[k].values)))]
-            self.candidates.add([params])
-            index = self.candidates.index.get(self.candidates.key(self.space.snap(params)))
+            index = self.beliefs.index(self.space.snap(params))
             if index is not None and index not in taken and news(known[index]) > most:
                 best, most = index, news(known[index])
         return best
