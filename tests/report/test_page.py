@@ -1,4 +1,5 @@
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -148,6 +149,25 @@ def test_failures_show_their_evidence_and_fix_and_refusals_their_reason(tmp_path
     assert "oom-kv 2 × start-up" in outline.text and "3.1 GiB KV cache is needed" in outline.text
     assert "Fix: lower max-model-len or raise gpu-memory-utilization" in outline.text
     assert "3 fewer batched tokens than sequences" in outline.text
+
+
+def test_what_failed_launches_have_in_common_is_said(tmp_path: Path):
+    store, known = Store(tmp_path / "s"), studies.space()
+    grid = [known.snap(params) for params in known.grid()]
+    some = [known.snap(known.default()), *random.Random(3).sample(grid, 50)]
+    for number, params in enumerate(some):
+        fails = params["kv_cache_dtype"] == "fp8" and params["max_num_seqs"] >= 256
+        config = known.config(params, "m")
+        outcome = (
+            Infeasible("no-kernel", "no kernel for it", "RuntimeError: no kernel", "take it out")
+            if fails
+            else studies.outcome_of(1, config, studies.objective(), random.Random(number), 1.0)
+        )
+        studies.add(number, outcome, store, params, baseline=not number)
+    outline = read(build(store, studies.study(tmp_path / "s"), tmp_path / "r.html"))
+    assert "Suspected where" in outline.text
+    said = outline.text.partition("Suspected where ")[2][:80]
+    assert "kv_cache_dtype = fp8" in said and "max_num_seqs >= 256" in said and "%)" in said
 
 
 def test_an_example_that_stands_for_many_refusals_counts_as_many(tmp_path: Path):

@@ -111,6 +111,24 @@ def test_crashes_teach_where_not_to_launch():
     assert sum(bad) / len(bad) < 0.5 < 0.8 < sum(good) / len(good)
 
 
+def test_what_a_crash_says_is_believed():
+    """The same two launches; only what the crash named differs."""
+    works = {}
+    for said in ("length", "batch"):
+        one = sampler(options=Options(first=0))
+        book = study(one)
+        for params in ({}, {"gpus": 4, "batch": 64, "guess": "ngram", "length": 8}):
+            trial = book.ask(space().distributions())
+            trial.set_user_attr("params", space().snap({**space().default(), **params}))
+            outcome = Infeasible("died", f"cannot serve with this {said}") if params else launch(space().default())
+            ledger.tell(book, trial, space(), objective(), outcome)
+        ledger.ask(book, space())
+        asked = one.beliefs.index(space().snap({**space().default(), "gpus": 4, "batch": 64}))
+        assert asked is not None
+        works[said] = float(one.beliefs.posterior([asked]).works[0])
+    assert works["batch"] < works["length"] - 0.05
+
+
 def test_a_running_trial_is_not_proposed_beside_itself():
     book = study(sampler(Model()))
     trials = [ledger.ask(book, space()) for _ in range(6)]

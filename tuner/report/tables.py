@@ -9,11 +9,14 @@ from typing import Any
 
 from tuner.pareto.front import COST, Point
 from tuner.report.summary import Summary, kind, label, ms, spread, why
+from tuner.search.causes import suspected
+from tuner.search.reading import cause as cause_of
 from tuner.study.outcome import Infeasible
 from tuner.study.price import GOODPUT
 from tuner.study.store import TrialRecord
 
 Table = tuple[list[str], list[list[str]]]
+STANDS_OUT = 0.25  # probability from which a condition is said
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,14 @@ class TrialRow:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """All trials that failed for one cause."""
+    """All trials that failed for one cause. ``where`` is what the failed have in common and the served have not, with
+    its probability, where one condition stands out (:mod:`tuner.search.causes`)."""
 
     cause: str
     message: str
     stage: str
     fix: str
+    where: str
     trials: tuple[tuple[int, str, str], ...]  # number, configuration, evidence
 
 
@@ -94,6 +99,7 @@ def phase_names(s: Summary) -> list[str]:
 def failures(s: Summary) -> list[Failure]:
     """Infeasible trials by cause, the most frequent first."""
     causes: dict[str, list[Any]] = {}
+    where = suspected(s.study.space, [(t.config.params, t.outcome) for t in s.trials])
     for trial in s.trials:
         if isinstance(trial.outcome, Infeasible):
             causes.setdefault(trial.outcome.cause, []).append(trial)
@@ -101,7 +107,9 @@ def failures(s: Summary) -> list[Failure]:
     for cause, trials in sorted(causes.items(), key=lambda item: -len(item[1])):
         first = trials[0].outcome
         rows = tuple((t.number, s.name(t.config), t.outcome.evidence) for t in trials)
-        found.append(Failure(cause, first.message, first.stage, first.fix, rows))
+        words, weight = where.get(cause_of(first), ("", 0.0))
+        words = f"{words} ({weight:.0%})" if weight >= STANDS_OUT else ""
+        found.append(Failure(cause, first.message, first.stage, first.fix, words, rows))
     return found
 
 

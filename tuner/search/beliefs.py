@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tuner.search.candidates import Candidates, correlations
+from tuner.search.causes import Causes
 from tuner.search.foresight import Foresight, Source, columns
 from tuner.search.reading import Reading
 from tuner.search.sources import QUANTITIES, Sources
@@ -56,9 +57,12 @@ class Beliefs:
     sources: Sources
     tables: list[Array] = field(default_factory=list)
     fitted: dict[str, Surrogate] = field(default_factory=dict)
+    causes: Causes = field(init=False)
+    _serving: Array = field(default_factory=lambda: np.zeros(0))  # by the causes, NaN where nobody asked yet
 
     def __post_init__(self) -> None:
         self.tables = correlations(self.candidates.space)
+        self.causes = Causes(self.candidates.space)
 
     @property
     def noise_sd(self) -> float:
@@ -77,6 +81,9 @@ class Beliefs:
         self.fitted["works"] = fit(
             self.tables, rows, WORKS, mean=WORKS_AT_FIRST, prior_weights=weights, weight_sd=sds, seed=seed
         )
+        told = [(i, r.cause) for r in known if r.works is not None and (i := self.index(r.seen.params)) is not None]
+        self.causes.learn(self.candidates.codes([i for i, _ in told]), [cause for _, cause in told])
+        self._serving = np.zeros(0)
 
     def _trusted(self, known: Sequence[Reading], seed: int) -> bool:
         """Whether the model explains the first launches as well as rules of thumb do: by the evidence (Rasmussen and
@@ -125,9 +132,19 @@ class Beliefs:
             *found["latency"],
             found["capacity"][0][:, 0],
             found["capacity"][1][:, 0],
-            _normal_cdf(odds),
+            np.sqrt(_normal_cdf(odds) * self._by_causes(indices)),  # a logarithmic opinion pool
             self.foresight.gpus[np.array(indices, dtype=np.int64)],
         )
+
+    def _by_causes(self, indices: Sequence[int]) -> Array:
+        """Probability of serving by what earlier crashes had in common; asked once per candidate and fit."""
+        missing = len(self.candidates.params) - len(self._serving)
+        self._serving = np.append(self._serving, np.full(missing, math.nan))
+        at = np.array(indices, dtype=np.int64)
+        new = at[np.isnan(self._serving[at])]
+        if len(new):
+            self._serving[new] = self.causes.works(self.candidates.codes(new.tolist()))
+        return self._serving[at]
 
     def believe(self, indices: Sequence[int]) -> None:
         """Takes pending launches into account: what is believed of them is treated as if it had been measured, so that

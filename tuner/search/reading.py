@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from tuner.study.outcome import Infeasible, Outcome, Step
 
 CEILING = 1.2  # log units: how far beyond its limit a missed SLO still tells more
 SLOPE = 3.0  # d log(latency) / d log(load) that is assumed where a ladder did not bracket the capacity
+FIGURE = re.compile(r"0x[0-9a-f]+|(?<![A-Za-z\d])\d[\d.,]*")
 BEYOND = 0.4  # log units of load that a capacity may lie beyond the ladder
 
 
@@ -21,7 +23,8 @@ class Reading:
     """One launch as numbers. ``steps`` are (place in the ladder, log cost, log latency) of what may be believed of the
     two axes; ``good`` are the places that are points of the front; ``capacity`` is the logarithm of the highest load
     within SLO with the standard deviation ``capacity_sd`` (None: the launch said nothing); ``works`` above 0 where the
-    server served, below 0 by how badly it did not (None: not known)."""
+    server served, below 0 by how badly it did not (None: not known); ``cause`` is what it crashed of,
+    without the numbers."""
 
     seen: Seen
     steps: tuple[tuple[int, float, float], ...] = ()
@@ -29,6 +32,7 @@ class Reading:
     capacity: float | None = None
     capacity_sd: float = 0.0
     works: float | None = None
+    cause: str | None = None
 
 
 def read(seen: Seen, objective: Objective, loads: Sequence[float]) -> Reading:
@@ -37,7 +41,7 @@ def read(seen: Seen, objective: Objective, loads: Sequence[float]) -> Reading:
     if outcome is None:
         return Reading(seen)
     if isinstance(outcome, Infeasible):
-        return Reading(seen, works=_shortfall(outcome))
+        return Reading(seen, works=_shortfall(outcome), cause=cause(outcome))
     trusted = [s for s in outcome.steps if not s.untrusted]
     if not trusted:
         return Reading(seen)
@@ -51,6 +55,12 @@ def read(seen: Seen, objective: Objective, loads: Sequence[float]) -> Reading:
             axes.append((nearest(loads, step.load), math.log(cost), math.log(latency)))
     bound, sd = capacity([s.load for s in trusted], [_margin(s, objective.slos) for s in trusted])
     return Reading(seen, tuple(axes), tuple(sorted(good)), bound, sd, _room(outcome))
+
+
+def cause(outcome: Infeasible) -> str:
+    """What a server crashed of, in words: two crashes that differ in their figures alone have the same cause (the 8 of
+    fp8 is no figure)."""
+    return FIGURE.sub("#", f"{outcome.cause}: {outcome.message}")
 
 
 def nearest(loads: Sequence[float], load: float) -> int:

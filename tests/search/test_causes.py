@@ -1,0 +1,196 @@
+"""Crashes with one message share a condition: it is found from a few of them, told apart from others, and said."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.search.problem import knob
+from tuner.search.candidates import Candidates
+from tuner.search.causes import Causes, suspected
+from tuner.search.reading import cause
+from tuner.space.space import SearchSpace
+from tuner.study.outcome import Infeasible, Measured, Untrusted
+
+SPACE = SearchSpace(
+    "test",
+    "emulator",
+    (
+        knob("tensor", 1, 2, 4, 8, default=1, numeric=True, log=True),
+        knob("data", 1, 2, 4, default=1, numeric=True, log=True),
+        knob("weights", "bf16", "fp8", "awq", default="bf16"),
+        knob("kv_cache", "auto", "fp8", default="auto"),
+        knob("graphs", "full", "eager", default="full"),
+        knob("draft", 0, 2, 4, default=0, numeric=True),
+        knob("window", 16, 32, 64, default=32, numeric=True, when={"graphs": "full"}),
+    ),
+)
+GPUS, KERNEL = "World size is larger than the machine", "illegal memory access in a kernel"
+
+
+def codes(*many: dict[str, Any]) -> np.ndarray:
+    candidates = Candidates(SPACE)
+    return np.array([candidates.key(SPACE.snap(params)) for params in many], np.int64)
+
+
+def launched(seed: int, count: int, fails: Any) -> tuple[list[dict[str, Any]], list[str | None]]:
+    rng = np.random.default_rng(seed)
+    drawn = [{p.name: p.values[rng.integers(len(p.values))] for p in SPACE.parameters} for _ in range(count)]
+    many = [SPACE.snap(SPACE.default()), *drawn]
+    return many, [fails(p) for p in many]
+
+
+def too_many(p: dict[str, Any]) -> str | None:
+    if p["tensor"] * p["data"] > 8:
+        return GPUS
+    return KERNEL if p["weights"] == "fp8" and p["draft"] > 2 else None
+
+
+def learnt(seed: int, count: int, fails: Any = too_many) -> Causes:
+    found = Causes(SPACE)
+    many, messages = launched(seed, count, fails)
+    found.learn(codes(*many), messages)
+    return found
+
+
+def grid() -> list[dict[str, Any]]:
+    values = itertools.product(*(p.values for p in SPACE.parameters))
+    return [dict(zip((p.name for p in SPACE.parameters), v, strict=True)) for v in values]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_conditions_are_found_from_two_dozen_launches(seed: int):
+    works = learnt(seed, 25).works(codes(*grid()))
+    serves = np.array([too_many(p) is None for p in grid()])
+    loss = -np.log(np.clip(np.where(serves, works, 1 - works), 1e-3, 1)).mean()
+    assert loss < 0.25  # always saying the share that serves costs .64
+    assert works[serves].mean() > 0.85
+    assert works[~serves].mean() < 0.3
+
+
+def test_what_is_suspected_is_said_with_its_weight():
+    found = learnt(1, 60).words()
+    assert found[GPUS][0] == "tensor x data >= 16"
+    assert set(found[KERNEL][0].split(" and ")) == {"weights = fp8", "draft >= 4"}
+    assert all(0.4 < weight <= 1 for _, weight in found.values())
+
+
+def test_a_message_of_its_own_is_a_cause_of_its_own():
+    """Both crashed with fp8 weights, for reasons that have nothing to do with each other."""
+    base = SPACE.snap(SPACE.default())
+    crashed = [{**base, "weights": "fp8", "tensor": 8}, {**base, "weights": "fp8", "draft": 4}]
+    asked = codes({**base, "weights": "fp8", "kv_cache": "fp8"})
+    works = []
+    for messages in (["one", "one"], ["one", "other"]):
+        found = Causes(SPACE)
+        found.learn(codes(base, *crashed), [None, *messages])
+        works.append(float(found.works(asked)[0]))
+    assert works[0] < 0.4 and works[1] > works[0] + 0.05
+
+
+def test_a_server_that_works_acquits_what_it_has():
+    base = SPACE.snap(SPACE.default())
+    crashed = {**base, "weights": "fp8", "kv_cache": "fp8"}
+    asked = codes({**base, "weights": "fp8", "draft": 2})
+    before, after = Causes(SPACE), Causes(SPACE)
+    before.learn(codes(base, crashed), [None, "died"])
+    after.learn(codes(base, crashed, {**base, "weights": "fp8"}), [None, "died", None])
+    assert before.works(asked)[0] < 0.7
+    assert after.works(asked)[0] > before.works(asked)[0] + 0.2
+    assert after.works(codes(crashed))[0] < 0.05
+
+
+@pytest.mark.parametrize("message", ["no kernel for the KV cache", "fp8: no kernel for --kv-cache", "kv_cache: sorry"])
+def test_what_the_message_names_is_suspected_first(message: str):
+    base = SPACE.snap(SPACE.default())
+    crashed = {**base, "tensor": 4, "draft": 4, "kv_cache": "fp8", "graphs": "eager"}
+    without, named = {**crashed, "kv_cache": "auto"}, {**base, "kv_cache": "fp8"}
+    silent, says = Causes(SPACE), Causes(SPACE)
+    silent.learn(codes(base, crashed), [None, "it died"])
+    says.learn(codes(base, crashed), [None, message])
+    assert says.works(codes(without))[0] > silent.works(codes(without))[0] + 0.1
+    assert says.works(codes(named))[0] < silent.works(codes(named))[0] - 0.1
+    assert "kv_cache = fp8" in says.words()[message][0]
+
+
+def test_a_value_that_the_message_names_is_suspected_before_its_parameter():
+    base = SPACE.snap(SPACE.default())
+    crashed = {**base, "tensor": 4, "draft": 4, "weights": "awq", "graphs": "eager"}
+    works = {}
+    for message in ("awq: shards of 352 columns", "weights: shards of 352 columns", "it died"):
+        found = Causes(SPACE)
+        found.learn(codes(base, crashed), [None, message])
+        works[message] = found.works(codes({**crashed, "weights": "fp8"}))[0]
+    first, second, third = works.values()
+    assert first > second + 0.05 and second > third + 0.05
+
+
+def test_one_message_may_stand_for_two_conditions():
+    def fails(p: dict[str, Any]) -> str | None:
+        return (
+            "it died" if (p["weights"] == "fp8" and p["draft"] > 2) or (p["tensor"] == 8 and p["data"] == 1) else None
+        )
+
+    both = learnt(0, 50, fails).works(codes(*grid()))
+    serves = np.array([fails(p) is None for p in grid()])
+    one = np.array([p["tensor"] == 8 and p["data"] == 1 for p in grid()])
+    assert both[serves].mean() > 0.85
+    assert both[~serves & one].mean() < 0.3 and both[~serves & ~one].mean() < 0.3
+
+
+def test_words_that_every_name_has_name_nothing():
+    base = SPACE.snap(SPACE.default())
+    crashed = {**base, "tensor": 4, "graphs": "eager", "kv_cache": "fp8"}
+    plain, silent = Causes(SPACE), Causes(SPACE)
+    plain.learn(codes(base, crashed), [None, "the number of this is full, set it to auto or none"])
+    silent.learn(codes(base, crashed), [None, "it died"])
+    assert plain.works(codes(*grid())) == pytest.approx(silent.works(codes(*grid())))
+
+
+def test_a_parameter_that_does_not_apply_is_no_condition():
+    base = SPACE.snap(SPACE.default())
+    eager = {**base, "graphs": "eager"}
+    found = Causes(SPACE)
+    found.learn(codes(base, {**base, "window": 16}), [None, "window too small"])
+    works = found.works(codes(eager, {**eager, "draft": 2}, {**base, "window": 16, "draft": 2}))
+    assert works[0] > 0.85 and works[1] > 0.85 and works[2] < 0.3
+
+
+def test_what_no_server_had_is_less_certain_than_what_one_had():
+    base = SPACE.snap(SPACE.default())
+    found = Causes(SPACE)
+    found.learn(codes(base), [None])
+    near, far = {**base, "draft": 2}, {**base, "draft": 2, "tensor": 8, "kv_cache": "fp8", "weights": "awq"}
+    works = found.works(codes(base, near, far))
+    assert works[0] == 1 > works[1] > works[2] > 0.7
+    assert 0 < Causes(SPACE).works(codes(far))[0] < 1  # nothing was launched
+    found.learn(codes(base, near, {**base, "tensor": 8}), [None] * 3)
+    assert found.works(codes({**near, "tensor": 8}))[0] < 1  # each was served, but never both
+
+
+def test_figures_make_no_cause_of_their_own():
+    def crash(text: str) -> str:
+        return cause(Infeasible("oom-kv", text))
+
+    assert crash("the KV cache: 1.90 GiB needed, 0.21 available") == crash("the KV cache: 12 GiB needed, 3.5 available")
+    assert crash("at 0x7f3a11: 12GiB short, 3 tries") == crash("at 0x5c0b: 1.5GiB short, 4 tries")
+    assert crash("the KV cache") != crash("the weights")
+    assert crash("no kernel for fp8") != crash("no kernel for fp4")
+    assert cause(Infeasible("oom-kv", "no room")) != cause(Infeasible("hang", "no room"))
+
+
+def test_recorded_launches_are_read_and_what_says_nothing_is_left_out():
+    many, messages = launched(1, 60, too_many)
+    told = [Infeasible("x", m) if m else Measured(()) for m in messages]
+    noise = [
+        (SPACE.snap(SPACE.default()), Infeasible("x", GPUS, transient=True)),
+        (SPACE.snap(SPACE.default()), Untrusted(("lag",))),
+        ({**SPACE.default(), "weights": "gone"}, Infeasible("x", GPUS)),
+    ]
+    found = suspected(SPACE, [*zip(many, told, strict=True), *noise])
+    assert found[cause(Infeasible("x", GPUS))][0] == "tensor x data >= 16"
+    assert len(found) == 2
+    assert suspected(SPACE, []) == {}
