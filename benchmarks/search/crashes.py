@@ -3,17 +3,18 @@
     python -m benchmarks.search.crashes
 
 After 8, 16 and 30 launches (drawn at random, or half of them near a configuration that works, as a search draws them)
-every other configuration is asked about: on the surfaces of this folder, and on four random ones where one value and
-two pairs of values never work. ``false alarms`` is the share that really works of what is believed to work with less
-than 20 %: a search misses those. Beside the beliefs as shipped: others for the variances of
-:data:`tuner.search.beliefs.WORKS` and for :data:`tuner.search.beliefs.WORKS_DOUBT`.
+every other configuration is asked about: on seven problems whose crashes all say the same (the surfaces of this
+folder, and random ones where one value and two pairs of values never work) and on the six scenarios of the blind
+surfaces, whose crashes have messages. ``false alarms`` is the share that really works of what is believed to work with
+less than 20 %: a search misses those. Beside the beliefs as shipped: each half of them alone, and what they are without
+the messages.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,25 +23,25 @@ from scipy.special import ndtr
 from benchmarks.search.run import load_surface
 from tuner.search.beliefs import WORKS, WORKS_AT_FIRST, WORKS_DOUBT
 from tuner.search.candidates import Candidates, correlations
-from tuner.search.surrogate import Rows, fit
+from tuner.search.causes import Causes
+from tuner.search.reading import cause
+from tuner.search.surrogate import Array, Codes, Rows, fit
+from tuner.space.space import SearchSpace
+from tuner.study.outcome import Infeasible
 
 POOL, REPEATS, LAUNCHES = 1000, 6, (8, 16, 30)
-VARIANTS = {
-    "as shipped": (WORKS, WORKS_DOUBT),
-    "less doubt (.3)": (WORKS, 0.3),
-    "crashes come from values and pairs alone (own .02)": (replace(WORKS, own=0.02), WORKS_DOUBT),
-    "both": (replace(WORKS, own=0.02), 0.3),
-}
+SILENT = "it died"
+Problem = tuple[str, SearchSpace, Codes, list[str | None]]
 
 
-def problems() -> Iterator[tuple[str, Any, np.ndarray, np.ndarray]]:
-    """(name, space, codes of the pool, which of it works)."""
+def problems() -> Iterator[Problem]:
+    """(kind, space, codes of the pool, what each crashes with: None where it works)."""
     for name in ("dense", "experts", "abstract"):
         s = load_surface(name)
         pool = Candidates.of(s.space, 0, asked=True)
         m = s.metrics(pool.params[:POOL], s.loads[0])
         works = (m["short_bytes"] <= 0) & (m["crash_p"] < 0.5)
-        yield name, s.space, pool.codes(list(range(POOL))), works
+        yield "all alike", s.space, pool.codes(list(range(POOL))), [None if ok else SILENT for ok in works]
     for k in range(4):
         space = load_surface(("dense", "experts")[k % 2]).space
         codes = Candidates.of(space, k, asked=True).codes(list(range(POOL)))
@@ -51,7 +52,46 @@ def problems() -> Iterator[tuple[str, Any, np.ndarray, np.ndarray]]:
             i, j = rng.choice(codes.shape[1], 2, replace=False)
             one, other = rng.choice(np.unique(codes[:, i])), rng.choice(np.unique(codes[:, j]))
             works &= ~((codes[:, i] == one) & (codes[:, j] == other))
-        yield f"random {k}", space, codes, works
+        yield "all alike", space, codes, [None if ok else SILENT for ok in works]
+    for name, k in itertools.product(("blind_a", "blind_b"), range(3)):
+        s = load_surface(f"{name}:{k}")
+        pool = Candidates.of(s.space, k)
+        said = [s.source.reason(params, k) for params in pool.params[:POOL]]
+        yield "with messages", s.space, pool.codes(list(range(POOL))), said
+
+
+def by_process(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> Array:
+    """What the Gaussian process believes, which sees no messages."""
+    none, y = np.zeros(len(codes)), np.array([-1.0 if text else 1.0 for text in said])
+    believed = fit(correlations(space), Rows(codes, none, y, none[:, None][:, :0], none), WORKS, mean=WORKS_AT_FIRST)
+    at = np.zeros((len(asked), 1))
+    mean, sd = believed.predict(asked, at, at[:, :, None][:, :, :0])
+    return ndtr(mean / np.sqrt(sd**2 + WORKS_DOUBT**2))[:, 0]
+
+
+def by_causes(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> Array:
+    """What the conditions that crashes share say."""
+    causes = Causes(space)
+    causes.learn(codes, [None if text is None else cause(Infeasible("died", text)) for text in said])
+    return causes.works(asked)
+
+
+def shipped(*about: Any) -> Array:
+    """As :meth:`tuner.search.beliefs.Beliefs.posterior` has it, without a model."""
+    return np.sqrt(by_process(*about) * by_causes(*about))
+
+
+def unread(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> Array:
+    """The same where nobody reads the messages."""
+    return shipped(space, codes, [text and SILENT for text in said], asked)
+
+
+VARIANTS: dict[str, Callable[..., Array]] = {
+    "as shipped": shipped,
+    "as shipped, the messages unread": unread,
+    "conditions alone": by_causes,
+    "the process alone, as it was before": by_process,
+}
 
 
 def draw(codes: np.ndarray, works: np.ndarray, near: bool, count: int, rng: Any) -> np.ndarray:
@@ -64,28 +104,22 @@ def draw(codes: np.ndarray, works: np.ndarray, near: bool, count: int, rng: Any)
 
 
 def main() -> None:
-    loss: dict[str, list[float]] = defaultdict(list)
-    alarms: dict[str, list[float]] = defaultdict(list)
-    for _, space, codes, works in problems():
-        tables = correlations(space)
-        for repeat in range(REPEATS):
-            rng = np.random.default_rng([repeat, 3])
-            for near in (False, True):
-                for count in LAUNCHES:
-                    seen = draw(codes, works, near, count, rng)
-                    rest = np.setdiff1d(np.arange(POOL), seen)
-                    none, n = np.zeros(len(seen)), len(seen)
-                    rows = Rows(codes[seen], none, np.where(works[seen], 1.0, -1.0), np.zeros((n, 0)), none)
-                    for name, (prior, doubt) in VARIANTS.items():
-                        believed = fit(tables, rows, prior, mean=WORKS_AT_FIRST)
-                        at = np.zeros((len(rest), 1))
-                        mean, sd = believed.predict(codes[rest], at, at[:, :, None][:, :, :0])
-                        p = np.clip(ndtr(mean / np.sqrt(sd**2 + doubt**2))[:, 0], 1e-3, 1 - 1e-3)
-                        loss[name].append(float(-np.log(np.where(works[rest], p, 1 - p)).mean()))
-                        alarms[name] += works[rest][p < 0.2].tolist()
-    print("| beliefs | log-loss | false alarms |\n|---|---|---|")
+    loss: dict[tuple[str, str], list[float]] = defaultdict(list)
+    alarms: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for kind, space, codes, said in problems():
+        works = np.array([text is None for text in said])
+        for repeat, near, count in itertools.product(range(REPEATS), (False, True), LAUNCHES):
+            seen = draw(codes, works, near, count, np.random.default_rng([repeat, near, count, 3]))
+            rest = np.setdiff1d(np.arange(POOL), seen)
+            for name, believed in VARIANTS.items():
+                p = np.clip(believed(space, codes[seen], [said[i] for i in seen], codes[rest]), 1e-3, 1 - 1e-3)
+                loss[name, kind].append(float(-np.log(np.where(works[rest], p, 1 - p)).mean()))
+                alarms[name, kind] += works[rest][p < 0.2].tolist()
+    kinds = list(dict.fromkeys(kind for _, kind in loss))
+    print("| beliefs | " + " | ".join(f"{k}: log-loss | false alarms" for k in kinds) + " |\n|" + "---|" * 5)
     for name in VARIANTS:
-        print(f"| {name} | {np.mean(loss[name]):.3f} | {np.mean(alarms[name]):.0%} |")
+        cells = (f"{np.mean(loss[name, k]):.3f} | {np.mean(alarms[name, k]):.0%}" for k in kinds)
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
