@@ -170,6 +170,15 @@ def test_what_failed_launches_have_in_common_is_said(tmp_path: Path):
     assert "kv_cache_dtype = fp8" in said and "max_num_seqs >= 256" in said and "%)" in said
 
 
+def test_one_cause_in_two_wordings_is_two_failures_and_figures_make_none(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    for number, said in enumerate(("needs 3.1 GiB", "needs 4 GiB", "no kernel")):
+        studies.add(number, Infeasible("infeasible", said), store, baseline=not number)
+    outline = read(build(store, studies.study(tmp_path / "s"), tmp_path / "r.html"))
+    assert "infeasible 2 × start-up needs 3.1 GiB" in outline.text
+    assert "infeasible 1 × start-up no kernel" in outline.text
+
+
 def test_an_example_that_stands_for_many_refusals_counts_as_many(tmp_path: Path):
     study, store = studies.write(tmp_path, trials=3)
     store.refuse({"block_size": 16}, "no kernel for blocks of 16", 240)

@@ -97,19 +97,19 @@ def phase_names(s: Summary) -> list[str]:
 
 
 def failures(s: Summary) -> list[Failure]:
-    """Infeasible trials by cause, the most frequent first."""
+    """Infeasible trials by cause and what they said (figures aside), the most frequent first."""
     causes: dict[str, list[Any]] = {}
     where = suspected(s.study.space, [(t.config.params, t.outcome) for t in s.trials])
     for trial in s.trials:
         if isinstance(trial.outcome, Infeasible):
-            causes.setdefault(trial.outcome.cause, []).append(trial)
+            causes.setdefault(cause_of(trial.outcome), []).append(trial)
     found = []
-    for cause, trials in sorted(causes.items(), key=lambda item: -len(item[1])):
+    for same, trials in sorted(causes.items(), key=lambda item: -len(item[1])):
         first = trials[0].outcome
         rows = tuple((t.number, s.name(t.config), t.outcome.evidence) for t in trials)
-        words, weight = where.get(cause_of(first), ("", 0.0))
+        words, weight = where.get(same, ("", 0.0))
         words = f"{words} ({weight:.0%})" if weight >= STANDS_OUT else ""
-        found.append(Failure(cause, first.message, first.stage, first.fix, words, rows))
+        found.append(Failure(first.cause, first.message, first.stage, first.fix, words, rows))
     return found
 
 
