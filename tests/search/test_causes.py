@@ -170,6 +170,17 @@ def test_what_no_server_had_is_less_certain_than_what_one_had():
     assert found.works(codes({**near, "tensor": 8}))[0] < 1  # each was served, but never both
 
 
+def test_a_crash_of_which_nothing_varies_suspects_nothing():
+    still = SearchSpace(
+        "still", "emulator", (knob("tensor", 1, default=1, numeric=True), knob("kind", "a", default="a"))
+    )
+    found = Causes(still)
+    only = np.zeros((1, 2), np.int64)
+    found.learn(only, ["it died"])
+    assert 0 < found.works(only)[0] < 1
+    assert found.words() == {}
+
+
 def test_figures_make_no_cause_of_their_own():
     def crash(text: str) -> str:
         return cause(Infeasible("oom-kv", text))

@@ -115,6 +115,8 @@ class Causes:
         """Per message the conjunction that most of its weight is on, and that weight, for its latest crash."""
         found = {}
         for message, suspects in self._suspects.items():
+            if not len(suspects[-1].weights):
+                continue
             best = int(np.argmax(suspects[-1].weights))
             said = [self.tests[t].words for t in suspects[-1].tests[best] if t < len(self.tests)]
             found[message] = " and ".join(said), float(suspects[-1].weights[best])
@@ -152,6 +154,8 @@ class Causes:
             tests.append(found)
             scores.append(score(found, length))
         every, worth = np.concatenate(tests), np.concatenate(scores)
+        if not len(every):  # nothing of it varies
+            return Suspects(every, worth)
         kept = np.argsort(-worth, kind="stable")[:KEPT]
         weights = np.exp(worth - worth.max())
         return Suspects(every[kept], weights[kept] / weights.sum())
