@@ -140,6 +140,35 @@ def test_one_message_may_stand_for_two_conditions():
     assert both[~serves & one].mean() < 0.3 and both[~serves & ~one].mean() < 0.3
 
 
+def test_small_ratios_and_lists_without_a_scale_are_conditions_too():
+    plain = SearchSpace(
+        "plain",
+        "emulator",
+        (
+            knob("tensor", 1, 2, 4, 8, default=1, numeric=True),
+            knob("tokens", 2048, 4096, 8192, 16384, default=2048, numeric=True),
+        ),
+    )
+    tests = [t for t in Causes(plain).tests if t.of_two]
+    tables = [t.table.tobytes() for t in tests]
+    assert len(set(tables)) == len(tables) == 24  # seven products and seven ratios: six limits each, from both sides
+    assert all(0 < t.table.sum() < 16 for t in tests)
+    assert "tensor / tokens >= 0.00390625" in [t.words for t in tests]
+
+
+def test_what_is_said_of_a_message_is_true_of_most_of_its_crashes():
+    """The rarer of two conditions crashed last."""
+
+    def fails(p: dict[str, Any]) -> str | None:
+        return "it died" if p["kv_cache"] == "fp8" or (p["weights"] == "awq" and p["draft"] > 2) else None
+
+    many, messages = launched(2, 60, fails)
+    last = {**SPACE.snap(SPACE.default()), "weights": "awq", "draft": 4}
+    found = Causes(SPACE)
+    found.learn(codes(*many, last), [*messages, "it died"])
+    assert found.words()["it died"][0] == "kv_cache = fp8"
+
+
 def test_words_that_every_name_has_name_nothing():
     base = SPACE.snap(SPACE.default())
     crashed = {**base, "tensor": 4, "graphs": "eager", "kv_cache": "fp8"}
@@ -199,6 +228,7 @@ def test_recorded_launches_are_read_and_what_says_nothing_is_left_out():
         (SPACE.snap(SPACE.default()), Infeasible("x", GPUS, transient=True)),
         (SPACE.snap(SPACE.default()), Untrusted(("lag",))),
         ({**SPACE.default(), "weights": "gone"}, Infeasible("x", GPUS)),
+        ({**SPACE.default(), "tensor": 64}, Infeasible("x", "no value of the grid any more")),
     ]
     found = suspected(SPACE, [*zip(many, told, strict=True), *noise])
     assert found[cause(Infeasible("x", GPUS))][0] == "tensor x data >= 16"

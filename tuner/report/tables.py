@@ -40,8 +40,8 @@ class TrialRow:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """All trials that failed for one cause. ``where`` is what the failed have in common and the served have not, with
-    its probability, where one condition stands out (:mod:`tuner.search.causes`)."""
+    """All trials that failed for one cause. ``where`` is the condition that most of them are put down to, with
+    its probability over all of them, where one stands out (:mod:`tuner.search.causes`)."""
 
     cause: str
     message: str

@@ -132,7 +132,7 @@ class Beliefs:
             *found["latency"],
             found["capacity"][0][:, 0],
             found["capacity"][1][:, 0],
-            np.sqrt(_normal_cdf(odds) * self._by_causes(indices)),  # a logarithmic opinion pool
+            np.sqrt(_normal_cdf(odds) * self._by_causes(indices)),
             self.foresight.gpus[np.array(indices, dtype=np.int64)],
         )
 

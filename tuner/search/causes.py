@@ -39,6 +39,7 @@ UNSEEN, UNSEEN_PAIR = 0.02, 0.005  # rate of crashes by a value, or a pair of va
 THRESHOLDS = 12  # of a product or a ratio, at most
 EXTENDED = 300  # best conjunctions that get one condition more
 KEPT = 600  # conjunctions that are remembered of a crash
+BLOCK = 1000  # configurations that are looked at at a time
 # words of names that say nothing: a message about "the number of GPUs" names no max_num_seqs
 PLAIN = frozenset(
     re.findall(r"\w+", "max num number size of the a and or for on no is in to auto none full true false enable")
@@ -106,20 +107,24 @@ class Causes:
 
     def works(self, codes: Codes) -> Array:
         """Probability of serving (configurations,)."""
-        found, holds = np.exp(-self._novelty(codes)), self._holds(codes)
-        for suspects in self._suspects.values():
-            found *= 1 - np.max([s.crash(holds) for s in suspects], axis=0)
+        found = np.exp(-self._novelty(codes))
+        for start in range(0, len(codes), BLOCK):
+            block = slice(start, start + BLOCK)
+            holds = self._holds(codes[block])
+            for suspects in self._suspects.values():
+                found[block] *= 1 - np.max([s.crash(holds) for s in suspects], axis=0)
         return found
 
     def words(self) -> dict[str, tuple[str, float]]:
-        """Per message the conjunction that most of its weight is on, and that weight, for its latest crash."""
+        """Per message the conjunction that has most of the weight of all its crashes, and that share of it."""
         found = {}
         for message, suspects in self._suspects.items():
-            if not len(suspects[-1].weights):
-                continue
-            best = int(np.argmax(suspects[-1].weights))
-            said = [self.tests[t].words for t in suspects[-1].tests[best] if t < len(self.tests)]
-            found[message] = " and ".join(said), float(suspects[-1].weights[best])
+            total: Counter[tuple[int, ...]] = Counter()
+            for s in suspects:
+                total.update(dict(zip(map(tuple, s.tests.tolist()), (s.weights / len(suspects)).tolist(), strict=True)))
+            if total:
+                best, weight = total.most_common(1)[0]
+                found[message] = " and ".join(self.tests[t].words for t in best if t < len(self.tests)), weight
         return found
 
     def _holds(self, codes: Codes) -> Holds:
@@ -166,7 +171,9 @@ class Causes:
         row, column = np.nonzero(about @ self._about[by].T == 0)
         found = tests[row]
         found[:, length] = by[column]
-        return np.unique(np.sort(found, axis=1), axis=0)
+        found = np.sort(found, axis=1)
+        keys = found @ (len(self._about) ** np.array([2, 1, 0]))  # one number for each conjunction: faster to sort
+        return found[np.unique(keys, return_index=True)[1]]
 
     def _novelty(self, codes: Codes) -> Array:
         """Crashes expected of causes not met yet: by values and pairs of values that no working server had."""
@@ -188,9 +195,13 @@ def suspected(
         if not isinstance(outcome, Measured | Infeasible) or (isinstance(outcome, Infeasible) and outcome.transient):
             continue
         try:
-            codes.append(candidates.key(space.snap(params)))
+            snapped = space.snap(params)
         except ValueError:
             continue
+        values = [(p, params[p.name]) for p in space.parameters if p.name in params]
+        if any(p.snap(v) != v != p.default for p, v in values):
+            continue  # a number that the grid no longer has
+        codes.append(candidates.key(snapped))
         causes.append(cause(outcome) if isinstance(outcome, Infeasible) else None)
     found = Causes(space)
     if codes:
@@ -208,7 +219,7 @@ def _tests(space: SearchSpace) -> Iterator[Test]:
     varied = [(j, p) for j, p in enumerate(space.parameters) if len(p.values) > 1]
     for j, p in varied:
         yield from _single(j, p)
-    numbers = [(j, p) for j, p in varied if p.numeric and p.log and min(p.values) > 0]  # type: ignore[type-var]
+    numbers = [(j, p) for j, p in varied if p.numeric and min(p.values) > 0]  # type: ignore[type-var]
     for (i, one), (j, other) in itertools.combinations(numbers, 2):
         yield from _of_two(i, one, j, other)
 
@@ -231,16 +242,17 @@ def _single(j: int, p: Parameter) -> Iterator[Test]:
 
 
 def _of_two(i: int, one: Parameter, j: int, other: Parameter) -> Iterator[Test]:
-    rows, columns = (np.array([float(v) for v in p.values]) for p in (one, other))
-    for sign, made in (("x", rows[:, None] * columns), ("/", rows[:, None] / columns)):
-        values = np.unique(np.round(made, 9))
+    rows, columns = (np.log([float(v) for v in p.values]) for p in (one, other))
+    for sign, made in (("x", rows[:, None] + columns), ("/", rows[:, None] - columns)):
+        values = np.unique(made.round(9))
         if len(values) < 3:
             continue
         for limits, above in ((values[1:][-THRESHOLDS:], True), (values[:-1][:THRESHOLDS], False)):
             for limit in limits:
                 table = np.zeros((len(rows) + 1, len(columns) + 1), bool)
-                table[:-1, :-1] = made >= limit * (1 - 1e-9) if above else made <= limit * (1 + 1e-9)
-                yield Test(i, j, table, f"{one.name} {sign} {other.name} {'>=' if above else '<='} {limit:g}")
+                table[:-1, :-1] = made >= limit - 1e-8 if above else made <= limit + 1e-8
+                words = f"{one.name} {sign} {other.name} {'>=' if above else '<='} {math.exp(limit):g}"
+                yield Test(i, j, table, words)
 
 
 def _flags(p: Parameter) -> Iterator[str]:
