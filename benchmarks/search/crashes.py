@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,9 @@ from tuner.study.outcome import Infeasible
 
 POOL, REPEATS, LAUNCHES = 1000, 6, (8, 16, 30)
 SILENT = "it died"
-Problem = tuple[str, SearchSpace, Codes, list[str | None]]
 
 
-def problems() -> Iterator[Problem]:
+def problems() -> Iterator[tuple[str, SearchSpace, Codes, list[str | None]]]:
     """(kind, space, codes of the pool, what each crashes with: None where it works)."""
     for name in ("dense", "experts", "abstract"):
         s = load_surface(name)
@@ -63,9 +62,9 @@ def problems() -> Iterator[Problem]:
 def by_process(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> Array:
     """What the Gaussian process believes, which sees no messages."""
     none, y = np.zeros(len(codes)), np.array([-1.0 if text else 1.0 for text in said])
-    believed = fit(correlations(space), Rows(codes, none, y, none[:, None][:, :0], none), WORKS, mean=WORKS_AT_FIRST)
-    at = np.zeros((len(asked), 1))
-    mean, sd = believed.predict(asked, at, at[:, :, None][:, :, :0])
+    rows = Rows(codes, none, y, np.zeros((len(codes), 0)), none)
+    believed = fit(correlations(space), rows, WORKS, mean=WORKS_AT_FIRST)
+    mean, sd = believed.predict(asked, np.zeros((len(asked), 1)), np.zeros((len(asked), 1, 0)))
     return ndtr(mean / np.sqrt(sd**2 + WORKS_DOUBT**2))[:, 0]
 
 
@@ -76,22 +75,17 @@ def by_causes(space: SearchSpace, codes: Codes, said: Sequence[str | None], aske
     return causes.works(asked)
 
 
-def shipped(*about: Any) -> Array:
-    """As :meth:`tuner.search.beliefs.Beliefs.posterior` has it, without a model."""
-    return np.sqrt(by_process(*about) * by_causes(*about))
-
-
-def unread(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> Array:
-    """The same where nobody reads the messages."""
-    return shipped(space, codes, [text and SILENT for text in said], asked)
-
-
-VARIANTS: dict[str, Callable[..., Array]] = {
-    "as shipped": shipped,
-    "as shipped, the messages unread": unread,
-    "conditions alone": by_causes,
-    "the process alone, as it was before": by_process,
-}
+def beliefs(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> dict[str, Array]:
+    """Probabilities of working, as :meth:`tuner.search.beliefs.Beliefs.posterior` has them without a model, and of what
+    else they might be made."""
+    process, causes = by_process(space, codes, said, asked), by_causes(space, codes, said, asked)
+    unread = by_causes(space, codes, [text and SILENT for text in said], asked)
+    return {
+        "as shipped": np.sqrt(process * causes),
+        "as shipped, the messages unread": np.sqrt(process * unread),
+        "conditions alone": causes,
+        "the process alone, as it was before": process,
+    }
 
 
 def draw(codes: np.ndarray, works: np.ndarray, near: bool, count: int, rng: Any) -> np.ndarray:
@@ -111,13 +105,14 @@ def main() -> None:
         for repeat, near, count in itertools.product(range(REPEATS), (False, True), LAUNCHES):
             seen = draw(codes, works, near, count, np.random.default_rng([repeat, near, count, 3]))
             rest = np.setdiff1d(np.arange(POOL), seen)
-            for name, believed in VARIANTS.items():
-                p = np.clip(believed(space, codes[seen], [said[i] for i in seen], codes[rest]), 1e-3, 1 - 1e-3)
+            for name, works_p in beliefs(space, codes[seen], [said[i] for i in seen], codes[rest]).items():
+                p = np.clip(works_p, 1e-3, 1 - 1e-3)
                 loss[name, kind].append(float(-np.log(np.where(works[rest], p, 1 - p)).mean()))
                 alarms[name, kind] += works[rest][p < 0.2].tolist()
-    kinds = list(dict.fromkeys(kind for _, kind in loss))
-    print("| beliefs | " + " | ".join(f"{k}: log-loss | false alarms" for k in kinds) + " |\n|" + "---|" * 5)
-    for name in VARIANTS:
+    names, kinds = (list(dict.fromkeys(key[i] for key in loss)) for i in (0, 1))
+    print("| beliefs | " + " | ".join(f"{k}: log-loss | false alarms" for k in kinds) + " |")
+    print("|---|" + "---|---|" * len(kinds))
+    for name in names:
         cells = (f"{np.mean(loss[name, k]):.3f} | {np.mean(alarms[name, k]):.0%}" for k in kinds)
         print(f"| {name} | {' | '.join(cells)} |")
 

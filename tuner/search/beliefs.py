@@ -81,8 +81,7 @@ class Beliefs:
         self.fitted["works"] = fit(
             self.tables, rows, WORKS, mean=WORKS_AT_FIRST, prior_weights=weights, weight_sd=sds, seed=seed
         )
-        told = [(i, r.cause) for r in known if r.works is not None and (i := self.index(r.seen.params)) is not None]
-        self.causes.learn(self.candidates.codes([i for i, _ in told]), [cause for _, cause in told])
+        self.causes.learn(rows.codes, [r.cause for r in known if r.works is not None])
         self._serving = np.zeros(0)
 
     def _trusted(self, known: Sequence[Reading], seed: int) -> bool:

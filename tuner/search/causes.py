@@ -6,7 +6,8 @@ three conditions that hold there are weighed (Bayesian averaging over a version 
 18(2); Tenenbaum 1999): conditions on what the message names count more beforehand; a conjunction that holds for a
 server that works loses weight; one that holds for other crashes with the same message gains. The probability that a
 configuration crashes of it is the weight of the conjunctions that hold for it. One message may stand for several
-conditions, so every crash has conjunctions of its own, and the most certain one counts.
+conditions, so every crash has conjunctions of its own, and the most certain one counts. A configuration serves where
+no message's crash comes to it, and none that was not met yet (:meth:`Causes._novelty`).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Test:
     value: frozenset[str] = frozenset()  # or this very value
 
     def weight(self, said: frozenset[str]) -> float:
-        """What the words of a message add to the log prior."""
+        """What the words of a message add to the log prior (of a test of two numbers: nothing)."""
         return NAMED_VALUE if self.value & said else NAMED if self.names & said else 0.0
 
     @property
@@ -138,7 +139,7 @@ class Causes:
         """The conjunctions that hold ``here``, weighed by where else they hold: best ones of one condition and of two
         get another one."""
         true = np.nonzero(here[:-1])[0]
-        prior = np.full(len(here), 0.0)
+        prior = np.zeros(len(here))
         count = Counter((self.tests[t].first, self.tests[t].second) for t in true)
         kinds = Counter(one != other for one, other in count)
         for t in true:
@@ -150,12 +151,12 @@ class Causes:
             against, explained = (_all_hold(h, tests).sum(1) for h in (served, same))
             return prior[tests].sum(1) + LENGTH[length] + SERVED * against + OTHERS * (explained - 1)
 
-        always = len(self.tests)
-        found = np.column_stack([true, np.full((len(true), 2), always)])
+        single = true[self._about[true].sum(1) == 1]
+        found = np.column_stack([true, np.full((len(true), 2), len(self.tests))])
         tests, scores = [found], [score(found, 0)]
         for length in (1, 2):
             best = found[np.argsort(-scores[-1], kind="stable")[:EXTENDED]]
-            found = self._extended(best, true[self._about[true].sum(1) == 1], length)
+            found = self._extended(best, single, length)
             tests.append(found)
             scores.append(score(found, length))
         every, worth = np.concatenate(tests), np.concatenate(scores)

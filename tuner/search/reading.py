@@ -14,8 +14,8 @@ from tuner.study.outcome import Infeasible, Outcome, Step
 
 CEILING = 1.2  # log units: how far beyond its limit a missed SLO still tells more
 SLOPE = 3.0  # d log(latency) / d log(load) that is assumed where a ladder did not bracket the capacity
-FIGURE = re.compile(r"0x[0-9a-f]+|(?<![A-Za-z\d])\d[\d.,]*")
 BEYOND = 0.4  # log units of load that a capacity may lie beyond the ladder
+FIGURE = re.compile(r"0x[0-9a-f]+|(?<![A-Za-z\d])\d[\d.,]*")  # in a crash's message
 
 
 @dataclass(frozen=True, slots=True)
