@@ -62,8 +62,8 @@ def test_a_model_that_has_everything_the_wrong_way_round_does_not_stop_the_searc
     def upside_down(params: dict[str, Any]) -> float:
         return 3.0 / truth(params, 0.01)["tpot_p99_s"] * 0.01
 
-    book = study(sampler(Model(wrong=upside_down)))
-    assert regret(run(book, 20)) < 0.08
+    found = [regret(run(study(sampler(Model(wrong=upside_down), seed=seed)), 20)) for seed in range(3)]
+    assert sum(found) < 0.15
 
 
 def test_the_weight_of_a_wrong_model_falls_and_that_of_a_right_one_stays():

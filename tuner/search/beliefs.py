@@ -17,9 +17,9 @@ from tuner.search.surrogate import Array, Prior, Rows, Surrogate, fit
 from tuner.space.config import Value
 
 # with a model the residual is small; without one the whole effect of a parameter has to be learnt
-WITH_MODEL = Prior(single=0.006, pair=0.01, own=0.001, common=0.5)
+WITH_MODEL = Prior(single=0.006, pair=0.01, own=0.001, common=1.0)
 WITHOUT = Prior(single=0.04, pair=0.04, own=0.002, common=0.5)
-MODEL_WRONG = 0.4  # share of an effect that the model may have wrong: large effects leave large residuals
+MODEL_WRONG = 0.7  # share of an effect that the model may have wrong: large effects leave large residuals
 COST = Prior(constant=0.1, load=0.02, single=0.002, pair=0.002, own=0.001, noise=0.0004, spread=1.6)
 # a crash may be the configuration's own (``own``): two of them condemn no value that they share. These variances and
 # WORKS_DOUBT were chosen by the log-likelihood of launches held out (docs/search.md)
@@ -30,7 +30,6 @@ WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
 WORKS_DOUBT = 0.5  # standard deviation added to that of "works" where it becomes a probability
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
 JUDGES = 16  # launches that say whether the model is believed
-BENEFIT_OF_DOUBT = -1.0  # log odds of the model against rules of thumb down to which it is believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,6 @@ class Beliefs:
     """Learns from readings; ``variances`` of the last fit are where the next one starts."""
 
     candidates: Candidates
-    foresight: Foresight
     sources: Sources
     tables: list[Array] = field(default_factory=list)
     fitted: dict[str, Surrogate] = field(default_factory=dict)
@@ -65,14 +63,17 @@ class Beliefs:
         self.causes = Causes(self.candidates.space)
 
     @property
+    def foresight(self) -> Foresight:
+        return self.sources.foresight
+
+    @property
     def noise_sd(self) -> float:
         """Noise of one measured latency, in logarithms; believed .04 before anything was measured."""
         return self.fitted["latency"].noise_sd if "latency" in self.fitted else 0.04
 
     def learn(self, readings: Sequence[Reading], seed: int) -> None:
         """Fits every quantity to the launches so far; first decides whether the model is believed."""
-        known = [r for r in readings if r.seen.outcome is not None and self.index(r.seen.params) is not None]
-        self.foresight.look()
+        known = self._known(readings)
         self.sources.trusted = self._trusted(known, seed)
         for name in QUANTITIES:  # the capacity first: the others are seen by how much of it a load takes
             self.fitted[name] = self._fit(name, known, seed, self.fitted.get(name))
@@ -84,20 +85,29 @@ class Beliefs:
         self.causes.learn(rows.codes, [r.cause for r in known if r.works is not None])
         self._serving = np.zeros(0)
 
+    def evidence(self, readings: Sequence[Reading], seed: int, *, trusted: bool = True) -> float:
+        """Logarithm of the evidence (Rasmussen and Williams 2006, section 5.4.1) that the capacity and the latency of
+        the first launches are for the foresight (``trusted``) or for what is expected without it."""
+        known, before, found = self._known(readings)[:JUDGES], dict(self.fitted), 0.0
+        self.sources.trusted = trusted
+        for name in ("capacity", "latency"):
+            self.fitted[name] = self._fit(name, known, seed, None)
+            found += self.fitted[name].evidence()
+        self.fitted = before
+        return found
+
+    def _known(self, readings: Sequence[Reading]) -> list[Reading]:
+        """The readings of launches that have ended, of configurations that may be launched."""
+        known = [r for r in readings if r.seen.outcome is not None and self.index(r.seen.params) is not None]
+        self.foresight.look()
+        return known
+
     def _trusted(self, known: Sequence[Reading], seed: int) -> bool:
-        """Whether the model explains the first launches as well as rules of thumb do: by the evidence (Rasmussen and
-        Williams 2006, section 5.4.1) for latency and capacity. Where no rule knows the space the model stays, with the
-        weight that launches leave it."""
+        """Whether the model explains the first launches as well as rules of thumb do. Where no rule knows the space the
+        model stays, with the weight that launches leave it."""
         if self.foresight.predictor is None or not self.sources.ruled or not known:
             return True
-        before, evidence = dict(self.fitted), []
-        for self.sources.trusted in (False, True):
-            evidence.append(0.0)
-            for name in ("capacity", "latency"):
-                self.fitted[name] = self._fit(name, known[:JUDGES], seed, None)
-                evidence[-1] += self.fitted[name].evidence()
-        self.fitted = before
-        return evidence[1] - evidence[0] > BENEFIT_OF_DOUBT
+        return self.evidence(known, seed) > self.evidence(known, seed, trusted=False)
 
     def _fit(self, name: str, known: Sequence[Reading], seed: int, last: Surrogate | None) -> Surrogate:
         """One quantity, from the variances of the ``last`` fit."""

@@ -95,6 +95,13 @@ def calibrate(
     return {name: math.exp(value) for name, value in zip(names, theta.tolist(), strict=True)}
 
 
+def improbability(model: Calibratable, factors: Mapping[str, float]) -> float:
+    """How much less the model expects these ``factors`` on its constants than none: the log of the ratio of the prior
+    densities, 0 or more."""
+    doubts = model.doubts()
+    return sum(0.5 * (math.log(f) / doubts[name]) ** 2 for name, f in factors.items() if doubts.get(name, 0.0) > 0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     """One metric over the steps of one launch, in logarithms; beyond ``ceiling`` values are all the same."""

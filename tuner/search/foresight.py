@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Foresight:
     """Asks the model once for every candidate and remembers the answers as arrays, in logarithms, by the candidates'
     numbers: ``cost`` and ``latency`` (candidates, loads), ``capacity`` and ``kv_tokens`` (candidates,), NaN where the
-    model says that the server does not fit. Call :meth:`look` after the candidates grew."""
+    model says that the server does not fit. Call :meth:`look` after the candidates grew. ``memory`` is the correction
+    that is in force: overhead in bytes, and a factor on the weights; ``base`` is the model without it."""
 
     candidates: Candidates
     objective: Objective
@@ -39,6 +40,11 @@ class Foresight:
     capacity: Array = field(default_factory=lambda: np.zeros(0))
     kv_tokens: Array = field(default_factory=lambda: np.zeros(0))
     short_bytes: Array = field(default_factory=lambda: np.zeros(0))
+    memory: tuple[float, float] = (0.0, 1.0)
+    base: Predictor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base = self.predictor
 
     def look(self) -> None:
         """Asks for every candidate that was added since the last look."""
@@ -67,13 +73,6 @@ class Foresight:
                 self.capacity[i], self.cost[i], self.latency[i] = row[1], row[4], row[5]
             self.short_bytes[i] = 0.0 if now.fits else max(now.short_bytes, 1)
             self.kv_tokens[i] = math.log(max(now.kv_tokens, 1.0)) if now.fits else math.nan
-
-    def recall(self, predictor: Predictor) -> None:
-        """Takes a model whose constants were learnt anew: everything is asked again."""
-        self.predictor = predictor
-        self.gpus = self.capacity = self.kv_tokens = self.short_bytes = np.zeros(0)
-        self.cost = self.latency = np.zeros((0, 0))
-        self.look()
 
     def _ask(self, config: ServingConfig) -> tuple[float, float, float, float, list[float], list[float]]:
         """(GPUs, log capacity, log KV tokens, bytes short, log costs, log latencies) of one serving config."""

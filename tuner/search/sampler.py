@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
-from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate
+from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability
 from tuner.search.candidates import Candidates, Key, distribution_values, spread
 from tuner.search.expert import gpu_counts
 from tuner.search.foresight import Foresight
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 LONG = 3 * LAUNCHES  # launches of a study whose resumption leaves the model's constants alone
 DRAWN = 200  # variations of the default of which the newest is launched
 NEWS = 0.05  # log units by which a constant moves before the model is asked again
+SHARE_SD = 0.2  # at least, of how much of what the learnt constants change is so: the truth may lie between
 MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
 
 # The matrices are small: more threads wait for each other, and on a busy machine for servers that are being measured.
@@ -77,7 +78,8 @@ class TunerSampler(BaseSampler):
     really took; ``earlier`` studies to start warm from.
 
     ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share;
-    ``factors`` are what the launches put on the model's constants.
+    ``factors`` are what the launches put on the model's constants, and ``believed`` the probability that they are right
+    (0: the constants are what they were).
     """
 
     def __init__(
@@ -96,14 +98,14 @@ class TunerSampler(BaseSampler):
             raise ValueError("a ladder needs at least one load, all above zero")
         self.space, self.objective, self.loads = space, objective, tuple(sorted(loads))
         self.seed, self.cost, self.options = seed, cost or LaunchCost(), options or Options()
-        self.predictor = self._base = predictor  # as it came; with the constants that the launches gave it
+        self.predictor = predictor
         self.candidates = Candidates.of(space, seed, asked=predictor is not None)
         self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
-        self.beliefs = Beliefs(self.candidates, self.foresight, Sources(self.candidates, self.foresight, earlier))
+        self.beliefs = Beliefs(self.candidates, Sources(self.candidates, self.foresight, earlier))
         self.expected_gain: float | None = None
-        self.factors: dict[str, float] = {}  # on the model's constants, learnt from the launches
+        self.factors: dict[str, float] = {}
+        self.believed = 0.0
         self._learnt_from = 0  # launches
-        self._memory = (0.0, 1.0)  # overhead in bytes, share of the weights: the correction that is in force
         self._proposals: dict[int, Proposal] = {}
         self._independent = RandomSampler(seed=seed)
         if predictor is not None and not self.candidates.whole:
@@ -121,7 +123,9 @@ class TunerSampler(BaseSampler):
         if not self.beliefs.fitted and any(r.capacity is not None for r in readings):
             self.beliefs.learn(readings, self.seed)
         numbered = [(i, r) for r in readings if (i := self.beliefs.index(r.seen.params)) is not None]
-        return model_error(numbered, self.foresight, self.beliefs.weights())
+        learnt = self.beliefs.sources.learnt
+        foresight = learnt if learnt is not None and self.believed > 0.5 else self.foresight
+        return model_error(numbered, foresight, self.beliefs.weights())
 
     # what Optuna calls
 
@@ -166,8 +170,11 @@ class TunerSampler(BaseSampler):
             index, reason = self._without_model(taken, None if crashed else default, rng)
             if index is not None:
                 return index, Proposal(reason)
-        self._calibrate(readings)
-        self._correct(readings)
+        unlikely = self._calibrate(readings)
+        for foresight in filter(None, (self.foresight, self.beliefs.sources.learnt)):
+            self._correct(foresight, readings)
+        if unlikely is not None:
+            self._believe_constants(readings, unlikely)
         self.beliefs.learn(readings, self.seed)
         if pending:
             self.beliefs.believe(pending)
@@ -209,44 +216,53 @@ class TunerSampler(BaseSampler):
             reason = f"spread over {source}: {reason}"
         return shortlist[best], Proposal(reason, self.expected_gain)
 
-    def _calibrate(self, readings: Sequence[Reading]) -> None:
-        """The model's constants from the launches, where it says which it doubts. A process that takes up a long study
-        leaves them: so many launches have said what the model gets wrong, and asking it anew takes seconds."""
+    def _calibrate(self, readings: Sequence[Reading]) -> float | None:
+        """The model's constants from the launches, where it says which it doubts; returns how improbable they are, None
+        where nothing was learnt. A process that takes up a long study leaves them: so many launches have said what the
+        model gets wrong, and asking it anew takes seconds."""
         if not isinstance(self.predictor, Calibratable):
-            return
+            return None
         outcomes = [(r.seen.params, r.seen.outcome) for r in readings if isinstance(r.seen.outcome, Measured)]
         if min(len(outcomes), LAUNCHES) == self._learnt_from or (not self._learnt_from and len(outcomes) > LONG):
-            return
+            return None
         self._learnt_from = min(len(outcomes), LAUNCHES)
         launches = [Launched(self.space.config(params, self.foresight.model), o.steps) for params, o in outcomes]
-        factors = calibrate(self.predictor, launches, self.objective, self.factors)
+        factors, sources = calibrate(self.predictor, launches, self.objective, self.factors), self.beliefs.sources
         if any(abs(math.log(f / self.factors.get(name, 1.0))) > NEWS for name, f in factors.items()):
-            self.factors = factors
-            self._base = self.predictor.scaled(factors)
-            self._memory = (0.0, 1.0)  # what the logs say of memory is applied again
-            self.foresight.recall(self._base)
-            self.beliefs.sources.centres.clear()
+            self.factors, scaled = factors, self.predictor.scaled(factors)
+            sources.teach(Foresight(self.candidates, self.objective, self.loads, scaled, self.foresight.model))
+        return None if sources.learnt is None else improbability(self.predictor, self.factors)
 
-    def _correct(self, readings: Sequence[Reading]) -> None:
+    def _believe_constants(self, readings: Sequence[Reading], unlikely: float) -> None:
+        """How far the learnt constants are believed: by how much better they explain the launches, and by how
+        ``unlikely`` they were. What a model gets wrong in another way is not put on its constants."""
+        evidence = []
+        for share in (0.0, 1.0):
+            self.beliefs.sources.share = (share, 0.0)
+            evidence.append(self.beliefs.evidence(readings, self.seed))
+        odds = evidence[1] - evidence[0] - unlikely
+        self.believed = 1 / (1 + math.exp(min(-odds, 99.0)))
+        self.beliefs.sources.share = (self.believed, max(math.sqrt(self.believed * (1 - self.believed)), SHARE_SD))
+
+    def _correct(self, foresight: Foresight, readings: Sequence[Reading]) -> None:
         """What the servers' own logs say about memory corrects the model's arithmetic, where it knows how (the methods
         ``fit`` and ``corrected`` of :class:`tuner.search.model.predictor.AnalyticModel`)."""
-        if not hasattr(self._base, "corrected"):
+        model: Any = foresight.base
+        if not hasattr(model, "corrected"):
             return
         from tuner.space.memory import learn
 
-        model: Any = self._base
         learned = None
         for r in readings:
             if r.seen.outcome is not None:
-                learned = learn(
-                    model.fit(self.space.config(r.seen.params, self.foresight.model)), r.seen.outcome, learned
-                )
+                fit = model.fit(self.space.config(r.seen.params, foresight.model))
+                learned = learn(fit, r.seen.outcome, learned)
         if learned is None:
             return
-        old = self._memory
-        if abs(learned.overhead_bytes - old[0]) > MEMORY_STEP_BYTES or abs(learned.weights_share - old[1]) > 0.03:
-            self._memory = (learned.overhead_bytes, learned.weights_share)
-            self.foresight.reconsider(model.corrected(learned))
+        old, new = foresight.memory, (learned.overhead_bytes, learned.weights_share)
+        if abs(new[0] - old[0]) > MEMORY_STEP_BYTES or abs(new[1] - old[1]) > 0.03:
+            foresight.memory = new
+            foresight.reconsider(model.corrected(learned))
 
     def _taken(self, seen: Sequence[Seen]) -> set[int]:
         """Candidates that were launched and answered, or are running; one whose measurement was at fault twice."""

@@ -18,22 +18,32 @@ CENTRE_ON = 400  # candidates over which prior means are centred
 OF_A_MODEL = (1.0, 0.4)  # a source's weight and its standard deviation
 OF_A_MODEL_THAT_LOST = (0.0, 0.3)  # launches may still find that some of it is right
 OF_RULES = (1.0, 0.4)
+LEARNT = "learnt "  # before the names of quantities: with the constants that launches gave the model
 
 
 @dataclass(slots=True)
 class Sources:
     """The prior means at any candidates. ``trusted``: the model is what is expected; otherwise rules of thumb and the
-    number of GPUs are, as where there is no model (whether it is, launches decide: :meth:`Beliefs.learn`)."""
+    number of GPUs are, as where there is no model (whether it is, launches decide: :meth:`Beliefs.learn`).
+    ``learnt`` is what the same model expects with the constants that launches gave it, and ``share`` the prior mean and
+    standard deviation of how much of what they change is so."""
 
     candidates: Candidates
     foresight: Foresight
     earlier: Sequence[Earlier] = ()
     trusted: bool = True
+    learnt: Foresight | None = None
+    share: tuple[float, float] = (0.0, 0.0)
     rules: list[Array] = field(default_factory=list)
     centres: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rules = effects(self.candidates.space)
+
+    def teach(self, learnt: Foresight) -> None:
+        """Takes other constants of the model; :attr:`share` says what they are worth."""
+        self.learnt = learnt
+        self.centres = {kind: centre for kind, centre in self.centres.items() if not kind.startswith(LEARNT)}
 
     @property
     def modelled(self) -> bool:
@@ -69,8 +79,12 @@ class Sources:
             if self.ruled:
                 values = self._by_rules(name, indices) - self._centre(f"rules {name}")
                 found.append(Source("rules of thumb", np.repeat(values[:, None], width, axis=1), *OF_RULES))
+        kind = "model cost" if name == "cost" else name
         if has_model:
-            found.append(Source("model", self._modelled("model cost" if name == "cost" else name, at), weight, sd))
+            found.append(Source("model", self._modelled(kind, at), weight, sd))
+        if self.learnt is not None and self.modelled:
+            change = self._modelled(LEARNT + kind, at) - self._modelled(kind, at)
+            found.append(Source("its constants, learnt", change, *self.share))
         for study in self.earlier:
             values = study.values(name, self.candidates.codes(indices), len(self.foresight.loads))
             found.append(Source(study.name, values, 0.0 if self.modelled else 0.7 / len(self.earlier), 0.4))
@@ -113,13 +127,17 @@ class Sources:
         return np.where(np.isfinite(raw), raw - centre, 0.0)
 
     def _raw(self, kind: str, at: Codes) -> Array:
-        if kind == "latency":
-            return self.foresight.latency[at]
-        if kind == "model cost":
-            return self.foresight.cost[at] - self._structure(at)
         if kind.startswith("rules "):
             return self._by_rules(kind.removeprefix("rules "), at.tolist())
-        return (self.foresight.capacity if kind == "capacity" else self.foresight.kv_tokens)[at][:, None]
+        foresight = self.foresight
+        if self.learnt is not None and kind.startswith(LEARNT):
+            foresight, kind = self.learnt, kind.removeprefix(LEARNT)
+            foresight.look()
+        if kind == "latency":
+            return foresight.latency[at]
+        if kind == "model cost":
+            return foresight.cost[at] - self._structure(at)
+        return (foresight.capacity if kind == "capacity" else foresight.kv_tokens)[at][:, None]
 
     def _centre(self, kind: str) -> Array:
         if kind not in self.centres:
