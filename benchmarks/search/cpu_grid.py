@@ -39,7 +39,7 @@ from tuner.study.outcome import Boot, Measured, Step
 from tuner.study.store import Store
 
 TABLE = Path(__file__).parent / "cpu_grid.json"
-LAUNCHES = 6
+EARLY, LAUNCHES = 4, 6
 
 
 def make(folder: Path) -> dict[str, Any]:
@@ -230,7 +230,8 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", module="optuna")
     table = json.loads(TABLE.read_text())
-    print(f"{len(table['rows'])} configurations; regret after {LAUNCHES} launches over {args.seeds} seeds")
+    print(f"{len(table['rows'])} configurations; regret over {args.seeds} seeds, median (quartiles)\n")
+    print(f"| method | after {EARLY} launches | after {LAUNCHES} launches | mean of these |\n|---|---|---|---|")
     known = Predicted(table, space_of(table))
     for method, ladder, predictor, with_what in (
         ("ours", True, modelled(), "ladder, the model corrected by launches"),
@@ -240,9 +241,12 @@ def main() -> None:
         ("tpe", False, None, "one load"),
         ("random", True, None, "ladder"),
     ):
-        last = [replay(table, method, ladder, seed, predictor=predictor)[-1] for seed in range(args.seeds)]
-        low, middle, high = np.quantile(last, [0.25, 0.5, 0.75])
-        print(f"| {method}, {with_what} | {middle:.3f} ({low:.3f}-{high:.3f}) |", flush=True)
+        curves = np.array([replay(table, method, ladder, seed, predictor=predictor) for seed in range(args.seeds)])
+        cells = []
+        for reached in (curves[:, EARLY - 1], curves[:, -1]):
+            low, middle, high = np.quantile(reached, [0.25, 0.5, 0.75])
+            cells.append(f"{middle:.3f} ({low:.3f}-{high:.3f})")
+        print(f"| {method}, {with_what} | {' | '.join(cells)} | {curves[:, -1].mean():.3f} |", flush=True)
 
 
 if __name__ == "__main__":
