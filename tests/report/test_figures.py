@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from tests import studies
 from tuner.report.hours import hours
 from tuner.report.importance import _share, importance
-from tuner.report.modelerror import errors
+from tuner.report.modelerror import errors, learnt
+from tuner.report.page import build
 from tuner.report.parallel import parallel_chart
 from tuner.report.style import bars, log_ticks, number
 from tuner.report.summary import summarize
 from tuner.report.tables import folded
+from tuner.search.model.constants import HOST, SHARED, WORDS
 from tuner.study.outcome import Boot, Infeasible, Measured
 from tuner.study.store import Store
 
@@ -95,6 +97,40 @@ def test_where_nothing_was_predicted_there_is_no_error_to_show(tmp_path: Path):
     store = Store(tmp_path)
     studies.measured(0, (studies.step(1.0, OBJECTIVE),), store)
     assert errors(summarize(store, studies.study(tmp_path))) == ()
+
+
+def test_the_newest_trial_says_what_was_learnt_of_the_model(tmp_path: Path):
+    store = Store(tmp_path)
+    steps = (studies.step(1.0, OBJECTIVE, tpot_s=0.02),)
+    old = {"factors": {"step_s": 3.0}, "believed": 0.1, "weight": {}}
+    new = {
+        "factors": {"flops_share": 1.25, "bandwidth_share": 0.5, "step_s": 1.01, "made_up": 1.1, "link_share": "x"},
+        "believed": 0.98,
+        "weight": {"cost": 0.9, "latency": 0.7, "capacity": None},
+    }
+    predicted = {"1": {"tpot_p99_s": 0.01}}
+    for trial, said in enumerate((old, new, None)):
+        more = {"learnt": said} if said else {}
+        studies.measured(trial, steps, store, params={"max_num_seqs": 2**trial}, predicted=predicted, **more)
+    found = learnt(summarize(store, studies.study(tmp_path)))
+    assert found is not None and (found.by, found.believed) == (1, 0.98)
+    assert found.weight == (("latency", 0.7), ("cost", 0.9))
+    assert [f for _, f in found.factors] == [0.5, 1.25, 1.1]
+    assert found.factors[0][0] == "memory bandwidth that is reached" and found.factors[2][0] == "made_up"
+    assert sorted(WORDS) == sorted((*SHARED, *HOST)), "and every constant has its words"
+    text = build(store, studies.study(tmp_path), tmp_path / "report.html").read_text()
+    assert "memory bandwidth that is reached &times; 0.50, " in text and "wrong is 98 % probable: the search" in text
+    assert "latency 0.70, cost 0.90 (1: as predicted" in text
+    studies.measured(3, steps, store, params={"max_num_seqs": 8}, learnt=new | {"believed": 0.002})
+    text = build(store, studies.study(tmp_path), tmp_path / "report.html").read_text()
+    assert "wrong is less than 1 % probable: the model errs in another way" in text
+
+
+def test_where_nothing_was_learnt_of_the_model_nothing_is_said(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE),), store)
+    assert learnt(summarize(store, studies.study(tmp_path))) is None
+    assert "Constants of the model" not in build(store, studies.study(tmp_path), tmp_path / "report.html").read_text()
 
 
 def test_parallel_coordinates_show_only_what_varied_and_end_at_the_cost(tmp_path: Path):

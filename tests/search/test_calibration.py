@@ -142,6 +142,10 @@ def test_the_search_goes_on_with_the_constants_that_its_launches_gave() -> None:
     assert one.foresight.latency[row, 0] > math.log(2 * right), "what was foreseen before the launches stays"
     weights = one.beliefs.weights()
     assert all(weights[name]["its constants, learnt"] == pytest.approx(1.0, abs=0.05) for name in weights)
+    trial, _ = ledger.ask(book, space())
+    said = trial.user_attrs["learnt"]
+    assert said["factors"]["pace"] == pytest.approx(0.4, rel=0.1) and said["believed"] > 0.99
+    assert said["weight"]["latency"] == pytest.approx(1.0, abs=0.05)
     error = one.model_error(book)
     assert error.error["latency"] < 0.1 and error.weight["latency"] == pytest.approx(1.0, abs=0.05)
     assert regret(tried) < regret(run(study(sampler(Model(wrong=lambda _p: 2.5))), 6)) + 1e-9

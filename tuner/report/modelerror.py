@@ -9,6 +9,9 @@ from statistics import median
 
 from tuner.pareto.front import COST, trusted_steps
 from tuner.report.summary import Summary, label
+from tuner.search.model.constants import WORDS
+
+MOVED = math.log(1.03)  # a smaller factor on a constant is not shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,35 @@ class Error:
     typical: float
     bias: float
     pairs: tuple[tuple[float, float, int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What the launches before trial ``by`` say of the model: ``factors`` are (constant in words, factor) as far as one
+    moved by 3 % or more, the largest first; ``believed`` is the probability that they are what was wrong; ``weight`` is
+    what the search still takes of the model's differences between configurations, by quantity."""
+
+    by: int
+    factors: tuple[tuple[str, float], ...]
+    believed: float
+    weight: tuple[tuple[str, float], ...]
+
+
+def learnt(s: Summary) -> Learnt | None:
+    """By the newest trial that says so; None where none does (no model, another sampler, nothing measured)."""
+    for trial in sorted(s.search, key=lambda t: -t.number):
+        said = (trial.extra or {}).get("learnt")
+        if isinstance(said, Mapping):
+            factors = {WORDS.get(n, n): f for n, f in _numbers(said.get("factors")).items() if f > 0}
+            moved = sorted(factors.items(), key=lambda item: -abs(math.log(item[1])))
+            weight = _numbers(said.get("weight"))
+            return Learnt(
+                trial.number,
+                tuple((name, factor) for name, factor in moved if abs(math.log(factor)) > MOVED),
+                _numbers(said).get("believed", 0.0),
+                tuple((name, weight[name]) for name in ("latency", "capacity", "cost") if name in weight),
+            )
+    return None
 
 
 def errors(s: Summary) -> tuple[Error, ...]:
@@ -54,6 +86,12 @@ def _predicted(extra: Mapping[str, object], load: float) -> Mapping[str, float]:
             if same and isinstance(metrics, Mapping):
                 return metrics
     return {}
+
+
+def _numbers(said: object) -> dict[str, float]:
+    """The finite numbers of a mapping out of a record."""
+    known = said if isinstance(said, Mapping) else {}
+    return {str(k): float(v) for k, v in known.items() if isinstance(v, int | float) and math.isfinite(v)}
 
 
 def _positive(value: object) -> bool:

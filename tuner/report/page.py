@@ -21,7 +21,7 @@ from tuner.report import charts, html, tables
 from tuner.report.figures import front_svg
 from tuner.report.hours import hours
 from tuner.report.importance import importance
-from tuner.report.modelerror import errors
+from tuner.report.modelerror import errors, learnt
 from tuner.report.parallel import parallel_chart
 from tuner.report.style import Figure
 from tuner.report.summary import Summary, label, ms, summarize
@@ -53,6 +53,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         hours=hours(s),
         importance=importance(s),
         errors=errors(s),
+        learnt=learnt(s),
         verified=_verified(s, store),
         certified=_certified(store),
         facts=_facts(s),

@@ -51,11 +51,14 @@ class Seen:
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """Why a configuration was proposed. ``expected_gain`` is the expected growth of the front's hypervolume as a share
-    of what it has, None where nothing was expected yet; ``remeasure_of`` the trial that is measured again."""
+    of what it has, None where nothing was expected yet; ``remeasure_of`` the trial that is measured again. ``learnt``
+    is what the launches before it say of the analytic model: ``factors`` on its constants, the probability ``believed``
+    of these, and the ``weight`` that is left of its prediction of each quantity."""
 
     reason: str
     expected_gain: float | None = None
     remeasure_of: int | None = None
+    learnt: Mapping[str, Any] | None = None
 
 
 def ask(study: Study, space: SearchSpace) -> tuple[Trial, dict[str, Value]]:
@@ -71,6 +74,8 @@ def ask(study: Study, space: SearchSpace) -> tuple[Trial, dict[str, Value]]:
             trial.set_user_attr("expected_gain", proposal.expected_gain)
         if proposal.remeasure_of is not None:
             trial.set_user_attr("remeasure_of", proposal.remeasure_of)
+        if proposal.learnt is not None:
+            trial.set_user_attr("learnt", proposal.learnt)
     return trial, params
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,7 +139,7 @@ class TunerSampler(BaseSampler):
             return {}
         seen = [s for s in read(study, self.space) if s.number != trial.number]
         index, proposal = self._propose(seen, trial.number)
-        self._proposals[trial.number] = proposal
+        self._proposals[trial.number] = replace(proposal, learnt=self._learnt_of_model())
         return distribution_values(self.space, self.candidates.params[index])
 
     def sample_independent(
@@ -215,6 +215,16 @@ class TunerSampler(BaseSampler):
             source = self.beliefs.sources.words
             reason = f"spread over {source}: {reason}"
         return shortlist[best], Proposal(reason, self.expected_gain)
+
+    def _learnt_of_model(self) -> dict[str, Any] | None:
+        """What a proposal says of the analytic model (:class:`tuner.search.ledger.Proposal`)."""
+        if self.predictor is None or not self.beliefs.fitted:
+            return None
+        return {
+            "factors": {name: round(factor, 4) for name, factor in self.factors.items()},
+            "believed": round(self.believed, 4),
+            "weight": {name: round(of["model"], 4) for name, of in self.beliefs.weights().items()},
+        }
 
     def _calibrate(self, readings: Sequence[Reading]) -> float | None:
         """The model's constants from the launches, where it says which it doubts; returns how improbable they are, None

@@ -173,6 +173,7 @@ class Queue:
             trial.set_user_attr("trial", number)
         else:
             number, claim["claim"] = self.peers.claim(trial)
+        learnt = {"learnt": told["learnt"]} if "learnt" in told else {}
         self.store.start_trial(
             number,
             config,
@@ -183,6 +184,7 @@ class Queue:
             repeat=repeat,
             remeasure_of=first,
             **claim,
+            **learnt,
             **self.notes(config),
         )
         return Proposal(number, trial, params, config, baseline, why, repeat, first)

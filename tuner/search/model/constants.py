@@ -67,5 +67,18 @@ class Constants:
         return self.hosts.get(engine) or self.hosts["vllm"]
 
 
+#: What each is, in a few words for a report.
+WORDS = {
+    "bandwidth_share": "memory bandwidth that is reached",
+    "flops_share": "arithmetic that large products reach",
+    "expert_flops_share": "arithmetic that experts' products reach",
+    "attention_share": "arithmetic that attention reaches",
+    "link_share": "link bandwidth that is reached",
+    "kernel_s": "seconds of a kernel in a captured graph",
+    "step_s": "host seconds per step",
+    "sequence_s": "host seconds per running sequence and step",
+    "request_s": "host seconds per request",
+    "eager_kernel_s": "seconds of a kernel without a graph",
+}
 HOST = tuple(f.name for f in fields(Host))
 SHARED = tuple(f.name for f in fields(Constants) if f.name != "hosts")
