@@ -109,7 +109,7 @@ folder = Path({folder!r})
 owned = Ownership(folder, "{launch_id}")
 process = Process(Program({words!r}, {{"PATH": os.environ["PATH"]}}, folder, folder / "server.log"), "{launch_id}")
 owned.started(process.guard, process.server)
-while not any(b"--child" in Path(f"/proc/{{p.pid}}/cmdline").read_bytes() for p in process.members()):
+while not any(b"--child" in Path(f"/proc/{{p.pid}}/cmdline").read_bytes().split(b"\\0") for p in process.members()):
     time.sleep(0.05)
 print(json.dumps([process.guard.pid, process.server.pid, *[p.pid for p in process.members()]]), flush=True)
 time.sleep(600)
@@ -213,6 +213,7 @@ def test_members_knows_a_process_by_its_marker_alone(tmp_path):
 
 def _is_child(process: Pid) -> bool:
     try:
-        return b"--child" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        # as a word of its own: an orphan's parent, about to end, has it in the program that it was given
+        return b"--child" in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
