@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.search.table import middle
 from tuner.errors import UsageError
 from tuner.pareto.volume import hypervolume
 from tuner.search import choose, ledger
@@ -242,11 +243,8 @@ def main() -> None:
         ("random", True, None, "ladder"),
     ):
         curves = np.array([replay(table, method, ladder, seed, predictor=predictor) for seed in range(args.seeds)])
-        cells = []
-        for reached in (curves[:, EARLY - 1], curves[:, -1]):
-            low, middle, high = np.quantile(reached, [0.25, 0.5, 0.75])
-            cells.append(f"{middle:.3f} ({low:.3f}-{high:.3f})")
-        print(f"| {method}, {with_what} | {' | '.join(cells)} | {curves[:, -1].mean():.3f} |", flush=True)
+        early, last = curves[:, EARLY - 1], curves[:, -1]
+        print(f"| {method}, {with_what} | {middle(early)} | {middle(last)} | {last.mean():.3f} |", flush=True)
 
 
 if __name__ == "__main__":

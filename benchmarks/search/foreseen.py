@@ -27,13 +27,13 @@ from benchmarks.search.surface import Surface, wrong_model
 from tuner.search import ledger
 from tuner.search.acquisition import LaunchCost
 from tuner.search.sampler import TunerSampler
+from tuner.search.sources import QUANTITIES
 from tuner.study.outcome import Outcome
 
 MOMENTS = (3, 6, 12, 20)
 CHOICE, ASKED, BEST, POOL = 60, 120, 40, 1500
 BLUR = 0.03  # standard deviation added to every belief: a finer one wins nothing
 FLOOR = -12.0
-QUANTITIES = ("latency", "capacity", "cost")
 
 Launch = tuple[dict[str, Any], Outcome, float]
 

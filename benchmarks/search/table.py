@@ -77,9 +77,14 @@ def cells(rows: list[dict], hours: bool) -> list[str]:
         if len(values) < max(0.8 * len(rows), 1):
             found.append("")
         else:
-            q = np.quantile(values, [0.25, 0.5, 0.75])
-            found.append(f"{_short(q[1])} ({_short(q[0])}-{_short(q[2])})")
+            found.append(middle(values))
     return found
+
+
+def middle(values: Sequence[float] | np.ndarray) -> str:
+    """Median and quartiles, as the tables have them."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{_short(median)} ({_short(low)}-{_short(high)})"
 
 
 def _short(value: float) -> str:

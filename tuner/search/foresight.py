@@ -27,7 +27,7 @@ class Foresight:
     """Asks the model once for every candidate and remembers the answers as arrays, in logarithms, by the candidates'
     numbers: ``cost`` and ``latency`` (candidates, loads), ``capacity`` and ``kv_tokens`` (candidates,), NaN where the
     model says that the server does not fit. Call :meth:`look` after the candidates grew. ``memory`` is the correction
-    that is in force: overhead in bytes, and a factor on the weights; ``base`` is the model without it."""
+    that is in force: overhead in bytes, and a factor on the weights."""
 
     candidates: Candidates
     objective: Objective
@@ -41,10 +41,6 @@ class Foresight:
     kv_tokens: Array = field(default_factory=lambda: np.zeros(0))
     short_bytes: Array = field(default_factory=lambda: np.zeros(0))
     memory: tuple[float, float] = (0.0, 1.0)
-    base: Predictor | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.base = self.predictor
 
     def look(self) -> None:
         """Asks for every candidate that was added since the last look."""

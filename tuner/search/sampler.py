@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
+
+    from tuner.search.model.predictor import AnalyticModel
 
 
 LONG = 3 * LAUNCHES  # launches of a study whose resumption leaves the model's constants alone
@@ -104,12 +106,16 @@ class TunerSampler(BaseSampler):
         self.beliefs = Beliefs(self.candidates, Sources(self.candidates, self.foresight, earlier))
         self.expected_gain: float | None = None
         self.factors: dict[str, float] = {}
-        self.believed = 0.0
         self._learnt_from = 0  # launches
         self._proposals: dict[int, Proposal] = {}
         self._independent = RandomSampler(seed=seed)
         if predictor is not None and not self.candidates.whole:
             self._grow_towards_front()
+
+    @property
+    def believed(self) -> float:
+        """Probability of the learnt constants."""
+        return self.beliefs.sources.share[0]
 
     def proposal(self, number: int) -> Proposal | None:
         """Why the trial of this number was proposed (None: not by this sampler, in this process)."""
@@ -171,8 +177,7 @@ class TunerSampler(BaseSampler):
             if index is not None:
                 return index, Proposal(reason)
         unlikely = self._calibrate(readings)
-        for foresight in filter(None, (self.foresight, self.beliefs.sources.learnt)):
-            self._correct(foresight, readings)
+        self._correct(readings)
         if unlikely is not None:
             self._believe_constants(readings, unlikely)
         self.beliefs.learn(readings, self.seed)
@@ -251,13 +256,13 @@ class TunerSampler(BaseSampler):
             self.beliefs.sources.share = (share, 0.0)
             evidence.append(self.beliefs.evidence(readings, self.seed))
         odds = evidence[1] - evidence[0] - unlikely
-        self.believed = 1 / (1 + math.exp(min(-odds, 99.0)))
-        self.beliefs.sources.share = (self.believed, max(math.sqrt(self.believed * (1 - self.believed)), SHARE_SD))
+        believed = 1 / (1 + math.exp(min(-odds, 99.0)))
+        self.beliefs.sources.share = (believed, max(math.sqrt(believed * (1 - believed)), SHARE_SD))
 
-    def _correct(self, foresight: Foresight, readings: Sequence[Reading]) -> None:
+    def _correct(self, readings: Sequence[Reading]) -> None:
         """What the servers' own logs say about memory corrects the model's arithmetic, where it knows how (the methods
-        ``fit`` and ``corrected`` of :class:`tuner.search.model.predictor.AnalyticModel`)."""
-        model: Any = foresight.base
+        ``fit`` and ``corrected`` of :class:`tuner.search.model.predictor.AnalyticModel`), with whatever constants."""
+        model: Any = self.predictor
         if not hasattr(model, "corrected"):
             return
         from tuner.space.memory import learn
@@ -265,14 +270,16 @@ class TunerSampler(BaseSampler):
         learned = None
         for r in readings:
             if r.seen.outcome is not None:
-                fit = model.fit(self.space.config(r.seen.params, foresight.model))
+                fit = model.fit(self.space.config(r.seen.params, self.foresight.model))
                 learned = learn(fit, r.seen.outcome, learned)
         if learned is None:
             return
-        old, new = foresight.memory, (learned.overhead_bytes, learned.weights_share)
-        if abs(new[0] - old[0]) > MEMORY_STEP_BYTES or abs(new[1] - old[1]) > 0.03:
-            foresight.memory = new
-            foresight.reconsider(model.corrected(learned))
+        new = (learned.overhead_bytes, learned.weights_share)
+        for foresight in filter(None, (self.foresight, self.beliefs.sources.learnt)):
+            old, scaled = foresight.memory, cast("AnalyticModel", foresight.predictor)
+            if abs(new[0] - old[0]) > MEMORY_STEP_BYTES or abs(new[1] - old[1]) > 0.03:
+                foresight.memory = new
+                foresight.reconsider(scaled.corrected(learned))
 
     def _taken(self, seen: Sequence[Seen]) -> set[int]:
         """Candidates that were launched and answered, or are running; one whose measurement was at fault twice."""

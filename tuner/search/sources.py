@@ -81,10 +81,11 @@ class Sources:
                 found.append(Source("rules of thumb", np.repeat(values[:, None], width, axis=1), *OF_RULES))
         kind = "model cost" if name == "cost" else name
         if has_model:
-            found.append(Source("model", self._modelled(kind, at), weight, sd))
-        if self.learnt is not None and self.modelled:
-            change = self._modelled(LEARNT + kind, at) - self._modelled(kind, at)
-            found.append(Source("its constants, learnt", change, *self.share))
+            modelled = self._modelled(kind, at)
+            found.append(Source("model", modelled, weight, sd))
+            if self.learnt is not None and self.trusted:
+                change = self._modelled(LEARNT + kind, at) - modelled
+                found.append(Source("its constants, learnt", change, *self.share))
         for study in self.earlier:
             values = study.values(name, self.candidates.codes(indices), len(self.foresight.loads))
             found.append(Source(study.name, values, 0.0 if self.modelled else 0.7 / len(self.earlier), 0.4))
