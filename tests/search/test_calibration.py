@@ -135,6 +135,7 @@ def test_the_search_goes_on_with_the_constants_that_its_launches_gave() -> None:
     assert 0.05 < one.believed < 0.5, "one launch may have been slow for another reason"
     tried += run(book, 4)
     assert one.believed > 0.99 and one.predictor.factor == 2.5
+    assert one.beliefs.sources.share[1] == pytest.approx(0.2), "the truth may still lie between"
     learnt = one.beliefs.sources.learnt
     row = one.beliefs.index(space().snap(tried[1]))
     right = Model().predict(space().config(tried[1], "m"), LOADS[0]).metrics["tpot_p99_s"]
