@@ -42,6 +42,7 @@ class Server:
     def __init__(self, config: dict) -> None:
         self.c = {**DEFAULTS, **config}
         self.count = 0
+        self.made = 0
         self.log = open(self.c["log"], "a", buffering=1) if self.c["log"] else None  # noqa: SIM115
 
     def release(self, t: float) -> float:
@@ -78,6 +79,8 @@ class Server:
             return self.plain(writer, 200, b"<html>hello</html>", "text/html")
         if path == "/v1/models":
             return self.plain(writer, 200, b'{"data":[{"id":"stub"}]}')
+        if path == "/made":  # how many tokens left for the clients
+            return self.plain(writer, 200, str(self.made).encode())
         chat = path == "/v1/chat/completions"
         if method != "POST" or not (chat or (path == "/v1/completions" and not c["chat_only"])):
             return self.plain(writer, 404, b'{"detail":"Not Found"}')
@@ -113,6 +116,7 @@ class Server:
                 return False  # the client hung up
             new = min(c["tokens_per_chunk"], n - made)
             made += new
+            self.made += new
             choice = {"index": 0, "text": "x" * new} if not chat else {"index": 0, "delta": {"content": "x" * new}}
             if body.get("return_token_ids"):
                 choice["token_ids"] = [7] * new

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -95,14 +97,16 @@ def test_a_frozen_client_is_untrusted(tmp_path):
     """A client that stood still for a second saw latencies of its own making."""
     replayed = poisson(160, 40, output_tokens=20)
     with stub(first_s=0.02, gap_s=0.02) as (_, url):
-        stopped = threading.Event()
 
-        def freeze(name: str, data: dict) -> None:
-            if data.get("elapsed_s", 0) > 1.5 and not stopped.is_set():
-                stopped.set()
-                threading.Thread(target=pause).start()
+        def until_made(tokens: int) -> int:
+            deadline = time.monotonic() + 30
+            while (made := int(urllib.request.urlopen(f"{url}/made", timeout=10).read())) < tokens:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            return made
 
         def pause() -> None:
+            until_made(800)
             children = [
                 int(pid)
                 for pid in os.listdir("/proc")
@@ -111,11 +115,18 @@ def test_a_frozen_client_is_untrusted(tmp_path):
             assert children
             for pid in children:
                 os.kill(pid, signal.SIGSTOP)
-            time.sleep(1.0)
-            for pid in children:
-                os.kill(pid, signal.SIGCONT)
+            try:
+                made = until_made(0)
+                time.sleep(1.0)
+                until_made(made + 100)  # a machine that stood still itself made none
+            finally:
+                for pid in children:
+                    os.kill(pid, signal.SIGCONT)
 
-        step = measure(endpoint(url), plan(tmp_path, replayed, on_event=freeze))
+        with ThreadPoolExecutor(1) as other:
+            paused = other.submit(pause)
+            step = measure(endpoint(url), plan(tmp_path, replayed))
+            paused.result()
     assert any("sent late" in reason for reason in step.untrusted)
     assert any("read late" in reason for reason in step.untrusted)
 

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
+import optuna
 import pytest
 
 from tests.study import postgres
+from tuner.api import AskTell
 from tuner.errors import UsageError
 from tuner.spec import studyfile
 from tuner.study.outcome import Measured
@@ -156,6 +159,36 @@ def test_an_outage_of_the_database_loses_nothing(server, tmp_path):
     assert tuner.ended() == 0, tuner.log.read_text()
     assert sorted(Counter(t.config.hash for t in tuner.trials).values()) == [1] * CONFIGURATIONS
     assert {type(t.outcome) for t in tuner.trials} == {Measured}
+
+
+@pytest.mark.parametrize("reads", range(1, 7))
+def test_a_trial_that_ends_while_another_tuner_looks_is_not_measured_again(reads, tmp_path, monkeypatch):
+    """Outcomes are told without the turn: at any moment of the other's look, here after so many reads of the ledger."""
+    monkeypatch.setenv("TUNER_TEST_DATABASE", f"sqlite:///{tmp_path}/ledger.db")
+    two = "".join(line for line in STUDY.splitlines(keepends=True) if "flag: batch" not in line)
+    told = {load: {"tpot_p99_s": 0.01, "output_tokens_per_s": load} for load in (0.5, 1.0)}
+    tuners = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(f"{two}reports: {tmp_path / name}\n")
+        tuners.append(AskTell(path))
+    with tuners[0] as a, tuners[1] as b:
+        slow, quick = a.ask(), b.ask()
+        assert slow is not None and quick is not None
+        b.tell(quick, told)
+        read, done = optuna.Study.get_trials, count(1)
+
+        def between(*args, **more):
+            found = read(*args, **more)
+            if next(done) == reads:
+                a.tell(slow, told)
+            return found
+
+        monkeypatch.setattr(optuna.Study, "get_trials", between)
+        assert b.ask() is None
+        assert next(done) > reads
+        assert b.ask() is None
+        assert [t.number for t in b.store.trials()] == [0, 1]
 
 
 def test_another_study_of_the_same_name_is_refused(server, tmp_path):

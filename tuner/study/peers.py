@@ -157,11 +157,8 @@ class Peers:
 
     def running(self) -> dict[str, dict[str, Any]]:
         """Config hash -> owner, of every trial that runs anywhere."""
-        from optuna.trial import TrialState
-
         with answering():
-            trials = self.book.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return {self.upkeep.config(t).hash: t.user_attrs[OWNER] for t in trials if OWNER in t.user_attrs}
+            return self.upkeep.running(self.book.get_trials(deepcopy=False))
 
     def waiting(self) -> bool:
         """Whether a trial is queued."""

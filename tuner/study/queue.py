@@ -16,6 +16,7 @@ from tuner.spec.study import Study
 from tuner.study.database import Away
 from tuner.study.outcome import Aborted, Infeasible, Outcome
 from tuner.study.store import Store, TrialRecord
+from tuner.study.upkeep import Look
 
 if TYPE_CHECKING:
     import optuna
@@ -81,29 +82,27 @@ class Queue:
             return self._propose()
         self.stood_back = True
         with suppress(Away), self.peers.turn():
-            self.catch_up()
-            if not self.over(len(self.peers.running())):
+            if not self.over(len(self.catch_up().running)):
                 proposal = self._propose()
                 self.stood_back = False
                 return proposal
         return None
 
-    def catch_up(self) -> list[TrialRecord]:
-        """What other tuners measured since the last time, now known here. Needs the turn."""
-        if self.peers is None:
-            return []
-        new = self.peers.upkeep.all()
-        for record in new:
+    def catch_up(self) -> Look:
+        """What other tuners measured since the last time, now known here, and what runs. Needs the turn, and peers."""
+        assert self.peers is not None
+        look = self.peers.upkeep.all()
+        for record in look.copied:
             self._remember(record.config.hash, record, again=bool((record.extra or {}).get("again")))
             self._launches[record.config.hash] += 1
-        now = {key for key, owner in self.peers.running().items() if owner != self.peers.owner.to_dict()}
+        now = {key for key, owner in look.running.items() if owner != self.peers.owner.to_dict()}
         for key in self._busy_elsewhere - now:
-            if self._known.get(key, new) is None:
+            if self._known.get(key, look) is None:
                 del self._known[key]  # given up, or to be launched again
         for key in now:
             self._known.setdefault(key, None)
         self._busy_elsewhere = now
-        return new
+        return look
 
     def _propose(self) -> Proposal | None:
         for _ in range(min(PATIENCE, self.space.size())):  # each costs a shared database a dozen round trips

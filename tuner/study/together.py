@@ -65,8 +65,7 @@ class Together:
         while not self.cancel.is_set():
             try:
                 with self.peers.turn():
-                    self.queue.catch_up()
-                    running, queued = len(self.peers.running()), self.peers.waiting()
+                    running, queued = len(self.queue.catch_up().running), self.peers.waiting()
                     why = self._over(running)
                     exhausted = ended == EXHAUSTED and not queued
                     if not running and (why or exhausted):

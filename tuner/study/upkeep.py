@@ -7,7 +7,8 @@ import shutil
 import time
 import warnings
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tuner.engines.protocol import OnEvent
 from tuner.search import ledger
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 SHARED_FILES = ("quality.json",)
 CLAIM, NUMBER, OWNER, INSTEAD, RECORD, AGAIN = "claim", "trial", "owner", "instead_of", "record", "again"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The ledger at one instant: ``copied`` are other tuners' trials new in this folder, ``running`` has config
+    hash -> owner of every trial that runs anywhere. Trials end without the turn, so that two reads one after the other
+    can both miss one."""
+
+    copied: list[TrialRecord]
+    running: dict[str, dict[str, Any]]
 
 
 class Upkeep:
@@ -44,8 +55,8 @@ class Upkeep:
         self.behind = True
         self.claims = {self.word(record): record.number for record in store.trials()}
 
-    def all(self) -> list[TrialRecord]:
-        """Everything, in the order in which it must be; returns what was copied from other tuners."""
+    def all(self) -> Look:
+        """Everything, in the order in which it must be; returns how the ledger was at the end of it."""
         import optuna
 
         self._drop_orphans()
@@ -56,7 +67,19 @@ class Upkeep:
         self.reconcile()
         self._requeue()
         self._share_files()
-        return [record for t in self.trials() if (record := self._mirrored(t)) is not None]
+        trials = self.book.get_trials(deepcopy=False)
+        every = [*trials, *self.verified.get_trials(deepcopy=False)]
+        return Look([record for t in every if (record := self._mirrored(t)) is not None], self.running(trials))
+
+    def running(self, trials: list[FrozenTrial]) -> dict[str, dict[str, Any]]:
+        """Config hash -> owner, of those of ``trials`` that run."""
+        from optuna.trial import TrialState
+
+        return {
+            self.config(t).hash: t.user_attrs[OWNER]
+            for t in trials
+            if t.state == TrialState.RUNNING and OWNER in t.user_attrs
+        }
 
     def word(self, record: TrialRecord) -> str:
         """What tells a trial from all others: its claim, or where and when it was made."""
