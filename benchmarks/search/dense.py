@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.search.surface import Columns, Surface, numeric, parameter
+from benchmarks.search.surface import Columns, Surface, crashes, numeric, parameter
 from tuner.search.ledger import COST_KEY
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
@@ -35,6 +35,13 @@ CONSTANTS = {
     "reserve": 3.5e9,  # bytes that are not for weights or KV
     "tail": 0.55,
 }
+
+# as an engine words them: two name a part of what is to blame, one names nothing that was set
+MESSAGES = (
+    "KV cache data type is not supported by the int4 kernel",
+    "eagle: draft and prefill cannot share a batch",
+    "CUDA out of memory",
+)
 
 
 def physics(c: Columns, load: Any, k: Mapping[str, float], effects: bool) -> dict[str, np.ndarray]:
@@ -94,11 +101,11 @@ def physics(c: Columns, load: Any, k: Mapping[str, float], effects: bool) -> dic
     over = np.where(busy > 0.9, (busy - 0.9) * 25, 0.0)
     ttft = alone * 1.4 + queue + over
     served = np.minimum(1.0, 1 / np.maximum(busy, 1e-9))
-    crash = np.zeros(tp.shape)
-    if effects:
-        crash = np.where((c["quantization"] == "int4") & (small < 1), 1.0, crash)
-        crash = np.where((method == "eagle") & ~chunked, 1.0, crash)
-        crash = np.where((c["gpu_memory_utilization"] >= 0.95) & (batched >= 8192), 0.8, crash)
+    hidden = (
+        ((c["quantization"] == "int4") & (small < 1), 1.0),
+        ((method == "eagle") & ~chunked, 1.0),
+        ((c["gpu_memory_utilization"] >= 0.95) & (batched >= 8192), 0.8),
+    )
     tokens_per_s = rate * ANSWER * served
     return {
         "ttft_p99_s": ttft,
@@ -106,7 +113,7 @@ def physics(c: Columns, load: Any, k: Mapping[str, float], effects: bool) -> dic
         "output_tokens_per_s": tokens_per_s,
         COST_KEY: PRICE * tp / 3600 / tokens_per_s * 1e6,
         "short_bytes": short,
-        "crash_p": crash,
+        **crashes(len(tp), *(hidden if effects else ())),
         "kv_tokens": room,
     }
 
@@ -131,4 +138,5 @@ def surface() -> Surface:
     slos = (parse("ttft_p99=1500ms"), parse("tpot_p99=60ms"))
     exact = frozenset({"weights", "kv", "memory", "active"})
     loads = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
-    return Surface("dense", space, Objective("chat", "tpot_p99", slos, PRICE), loads, physics, CONSTANTS, exact=exact)
+    objective = Objective("chat", "tpot_p99", slos, PRICE)
+    return Surface("dense", space, objective, loads, physics, CONSTANTS, exact=exact, messages=MESSAGES)

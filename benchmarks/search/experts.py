@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.search.surface import Columns, Surface, numeric, parameter
+from benchmarks.search.surface import Columns, Surface, crashes, numeric, parameter
 from tuner.search.ledger import COST_KEY
 from tuner.space.space import Rule, SearchSpace
 from tuner.spec.objective import Objective
@@ -36,6 +36,13 @@ CONSTANTS = {
     "users": 16.0,  # concurrency at load 1
     "reserve": 9e9,
 }
+
+# as an engine words them: two name a part of what is to blame, one names nothing that was set
+MESSAGES = (
+    "pplx kernels cannot be captured",
+    "fp8 attention: unsupported query length",
+    "CUDA out of memory",
+)
 
 
 def physics(c: Columns, load: Any, k: Mapping[str, float], effects: bool) -> dict[str, np.ndarray]:
@@ -86,11 +93,11 @@ def physics(c: Columns, load: Any, k: Mapping[str, float], effects: bool) -> dic
     out = rate * ANSWER
     if effects:
         out = out * (1 - 0.15 * np.exp(-budget / 3000.0))
-    crash = np.zeros(gpus.shape)
-    if effects:
-        crash = np.where(spread & (c["all2all"] == "pplx") & (c["graphs"] == "full"), 1.0, crash)
-        crash = np.where((mtp >= 3) & (c["kv_cache"] == "fp8"), 1.0, crash)
-        crash = np.where((c["memory_share"] > 0.93) & (c["graphs"] == "full"), 0.7, crash)
+    hidden = (
+        (spread & (c["all2all"] == "pplx") & (c["graphs"] == "full"), 1.0),
+        ((mtp >= 3) & (c["kv_cache"] == "fp8"), 1.0),
+        ((c["memory_share"] > 0.93) & (c["graphs"] == "full"), 0.7),
+    )
     return {
         "ttft_p95_s": ttft,
         "tpot_p95_s": p99,
@@ -98,7 +105,7 @@ def physics(c: Columns, load: Any, k: Mapping[str, float], effects: bool) -> dic
         "output_tokens_per_s": out,
         COST_KEY: PRICE * gpus / 3600 / out * 1e6,
         "short_bytes": short,
-        "crash_p": crash,
+        **crashes(len(gpus), *(hidden if effects else ())),
         "kv_tokens": room,
     }
 
@@ -137,4 +144,5 @@ def surface() -> Surface:
         start_s=300.0,
         step_s=60.0,
         exact=exact,
+        messages=MESSAGES,
     )

@@ -3,8 +3,10 @@
     python -m benchmarks.search.run --surfaces dense experts --methods ours tpe --models 30% none --seeds 0-19
 
 A line: surface, method, ladder (or one load per launch), model, seed, ``regret`` after each launch (true values of what
-was launched, against the true front of the whole grid, hypervolume in logarithms), ``gpu_s`` so far, ``crashes``,
-``seconds`` that each suggestion took. Runs that are in the file already are not run again.
+was launched, against the true front of the whole grid, hypervolume in logarithms), ``gpu_s`` so far, ``crash``,
+``serves`` (the believed probability of no crash, null where none was believed), ``seconds`` that each suggestion took.
+Runs that are in the file already are not run again. The servers of ``dense:said`` and ``experts:said`` die with a
+message for each cause, those of the others with one for all.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, l
     if not ladder:
         distributions["load"] = IntDistribution(0, len(surface.loads) - 1)
     known: dict[tuple, Any] = {}
-    curve: dict[str, list] = {"regret": [], "gpu_s": [], "crash": [], "seconds": []}
+    curve: dict[str, list] = {"regret": [], "gpu_s": [], "crash": [], "serves": [], "seconds": []}
     reached: list[tuple[float, float]] = []
     gpu_s, free = 0.0, 0
     while len(curve["regret"]) < launches and free < FREE_LIMIT:
@@ -66,9 +68,9 @@ def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, l
         loads = surface.loads if ladder else (surface.loads[trial.params["load"]],)
         key = (tuple(params.values()), loads)
         denied = space.denied(params)
-        again = getattr(sampler, "proposal", lambda _n: None)(trial.number)
-        if again is not None and again.remeasure_of is not None:
-            trial.set_user_attr("remeasure_of", again.remeasure_of)  # a launch like any other
+        proposal = getattr(sampler, "proposal", lambda _n: None)(trial.number)
+        if proposal is not None and proposal.remeasure_of is not None:
+            trial.set_user_attr("remeasure_of", proposal.remeasure_of)  # a launch like any other
             known.pop(key, None)
         fresh = not denied and key not in known
         begun_s = gpu_s
@@ -98,6 +100,7 @@ def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, l
         curve["regret"].append(round(surface.regret(reached), 5))
         curve["gpu_s"].append(round(gpu_s))
         curve["crash"].append(int(isinstance(outcome, Infeasible)))
+        curve["serves"].append(proposal.serves if proposal is not None else None)
         curve["seconds"].append(round(asked_s, 3))
     return {
         "surface": surface.name,
@@ -122,7 +125,12 @@ def load_surface(name: str) -> Any:
         from benchmarks.search.abstract import surface as abstract
 
         return abstract(int(name.partition(":")[2]))
-    return importlib.import_module(f"benchmarks.search.{name}").surface()
+    module, _, said = name.partition(":")
+    surface = importlib.import_module(f"benchmarks.search.{module}").surface()
+    if said not in ("", "said"):
+        raise ValueError(f"{module} has no variant {said!r}: only {module}:said")
+    surface.name, surface.says = name, bool(said)
+    return surface
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -24,7 +24,9 @@ from tuner.spec.objective import Objective
 from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
 
 Columns = Mapping[str, np.ndarray]
-# (columns, load, constants, effects) -> metrics; "short_bytes" > 0: does not fit; "crash_p": crashes otherwise
+# (columns, load, constants, effects) -> metrics; "short_bytes" > 0: does not fit; "crash_p": crashes otherwise, and
+# "cause": of which of the surface's ``messages``
+NO_METRIC = ("short_bytes", "crash_p", "cause", "kv_tokens")
 Physics = Callable[[Columns, Any, Mapping[str, float], bool], dict[str, np.ndarray]]
 
 
@@ -55,6 +57,8 @@ class Surface:
     start_s: float = 120.0
     step_s: float = 40.0
     exact: frozenset[str] = frozenset()  # constants that a data sheet states, known to every model
+    messages: tuple[str, ...] = ()
+    says: bool = False  # whether a server that dies says of what, as engines do; else all say the same
     _truth: dict[tuple, list[tuple[float, float, float]]] = field(default_factory=dict)
     _front: list[tuple[float, float]] = field(default_factory=list)
     _worst: tuple[float, float] = (0.0, 0.0)
@@ -126,14 +130,15 @@ class Surface:
             short = int(first["short_bytes"][0])
             return Infeasible("oom-kv", "out of memory", short_bytes=short), 0.6 * self.start_s
         if rng.random() < first["crash_p"][0]:
-            return Infeasible("engine-died", "the engine died"), 0.5 * self.start_s
+            message = self.messages[int(first["cause"][0])] if self.says else "the engine died"
+            return Infeasible("engine-died", message), 0.5 * self.start_s
         steps = []
         for load in loads:
             m = self.lasting([params], load)
             shared = math.exp(rng.normal(0, self.noise * 0.7))
             values = {}
             for key in m:
-                if key in ("short_bytes", "crash_p", "kv_tokens"):
+                if key in NO_METRIC:
                     continue
                 own = math.exp(rng.normal(0, self.noise * 0.7)) * shared
                 values[key] = float(m[key][0]) * (own**0.2 if key == COST_KEY else own)
@@ -173,7 +178,7 @@ class WrongModel:
             if m["short_bytes"][i] > 0:
                 found.append(Prediction(False, {}, 0.0, "out of memory", int(m["short_bytes"][i])))
                 continue
-            metrics = {k: float(v[i]) for k, v in m.items() if k not in ("short_bytes", "crash_p", "kv_tokens")}
+            metrics = {k: float(v[i]) for k, v in m.items() if k not in NO_METRIC}
             for k in metrics:
                 if k.endswith("_s") and not k.startswith("output"):
                     metrics[k] *= math.exp(off[0])
@@ -218,6 +223,14 @@ def wrong_model(surface: Surface, kind: str, seed: int) -> WrongModel | None:
             for v in p.values:
                 noise[p.name, v] = (rng.normal(0, 0.35), rng.normal(0, 0.35))
     return WrongModel(surface, constants, noise)
+
+
+def crashes(size: int, *conditions: tuple[np.ndarray, float]) -> dict[str, np.ndarray]:
+    """``crash_p`` and ``cause`` of so many configurations: of the last of these (where, probability) that holds."""
+    p, cause = np.zeros(size), np.zeros(size, int)
+    for number, (where, probability) in enumerate(conditions):
+        p, cause = np.where(where, probability, p), np.where(where, number, cause)
+    return {"crash_p": p, "cause": cause}
 
 
 def columns_of(space: SearchSpace, rows: Sequence[Mapping[str, Any]]) -> Columns:

@@ -1,7 +1,7 @@
 """The tables of docs/search.md from runs of benchmarks.search.run: one file or several, the longest run of each kind.
 
     python -m benchmarks.search.table results.jsonl more.jsonl [--by-surface] [--surfaces dense experts]
-    python -m benchmarks.search.table results.jsonl more.jsonl --goals
+    python -m benchmarks.search.table results.jsonl more.jsonl --goals | --serves
 
 A cell is the median and the quartiles over seeds and surfaces. A cell with fewer than 80 % of a line's runs is left
 empty: those runs had fewer launches, or their launches took fewer GPU-hours.
@@ -10,6 +10,7 @@ empty: those runs had fewer launches, or their launches took fewer GPU-hours.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import numpy as np
 LAUNCHES = (5, 10, 20, 30, 60)
 HOURS = (2, 5, 10, 20)
 GOOD = 0.10  # the regret that "launches to .10" counts up to
+BELIEVED = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.01)
 MODELS = {"30%": "model wrong by 30 %", "badly": "badly wrong model", "none": "no model"}
 PEERS = {"nsga2": "NSGA-II", "tpe": "TPE", "gp": "GPSampler", "grid": "grid, shuffled"}
 ORDER = ("ours, model", "ours, badly", "ours, no", "TPE", "GPSampler", "random", "grid", "NSGA-II")
@@ -33,6 +35,12 @@ GOALS = (
     ("none", 10, 0.15),
     ("none", 30, 0.06),
 )
+
+
+def surface_of(row: dict) -> str:
+    """The surface without its scenario; one whose servers say what they die of is another."""
+    name = row["surface"]
+    return name if name.endswith(":said") else name.partition(":")[0]
 
 
 def label(row: dict) -> str:
@@ -126,21 +134,33 @@ def goals(rows: list[dict]) -> list[str]:
     return lines
 
 
+def serves(rows: list[dict]) -> list[str]:
+    """What was believed of the servers that were launched, that they would serve, beside how many of them did."""
+    lines = ["| believed | launches | mean of it | served |", "|---|---|---|---|"]
+    pairs = [(p, not c) for r in rows for p, c in zip(r.get("serves", ()), r["crash"], strict=False) if p is not None]
+    for low, high in itertools.pairwise(BELIEVED):
+        some = [pair for pair in pairs if low <= pair[0] < high]
+        if some:
+            believed, served = np.mean(some, axis=0)
+            lines.append(f"| {low:.0%} to {min(high, 1):.0%} | {len(some)} | {believed:.0%} | {served:.0%} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", default=[Path(__file__).parent / "results.jsonl"])
     parser.add_argument("--by-surface", action="store_true")
     parser.add_argument("--goals", action="store_true", help="the goals' table instead; what is met is in bold")
+    parser.add_argument("--serves", action="store_true", help="how far what was believed of crashes was so")
     parser.add_argument("--surfaces", nargs="+", default=["dense", "experts", "abstract"])
     args = parser.parse_args()
     groups: dict[str, list[dict]] = defaultdict(list)
-    rows = [row for row in read(args.files) if row["surface"].partition(":")[0] in args.surfaces]
-    if args.goals:
-        print("\n".join(goals(rows)))
+    rows = [row for row in read(args.files) if surface_of(row) in args.surfaces]
+    if args.goals or args.serves:
+        print("\n".join(goals(rows) if args.goals else serves(rows)))
         return
     for row in rows:
-        surface = row["surface"].partition(":")[0]
-        groups[f"{surface}: {label(row)}" if args.by_surface else label(row)].append(row)
+        groups[f"{surface_of(row)}: {label(row)}" if args.by_surface else label(row)].append(row)
     for hours in (False, True):
         print("\n".join(table(groups, hours)), end="\n\n")
 

@@ -111,6 +111,17 @@ def test_crashes_teach_where_not_to_launch():
     assert sum(bad) / len(bad) < 0.5 < 0.8 < sum(good) / len(good)
 
 
+def test_a_proposal_says_how_likely_it_is_to_serve():
+    book = study(sampler(options=Options(first=0, remeasure_every=0)))
+    run(book, 10, crash=lambda params: params["half"] and params["batch"] >= 32)
+    said = [(t.user_attrs.get("serves"), t.user_attrs["reason"]) for t in book.trials]
+    assert said[0][0] is None, "the default is launched whatever is believed of it"
+    for serves, reason in said[1:]:
+        assert 0 <= serves <= 1
+        assert (f"{serves:.0%} likely to serve" in reason) == (serves < 0.95)
+    assert min(serves for serves, _ in said[1:]) < 0.8
+
+
 def test_what_a_crash_says_is_believed():
     """The same two launches; only what the crash named differs."""
     works = {}

@@ -275,15 +275,18 @@ def test_a_remeasurement_that_a_kill_cut_off_is_one_when_it_is_queued_again(runn
     assert len(list((runner.store.folder / "interrupted").iterdir())) == 1
 
 
-def test_what_the_search_has_learnt_of_the_model_is_in_the_trials_record(runner):
+def test_what_the_search_believes_is_in_the_trials_record(runner):
     import optuna
 
     runner.run(replace={"launches: 6": "launches: 2"})
     book = optuna.load_study(study_name="s", storage=runner.store.database)
     first, said = runner.store.trial(1), {"factors": {"step_s": 2.0}, "believed": 0.9, "weight": {"cost": 1.0}}
-    book.enqueue_trial(dict(first.params), user_attrs={"remeasure_of": first.extra["optuna"], "learnt": said})
+    book.enqueue_trial(
+        dict(first.params), user_attrs={"remeasure_of": first.extra["optuna"], "learnt": said, "serves": 0.7}
+    )
     runner.run(replace={"launches: 6": "launches: 3"})
     assert [t.extra.get("learnt") for t in runner.store.trials()] == [None, None, said]
+    assert runner.store.trials()[2].extra["serves"] == 0.7
 
 
 def test_a_line_of_events_that_a_kill_cut_short_spoils_no_other(tmp_path):

@@ -1,9 +1,9 @@
 """The one place where trials are written to and read from Optuna: ask, tell, and what was seen so far.
 
 A trial's truth is in its user attributes: ``params`` (snapped), ``outcome`` (:func:`tuner.study.outcome.to_dict`),
-``started_s`` and ``ended_s``, and where it applies ``reason`` (why it was proposed), ``expected_gain`` and
-``remeasure_of``. Its two values and its constraint ``slo`` are for Optuna's own samplers: every trial has them, crashes
-too, because a trial that failed is invisible to them and would be proposed again.
+``started_s`` and ``ended_s``, and where it applies what a :class:`Proposal` says. Its two values and its constraint
+``slo`` are for Optuna's own samplers: every trial has them, crashes too, because a trial that failed is invisible to
+them and would be proposed again.
 """
 
 from __future__ import annotations
@@ -51,14 +51,16 @@ class Seen:
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """Why a configuration was proposed. ``expected_gain`` is the expected growth of the front's hypervolume as a share
-    of what it has, None where nothing was expected yet; ``remeasure_of`` the trial that is measured again. ``learnt``
-    is what the launches before it say of the analytic model: ``factors`` on its constants, the probability ``believed``
-    of these, and the ``weight`` that is left of its prediction of each quantity."""
+    of what it has, None where nothing was expected yet; ``remeasure_of`` the trial that is measured again; ``serves``
+    the probability that the server serves, None where nothing was believed yet. ``learnt`` is what the launches before
+    it say of the analytic model: ``factors`` on its constants, the probability ``believed`` of these, and the
+    ``weight`` that is left of its prediction of each quantity."""
 
     reason: str
     expected_gain: float | None = None
     remeasure_of: int | None = None
     learnt: Mapping[str, Any] | None = None
+    serves: float | None = None
 
 
 def ask(study: Study, space: SearchSpace) -> tuple[Trial, dict[str, Value]]:
@@ -76,6 +78,8 @@ def ask(study: Study, space: SearchSpace) -> tuple[Trial, dict[str, Value]]:
             trial.set_user_attr("remeasure_of", proposal.remeasure_of)
         if proposal.learnt is not None:
             trial.set_user_attr("learnt", proposal.learnt)
+        if proposal.serves is not None:
+            trial.set_user_attr("serves", proposal.serves)
     return trial, params
 
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 LONG = 3 * LAUNCHES  # launches of a study whose resumption leaves the model's constants alone
 DRAWN = 200  # variations of the default of which the newest is launched
 NEWS = 0.05  # log units by which a constant moves before the model is asked again
+SURE = 0.95  # probability of serving from which a proposal's reason leaves it unsaid
 SHARE_SD = 0.2  # at least, of how much of what the learnt constants change is so: the truth may lie between
 MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
 
@@ -201,7 +202,8 @@ class TunerSampler(BaseSampler):
         volume = front.volume()
         shortlist = scan.shortlist(free, mean, front, self.options.shortlist, rng)
         normal = draws(self.seed + number)
-        values = worth(self.beliefs.posterior(shortlist), front, self.loads, cost, normal)
+        believed = self.beliefs.posterior(shortlist)
+        values = worth(believed, front, self.loads, cost, normal)
         launched = sum(r.seen.outcome is not None for r in scan.readings)
         power = self.options.power if launched >= self.options.by_gain else 0.0
         score = values.gain / values.gpu_seconds**power
@@ -216,10 +218,13 @@ class TunerSampler(BaseSampler):
         if volume > 0:
             share = min(float(values.gain[best] / volume), 9.99)
             reason = f"{share:.1%} more hypervolume expected, for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
+        serves = round(float(believed.works[best]), 3)
+        if serves < SURE:
+            reason += f"; {serves:.0%} likely to serve"
         if early:
             source = self.beliefs.sources.words
             reason = f"spread over {source}: {reason}"
-        return shortlist[best], Proposal(reason, self.expected_gain)
+        return shortlist[best], Proposal(reason, self.expected_gain, serves=serves)
 
     def _learnt_of_model(self) -> dict[str, Any] | None:
         """What a proposal says of the analytic model (:class:`tuner.search.ledger.Proposal`)."""

@@ -172,7 +172,7 @@ class Queue:
             trial.set_user_attr("trial", number)
         else:
             number, claim["claim"] = self.peers.claim(trial)
-        learnt = {"learnt": told["learnt"]} if "learnt" in told else {}
+        believed = {key: told[key] for key in ("learnt", "serves") if key in told}
         self.store.start_trial(
             number,
             config,
@@ -183,7 +183,7 @@ class Queue:
             repeat=repeat,
             remeasure_of=first,
             **claim,
-            **learnt,
+            **believed,
             **self.notes(config),
         )
         return Proposal(number, trial, params, config, baseline, why, repeat, first)
