@@ -111,8 +111,17 @@ def test_what_the_message_names_is_suspected_first(message: str):
     silent.learn(codes(base, crashed), [None, "it died"])
     says.learn(codes(base, crashed), [None, message])
     assert says.works(codes(without))[0] > silent.works(codes(without))[0] + 0.1
-    assert says.works(codes(named))[0] < silent.works(codes(named))[0] - 0.1
+    assert says.works(codes(named))[0] < silent.works(codes(named))[0] - 0.05  # rules of thumb fear it either way
     assert "kv_cache = fp8" in says.words()[message][0]
+
+
+def test_what_engines_often_die_of_is_feared_until_it_has_served():
+    base, found = SPACE.snap(SPACE.default()), Causes(SPACE)
+    feared, plain = {**base, "kv_cache": "fp8"}, {**base, "graphs": "eager"}
+    found.learn(codes(base), [None])
+    assert found.works(codes(feared))[0] < found.works(codes(plain))[0] - 0.1
+    found.learn(codes(base, {**feared, "tensor": 2}), [None, None])
+    assert found.works(codes(feared))[0] > found.works(codes(plain))[0]
 
 
 def test_a_value_that_the_message_names_is_suspected_before_its_parameter():
@@ -183,7 +192,7 @@ def test_a_parameter_that_does_not_apply_is_no_condition():
     eager = {**base, "graphs": "eager"}
     found = Causes(SPACE)
     found.learn(codes(base, {**base, "window": 16}), [None, "window too small"])
-    works = found.works(codes(eager, {**eager, "draft": 2}, {**base, "window": 16, "draft": 2}))
+    works = found.works(codes(eager, {**eager, "data": 2}, {**base, "window": 16, "data": 2}))
     assert works[0] > 0.85 and works[1] > 0.85 and works[2] < 0.3
 
 
@@ -191,7 +200,7 @@ def test_what_no_server_had_is_less_certain_than_what_one_had():
     base = SPACE.snap(SPACE.default())
     found = Causes(SPACE)
     found.learn(codes(base), [None])
-    near, far = {**base, "draft": 2}, {**base, "draft": 2, "tensor": 8, "kv_cache": "fp8", "weights": "awq"}
+    near, far = {**base, "data": 2}, {**base, "data": 2, "tensor": 8, "graphs": "eager"}
     works = found.works(codes(base, near, far))
     assert works[0] == 1 > works[1] > works[2] > 0.7
     assert 0 < Causes(SPACE).works(codes(far))[0] < 1  # nothing was launched

@@ -107,6 +107,23 @@ def test_more_memory_for_the_cache_raises_the_capacity_alone(name: str):
     assert table[1, 1] > table[0, 1] and table[1, 0] == table[0, 0]
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "more"),
+    [
+        ("gpu_memory_utilization", (0.85, 0.9, 0.95), 2),
+        ("kv_cache_dtype", ("auto", "fp8"), 1),
+        ("quantization", ("none", "fp8", "awq"), 2),
+        ("num_speculative_tokens", (1, 2, 5), 2),
+        ("max_num_batched_tokens", (2048, 32768), 1),
+    ],
+)
+def test_crashes_are_expected_of_little_memory_left_and_of_what_few_features_go_with(name: str, values: Any, more: int):
+    numeric = not isinstance(values[0], str)
+    made = SearchSpace("one", "emulator", (knob(name, *values, default=values[0], numeric=numeric),))
+    crashes = effects(made)[0][: len(values), 2]
+    assert crashes[more] == max(crashes) > crashes[0]
+
+
 def test_a_parameter_that_no_rule_knows_and_one_that_counts_gpus_have_no_effect():
     tables = effects(NAMED)
     assert not tables[0].any() and not tables[6].any()

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.search.candidates import Candidates
+from tuner.search.expert import effects
 from tuner.search.reading import cause
 from tuner.search.surrogate import Array, Codes
 from tuner.space.config import Value
@@ -36,7 +37,8 @@ OF_TWO = -2.0  # log prior of a condition on a product or a ratio of two numbers
 NAMED, NAMED_VALUE = 1.5, 2.5  # log prior of a condition whose parameter, or whose value, the message names
 SERVED = math.log(0.05)  # log likelihood of a server that works although a condition of crashes holds
 OTHERS = -math.log(0.2)  # log likelihood of a further crash with the same message that the conjunction explains
-UNSEEN, UNSEEN_PAIR = 0.02, 0.005  # rate of crashes by a value, or a pair of values, that no working server had
+# rate of crashes by a value, or a pair of values, that no working server had; rules of thumb fear some values more
+UNSEEN, UNSEEN_PAIR = 0.02, 0.005
 THRESHOLDS = 12  # of a product or a ratio, at most
 EXTENDED = 300  # best conjunctions that get one condition more
 KEPT = 600  # conjunctions that are remembered of a crash
@@ -88,6 +90,7 @@ class Causes:
         self._about = np.zeros((len(self.tests) + 1, len(space.parameters)), np.int64)  # tests, parameters
         for row, test in zip(self._about, self.tests, strict=False):
             row[[test.first, test.second]] = 1
+        self._unseen = [UNSEEN + rules[:, 2] for rules in effects(space)]
         self._served: Codes = np.zeros((0, len(space.parameters)), np.int64)
         self._suspects: dict[str, list[Suspects]] = {}
 
@@ -181,7 +184,7 @@ class Causes:
         count, found = codes.shape[1], np.zeros(len(codes))
         same = [codes[:, j, None] == self._served[None, :, j] for j in range(count)]
         for j in range(count):
-            found += UNSEEN * ~same[j].any(1)
+            found += self._unseen[j][codes[:, j]] * ~same[j].any(1)
             for i in range(j):
                 found += UNSEEN_PAIR * ~(same[i] & same[j]).any(1)
         return found
