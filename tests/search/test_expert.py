@@ -128,6 +128,8 @@ def test_a_parameter_that_no_rule_knows_and_one_that_counts_gpus_have_no_effect(
     tables = effects(NAMED)
     assert not tables[0].any() and not tables[6].any()
     assert not any(t.any() for t in effects(UNNAMED))
+    of_the_draft = knob("speculative-draft-tensor-parallel-size", 1, 2, default=1, numeric=True)
+    assert not effects(SearchSpace("one", "emulator", (of_the_draft,)))[0].any()
 
 
 def test_a_few_drafted_tokens_are_worth_more_than_one_and_many_no_more_than_a_few():

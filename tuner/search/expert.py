@@ -96,7 +96,7 @@ WORDS: Sequence[tuple[tuple[str, ...], Sequence[tuple[Sequence[str], Effect]]]] 
 
 def _effect(p: Parameter, value: Any) -> Effect:
     name, text = p.name.lower().replace("-", "_"), str(value).lower()
-    if p.counts_gpus:
+    if p.counts_gpus or "parallel" in name:  # a draft model's own parallel size is no draft length
         return NOTHING  # what GPUs do is a prior mean of its own
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return next((rule(p, float(value)) for parts, rule in NUMBERS if _fits(parts, name)), NOTHING)

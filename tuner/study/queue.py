@@ -97,7 +97,7 @@ class Queue:
             self._launches[record.config.hash] += 1
         now = {key for key, owner in look.running.items() if owner != self.peers.owner.to_dict()}
         for key in self._busy_elsewhere - now:
-            if self._known.get(key, look) is None:
+            if key in self._known and self._known[key] is None:
                 del self._known[key]  # given up, or to be launched again
         for key in now:
             self._known.setdefault(key, None)
