@@ -67,9 +67,8 @@ class Upkeep:
         self.reconcile()
         self._requeue()
         self._share_files()
-        trials = self.book.get_trials(deepcopy=False)
-        every = [*trials, *self.verified.get_trials(deepcopy=False)]
-        return Look([record for t in every if (record := self._mirrored(t)) is not None], self.running(trials))
+        trials = self.trials()  # those of the verification have all ended
+        return Look([record for t in trials if (record := self._mirrored(t)) is not None], self.running(trials))
 
     def running(self, trials: list[FrozenTrial]) -> dict[str, dict[str, Any]]:
         """Config hash -> owner, of those of ``trials`` that run."""
