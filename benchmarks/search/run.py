@@ -4,7 +4,8 @@
 
 A line: surface, method, ladder (or one load per launch), model, seed, ``regret`` after each launch (true values of what
 was launched, against the true front of the whole grid, hypervolume in logarithms), ``gpu_s`` so far, ``crash``,
-``serves`` (the believed probability of no crash, null where none was believed), ``seconds`` that each suggestion took.
+``seconds`` that each suggestion took, and what proposals of ours said: ``serves`` (the believed probability of no
+crash), ``promised``, ``kept`` and ``expected_gain`` (:class:`tuner.search.ledger.Proposal`), null where nothing was.
 Runs that are in the file already are not run again. The servers of ``dense:said`` and ``experts:said`` die with a
 message for each cause, those of the others with one for all.
 """
@@ -28,6 +29,7 @@ from tuner.study.outcome import Infeasible, Measured
 
 SURFACES = ("dense", "experts", "abstract")
 PEERS = ("random", "grid", "nsga2", "tpe", "gp")
+SAID = ("serves", "promised", "kept", "expected_gain")  # what a proposal of ours says (None where it does not)
 FREE_LIMIT = 400  # proposals that cost no launch (denied, repeated) before a run is given up
 
 
@@ -56,7 +58,8 @@ def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, l
     if not ladder:
         distributions["load"] = IntDistribution(0, len(surface.loads) - 1)
     known: dict[tuple, Any] = {}
-    curve: dict[str, list] = {"regret": [], "gpu_s": [], "crash": [], "serves": [], "seconds": []}
+    curve: dict[str, list] = {"regret": [], "gpu_s": [], "crash": [], "seconds": []}
+    curve |= {name: [] for name in SAID}
     reached: list[tuple[float, float]] = []
     gpu_s, free = 0.0, 0
     while len(curve["regret"]) < launches and free < FREE_LIMIT:
@@ -69,9 +72,10 @@ def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, l
         key = (tuple(params.values()), loads)
         denied = space.denied(params)
         proposal = getattr(sampler, "proposal", lambda _n: None)(trial.number)
-        if proposal is not None and proposal.remeasure_of is not None:
-            trial.set_user_attr("remeasure_of", proposal.remeasure_of)  # a launch like any other
-            known.pop(key, None)
+        if proposal is not None:
+            ledger.note(trial, proposal)
+            if proposal.remeasure_of is not None:  # a launch like any other
+                known.pop(key, None)
         fresh = not denied and key not in known
         begun_s = gpu_s
         if denied:
@@ -100,7 +104,8 @@ def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, l
         curve["regret"].append(round(surface.regret(reached), 5))
         curve["gpu_s"].append(round(gpu_s))
         curve["crash"].append(int(isinstance(outcome, Infeasible)))
-        curve["serves"].append(proposal.serves if proposal is not None else None)
+        for name in SAID:
+            curve[name].append(getattr(proposal, name, None))
         curve["seconds"].append(round(asked_s, 3))
     return {
         "surface": surface.name,

@@ -1,7 +1,7 @@
 """The tables of docs/search.md from runs of benchmarks.search.run: one file or several, the longest run of each kind.
 
     python -m benchmarks.search.table results.jsonl more.jsonl [--by-surface] [--surfaces dense experts]
-    python -m benchmarks.search.table results.jsonl more.jsonl --goals | --serves
+    python -m benchmarks.search.table results.jsonl more.jsonl --goals | --serves | --promises | --stops
 
 A cell is the median and the quartiles over seeds and surfaces. A cell with fewer than 80 % of a line's runs is left
 empty: those runs had fewer launches, or their launches took fewer GPU-hours.
@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from tuner.search.ledger import Seen
+from tuner.search.stopping import Stopping
+from tuner.study.outcome import Measured
 
 LAUNCHES = (5, 10, 20, 30, 60)
 HOURS = (2, 5, 10, 20)
@@ -146,19 +150,63 @@ def serves(rows: list[dict]) -> list[str]:
     return lines
 
 
+def promises(rows: list[dict]) -> list[str]:
+    """What proposals promised, by what is believed and corrected by what earlier promises kept, beside what their
+    launches brought: growth of the true hypervolume, as a share of what was reached before; means."""
+    lines = ["| surface | launches | believed | corrected | brought |", "|---|---|---|---|---|"]
+    for name in sorted({(r["surface"], r["model"]) for r in rows if r["method"] == "ours"}):
+        found = []
+        for row in (r for r in rows if (r["surface"], r["model"]) == name and r["method"] == "ours"):
+            for n, promised in enumerate(row.get("promised", ())):
+                if promised and n >= Stopping().fewest and (before := 1 - row["regret"][n - 1]) > 0:
+                    brought = (row["regret"][n - 1] - row["regret"][n]) / before
+                    found.append((promised, promised * row["kept"][n], brought))
+        if found:
+            means = " | ".join(f"{mean:.2%}" for mean in np.mean(found, axis=0))
+            lines.append(f"| {name[0]}, {MODELS[name[1]]} | {len(found)} | {means} |")
+    return lines
+
+
+def stops(rows: list[dict]) -> list[str]:
+    """Where searches of ours would have ended by themselves (at the latest where they were cut off)."""
+    lines = ["| surface | ended | launches | GPU-hours | regret | not ended: GPU-hours | regret |", "|---" * 7 + "|"]
+    for name in sorted({(r["surface"], r["model"]) for r in rows if "expected_gain" in r and r["method"] == "ours"}):
+        of = [r for r in rows if (r["surface"], r["model"]) == name and r["method"] == "ours" and "expected_gain" in r]
+        at = [ended(r) for r in of]
+        early = np.mean([n < len(r["regret"]) for n, r in zip(at, of, strict=True)])
+        cut = [float(np.median([r["regret"][n - 1] for n, r in zip(at, of, strict=True)]))]
+        hours = [float(np.mean([r["gpu_s"][n - 1] for n, r in zip(at, of, strict=True)])) / 3600]
+        cut.append(float(np.median([r["regret"][-1] for r in of])))
+        hours.append(float(np.mean([r["gpu_s"][-1] for r in of])) / 3600)
+        lines.append(
+            f"| {name[0]}, {MODELS[name[1]]} | {early:.0%} | {np.mean(at):.0f} | {hours[0]:.1f} | {_short(cut[0])}"
+            f" | {hours[1]:.1f} | {_short(cut[1])} |"
+        )
+    return lines
+
+
+def ended(row: dict) -> int:
+    """Launches after which a search would have ended by itself."""
+    seen = [Seen(n, {}, Measured(()), expected_gain=gain) for n, gain in enumerate(row["expected_gain"])]
+    return next((n for n in range(1, len(seen)) if Stopping().reason(seen[:n])), len(seen))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", default=[Path(__file__).parent / "results.jsonl"])
     parser.add_argument("--by-surface", action="store_true")
     parser.add_argument("--goals", action="store_true", help="the goals' table instead; what is met is in bold")
     parser.add_argument("--serves", action="store_true", help="how far what was believed of crashes was so")
+    parser.add_argument("--promises", action="store_true", help="what proposals promised and what they brought")
+    parser.add_argument("--stops", action="store_true", help="where searches would have ended by themselves")
     parser.add_argument("--surfaces", nargs="+", default=["dense", "experts", "abstract"])
     args = parser.parse_args()
     groups: dict[str, list[dict]] = defaultdict(list)
     rows = [row for row in read(args.files) if surface_of(row) in args.surfaces]
-    if args.goals or args.serves:
-        print("\n".join(goals(rows) if args.goals else serves(rows)))
-        return
+    for asked in (goals, serves, promises, stops):
+        if getattr(args, asked.__name__):
+            print("\n".join(asked(rows)))
+            return
     for row in rows:
         groups[f"{surface_of(row)}: {label(row)}" if args.by_surface else label(row)].append(row)
     for hours in (False, True):

@@ -10,6 +10,7 @@ from tests.search.problem import LOADS, Model, knob, launch, objective, run, spa
 from tuner.pareto.volume import hypervolume
 from tuner.search import ledger
 from tuner.search.acquisition import LaunchCost
+from tuner.search.ledger import Proposal
 from tuner.search.sampler import Options, TunerSampler
 from tuner.space.space import SearchSpace
 from tuner.study.outcome import Boot, Infeasible, Measured, Step, Untrusted
@@ -120,6 +121,42 @@ def test_a_proposal_says_how_likely_it_is_to_serve():
         assert 0 <= serves <= 1
         assert (f"{serves:.0%} likely to serve" in reason) == (serves < 0.95)
     assert min(serves for serves, _ in said[1:]) < 0.8
+
+
+def promised(one: TunerSampler, promise: float, broken: bool) -> Proposal:
+    """The proposal after eight launches that promised so much each, of which the last seven served, or none."""
+    book = study(one)
+    better = [p for p in space().grid() if not space().denied(p) and p != space().snap(space().default())]
+    better.sort(key=lambda p: -truth(p, LOADS[0])["tpot_p99_s"])
+    for params in [space().snap(space().default()), *better[:: len(better) // 6]]:
+        trial = book.ask(space().distributions())
+        trial.set_user_attr("params", params)
+        trial.set_user_attr("promised", promise)
+        died = broken and params != space().snap(space().default())
+        ledger.tell(book, trial, space(), objective(), Infeasible("died", "of this") if died else launch(params))
+    trial, _ = ledger.ask(book, space())
+    found = one.proposal(trial.number)
+    assert found is not None and found.promised is not None and found.kept is not None
+    assert f"{found.promised * found.kept:.1%} more hypervolume" in found.reason
+    assert found.expected_gain is not None and found.expected_gain >= found.promised * found.kept * 0.999
+    assert trial.user_attrs["kept"] == found.kept and trial.user_attrs["promised"] == found.promised
+    return found
+
+
+def test_what_proposals_promise_is_corrected_by_what_earlier_ones_brought():
+    options = Options(first=0, remeasure_every=0)
+    none, some = (promised(sampler(options=options), 0.1, broken).kept for broken in (True, False))
+    assert none == pytest.approx(2 / (2 + 7)), "seven promises, and nothing came of them"
+    assert some > 0.5
+    # what is far more than its promise counts five times at most, whatever the promise
+    assert promised(sampler(options=options), 1e-6, False).kept <= (2 + 5 * 7) / (2 + 7)
+
+
+def test_what_the_first_proposals_promise_is_a_prediction_and_is_not_counted():
+    book = study(sampler(Model()))
+    run(book, 8)
+    said = [t.user_attrs.get("promised") is not None for t in book.trials]
+    assert said[:5] == [False] * 5 and all(said[5:])
 
 
 def test_what_a_crash_says_is_believed():

@@ -282,11 +282,12 @@ def test_what_the_search_believes_is_in_the_trials_record(runner):
     book = optuna.load_study(study_name="s", storage=runner.store.database)
     first, said = runner.store.trial(1), {"factors": {"step_s": 2.0}, "believed": 0.9, "weight": {"cost": 1.0}}
     book.enqueue_trial(
-        dict(first.params), user_attrs={"remeasure_of": first.extra["optuna"], "learnt": said, "serves": 0.7}
+        dict(first.params),
+        user_attrs={"remeasure_of": first.extra["optuna"], "learnt": said, "serves": 0.7, "promised": 0.2, "kept": 0.4},
     )
     runner.run(replace={"launches: 6": "launches: 3"})
     assert [t.extra.get("learnt") for t in runner.store.trials()] == [None, None, said]
-    assert runner.store.trials()[2].extra["serves"] == 0.7
+    assert [runner.store.trials()[2].extra[name] for name in ("serves", "promised", "kept")] == [0.7, 0.2, 0.4]
 
 
 def test_a_line_of_events_that_a_kill_cut_short_spoils_no_other(tmp_path):

@@ -40,6 +40,7 @@ class Seen:
     ended_s: float = 0.0
     remeasure_of: int | None = None
     expected_gain: float | None = None  # of its proposal: share of the front's hypervolume
+    promised: float | None = None  # the same of this configuration, not corrected
     free: bool = False  # told without a launch: refused by a rule, or a repeat
 
     @property
@@ -50,17 +51,21 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Why a configuration was proposed. ``expected_gain`` is the expected growth of the front's hypervolume as a share
-    of what it has, None where nothing was expected yet; ``remeasure_of`` the trial that is measured again; ``serves``
-    the probability that the server serves, None where nothing was believed yet. ``learnt`` is what the launches before
-    it say of the analytic model: ``factors`` on its constants, the probability ``believed`` of these, and the
-    ``weight`` that is left of its prediction of each quantity."""
+    """Why a configuration was proposed. ``expected_gain`` is the expected growth of the front's hypervolume, as a share
+    of what it has, by the best untried configuration, None where nothing was expected yet; ``promised`` the growth by
+    this one as the beliefs have it (None: among the first), and ``kept`` the share that earlier promises kept, by which
+    the other is corrected already (:meth:`tuner.search.scan.Scan.kept`); ``remeasure_of`` the trial that is measured
+    again; ``serves`` the probability that the server serves, None where nothing was believed yet. ``learnt`` is what
+    the launches before it say of the analytic model: ``factors`` on its constants, the probability ``believed`` of
+    these, and the ``weight`` that is left of its prediction of each quantity."""
 
     reason: str
     expected_gain: float | None = None
     remeasure_of: int | None = None
     learnt: Mapping[str, Any] | None = None
     serves: float | None = None
+    promised: float | None = None
+    kept: float | None = None
 
 
 def ask(study: Study, space: SearchSpace) -> tuple[Trial, dict[str, Value]]:
@@ -71,16 +76,15 @@ def ask(study: Study, space: SearchSpace) -> tuple[Trial, dict[str, Value]]:
     explain = getattr(study.sampler, "proposal", None)
     proposal = explain(trial.number) if explain else None
     if proposal:
-        trial.set_user_attr("reason", proposal.reason)
-        if proposal.expected_gain is not None:
-            trial.set_user_attr("expected_gain", proposal.expected_gain)
-        if proposal.remeasure_of is not None:
-            trial.set_user_attr("remeasure_of", proposal.remeasure_of)
-        if proposal.learnt is not None:
-            trial.set_user_attr("learnt", proposal.learnt)
-        if proposal.serves is not None:
-            trial.set_user_attr("serves", proposal.serves)
+        note(trial, proposal)
     return trial, params
+
+
+def note(trial: Trial, proposal: Proposal) -> None:
+    """Writes what a proposal says to its trial, from where :func:`read` has it."""
+    for name in Proposal.__slots__:
+        if (said := getattr(proposal, name)) is not None:
+            trial.set_user_attr(name, said)
 
 
 def tell(
@@ -171,6 +175,7 @@ def read(study: Study, space: SearchSpace) -> list[Seen]:
                 float(notes.get("ended_s") or 0.0),
                 notes.get("remeasure_of"),
                 notes.get("expected_gain"),
+                notes.get("promised"),
                 bool(notes.get("free")),
             )
         )

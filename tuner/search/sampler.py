@@ -80,7 +80,8 @@ class TunerSampler(BaseSampler):
     or folder (it goes into serving configs); ``cost`` a first estimate of a launch's seconds, replaced by what launches
     really took; ``earlier`` studies to start warm from.
 
-    ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share;
+    ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share
+    (corrected by what earlier promises kept);
     ``factors`` are what the launches put on the model's constants, and ``believed`` the probability that they are right
     (0: the constants are what they were).
     """
@@ -208,23 +209,25 @@ class TunerSampler(BaseSampler):
         power = self.options.power if launched >= self.options.by_gain else 0.0
         score = values.gain / values.gpu_seconds**power
         best = int(np.argmax(score + 1e-15 * rng.random(len(score))))
-        self.expected_gain = float(values.gain.max() / volume) if volume > 0 else None
+        kept = scan.kept(front)
+        self.expected_gain = float(values.gain.max() / volume) * kept if volume > 0 else None
         if not early and volume > 0:
             doubt = scan.doubtful(front, cost, normal, self.options.remeasure_every, power)
             if doubt is not None and doubt.score > score[best]:
                 why = f"measured again: its point is worth {doubt.stake / volume:.1%} of the front, more or less"
                 return doubt.index, Proposal(why, self.expected_gain, doubt.number)
-        reason = f"expected to be the first point within SLO, for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
-        if volume > 0:
-            share = min(float(values.gain[best] / volume), 9.99)
-            reason = f"{share:.1%} more hypervolume expected, for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
+        promised = float(values.gain[best] / volume) if volume > 0 else None
+        reason = "expected to be the first point within SLO"
+        if promised is not None:
+            reason = f"{min(promised * kept, 9.99):.1%} more hypervolume expected"
+        reason += f", for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
         serves = round(float(believed.works[best]), 3)
         if serves < SURE:
             reason += f"; {serves:.0%} likely to serve"
         if early:
             source = self.beliefs.sources.words
-            reason = f"spread over {source}: {reason}"
-        return shortlist[best], Proposal(reason, self.expected_gain, serves=serves)
+            reason, promised = f"spread over {source}: {reason}", None  # a prediction that launches have not corrected
+        return shortlist[best], Proposal(reason, self.expected_gain, serves=serves, promised=promised, kept=kept)
 
     def _learnt_of_model(self) -> dict[str, Any] | None:
         """What a proposal says of the analytic model (:class:`tuner.search.ledger.Proposal`)."""

@@ -172,7 +172,7 @@ class Queue:
             trial.set_user_attr("trial", number)
         else:
             number, claim["claim"] = self.peers.claim(trial)
-        believed = {key: told[key] for key in ("learnt", "serves") if key in told}
+        believed = {key: told[key] for key in ("learnt", "serves", "promised", "kept") if key in told}
         self.store.start_trial(
             number,
             config,
