@@ -123,8 +123,8 @@ def test_a_proposal_says_how_likely_it_is_to_serve():
     assert min(serves for serves, _ in said[1:]) < 0.8
 
 
-def promised(one: TunerSampler, promise: float, broken: bool) -> Proposal:
-    """The proposal after eight launches that promised so much each, of which the last seven served, or none."""
+def promised(one: TunerSampler, promise: float, ended: Any = None) -> Proposal:
+    """The proposal after eight launches that promised so much each; the last seven ``ended`` so (None: they served)."""
     book = study(one)
     better = [p for p in space().grid() if not space().denied(p) and p != space().snap(space().default())]
     better.sort(key=lambda p: -truth(p, LOADS[0])["tpot_p99_s"])
@@ -132,8 +132,8 @@ def promised(one: TunerSampler, promise: float, broken: bool) -> Proposal:
         trial = book.ask(space().distributions())
         trial.set_user_attr("params", params)
         trial.set_user_attr("promised", promise)
-        died = broken and params != space().snap(space().default())
-        ledger.tell(book, trial, space(), objective(), Infeasible("died", "of this") if died else launch(params))
+        served = ended is None or params == space().snap(space().default())
+        ledger.tell(book, trial, space(), objective(), launch(params) if served else ended)
     trial, _ = ledger.ask(book, space())
     found = one.proposal(trial.number)
     assert found is not None and found.promised is not None and found.kept is not None
@@ -145,11 +145,14 @@ def promised(one: TunerSampler, promise: float, broken: bool) -> Proposal:
 
 def test_what_proposals_promise_is_corrected_by_what_earlier_ones_brought():
     options = Options(first=0, remeasure_every=0)
-    none, some = (promised(sampler(options=options), 0.1, broken).kept for broken in (True, False))
-    assert none == pytest.approx(2 / (2 + 7)), "seven promises, and nothing came of them"
-    assert some > 0.5
+    kept = [
+        promised(sampler(options=options), 0.1, e).kept for e in (Infeasible("died", ""), Untrusted(("lag",)), None)
+    ]
+    assert kept[0] == pytest.approx(2 / (2 + 7)), "seven promises, and nothing came of them"
+    assert kept[1] == 1, "a measurement at fault says nothing of the promise"
+    assert kept[2] is not None and kept[2] > 0.5
     # what is far more than its promise counts five times at most, whatever the promise
-    assert promised(sampler(options=options), 1e-6, False).kept <= (2 + 5 * 7) / (2 + 7)
+    assert promised(sampler(options=options), 1e-6).kept <= (2 + 5 * 7) / (2 + 7)
 
 
 def test_what_the_first_proposals_promise_is_a_prediction_and_is_not_counted():

@@ -122,7 +122,7 @@ class Scan:
         rows, points = self._measured_rows()
         growing, ratios = Front(points[:0], front.reference), []
         for r in sorted(self.readings, key=lambda r: r.seen.number):
-            if not answered(r.seen.outcome) or r.seen.remeasure_of is not None:
+            if not answered(r.seen.outcome):
                 continue
             before = growing.volume()
             growing = growing.with_points(points[rows == self.beliefs.index(r.seen.params)])
