@@ -170,18 +170,15 @@ def promises(rows: list[dict]) -> list[str]:
 def stops(rows: list[dict]) -> list[str]:
     """Where searches of ours would have ended by themselves (at the latest where they were cut off)."""
     lines = ["| surface | ended | launches | GPU-hours | regret | not ended: GPU-hours | regret |", "|---" * 7 + "|"]
-    for name in sorted({(r["surface"], r["model"]) for r in rows if "expected_gain" in r and r["method"] == "ours"}):
-        of = [r for r in rows if (r["surface"], r["model"]) == name and r["method"] == "ours" and "expected_gain" in r]
-        at = [ended(r) for r in of]
-        early = np.mean([n < len(r["regret"]) for n, r in zip(at, of, strict=True)])
-        cut = [float(np.median([r["regret"][n - 1] for n, r in zip(at, of, strict=True)]))]
-        hours = [float(np.mean([r["gpu_s"][n - 1] for n, r in zip(at, of, strict=True)])) / 3600]
-        cut.append(float(np.median([r["regret"][-1] for r in of])))
-        hours.append(float(np.mean([r["gpu_s"][-1] for r in of])) / 3600)
-        lines.append(
-            f"| {name[0]}, {MODELS[name[1]]} | {early:.0%} | {np.mean(at):.0f} | {hours[0]:.1f} | {_short(cut[0])}"
-            f" | {hours[1]:.1f} | {_short(cut[1])} |"
-        )
+    rows = [r for r in rows if "expected_gain" in r and r["method"] == "ours"]
+    for surface, model in sorted({(r["surface"], r["model"]) for r in rows}):
+        of = [r for r in rows if (r["surface"], r["model"]) == (surface, model)]
+        at = [(ended(r), len(r["regret"])) for r in of]
+        found = [f"{np.mean([own < last for own, last in at]):.0%}", f"{np.mean(at, axis=0)[0]:.0f}"]
+        for which in zip(*at, strict=True):
+            found.append(f"{np.mean([r['gpu_s'][n - 1] for r, n in zip(of, which, strict=True)]) / 3600:.1f}")
+            found.append(_short(float(np.median([r["regret"][n - 1] for r, n in zip(of, which, strict=True)]))))
+        lines.append(f"| {surface}, {MODELS[model]} | {' | '.join(found)} |")
     return lines
 
 
