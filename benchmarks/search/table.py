@@ -150,41 +150,55 @@ def serves(rows: list[dict]) -> list[str]:
     return lines
 
 
+def ours(rows: list[dict], said: str) -> dict[str, list[dict]]:
+    """Runs of ours whose proposals ``said`` this, by surface and model."""
+    found: dict[str, list[dict]] = defaultdict(list)
+    for row in sorted(rows, key=lambda r: (r["surface"], r["model"])):
+        if row["method"] == "ours" and said in row:
+            found[f"{row['surface']}, {MODELS[row['model']]}"].append(row)
+    return found
+
+
 def promises(rows: list[dict]) -> list[str]:
     """What proposals promised, by what is believed and corrected by what earlier promises kept, beside what their
     launches brought: growth of the true hypervolume, as a share of what was reached before; means."""
     lines = ["| surface | launches | believed | corrected | brought |", "|---|---|---|---|---|"]
-    for name in sorted({(r["surface"], r["model"]) for r in rows if r["method"] == "ours"}):
+    for name, of in ours(rows, "promised").items():
         found = []
-        for row in (r for r in rows if (r["surface"], r["model"]) == name and r["method"] == "ours"):
-            for n, promised in enumerate(row.get("promised", ())):
+        for row in of:
+            for n, promised in enumerate(row["promised"]):
                 if promised and n >= Stopping().fewest and (before := 1 - row["regret"][n - 1]) > 0:
                     brought = (row["regret"][n - 1] - row["regret"][n]) / before
                     found.append((promised, promised * row["kept"][n], brought))
-        if found:
-            means = " | ".join(f"{mean:.2%}" for mean in np.mean(found, axis=0))
-            lines.append(f"| {name[0]}, {MODELS[name[1]]} | {len(found)} | {means} |")
+        means = " | ".join(f"{mean:.2%}" for mean in np.mean(found, axis=0))
+        lines.append(f"| {name} | {len(found)} | {means} |")
     return lines
 
 
 def stops(rows: list[dict]) -> list[str]:
-    """Where searches of ours would have ended by themselves (at the latest where they were cut off)."""
-    lines = ["| surface | ended | launches | GPU-hours | regret | not ended: GPU-hours | regret |", "|---" * 7 + "|"]
-    rows = [r for r in rows if "expected_gain" in r and r["method"] == "ours"]
-    for surface, model in sorted({(r["surface"], r["model"]) for r in rows}):
-        of = [r for r in rows if (r["surface"], r["model"]) == (surface, model)]
-        at = [(ended(r), len(r["regret"])) for r in of]
-        found = [f"{np.mean([own < last for own, last in at]):.0%}", f"{np.mean(at, axis=0)[0]:.0f}"]
-        for which in zip(*at, strict=True):
-            found.append(f"{np.mean([r['gpu_s'][n - 1] for r, n in zip(of, which, strict=True)]) / 3600:.1f}")
-            found.append(_short(float(np.median([r["regret"][n - 1] for r, n in zip(of, which, strict=True)]))))
-        lines.append(f"| {surface}, {MODELS[model]} | {' | '.join(found)} |")
+    """Where searches of ours would have ended by themselves (at the latest where they were cut off), by promises as
+    they are and as the beliefs alone have them."""
+    columns = "ended | launches | GPU-hours | regret"
+    lines = [f"| surface | {columns} | uncorrected: {columns} |", "|---" * 9 + "|"]
+    for name, of in ours(rows, "expected_gain").items():
+        found = []
+        for corrected in (True, False):
+            at = [(ended(row, corrected), row) for row in of]
+            found.append(f"{np.mean([n < len(row['regret']) for n, row in at]):.0%}")
+            found.append(f"{np.mean([n for n, _ in at]):.0f}")
+            found.append(f"{np.mean([row['gpu_s'][n - 1] for n, row in at]) / 3600:.1f}")
+            found.append(_short(float(np.mean([row["regret"][n - 1] for n, row in at]))))
+        lines.append(f"| {name} | {' | '.join(found)} |")
     return lines
 
 
-def ended(row: dict) -> int:
+def ended(row: dict, corrected: bool) -> int:
     """Launches after which a search would have ended by itself."""
-    seen = [Seen(n, {}, Measured(()), expected_gain=gain) for n, gain in enumerate(row["expected_gain"])]
+    gains = [
+        gain if corrected or gain is None else gain / (kept or 1.0)
+        for gain, kept in zip(row["expected_gain"], row["kept"], strict=True)
+    ]
+    seen = [Seen(n, {}, Measured(()), expected_gain=gain) for n, gain in enumerate(gains)]
     return next((n for n in range(1, len(seen)) if Stopping().reason(seen[:n])), len(seen))
 
 

@@ -215,7 +215,7 @@ class TunerSampler(BaseSampler):
             doubt = scan.doubtful(front, cost, normal, self.options.remeasure_every, power)
             if doubt is not None and doubt.score > score[best]:
                 why = f"measured again: its point is worth {doubt.stake / volume:.1%} of the front, more or less"
-                return doubt.index, Proposal(why, self.expected_gain, doubt.number)
+                return doubt.index, Proposal(why, self.expected_gain, doubt.number, kept=kept)
         promised = float(values.gain[best] / volume) if volume > 0 else None
         reason = "expected to be the first point within SLO"
         if promised is not None:
@@ -226,7 +226,8 @@ class TunerSampler(BaseSampler):
             reason += f"; {serves:.0%} likely to serve"
         if early:
             source = self.beliefs.sources.words
-            reason, promised = f"spread over {source}: {reason}", None  # a prediction that launches have not corrected
+            reason = f"spread over {source}: {reason}"
+            promised = None  # a prediction that no launch has corrected
         return shortlist[best], Proposal(reason, self.expected_gain, serves=serves, promised=promised, kept=kept)
 
     def _learnt_of_model(self) -> dict[str, Any] | None:

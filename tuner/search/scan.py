@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Doubt:
     score: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scan:
     """The beliefs after ``readings``, with ``pending`` candidates running."""
 
@@ -46,7 +47,7 @@ class Scan:
         """What a launch has to beat: the points measured within SLO, at the values that the surrogate believes (a lucky
         measurement is drawn back), and what pending launches are believed to reach. ``ahead`` are the beliefs of what
         may be launched: they decide how far the reference point lies."""
-        points = [self._measured()]
+        points = [self._measured[1]]
         if self.pending:
             points.append(_flat(self._points(self.pending)))
         held = np.concatenate(points)
@@ -104,7 +105,7 @@ class Scan:
         indices = list(first)
         believed = self.beliefs.posterior(indices)
         stakes = np.zeros(len(indices))
-        rows, points = self._measured_rows()
+        rows, points = self._measured
         for row, index in enumerate(indices):
             others = points[rows != index]
             alone = Posterior(*(getattr(believed, name)[row : row + 1] for name in Posterior.__slots__))
@@ -119,7 +120,7 @@ class Scan:
         (mean over the launches, :data:`KEPT` kept promises added). The configuration that promises most of a thousand
         mostly promises too much, and by how much differs from study to study (Smith and Winkler 2006, "The Optimizer's
         Curse")."""
-        rows, points = self._measured_rows()
+        rows, points = self._measured
         growing, ratios = Front(points[:0], front.reference), []
         for r in sorted(self.readings, key=lambda r: r.seen.number):
             if not answered(r.seen.outcome):
@@ -135,12 +136,10 @@ class Scan:
         good = [i for r in self.readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
         return int(rng.choice(good)) if good else 0
 
-    def _measured(self) -> Array:
-        """Measured points within SLO, believed values, one per configuration and load."""
-        return self._measured_rows()[1]
-
-    def _measured_rows(self) -> tuple[Codes, Array]:
-        """The candidates' numbers of the measured points, and the points."""
+    @cached_property
+    def _measured(self) -> tuple[Codes, Array]:
+        """Measured points within SLO, believed values, one per configuration and load: the candidates' numbers, and the
+        points."""
         places: dict[int, set[int]] = {}
         for r in self.readings:
             index = self.beliefs.index(r.seen.params) if r.good else None
