@@ -234,6 +234,7 @@ def test_a_point_of_uncertain_worth_is_measured_again_and_flagged():
         noise = 0.35 * ((n * 7919) % 13 - 6) / 6
         ledger.tell(book, trial, space(), objective(), launch(params, noise=noise))
     assert flagged, "two dozen launches under heavy noise and nothing was measured twice"
+    assert all(("kept" in t.user_attrs) == ("expected_gain" in t.user_attrs) for t in book.trials)
     trials = {t.number: t for t in book.trials}
     for number, params in flagged:
         assert trials[number].user_attrs["params"] == params
