@@ -86,6 +86,20 @@ def test_its_environment_is_that_of_its_launch(stage):
     running.stop()
 
 
+def test_its_signals_are_those_of_a_started_program(stage):
+    """Python ignores SIGPIPE when it starts: a forked server that does not dies of a client that hangs up."""
+    found = []
+    for recipe in (stage.fast_recipe(), replace(stage.fast_recipe(), fast=None)):
+        running = start(recipe, stage.site, stage.root)
+        assert running.process is not None
+        status = (PROC / str(running.process.server.pid) / "status").read_text()
+        found.append(re.findall(r"Sig(?:Ign|Cgt|Blk):\s*(\w+)", status))
+        running.stop()
+        assert "serving from" in stage.log()
+    assert found[0] == found[1]
+    assert int(found[0][1], 16) >> (signal.SIGPIPE - 1) & 1
+
+
 def test_its_marker_stands_where_everybody_can_read_it(stage):
     running = start(stage.fast_recipe("--stray", "orphan"), stage.site, stage.root)
     process = running.process

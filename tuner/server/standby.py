@@ -80,6 +80,8 @@ def become(job: dict[str, Any], module: str, libraries: set[int]) -> NoReturn:
     os.environ.update(job["env"])
     tempfile.tempdir = None
     sys.argv = list(job["argv"])
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python itself does; the guard gave a program's defaults back
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for handle in handles() - libraries - {0, 1, 2}:  # a started program would not have inherited them
         os.close(handle)
     code: int | str | None = 0
