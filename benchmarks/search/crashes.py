@@ -6,8 +6,7 @@ After 8, 16 and 30 launches (drawn at random, or half of them near a configurati
 every other configuration is asked about: on seven problems whose crashes all say the same (the surfaces of this
 folder, and random ones where one value and two pairs of values never work) and on the six scenarios of the blind
 surfaces, whose crashes have messages. ``false alarms`` is the share that really works of what is believed to work with
-less than 20 %: a search misses those. Beside the beliefs as shipped: each half of them alone, and what they are without
-the messages.
+less than 20 %: a search misses those. Beside the beliefs as shipped: what they are without the messages.
 """
 
 from __future__ import annotations
@@ -18,14 +17,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
 
 from benchmarks.search.run import load_surface
-from tuner.search.beliefs import WORKS, WORKS_AT_FIRST, WORKS_DOUBT
-from tuner.search.candidates import Candidates, correlations
+from tuner.search.candidates import Candidates
 from tuner.search.causes import Causes
 from tuner.search.reading import cause
-from tuner.search.surrogate import Array, Codes, Rows, fit
+from tuner.search.surrogate import Array, Codes
 from tuner.space.space import SearchSpace
 from tuner.study.outcome import Infeasible
 
@@ -59,15 +56,6 @@ def problems() -> Iterator[tuple[str, SearchSpace, Codes, list[str | None]]]:
         yield "with messages", s.space, pool.codes(list(range(POOL))), said
 
 
-def by_process(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> Array:
-    """What the Gaussian process believes, which sees no messages."""
-    none, y = np.zeros(len(codes)), np.array([-1.0 if text else 1.0 for text in said])
-    rows = Rows(codes, none, y, np.zeros((len(codes), 0)), none)
-    believed = fit(correlations(space), rows, WORKS, mean=WORKS_AT_FIRST)
-    mean, sd = believed.predict(asked, np.zeros((len(asked), 1)), np.zeros((len(asked), 1, 0)))
-    return ndtr(mean / np.sqrt(sd**2 + WORKS_DOUBT**2))[:, 0]
-
-
 def by_causes(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> Array:
     """What the conditions that crashes share say."""
     causes = Causes(space)
@@ -76,15 +64,10 @@ def by_causes(space: SearchSpace, codes: Codes, said: Sequence[str | None], aske
 
 
 def beliefs(space: SearchSpace, codes: Codes, said: Sequence[str | None], asked: Codes) -> dict[str, Array]:
-    """Probabilities of working, as :meth:`tuner.search.beliefs.Beliefs.posterior` has them without a model, and of what
-    else they might be made."""
-    process, causes = by_process(space, codes, said, asked), by_causes(space, codes, said, asked)
-    unread = by_causes(space, codes, [text and SILENT for text in said], asked)
+    """Probabilities of serving, as :class:`tuner.search.beliefs.Posterior` has them, and the messages unread."""
     return {
-        "as shipped": np.sqrt(process * causes),
-        "as shipped, the messages unread": np.sqrt(process * unread),
-        "conditions alone": causes,
-        "the process alone, as it was before": process,
+        "as shipped": by_causes(space, codes, said, asked),
+        "the messages unread": by_causes(space, codes, [text and SILENT for text in said], asked),
     }
 
 

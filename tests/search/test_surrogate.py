@@ -135,11 +135,15 @@ def test_the_worst_slo_decides_the_margin_and_an_absent_metric_is_a_miss():
     assert margin({"ttft_p99_s": 0.01}, slos) > 1
 
 
-def test_a_memory_crash_is_a_margin_and_another_crash_a_plain_no():
+def test_a_memory_crash_is_a_margin_and_another_crash_a_plain_no_with_its_cause():
+    def reading(outcome):
+        return read(Seen(0, space().default(), outcome), objective(), LOADS)
+
     def works(outcome) -> float | None:
-        return read(Seen(0, space().default(), outcome), objective(), LOADS).works
+        return reading(outcome).works
 
     near, far = Infeasible("oom", "", short_bytes=2**30), Infeasible("oom", "", short_bytes=40 * 2**30)
+    assert reading(near).cause is None and reading(Infeasible("oom", "")).cause == "oom: "
     assert works(far) < works(Infeasible("died", "")) < works(near) < 0
     assert works(launch(space().default())) > 0
     assert works(Infeasible("port", "", transient=True)) is None

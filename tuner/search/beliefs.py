@@ -21,13 +21,11 @@ WITH_MODEL = Prior(single=0.006, pair=0.01, own=0.001, common=1.0)
 WITHOUT = Prior(single=0.04, pair=0.04, own=0.002, common=0.5)
 MODEL_WRONG = 0.7  # share of an effect that the model may have wrong: large effects leave large residuals
 COST = Prior(constant=0.1, load=0.02, single=0.002, pair=0.002, own=0.001, noise=0.0004, spread=1.6)
-# a crash may be the configuration's own (``own``): two of them condemn no value that they share. These variances and
-# WORKS_DOUBT were chosen by the log-likelihood of launches held out (docs/search.md)
-WORKS = Prior(
+# of the margin of memory, in quarters of 4 GiB; ROOM_DOUBT is added to its standard deviation
+ROOM = Prior(
     constant=0.15, load=1e-6, single=0.08, pair=0.3, own=0.3, noise=0.03, spread=1.0, common=0.5, noise_spread=0.5
 )
-WORKS_AT_FIRST = 0.8  # prior mean of "works" (1: it served, -1: it did not)
-WORKS_DOUBT = 0.5  # standard deviation added to that of "works" where it becomes a probability
+ROOM_AT_FIRST, ROOM_DOUBT = 1.0, 0.5
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
 JUDGES = 16  # launches that say whether the model is believed
 
@@ -77,12 +75,12 @@ class Beliefs:
         self.sources.trusted = self._trusted(known, seed)
         for name in QUANTITIES:  # the capacity first: the others are seen by how much of it a load takes
             self.fitted[name] = self._fit(name, known, seed, self.fitted.get(name))
-        rows, sources = self._rows("works", known)
-        weights, sds = [s.weight for s in sources], [s.weight_sd for s in sources]
-        self.fitted["works"] = fit(
-            self.tables, rows, WORKS, mean=WORKS_AT_FIRST, prior_weights=weights, weight_sd=sds, seed=seed
-        )
-        self.causes.learn(rows.codes, [r.cause for r in known if r.works is not None])
+        self.fitted.pop("room", None)
+        if any(r.works is not None and r.works < 0 and r.cause is None for r in known):
+            self.fitted["room"] = self._fit("room", known, seed, None)
+        told = [r for r in known if r.works is not None and (r.works > 0 or r.cause is not None)]
+        indices = [index for r in told if (index := self.index(r.seen.params)) is not None]
+        self.causes.learn(self.candidates.codes(indices), [r.cause for r in told])
         self._serving = np.zeros(0)
 
     def evidence(self, readings: Sequence[Reading], seed: int, *, trusted: bool = True) -> float:
@@ -116,11 +114,11 @@ class Beliefs:
         return fit(
             self.tables,
             rows,
-            COST if name == "cost" else WITH_MODEL if informed else WITHOUT,
-            mean=self._mean(name, rows),
+            {"cost": COST, "room": ROOM}.get(name, WITH_MODEL if informed else WITHOUT),
+            mean=ROOM_AT_FIRST if name == "room" else self._mean(name, rows),
             prior_weights=[s.weight for s in sources],
             weight_sd=[s.weight_sd for s in sources],
-            more=MODEL_WRONG**2 * self.sources.effects(name),
+            more=None if name == "room" else MODEL_WRONG**2 * self.sources.effects(name),
             start=None if last is None or last.variances.shape != (len(self.tables) + 5,) else last.variances,
             seed=seed,
         )
@@ -130,20 +128,27 @@ class Beliefs:
         self.foresight.look()
         codes = self.candidates.codes(indices)
         found: dict[str, tuple[Array, Array]] = {}
-        for name in (*QUANTITIES, "works"):
+        for name in QUANTITIES:
             places = self._places(name, indices, found.get("capacity"))
             sources = columns(self.sources.of(name, indices), places.shape[1], len(indices))
             found[name] = self.fitted[name].predict(codes, places, sources, spread=spread)
-        works, works_sd = found["works"][0][:, 0], found["works"][1][:, 0]
-        odds = works / np.sqrt(works_sd**2 + WORKS_DOUBT**2)
         return Posterior(
             *found["cost"],
             *found["latency"],
             found["capacity"][0][:, 0],
             found["capacity"][1][:, 0],
-            np.sqrt(_normal_cdf(odds) * self._by_causes(indices)),
+            self._enough(indices, spread) * self._by_causes(indices),
             self.foresight.gpus[np.array(indices, dtype=np.int64)],
         )
+
+    def _enough(self, indices: Sequence[int], spread: bool) -> Array:
+        """Probability that memory suffices, by the margins of servers: nothing is said before one was short."""
+        if "room" not in self.fitted:
+            return np.ones(len(indices))
+        sources = columns(self.sources.of("room", indices), 1, len(indices))
+        codes = self.candidates.codes(indices)
+        room, sd = self.fitted["room"].predict(codes, np.zeros((len(indices), 1)), sources, spread=spread)
+        return _normal_cdf(room[:, 0] / np.sqrt(sd[:, 0] ** 2 + ROOM_DOUBT**2))
 
     def _by_causes(self, indices: Sequence[int]) -> Array:
         """Probability of serving by what earlier crashes had in common; asked once per candidate and fit."""
@@ -208,7 +213,7 @@ class Beliefs:
         for i, (index, r) in enumerate(numbered):
             if name == "capacity" and r.capacity is not None:
                 points.append((index, 0, 0.0, r.capacity, r.capacity_sd**2))
-            elif name == "works" and r.works is not None:
+            elif name == "room" and r.works is not None and r.cause is None:
                 points.append((index, 0, 0.0, r.works, 0.0))
             elif name in ("cost", "latency"):
                 for place, cost, latency in r.steps:

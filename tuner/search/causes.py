@@ -3,11 +3,11 @@
 An engine refuses or dies where a few conditions meet ("fp8 KV cache and more than two drafted tokens", "tensor times
 data parallel size above eight"), and says so with one message for each. For every crash all conjunctions of up to
 three conditions that hold there are weighed (Bayesian averaging over a version space: Mitchell 1982, Artif. Intell.
-18(2); Tenenbaum 1999): conditions on what the message names count more beforehand; a conjunction that holds for a
-server that works loses weight; one that holds for other crashes with the same message gains. The probability that a
-configuration crashes of it is the weight of the conjunctions that hold for it. One message may stand for several
-conditions, so every crash has conjunctions of its own, and the most certain one counts. A configuration serves where
-no message's crash comes to it, and none that was not met yet (:meth:`Causes._novelty`).
+18(2); Tenenbaum 1999): conditions on what the message names, or on what rules of thumb fear, count more beforehand; a
+conjunction that holds for a server that works loses weight; one that holds for other crashes with the same message
+gains. The probability that a configuration crashes of it is the weight of the conjunctions that hold for it. One
+message may stand for several conditions, so every crash has conjunctions of its own, and the most certain one counts.
+A configuration serves where no message's crash comes to it, and none that was not met yet (:meth:`Causes._novelty`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ Holds = NDArray[np.bool_]
 # log prior of a conjunction of one, two, three conditions, over that of its conditions: together about 1 : 3 : 4
 LENGTH = (0.0, 2.0, 3.5)
 OF_TWO = -2.0  # log prior of a condition on a product or a ratio of two numbers, over one on a single parameter
+INNER = -2.0  # of one number alone that is neither the least nor the most: mostly what is too much or too little fails
 NAMED, NAMED_VALUE = 1.5, 2.5  # log prior of a condition whose parameter, or whose value, the message names
 SERVED = math.log(0.05)  # log likelihood of a server that works although a condition of crashes holds
 OTHERS = -math.log(0.2)  # log likelihood of a further crash with the same message that the conjunction explains
-# rate of crashes by a value, or a pair of values, that no working server had; rules of thumb fear some values more
+# rate of crashes by a value, or a pair of values, that no working server had; rules of thumb fear some values more,
+# which then are suspected sooner, by as much
 UNSEEN, UNSEEN_PAIR = 0.02, 0.005
 THRESHOLDS = 12  # of a product or a ratio, at most
 EXTENDED = 300  # best conjunctions that get one condition more
@@ -59,6 +61,7 @@ class Test:
     words: str
     names: frozenset[str] = frozenset()  # words by which a message would name the parameter
     value: frozenset[str] = frozenset()  # or this very value
+    inner: bool = False  # one number alone, between others
 
     def weight(self, said: frozenset[str]) -> float:
         """What the words of a message add to the log prior (of a test of two numbers: nothing)."""
@@ -91,6 +94,7 @@ class Causes:
         for row, test in zip(self._about, self.tests, strict=False):
             row[[test.first, test.second]] = 1
         self._unseen = [UNSEEN + rules[:, 2] for rules in effects(space)]
+        self._prior = np.array([self._expected(test) for test in self.tests])
         self._served: Codes = np.zeros((0, len(space.parameters)), np.int64)
         self._suspects: dict[str, list[Suspects]] = {}
 
@@ -148,7 +152,7 @@ class Causes:
         for t in true:
             test = self.tests[t]
             share = -math.log(count[test.first, test.second] * kinds[test.of_two])
-            prior[t] = share + OF_TWO * test.of_two + test.weight(said)
+            prior[t] = share + self._prior[t] + test.weight(said)
 
         def score(tests: Codes, length: int) -> Array:
             against, explained = (_all_hold(h, tests).sum(1) for h in (served, same))
@@ -168,6 +172,13 @@ class Causes:
         kept = np.argsort(-worth, kind="stable")[:KEPT]
         weights = np.exp(worth - worth.max())
         return Suspects(every[kept], weights[kept] / weights.sum())
+
+    def _expected(self, test: Test) -> float:
+        """Log prior of a condition before anything is said: what is feared of a value is suspected first."""
+        if test.of_two:
+            return OF_TWO
+        feared = self._unseen[test.first][np.diagonal(test.table)].mean() / UNSEEN
+        return math.log(feared) + INNER * test.inner
 
     def _extended(self, tests: Codes, by: Codes, length: int) -> Codes:
         """``tests`` of ``length`` conditions with one more of ``by``, on another parameter; each conjunction once."""
@@ -242,7 +253,8 @@ def _single(j: int, p: Parameter) -> Iterator[Test]:
                 said = frozenset() if p.numeric else frozenset(_words(str(value))) - PLAIN
                 table = np.zeros((len(where) + 1,) * 2, bool)
                 table[np.arange(len(where)), np.arange(len(where))] = where
-                yield Test(j, j, table, words, names, said)
+                inner = p.numeric and sum(where) == 1 and not (where[0] or where[-1])
+                yield Test(j, j, table, words, names, said, inner)
 
 
 def _of_two(i: int, one: Parameter, j: int, other: Parameter) -> Iterator[Test]:

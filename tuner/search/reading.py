@@ -24,7 +24,7 @@ class Reading:
     two axes; ``good`` are the places that are points of the front; ``capacity`` is the logarithm of the highest load
     within SLO with the standard deviation ``capacity_sd`` (None: the launch said nothing); ``works`` above 0 where the
     server served, below 0 by how badly it did not (None: not known); ``cause`` is what it crashed of,
-    without the numbers."""
+    without the numbers (None: it served, or its memory was short by so many bytes, which ``works`` says)."""
 
     seen: Seen
     steps: tuple[tuple[int, float, float], ...] = ()
@@ -41,7 +41,7 @@ def read(seen: Seen, objective: Objective, loads: Sequence[float]) -> Reading:
     if outcome is None:
         return Reading(seen)
     if isinstance(outcome, Infeasible):
-        return Reading(seen, works=_shortfall(outcome), cause=cause(outcome))
+        return Reading(seen, works=_shortfall(outcome), cause=None if outcome.short_bytes else cause(outcome))
     trusted = [s for s in outcome.steps if not s.untrusted]
     if not trusted:
         return Reading(seen)

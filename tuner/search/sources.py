@@ -69,7 +69,7 @@ class Sources:
         has_model = self.foresight.predictor is not None
         weight, sd = OF_A_MODEL if self.trusted else OF_A_MODEL_THAT_LOST
         width = len(self.foresight.loads) if name in ("cost", "latency") else 1
-        if name == "works":
+        if name == "room":
             return [Source("model", self._modelled(name, at), 0.0, 0.3)] if has_model else []
         if name == "cost":
             found.append(Source("price x GPUs / load", self._structure(at), 1.0, 0.2))
