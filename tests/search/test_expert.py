@@ -93,6 +93,15 @@ def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
         ("speculative_algorithm", "eagle3", "none"),
         ("mtp", 2, 0),
         ("num_speculative_tokens", 3, 1),
+        ("enforce_eager", "compiled", "eager"),
+        ("disable_cuda_graph", False, True),
+        ("weight_bits", 8, 16),
+        ("quant", "Q4_K_M", "F16"),
+        ("dtype", "fp8_e4m3", "bfloat16"),
+        ("specLen", 3, 0),
+        ("draft_tokens", 3, "off"),
+        ("speculation", "prompt-lookup", "none"),
+        ("chunked_prefill", "on", "off"),
     ],
 )
 def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
@@ -101,7 +110,47 @@ def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
     assert table[0, 0] < table[1, 0]
 
 
-@pytest.mark.parametrize("name", ["gpu-memory-utilization", "mem_fraction_static", "memory_share"])
+@pytest.mark.parametrize(
+    ("name", "more", "less"),
+    [
+        ("maxBatchedTokens", 8192, 512),
+        ("max_batch_prefill_tokens", 8192, 512),
+        ("max_seqs", 256, 16),
+        ("max_concurrent_requests", 256, 16),
+        ("prefix_caching", "on", "off"),
+        ("disable-radix-cache", False, True),
+        ("disable_overlap_schedule", False, True),
+        ("no_enable_prefix_caching", False, True),
+        ("kv_dtype", "fp8", "auto"),
+        ("kv_cache_bits", 8, 16),
+    ],
+)
+def test_capacity_is_foreseen_under_the_names_of_several_engines(name: str, more: Any, less: Any):
+    table = effects(SearchSpace("one", "emulator", (knob(name, more, less, default=less),)))[0]
+    assert table[0, 1] > table[1, 1]
+
+
+def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory():
+    table = effects(SearchSpace("one", "emulator", (knob("mem_fraction_static", "auto", 0.8, 0.9, default="auto"),)))[0]
+    assert table[1, 1] < table[0, 1] < table[2, 1] and table[0, 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_batch_total_tokens", (16000, 64000)),  # the KV cache's room
+        ("cuda_graph_max_bs", (8, 64)),
+        ("kv_cache_layout", ("NHD", "HND")),
+        ("speculative_disable_by_batch_size", (16, 64)),
+        ("schedule_policy", ("fcfs", "lpm")),
+        ("dtype", ("float16", "bfloat16")),
+    ],
+)
+def test_a_name_or_value_that_only_looks_like_a_known_one_has_no_effect(name: str, values: Any):
+    assert not effects(SearchSpace("one", "emulator", (knob(name, *values, default=values[0]),)))[0].any()
+
+
+@pytest.mark.parametrize("name", ["gpu-memory-utilization", "mem_fraction_static", "memory_share", "gpu_util"])
 def test_more_memory_for_the_cache_raises_the_capacity_alone(name: str):
     table = effects(SearchSpace("one", "emulator", (knob(name, 0.8, 0.9, default=0.8, numeric=True),)))[0]
     assert table[1, 1] > table[0, 1] and table[1, 0] == table[0, 0]

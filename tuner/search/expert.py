@@ -12,8 +12,8 @@ reads all weights, so that halving them halves most of it. How many crashes: doc
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,14 @@ from tuner.search.surrogate import Array
 from tuner.space.config import Value
 from tuner.space.space import Parameter, SearchSpace
 
-HALF = ("fp8", "w8a8", "w8a8-int8", "int8", "fp8_e4m3", "fp8_e5m2")
-QUARTER = ("int4", "awq", "awq_marlin", "gptq", "gptq_marlin", "w4a16", "nvfp4", "mxfp4")
-GUESS = ("eagle", "eagle3", "mtp", "draft", "draft_model", "medusa", "true")
+# how the words of a value begin: eight bits; four; drafts by a model; by what was said before
+HALF = r"_((mx)?fp8|float8|int8|w8|q8|e4m3|e5m2|8_?bits?_)"
+QUARTER = r"_((mx|nv)?fp4|int4|nf4|w4|q4|4_?bits?_|awq|gptq)"
+MODEL = r"_(eagle|mtp|nextn|draft|medusa|true_)"
+LOOKUP = r"_(n_?gram|(prompt_)?lookup|suffix)"
+ON, OFF = r"_true_", r"_false_"
+SAME = {"on": "true", "yes": "true", "enabled": "true", "off": "false", "no": "false", "disabled": "false"}
+OPPOSITE = {"_true_": "_false_", "_false_": "_true_"}
 ACCEPTED, DRAFT_COST = 0.7, 0.06  # tokens that are accepted, and what drafting one costs, in decode steps
 NOTHING = (0.0, 0.0, 0.0)
 Effect = tuple[float, float, float]  # on log latency, on log capacity; expected crashes
@@ -32,7 +37,7 @@ Effect = tuple[float, float, float]  # on log latency, on log capacity; expected
 def effects(space: SearchSpace) -> list[Array]:
     """Per parameter a table (values + 1, 3): the rules' effects on log latency and log capacity, and expected crashes.
     The last row stands for "does not apply"."""
-    return [np.array([*(_effect(p, v) for v in p.values), NOTHING]) for p in space.parameters]
+    return [np.array([*_effects(p), NOTHING]) for p in space.parameters]
 
 
 def gpu_counts(space: SearchSpace) -> list[tuple[dict[str, Value], str]]:
@@ -61,7 +66,7 @@ def _memory(_: Parameter, n: float) -> Effect:
 
 
 def _draft(p: Parameter, n: float) -> Effect:
-    switch = 0 in p.values  # 0: its own
+    switch = any(v == 0 or isinstance(v, str) for v in p.values)  # no drafts: its own
     return (-speculation(n) if switch else speculation(2) - speculation(n)), 0.0, 0.06 * n
 
 
@@ -73,36 +78,56 @@ def _budget(_: Parameter, n: float) -> Effect:
     return 0.04 * math.log2(max(n, 1)), -0.5 * (512 / max(n, 1)) ** 0.7, 0.2 if n >= 16384 else 0.0
 
 
-# parts of a name, of which the first that fits decides -> the effect of a number
-NUMBERS: Sequence[tuple[tuple[str, ...], Callable[[Parameter, float], Effect]]] = (
-    (("memory", "mem_fraction", "mem_util"), _memory),
-    (("num_seqs", "running_requests", "max_batch_size"), _sequences),
-    (("batched_tokens", "num_tokens", "token_budget", "prefill_size"), _budget),
-    (("mtp", "draft", "speculative"), _draft),
+# what a name has, of which the first that fits decides -> the effect of a number
+NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
+    (r"memory|_mem_|_gpu_util|vram", _memory),
+    (r"_mtp|draft|specul|_spec_", _draft),
+    (r"batch(ed)?_tokens|num_tokens|tokens?_budget|tokens_per_step|prefill_(size|tokens|chunk)|chunk_size", _budget),
+    (r"_seqs_|sequences|running_req|max_req|max_concurren|batch_size|max_batch_$", _sequences),
 )
-# parts of a name -> values and their effects: fewer bytes to read and to hold; more tokens per step; launch overheads
-# without CUDA graphs; decode steps that wait for whole prompts
-WORDS: Sequence[tuple[tuple[str, ...], Sequence[tuple[Sequence[str], Effect]]]] = (
-    (("kv_cache", "kv_quant"), ((HALF, (0.0, 0.2, 0.2)),)),
-    (("quant", "weight"), ((HALF, (-0.4, 0.4, 0.08)), (QUARTER, (-0.5, 0.1, 0.2)))),
-    (("specul", "draft", "mtp"), ((GUESS, (-0.6, 0.1, 0.2)), (("ngram",), (-0.2, 0.0, 0.06)))),
-    (("eager",), ((("true",), (0.3, -0.1, 0.0)),)),
-    (("graph",), ((("eager", "none", "false"), (0.3, -0.1, 0.0)), (("piecewise",), (0.08, 0.0, 0.0)))),
-    (("chunked",), ((("false",), (0.2, -0.1, 0.0)),)),
-    (("prefix_cach", "radix"), ((("true",), (0.0, 0.15, 0.0)),)),
-    (("schedul",), ((("async", "true"), (-0.05, 0.05, 0.0)),)),
+# what a name has -> what a value has, and its effect: fewer bytes to read and to hold; more tokens per step; launch
+# overheads without CUDA graphs; decode steps that wait for whole prompts
+WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
+    (r"_kv|cache_d?type", ((HALF, (0.0, 0.2, 0.2)),)),
+    (r"quant|weight|_dtype_|precision", ((QUARTER, (-0.5, 0.1, 0.2)), (HALF, (-0.4, 0.4, 0.08)))),
+    (r"specul|draft|_mtp|_spec_", ((MODEL, (-0.6, 0.1, 0.2)), (LOOKUP, (-0.2, 0.0, 0.06)))),
+    (r"eager", ((rf"{ON}|_eager_", (0.3, -0.1, 0.0)),)),
+    (r"graph|compil", ((rf"{OFF}|_eager_|_none_", (0.3, -0.1, 0.0)), (r"_piecewise_", (0.08, 0.0, 0.0)))),
+    (r"chunked", ((OFF, (0.2, -0.1, 0.0)),)),
+    (r"prefix_cach|radix", ((ON, (0.0, 0.15, 0.0)),)),
+    (r"schedul", ((rf"{ON}|_async_", (-0.05, 0.05, 0.0)),)),
 )
 
 
-def _effect(p: Parameter, value: Any) -> Effect:
-    name, text = p.name.lower().replace("-", "_"), str(value).lower()
+def _effects(p: Parameter) -> list[Effect]:
+    """What the rules say of each value. Where they know numbers alone, a word is no drafts, or like the mean of the
+    numbers ("auto")."""
+    name = _plain(p.name)
     if p.counts_gpus or "parallel" in name:  # a draft model's own parallel size is no draft length
-        return NOTHING  # what GPUs do is a prior mean of its own
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return next((rule(p, float(value)) for parts, rule in NUMBERS if _fits(parts, name)), NOTHING)
-    known = next((values for parts, values in WORDS if _fits(parts, name)), ())
-    return next((effect for values, effect in known if text in values), NOTHING)
+        return [NOTHING] * len(p.values)  # what GPUs do is a prior mean of its own
+    negated = re.search(r"_disable_|_false_", name) is not None
+    rule = None if negated else next((rule for has, rule in NUMBERS if re.search(has, name)), None)
+    known = next((values for has, values in WORDS if re.search(has, name)), ())
+    numbers = [n for v in p.values if (n := _number(v)) is not None]
+    if rule is not None and numbers:
+        of = {n: rule(p, n) for n in numbers}
+        latency, capacity, _ = np.mean(list(of.values()), axis=0).tolist()
+        word = rule(p, 0) if rule is _draft else (latency, capacity, 0.0)
+        return [word if (n := _number(v)) is None else of[n] for v in p.values]
+    found = []
+    for value in p.values:
+        text = _plain(f"{value} bits" if _number(value) is not None and "bits" in name else value)
+        text = OPPOSITE.get(text, text) if negated else text
+        found.append(next((effect for has, effect in known if re.search(has, text)), NOTHING))
+    return found
 
 
-def _fits(parts: Sequence[str], name: str) -> bool:
-    return any(part in name for part in parts)
+def _number(value: Value) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _plain(text: object) -> str:
+    """``_max_num_seqs_`` of ``max-num-seqs`` and of ``maxNumSeqs``; ``_true_`` of ``on``."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", str(text)).lower()
+    words: list[str] = re.findall("[a-z0-9]+", apart)
+    return f"_{'_'.join(SAME.get(word, word) for word in words)}_"
