@@ -53,7 +53,7 @@ class AskTell:
         ready = session.Prepared(study, engine(study), traffic, predictor, no_model)
         peers = self._stack.enter_context(joined(study, self.store, lambda _name, _data: None))
         book = session.book(ready, self.store, peers)
-        self._queue = Queue(study, self.store, book, ready.why_not, lambda _config: {}, peers)
+        self._queue = Queue(study, self.store, book, ready.why_not, ready.predicted, peers)
         self._queue.over = self._over
         self._running = 0
         return self

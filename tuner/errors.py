@@ -41,7 +41,7 @@ class EnvironmentFault(TunerError):
 
 
 class Infeasible(Exception):
-    """Raised by a function engine's callable: this configuration cannot serve, and why."""
+    """Raised by a function engine's callable, or a predictor's: this configuration cannot serve, and why."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

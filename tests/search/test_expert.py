@@ -144,6 +144,7 @@ def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory
         ("speculative_disable_by_batch_size", (16, 64)),
         ("schedule_policy", ("fcfs", "lpm")),
         ("dtype", ("float16", "bfloat16")),
+        ("kv_cache_gib", (8, 16)),
     ],
 )
 def test_a_name_or_value_that_only_looks_like_a_known_one_has_no_effect(name: str, values: Any):
@@ -184,6 +185,8 @@ def test_a_parameter_that_no_rule_knows_and_one_that_counts_gpus_have_no_effect(
 def test_a_few_drafted_tokens_are_worth_more_than_one_and_many_no_more_than_a_few():
     assert 0 == speculation(0) < speculation(1) < speculation(4)
     assert speculation(16) < speculation(8)
+    table = effects(SearchSpace("one", "emulator", (knob("draft_tokens", "off", 2, default="off"),)))[0]
+    assert table[0, 0] == 0 and table[1, 0] == -speculation(2)
 
 
 def test_without_a_model_known_names_are_searched_by_rules_from_the_second_launch_on():

@@ -1,6 +1,7 @@
 """The analytic model of a study knows the models that the study may draft with."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def test_what_memory_arithmetic_finds_too_large_by_far_is_refused_with_its_reaso
         ready = prepare(study)
         why = ready.why_not(study.space.config(study.space.default(), study.model))
         assert ("GiB" in why) == refused, why
+
+
+def test_what_no_memory_would_help_is_refused_as_well(tmp_path: Path) -> None:
+    study = resolved(tmp_path)
+    ready = prepare(study)
+    config = study.space.config(study.space.default(), study.model)
+    config = replace(config, flags={**config.flags, "tensor-parallel-size": 3})
+    assert "heads cannot be split over 3 GPUs" in ready.why_not(config)
 
 
 @pytest.mark.parametrize("draft", ["draft", "not/here"])

@@ -30,7 +30,8 @@ def run(path: Path, json: bool) -> None:
     ladder = "laid around what the default's first launch holds" if study.load.auto else f"loads {loads}"
     console.print(f"Ladder: {ladder}; a step takes {data['step_seconds']}")
     console.print(
-        f"Budget: {data['budget']}; sampler {study.sampler}; model: {ready.no_model or 'analytic, of this hardware'}"
+        f"Budget: {data['budget']}; sampler {study.sampler}; "
+        f"model: {study.predictor or ready.no_model or 'analytic, of this hardware'}"
     )
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("parameter", "values", "default", "trades"):

@@ -18,7 +18,7 @@ MOST = 5_000  # configurations that are predicted; a larger space is sampled
 
 
 def run(path: Path, json: bool) -> None:
-    """Prints the plan. Nothing is launched; every figure is the analytic model's and says so."""
+    """Prints the plan. Nothing is launched; every figure is the model's and says so."""
     from tuner.study import session
 
     study = read(path, Flags())
@@ -106,6 +106,7 @@ def _cost(study: Any, launch_s: float) -> tuple[int, float]:
 def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
     """Non-dominated (configuration, load) points by prediction, and how many configurations meet the SLOs at all."""
     from tuner.pareto.changes import describe
+    from tuner.study.price import COST
 
     study = ready.study
     found, capable = [], 0
@@ -114,9 +115,9 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
         good = []
         for load in study.load.ladder:
             metrics = ready.predictor.predict(config, load).metrics
-            if any(slo.miss(metrics) for slo in study.objective.slos if slo.latency):
+            if COST not in metrics or any(slo.miss(metrics) for slo in study.objective.slos if slo.latency):
                 break
-            good.append((metrics["cost_usd_per_mtok_output"], metrics[study.objective.latency_key], load, config))
+            good.append((metrics[COST], metrics[study.objective.latency_key], load, config))
         capable += bool(good)
         found += good
     default = study.space.config(study.space.default(), study.model)
@@ -125,6 +126,6 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
         if latency < best:
             best = latency
             flags = describe(config, default)
-            row = {"load": load, "cost_usd_per_mtok_output": cost, "latency_s": latency, "flags": flags}
+            row = {"load": load, COST: cost, "latency_s": latency, "flags": flags}
             front.append(row)
     return front, capable

@@ -8,7 +8,7 @@ import importlib.util
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, Step
 from tuner.errors import Infeasible as SaysInfeasible
 from tuner.errors import UsageError
 from tuner.space.config import ServingConfig
+from tuner.spec.objective import Objective
 from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
 from tuner.study.price import told
@@ -48,15 +49,13 @@ class FunctionEngine:
     @classmethod
     def from_study(cls, study: Study) -> FunctionEngine:
         """The engine of a study; the module is looked for beside the study file, also when the study is resumed."""
-        beside = study.frozen.get("frozen", {}).get("beside") or Path(study.source).parent
-        keys = {study.objective.latency_key, *(slo.key for slo in study.objective.slos)} - {"error_rate"}
         if "target" not in study.engine.options:
             raise UsageError(
                 "the function engine needs a target",
                 where=study.source,
                 fix='write engine: {kind: function, options: {target: "module:callable"}}',
             )
-        return cls(folder=beside, required=tuple(sorted(keys)), **study.engine.options)
+        return cls(folder=beside(study), required=needed(study.objective), **study.engine.options)
 
     def version(self) -> str:
         """See the protocol: the target."""
@@ -99,7 +98,7 @@ class FunctionServer:
             raise LaunchFailed(Infeasible("infeasible", reason, evidence=f"Infeasible: {reason}")) from None
         except Exception as error:
             raise LaunchFailed(_crash(error)) from error
-        metrics = self._checked(answer)
+        metrics = checked(answer, self._engine.target, self._engine.required)
         misses = tuple(miss for slo in plan.slos if (miss := slo.miss(metrics)))
         return Step(load=plan.load, window=plan.window, metrics=metrics, slo_misses=misses)
 
@@ -107,28 +106,41 @@ class FunctionServer:
         """See the protocol; there is nothing to stop."""
         return Teardown()
 
-    def _checked(self, answer: Any) -> dict[str, float]:
-        target = self._engine.target
-        if not isinstance(answer, Mapping):
-            raise UsageError(
-                f"{target} returned {type(answer).__name__}, not a mapping of metrics",
-                fix="return for example {'tpot_p99_s': 0.02, 'output_tokens_per_s': 900.0}",
-            )
-        metrics: dict[str, float] = {}
-        for name, value in answer.items():
-            try:
-                metrics[str(name)] = float(value)
-            except (TypeError, ValueError):
-                raise UsageError(f"{target} returned {name}={value!r}, which is not a number") from None
-            if math.isnan(metrics[str(name)]):
-                raise UsageError(f"{target} returned {name}=nan", fix="leave out what was not measured")
-        missing = [name for name in self._engine.required if name not in metrics]
-        if missing:
-            raise UsageError(
-                f"{target} did not return {', '.join(missing)}, which the objective needs",
-                fix=f"it returned {', '.join(sorted(metrics)) or 'nothing'}",
-            )
-        return told(metrics, target)
+
+def checked(answer: Any, target: str, required: Sequence[str] = ()) -> dict[str, float]:
+    """What the callable ``target`` answered, as metrics that are complete. Raises ``UsageError`` where it is not a
+    mapping of numbers, or lacks one of the ``required`` names or a cost."""
+    if not isinstance(answer, Mapping):
+        raise UsageError(
+            f"{target} returned {type(answer).__name__}, not a mapping of metrics",
+            fix="return for example {'tpot_p99_s': 0.02, 'output_tokens_per_s': 900.0}",
+        )
+    metrics: dict[str, float] = {}
+    for name, value in answer.items():
+        try:
+            metrics[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise UsageError(f"{target} returned {name}={value!r}, which is not a number") from None
+        if math.isnan(metrics[str(name)]):
+            raise UsageError(f"{target} returned {name}=nan", fix="leave out what was not measured")
+    missing = [name for name in required if name not in metrics]
+    if missing:
+        raise UsageError(
+            f"{target} did not return {', '.join(missing)}, which the objective needs",
+            fix=f"it returned {', '.join(sorted(metrics)) or 'nothing'}",
+        )
+    return told(metrics, target)
+
+
+def beside(study: Study) -> Path:
+    """The folder in which a study's callables are looked for first: the study file's, also where it is resumed."""
+    return Path(study.frozen.get("frozen", {}).get("beside") or Path(study.source).parent)
+
+
+def needed(objective: Objective) -> tuple[str, ...]:
+    """The metrics that an answer must have: the objective's latency, and what has an SLO."""
+    keys = {objective.latency_key, *(slo.key for slo in objective.slos)} - {"error_rate"}
+    return tuple(sorted(keys))
 
 
 def load_target(target: str, folder: Path) -> Evaluate:
@@ -144,7 +156,7 @@ def load_target(target: str, folder: Path) -> Evaluate:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{target} cannot be imported: {_where(error)}", fix=f"looked in {folder} first") from error
+        raise UsageError(f"{target} cannot be imported: {raised_in(error)}", fix=f"looked in {folder} first") from error
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -184,13 +196,13 @@ def _crash(error: Exception) -> Infeasible:
     return Infeasible(
         "crash",
         f"the function raised {type(error).__name__}: {error}",
-        evidence=_where(error),
+        evidence=raised_in(error),
         fix="correct the function, or raise tuner.Infeasible(reason) for what cannot serve",
         stage="under load",
     )
 
 
-def _where(error: Exception) -> str:
+def raised_in(error: Exception) -> str:
     """``file:line: Kind: text`` of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     at = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""

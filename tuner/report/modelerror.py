@@ -1,4 +1,4 @@
-"""How wrong the analytic model was: what it predicted for every measured step beside what was measured."""
+"""How wrong the model was: what it predicted for every measured step beside what was measured."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def learnt(s: Summary) -> Learnt | None:
     for trial in sorted(s.search, key=lambda t: -t.number):
         said = (trial.extra or {}).get("learnt")
         if isinstance(said, Mapping):
-            factors = {WORDS.get(n, n): f for n, f in _numbers(said.get("factors")).items() if f > 0}
+            words = {} if s.study.predictor else WORDS
+            factors = {words.get(n, n): f for n, f in _numbers(said.get("factors")).items() if f > 0}
             moved = sorted(factors.items(), key=lambda item: -abs(math.log(item[1])))
             weight = _numbers(said.get("weight"))
             return Learnt(

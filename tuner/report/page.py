@@ -54,6 +54,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         importance=importance(s),
         errors=errors(s),
         learnt=learnt(s),
+        model=s.study.predictor or "an analytic model of the hardware",
         verified=_verified(s, store),
         certified=_certified(store),
         facts=_facts(s),

@@ -31,7 +31,7 @@ class ModelError:
         if not self.has_model:
             return "There was no analytic model of this hardware: the search worked from its launches alone."
         if not self.points:
-            return "The analytic model was not compared with anything: no launch met the SLOs."
+            return "The model was not compared with anything: no launch met the SLOs."
         parts = []
         for name in self.error:
             side = "higher" if self.bias[name] >= 1 else "lower"
@@ -42,7 +42,7 @@ class ModelError:
                 f" than predicted{rank}{weight}"
             )
         memory = f" {self.memory_crashes} launches ran out of memory where it saw room." if self.memory_crashes else ""
-        return f"The analytic model against {self.points} measured points: " + ". ".join(parts) + "." + memory
+        return f"The model against {self.points} measured points: " + ". ".join(parts) + "." + memory
 
 
 def model_error(

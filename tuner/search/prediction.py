@@ -25,12 +25,8 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """An analytic model of one model on one kind of hardware under one trace."""
+    """A model of one kind of server under one trace: the analytic one, or a user's own."""
 
     def predict(self, config: ServingConfig, load: float) -> Prediction:
         """Pure and cheap (under a millisecond): thousands are asked for per proposal."""
-        ...
-
-    def capacity(self, config: ServingConfig) -> float:
-        """The highest load at which every SLO is predicted to hold; 0 where it holds at none."""
         ...

@@ -104,6 +104,7 @@ class StudyFile(Strict):
     trace: TraceFile | str = ""
     load: LoadFile = LoadFile()
     budget: BudgetFile | str = BudgetFile()
+    predictor: str = ""  # package.module:callable: a model of one's own in place of the analytic one
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
     seed: int = 0
     parallel: int | Literal["auto"] | None = None  # None: 1 here, as many as fit on a cluster

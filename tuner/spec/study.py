@@ -93,7 +93,8 @@ class Study:
     """One tuning run of one model on one kind of hardware under one workload.
 
     ``folder`` is the study folder; ``source`` the file it was read from; ``frozen`` the resolved document that is
-    written to ``study.yaml`` (reading it again gives the same study). ``parallel`` bounds the trials at once; 0: as
+    written to ``study.yaml`` (reading it again gives the same study). ``predictor`` (``package.module:callable``) is
+    asked in place of the analytic model. ``parallel`` bounds the trials at once; 0: as
     many as fit.
     """
 
@@ -108,6 +109,7 @@ class Study:
     trace: TraceSpec
     load: LoadSpec
     budget: Budget
+    predictor: str = ""
     sampler: str = "auto"
     seed: int = 0
     parallel: int = 1

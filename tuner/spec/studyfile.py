@@ -96,6 +96,7 @@ def resolve(document: Document, beside: Path) -> Study:
             file.load.ladder == "auto",
         ),
         budget=budget,
+        predictor=file.predictor,
         sampler=file.sampler,
         seed=file.seed,
         parallel=_parallel(file),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tuner.search.model.predictor import AnalyticModel
     from tuner.search.model.shape import ModelShape
     from tuner.search.warmstart import Earlier
+    from tuner.study.ownmodel import OwnModel
     from tuner.study.peers import Peers
     from tuner.verify.fingerprint import Fingerprint
 
@@ -48,8 +49,8 @@ class Prepared:
     study: Study
     engine: Engine
     traffic: workload.Workload
-    predictor: AnalyticModel | None
-    no_model: str  # why there is no analytic model, in words
+    predictor: AnalyticModel | OwnModel | None
+    no_model: str  # why there is no model, in words
 
     def notes(self, config: ServingConfig) -> dict[str, Any]:
         """What a trial's record says beside its config: on what it ran, and what the model predicted of it."""
@@ -59,10 +60,14 @@ class Prepared:
         with suppress(LaunchFailed):
             noted["model_folder"] = served(config) if served else config.model
         noted["fingerprint"] = self.fingerprint(str(noted.get("model_folder") or config.model)).to_dict()
-        if self.predictor is not None:
-            ladder = self.study.load.ladder
-            noted["predicted"] = {f"{load:g}": dict(self.predictor.predict(config, load).metrics) for load in ladder}
-        return noted
+        return noted | self.predicted(config)
+
+    def predicted(self, config: ServingConfig) -> dict[str, Any]:
+        """The part of :meth:`notes` that the model says; nothing where there is none."""
+        if self.predictor is None:
+            return {}
+        ladder = self.study.load.ladder
+        return {"predicted": {f"{load:g}": dict(self.predictor.predict(config, load).metrics) for load in ladder}}
 
     def fingerprint(self, served: str) -> Fingerprint:
         """On what this machine measures now; ``served`` is the model's folder or id."""
@@ -82,12 +87,12 @@ class Prepared:
         )
 
     def why_not(self, config: ServingConfig) -> str:
-        """Why memory arithmetic refuses ``config``; empty where it may run."""
+        """Why the model (its memory arithmetic, mostly) refuses ``config``; empty where it may run."""
         if self.predictor is None:
             return ""
         fit = self.predictor.fit(config)
-        margin = REFUSE_MARGIN * self.study.hardware.memory_bytes
-        return "" if fit.fits or fit.short_bytes <= margin else fit.reason
+        short_by_little = 0 < fit.short_bytes <= REFUSE_MARGIN * self.study.hardware.memory_bytes
+        return "" if fit.fits or short_by_little else fit.reason
 
 
 def prepare(study: Study) -> Prepared:
@@ -129,8 +134,12 @@ def _place(source: str, flag: str) -> str:
     return source
 
 
-def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | None, str]:
-    """The analytic model of this study, or None and why there is none."""
+def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | OwnModel | None, str]:
+    """The model that this study names, else the analytic one; or None and why there is none."""
+    if study.predictor:
+        from tuner.study.ownmodel import OwnModel
+
+        return OwnModel.of(study), ""
     from tuner.search import hardware
     from tuner.search.model import predictor
     from tuner.search.model.shape import ModelShape

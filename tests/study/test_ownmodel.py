@@ -1,0 +1,155 @@
+"""A model of one's own, named by the study: the search goes by it, learns its constants, and a bad one is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuner.api import AskTell
+from tuner.cli.plan import plan
+from tuner.errors import UsageError
+from tuner.report.page import build
+from tuner.spec import studyfile
+from tuner.spec.text import Document
+from tuner.study.session import prepare
+
+COLOURS = ["red", "green", "blue", "gold", "grey"]
+TRUE_STEP_S = 0.03
+MODEL = """
+import math
+import tuner
+
+def foresee(config, load, digits=9, *, step_s=0.012, offset_s=0, unit="s"):
+    if config["batch"] > 128:
+        raise tuner.Infeasible("a batch of so many does not fit")
+    step = step_s * (0.4 if config["colour"] == "gold" else 1.0)
+    tokens = min(1000.0 * load, config["batch"] / step)
+    late = math.inf if 1000.0 * load > tokens else 0.1
+    return {"ttft_p99_s": late, "tpot_p99_s": step * (1 + config["batch"] / 1000), "output_tokens_per_s": tokens}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    monkeypatch.chdir(tmp_path)
+
+    def made(model: str = MODEL, **more: Any) -> dict[str, Any]:
+        (tmp_path / "mine.py").write_text(model)
+        return {
+            "name": "mine",
+            "engine": {"kind": "function", "target": "nowhere:nothing"},
+            "predictor": "mine.py:foresee",
+            "search_space": {
+                "name": "mine",
+                "engine": "function",
+                "parameters": {
+                    "batch": {"flag": "batch", "range": [8, 512], "scale": "log2", "default": 32},
+                    "colour": {"flag": "colour", "values": COLOURS, "default": "red"},
+                },
+            },
+            "objective": {"latency": "tpot_p99", "slo": {"ttft_p99": "500ms"}, "price_usd_per_gpu_hour": 3.6},
+            "load": {"ladder": [0.5, 1, 2, 4]},
+            "budget": {"launches": 6, "verify_share": 0},
+            **more,
+        }
+
+    return made
+
+
+def truth(params: Mapping[str, Any], load: float) -> dict[str, float]:
+    """What the model says, but for its constant."""
+    step = TRUE_STEP_S * (0.4 if params["colour"] == "gold" else 1.0)
+    tokens = min(1000.0 * load, params["batch"] / step)
+    late = 60.0 if 1000.0 * load > tokens else 0.1
+    return {"ttft_p99_s": late, "tpot_p99_s": step * (1 + params["batch"] / 1000), "output_tokens_per_s": tokens}
+
+
+def told(search: AskTell) -> list[Any]:
+    """Every proposal of a whole search, answered with the truth."""
+    proposals = []
+    while (proposal := search.ask()) is not None:
+        search.tell(proposal, {load: truth(proposal.params, load) for load in search.study.load.ladder})
+        proposals.append(proposal)
+    return proposals
+
+
+def test_the_search_goes_where_the_model_sends_it_and_never_where_it_says_that_nothing_runs(study: Any) -> None:
+    with AskTell(study()) as search:
+        proposals = told(search)
+    assert proposals[0].params == {"batch": 32, "colour": "red"}
+    assert "the model's predicted front" in proposals[1].why
+    assert all(p.params["colour"] == "gold" for p in proposals[1:4])
+    assert all(p.params["batch"] <= 128 for p in proposals)
+
+
+def test_the_models_constants_are_learnt_from_the_launches_and_words_are_none(study: Any) -> None:
+    with AskTell(study()) as search:
+        told(search)
+        learnt = search.store.trial(5).extra["learnt"]
+    assert learnt["factors"].keys() == {"step_s"}
+    assert learnt["factors"]["step_s"] == pytest.approx(TRUE_STEP_S / 0.012, rel=0.15)
+    assert learnt["believed"] > 0.5
+
+
+def test_other_samplers_are_refused_what_the_model_says_cannot_run(study: Any) -> None:
+    ready = prepare_(study(engine={"kind": "function", "target": "mine.py:foresee"}, sampler="random"))
+    space = ready.study.space
+    assert "does not fit" in ready.why_not(space.config({"batch": 256, "colour": "red"}, "m"))
+    assert ready.why_not(space.config({"batch": 128, "colour": "red"}, "m")) == ""
+
+
+def test_the_plan_has_its_front_and_an_infinite_latency_is_none_of_it(study: Any) -> None:
+    found = plan(prepare_(study(engine={"kind": "function", "target": "mine.py:foresee"})))
+    assert found["no_model"] == ""
+    assert found["allowed"] == 5 * 5 and found["looked_at"] == 7 * 5
+    assert found["front"] and all("gold" in row["flags"] for row in found["front"])
+    assert max(row["latency_s"] for row in found["front"]) < 1
+
+
+def test_what_is_recorded_of_a_prediction_is_finite(study: Any) -> None:
+    ready = prepare_(study(engine={"kind": "function", "target": "mine.py:foresee"}))
+    config = ready.study.space.config({"batch": 8, "colour": "red"}, "m")
+    predicted = ready.notes(config)["predicted"]
+    assert predicted["4"]["ttft_p99_s"] > 1e5
+    assert all(math.isfinite(value) for metrics in predicted.values() for value in metrics.values())
+
+
+def test_a_server_of_which_nothing_is_expected_is_not_in_the_plan(study: Any) -> None:
+    nothing = "def foresee(config, load):\n    return {'tpot_p99_s': 1, 'ttft_p99_s': .1, 'output_tokens_per_s': 0}"
+    found = plan(prepare_(study(nothing, engine={"kind": "function", "target": "mine.py:foresee"})))
+    assert found["front"] == [] and found["capable"] == 0
+
+
+def test_the_report_names_the_model_and_its_constants_as_they_are(study: Any, tmp_path: Path) -> None:
+    with AskTell(study()) as search:
+        told(search)
+        page = build(search.store, search.study, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Before each launch mine.py:foresee predicted the measurement" in page
+    assert re.search(
+        r"Constants of the model that would explain the launches before trial 5: step_s &times; 2\.\d", page
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("def other(config, load): ...", "has no callable 'foresee'"),
+        ("import not_there", "cannot be imported: .*mine.py:1: ModuleNotFoundError"),
+        ("def foresee(config, load):\n    return 1 / 0", r"the predictor mine.py:foresee failed on .*mine.py:2: Zero"),
+        ("def foresee(config, load):\n    return {'tpot_p99_s': 1.0}", "did not return ttft_p99_s"),
+        ("def foresee(config, load):\n    return 3", "returned int, not a mapping"),
+        ("def foresee(config, load):\n    return {'tpot_p99_s': 1, 'ttft_p99_s': 1}", "there is no cost without"),
+    ],
+)
+def test_a_bad_model_is_a_usage_error_before_anything_is_launched(study: Any, model: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says), AskTell(study(model)):
+        pass
+
+
+def prepare_(document: dict[str, Any]) -> Any:
+    return prepare(studyfile.resolve(Document("study", document), Path()))

@@ -1,0 +1,87 @@
+"""A model of your own: a callable that says what to expect of a configuration, in place of the analytic model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tuner.engines.function import beside, checked, load_target, needed, raised_in
+from tuner.errors import Infeasible, UsageError
+from tuner.search.prediction import Prediction
+from tuner.space.config import ServingConfig
+from tuner.spec.objective import Objective
+from tuner.spec.study import Study
+from tuner.study.outcome import Step
+from tuner.study.price import priced
+
+DOUBT = 0.35  # standard deviation of a constant's logarithm: it may be off by a third
+FAR = 1e6  # an infinite latency, in seconds
+
+
+@dataclass(frozen=True, slots=True)
+class OwnModel:
+    """A :class:`tuner.search.prediction.Predictor` over ``target``, ``package.module:callable``.
+
+    The callable has the form of the function engine's (:class:`tuner.engines.function.FunctionEngine`): it gets the
+    serving parameters (a dict, a copy) and the load, and returns metrics, or raises ``tuner.Infeasible(reason)`` for
+    what cannot run, which then is never launched. Its keyword-only arguments that have a number above zero as their
+    default are the model's constants: it is called with other values of them, as launches teach (a
+    :class:`tuner.search.calibration.Calibratable`). Any other exception, and an answer that lacks a metric of the
+    objective, is a ``UsageError``.
+    """
+
+    target: str
+    foresee: Callable[..., Any]
+    objective: Objective
+    lowest_load: float
+    constants: Mapping[str, float]
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, study: Study) -> OwnModel:
+        """The model that ``study`` names, asked once (of the default) so that a bad one is refused before anything is
+        launched."""
+        foresee = load_target(study.predictor, beside(study))
+        model = cls(study.predictor, foresee, study.objective, study.load.ladder[0], _constants(foresee))
+        model.fit(study.space.config(study.space.default(), study.model))
+        return model
+
+    def predict(self, config: ServingConfig, load: float) -> Prediction:
+        """What the callable says of ``config`` at ``load`` times the trace's rate, with a cost."""
+        constants = {name: value * self.factors.get(name, 1.0) for name, value in self.constants.items()}
+        try:
+            answer = self.foresee(dict(config.params), load, **constants)
+        except Infeasible as error:
+            return Prediction(False, reason=error.reason or "infeasible")
+        except Exception as error:
+            raise UsageError(
+                f"the predictor {self.target} failed on {dict(config.params)}: {raised_in(error)}",
+                fix="return metrics, or raise tuner.Infeasible(reason) for what cannot run",
+            ) from error
+        told = checked(answer, self.target, needed(self.objective))
+        metrics = {name: FAR if value == math.inf else value for name, value in told.items()}
+        return Prediction(True, priced(Step(load, "predicted", metrics), config, self.objective).metrics)
+
+    def fit(self, config: ServingConfig) -> Prediction:
+        """Whether ``config`` can run at all: what is said of the lowest load."""
+        return self.predict(config, self.lowest_load)
+
+    def doubts(self) -> dict[str, float]:
+        """How little is known of each constant."""
+        return dict.fromkeys(self.constants, DOUBT)
+
+    def scaled(self, factors: Mapping[str, float]) -> OwnModel:
+        """This model with its constants times ``factors``."""
+        return replace(self, factors=dict(factors))
+
+
+def _constants(foresee: Callable[..., Any]) -> dict[str, float]:
+    try:
+        arguments = inspect.signature(foresee).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    known = [(a.name, a.default) for a in arguments if a.kind is a.KEYWORD_ONLY]
+    return {n: float(v) for n, v in known if isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0}
