@@ -155,7 +155,7 @@ def ours(rows: list[dict], said: str) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = defaultdict(list)
     for row in sorted(rows, key=lambda r: (r["surface"], r["model"])):
         if row["method"] == "ours" and said in row:
-            found[f"{row['surface']}, {MODELS[row['model']]}"].append(row)
+            found[f"{row['surface']}, {MODELS.get(row['model'], row['model'])}"].append(row)
     return found
 
 
@@ -170,6 +170,8 @@ def promises(rows: list[dict]) -> list[str]:
                 if promised and n >= Stopping().fewest and (before := 1 - row["regret"][n - 1]) > 0:
                     brought = (row["regret"][n - 1] - row["regret"][n]) / before
                     found.append((promised, promised * row["kept"][n], brought))
+        if not found:
+            continue
         means = " | ".join(f"{mean:.2%}" for mean in np.mean(found, axis=0))
         lines.append(f"| {name} | {len(found)} | {means} |")
     return lines

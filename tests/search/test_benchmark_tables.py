@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks.search import table
+from benchmarks.search.crashes import beliefs, by_causes
+from benchmarks.search.run import load_surface
+from benchmarks.search.surface import crashes
+from tuner.search.candidates import Candidates
+from tuner.study.outcome import Infeasible
 
 
 def run(model: str = "none", surface: str = "dense", seed: int = 0, **more):
@@ -65,3 +71,89 @@ def test_the_longest_run_of_each_kind_is_read(tmp_path):
     one.write_text(json.dumps(run()) + "\n" + json.dumps(run(seed=1)) + "\n")
     two.write_text(json.dumps(run(regret=[0.5, 0.2, 0.1, 0.05])) + "\n")
     assert sorted(len(r["regret"]) for r in table.read([one, two])) == [3, 4]
+
+
+def test_where_searches_end_is_said_as_promises_are_corrected_and_as_they_are():
+    n = 20
+    row = run(
+        regret=[1 - k / 100 for k in range(1, n + 1)],
+        gpu_s=[3600 * k for k in range(1, n + 1)],
+        expected_gain=[0.1] * 10 + [0.002] * 10,
+        kept=[0.5] * n,
+    )
+    assert table.stops([row])[-1] == "| dense, no model | 100% | 13 | 13.0 | .870 | 0% | 20 | 20.0 | .800 |"
+
+
+def test_a_cell_by_gpu_hours_is_what_was_reached_by_then():
+    rows = [run(regret=[0.5, 0.2, 0.1], gpu_s=[3600, 7200, 19000])]
+    assert table.table({"x": rows}, hours=True)[-1] == "| x | .200 (.200-.200) | .200 (.200-.200) |  |  |"
+
+
+def test_launches_to_a_tenth_are_counted_in_the_median():
+    rows = [run(regret=r) for r in ([0.5, 0.1], [0.5, 0.4], [0.1, 0.05])]
+    assert table.needed(rows) == "2"
+    assert table.needed(rows[:2]) == "> 2"
+
+
+def test_a_cell_that_a_fifth_of_the_runs_or_more_does_not_reach_is_empty():
+    rows = [run(regret=[0.1] * 5)] * 7 + [run(regret=[0.1] * 3)] * 3
+    assert table.cells(rows, hours=False)[0] == ""
+    assert table.cells(rows[:7] + rows[7:8], hours=False)[0] != ""
+
+
+def test_goals_are_medians_of_ours_alone():
+    rows = [run(seed=k, regret=[0.5] * 9 + [r]) for k, r in enumerate((0.1, 0.14, 0.6))]
+    rows += [run(seed=5, method="tpe", regret=[0.9] * 10), run(seed=6, regret=[0.9] * 9)]
+    assert "| no model, 10 launches | .150 | **.140** | **.140** |" in table.goals(rows)
+    assert "| no model, 10 launches | .150 | **.150** | **.150** |" in table.goals([run(regret=[0.15] * 10)])
+
+
+def test_what_is_believed_half_and_half_counts_to_the_row_above():
+    lines = table.serves([run(serves=[0.4, 0.8, 0.2])])
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 20% to 40%", "| 40% to 60%", "| 80% to 90%"]
+
+
+def test_tables_of_runs_that_promised_nothing_are_empty_and_other_models_keep_their_names():
+    nothing = {"promised": [None] * 12, "kept": [None] * 12}
+    assert len(table.promises([run(regret=[0.5] * 12, **nothing)])) == 2
+    right = run(model="right", regret=[0.5] * 12, promised=[0.1] * 12, kept=[1.0] * 12)
+    assert "dense, right" in table.promises([right])[-1]
+
+
+DEATHS = {
+    "experts:said": (
+        ({"gpus": 16, "layout": "data", "all2all": "pplx", "graphs": "full"}, "pplx"),
+        ({"gpus": 16, "weights": "fp8", "kv_cache": "fp8", "mtp": 3}, "fp8 attention"),
+    ),
+    "dense:said": (
+        ({"tensor_parallel_size": 8, "quantization": "int4", "kv_cache_dtype": "fp8"}, "KV cache data type"),
+        ({"tensor_parallel_size": 8, "speculation": "eagle", "chunked_prefill": False}, "eagle"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "params", "words"), [(n, *d) for n, of in DEATHS.items() for d in of])
+def test_a_server_of_a_surface_dies_of_what_it_says(name: str, params: dict, words: str):
+    surface, silent = load_surface(name), load_surface(name.partition(":")[0])
+    params = surface.space.snap({**surface.space.default(), **params})
+    for one, said in ((surface, words), (silent, "the engine died")):
+        outcome, _ = one.launch(params, one.loads, np.random.default_rng(0))
+        assert isinstance(outcome, Infeasible) and outcome.message.startswith(said)
+
+
+def test_of_two_conditions_that_hold_the_last_is_what_a_server_dies_of():
+    where = [np.array([True, True, False]), np.array([True, False, False])]
+    found = crashes(3, (where[0], 0.7), (where[1], 1.0))
+    assert found["crash_p"].tolist() == [1.0, 0.7, 0.0] and found["cause"].tolist() == [1, 0, 0]
+
+
+def test_messages_unread_are_all_the_same():
+    surface = load_surface("experts")
+    codes = Candidates.of(surface.space, 0, asked=True).codes(list(range(40)))
+    said = ["kv cache" if c[5] == 0 else "mtp" if c[9] == 3 else None for c in codes]
+    found = beliefs(surface.space, codes[:20], said[:20], codes[20:])
+    assert found["the messages unread"] == pytest.approx(
+        by_causes(surface.space, codes[:20], [text and "it died" for text in said[:20]], codes[20:])
+    )
+    assert found["as shipped"] == pytest.approx(by_causes(surface.space, codes[:20], said[:20], codes[20:]))
+    assert abs(found["as shipped"] - found["the messages unread"]).max() > 0.02

@@ -143,7 +143,33 @@ def test_too_much_is_suspected_before_just_that_much():
     base = SPACE.snap(SPACE.default())
     found = Causes(SPACE)
     found.learn(codes(base, {**base, "tensor": 4}, {**base, "tensor": 2}), [None, "it died", None])
-    assert found.works(codes({**base, "tensor": 8}))[0] < 0.3
+    assert found.works(codes({**base, "tensor": 8}))[0] < 0.2
+
+
+def test_what_the_message_names_is_suspected_before_what_is_feared():
+    memory = knob("memory_share", 0.85, 0.88, 0.91, 0.94, default=0.91, numeric=True)
+    backend = knob("backend", "naive", "pplx", "deepep", default="naive")
+    space = SearchSpace("s", "emulator", (memory, backend, *SPACE.parameters[4:6]))
+    base = space.snap(space.default())
+    crashed = {**base, "memory_share": 0.94, "backend": "pplx"}
+    asked = codes({**crashed, "memory_share": 0.91}, {**crashed, "backend": "deepep"}, space=space)
+    works = {}
+    for message in ("pplx kernels cannot be captured", "it died"):
+        found = Causes(space)
+        found.learn(codes(base, crashed, space=space), [None, message])
+        works[message] = found.works(asked).tolist()
+    (named, feared), (other, most) = works.values()
+    assert named < feared - 0.1 and most < other - 0.1
+
+
+def test_a_server_that_mostly_works_and_crashed_once_crashed_by_chance():
+    base = SPACE.snap(SPACE.default())
+    near = [{**base, **p} for p in ({"data": 2}, {"tensor": 2}, {"format": "fp8"}, {"cache": "fp8"}, {"depth": 2})]
+    found = Causes(SPACE)
+    found.learn(codes(*[base] * 4, *near, base), [None] * 9 + ["it died"])
+    assert found.works(codes(base, *near)).min() > 0.5
+    found.learn(codes(base, near[0], near[0]), [None, None, "it died"])
+    assert 0.2 < found.works(codes(near[0]))[0] < 0.8, "once each: nobody knows"
 
 
 def test_a_value_that_the_message_names_is_suspected_before_its_parameter():

@@ -187,6 +187,8 @@ def test_a_few_drafted_tokens_are_worth_more_than_one_and_many_no_more_than_a_fe
     assert speculation(16) < speculation(8)
     table = effects(SearchSpace("one", "emulator", (knob("draft_tokens", "off", 2, default="off"),)))[0]
     assert table[0, 0] == 0 and table[1, 0] == -speculation(2)
+    as_the_engine_likes = knob("num_speculative_tokens", -1, 2, 4, default=2, numeric=True)
+    assert effects(SearchSpace("one", "emulator", (as_the_engine_likes,)))[0][0, 2] == 0
 
 
 def test_without_a_model_known_names_are_searched_by_rules_from_the_second_launch_on():

@@ -162,3 +162,11 @@ objective: {latency: tpot_p99, slo: {tpot_p99: 100ms}, price_usd_per_gpu_hour: 2
 """
     study = studyfile.load(write(workplace, text))
     assert len({study.space.config(params, "").hash for params in study.space.grid()}) == 4
+
+
+def test_a_grid_of_numbers_is_in_order_however_it_was_written(workplace):
+    text = GOOD.replace("vllm/quick", "{name: mine, engine: vllm, parameters: {batch: GRID}}")
+    grid = "{trades: much, flag: b, values: {256: {}, 64: {flags: {b: 64}}, 128: {flags: {b: 128}}}, default: 256}"
+    batch = studyfile.load(write(workplace, text.replace("GRID", grid))).space["batch"]
+    assert batch.values == (64, 128, 256)
+    assert [dict(emission.flags) for emission in batch.emissions] == [{"b": 64}, {"b": 128}, {}]

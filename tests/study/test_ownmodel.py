@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from tuner.api import AskTell
 from tuner.cli.plan import plan
@@ -149,6 +150,26 @@ def test_the_report_names_the_model_and_its_constants_as_they_are(study: Any, tm
 def test_a_bad_model_is_a_usage_error_before_anything_is_launched(study: Any, model: str, says: str) -> None:
     with pytest.raises(UsageError, match=says), AskTell(study(model)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("target", "place", "says"),
+    [
+        ("other.py:evaluate", "predictor: mine.py:foresee", "mine.py:foresee did not return"),
+        ("nowhere:nothing", "target: nowhere:nothing", "nowhere:nothing: there is no module nowhere"),
+    ],
+)
+def test_a_bad_target_is_said_where_the_study_names_it(
+    study: Any, tmp_path: Path, target: str, place: str, says: str
+) -> None:
+    (tmp_path / "other.py").write_text("def evaluate(config, load): ...")
+    file = tmp_path / "study.yaml"
+    model = "def foresee(config, load):\n    return {'tpot_p99_s': 1.0}"
+    YAML().dump(study(model, engine={"kind": "function", "target": target}), file)
+    with pytest.raises(UsageError) as raised:
+        prepare(studyfile.load(file))
+    line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if place in text)
+    assert str(raised.value).startswith(f"{file}:{line}: {says}")
 
 
 def prepare_(document: dict[str, Any]) -> Any:

@@ -156,7 +156,10 @@ def load_target(target: str, folder: Path) -> Evaluate:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{target} cannot be imported: {raised_in(error)}", fix=f"looked in {folder} first") from error
+        why = f"it cannot be imported: {raised_in(error)}"
+        if isinstance(error, ModuleNotFoundError) and error.name == where.partition(".")[0]:
+            why = f"there is no module {error.name}"
+        raise UsageError(f"{target}: {why}", fix=f"looked in {folder} first") from error
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)

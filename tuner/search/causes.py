@@ -3,10 +3,11 @@
 An engine refuses or dies where a few conditions meet ("fp8 KV cache and more than two drafted tokens", "tensor times
 data parallel size above eight"), and says so with one message for each. For every crash all conjunctions of up to
 three conditions that hold there are weighed (Bayesian averaging over a version space: Mitchell 1982, Artif. Intell.
-18(2); Tenenbaum 1999): conditions on what the message names, or on what rules of thumb fear, count more beforehand; a
-conjunction that holds for a server that works loses weight; one that holds for other crashes with the same message
-gains. The probability that a configuration crashes of it is the weight of the conjunctions that hold for it. One
-message may stand for several conditions, so every crash has conjunctions of its own, and the most certain one counts.
+18(2); Tenenbaum 1999): conditions on what the message names, or where it names nothing on what rules of thumb fear,
+count more beforehand; a conjunction that holds for a server that works loses weight; one that holds for other crashes
+with the same message gains. Where all of them lose, it was chance. The probability that a configuration crashes of it
+is the weight of the conjunctions that hold for it. One message may stand for several conditions, so every crash has
+conjunctions of its own, and the most certain one counts.
 A configuration serves where no message's crash comes to it, and none that was not met yet (:meth:`Causes._novelty`).
 """
 
@@ -43,6 +44,7 @@ OTHERS = -math.log(0.2)  # log likelihood of a further crash with the same messa
 UNSEEN, UNSEEN_PAIR = 0.02, 0.005
 THRESHOLDS = 12  # of a product or a ratio, at most
 EXTENDED = 300  # best conjunctions that get one condition more
+CHANCE = 0.01  # prior of a crash that no condition explains, over that of all conditions
 KEPT = 600  # conjunctions that are remembered of a crash
 BLOCK = 1000  # configurations that are looked at at a time
 # words of names that say nothing: a message about "the number of GPUs" names no max_num_seqs
@@ -82,7 +84,7 @@ class Suspects:
 
     def crash(self, holds: Holds) -> Array:
         """Probability of this crash, by what holds (tests, configurations)."""
-        return self.weights @ _all_hold(holds, self.tests)
+        return np.minimum(self.weights @ _all_hold(holds, self.tests), 1.0)  # rounding
 
 
 class Causes:
@@ -94,7 +96,8 @@ class Causes:
         for row, test in zip(self._about, self.tests, strict=False):
             row[[test.first, test.second]] = 1
         self._unseen = [UNSEEN + rules[:, 2] for rules in effects(space)]
-        self._prior = np.array([self._expected(test) for test in self.tests])
+        self._shape = np.array([OF_TWO * test.of_two + INNER * test.inner for test in self.tests])
+        self._prior = self._shape + [self._feared(test) for test in self.tests]
         self._served: Codes = np.zeros((0, len(space.parameters)), np.int64)
         self._suspects: dict[str, list[Suspects]] = {}
 
@@ -149,14 +152,17 @@ class Causes:
         prior = np.zeros(len(here))
         count = Counter((self.tests[t].first, self.tests[t].second) for t in true)
         kinds = Counter(one != other for one, other in count)
+        named = any(self.tests[t].weight(said) for t in true)  # then nothing is feared: the message says it better
         for t in true:
             test = self.tests[t]
             share = -math.log(count[test.first, test.second] * kinds[test.of_two])
-            prior[t] = share + self._prior[t] + test.weight(said)
+            prior[t] = share + (self._shape[t] if named else self._prior[t]) + test.weight(said)
+        expected: list[Array] = []
 
         def score(tests: Codes, length: int) -> Array:
             against, explained = (_all_hold(h, tests).sum(1) for h in (served, same))
-            return prior[tests].sum(1) + LENGTH[length] + SERVED * against + OTHERS * (explained - 1)
+            expected.append(prior[tests].sum(1) + LENGTH[length])
+            return expected[-1] + SERVED * against + OTHERS * (explained - 1)
 
         single = true[self._about[true].sum(1) == 1]
         found = np.column_stack([true, np.full((len(true), 2), len(self.tests))])
@@ -170,15 +176,14 @@ class Causes:
         if not len(every):  # nothing of it varies
             return Suspects(every, worth)
         kept = np.argsort(-worth, kind="stable")[:KEPT]
-        weights = np.exp(worth - worth.max())
-        return Suspects(every[kept], weights[kept] / weights.sum())
+        chance = math.log(CHANCE) + np.logaddexp.reduce(np.concatenate(expected))
+        return Suspects(every[kept], np.exp(worth[kept] - np.logaddexp(np.logaddexp.reduce(worth), chance)))
 
-    def _expected(self, test: Test) -> float:
-        """Log prior of a condition before anything is said: what is feared of a value is suspected first."""
+    def _feared(self, test: Test) -> float:
+        """Log prior of a condition by what rules of thumb fear of its values, over one of which they fear nothing."""
         if test.of_two:
-            return OF_TWO
-        feared = self._unseen[test.first][np.diagonal(test.table)].mean() / UNSEEN
-        return math.log(feared) + INNER * test.inner
+            return 0.0
+        return math.log(self._unseen[test.first][np.diagonal(test.table)].mean() / UNSEEN)
 
     def _extended(self, tests: Codes, by: Codes, length: int) -> Codes:
         """``tests`` of ``length`` conditions with one more of ``by``, on another parameter; each conjunction once."""

@@ -67,6 +67,7 @@ def _memory(_: Parameter, n: float) -> Effect:
 
 def _draft(p: Parameter, n: float) -> Effect:
     switch = any(v == 0 or isinstance(v, str) for v in p.values)  # no drafts: its own
+    n = max(n, 0.0)  # -1: as the engine likes
     return (-speculation(n) if switch else speculation(2) - speculation(n)), 0.0, 0.06 * n
 
 

@@ -139,7 +139,9 @@ def _parameter(
             fix = suggest(str(default), map(str, values))
             raise document.error(f"{name}: the default {default!r} is not one of its values", (*at, "default"), fix)
         # the engine's own default belongs to every grid: it is the baseline
-        pairs = sorted([*zip(values, emissions, strict=True), (default, _emit(spec.flag, default))], key=lambda p: p[0])
+        values, emissions = (*values, default), (*emissions, _emit(spec.flag, default))
+    if numeric:  # a neighbour is one step away, and the ends are the least and the most
+        pairs = sorted(zip(values, emissions, strict=True), key=lambda p: p[0])
         values, emissions = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
     return Parameter(
         name=name,

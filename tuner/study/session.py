@@ -101,7 +101,8 @@ def prepare(study: Study) -> Prepared:
     Raises UsageError (unknown flag, trace) or EnvironmentFault (no such engine here).
     """
     engine = build.engine(study)
-    check_flags(study, engine)
+    with _named(study, str(study.engine.options.get("target", ""))):
+        check_flags(study, engine)
     traffic = workload.read(study)
     predictor, no_model = model_of(study, traffic)
     return Prepared(study, engine, traffic, predictor, no_model)
@@ -125,8 +126,18 @@ def check_flags(study: Study, engine: Engine) -> None:
             )
 
 
+@contextmanager
+def _named(study: Study, text: str) -> Iterator[None]:
+    """A UsageError that says not where gets the place of ``text`` in the study file."""
+    try:
+        yield
+    except UsageError as error:
+        error.where = error.where or (_place(study.source, text) if text else "")
+        raise
+
+
 def _place(source: str, flag: str) -> str:
-    """``file:line`` where the study file names the flag; the file alone where it only names the space that does."""
+    """``file:line`` where the study file names the flag (or a target); the file alone where only its space does."""
     with suppress(OSError):
         for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
             if re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", line.partition("#")[0]):
@@ -139,7 +150,8 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
     if study.predictor:
         from tuner.study.ownmodel import OwnModel
 
-        return OwnModel.of(study), ""
+        with _named(study, study.predictor):
+            return OwnModel.of(study), ""
     from tuner.search import hardware
     from tuner.search.model import predictor
     from tuner.search.model.shape import ModelShape
