@@ -47,10 +47,10 @@ class AskTell:
 
     def __enter__(self) -> AskTell:
         study = self.study
-        self.store = self._stack.enter_context(session.opened(study))
         traffic = workload.read(study)
         predictor, no_model = session.model_of(study, traffic)
         ready = session.Prepared(study, engine(study), traffic, predictor, no_model)
+        self.store = self._stack.enter_context(session.opened(study))
         peers = self._stack.enter_context(joined(study, self.store, lambda _name, _data: None))
         book = session.book(ready, self.store, peers)
         self._queue = Queue(study, self.store, book, ready.why_not, ready.predicted, peers)

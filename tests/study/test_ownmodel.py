@@ -150,6 +150,7 @@ def test_the_report_names_the_model_and_its_constants_as_they_are(study: Any, tm
 def test_a_bad_model_is_a_usage_error_before_anything_is_launched(study: Any, model: str, says: str) -> None:
     with pytest.raises(UsageError, match=says), AskTell(study(model)):
         pass
+    assert not Path("reports").exists()
 
 
 @pytest.mark.parametrize(
