@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.search.problem import LOADS, Model, knob, launch, objective
+from tests.search.problem import LOADS, Model, knob, launch, objective, space
 from tuner.search.beliefs import Beliefs
 from tuner.search.causes import INNER, UNSEEN, Causes
 from tuner.search.ledger import Seen
@@ -16,17 +17,7 @@ from tuner.search.sampler import TunerSampler
 from tuner.space.space import SearchSpace
 from tuner.study.outcome import Infeasible, Outcome
 
-SPACE = SearchSpace(
-    "test",
-    "emulator",
-    (
-        knob("gpus", 1, 2, 4, default=1, numeric=True, log=True, counts_gpus=True),
-        knob("batch", 8, 16, 32, 64, 128, default=16, numeric=True, log=True),
-        knob("half", True, False, default=False),
-        knob("guess", "none", "ngram", default="none"),
-        knob("length", 2, 4, 8, default=0, numeric=True, when={"guess": "ngram"}),
-    ),
-)
+SPACE = replace(space(), rules=())
 DEFAULT: dict[str, Any] = SPACE.snap(SPACE.default())
 GIB = 2**30
 SERVED = launch(DEFAULT)
