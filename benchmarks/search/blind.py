@@ -3,6 +3,8 @@ rules of thumb or the other surfaces (``blind_a``: vLLM on a node, by vLLM's own
 invented names, a simulation of queues), and searched as a user's function is: no model, no GPU count, no rules.
 
     python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
+
+``blind_a:0:short`` is the first scenario of ``blind_a`` under names that users make up (``max_seqs``, ``kv_dtype``).
 """
 
 from __future__ import annotations
@@ -22,6 +24,20 @@ from tuner.spec.objective import Objective
 from tuner.spec.slo import parse
 from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
 
+SHORT = {
+    "tensor_parallel_size": "tp",
+    "data_parallel_size": "dp",
+    "max_num_seqs": "max_seqs",
+    "max_num_batched_tokens": "max_batch_tokens",
+    "gpu_memory_utilization": "gpu_mem_util",
+    "quantization": "quant",
+    "kv_cache_dtype": "kv_dtype",
+    "num_speculative_tokens": "spec_len",
+    "enable_prefix_caching": "prefix_cache",
+    "block_size": "block",
+    "enforce_eager": "eager",
+}
+
 
 class Blind:
     """What :func:`benchmarks.search.run.search` needs of a surface; ``name``: module and scenario, as ``blind_a:0``."""
@@ -29,11 +45,15 @@ class Blind:
     start_s, step_s = 90.0, 60.0
 
     def __init__(self, name: str) -> None:
-        module, _, scenario = name.partition(":")
+        module, scenario, *short = name.split(":")
         self.name, self.scenario = name, int(scenario)
         self.source: Any = importlib.import_module(f"benchmarks.search.{module}")
         default = self.source.default(self.scenario)
-        made = tuple(_parameter(n, v, default[n]) for n, v in self.source.space().items())
+        if short not in ([], ["short"]):
+            raise ValueError(f"{name} is no surface: only {module}:{scenario} and {module}:{scenario}:short")
+        names: list[str] = list(self.source.space())
+        self._names = {SHORT.get(n, n) if short else n: n for n in names}  # shown -> the source's
+        made = tuple(_parameter(shown, self.source.space()[n], default[n]) for shown, n in self._names.items())
         self.space = SearchSpace(self.name, "function", made)
         slos = tuple(parse(f"{key[:-2]}={limit * 1e3:g}ms") for key, limit in self.source.slos(self.scenario).items())
         self.objective = Objective("blind", "tpot_p99", slos, 2.0)
@@ -46,7 +66,7 @@ class Blind:
         self._whole = hypervolume(front, self._worst, log=True)
 
     def points(self, params: Mapping[str, Any]) -> list[tuple[float, float, float]]:
-        i = self.source.grid_index(dict(params))
+        i = self.source.grid_index(self._theirs(params))
         return [
             (load, float(self._cost[i, k]), float(self._latency[i, k]))
             for k, load in enumerate(self.loads)
@@ -62,11 +82,12 @@ class Blind:
     def launch(
         self, params: Mapping[str, Any], loads: Sequence[float], rng: np.random.Generator
     ) -> tuple[Outcome, float]:
-        start_s = float(self.source.launch_s(dict(params), self.scenario))
+        theirs = self._theirs(params)
+        start_s = float(self.source.launch_s(theirs, self.scenario))
         steps = []
         for load in loads:
             try:
-                metrics = dict(self.source.measure(dict(params), load, self.scenario, rng))
+                metrics = dict(self.source.measure(dict(theirs), load, self.scenario, rng))
             except tuner.Infeasible as error:
                 return Infeasible("engine-died", str(error)), 0.6 * start_s
             misses = tuple(text for slo in self.objective.slos if (text := slo.miss(metrics)))
@@ -74,6 +95,9 @@ class Blind:
             if misses:
                 break
         return Measured(tuple(steps), Boot(start_s)), start_s + self.step_s * len(steps)
+
+    def _theirs(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {self._names[shown]: value for shown, value in params.items()}
 
 
 def _parameter(name: str, values: Sequence[Any], default: Any) -> Parameter:

@@ -42,9 +42,9 @@ GOALS = (
 
 
 def surface_of(row: dict) -> str:
-    """The surface without its scenario; one whose servers say what they die of is another."""
-    name = row["surface"]
-    return name if name.endswith(":said") else name.partition(":")[0]
+    """The surface without its scenario; one whose servers say what they die of, or that has short names, is another."""
+    name, *rest = row["surface"].split(":")
+    return ":".join([name, *(part for part in rest if not part.isdigit())])
 
 
 def label(row: dict) -> str:

@@ -141,6 +141,20 @@ def test_a_server_of_a_surface_dies_of_what_it_says(name: str, params: dict, wor
         assert isinstance(outcome, Infeasible) and outcome.message.startswith(said)
 
 
+def test_a_blind_surface_under_short_names_is_the_same_surface():
+    long, short = load_surface("blind_a:1"), load_surface("blind_a:1:short")
+    assert {"tp", "max_seqs", "kv_dtype"} < {p.name for p in short.space.parameters}
+    default = [one.space.snap(one.space.default()) for one in (long, short)]
+    assert list(default[0].values()) == list(default[1].values())
+    assert long.points(default[0]) == short.points(default[1]) != []
+    outcomes = [o.launch(p, o.loads, np.random.default_rng(1)) for o, p in zip((long, short), default, strict=True)]
+    assert outcomes[0] == outcomes[1]
+    names = [table.surface_of({"surface": s}) for s in ("blind_a:1", "blind_a:1:short", "experts:said", "silicon:3")]
+    assert names == ["blind_a", "blind_a:short", "experts:said", "silicon"]
+    with pytest.raises(ValueError, match="blind_a:1 and blind_a:1:short"):
+        load_surface("blind_a:1:said")
+
+
 def test_of_two_conditions_that_hold_the_last_is_what_a_server_dies_of():
     where = [np.array([True, True, False]), np.array([True, False, False])]
     found = crashes(3, (where[0], 0.7), (where[1], 1.0))
