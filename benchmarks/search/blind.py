@@ -51,9 +51,9 @@ class Blind:
         default = self.source.default(self.scenario)
         if short not in ([], ["short"]):
             raise ValueError(f"{name} is no surface: only {module}:{scenario} and {module}:{scenario}:short")
-        names: list[str] = list(self.source.space())
-        self._names = {SHORT.get(n, n) if short else n: n for n in names}  # shown -> the source's
-        made = tuple(_parameter(shown, self.source.space()[n], default[n]) for shown, n in self._names.items())
+        values: dict[str, Sequence[Any]] = self.source.space()
+        self._names = {SHORT.get(n, n) if short else n: n for n in values}  # shown -> the source's
+        made = tuple(_parameter(shown, values[n], default[n]) for shown, n in self._names.items())
         self.space = SearchSpace(self.name, "function", made)
         slos = tuple(parse(f"{key[:-2]}={limit * 1e3:g}ms") for key, limit in self.source.slos(self.scenario).items())
         self.objective = Objective("blind", "tpot_p99", slos, 2.0)

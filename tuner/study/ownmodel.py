@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuner.engines.function import beside, checked, load_target, needed, raised_in
@@ -36,24 +36,24 @@ class OwnModel:
     target: str
     foresee: Callable[..., Any]
     objective: Objective
+    needed: tuple[str, ...]
     lowest_load: float
     constants: Mapping[str, float]
-    factors: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, study: Study) -> OwnModel:
         """The model that ``study`` names, asked once (of the default) so that a bad one is refused before anything is
         launched."""
-        foresee = load_target(study.predictor, beside(study))
-        model = cls(study.predictor, foresee, study.objective, study.load.ladder[0], _constants(foresee))
+        foresee, objective = load_target(study.predictor, beside(study)), study.objective
+        lowest_load = study.load.ladder[0]
+        model = cls(study.predictor, foresee, objective, needed(objective), lowest_load, _constants(foresee))
         model.fit(study.space.config(study.space.default(), study.model))
         return model
 
     def predict(self, config: ServingConfig, load: float) -> Prediction:
         """What the callable says of ``config`` at ``load`` times the trace's rate, with a cost."""
-        constants = {name: value * self.factors.get(name, 1.0) for name, value in self.constants.items()}
         try:
-            answer = self.foresee(dict(config.params), load, **constants)
+            answer = self.foresee(dict(config.params), load, **self.constants)
         except Infeasible as error:
             return Prediction(False, reason=error.reason or "infeasible")
         except Exception as error:
@@ -61,7 +61,7 @@ class OwnModel:
                 f"the predictor {self.target} failed on {dict(config.params)}: {raised_in(error)}",
                 fix="return metrics, or raise tuner.Infeasible(reason) for what cannot run",
             ) from error
-        told = checked(answer, self.target, needed(self.objective))
+        told = checked(answer, self.target, self.needed)
         metrics = {name: FAR if value == math.inf else value for name, value in told.items()}
         return Prediction(True, priced(Step(load, "predicted", metrics), config, self.objective).metrics)
 
@@ -75,7 +75,7 @@ class OwnModel:
 
     def scaled(self, factors: Mapping[str, float]) -> OwnModel:
         """This model with its constants times ``factors``."""
-        return replace(self, factors=dict(factors))
+        return replace(self, constants={n: value * factors.get(n, 1.0) for n, value in self.constants.items()})
 
 
 def _constants(foresee: Callable[..., Any]) -> dict[str, float]:
