@@ -87,7 +87,8 @@ NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
     (r"_seqs_|sequences|running_req|max_req|max_concurren|batch_size|max_batch_$", _sequences),
 )
 # what a name has -> what a value has, and its effect: fewer bytes to read and to hold; more tokens per step; launch
-# overheads without CUDA graphs; decode steps that wait for whole prompts
+# overheads without CUDA graphs; decode steps that wait for whole prompts; experts' tokens that are sent to everybody,
+# or by kernels made for it, which have to be installed
 WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
     (r"_kv|cache_d?type", ((HALF, (0.0, 0.2, 0.2)),)),
     (r"quant|weight|_dtype_|precision", ((QUARTER, (-0.5, 0.1, 0.2)), (HALF, (-0.4, 0.4, 0.08)))),
@@ -96,6 +97,17 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
     (r"graph|compil", ((rf"{OFF}|_eager_|_none_", (0.3, -0.1, 0.0)), (r"_piecewise_", (0.08, 0.0, 0.0)))),
     (r"chunked", ((OFF, (0.2, -0.1, 0.0)),)),
     (r"prefix_cach|radix", ((ON, (0.0, 0.15, 0.0)),)),
+    (
+        r"_all_?(2|to)_?all|_a2a_",
+        (
+            (r"_naive_", (0.15, -0.15, 0.0)),
+            (r"deep_?ep_(high|normal)", (0.0, 0.1, 0.1)),
+            (r"deep_?ep_low", (-0.1, 0.0, 0.1)),
+            (r"_deep_?ep", (-0.05, 0.05, 0.1)),
+            (r"_pplx", (0.0, 0.0, 0.1)),
+        ),
+    ),
+    (r"async", ((rf"{OFF}|_sync_", (0.05, -0.05, 0.0)),)),
     (r"schedul", ((rf"{ON}|_async_", (-0.05, 0.05, 0.0)),)),
 )
 

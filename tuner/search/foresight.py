@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from tuner.search.model.predictor import AnalyticModel
 
 
+ASKED_OF = 5  # candidates whose variants say whether a parameter changes anything
+
+
 @dataclass(slots=True)
 class Foresight:
     """Asks the model once for every candidate and remembers the answers as arrays, in logarithms, by the candidates'
@@ -69,6 +72,19 @@ class Foresight:
                 self.capacity[i], self.cost[i], self.latency[i] = row[1], row[4], row[5]
             self.short_bytes[i] = 0.0 if now.fits else max(now.short_bytes, 1)
             self.kv_tokens[i] = math.log(max(now.kv_tokens, 1.0)) if now.fits else math.nan
+
+    def silent_on(self, parameter: int) -> bool:
+        """Whether the model's answers are the same for all values of a parameter: so say :data:`ASKED_OF` candidates
+        that fit and have it; not where there are none."""
+        space, p = self.candidates.space, self.candidates.space.parameters[parameter]
+        self.look()
+        having = np.nonzero((self.short_bytes <= 0) & (self.candidates.codes()[:, parameter] >= 0))[0]
+        for i in having[np.linspace(0, len(having) - 1, min(ASKED_OF, len(having))).astype(np.int64)]:
+            variants = [space.snap({**self.candidates.params[i], p.name: value}) for value in p.values]
+            said = np.array([np.hstack(self._ask(space.config(v, self.model))[1:]) for v in variants])
+            if not np.allclose(said, said[0], equal_nan=True):
+                return False
+        return len(having) > 0
 
     def _ask(self, config: ServingConfig) -> tuple[float, float, float, float, list[float], list[float]]:
         """(GPUs, log capacity, log KV tokens, bytes short, log costs, log latencies) of one serving config."""

@@ -22,6 +22,7 @@ from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
 from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability
 from tuner.search.candidates import Candidates, Key, distribution_values, spread
+from tuner.search.doubts import Doubts
 from tuner.search.expert import gpu_counts
 from tuner.search.foresight import Foresight
 from tuner.search.ledger import Proposal, Seen, answered, read
@@ -255,6 +256,8 @@ class TunerSampler(BaseSampler):
         if any(abs(math.log(f / self.factors.get(name, 1.0))) > NEWS for name, f in factors.items()):
             self.factors, scaled = factors, self.predictor.scaled(factors)
             sources.teach(Foresight(self.candidates, self.objective, self.loads, scaled, self.foresight.model))
+        if sources.doubts is None or sources.doubts.stale(self.predictor, self.factors):
+            sources.doubts = Doubts.of(sources.learnt or self.foresight, self.predictor, self.factors, self.seed)
         return None if sources.learnt is None else improbability(self.predictor, self.factors)
 
     def _believe_constants(self, readings: Sequence[Reading], unlikely: float) -> None:

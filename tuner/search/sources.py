@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tuner.search.candidates import Candidates
+from tuner.search.doubts import Doubts
 from tuner.search.expert import effects
 from tuner.search.foresight import Foresight, Source
 from tuner.search.surrogate import Array, Codes
@@ -18,15 +20,17 @@ CENTRE_ON = 400  # candidates over which prior means are centred
 OF_A_MODEL = (1.0, 0.4)  # a source's weight and its standard deviation
 OF_A_MODEL_THAT_LOST = (0.0, 0.3)  # launches may still find that some of it is right
 OF_RULES = (1.0, 0.4)
-LEARNT = "learnt "  # before the names of quantities: with the constants that launches gave the model
+# before the names of quantities: with the constants that launches gave the model; of parameters that it leaves out
+LEARNT, LEFT_OUT = "learnt ", "left out "
 
 
 @dataclass(slots=True)
 class Sources:
     """The prior means at any candidates. ``trusted``: the model is what is expected; otherwise rules of thumb and the
-    number of GPUs are, as where there is no model (whether it is, launches decide: :meth:`Beliefs.learn`).
+    number of GPUs are, as where there is no model (whether it is, launches decide: :meth:`Beliefs.learn`). Of what a
+    trusted model leaves out, rules of thumb say what is expected.
     ``learnt`` is what the same model expects with the constants that launches gave it, and ``share`` the prior mean and
-    standard deviation of how much of what they change is so."""
+    standard deviation of how much of what they change is so; ``doubts`` is how far they may still be wrong."""
 
     candidates: Candidates
     foresight: Foresight
@@ -34,8 +38,10 @@ class Sources:
     trusted: bool = True
     learnt: Foresight | None = None
     share: tuple[float, float] = (0.0, 0.0)
+    doubts: Doubts | None = None
     rules: list[Array] = field(default_factory=list)
     centres: dict[str, Array] = field(default_factory=dict)
+    _left_out: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         self.rules = effects(self.candidates.space)
@@ -76,9 +82,10 @@ class Sources:
         elif not self.modelled:
             gpus = np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1)
             found.append(Source("number of GPUs", gpus, -0.4 if name == "latency" else 0.7, 0.3))
-            if self.ruled:
-                values = self._by_rules(name, indices) - self._centre(f"rules {name}")
-                found.append(Source("rules of thumb", np.repeat(values[:, None], width, axis=1), *OF_RULES))
+        if name != "cost" and self.ruled and (not self.modelled or self.left_out().any()):
+            kind = f"rules {LEFT_OUT if self.modelled else ''}{name}"
+            values = self._by_rules(kind, indices) - self._centre(kind)
+            found.append(Source("rules of thumb", np.repeat(values[:, None], width, axis=1), *OF_RULES))
         kind = "model cost" if name == "cost" else name
         if has_model:
             modelled = self._modelled(kind, at)
@@ -86,6 +93,9 @@ class Sources:
             if self.learnt is not None and self.trusted:
                 change = self._modelled(LEARNT + kind, at) - modelled
                 found.append(Source("its constants, learnt", change, *self.share))
+            if self.doubts is not None and self.trusted:
+                for number, change in enumerate(self.doubts.changes(name, at), 1):
+                    found.append(Source(f"its constants, doubted ({number})", change, 0.0, 1.0))
         for study in self.earlier:
             values = study.values(name, self.candidates.codes(indices), len(self.foresight.loads))
             found.append(Source(study.name, values, 0.0 if self.modelled else 0.7 / len(self.earlier), 0.4))
@@ -114,10 +124,18 @@ class Sources:
             self.centres[key] = found
         return self.centres[key]
 
-    def _by_rules(self, name: str, indices: Sequence[int]) -> Array:
-        codes = self.candidates.codes(indices)
-        column = 0 if name == "latency" else 1
-        return sum((t[codes[:, j], column] for j, t in enumerate(self.rules)), np.zeros(len(codes)))
+    def left_out(self) -> NDArray[np.bool_]:
+        """Parameters that rules know and the model does not: its answers are the same for all their values."""
+        if self._left_out is None:
+            ruled = [table[:, :2].any() for table in self.rules]
+            self._left_out = np.array([known and self.foresight.silent_on(j) for j, known in enumerate(ruled)])
+        return self._left_out
+
+    def _by_rules(self, kind: str, indices: Sequence[int]) -> Array:
+        codes, column = self.candidates.codes(indices), 0 if kind.endswith("latency") else 1
+        asked = self.left_out() if LEFT_OUT in kind else np.ones(len(self.rules), bool)
+        tables = [(j, table) for j, table in enumerate(self.rules) if asked[j]]
+        return sum((table[codes[:, j], column] for j, table in tables), np.zeros(len(codes)))
 
     def _structure(self, at: Codes) -> Array:
         return np.log(self.foresight.gpus[at])[:, None] - np.log(np.array(self.foresight.loads))[None, :]
@@ -129,7 +147,7 @@ class Sources:
 
     def _raw(self, kind: str, at: Codes) -> Array:
         if kind.startswith("rules "):
-            return self._by_rules(kind.removeprefix("rules "), at.tolist())
+            return self._by_rules(kind, at.tolist())
         foresight = self.foresight
         if self.learnt is not None and kind.startswith(LEARNT):
             foresight, kind = self.learnt, kind.removeprefix(LEARNT)

@@ -1,0 +1,255 @@
+"""How far constants may still be wrong, and what rules of thumb say of a parameter that the model leaves out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.search.problem import LOADS, Model, knob, launch, objective, run, space, study
+from tests.search.test_sampler import sampler
+from tuner.search import ledger
+from tuner.search.candidates import Candidates
+from tuner.search.doubts import DIRECTIONS, Doubts
+from tuner.search.foresight import Foresight
+from tuner.search.ledger import Seen
+from tuner.search.prediction import Prediction
+from tuner.search.reading import read
+from tuner.search.sampler import TunerSampler
+from tuner.space.config import ServingConfig
+from tuner.space.space import SearchSpace
+from tuner.study.outcome import Boot, Measured, Step
+
+DOUBT = 0.4
+NAMES = ("drafts", "half", "pace", "unfelt", "exact")
+
+
+class Drafts(Model):
+    """A model with constants: what drafts save, what halves save, the pace of everything, one that nothing feels. It
+    refuses 4 GPUs."""
+
+    def __init__(self, factors: Mapping[str, float] | None = None, off: Mapping[str, float] | None = None) -> None:
+        self.factors, self.off = dict(factors or {}), dict(off or {})
+        super().__init__(wrong=self.factor, refuse=lambda params: params["gpus"] == 4)
+
+    def factor(self, params: Mapping[str, Any]) -> float:
+        logs = {n: math.log(self.factors.get(n, 1.0) * self.off.get(n, 1.0)) for n in NAMES}
+        length = params["length"] if params["guess"] == "ngram" else 0
+        return math.exp(
+            logs["pace"] - 0.3 * logs["drafts"] * math.log2(1 + length) - 0.1 * logs["half"] * params["half"]
+        )
+
+    def doubts(self) -> Mapping[str, float]:
+        return {"drafts": DOUBT, "half": DOUBT, "pace": DOUBT, "unfelt": DOUBT, "exact": 0.0}
+
+    def scaled(self, factors: Mapping[str, float]) -> Drafts:
+        return Drafts({n: self.factors.get(n, 1.0) * factors.get(n, 1.0) for n in NAMES}, self.off)
+
+
+def foresight(model: Any) -> Foresight:
+    return Foresight(Candidates.of(space(), 0), objective(), LOADS, model, "m")
+
+
+def doubts(factors: Mapping[str, float] | None = None) -> Doubts:
+    return Doubts.of(foresight(Drafts(factors)), Drafts(), factors or {}, 0)
+
+
+def rows(found: Doubts, **params: Any) -> list[int]:
+    candidates = found.base.candidates
+    return [i for i, p in enumerate(candidates.params) if all(p[name] == value for name, value in params.items())]
+
+
+def test_the_direction_that_changes_most_comes_first_and_a_level_is_none():
+    found = doubts()
+    assert 1 <= len(found.moved) <= DIRECTIONS
+    first = found.moved[0].predictor
+    assert isinstance(first, Drafts)
+    moved = {name: abs(math.log(factor)) for name, factor in first.factors.items()}
+    assert moved["drafts"] > 0.9 * DOUBT > 5 * moved["half"], (
+        "by one standard deviation, nearly all of it on the drafts"
+    )
+    assert moved["unfelt"] == pytest.approx(0.0, abs=1e-9) and moved["exact"] == 0.0
+
+
+def test_a_change_is_what_the_model_says_with_its_constants_moved_less_its_mean():
+    found, every = doubts(), np.arange(len(Candidates.of(space(), 0).params))
+    found.base.look()
+    there = found.moved[0]
+    there.look()
+    fits = found.base.short_bytes <= 0
+    assert 0 < fits.sum() < len(fits)
+    for quantity in ("latency", "cost", "capacity"):
+        change = found.changes(quantity, every)[0]
+        assert change.shape == (len(every), 1 if quantity == "capacity" else len(LOADS))
+        assert change.mean() == pytest.approx(0.0, abs=1e-9)
+        raw = (getattr(there, quantity) - getattr(found.base, quantity)).reshape(len(every), -1)[fits]
+        assert change[fits] - raw == pytest.approx(np.broadcast_to((change[fits] - raw).mean(), raw.shape), abs=1e-9)
+        assert np.ptp(change[~fits]) == 0, "of what does not fit nothing is known"
+    assert found.changes("latency", np.array([], dtype=np.int64))[0].shape == (0, len(LOADS))
+
+
+def test_they_are_looked_for_around_the_learnt_constants():
+    learnt = {"drafts": 1.5, "half": 0.8}
+    found = doubts(learnt)
+    first = found.moved[0].predictor
+    assert isinstance(first, Drafts)
+    assert 0.8 * DOUBT < abs(math.log(first.factors["drafts"] / 1.5)) < 1.01 * DOUBT
+    assert abs(math.log(first.factors["half"] / 0.8)) < 0.2 * DOUBT
+
+
+def test_constants_that_moved_by_more_than_half_their_doubt_make_them_anew():
+    found = doubts({"drafts": 1.5})
+    assert not found.stale(Drafts(), {"drafts": 1.5 * math.exp(0.45 * DOUBT)})
+    assert found.stale(Drafts(), {"drafts": 1.5 * math.exp(-0.55 * DOUBT)})
+    assert found.stale(Drafts(), {"drafts": 1.5, "pace": math.exp(0.55 * DOUBT)})
+
+
+def test_a_model_without_doubts_or_without_room_has_no_directions():
+    class Sure(Drafts):
+        def doubts(self) -> Mapping[str, float]:
+            return {"drafts": 0.0}
+
+    class Full(Drafts):
+        def predict(self, config: ServingConfig, load: float) -> Prediction:
+            return Prediction(False, reason="full", short_bytes=1)
+
+    for model in (Sure(), Full()):
+        found = Doubts.of(foresight(model), model, {}, 0)
+        assert found.moved == [] and found.changes("latency", np.array([0])) == []
+
+
+def spread_of(one: TunerSampler, *asked: dict[str, Any]) -> list[float]:
+    found = one.beliefs.posterior([one.beliefs.index(space().snap(p)) or 0 for p in asked])
+    return found.latency_sd[:, 0].tolist()
+
+
+def test_what_no_launch_says_of_a_constant_is_doubted_until_one_does():
+    plain = {"gpus": 2, "batch": 32, "half": False, "guess": "none", "length": 0}
+    drafts = {**plain, "guess": "ngram", "length": 8}
+
+    def after(*launched: dict[str, Any], doubted: bool = True) -> tuple[float, float]:
+        one = sampler(Drafts(off={"drafts": 0.6}))
+        if doubted:
+            one.beliefs.sources.doubts = Doubts.of(one.foresight, Drafts(off={"drafts": 0.6}), {}, 0)
+        seen = [Seen(n, space().snap(p), launch(p)) for n, p in enumerate(launched)]
+        one.beliefs.learn([read(s, objective(), LOADS) for s in seen], 0)
+        without, with_drafts = spread_of(one, {**plain, "batch": 64}, {**drafts, "batch": 64})
+        return without, with_drafts
+
+    unsure, sure = after(plain), after(plain, doubted=False)
+    assert unsure[1] > 1.2 * sure[1], "drafts may save more than the constant says, or less"
+    assert unsure[0] < 1.1 * sure[0]
+    told = after(plain, drafts)
+    assert told[1] < 0.7 * unsure[1]
+
+
+def test_a_search_keeps_them_and_leaves_them_with_a_model_that_lost():
+    one = sampler(Drafts(off={"drafts": 0.6}))
+    book = study(one)
+    ledger.ask(book, space())
+    assert one.beliefs.sources.doubts is None, "before the first launch the model is taken as it is"
+    run(book, 3)
+    sources = one.beliefs.sources
+    assert sources.doubts is not None
+    names = [s.name for s in sources.of("latency", [0])]
+    assert sum("doubted" in name for name in names) == len(sources.doubts.moved) > 0
+    sources.trusted = False
+    assert not any("doubted" in s.name for s in sources.of("latency", [0]))
+
+
+RULED = SearchSpace(
+    "test",
+    "emulator",
+    (
+        knob("gpus", 1, 2, 4, default=1, numeric=True, log=True, counts_gpus=True),
+        knob("max_num_seqs", 8, 16, 32, default=16, numeric=True, log=True),
+        knob("method", "none", "ngram", default="none"),
+        knob("all2all_backend", "naive", "deepep", default="naive", when={"method": "ngram"}),
+        knob("async_scheduling", True, False, default=False),
+        knob("shade", "red", "blue", default="red"),
+    ),
+)
+
+
+class Terse(Model):
+    """Knows GPUs and sequences, and of memory what the scheduling takes where ``frugal``."""
+
+    def __init__(self, frugal: bool = False) -> None:
+        super().__init__()
+        self.frugal = frugal
+
+    def predict(self, config: ServingConfig, load: float) -> Prediction:
+        params = RULED.snap(config.params)
+        seconds = 0.02 / params["gpus"] ** 0.5 * (params["max_num_seqs"] / 32) ** 0.2
+        metrics = {"ttft_p99_s": 0.05, "tpot_p99_s": seconds, "cost_usd_per_mtok_output": params["gpus"] / load}
+        return Prediction(True, metrics, 1e5 + self.frugal * 1e4 * params["async_scheduling"])
+
+
+def ruled(model: Any) -> TunerSampler:
+    return TunerSampler(RULED, objective(), LOADS, model, "m")
+
+
+def left_out(model: Any) -> list[str]:
+    found = ruled(model).beliefs.sources.left_out()
+    return [p.name for p, out in zip(RULED.parameters, found, strict=True) if out]
+
+
+def test_what_the_model_leaves_out_and_rules_know_is_found():
+    assert left_out(Terse()) == ["all2all_backend", "async_scheduling"], "no rule knows the shade"
+    assert left_out(Terse(frugal=True)) == ["all2all_backend"], "what changes the room for KV is not left out"
+
+
+def test_a_parameter_that_no_candidate_has_is_not_called_left_out():
+    never = SearchSpace(
+        "test",
+        "emulator",
+        (*RULED.parameters[:3], knob("all2all_backend", "naive", "deepep", default="naive", when={"method": "draft"})),
+    )
+    one = Foresight(Candidates.of(never, 0), objective(), LOADS, Terse(), "m")
+    assert not one.silent_on(3) and one.silent_on(2)
+
+
+def by_rules(one: TunerSampler, name: str, asked: Sequence[dict[str, Any]]) -> Any:
+    indices = [one.beliefs.index(RULED.snap({**RULED.default(), **p})) or 0 for p in asked]
+    found = [s for s in one.beliefs.sources.of(name, indices) if s.name == "rules of thumb"]
+    return found[0].values[:, 0] if found else None
+
+
+def test_rules_of_thumb_say_what_a_trusted_model_leaves_out_and_nothing_else():
+    one = ruled(Terse())
+    asked = [{}, {"async_scheduling": True}, {"max_num_seqs": 32}, {"method": "ngram"}]
+    slow, fast, many, drafts = by_rules(one, "latency", asked)
+    assert fast == pytest.approx(slow - 0.05) and many == pytest.approx(slow)
+    assert drafts == pytest.approx(slow + 0.15), "naive, where it applies"
+    assert by_rules(one, "cost", asked) is None
+    assert "number of GPUs" not in [s.name for s in one.beliefs.sources.of("latency", [0])]
+    one.beliefs.sources.trusted = False
+    slow, fast, many, _ = by_rules(one, "latency", asked)
+    assert fast < slow < many, "without the model the rules say all that they know"
+
+    knows = ruled(Wordy())
+    assert knows.beliefs.sources.left_out().sum() == 0 and by_rules(knows, "latency", asked) is None
+
+
+class Wordy(Terse):
+    """Knows something of every parameter."""
+
+    def predict(self, config: ServingConfig, load: float) -> Prediction:
+        params, found = RULED.snap(config.params), super().predict(config, load)
+        known = 1.1 ** (params["async_scheduling"] + (params["all2all_backend"] == "deepep"))
+        return Prediction(True, {**found.metrics, "tpot_p99_s": found.metrics["tpot_p99_s"] / known}, found.kv_tokens)
+
+
+def test_the_second_launch_already_has_what_rules_advise_beside_the_model():
+    one = ruled(Terse())
+    book = study(one)
+    for _ in range(2):
+        trial, params = ledger.ask(book, RULED)
+        answers = [(load, Terse().predict(RULED.config(params, "m"), load).metrics) for load in LOADS]
+        steps = tuple(Step(load, "s", dict(metrics)) for load, metrics in answers)
+        ledger.tell(book, trial, RULED, objective(), Measured(steps, Boot(30.0)))
+    assert params["async_scheduling"] is True
+    assert trial.user_attrs["reason"].startswith("spread over the model's predicted front")
