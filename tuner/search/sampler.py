@@ -263,13 +263,15 @@ class TunerSampler(BaseSampler):
     def _believe_constants(self, readings: Sequence[Reading], unlikely: float) -> None:
         """How far the learnt constants are believed: by how much better they explain the launches, and by how
         ``unlikely`` they were. What a model gets wrong in another way is not put on its constants."""
-        evidence = []
+        evidence, sources = [], self.beliefs.sources
+        doubts, sources.doubts = sources.doubts, None  # or they would explain what the learnt constants do
         for share in (0.0, 1.0):
-            self.beliefs.sources.share = (share, 0.0)
+            sources.share = (share, 0.0)
             evidence.append(self.beliefs.evidence(readings, self.seed))
+        sources.doubts = doubts
         odds = evidence[1] - evidence[0] - unlikely
         believed = 1 / (1 + math.exp(min(-odds, 99.0)))
-        self.beliefs.sources.share = (believed, max(math.sqrt(believed * (1 - believed)), SHARE_SD))
+        sources.share = (believed, max(math.sqrt(believed * (1 - believed)), SHARE_SD))
 
     def _correct(self, readings: Sequence[Reading]) -> None:
         """What the servers' own logs say about memory corrects the model's arithmetic, where it knows how (the methods
