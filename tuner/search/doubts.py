@@ -22,7 +22,7 @@ from tuner.search.foresight import Foresight
 from tuner.search.surrogate import Array, Codes
 
 DIRECTIONS = 3
-ASKED_OF = 60  # candidates of which every constant's effect is asked
+ASKED_OF = 24  # candidates of which every constant's effect is asked
 NUDGE = 0.15  # log units
 AT_MOST = 3.0  # change of a prediction, times that of a constant: beyond lies a step
 SHARE = 0.01  # of all changes (squared) that a direction explains, at least
