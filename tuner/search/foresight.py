@@ -30,7 +30,8 @@ class Foresight:
     """Asks the model once for every candidate and remembers the answers as arrays, in logarithms, by the candidates'
     numbers: ``cost`` and ``latency`` (candidates, loads), ``capacity`` and ``kv_tokens`` (candidates,), NaN where the
     model says that the server does not fit. Call :meth:`look` after the candidates grew. ``memory`` is the correction
-    that is in force: overhead in bytes, and a factor on the weights."""
+    that is in force: overhead in bytes, and a factor on the weights. ``forgiving``: a model that fails (its constants
+    are ones that nobody gave it) says nothing, instead of ending the search."""
 
     candidates: Candidates
     objective: Objective
@@ -44,6 +45,7 @@ class Foresight:
     kv_tokens: Array = field(default_factory=lambda: np.zeros(0))
     short_bytes: Array = field(default_factory=lambda: np.zeros(0))
     memory: tuple[float, float] = (0.0, 1.0)
+    forgiving: bool = False
 
     def look(self) -> None:
         """Asks for every candidate that was added since the last look."""
@@ -74,27 +76,34 @@ class Foresight:
             self.kv_tokens[i] = math.log(max(now.kv_tokens, 1.0)) if now.fits else math.nan
 
     def silent_on(self, parameter: int) -> bool:
-        """Whether the model's answers are the same for all values of a parameter: so say :data:`ASKED_OF` candidates
-        that fit and have it; not where there are none."""
+        """Whether the model's answers are the same for all values of a parameter that may be launched: so say
+        :data:`ASKED_OF` candidates that fit and have it; not where there is nothing to compare."""
         space, p = self.candidates.space, self.candidates.space.parameters[parameter]
         self.look()
-        having = np.nonzero((self.short_bytes <= 0) & (self.candidates.codes()[:, parameter] >= 0))[0]
+        having, compared = np.nonzero((self.short_bytes <= 0) & (self.candidates.codes()[:, parameter] >= 0))[0], 0
         for i in having[np.linspace(0, len(having) - 1, min(ASKED_OF, len(having))).astype(np.int64)]:
             variants = [space.snap({**self.candidates.params[i], p.name: value}) for value in p.values]
+            variants = [v for v in variants if not space.denied(v)]
             said = np.array([np.hstack(self._ask(space.config(v, self.model))[1:]) for v in variants])
             if not np.allclose(said, said[0], equal_nan=True):
                 return False
-        return len(having) > 0
+            compared += len(variants) > 1
+        return compared > 0
 
     def _ask(self, config: ServingConfig) -> tuple[float, float, float, float, list[float], list[float]]:
         """(GPUs, log capacity, log KV tokens, bytes short, log costs, log latencies) of one serving config."""
         gpus, unknown = float(max(config.gpus, 1)), [math.nan] * len(self.loads)
         if self.predictor is None:
             return gpus, math.nan, math.nan, 0.0, unknown, unknown
-        first = self.predictor.predict(config, self.loads[0])
-        if not first.fits:
-            return gpus, math.nan, math.nan, float(max(first.short_bytes, 1)), unknown, unknown
-        answers = [first, *(self.predictor.predict(config, load) for load in self.loads[1:])]
+        try:
+            first = self.predictor.predict(config, self.loads[0])
+            if not first.fits:
+                return gpus, math.nan, math.nan, float(max(first.short_bytes, 1)), unknown, unknown
+            answers = [first, *(self.predictor.predict(config, load) for load in self.loads[1:])]
+        except Exception:
+            if not self.forgiving:
+                raise
+            return gpus, math.nan, math.nan, 0.0, unknown, unknown
         margins = [margin(a.metrics, self.objective.slos) for a in answers]
         bound, _ = capacity(self.loads, margins)
         latency = [_log(a.metrics.get(self.objective.latency_key)) for a in answers]

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
-from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability
+from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability, uncertainty
 from tuner.search.candidates import Candidates, Key, distribution_values, spread
 from tuner.search.doubts import Doubts
 from tuner.search.expert import gpu_counts
@@ -256,8 +256,10 @@ class TunerSampler(BaseSampler):
         if any(abs(math.log(f / self.factors.get(name, 1.0))) > NEWS for name, f in factors.items()):
             self.factors, scaled = factors, self.predictor.scaled(factors)
             sources.teach(Foresight(self.candidates, self.objective, self.loads, scaled, self.foresight.model))
-        if sources.doubts is None or sources.doubts.stale(self.predictor, self.factors):
-            sources.doubts = Doubts.of(sources.learnt or self.foresight, self.predictor, self.factors, self.seed)
+        if factors:
+            unsure = self.factors, uncertainty(self.predictor, launches, self.objective, self.factors)
+            if sources.doubts is None or sources.doubts.stale(self.predictor, *unsure):
+                sources.doubts = Doubts.of(sources.learnt or self.foresight, self.predictor, *unsure, self.seed)
         return None if sources.learnt is None else improbability(self.predictor, self.factors)
 
     def _believe_constants(self, readings: Sequence[Reading], unlikely: float) -> None:
@@ -289,7 +291,9 @@ class TunerSampler(BaseSampler):
         if learned is None:
             return
         new = (learned.overhead_bytes, learned.weights_share)
-        for foresight in filter(None, (self.foresight, self.beliefs.sources.learnt)):
+        sources = self.beliefs.sources
+        doubted = (sources.doubts.base, *sources.doubts.moved) if sources.doubts is not None else ()
+        for foresight in {id(f): f for f in (self.foresight, sources.learnt, *doubted) if f is not None}.values():
             old, scaled = foresight.memory, cast("AnalyticModel", foresight.predictor)
             if abs(new[0] - old[0]) > MEMORY_STEP_BYTES or abs(new[1] - old[1]) > 0.03:
                 foresight.memory = new

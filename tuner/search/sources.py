@@ -133,9 +133,13 @@ class Sources:
 
     def _by_rules(self, kind: str, indices: Sequence[int]) -> Array:
         codes, column = self.candidates.codes(indices), 0 if kind.endswith("latency") else 1
-        asked = self.left_out() if LEFT_OUT in kind else np.ones(len(self.rules), bool)
-        tables = [(j, table) for j, table in enumerate(self.rules) if asked[j]]
-        return sum((table[codes[:, j], column] for j, table in tables), np.zeros(len(codes)))
+        found = np.zeros(len(codes))
+        for j, table in enumerate(self.rules):
+            values = table[:, column]
+            if LEFT_OUT in kind:  # whether the parameter applies is no news to the model
+                values = np.append(values[:-1] - values[:-1].mean(), 0.0) * self.left_out()[j]
+            found += values[codes[:, j]]
+        return found
 
     def _structure(self, at: Codes) -> Array:
         return np.log(self.foresight.gpus[at])[:, None] - np.log(np.array(self.foresight.loads))[None, :]
