@@ -13,6 +13,7 @@ import pytest
 from tests.search.problem import LOADS, Model, knob, launch, objective, run, space, study
 from tests.search.test_sampler import sampler
 from tuner.search import ledger
+from tuner.search.beliefs import Beliefs
 from tuner.search.calibration import Launched, uncertainty
 from tuner.search.candidates import Candidates
 from tuner.search.doubts import DIRECTIONS, Doubts
@@ -101,6 +102,14 @@ def test_a_constant_that_changes_the_capacity_alone_is_a_direction():
     assert abs(logs(doubts(model=Roomy()))["half"]) > 0.9 * DOUBT
 
 
+def test_a_share_that_can_only_fall_is_doubted_too():
+    class Shares(Drafts):
+        def factor(self, params: Mapping[str, Any]) -> float:
+            return math.exp(-0.1 * min(math.log(self.factors.get("half", 1.0)), 0.0) * params["half"])
+
+    assert logs(doubts(model=Shares()))["half"] < -0.9 * DOUBT
+
+
 def test_a_change_is_what_the_model_says_with_its_constants_moved_less_its_mean():
     found, every = doubts(), np.arange(len(Candidates.of(space(), 0).params))
     there = found.moved[0]
@@ -165,7 +174,7 @@ def test_a_model_that_fails_with_other_constants_is_asked_no_more_of_them():
             if self.factors.get("drafts", 1.0) < 0.8:
                 raise ValueError("that is no share")
             found = super().predict(config, load)
-            if self.factors.get("half", 1.0) < 0.8 and found.fits:
+            if self.factors.get("half", 1.0) < 0.8 and found.fits and space().snap(config.params)["half"]:
                 return Prediction(True, {**found.metrics, "tpot_p99_s": math.inf}, 1e5)
             return found
 
@@ -173,6 +182,10 @@ def test_a_model_that_fails_with_other_constants_is_asked_no_more_of_them():
     every = np.arange(len(found.base.candidates.params))
     changes = [c for quantity in ("latency", "cost", "capacity") for c in found.changes(quantity, every)]
     assert changes and all(np.isfinite(c).all() and np.abs(c).max() <= 2.0 for c in changes)
+    endless = doubts(model=Strict(felt=("half",)))
+    assert logs(endless)["half"] < -0.9 * DOUBT
+    assert 1.0 <= np.ptp(endless.changes("latency", every)[0]) <= 2.0, "twenty log units are no derivative"
+    assert 1.0 < np.abs(endless.slopes).max() < 2.5
     broken = foresight(Strict({"drafts": 0.5}))
     with pytest.raises(ValueError, match="no share"):
         broken.look()
@@ -223,6 +236,34 @@ def test_launches_settle_what_they_can_tell_and_those_that_are_alike_tell_little
     four = sds(*({**plain, "batch": batch} for batch in (16, 32, 64, 128)))
     alike, apart = sds(plain, {**plain, "batch": 64}), sds(plain, {**drafts, "gpus": 1, "batch": 64, "half": True})
     assert 0.8 * one["pace"] < four["pace"] < one["pace"] and apart["pace"] < 0.98 * alike["pace"]
+
+
+def test_a_launch_that_no_constants_explain_settles_less():
+    def sd(times: float) -> float:
+        step = launch(space().snap(space().default())).steps[0]
+        slow = {name: value * times for name, value in step.metrics.items()}
+        of = space().config(space().default(), "m")
+        launched = Launched(of, [replace(step, metrics=slow)])
+        return float(uncertainty(Drafts(felt=NAMES), [launched], objective(), {})[2, 2])
+
+    assert sd(4.0) > 1.2 * sd(1.0)
+
+
+def test_what_is_believed_of_learnt_constants_is_judged_without_their_doubts(monkeypatch: pytest.MonkeyPatch):
+    """Constants that may be moved would explain what the learnt ones do."""
+    judged, evidence = [], Beliefs.evidence
+
+    def watched(self: Beliefs, readings: Any, seed: int, **how: Any) -> float:
+        if not how and self.sources.share in ((0.0, 0.0), (1.0, 0.0)):
+            judged.append((self.sources.share, self.sources.doubts))
+        return evidence(self, readings, seed, **how)
+
+    one = sampler(Drafts(off={"pace": 3.0}, felt=NAMES))
+    monkeypatch.setattr(Beliefs, "evidence", watched)
+    run(study(one), 3)
+    assert ((0.0, 0.0), None) in judged and ((1.0, 0.0), None) in judged
+    assert all(doubts is None for share, doubts in judged if share == (1.0, 0.0))
+    assert one.beliefs.sources.doubts is not None
 
 
 def test_a_search_keeps_them_and_leaves_them_with_a_model_that_lost():

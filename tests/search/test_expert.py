@@ -95,6 +95,7 @@ def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
         ("all2all_backend", "deepep_low_latency", "naive"),
         ("moe-a2a-backend", "deepep", "pplx"),
         ("allToAll", "allgather_reducescatter", "naive"),
+        ("all2all_backend", "deepep_low_latency", "deepep_high_throughput"),
         ("speculative_algorithm", "eagle3", "none"),
         ("mtp", 2, 0),
         ("num_speculative_tokens", 3, 1),
@@ -133,6 +134,13 @@ def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
 def test_capacity_is_foreseen_under_the_names_of_several_engines(name: str, more: Any, less: Any):
     table = effects(SearchSpace("one", "emulator", (knob(name, more, less, default=less),)))[0]
     assert table[0, 1] > table[1, 1]
+
+
+def test_kernels_that_have_to_be_installed_are_feared():
+    backends = ("allgather_reducescatter", "naive", "pplx", "deepep_low_latency", "deepep_high_throughput", "deepep")
+    table = effects(SearchSpace("one", "vllm", (knob("all2all_backend", *backends, default="naive"),)))[0]
+    assert table[:, 2].tolist() == [0, 0, *4 * [0.1], 0]
+    assert table[4, 1] > table[3, 1] == table[0, 1] == 0, "the one for throughput"
 
 
 def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory():
