@@ -174,7 +174,7 @@ def test_a_model_that_fails_with_other_constants_is_asked_no_more_of_them():
             if self.factors.get("drafts", 1.0) < 0.8:
                 raise ValueError("that is no share")
             found = super().predict(config, load)
-            if self.factors.get("half", 1.0) < 0.8 and found.fits and space().snap(config.params)["half"]:
+            if self.factors.get("half", 1.0) < 0.9 and found.fits and space().snap(config.params)["half"]:
                 return Prediction(True, {**found.metrics, "tpot_p99_s": math.inf}, 1e5)
             return found
 
