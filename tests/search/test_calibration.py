@@ -247,9 +247,7 @@ def test_what_the_logs_say_of_memory_stays_when_the_constants_change() -> None:
         ledger.tell(book, trial, small, OBJECTIVE, outcome, started_s=1000.0 * n + 1, ended_s=1000.0 * n + 200)
     assert one.factors["bandwidth_share"] < 0.85
     row, learnt = one.beliefs.index(params), one.beliefs.sources.learnt
-    doubts = one.beliefs.sources.doubts
-    assert doubts is not None and doubts.moved
-    for foresight in (one.foresight, learnt, doubts.base, *doubts.moved):
+    for foresight in (one.foresight, learnt):
         assert foresight.kv_tokens[row] == pytest.approx(math.log(0.5 * told.fit(of).kv_tokens), abs=0.1)
     key, here = OBJECTIVE.latency_key, learnt.latency[row, 0]
     before, after = (math.log(m.predict(of, LOW).metrics[key]) for m in (told, really))

@@ -26,12 +26,10 @@ from tuner.study.outcome import Step
 
 # standard deviations of what a launch's steps share (effects that the model does not know) and of one step, log units
 SHARED_SD, NOISE_SD = 0.12, 0.06
-UNKNOWN_SD = 0.3  # of what launches that are alike share, where it is asked how far the constants may be wrong
 WAITING = 2.5  # times that for a TTFT: queues are foreseen less well than steps
 HUBER = 1.5  # standard deviations beyond which an error counts linearly
 BEYOND = 0.3  # log units beyond its limit up to which a missed SLO says how far it was missed
 NUDGE = 0.05  # of a constant, for its derivative
-BOUND = 3.0  # standard deviations by which a constant may move
 ROUNDS = 6
 STILL = 0.02  # log units: a smaller move of the constants is the end
 LAUNCHES = 12  # that the constants are learnt from
@@ -83,7 +81,7 @@ def calibrate(
         loss = _loss(off, theta, sds)
         for _ in range(4):  # a step that makes it worse is shortened
             step = np.linalg.solve(precision + damping * np.diag(np.diag(precision)), gradient)
-            tried = np.clip(theta + np.clip(step, -0.7, 0.7), -BOUND * sds, BOUND * sds)
+            tried = np.clip(theta + np.clip(step, -0.7, 0.7), -3 * sds, 3 * sds)
             found = _off(model, names, tried, groups)
             if _loss(found, tried, sds) < loss:
                 damping = max(damping / 4, 1e-4)
@@ -95,35 +93,6 @@ def calibrate(
         if moved < STILL:
             break
     return {name: math.exp(value) for name, value in zip(names, theta.tolist(), strict=True)}
-
-
-def uncertainty(
-    model: Calibratable, launches: Sequence[Launched], objective: Objective, factors: Mapping[str, float]
-) -> Array:
-    """Covariance of the logarithms of the doubted constants (those of a standard deviation above 0, in their order),
-    given the launches: the inverse curvature of the log posterior around ``factors`` (Laplace's approximation). What
-    the model does not know makes launches err alike that are alike: five of one kind say hardly more than one."""
-    prior = {name: sd for name, sd in model.doubts().items() if sd > 0}
-    names, sds = list(prior), np.array(list(prior.values()))
-    groups = _groups(launches[:LAUNCHES], objective)
-    theta = np.array([math.log(factors.get(name, 1.0)) for name in names])
-    off = _off(model, names, theta, groups)
-    slopes = _slopes(model, names, theta, groups, off, range(len(names)))
-    precision: Array = np.diag(1 / sds**2)
-    for metric in dict.fromkeys(g.metric for g in groups):
-        of = [i for i, g in enumerate(groups) if g.metric == metric]
-        alike = np.array([[_alike(groups[i].config, groups[j].config) for j in of] for i in of])
-        rows = np.repeat(np.arange(len(of)), [len(off[i]) for i in of])
-        covariance = UNKNOWN_SD**2 * alike[np.ix_(rows, rows)] + NOISE_SD**2 * np.eye(len(rows))
-        slope = np.concatenate([math.sqrt(_weight(off[i])) * slopes[i] for i in of])
-        precision += slope.T @ np.linalg.solve(covariance, slope)
-    return np.asarray(np.linalg.inv(precision), float)
-
-
-def _alike(one: ServingConfig, other: ServingConfig) -> float:
-    """Share of the parameters that have the same value."""
-    names = {**one.params, **other.params}
-    return sum(one.params.get(n) == other.params.get(n) for n in names) / max(len(names), 1)
 
 
 def improbability(model: Calibratable, factors: Mapping[str, float]) -> float:

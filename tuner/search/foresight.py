@@ -30,8 +30,7 @@ class Foresight:
     """Asks the model once for every candidate and remembers the answers as arrays, in logarithms, by the candidates'
     numbers: ``cost`` and ``latency`` (candidates, loads), ``capacity`` and ``kv_tokens`` (candidates,), NaN where the
     model says that the server does not fit. Call :meth:`look` after the candidates grew. ``memory`` is the correction
-    that is in force: overhead in bytes, and a factor on the weights. ``forgiving``: a model that fails (its constants
-    are ones that nobody gave it) says nothing, instead of ending the search."""
+    that is in force: overhead in bytes, and a factor on the weights."""
 
     candidates: Candidates
     objective: Objective
@@ -45,7 +44,6 @@ class Foresight:
     kv_tokens: Array = field(default_factory=lambda: np.zeros(0))
     short_bytes: Array = field(default_factory=lambda: np.zeros(0))
     memory: tuple[float, float] = (0.0, 1.0)
-    forgiving: bool = False
 
     def look(self) -> None:
         """Asks for every candidate that was added since the last look."""
@@ -95,15 +93,10 @@ class Foresight:
         gpus, unknown = float(max(config.gpus, 1)), [math.nan] * len(self.loads)
         if self.predictor is None:
             return gpus, math.nan, math.nan, 0.0, unknown, unknown
-        try:
-            first = self.predictor.predict(config, self.loads[0])
-            if not first.fits:
-                return gpus, math.nan, math.nan, float(max(first.short_bytes, 1)), unknown, unknown
-            answers = [first, *(self.predictor.predict(config, load) for load in self.loads[1:])]
-        except Exception:
-            if not self.forgiving:
-                raise
-            return gpus, math.nan, math.nan, 0.0, unknown, unknown
+        first = self.predictor.predict(config, self.loads[0])
+        if not first.fits:
+            return gpus, math.nan, math.nan, float(max(first.short_bytes, 1)), unknown, unknown
+        answers = [first, *(self.predictor.predict(config, load) for load in self.loads[1:])]
         margins = [margin(a.metrics, self.objective.slos) for a in answers]
         bound, _ = capacity(self.loads, margins)
         latency = [_log(a.metrics.get(self.objective.latency_key)) for a in answers]

@@ -20,9 +20,8 @@ from threadpoolctl import threadpool_limits
 
 from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
-from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability, uncertainty
+from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability
 from tuner.search.candidates import Candidates, Key, distribution_values, spread
-from tuner.search.doubts import Doubts
 from tuner.search.expert import gpu_counts
 from tuner.search.foresight import Foresight
 from tuner.search.ledger import Proposal, Seen, answered, read
@@ -256,24 +255,18 @@ class TunerSampler(BaseSampler):
         if any(abs(math.log(f / self.factors.get(name, 1.0))) > NEWS for name, f in factors.items()):
             self.factors, scaled = factors, self.predictor.scaled(factors)
             sources.teach(Foresight(self.candidates, self.objective, self.loads, scaled, self.foresight.model))
-        if factors:
-            unsure = self.factors, uncertainty(self.predictor, launches, self.objective, self.factors)
-            if sources.doubts is None or sources.doubts.stale(self.predictor, *unsure):
-                sources.doubts = Doubts.of(sources.learnt or self.foresight, self.predictor, *unsure, self.seed)
         return None if sources.learnt is None else improbability(self.predictor, self.factors)
 
     def _believe_constants(self, readings: Sequence[Reading], unlikely: float) -> None:
         """How far the learnt constants are believed: by how much better they explain the launches, and by how
         ``unlikely`` they were. What a model gets wrong in another way is not put on its constants."""
-        evidence, sources = [], self.beliefs.sources
-        doubts, sources.doubts = sources.doubts, None  # or they would explain what the learnt constants do
+        evidence = []
         for share in (0.0, 1.0):
-            sources.share = (share, 0.0)
+            self.beliefs.sources.share = (share, 0.0)
             evidence.append(self.beliefs.evidence(readings, self.seed))
-        sources.doubts = doubts
         odds = evidence[1] - evidence[0] - unlikely
         believed = 1 / (1 + math.exp(min(-odds, 99.0)))
-        sources.share = (believed, max(math.sqrt(believed * (1 - believed)), SHARE_SD))
+        self.beliefs.sources.share = (believed, max(math.sqrt(believed * (1 - believed)), SHARE_SD))
 
     def _correct(self, readings: Sequence[Reading]) -> None:
         """What the servers' own logs say about memory corrects the model's arithmetic, where it knows how (the methods
@@ -291,9 +284,7 @@ class TunerSampler(BaseSampler):
         if learned is None:
             return
         new = (learned.overhead_bytes, learned.weights_share)
-        sources = self.beliefs.sources
-        doubted = (sources.doubts.base, *sources.doubts.moved) if sources.doubts is not None else ()
-        for foresight in {id(f): f for f in (self.foresight, sources.learnt, *doubted) if f is not None}.values():
+        for foresight in filter(None, (self.foresight, self.beliefs.sources.learnt)):
             old, scaled = foresight.memory, cast("AnalyticModel", foresight.predictor)
             if abs(new[0] - old[0]) > MEMORY_STEP_BYTES or abs(new[1] - old[1]) > 0.03:
                 foresight.memory = new

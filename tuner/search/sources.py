@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.search.candidates import Candidates
-from tuner.search.doubts import Doubts
 from tuner.search.expert import effects
 from tuner.search.foresight import Foresight, Source
 from tuner.search.surrogate import Array, Codes
@@ -30,7 +29,7 @@ class Sources:
     number of GPUs are, as where there is no model (whether it is, launches decide: :meth:`Beliefs.learn`). Of what a
     trusted model leaves out, rules of thumb say what is expected.
     ``learnt`` is what the same model expects with the constants that launches gave it, and ``share`` the prior mean and
-    standard deviation of how much of what they change is so; ``doubts`` is how far they may still be wrong."""
+    standard deviation of how much of what they change is so."""
 
     candidates: Candidates
     foresight: Foresight
@@ -38,7 +37,6 @@ class Sources:
     trusted: bool = True
     learnt: Foresight | None = None
     share: tuple[float, float] = (0.0, 0.0)
-    doubts: Doubts | None = None
     rules: list[Array] = field(default_factory=list)
     centres: dict[str, Array] = field(default_factory=dict)
     _left_out: NDArray[np.bool_] | None = None
@@ -93,9 +91,6 @@ class Sources:
             if self.learnt is not None and self.trusted:
                 change = self._modelled(LEARNT + kind, at) - modelled
                 found.append(Source("its constants, learnt", change, *self.share))
-            if self.doubts is not None and self.trusted:
-                for number, change in enumerate(self.doubts.changes(name, at), 1):
-                    found.append(Source(f"its constants, doubted ({number})", change, 0.0, 1.0))
         for study in self.earlier:
             values = study.values(name, self.candidates.codes(indices), len(self.foresight.loads))
             found.append(Source(study.name, values, 0.0 if self.modelled else 0.7 / len(self.earlier), 0.4))
