@@ -6,7 +6,8 @@ The third is the number of crashes to be expected of the value (:mod:`tuner.sear
 served: what leaves little memory for graphs and activations, and what engines combine with few other features. A name
 or a value that no rule knows counts nothing. Sources: vLLM's guides "Optimization and Tuning", "Conserving Memory",
 "Quantization", "Speculative Decoding", "Expert Parallel Deployment" and its "Compatibility Matrix", SGLang's
-"Hyperparameter Tuning"; a decode step reads all weights, so that halving them halves most of it. How many crashes: docs/search.md.
+"Hyperparameter Tuning"; a decode step reads all weights, so that halving them halves most of it. How many
+crashes: docs/search.md.
 """
 
 from __future__ import annotations
