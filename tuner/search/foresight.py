@@ -78,15 +78,16 @@ class Foresight:
         :data:`ASKED_OF` candidates that fit and have it; not where there is nothing to compare."""
         space, p = self.candidates.space, self.candidates.space.parameters[parameter]
         self.look()
-        having, compared = np.nonzero((self.short_bytes <= 0) & (self.candidates.codes()[:, parameter] >= 0))[0], 0
+        having = np.nonzero((self.short_bytes <= 0) & (self.candidates.codes()[:, parameter] >= 0))[0]
+        compared = False
         for i in having[np.linspace(0, len(having) - 1, min(ASKED_OF, len(having))).astype(np.int64)]:
             variants = [space.snap({**self.candidates.params[i], p.name: value}) for value in p.values]
             variants = [v for v in variants if not space.denied(v)]
             said = np.array([np.hstack(self._ask(space.config(v, self.model))[1:]) for v in variants])
             if not np.allclose(said, said[0], equal_nan=True):
                 return False
-            compared += len(variants) > 1
-        return compared > 0
+            compared |= len(variants) > 1
+        return compared
 
     def _ask(self, config: ServingConfig) -> tuple[float, float, float, float, list[float], list[float]]:
         """(GPUs, log capacity, log KV tokens, bytes short, log costs, log latencies) of one serving config."""

@@ -77,13 +77,14 @@ class Sources:
             return [Source("model", self._modelled(name, at), 0.0, 0.3)] if has_model else []
         if name == "cost":
             found.append(Source("price x GPUs / load", self._structure(at), 1.0, 0.2))
-        elif not self.modelled:
-            gpus = np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1)
-            found.append(Source("number of GPUs", gpus, -0.4 if name == "latency" else 0.7, 0.3))
-        if name != "cost" and self.ruled and (not self.modelled or self.left_out().any()):
-            kind = f"rules {LEFT_OUT if self.modelled else ''}{name}"
-            values = self._by_rules(kind, indices) - self._centre(kind)
-            found.append(Source("rules of thumb", np.repeat(values[:, None], width, axis=1), *OF_RULES))
+        else:
+            if not self.modelled:
+                gpus = np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1)
+                found.append(Source("number of GPUs", gpus, -0.4 if name == "latency" else 0.7, 0.3))
+            if self.ruled and (not self.modelled or self.left_out().any()):
+                kind = f"rules {LEFT_OUT if self.modelled else ''}{name}"
+                values = self._by_rules(kind, indices) - self._centre(kind)
+                found.append(Source("rules of thumb", np.repeat(values[:, None], width, axis=1), *OF_RULES))
         kind = "model cost" if name == "cost" else name
         if has_model:
             modelled = self._modelled(kind, at)
