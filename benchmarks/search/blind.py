@@ -4,11 +4,14 @@ invented names, a simulation of queues), and searched as a user's function is: n
 
     python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
 
+Some bring a model along, which its author made wrong (``--models 30% badly``), as a user's own model is brought.
+
 ``blind_a:0:short`` is the first scenario of ``blind_a`` under names that users make up (``max_seqs``, ``kv_dtype``).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +26,7 @@ from tuner.space.space import Parameter, SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.slo import parse
 from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
+from tuner.study.ownmodel import OwnModel
 
 SHORT = {
     "tensor_parallel_size": "tp",
@@ -64,6 +68,18 @@ class Blind:
         self._worst = (float(points[:, 0].max()), float(points[:, 1].max()))
         front = [(float(cost), float(latency)) for cost, latency in nondominated(points)]
         self._whole = hypervolume(front, self._worst, log=True)
+
+    def model(self, kind: str, seed: int) -> OwnModel | None:
+        """The model that came with the surface, wrong by ``kind``; None for ``none``."""
+        if kind in ("none", ""):
+            return None
+        foresee: Any = self.source.predictor(self.scenario, kind, seed)
+
+        @functools.wraps(foresee)
+        def theirs(params: Mapping[str, Any], load: float, **constants: float) -> Mapping[str, float]:
+            return foresee(self._theirs(params), load, **constants)
+
+        return OwnModel.over(theirs, f"{self.name}:{kind}", self.objective, self.loads[0])
 
     def points(self, params: Mapping[str, Any]) -> list[tuple[float, float, float]]:
         i = self.source.grid_index(self._theirs(params))

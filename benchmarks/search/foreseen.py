@@ -23,7 +23,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from benchmarks.search.run import SURFACES, load_surface
-from benchmarks.search.surface import Surface, wrong_model
+from benchmarks.search.surface import Surface
 from tuner.search import ledger
 from tuner.search.acquisition import LaunchCost
 from tuner.search.sampler import TunerSampler
@@ -90,7 +90,7 @@ def foreseen(surface: Surface, model: str, seed: int) -> list[tuple[str, float]]
     import optuna
 
     def fresh() -> TunerSampler:
-        predictor, cost = wrong_model(surface, model, seed), LaunchCost(surface.start_s, surface.step_s)
+        predictor, cost = surface.model(model, seed), LaunchCost(surface.start_s, surface.step_s)
         return TunerSampler(surface.space, surface.objective, surface.loads, predictor, seed=seed, cost=cost)
 
     found: list[tuple[str, float]] = []

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.search.surface import Surface, wrong_model
+from benchmarks.search.surface import Surface
 from tuner.search import choose, ledger
 from tuner.study.outcome import Infeasible, Measured
 
@@ -49,7 +49,7 @@ def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, l
         space,
         objective,
         surface.loads,
-        predictor=wrong_model(surface, model, seed),
+        predictor=surface.model(model, seed),
         seed=seed,
         cost=cost,
     )

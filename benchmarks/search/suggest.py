@@ -14,7 +14,6 @@ import time
 import numpy as np
 
 from benchmarks.search.run import load_surface
-from benchmarks.search.surface import wrong_model
 from tuner.search import choose, ledger
 
 
@@ -31,7 +30,7 @@ def main() -> None:
     surface, rng = load_surface(args.surface), np.random.default_rng(0)
     space, objective = surface.space, surface.objective
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
-    ours = choose.sampler("auto", space, objective, surface.loads, predictor=wrong_model(surface, args.model, 0))
+    ours = choose.sampler("auto", space, objective, surface.loads, predictor=surface.model(args.model, 0))
     spent = []
     while len(study.trials) < args.trials + args.asks:
         if len(study.trials) == args.trials:

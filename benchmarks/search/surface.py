@@ -149,6 +149,27 @@ class Surface:
         facts = {"kv_cache_tokens": float(first["kv_tokens"][0])} if "kv_tokens" in first else {}
         return Measured(tuple(steps), Boot(self.start_s, {}, facts)), self.start_s + self.step_s * len(steps)
 
+    def model(self, kind: str, seed: int) -> WrongModel | None:
+        """``30%``: every constant off by 30 %, up or down. ``badly``: off by 60 %, speculation halved, and a random
+        log-sd of .35 for every parameter level, on latency and on capacity. ``none``: no model. ``right``: the
+        constants right."""
+        if kind in ("none", ""):
+            return None
+        rng = np.random.default_rng([seed, 99])
+        off = {"30%": 0.3, "badly": 0.6, "right": 0.0}[kind]
+        low = 1 - off if off < 0.5 else 1 / (1 + off)
+        constants = {
+            k: v if k in self.exact else v * (1 + off if rng.random() < 0.5 else low) for k, v in self.constants.items()
+        }
+        noise = {}
+        if kind == "badly":
+            if "accept" in constants:
+                constants["accept"] *= 0.5
+            for p in self.space.parameters:
+                for v in p.values:
+                    noise[p.name, v] = (rng.normal(0, 0.35), rng.normal(0, 0.35))
+        return WrongModel(self, constants, noise)
+
     def gpus(self, params: Mapping[str, Any]) -> int:
         return max(self.space.config(params, "m").gpus, 1)
 
@@ -202,27 +223,6 @@ class WrongModel:
                 break
             best = load
         return best
-
-
-def wrong_model(surface: Surface, kind: str, seed: int) -> WrongModel | None:
-    """``30%``: every constant off by 30 %, up or down. ``badly``: off by 60 %, speculation halved, and a random log-sd
-    of .35 for every parameter level, on latency and on capacity. ``none``: no model. ``right``: the constants right."""
-    if kind in ("none", ""):
-        return None
-    rng = np.random.default_rng([seed, 99])
-    off = {"30%": 0.3, "badly": 0.6, "right": 0.0}[kind]
-    constants = {
-        k: v if k in surface.exact else v * (1 + off if rng.random() < 0.5 else 1 - off if off < 0.5 else 1 / (1 + off))
-        for k, v in surface.constants.items()
-    }
-    noise = {}
-    if kind == "badly":
-        if "accept" in constants:
-            constants["accept"] *= 0.5
-        for p in surface.space.parameters:
-            for v in p.values:
-                noise[p.name, v] = (rng.normal(0, 0.35), rng.normal(0, 0.35))
-    return WrongModel(surface, constants, noise)
 
 
 def crashes(size: int, *conditions: tuple[np.ndarray, float]) -> dict[str, np.ndarray]:

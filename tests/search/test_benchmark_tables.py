@@ -12,6 +12,7 @@ from benchmarks.search.crashes import beliefs, by_causes
 from benchmarks.search.run import load_surface
 from benchmarks.search.surface import crashes
 from tuner.search.candidates import Candidates
+from tuner.search.ledger import COST_KEY
 from tuner.study.outcome import Infeasible
 
 
@@ -153,6 +154,26 @@ def test_a_blind_surface_under_short_names_is_the_same_surface():
     assert names == ["blind_a", "blind_a:short", "experts:said", "silicon"]
     with pytest.raises(ValueError, match="blind_a:1 and blind_a:1:short"):
         load_surface("blind_a:1:said")
+
+
+@pytest.mark.parametrize("name", ["blind_c:1", "blind_c:1:short", "blind_d:0"])
+def test_a_blind_surface_brings_its_wrong_model_along(name: str):
+    surface = load_surface(name)
+    assert surface.model("none", 0) is None
+    right, wrong = surface.model("right", 3), surface.model("30%", 3)
+    off = [wrong.constants[k] / right.constants[k] for k in right.constants]
+    assert len(off) >= 4 and all(abs(o - 1) == pytest.approx(0.3) for o in off)
+    assert set(wrong.doubts()) == set(off and right.constants), "launches may correct all of them"
+    config = surface.space.config(surface.space.snap(surface.space.default()), "")
+    first, last = (right.predict(config, load).metrics for load in (surface.loads[0], surface.loads[-1]))
+    assert first["tpot_p99_s"] < last["tpot_p99_s"] and first[COST_KEY] > last[COST_KEY]
+    scaled = right.scaled({k: wrong.constants[k] / right.constants[k] for k in right.constants})
+    assert scaled.predict(config, 1.0).metrics == wrong.predict(config, 1.0).metrics
+    assert (
+        surface.model("badly", 3).predict(config, 1.0).metrics != surface.model("badly", 4).predict(config, 1.0).metrics
+    )
+    huge = {p.name: p.values[-1] for p in surface.space.parameters}
+    assert not right.predict(surface.space.config(surface.space.snap(huge), ""), 1.0).fits
 
 
 def test_of_two_conditions_that_hold_the_last_is_what_a_server_dies_of():

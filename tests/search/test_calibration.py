@@ -176,8 +176,8 @@ def test_what_a_model_gets_wrong_in_another_way_is_not_put_on_its_constants() ->
 
 
 def test_what_learnt_constants_change_is_centred_and_goes_with_the_model() -> None:
-    """A level is a matter of the process, not of a weight; a model that lost against rules of thumb takes its constants
-    along."""
+    """A level is a matter of the process, not of a weight; a model that lost a quantity to rules of thumb takes its
+    constants along."""
     one = sampler(Slow(2.5))
     sources, every = one.beliefs.sources, list(range(len(one.candidates.params)))
     one.foresight.look()
@@ -186,8 +186,9 @@ def test_what_learnt_constants_change_is_centred_and_goes_with_the_model() -> No
         last = sources.of("latency", every)[-1]
         assert last.name == "its constants, learnt" and np.ptp(last.values) > 0.02
         assert np.mean(last.values) == pytest.approx(0.0, abs=1e-6)
-    sources.trusted = False
+    sources.lost = frozenset({"latency"})
     assert "its constants, learnt" not in [s.name for s in sources.of("latency", every)]
+    assert "its constants, learnt" in [s.name for s in sources.of("capacity", every)]
 
 
 def test_factors_are_as_improbable_as_their_doubts_say() -> None:

@@ -46,15 +46,17 @@ def truth(p: Mapping[str, Any], load: float) -> dict[str, float]:
 
 
 class Model:
-    """The truth, or its opposite."""
+    """The truth; of the metrics ``wrong``, the opposite: what needs more GPUs, what is slow."""
 
-    def __init__(self, right: bool) -> None:
-        self.power = 1.0 if right else -1.0
+    def __init__(self, *wrong: str) -> None:
+        self.wrong = wrong
 
     def predict(self, config: Any, load: float) -> Prediction:
-        metrics = truth(NAMED.snap(config.params), load)
-        metrics["tpot_p99_s"] = 0.02 * (metrics["tpot_p99_s"] / 0.02) ** self.power
-        return Prediction(True, metrics, 1e5)
+        params = NAMED.snap(config.params)
+        opposite = {**params, "tensor_parallel_size": 4 // params["tensor_parallel_size"]}
+        metrics, wrong = truth(params, load), truth(opposite, load)
+        wrong["tpot_p99_s"] = 0.02**2 / metrics["tpot_p99_s"]
+        return Prediction(True, {k: wrong[k] if k in self.wrong else v for k, v in metrics.items()}, 1e5)
 
     def capacity(self, config: Any) -> float:
         return LOADS[-1]
@@ -214,12 +216,26 @@ def test_without_a_model_known_names_are_searched_by_rules_from_the_second_launc
 
 
 def test_a_model_that_has_it_the_wrong_way_round_loses_to_the_rules_and_a_right_one_stays():
-    wrong, trials = search(4, Model(right=False))
-    assert not wrong.beliefs.sources.trusted
-    assert "rules of thumb" in trials[-1][1]
-    right, trials = search(4, Model(right=True))
-    assert right.beliefs.sources.trusted
+    wrong, trials = search(4, Model("tpot_p99_s", "ttft_p99_s"))
+    assert wrong.beliefs.sources.lost == {"capacity", "latency", "cost"}
+    assert "what rules of thumb predict" in trials[-1][1]
+    right, trials = search(4, Model())
+    assert not right.beliefs.sources.lost
     assert "the model" in trials[-1][1]
+
+
+def test_a_model_is_believed_of_the_quantity_that_it_knows():
+    """What bounds the capacity here is the time to the first token, which this model has right."""
+    half, trials = search(4, Model("tpot_p99_s"))
+    assert half.beliefs.sources.lost == {"latency"}
+    assert "what the model and rules of thumb predict" in trials[-1][1]
+    weights = half.beliefs.weights()
+    assert weights["capacity"]["model"] > 0.8 and "number of GPUs" not in weights["capacity"]
+    assert (
+        weights["latency"]["rules of thumb"] > 0.8
+        and weights["latency"]["model"] < 0.3
+        and "number of GPUs" in weights["latency"]
+    )
 
 
 def test_where_no_name_is_known_other_numbers_of_gpus_come_first():

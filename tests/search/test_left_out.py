@@ -10,13 +10,13 @@ import pytest
 
 from tests.search.problem import LOADS, Model, knob, objective, study
 from tuner.search import ledger
-from tuner.search.candidates import Candidates
+from tuner.search.candidates import Candidates, distribution_values
 from tuner.search.foresight import Foresight
 from tuner.search.prediction import Prediction
 from tuner.search.sampler import TunerSampler
 from tuner.space.config import ServingConfig
 from tuner.space.space import Rule, SearchSpace
-from tuner.study.outcome import Boot, Measured, Step
+from tuner.study.outcome import Boot, Infeasible, Measured, Step
 
 RULED = SearchSpace(
     "test",
@@ -101,9 +101,11 @@ def test_rules_of_thumb_say_what_a_trusted_model_leaves_out_and_nothing_else():
     assert drafts == pytest.approx(slow + 0.1), "naive among its own values; that it applies is no news to the model"
     assert by_rules(one, "cost", asked) is None
     assert "number of GPUs" not in [s.name for s in one.beliefs.sources.of("latency", [0])]
-    one.beliefs.sources.trusted = False
+    one.beliefs.sources.lost = frozenset({"latency"})
     slow, fast, many, _ = by_rules(one, "latency", asked)
     assert fast < slow < many, "without the model the rules say all that they know"
+    slow, fast, many, _ = by_rules(one, "capacity", asked)
+    assert fast > slow == pytest.approx(many), "the capacity is the model's still"
 
     knows = ruled(Wordy())
     assert knows.beliefs.sources.left_out().sum() == 0 and by_rules(knows, "latency", asked) is None
@@ -128,3 +130,41 @@ def test_the_second_launch_already_has_what_rules_advise_beside_the_model():
         ledger.tell(book, trial, RULED, objective(), Measured(steps, Boot(30.0)))
     assert params["async_scheduling"] is True
     assert trial.user_attrs["reason"].startswith("spread over the model's predicted front")
+
+
+ODD = tuple(knob(f"odd_{i}", *"abcdefgh", default="c") for i in range(10))
+WIDE = replace(RULED, parameters=(*RULED.parameters, *ODD))
+
+
+def tell(book: Any, trial: Any, params: dict[str, Any], serves: bool = True) -> None:
+    steps = tuple(Step(x, "s", dict(Terse().predict(RULED.config(params, "m"), x).metrics)) for x in LOADS)
+    outcome = Measured(steps, Boot(30.0)) if serves else Infeasible("crash", "it died")
+    ledger.tell(book, trial, WIDE, objective(), outcome)
+
+
+@pytest.mark.parametrize(("model", "launches"), [(Terse(), 3), (None, 2)])
+def test_what_nobody_knows_is_as_usual_in_what_is_tried(model: Any, launches: int):
+    """A large grid is searched by samples, which have values at random; of ten parameters that neither the model nor a
+    rule knows one is as usual in one of eight, and all are in next to none."""
+    one = TunerSampler(WIDE, objective(), LOADS, model, "m")
+    unknown = [p.name for p, out in zip(WIDE.parameters, one.beliefs.sources.unknown(), strict=True) if out]
+    assert unknown == ["method", "shade", *(p.name for p in ODD)], "the rest is known by name, or counts GPUs"
+    book = study(one)
+    for _ in range(launches):
+        trial, params = ledger.ask(book, WIDE)
+        assert {params[name] for name in unknown} == {"none", "red", "c"}
+        tell(book, trial, params)
+    assert params["async_scheduling"] and params != WIDE.default()
+
+
+def test_usual_is_what_served_first_where_the_default_did_not():
+    one = TunerSampler(WIDE, objective(), LOADS, Terse(), "m")
+    book = study(one)
+    first = {**WIDE.default(), **{p.name: "h" for p in ODD}}
+    for params in (WIDE.default(), first):
+        book.enqueue_trial(distribution_values(WIDE, params))
+        trial, asked = ledger.ask(book, WIDE)
+        assert asked == WIDE.snap(params)
+        tell(book, trial, asked, serves=params is first)
+    _, params = ledger.ask(book, WIDE)
+    assert {params[p.name] for p in ODD} == {"h"}

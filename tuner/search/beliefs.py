@@ -27,6 +27,7 @@ ROOM = Prior(
 )
 ROOM_AT_FIRST, ROOM_DOUBT = 1.0, 0.5
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
+JUDGED = ("capacity", "latency")  # by how well their launches are explained; loads are seen by the capacity
 JUDGES = 16  # launches that say whether the model is believed
 
 
@@ -70,9 +71,9 @@ class Beliefs:
         return self.fitted["latency"].noise_sd if "latency" in self.fitted else 0.04
 
     def learn(self, readings: Sequence[Reading], seed: int) -> None:
-        """Fits every quantity to the launches so far; first decides whether the model is believed."""
+        """Fits every quantity to the launches so far; first decides of what the model is believed."""
         known = self._known(readings)
-        self.sources.trusted = self._trusted(known, seed)
+        self.sources.lost = self._lost(known, seed)
         for name in QUANTITIES:  # the capacity first: the others are seen by how much of it a load takes
             self.fitted[name] = self._fit(name, known, seed, self.fitted.get(name))
         self.fitted.pop("room", None)
@@ -83,12 +84,12 @@ class Beliefs:
         self.causes.learn(self.candidates.codes(indices), [r.cause for r in told])
         self._serving = np.zeros(0)
 
-    def evidence(self, readings: Sequence[Reading], seed: int, *, trusted: bool = True) -> float:
+    def evidence(self, readings: Sequence[Reading], seed: int) -> float:
         """Logarithm of the evidence (Rasmussen and Williams 2006, section 5.4.1) that the capacity and the latency of
-        the first launches are for the foresight (``trusted``) or for what is expected without it."""
+        the first launches are for the foresight."""
         known, before, found = self._known(readings)[:JUDGES], dict(self.fitted), 0.0
-        self.sources.trusted = trusted
-        for name in ("capacity", "latency"):
+        self.sources.lost = frozenset()
+        for name in JUDGED:
             self.fitted[name] = self._fit(name, known, seed, None)
             found += self.fitted[name].evidence()
         self.fitted = before
@@ -100,17 +101,28 @@ class Beliefs:
         self.foresight.look()
         return known
 
-    def _trusted(self, known: Sequence[Reading], seed: int) -> bool:
-        """Whether the model explains the first launches as well as rules of thumb do. Where no rule knows the space the
-        model stays, with the weight that launches leave it."""
+    def _lost(self, known: Sequence[Reading], seed: int) -> frozenset[str]:
+        """The quantities of which the model explains the first launches no better than rules of thumb do (the cost goes
+        with the others). Where no rule knows the space the model stays, with the weight that launches leave it."""
+        lost: frozenset[str] = frozenset()
         if self.foresight.predictor is None or not self.sources.ruled or not known:
-            return True
-        return self.evidence(known, seed) > self.evidence(known, seed, trusted=False)
+            return lost
+        before = dict(self.fitted)
+        for name in JUDGED:
+            fits: list[Surrogate] = []
+            for without in (lost, lost | {name}):
+                self.sources.lost = without
+                fits.append(self._fit(name, known[:JUDGES], seed, None))
+            if fits[1].evidence() >= fits[0].evidence():
+                lost |= {name}
+            self.fitted[name] = fits[name in lost]
+        self.fitted = before
+        return lost if lost < set(JUDGED) else lost | {"cost"}
 
     def _fit(self, name: str, known: Sequence[Reading], seed: int, last: Surrogate | None) -> Surrogate:
         """One quantity, from the variances of the ``last`` fit."""
         rows, sources = self._rows(name, known)
-        informed = self.sources.modelled or self.sources.earlier
+        informed = self.sources.modelled(name) or self.sources.earlier
         return fit(
             self.tables,
             rows,
@@ -201,7 +213,7 @@ class Beliefs:
 
     def _mean(self, name: str, rows: Rows) -> float | None:
         """With a model, its own level; without, the level of what was measured."""
-        if self.sources.modelled:
+        if self.sources.modelled(name):
             return self.sources.mean(name)
         return None if len(rows.y) else {"cost": 0.0, "latency": -3.0}.get(name, math.log(self.foresight.loads[-1]))
 

@@ -10,7 +10,7 @@ Everything is read from the study's trials each time, so that a resumed study go
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -359,18 +359,31 @@ class TunerSampler(BaseSampler):
     def _grow_towards_front(self) -> None:
         """Neighbours of the model's front join a sampled pool, until it stays what it is (six rounds at most)."""
         self.beliefs.learn([], self.seed)
+        default = self.space.default()
         for _ in range(6):
             leaders = Scan(self.beliefs, self.loads, [], []).leaders(self._admitted(set()), 12)
-            if not any([self.candidates.add(self.candidates.neighbours(self.candidates.params[i])) for i in leaders]):
+            if not any([self.candidates.add(self._around(i, default)) for i in leaders]):
                 break
+
+    def _around(self, index: int, usual: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A candidate's neighbours; and they and it with the ``usual`` values of what nobody knows anything about: a
+        value of which nothing is expected is a way to crash."""
+        params, sources = self.candidates.params[index], self.beliefs.sources
+        near, kept = self.candidates.neighbours(params), {}
+        if self.predictor is not None or sources.ruled:
+            kept = {
+                p.name: usual[p.name]
+                for p, unknown in zip(self.space.parameters, sources.unknown(), strict=True)
+                if unknown
+            }
+        return [*near, *({**n, **kept} for n in (params, *near) if kept)]
 
     def _grow_near(self, readings: Sequence[Reading], rng: Any) -> None:
         """Neighbours of the incumbents (and of what is believed best) join the pool, some at a time."""
         good = [i for r in readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
         believed = Scan(self.beliefs, self.loads, readings, []).leaders(self._admitted(set()), 6)
-        many = [
-            n for i in sorted({*good[-10:], *believed}) for n in self.candidates.neighbours(self.candidates.params[i])
-        ]
+        usual = self.candidates.params[good[0]] if good else self.space.default()
+        many = [n for i in sorted({*good[-10:], *believed}) for n in self._around(i, usual)]
         before = len(self.candidates.params)
         for params in rng.permutation(np.array(many, dtype=object)).tolist():
             if len(self.candidates.params) - before >= self.options.neighbours:

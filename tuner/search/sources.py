@@ -25,21 +25,21 @@ LEARNT, LEFT_OUT = "learnt ", "left out "
 
 @dataclass(slots=True)
 class Sources:
-    """The prior means at any candidates. ``trusted``: the model is what is expected; otherwise rules of thumb and the
-    number of GPUs are, as where there is no model (whether it is, launches decide: :meth:`Beliefs.learn`). Of what a
-    trusted model leaves out, rules of thumb say what is expected.
+    """The prior means at any candidates. The model is what is expected, but of the quantities that it ``lost``: there
+    rules of thumb and the number of GPUs are, as where there is no model (launches decide: :meth:`Beliefs.learn`). Of
+    parameters that a model leaves out, rules of thumb say what is expected.
     ``learnt`` is what the same model expects with the constants that launches gave it, and ``share`` the prior mean and
     standard deviation of how much of what they change is so."""
 
     candidates: Candidates
     foresight: Foresight
     earlier: Sequence[Earlier] = ()
-    trusted: bool = True
+    lost: frozenset[str] = frozenset()
     learnt: Foresight | None = None
     share: tuple[float, float] = (0.0, 0.0)
     rules: list[Array] = field(default_factory=list)
     centres: dict[str, Array] = field(default_factory=dict)
-    _left_out: NDArray[np.bool_] | None = None
+    _silent: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         self.rules = effects(self.candidates.space)
@@ -49,10 +49,9 @@ class Sources:
         self.learnt = learnt
         self.centres = {kind: centre for kind, centre in self.centres.items() if not kind.startswith(LEARNT)}
 
-    @property
-    def modelled(self) -> bool:
-        """Whether the analytic model is there and believed."""
-        return self.foresight.predictor is not None and self.trusted
+    def modelled(self, name: str) -> bool:
+        """Whether the analytic model is there and believed of this quantity."""
+        return self.foresight.predictor is not None and name not in self.lost
 
     @property
     def ruled(self) -> bool:
@@ -62,39 +61,42 @@ class Sources:
     @property
     def words(self) -> str:
         """What the predicted front is predicted by, for a proposal's reason."""
-        if self.modelled:
+        modelled = [self.modelled(name) for name in ("capacity", "latency")]
+        if all(modelled):
             return "the model's predicted front"
-        return "what earlier studies predict" if self.earlier else "what rules of thumb predict"
+        others = "earlier studies" if self.earlier else "rules of thumb"
+        return f"what {'the model and ' if any(modelled) else ''}{others} predict"
 
     def of(self, name: str, indices: Sequence[int]) -> list[Source]:
         """The prior means of one quantity at these candidates, centred so that a weight changes the shape alone."""
         found: list[Source] = []
         at = np.array(indices, dtype=np.int64)
         has_model = self.foresight.predictor is not None
-        weight, sd = OF_A_MODEL if self.trusted else OF_A_MODEL_THAT_LOST
+        modelled = self.modelled(name)
+        weight, sd = OF_A_MODEL if modelled else OF_A_MODEL_THAT_LOST
         width = len(self.foresight.loads) if name in ("cost", "latency") else 1
         if name == "room":
             return [Source("model", self._modelled(name, at), 0.0, 0.3)] if has_model else []
         if name == "cost":
             found.append(Source("price x GPUs / load", self._structure(at), 1.0, 0.2))
         else:
-            if not self.modelled:
+            if not modelled:
                 gpus = np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1)
                 found.append(Source("number of GPUs", gpus, -0.4 if name == "latency" else 0.7, 0.3))
-            if self.ruled and (not self.modelled or self.left_out().any()):
-                kind = f"rules {LEFT_OUT if self.modelled else ''}{name}"
+            if self.ruled and (not modelled or self.left_out().any()):
+                kind = f"rules {LEFT_OUT if modelled else ''}{name}"
                 values = self._by_rules(kind, indices) - self._centre(kind)
                 found.append(Source("rules of thumb", np.repeat(values[:, None], width, axis=1), *OF_RULES))
         kind = "model cost" if name == "cost" else name
         if has_model:
-            modelled = self._modelled(kind, at)
-            found.append(Source("model", modelled, weight, sd))
-            if self.learnt is not None and self.trusted:
-                change = self._modelled(LEARNT + kind, at) - modelled
+            predicted = self._modelled(kind, at)
+            found.append(Source("model", predicted, weight, sd))
+            if self.learnt is not None and modelled:
+                change = self._modelled(LEARNT + kind, at) - predicted
                 found.append(Source("its constants, learnt", change, *self.share))
         for study in self.earlier:
             values = study.values(name, self.candidates.codes(indices), len(self.foresight.loads))
-            found.append(Source(study.name, values, 0.0 if self.modelled else 0.7 / len(self.earlier), 0.4))
+            found.append(Source(study.name, values, 0.0 if modelled else 0.7 / len(self.earlier), 0.4))
         return found
 
     def mean(self, name: str) -> float:
@@ -105,7 +107,7 @@ class Sources:
         """Variance between the values of each parameter in the model's predictions, in squared log units; nothing where
         the model is not believed."""
         count = len(self.candidates.space.parameters)
-        if not self.modelled:
+        if not self.modelled(name):
             return np.zeros(count)
         key = f"effects on {name}"
         if key not in self.centres:
@@ -122,10 +124,22 @@ class Sources:
 
     def left_out(self) -> NDArray[np.bool_]:
         """Parameters that rules know and the model does not: its answers are the same for all their values."""
-        if self._left_out is None:
-            ruled = [table[:, :2].any() for table in self.rules]
-            self._left_out = np.array([known and self.foresight.silent_on(j) for j, known in enumerate(ruled)])
-        return self._left_out
+        return self._by_name() & self._left_by_model()
+
+    def unknown(self) -> NDArray[np.bool_]:
+        """Parameters of which neither the model nor a rule knows anything, and that count no GPUs."""
+        counts = np.array([p.counts_gpus for p in self.candidates.space.parameters], dtype=bool)
+        return ~self._by_name() & self._left_by_model() & ~counts
+
+    def _by_name(self) -> NDArray[np.bool_]:
+        return np.array([table[:, :2].any() for table in self.rules], dtype=bool)
+
+    def _left_by_model(self) -> NDArray[np.bool_]:
+        if self._silent is None:
+            count = len(self.rules)
+            none = self.foresight.predictor is None
+            self._silent = np.array([none or self.foresight.silent_on(j) for j in range(count)], dtype=bool)
+        return self._silent
 
     def _by_rules(self, kind: str, indices: Sequence[int]) -> Array:
         codes, column = self.candidates.codes(indices), 0 if kind.endswith("latency") else 1

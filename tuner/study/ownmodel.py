@@ -44,11 +44,15 @@ class OwnModel:
     def of(cls, study: Study) -> OwnModel:
         """The model that ``study`` names, asked once (of the default) so that a bad one is refused before anything is
         launched."""
-        foresee, objective = load_target(study.predictor, beside(study)), study.objective
-        lowest_load = study.load.ladder[0]
-        model = cls(study.predictor, foresee, objective, needed(objective), lowest_load, _constants(foresee))
+        foresee = load_target(study.predictor, beside(study))
+        model = cls.over(foresee, study.predictor, study.objective, study.load.ladder[0])
         model.fit(study.space.config(study.space.default(), study.model))
         return model
+
+    @classmethod
+    def over(cls, foresee: Callable[..., Any], name: str, objective: Objective, lowest_load: float) -> OwnModel:
+        """The model over a callable; ``name`` stands for it in messages."""
+        return cls(name, foresee, objective, needed(objective), lowest_load, _constants(foresee))
 
     def predict(self, config: ServingConfig, load: float) -> Prediction:
         """What the callable says of ``config`` at ``load`` times the trace's rate, with a cost."""
