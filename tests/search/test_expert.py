@@ -11,6 +11,7 @@ from tests.search.problem import LOADS, knob, objective, study
 from tuner.search import ledger
 from tuner.search.expert import effects, gpu_counts, speculation
 from tuner.search.prediction import Prediction
+from tuner.search.reading import read
 from tuner.search.sampler import Options, TunerSampler
 from tuner.space.space import SearchSpace
 from tuner.study.outcome import Boot, Infeasible, Measured, Step
@@ -62,19 +63,23 @@ class Model:
         return LOADS[-1]
 
 
+def measured(params: Mapping[str, Any]) -> Measured:
+    steps = []
+    for load in LOADS:
+        metrics = truth(params, load)
+        misses = tuple(text for slo in objective().slos if (text := slo.miss(metrics)))
+        steps.append(Step(load, "s", metrics, slo_misses=misses))
+        if misses:
+            break
+    return Measured(tuple(steps), Boot(30.0))
+
+
 def search(launches: int, predictor: Any = None, **options: Any) -> tuple[TunerSampler, list[Any]]:
     one = TunerSampler(NAMED, objective(), LOADS, predictor, "m", options=Options(**options))
     book, trials = study(one), []
     for _ in range(launches):
         trial, params = ledger.ask(book, NAMED)
-        steps = []
-        for load in LOADS:
-            metrics = truth(params, load)
-            misses = tuple(text for slo in objective().slos if (text := slo.miss(metrics)))
-            steps.append(Step(load, "s", metrics, slo_misses=misses))
-            if misses:
-                break
-        ledger.tell(book, trial, NAMED, objective(), Measured(tuple(steps), Boot(30.0)))
+        ledger.tell(book, trial, NAMED, objective(), measured(params))
         trials.append((params, trial.user_attrs["reason"]))
     ledger.ask(book, NAMED)
     return one, trials
@@ -236,6 +241,23 @@ def test_a_model_is_believed_of_the_quantity_that_it_knows():
         and weights["latency"]["model"] < 0.3
         and "number of GPUs" in weights["latency"]
     )
+
+
+def test_the_first_launches_judge_a_model_and_what_was_lost_before_says_nothing(monkeypatch: pytest.MonkeyPatch):
+    def readings(*tensor_parallel_sizes: int) -> list[Any]:
+        of = [NAMED.snap({**NAMED.default(), "tensor_parallel_size": n}) for n in tensor_parallel_sizes]
+        return [read(ledger.Seen(n, p, measured(p)), objective(), LOADS) for n, p in enumerate(of)]
+
+    one = TunerSampler(NAMED, objective(), LOADS, Model("ttft_p99_s"), "m").beliefs
+    evidence = one.evidence(readings(2, 1, 4), 0)
+    one.sources.lost = frozenset({"capacity", "latency"})
+    assert one.evidence(readings(2, 1, 4), 0) == evidence
+
+    one.learn(readings(2, 1, 4), 0)
+    assert one.sources.lost == {"capacity"}
+    monkeypatch.setattr("tuner.search.beliefs.JUDGES", 1)
+    one.learn(readings(2, 1, 4), 0)
+    assert not one.sources.lost, "of two GPUs this model is right"
 
 
 def test_where_no_name_is_known_other_numbers_of_gpus_come_first():

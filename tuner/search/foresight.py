@@ -75,7 +75,8 @@ class Foresight:
 
     def silent_on(self, parameter: int) -> bool:
         """Whether the model's answers are the same for all values of a parameter that may be launched: so say
-        :data:`ASKED_OF` candidates that fit and have it; not where there is nothing to compare."""
+        :data:`ASKED_OF` candidates that fit and have it; not where there is nothing to compare. Where there is no
+        model, it is silent on all."""
         space, p = self.candidates.space, self.candidates.space.parameters[parameter]
         self.look()
         having = np.nonzero((self.short_bytes <= 0) & (self.candidates.codes()[:, parameter] >= 0))[0]

@@ -136,9 +136,7 @@ class Sources:
 
     def _left_by_model(self) -> NDArray[np.bool_]:
         if self._silent is None:
-            count = len(self.rules)
-            none = self.foresight.predictor is None
-            self._silent = np.array([none or self.foresight.silent_on(j) for j in range(count)], dtype=bool)
+            self._silent = np.array([self.foresight.silent_on(j) for j in range(len(self.rules))], dtype=bool)
         return self._silent
 
     def _by_rules(self, kind: str, indices: Sequence[int]) -> Array:
