@@ -234,6 +234,9 @@ def test_a_model_is_believed_of_the_quantity_that_it_knows():
     half, trials = search(4, Model("tpot_p99_s"))
     assert half.beliefs.sources.lost == {"latency"}
     assert "what the model and rules of thumb predict" in trials[-1][1]
+    sources, fitted = half.beliefs.sources, half.beliefs.fitted
+    assert sources.effects("capacity").any() and not sources.effects("latency").any()
+    assert fitted["capacity"].mean == sources.mean("capacity") and fitted["latency"].mean != sources.mean("latency")
     weights = half.beliefs.weights()
     assert weights["capacity"]["model"] > 0.8 and "number of GPUs" not in weights["capacity"]
     assert (

@@ -149,6 +149,8 @@ def test_what_nobody_knows_is_as_usual_in_what_is_tried(model: Any, launches: in
     one = TunerSampler(WIDE, objective(), LOADS, model, "m")
     unknown = [p.name for p, out in zip(WIDE.parameters, one.beliefs.sources.unknown(), strict=True) if out]
     assert unknown == ["method", "shade", *(p.name for p in ODD)], "the rest is known by name, or counts GPUs"
+    if model:
+        assert sum(all(p[odd.name] == "c" for odd in ODD) for p in one.candidates.params) > 5, "before any launch"
     book = study(one)
     for _ in range(launches):
         trial, params = ledger.ask(book, WIDE)
@@ -168,3 +170,5 @@ def test_usual_is_what_served_first_where_the_default_did_not():
         tell(book, trial, asked, serves=params is first)
     _, params = ledger.ask(book, WIDE)
     assert {params[p.name] for p in ODD} == {"h"}
+    alike = [p for p in one.candidates.params if all(p[odd.name] == "h" for odd in ODD)]
+    assert len(alike) > 10, "not its neighbours alone"

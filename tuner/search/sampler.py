@@ -368,14 +368,9 @@ class TunerSampler(BaseSampler):
     def _around(self, index: int, usual: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A candidate's neighbours; and they and it with the ``usual`` values of what nobody knows anything about: a
         value of which nothing is expected is a way to crash."""
-        params, sources = self.candidates.params[index], self.beliefs.sources
-        near, kept = self.candidates.neighbours(params), {}
-        if self.predictor is not None or sources.ruled:
-            kept = {
-                p.name: usual[p.name]
-                for p, unknown in zip(self.space.parameters, sources.unknown(), strict=True)
-                if unknown
-            }
+        params, unknown = self.candidates.params[index], self.beliefs.sources.unknown()
+        near = self.candidates.neighbours(params)
+        kept = {p.name: usual[p.name] for p, not_known in zip(self.space.parameters, unknown, strict=True) if not_known}
         return [*near, *({**n, **kept} for n in (params, *near) if kept)]
 
     def _grow_near(self, readings: Sequence[Reading], rng: Any) -> None:
