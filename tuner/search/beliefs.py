@@ -102,22 +102,24 @@ class Beliefs:
         return known
 
     def _lost(self, known: Sequence[Reading], seed: int) -> frozenset[str]:
-        """The quantities of which the model explains the first launches no better than rules of thumb do (the cost goes
-        with the others). Where no rule knows the space the model stays, with the weight that launches leave it."""
+        """The quantities of which the model explains the first launches no better than rules of thumb do; all, where it
+        explains them no better together. Where no rule knows the space the model stays, with the weight that launches
+        leave it."""
         lost: frozenset[str] = frozenset()
         if self.foresight.predictor is None or not self.sources.ruled or not known:
             return lost
-        before = dict(self.fitted)
+        before, together = dict(self.fitted), 0.0
         for name in JUDGED:
             fits: list[Surrogate] = []
             for without in (lost, lost | {name}):
                 self.sources.lost = without
                 fits.append(self._fit(name, known[:JUDGES], seed, None))
-            if fits[1].evidence() >= fits[0].evidence():
-                lost |= {name}
+            better = fits[0].evidence() - fits[1].evidence()
+            lost |= {name} if better <= 0 else frozenset()
             self.fitted[name] = fits[name in lost]
+            together += better
         self.fitted = before
-        return lost if lost < set(JUDGED) else lost | {"cost"}
+        return lost if together > 0 else frozenset(QUANTITIES)
 
     def _fit(self, name: str, known: Sequence[Reading], seed: int, last: Surrogate | None) -> Surrogate:
         """One quantity, from the variances of the ``last`` fit."""
