@@ -37,6 +37,11 @@ def test_a_study_like_this_one_helps_a_cold_start():
     assert helped < 0.6 * cold
 
 
+def test_an_earlier_study_knows_of_every_parameter():
+    assert warm().beliefs.sources.unknown().any()
+    assert not warm(of("sibling", trials())).beliefs.sources.unknown().any()
+
+
 def test_a_study_that_misleads_loses_its_weight_and_one_that_helps_keeps_it():
     weights = {}
     for name, known in {"sibling": trials(), "opposite": trials(flip=True)}.items():

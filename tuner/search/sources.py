@@ -127,9 +127,10 @@ class Sources:
         return self._by_name() & self._left_by_model()
 
     def unknown(self) -> NDArray[np.bool_]:
-        """Parameters of which neither the model nor a rule knows anything, and that count no GPUs."""
-        counts = np.array([p.counts_gpus for p in self.candidates.space.parameters], dtype=bool)
-        return ~self._by_name() & self._left_by_model() & ~counts
+        """Parameters of which neither the model nor a rule knows anything, and that count no GPUs (an earlier study
+        knows of all)."""
+        known = [bool(self.earlier) or p.counts_gpus for p in self.candidates.space.parameters]
+        return ~self._by_name() & self._left_by_model() & ~np.array(known, dtype=bool)
 
     def _by_name(self) -> NDArray[np.bool_]:
         return np.array([table[:, :2].any() for table in self.rules], dtype=bool)
