@@ -108,6 +108,9 @@ def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
         ("num_speculative_tokens", 3, 1),
         ("enforce_eager", "compiled", "eager"),
         ("disable_cuda_graph", False, True),
+        ("cudagraph_mode", "FULL_AND_PIECEWISE", "PIECEWISE"),
+        ("cudagraph_mode", "PIECEWISE", "NONE"),
+        ("cuda_graph_max_batch_size", 128, 0),
         ("weight_bits", 8, 16),
         ("quant", "Q4_K_M", "F16"),
         ("dtype", "fp8_e4m3", "bfloat16"),
@@ -160,6 +163,7 @@ def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory
     [
         ("max_batch_total_tokens", (16000, 64000)),  # the KV cache's room
         ("cuda_graph_max_bs", (8, 64)),
+        ("cuda_graph_max_batch_size", (8, 64)),
         ("kv_cache_layout", ("NHD", "HND")),
         ("speculative_disable_by_batch_size", (16, 64)),
         ("schedule_policy", ("fcfs", "lpm")),

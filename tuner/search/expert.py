@@ -31,7 +31,7 @@ ON, OFF = r"_true_", r"_false_"
 SAME = {"on": "true", "yes": "true", "enabled": "true", "off": "false", "no": "false", "disabled": "false"}
 OPPOSITE = {"_true_": "_false_", "_false_": "_true_"}
 ACCEPTED, DRAFT_COST = 0.7, 0.06  # tokens that are accepted, and what drafting one costs, in decode steps
-NOTHING = (0.0, 0.0, 0.0)
+NOTHING, NO_GRAPHS = (0.0, 0.0, 0.0), (0.3, -0.1, 0.0)
 Effect = tuple[float, float, float]  # on log latency, on log capacity; expected crashes
 
 
@@ -80,8 +80,13 @@ def _budget(_: Parameter, n: float) -> Effect:
     return 0.04 * math.log2(max(n, 1)), -0.5 * (512 / max(n, 1)) ** 0.7, 0.2 if n >= 16384 else 0.0
 
 
+def _graphs(_: Parameter, n: float) -> Effect:
+    return NO_GRAPHS if n <= 0 else NOTHING  # up to how large a batch
+
+
 # what a name has, of which the first that fits decides -> the effect of a number
 NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
+    (r"graph", _graphs),
     (r"memory|_mem_|_gpu_util|vram", _memory),
     (r"_mtp|draft|specul|_spec_", _draft),
     (r"batch(ed)?_tokens|num_tokens|tokens?_budget|tokens_per_step|prefill_(size|tokens|chunk)|chunk_size", _budget),
@@ -94,8 +99,8 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
     (r"_kv|cache_d?type", ((HALF, (0.0, 0.2, 0.2)),)),
     (r"quant|weight|_dtype_|precision", ((QUARTER, (-0.5, 0.1, 0.2)), (HALF, (-0.4, 0.4, 0.08)))),
     (r"specul|draft|_mtp|_spec_", ((MODEL, (-0.6, 0.1, 0.2)), (LOOKUP, (-0.2, 0.0, 0.06)))),
-    (r"eager", ((rf"{ON}|_eager_", (0.3, -0.1, 0.0)),)),
-    (r"graph|compil", ((rf"{OFF}|_eager_|_none_", (0.3, -0.1, 0.0)), (r"_piecewise_", (0.08, 0.0, 0.0)))),
+    (r"eager", ((rf"{ON}|_eager_", NO_GRAPHS),)),
+    (r"graph|compil", ((rf"{OFF}|_eager_|_none_", NO_GRAPHS), (r"^(?!.*_full_).*_piecewise_", (0.08, 0.0, 0.0)))),
     (r"chunked", ((OFF, (0.2, -0.1, 0.0)),)),
     (r"prefix_cach|radix", ((ON, (0.0, 0.15, 0.0)),)),
     (
