@@ -263,7 +263,7 @@ def test_any_text_is_read_back_alike_by_a_yaml_1_1_reader(data):
 
 
 @pytest.mark.parametrize(
-    "word", ["on", "off", "yes", "no", "1:30", "1e3", "0o17", "017", "null", "~", "2026-01-01", ""]
+    "word", ["on", "off", "yes", "no", "1:30", "1e3", "0o17", "017", "null", "~", "2026-01-01", "", "-_", "._", "0x_"]
 )
 def test_words_that_yaml_1_1_reads_as_something_else_are_quoted(word):
     assert yaml.safe_load(dump({"a": word})) == {"a": word}

@@ -38,7 +38,6 @@ def _plain(data: Any) -> Any:
 def _ambiguous(text: str) -> bool:
     """Whether a reader of either version would not give ``text`` back if it stood there bare."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
     for version in ((1, 1), (1, 2)):
         reader = YAML(typ="safe", pure=True)
@@ -48,6 +47,6 @@ def _ambiguous(text: str) -> bool:
                 warnings.simplefilter("ignore")  # ruamel warns of the very words that we are looking for
                 if reader.load(text) != text:
                     return True
-        except YAMLError:
+        except Exception:  # no YAML, or what the reader itself stumbles over: "-_" (IndexError), "._" (ValueError)
             return True
     return False
