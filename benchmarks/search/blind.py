@@ -4,7 +4,8 @@ invented names, a simulation of queues), and searched as a user's function is: n
 
     python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
 
-Some bring a model along, which its author made wrong (``--models 30% badly``), as a user's own model is brought.
+``blind_c`` (vLLM) and ``blind_d`` (TensorRT-LLM) bring a model along, which its author made wrong (``--models 30%
+badly``), as a user's own model is brought.
 
 ``blind_a:0:short`` is the first scenario of ``blind_a`` under names that users make up (``max_seqs``, ``kv_dtype``).
 """
