@@ -5,15 +5,19 @@ invented names, a simulation of queues), and searched as a user's function is: n
     python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
 
 ``blind_c`` (vLLM) and ``blind_d`` (TensorRT-LLM) bring a model along, which its author made wrong (``--models 30%
-badly``), as a user's own model is brought.
+badly``), as a user's own model is brought. What a surface is like:
+
+    python -m benchmarks.search.blind blind_c:0 blind_d:2
 
 ``blind_a:0:short`` is the first scenario of ``blind_a`` under names that users make up (``max_seqs``, ``kv_dtype``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +26,7 @@ import numpy as np
 import tuner
 from benchmarks.search.surface import parameter
 from tuner.pareto.volume import hypervolume
+from tuner.search.ledger import COST_KEY
 from tuner.search.scan import nondominated
 from tuner.space.space import Parameter, SearchSpace
 from tuner.spec.objective import Objective
@@ -117,6 +122,47 @@ class Blind:
         return {self._names[shown]: value for shown, value in params.items()}
 
 
+def sheet(surface: Blind, seed: int = 0, count: int = 300) -> list[str]:
+    """What a surface is like, in lines: what runs and keeps the SLOs, its front, how its models rank configurations
+    that run, and how far measurements lie from its truth."""
+    from scipy.stats import spearmanr
+
+    source, scenario, rng = surface.source, surface.scenario, np.random.default_rng(seed)
+    runs, cost, latency, _ = source.truth_grid(scenario)
+    front = nondominated(np.column_stack([cost[surface._holds], latency[surface._holds]]))
+    span = front.max(0) / front.min(0)
+    within = surface._holds[runs].mean(0)
+    lines = [
+        f"{surface.name}: {len(runs)} configurations, {1 - runs.mean():.1%} do not run; of the others keep the SLOs, "
+        f"load by load: {', '.join(f'{share:.1%}' for share in within)}",
+        f"  front: {len(front)} points, cost x {span[0]:.1f}, latency x {span[1]:.1f}",
+    ]
+    values, middle = list(source.space().values()), len(surface.loads) // 2
+    rows = rng.choice(np.flatnonzero(runs), count, replace=False)
+    places = np.column_stack(np.unravel_index(rows, [len(v) for v in values]))
+    many = [dict(zip(source.space(), (v[k] for v, k in zip(values, of, strict=True)), strict=True)) for of in places]
+    for kind in ("right", "30%", "badly") if hasattr(source, "predictor") else ():
+        predict, told = source.predictor(scenario, kind, seed), {}
+        for row, params in zip(rows, many, strict=True):
+            with contextlib.suppress(tuner.Infeasible):
+                told[row] = predict(params, surface.loads[middle])
+        ranks = [
+            spearmanr([m[key] for m in told.values()], truth[list(told), middle])[0]
+            for key, truth in ((surface.objective.latency_key, latency), (COST_KEY, cost))
+        ]
+        refused = f"refuses {1 - len(told) / count:.1%}"
+        lines.append(f"  model, {kind}: rank correlation of latency {ranks[0]:.2f}, of cost {ranks[1]:.2f}; {refused}")
+    measured = [source.measure(params, surface.loads[middle], scenario, rng) for params in many]
+    off = np.log([m[surface.objective.latency_key] for m in measured] / latency[rows, middle])
+    lines.append(f"  measured latency off by {off.mean():+.3f} +- {off.std():.3f} log units")
+    return lines
+
+
 def _parameter(name: str, values: Sequence[Any], default: Any) -> Parameter:
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     return parameter(name, *values, default=default, numeric=numeric, log=numeric and min(values) > 0)
+
+
+if __name__ == "__main__":
+    for word in sys.argv[1:]:
+        print("\n".join(sheet(Blind(word))))

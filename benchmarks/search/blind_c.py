@@ -9,9 +9,7 @@ data_parallel_size). All numbers are the author's estimates; none is measured.
 """
 
 import functools
-import itertools
 import math
-import time
 
 import numpy as np
 
@@ -571,86 +569,3 @@ def predictor(scenario, kind, seed):
         }
 
     return predict
-
-
-def _front(scenario):
-    """(cost, tpot, row, load) of the points of the true front, by cost."""
-    _, cost, tpot, ok = truth_grid(scenario)
-    row, load = np.nonzero(np.logical_and.accumulate(ok, axis=1))
-    x, y = cost[row, load], tpot[row, load]
-    order = np.lexsort((y, x))
-    best = np.minimum.accumulate(y[order])
-    keep = order[np.r_[True, best[1:] < best[:-1]]]
-    return x[keep], y[keep], row[keep], load[keep]
-
-
-def _ranks(x):
-    _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[inverse]
-
-
-def _report(scenario):
-    grid = list(itertools.product(*_SPACE.values()))
-    start = time.perf_counter()
-    runs, cost, tpot, ok = truth_grid(scenario)
-    took = time.perf_counter() - start
-    x, y, row, load = _front(scenario)
-    print(
-        f"{scenario} {_SCENARIOS[scenario]['name']}: {len(runs)} configurations, {1 - runs.mean():.1%} do not run, "
-        f"{ok[runs, 0].mean():.1%} of the others meet the SLOs at the lowest load; truth_grid {took:.1f} s"
-    )
-    print("  ok by load " + " ".join(f"{v:.3f}" for v in np.logical_and.accumulate(ok, axis=1)[runs].mean(0)))
-    print(
-        f"  front: {len(x)} points of {len(set(row))} configurations, cost {x[0]:.3f} to {x[-1]:.3f} "
-        f"(x{x[-1] / x[0]:.1f}), tpot {y[-1] * 1e3:.1f} to {y[0] * 1e3:.1f} ms (x{y[0] / y[-1]:.1f})"
-    )
-    for j in np.linspace(0, len(x) - 1, 4).astype(int):
-        print(f"    {x[j]:.3f} usd, {y[j] * 1e3:.1f} ms, load {LOADS[load[j]]}: " + " ".join(map(str, grid[row[j]])))
-    base = grid_index(default(scenario))
-    good = np.logical_and.accumulate(ok[base])
-    gain = [
-        f"{LOADS[j]}: {cost[base, j]:.3f} usd, {tpot[base, j] * 1e3:.1f} ms, "
-        f"x{cost[base, j] / x[y <= tpot[base, j]][0]:.2f}"
-        for j in np.nonzero(good)[0]
-    ]
-    print("  default (load: cost, tpot, times the front's cost at that latency): " + "; ".join(gain))
-    rng, middle = np.random.default_rng(5), len(LOADS) // 2
-    some, dead = (rng.choice(np.nonzero(m)[0], 1500, replace=False) for m in (runs, ~runs))
-    for kind in ("right", "30%", "badly"):
-        predict = predictor(scenario, kind, 0)
-
-        def ask(r, predict=predict):
-            try:
-                return predict(dict(zip(_NAMES, grid[r], strict=True)), LOADS[middle])
-            except tuner.Infeasible:
-                return None
-
-        start = time.perf_counter()
-        mine = [(r, m["tpot_p99_s"], m["cost_usd_per_mtok_output"]) for r in some if (m := ask(r))]
-        each = (time.perf_counter() - start) / len(some) * 1e3
-        r, a, b = (np.array(v) for v in zip(*mine, strict=True))
-        one, two = (np.corrcoef(_ranks(m), _ranks(t[r, middle]))[0, 1] for m, t in ((a, tpot), (b, cost)))
-        print(
-            f"  predictor {kind:>5}: spearman tpot {one:.2f}, cost {two:.2f}; refuses {1 - len(r) / len(some):.1%} "
-            f"of those that run, {np.mean([ask(r) is None for r in dead]):.1%} of the others; {each:.2f} ms a call"
-        )
-    gaps, start, agree = [], time.perf_counter(), True
-    for r in rng.choice(len(grid), 200, replace=False):
-        j = rng.integers(len(LOADS))
-        try:
-            m = measure(dict(zip(_NAMES, grid[r], strict=True)), LOADS[j], scenario, rng)
-            agree &= bool(runs[r])
-            gaps.append(np.log([m["tpot_p99_s"] / tpot[r, j], m["cost_usd_per_mtok_output"] / cost[r, j]]))
-        except tuner.Infeasible:
-            agree &= not runs[r]
-    each, gaps = (time.perf_counter() - start) / 200 * 1e3, np.array(gaps)
-    print(
-        f"  measure against truth, 200 at random: runs agree {agree}, log ratio mean {gaps.mean():+.3f}, sd "
-        f"{gaps.std():.3f}, largest {abs(gaps).max():.2f}; {each:.2f} ms a call; default launches in "
-        f"{launch_s(default(scenario), scenario):.0f} s"
-    )
-
-
-if __name__ == "__main__":
-    for which in range(3):
-        _report(which)

@@ -7,9 +7,7 @@ whole load; cost counts its GPUs. `truth_grid` is the noise-free surface, `measu
 """
 
 import functools
-import itertools
 import math
-import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -572,17 +570,17 @@ _RIGHT = [  # constants of the textbook model that fit the truth best, per scena
 ]
 
 
-def predictor(scenario: int, kind: str, seed: int, right: dict | None = None) -> Callable[..., dict]:
+def predictor(scenario: int, kind: str, seed: int) -> Callable[..., dict]:
     """A textbook model: roofline, M/M/1, a fixed tail; ignores blocks, captured graphs and the scheduler's policy."""
     s, m, u = _traits(scenario)
     rng = np.random.default_rng([seed, scenario, len(kind)])
-    const = dict(right or _RIGHT[scenario])
+    const = _RIGHT[scenario]
     if kind not in ("right", "30%", "badly"):
         raise ValueError(kind)
     factors = {"right": (1.0, 1.0), "30%": (1.3, 0.7), "badly": (1.6, 1 / 1.6)}[kind]
     const = {k: v * factors[int(rng.integers(2))] for k, v in const.items()}
     if kind == "badly":
-        const["acceptance"] = (right or _RIGHT[scenario])["acceptance"] / 2
+        const["acceptance"] = _RIGHT[scenario]["acceptance"] / 2
     const["acceptance"] = min(const["acceptance"], 0.95)
     twist = {name: {v: np.exp(rng.normal(0, 0.35, 2)) for v in values} for name, values in _SPACE.items()}
     e, k = m["experts"], m["topk"]
@@ -656,95 +654,3 @@ def predictor(scenario: int, kind: str, seed: int, right: dict | None = None) ->
         }
 
     return predict
-
-
-def _front(cost: np.ndarray, latency: np.ndarray, good: np.ndarray) -> np.ndarray:
-    """Flat positions of the points of the front (both minimized) among `good`."""
-    at = np.flatnonzero(good.ravel())
-    a, b = cost.ravel()[at], latency.ravel()[at]
-    order = np.lexsort((b, a))
-    best = np.minimum.accumulate(np.concatenate(([np.inf], b[order][:-1])))
-    return at[order][b[order] < best]
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    def rank(x: np.ndarray) -> np.ndarray:
-        _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - 0.5 * count)[inverse]
-
-    return float(np.corrcoef(rank(a), rank(b))[0, 1])
-
-
-def _report(scenario: int) -> None:
-    truth_grid.cache_clear()
-    began = time.time()
-    runs, cost, latency, ok = truth_grid(scenario)
-    seconds = time.time() - began
-    good = np.logical_and.accumulate(ok, axis=1)
-    front = _front(cost, latency, good)
-    fc, fl = cost.ravel()[front], latency.ravel()[front]
-    d, width = grid_index(default(scenario)), len(LOADS)
-    met = [j for j in range(width) if good[d, j] and (fl <= latency[d, j]).any()]
-    gains = [cost[d, j] / fc[fl <= latency[d, j]].min() for j in met]
-    s = _SCENARIOS[scenario]
-    print(
-        f"\nscenario {scenario}: {s['model']} on {s['gpu']}; grid {_N}; do not run {1 - runs.mean():.1%}; "
-        f"of the running, SLOs met at the lowest load {ok[runs, 0].mean():.1%}, "
-        f"highest {good[runs, -1].mean():.2%}; truth {seconds:.1f} s"
-    )
-    print(
-        f"  front: {len(front)} points of {len(set(front // width))} configurations, cost {fc.min():.2f}.."
-        f"{fc.max():.2f} (x{fc.max() / fc.min():.1f}), "
-        f"tpot {fl.min() * 1e3:.1f}..{fl.max() * 1e3:.1f} ms (x{fl.max() / fl.min():.1f})"
-    )
-    print(
-        f"  default: meets the SLOs at {int(good[d].sum())} loads; costs "
-        f"{', '.join(f'{x:.2f}' for x in gains)} times the front at its tpot"
-    )
-    rng = np.random.default_rng(7)
-    rows = rng.choice(np.flatnonzero(runs), 500, replace=False)
-    combos = list(itertools.product(*_SPACE.values()))
-    mid = len(LOADS) // 2
-    for kind in ("right", "30%", "badly"):
-        predict = predictor(scenario, kind, 0)
-        got, seen = [], []
-        for r in rows:
-            try:
-                p = predict(dict(zip(_NAMES, combos[r], strict=True)), LOADS[mid])
-            except tuner.Infeasible:
-                continue
-            got.append((p["tpot_p99_s"], p["cost_usd_per_mtok_output"]))
-            seen.append((latency[r, mid], cost[r, mid]))
-        a, b = np.array(got), np.array(seen)
-        bad = np.median(np.abs(np.log(a / b)), axis=0)
-        rho = [_spearman(a[:, j], b[:, j]) for j in (0, 1)]
-        print(
-            f"  predictor {kind:>6}: spearman tpot {rho[0]:.2f}, cost {rho[1]:.2f}; "
-            f"median |log error| {bad[0]:.2f}, {bad[1]:.2f}; refuses {1 - len(got) / len(rows):.1%} of what runs"
-        )
-    errors, wrong, spent = [], 0, 0.0
-    for r in rng.choice(_N, 200, replace=False):
-        j, began = int(rng.integers(width)), time.time()
-        try:
-            p = measure(dict(zip(_NAMES, combos[r], strict=True)), LOADS[j], scenario, rng)
-            wrong += not runs[r]
-            errors.append(math.log(p["tpot_p99_s"] / latency[r, j]))
-            errors.append(math.log(p["cost_usd_per_mtok_output"] / cost[r, j]))
-        except tuner.Infeasible:
-            wrong += bool(runs[r])
-        spent += time.time() - began
-    print(
-        f"  measure against truth on 200: {wrong} disagree on running, log error sd {np.std(errors):.3f}, "
-        f"mean {np.mean(errors):+.3f}, max {np.abs(errors).max():.3f}; {spent / 200 * 1e3:.2f} ms a call"
-    )
-    for f in front[:: max(1, len(front) // 6)]:
-        values = combos[f // width]
-        print(
-            f"    load {LOADS[f % width]:<4} cost {cost.ravel()[f]:6.2f} tpot {latency.ravel()[f] * 1e3:6.1f} ms  ",
-            *values,
-        )
-
-
-if __name__ == "__main__":
-    for number in range(len(_SCENARIOS)):
-        _report(number)

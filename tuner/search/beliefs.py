@@ -12,7 +12,7 @@ from tuner.search.candidates import Candidates, correlations
 from tuner.search.causes import Causes
 from tuner.search.foresight import Foresight, Source, columns
 from tuner.search.reading import Reading
-from tuner.search.sources import QUANTITIES, Sources
+from tuner.search.sources import JUDGED, QUANTITIES, Sources
 from tuner.search.surrogate import Array, Prior, Rows, Surrogate, fit
 from tuner.space.config import Value
 
@@ -27,7 +27,6 @@ ROOM = Prior(
 )
 ROOM_AT_FIRST, ROOM_DOUBT = 1.0, 0.5
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
-JUDGED = ("capacity", "latency")  # by how well their launches are explained; loads are seen by the capacity
 JUDGES = 16  # launches that say whether the model is believed
 
 
@@ -115,7 +114,8 @@ class Beliefs:
                 self.sources.lost = without
                 fits.append(self._fit(name, known[:JUDGES], seed, None))
             better = fits[0].evidence() - fits[1].evidence()
-            lost |= {name} if better <= 0 else frozenset()
+            if better <= 0:
+                lost |= {name}
             self.fitted[name] = fits[name in lost]
             together += better
         self.fitted = before

@@ -359,25 +359,28 @@ class TunerSampler(BaseSampler):
     def _grow_towards_front(self) -> None:
         """Neighbours of the model's front join a sampled pool, until it stays what it is (six rounds at most)."""
         self.beliefs.learn([], self.seed)
-        default = self.space.default()
+        usual = self._usual(self.space.default())
         for _ in range(6):
             leaders = Scan(self.beliefs, self.loads, [], []).leaders(self._admitted(set()), 12)
-            if not any([self.candidates.add(self._around(i, default)) for i in leaders]):
+            if not any([self.candidates.add(self._around(i, usual)) for i in leaders]):
                 break
 
+    def _usual(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that ``params`` has of what nobody knows anything about: another is a way to crash."""
+        unknown = self.beliefs.sources.unknown()
+        return {p.name: params[p.name] for p, alone in zip(self.space.parameters, unknown, strict=True) if alone}
+
     def _around(self, index: int, usual: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A candidate's neighbours; and they and it with the ``usual`` values of what nobody knows anything about: a
-        value of which nothing is expected is a way to crash."""
-        params, unknown = self.candidates.params[index], self.beliefs.sources.unknown()
+        """A candidate's neighbours; and they and it with the ``usual`` values."""
+        params = self.candidates.params[index]
         near = self.candidates.neighbours(params)
-        kept = {p.name: usual[p.name] for p, not_known in zip(self.space.parameters, unknown, strict=True) if not_known}
-        return [*near, *({**n, **kept} for n in (params, *near) if kept)]
+        return [*near, *({**n, **usual} for n in (params, *near) if usual)]
 
     def _grow_near(self, readings: Sequence[Reading], rng: Any) -> None:
         """Neighbours of the incumbents (and of what is believed best) join the pool, some at a time."""
         good = [i for r in readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
         believed = Scan(self.beliefs, self.loads, readings, []).leaders(self._admitted(set()), 6)
-        usual = self.candidates.params[good[0]] if good else self.space.default()
+        usual = self._usual(self.candidates.params[good[0]] if good else self.space.default())
         many = [n for i in sorted({*good[-10:], *believed}) for n in self._around(i, usual)]
         before = len(self.candidates.params)
         for params in rng.permutation(np.array(many, dtype=object)).tolist():

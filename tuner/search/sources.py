@@ -15,6 +15,7 @@ from tuner.search.surrogate import Array, Codes
 from tuner.search.warmstart import Earlier
 
 QUANTITIES = ("capacity", "cost", "latency")
+JUDGED = ("capacity", "latency")  # by how well their launches are explained; loads are seen by the capacity
 CENTRE_ON = 400  # candidates over which prior means are centred
 OF_A_MODEL = (1.0, 0.4)  # a source's weight and its standard deviation
 OF_A_MODEL_THAT_LOST = (0.0, 0.3)  # launches may still find that some of it is right
@@ -39,10 +40,12 @@ class Sources:
     share: tuple[float, float] = (0.0, 0.0)
     rules: list[Array] = field(default_factory=list)
     centres: dict[str, Array] = field(default_factory=dict)
+    named: NDArray[np.bool_] = field(init=False)  # parameters of which rules know an effect
     _silent: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         self.rules = effects(self.candidates.space)
+        self.named = np.array([table[:, :2].any() for table in self.rules], dtype=bool)
 
     def teach(self, learnt: Foresight) -> None:
         """Takes other constants of the model; :attr:`share` says what they are worth."""
@@ -61,7 +64,7 @@ class Sources:
     @property
     def words(self) -> str:
         """What the predicted front is predicted by, for a proposal's reason."""
-        modelled = [self.modelled(name) for name in ("capacity", "latency")]
+        modelled = [self.modelled(name) for name in JUDGED]
         if all(modelled):
             return "the model's predicted front"
         others = "earlier studies" if self.earlier else "rules of thumb"
@@ -124,16 +127,13 @@ class Sources:
 
     def left_out(self) -> NDArray[np.bool_]:
         """Parameters that rules know and the model does not: its answers are the same for all their values."""
-        return self._by_name() & self._left_by_model()
+        return self.named & self._left_by_model()
 
     def unknown(self) -> NDArray[np.bool_]:
         """Parameters of which neither the model nor a rule knows anything, and that count no GPUs (an earlier study
         knows of all)."""
         known = [bool(self.earlier) or p.counts_gpus for p in self.candidates.space.parameters]
-        return ~self._by_name() & self._left_by_model() & ~np.array(known, dtype=bool)
-
-    def _by_name(self) -> NDArray[np.bool_]:
-        return np.array([table[:, :2].any() for table in self.rules], dtype=bool)
+        return ~self.named & self._left_by_model() & ~np.array(known, dtype=bool)
 
     def _left_by_model(self) -> NDArray[np.bool_]:
         if self._silent is None:
