@@ -139,6 +139,26 @@ def test_a_token_without_a_stamp_is_misdated_by_no_more_than_since_the_last_look
     assert facts["kernel_stamped_share"] == 0.5
 
 
+def test_the_wall_clock_that_is_set_moves_no_token_before_another_nor_beyond_its_read():
+    """The kernel's stamps are on the wall clock, whose distance from ours is measured once per look: set by a second
+    (or slewed by a microsecond) between a stamp and the look, it would date a token so much wrong."""
+    reads = [(10, 5, 11, HEAD + tokens(1, 1)), (1030, 25, 31, tokens(2, 1)), (40, 35, 41, tokens(3, 1))]
+    assert heard(*reads)[0] == [10, 31, 40]  # set back: the second token would be a second in the future
+    reads[1] = (-970, 25, 31, tokens(2, 1))
+    assert heard(*reads)[0] == [10, 10, 40]  # set forward
+    times, facts = heard((-970, 5, 11, HEAD + tokens(1, 1)), (40, 35, 41, tokens(2, 1)))
+    assert times == [0, 40] and facts["client_ttft_mean_s"] == 0  # no answer before the question
+    assert facts["read_lag_p99_s"] == pytest.approx(0.011, rel=1 / 32)
+
+
+def test_the_order_holds_from_one_batch_of_reads_to_the_next():
+    records = []
+    tower = Tower(0, "usage", np.full(1, 8), np.full(1, 100), 0, records.append)
+    tower.take([(client.SENT, 0, 0, 0), told((10, 5, 11, HEAD + tokens(1, 1))), told((9, 8, 12, tokens(2, 1)))])
+    tower.take([(client.ENDED, 0, 10**9, "stopped", False)])
+    assert list(records[0].token_ns) == [10**7, 10**7]
+
+
 def test_reads_of_one_response_are_told_together_and_keep_their_own_times():
     first = [(20 * k, 20 * k - 3, 20 * k + 2, tokens(k, 1)) for k in range(2, 40)]
     times, facts = heard((20, 15, 21, HEAD + tokens(1, 1)), *first)

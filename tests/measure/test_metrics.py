@@ -139,6 +139,12 @@ def test_gaps_never_run_from_one_request_to_the_next(tmp_path):
     assert np.concatenate(list(gaps)).tolist() == [100_000_000]
 
 
+def test_a_token_dated_before_the_one_that_it_follows_is_a_gap_of_nothing(tmp_path):
+    rows = [request(t, [t + 0.1, t + 0.1 - 2e-6, t + 0.2]) for t in range(10)]
+    values, _ = compute(records(tmp_path, rows), (), (0.1, 0.9))
+    assert values["itl_p10_s"] == 0 and values["itl_p90_s"] == pytest.approx(0.1, abs=1e-5)
+
+
 def test_tokens_of_one_engine_step_have_no_gap_between_them(tmp_path):
     rows = [request(t, [t + 0.1, t + 0.1, t + 0.1, t + 0.4, t + 0.4, t + 0.4]) for t in range(10)]
     values, _ = compute(records(tmp_path, rows), (), (0.5, 0.8, 0.9))

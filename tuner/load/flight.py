@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 from typing import TYPE_CHECKING
 
 from tuner.load.client import BEHIND, ENDED, LEFT, OWN_FAULT, READ, SENT, TICK, Event
@@ -66,10 +66,20 @@ class Lags:
 class Flight:
     """One request between its send and its end; times in nanoseconds after the replay's start."""
 
-    __slots__ = ("first_byte_ns", "first_read_ns", "intended_ns", "number", "read_lag_ns", "response", "sent_ns")
+    __slots__ = (
+        "at_ns",
+        "first_byte_ns",
+        "first_read_ns",
+        "intended_ns",
+        "number",
+        "read_lag_ns",
+        "response",
+        "sent_ns",
+    )
 
     def __init__(self, number: int, intended_ns: int, sent_ns: int, counting: str) -> None:
         self.number, self.intended_ns, self.sent_ns = number, intended_ns, sent_ns
+        self.at_ns = sent_ns  # of the last bytes: none that follow are older
         self.response = Response(counting)
         self.first_byte_ns: int | None = None
         self.first_read_ns: int | None = None
@@ -169,6 +179,13 @@ class Tower:
             ]
         )
         lags_ns = [wake[2] - epoch_ns - time for wake, time in zip(wakes, times_ns, strict=True)]
+        if times_ns[0] < flight.at_ns or min(lags_ns) < 0 or times_ns != sorted(times_ns):
+            # the clock of the stamps was set meanwhile, or its distance measured a little otherwise: bytes came no
+            # earlier than those before them, and no later than they were read
+            reads_ns = [wake[2] - epoch_ns for wake in wakes]
+            times_ns = list(accumulate(map(min, times_ns, reads_ns), max, initial=flight.at_ns))[1:]
+            lags_ns = [read - time for read, time in zip(reads_ns, times_ns, strict=True)]
+        flight.at_ns = times_ns[-1]
         if flight.first_byte_ns is None:
             flight.first_byte_ns, flight.first_read_ns = times_ns[0], wakes[0][2] - epoch_ns
         events = flight.response.feed_all(times_ns, sizes, data)

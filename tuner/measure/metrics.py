@@ -200,7 +200,8 @@ class Gaps:
             )
             inside &= np.repeat(self._chosen[rows], lengths)[1:] if len(token_ns) else inside
             counts = np.maximum(lengths - 1, 0)[self._chosen[rows]]
-            yield np.diff(token_ns)[inside], counts[counts > 0]
+            # files of earlier versions have tokens a few microseconds before the one that they follow
+            yield np.maximum(np.diff(token_ns)[inside], 0), counts[counts > 0]
 
 
 # rates
