@@ -91,7 +91,7 @@ def test_init_writes_a_study_that_check_accepts_once_model_and_trace_are_there(w
     text = (workplace / "mine.yaml").read_text()
     assert text.count("#") > 10  # commented
     (workplace / "mine.yaml").write_text(
-        text.replace("kind: vllm #", "kind: emulator #").replace("window: 60s", "window: 4s")
+        text.replace("kind: vllm #", "kind: emulator #").replace("window: 60s", "window: 4s").replace("10s", "1s")
     )
     done = tuner("check", "mine.yaml", "--json", cwd=workplace, check=0)
     data = json.loads(done.stdout)

@@ -83,6 +83,19 @@ def test_a_key_that_is_not_set_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
         AttachEngine(url="http://127.0.0.1:9", api_key_env="NO_SUCH_KEY")
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "line\nbreak"])
+def test_a_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("THEIR_KEY", key)
+
+    with pytest.raises(UsageError, match="THEIR_KEY: the API key has characters"):
+        AttachEngine(url="http://127.0.0.1:9", api_key_env="THEIR_KEY")
+
+
+def test_a_key_from_a_file_may_end_with_its_line(theirs: Process, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THEIR_KEY", f"{KEY}\n")
+    attached(theirs).launch(NOTHING, site)
+
+
 def test_a_server_that_goes_away_under_load_is_an_outcome(theirs: Process, site: Site) -> None:
     server = attached(theirs).launch(NOTHING, site)
     timer = threading.Timer(0.7, theirs.process.kill)

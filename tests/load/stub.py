@@ -28,7 +28,10 @@ DEFAULTS = {
     "chat_only": False,
     "fail_every": 0,  # every k-th request gets HTTP 503
     "break_every": 0,  # every k-th request breaks off in mid-stream
+    "cut_every": 0,  # every k-th answer ends early and in due form, as when a proxy took a death for the end
     "hang_every": 0,  # every k-th request is never answered
+    "end": "0\r\n\r\n",  # of a chunked body
+    "pings": False,  # comments for ever instead of an answer
     "idle_close_s": 0.0,  # closes a connection this long after a response
     "close_on_reuse": False,  # takes a connection's second request and hangs up, as when closing it as idle
     "max_output": 0,  # stops by itself, as a model does at its end of sequence
@@ -104,6 +107,10 @@ class Server:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         if chat:
             self.event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        while c["pings"]:
+            self.chunk(writer, b": ping\n\n")
+            await writer.drain()
+            await asyncio.sleep(0.05)
         made, pending = 0, []
         step = 0
         while made < n:
@@ -129,10 +136,13 @@ class Server:
                 pending = []
             if not probing and c["break_every"] and k % c["break_every"] == 0 and made > n // 2:
                 return False
+            if not probing and c["cut_every"] and k % c["cut_every"] == 0 and made > n // 2:
+                writer.write(c["end"].encode())
+                return True
         if c["usage"] != "none":
             self.event(writer, {"choices": [], "usage": self.usage(prompt, made)})
         self.chunk(writer, b"data: [DONE]\n\n")
-        writer.write(b"0\r\n\r\n")
+        writer.write(c["end"].encode())
         return True
 
     def usage(self, prompt: object, made: int) -> dict:

@@ -18,8 +18,11 @@ from tests.load.replays import endpoint, plan, poisson, quantile, seconds, trace
 from tests.load.stub import stub
 from tuner.engines.protocol import Cancelled, Endpoint
 from tuner.errors import EnvironmentFault, UsageError
+from tuner.load.probe import probe
 from tuner.load.records import read
+from tuner.load.shards import resolve
 from tuner.load.step import measure
+from tuner.load.wire import target
 
 
 def test_latencies_are_the_servers_own(tmp_path):
@@ -159,6 +162,27 @@ def test_errors_and_broken_streams_count_against_everything(tmp_path):
     assert step.metrics["requests_per_s"] < 0.8 * step.metrics["offered_requests_per_s"]
 
 
+@pytest.mark.parametrize("end", ["0\r\nX-Took: 1\r\nX-More: a b\r\n\r\n", "000\r\n\r\n", "0;signed=no\r\n\r\n"])
+def test_a_body_may_end_in_any_way_that_http_allows(tmp_path, end):
+    """The last chunk's size has as many zeros as it likes, extensions and trailers: such answers once never ended."""
+    with stub(first_s=0.01, gap_s=0.002, end=end) as (_, url):
+        m = measure(endpoint(url), plan(tmp_path, trace(np.arange(30) / 60), request_timeout_s=3.0)).metrics
+    assert m["error_rate"] == 0 and m["client_output_tokens"] == 300
+
+
+def test_an_answer_that_breaks_off_in_due_form_is_a_failure(tmp_path):
+    with stub(first_s=0.01, gap_s=0.002, cut_every=5) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(40) / 80), "error_rate=1%")
+        step = measure(endpoint(url), asked)
+    assert sum(error == "response cut off" for error in read(asked.records).columns["error"]) == 8
+    assert step.slo_misses and step.metrics["goodput_requests_per_s"] < 0.9 * step.metrics["offered_requests_per_s"]
+
+
+def test_a_server_that_only_pings_is_given_up(tmp_path):
+    with stub(pings=True) as (_, url), pytest.raises(EnvironmentFault, match="did not answer in time"):
+        probe(endpoint(url), timeout_s=0.5)
+
+
 def test_a_request_that_is_never_answered_is_censored_not_dropped(tmp_path):
     with stub(first_s=0.01, gap_s=0.002, hang_every=10) as (_, url):
         asked = plan(tmp_path, trace(np.arange(40) / 80), request_timeout_s=1.0)
@@ -268,6 +292,24 @@ def test_a_host_name_leads_to_the_address_that_answers(tmp_path):
         where = url.replace("127.0.0.1", "localhost") + "/v1/"
         m = measure(endpoint(where), plan(tmp_path, trace([0.0, 0.1]))).metrics
     assert m["error_rate"] == 0
+
+
+def test_an_address_that_this_machine_cannot_reach_is_passed_over(monkeypatch):
+    """Without IPv6 in the kernel a name can have an address of it all the same, and no socket is made for it."""
+    with stub() as (_, url):
+        where, make = target(url), socket.socket
+
+        def made(family, *rest):
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            return make(family, *rest)
+
+        found = [(socket.AF_INET6, ("::1", where.port, 0, 0)), (socket.AF_INET, ("127.0.0.1", where.port))]
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda *a, **k: [(f, socket.SOCK_STREAM, 6, "", at) for f, at in found]
+        )
+        monkeypatch.setattr(socket, "socket", made)
+        assert resolve(where) == [(socket.AF_INET, ("127.0.0.1", where.port))]
 
 
 def test_tls_is_spoken_and_timed_alike(tmp_path, monkeypatch):

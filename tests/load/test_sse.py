@@ -231,6 +231,12 @@ def test_tokens_that_no_chunk_told_of_come_with_the_last_chunk():
         (b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n<html></html", "no event stream"),
         (HEAD + b"zz\r\nfoo\r\n", "bad chunk"),
         (HEAD + chunked(b"data: {nonsense\n\n"), "not JSON"),
+        (HEAD + chunked(b'data: {"usage":{"completion_tokens":' + b"9" * 5_000 + b"}}\n\n"), "not JSON"),
+        (HEAD + chunked(b"data: " + b"[" * 100_000 + b"\n\n"), "not JSON"),
+        # ended properly, by the server or by what stands before it, and yet not all of an answer
+        (HEAD + chunked(b"data: [DONE]\n\n"), "no token came"),
+        (HEAD + chunked(event(completion("a", 1))), "response cut off"),
+        (b"HTTP/1.0 200 OK\r\n\r\n" + event(completion("a", 1)), "response cut off"),
     ],
 )
 def test_a_failure_is_told_in_words(raw, error):
@@ -243,6 +249,47 @@ def test_a_body_without_framing_ends_with_its_connection():
     assert not response.complete
     response.close()
     assert response.complete and not response.error and response.tokens == [[1, 1]]
+
+
+def test_an_error_of_null_is_none():
+    response = whole(HEAD + chunked(event({"error": None, **completion("a")}), b"data: [DONE]\n\n"), "total")
+    assert not response.error and response.tokens == [[1, 1]]
+
+
+def test_a_finish_reason_says_that_nothing_more_comes():
+    last = {"choices": [{"text": "b", "finish_reason": "length"}]}
+    assert not whole(HEAD + chunked(event(completion("a")), event(last)), "total").error
+
+
+def test_many_interim_responses_are_passed_over():
+    answer = HEAD + chunked(event(completion("a", 1)), event(final(1)))
+    assert not whole(b"HTTP/1.1 103 x\r\n\r\n" * 3_000 + answer, "usage").error
+
+
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=6,
+)
+keys = ("choices", "usage", "error", "text", "delta", "token_ids", "completion_tokens", "prompt_tokens")
+events = st.recursive(
+    anything,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(keys), inner, max_size=4),
+)
+
+
+@given(events)
+@example({"choices": [None]})
+@example({"choices": "text"})
+@example({"choices": [{"token_ids": 3}]})
+@example({"choices": [{"text": "a"}], "usage": {"completion_tokens": "5"}})
+@example({"choices": [{"text": "a"}], "usage": {"completion_tokens": float("nan"), "prompt_tokens": -1}})
+@example({"choices": [{"text": "a"}], "usage": {"completion_tokens": 10**12}})
+def test_json_of_any_other_form_is_no_exception_and_no_number(data):
+    for counting in ("usage", "ids", "total"):
+        response = whole(HEAD + chunked(event(completion("a", 1, [7])), event(data), b"data: [DONE]\n\n"), counting)
+        assert response.complete and sum(response.counts) < 10**7
+        assert all(isinstance(n, int | None) for n in (response.output_tokens, response.prompt_tokens))
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))

@@ -51,6 +51,13 @@ def test_warm_up_is_sent_but_not_counted(tmp_path):
     assert step.metrics["measured_requests"] <= 20
 
 
+def test_a_step_that_is_all_warm_up_says_nothing_of_the_server(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        step = measure(endpoint(url), plan(tmp_path, trace(np.arange(10) / 40), "ttft_p99=1s", warmup_s=0.5))
+    assert step.untrusted == ("no request lies after the warm-up: measure for longer, or warm up for less",)
+    assert not step.slo_misses and not step.ok
+
+
 def test_a_lost_slo_ends_the_step_and_the_verdict_agrees(tmp_path):
     replayed = trace(np.arange(600) / 20)
     with stub(first_s=0.3, gap_s=0.0) as (_, url):

@@ -33,6 +33,12 @@ def test_an_idle_server_has_no_ramp(tmp_path):
     assert window(records(tmp_path, rows)).start_ns == 0
 
 
+def test_the_first_request_is_no_ramp_for_having_been_sent_a_little_late(tmp_path):
+    rows = [request(t, [t + 0.01, t + 0.02], sent_s=t + 1e-4) for t in range(50)]
+    made = records(tmp_path, rows)
+    assert is_measured(made, window(made)).all()
+
+
 def test_a_burst_is_measured_until_its_last_response(tmp_path):
     rows = [request(0.0, [1 + t, 2 + t]) for t in range(10)]
     span = window(records(tmp_path, rows))

@@ -87,6 +87,7 @@ def _run(
     from tuner.load import windows
     from tuner.load.formats import read_with_report
     from tuner.load.step import measure
+    from tuner.load.wire import checked_key
 
     trace, report = read_with_report(trace_file, format, arrivals=arrivals, tokenizer=tokenizer or None, seed=seed)
     for message in report.messages():
@@ -95,8 +96,8 @@ def _run(
         trace = windows.cut_time(trace, 0.0, seconds, name=trace.name)
     if requests is not None:
         trace = windows.cut(trace, 0, requests, name=trace.name)
-    if warmup < 0 or timeout <= 0 or closed_loop < 0:
-        raise UsageError("--warmup, --timeout and --closed-loop cannot be negative")
+    if not 0 <= warmup < math.inf or not 0 < timeout < math.inf or closed_loop < 0:
+        raise UsageError("--warmup, --timeout and --closed-loop cannot be negative or infinite")
     if processes is not None and processes < 1:
         raise UsageError("--processes must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +118,10 @@ def _run(
         with _interrupt(plan.cancel):
             try:
                 return measure(
-                    Endpoint(url, model, api_key, tokenizer), plan, concurrency=closed_loop, shards=processes
+                    Endpoint(url, model, checked_key(api_key, "--api-key"), tokenizer),
+                    plan,
+                    concurrency=closed_loop,
+                    shards=processes,
                 )
             except Cancelled:
                 where = f"; the records until then are in {records}" if records else ""

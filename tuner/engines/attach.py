@@ -36,7 +36,7 @@ class AttachEngine:
         self.url = url.removesuffix("/").removesuffix("/v1")
         self.target = wire.target(self.url)
         self.model, self.tokenizer, self.health = model, tokenizer, health
-        self._key = os.environ.get(api_key_env, "") if api_key_env else ""
+        self._key = wire.checked_key(os.environ.get(api_key_env, ""), api_key_env) if api_key_env else ""
 
     @classmethod
     def from_study(cls, study: Study) -> AttachEngine:

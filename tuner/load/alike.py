@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import repeat
 
-USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+USAGE = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,7})(?!\d)')  # what has more digits is no count
 NO_CHOICES = (b'"choices":[]', b'"choices": []')
 _END = b"\n\n\r\n"
 

@@ -16,8 +16,9 @@ ANCILLARY_BYTES = socket.CMSG_SPACE(16)
 _STAMP_BYTES = 16  # of a struct timespec
 NO_STAMP = bytes(_STAMP_BYTES)
 EVENT_END = b"\n\n\r\n"  # of an event that ends with its chunk
-_BODY_END = b"\r\n0\r\n\r\n"
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)")
+_BODY_END = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")  # extensions, trailers
+_TAIL_BYTES = 512
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})")
 
 
 Stream = tuple[Callable, Callable]
@@ -210,12 +211,9 @@ class Connection:
         response was whole.
         """
         if self._framing == "chunked":
-            if len(data) >= len(_BODY_END):
-                self._tail = data[-len(_BODY_END) :]
-            else:
-                before = EVENT_END if self.kept and self.kept[-3].endswith(EVENT_END) else self._tail
-                self._tail = (before + data)[-len(_BODY_END) :]
-            return self._tail == _BODY_END
+            before = EVENT_END if self.kept and self.kept[-3].endswith(EVENT_END) else self._tail
+            self._tail = (before + data)[-_TAIL_BYTES:]
+            return self._tail.endswith(b"\r\n\r\n") and _BODY_END.search(self._tail) is not None
         if self._framing == "length":
             self._need -= len(data)
             return self._need <= 0
@@ -225,7 +223,8 @@ class Connection:
         end = self._head.find(b"\r\n\r\n")
         if end < 0:
             return False
-        if self._head[9:10] == b"1":  # an interim response
+        status = self._head[9:12]
+        if status[:1] == b"1":  # an interim response
             data, self._head = self._head[end + 4 :], b""
             return self.ended(data) if data else False
         headers, body, self._head = self._head[:end].lower(), self._head[end + 4 :], b""
@@ -234,8 +233,8 @@ class Connection:
         if b"chunked" in headers:
             self._framing, body = "chunked", b"\r\n" + body
             self.streaming = self.plain and not self.wants_write  # the request may still be on its way
-        elif length:
-            self._framing, self._need = "length", int(length.group(1))
+        elif length or status in (b"204", b"304"):  # of which these have no body
+            self._framing, self._need = "length", int(length.group(1)) if length else 0
         else:
             self._framing, self.keep = "close", False
         return self.ended(body)

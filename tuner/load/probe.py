@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -105,9 +106,14 @@ def _ask(where: Target, writer: Writer, vocab_size: int, timeout_s: float) -> tu
     response = Response(writer.dialect.counting)
     connection = _connection(where, timeout_s)
     try:
+        until_s = time.monotonic() + timeout_s
         connection.request("POST", path, body, headers)
         answer = connection.getresponse()
-        data = answer.read()
+        data = b""
+        while piece := answer.read1(65_536):
+            data += piece
+            if time.monotonic() > until_s:  # a server that sends comments for ever answers every read in time
+                raise TimeoutError
     except (OSError, http.client.HTTPException) as error:
         raise unreachable(where, error) from error
     finally:

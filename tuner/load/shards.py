@@ -271,7 +271,8 @@ def resolve(target: Target) -> list[tuple[int, tuple]]:
     addresses = [(int(family), address) for family, _, _, _, address in found]
     # localhost often means ::1 first while the server listens on 127.0.0.1: take the first that answers
     for family, address in addresses if len(addresses) > 1 else []:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # (a machine without IPv6 can have a name for an address of it)
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.settimeout(2.0)
             if probe.connect_ex(address) == 0:
                 return [(family, address)]

@@ -14,7 +14,8 @@ from tuner.load import alike
 from tuner.load.alike import NO_CHOICES, USAGE
 
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})[^\r\n]*")
-_PROMPT_USAGE = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+_PROMPT_USAGE = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,9})(?!\d)')
+_MOST_TOKENS = 9_999_999  # beyond which a count is none
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\r\n\n|\n\r\n")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _MANY = 5  # reads, for which it pays to look at them together first
@@ -27,7 +28,8 @@ class Response:
 
     ``counting`` is the dialect's. ``counts[k]`` tokens came at ``times[k]`` (the time given with the piece of bytes
     that completed their event); ``tokens`` has both, as ``[time, count]``. ``status`` is 0 before the head; ``error``
-    is empty, or what went wrong in words; ``complete`` is true once the body has ended by its own framing.
+    is empty, or what went wrong in words; ``complete`` is true once the body has ended by its own framing; ``done``
+    once the server said that nothing more comes.
     ``seen`` is their number until now. ``prompt_tokens`` and ``output_tokens`` are the server's own counts, None where
     it gave none.
     """
@@ -151,22 +153,23 @@ class Response:
             self.error = "connection closed before the response" if not self.status else "response cut off"
 
     def _head(self, data: bytes) -> bytes:
-        end = data.find(b"\r\n\r\n")
-        if end < 0:
-            self._buffer = data
-            if len(data) > _MAX_HEAD_BYTES or (len(data) >= 7 and not data.startswith(b"HTTP/1.")):
+        status = 0
+        while status < 200:  # interim responses precede the real one
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                self._buffer = data
+                if len(data) > _MAX_HEAD_BYTES or (len(data) >= 7 and not data.startswith(b"HTTP/1.")):
+                    self._fail("the answer is not HTTP/1.1")
+                return b""
+            match = _STATUS.match(data)
+            if not match:
                 self._fail("the answer is not HTTP/1.1")
-            return b""
-        match = _STATUS.match(data)
-        if not match:
-            self._fail("the answer is not HTTP/1.1")
-            return b""
-        status = int(match.group(1))
-        if status < 200:  # an interim response: the real one follows
-            return self._head(data[end + 4 :])
+                return b""
+            status = int(match.group(1))
+            head, data = data[match.end() : end], data[end + 4 :]
         self.status = status
-        headers = data[match.end() : end].lower()
-        length = re.search(rb"\r\ncontent-length:[ \t]*(\d+)", headers)
+        headers = head.lower()
+        length = re.search(rb"\r\ncontent-length:[ \t]*(\d{1,18})", headers)
         if re.search(rb"\r\ntransfer-encoding:[^\r]*chunked", headers):
             self._framing = "chunked"
         elif length:
@@ -175,7 +178,7 @@ class Response:
             self._framing = "close"
         self._stage = "body"
         self._plain = status == 200 and self._framing == "chunked" and self.counting == "usage"
-        return data[end + 4 :]
+        return data
 
     def _chunks(self, time: int, data: bytes) -> None:
         at, size = 0, len(data)
@@ -247,24 +250,26 @@ class Response:
         """An event that a byte search cannot settle."""
         try:
             event = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.error = self.error or "an event is not JSON"
             return
         if not isinstance(event, dict):
             return
-        if "error" in event:
+        if event.get("error"):
             self.error = self.error or _message(event["error"])
             return
-        count = 0
-        for choice in event.get("choices") or ():
-            ids = choice.get("token_ids")
-            count += len(ids) if ids is not None and self.counting == "ids" else _has_text(choice)
+        count, choices = 0, event.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                ids = choice.get("token_ids")
+                count += len(ids) if isinstance(ids, list) and self.counting == "ids" else _has_text(choice)
+                self.done = self.done or bool(choice.get("finish_reason"))
         if count and self.counting != "usage":
             self._came(time, count)
         usage = event.get("usage")
         if isinstance(usage, dict):
-            self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
-            self.output_tokens = usage.get("completion_tokens", self.output_tokens)
+            self.prompt_tokens = _number(usage.get("prompt_tokens"), self.prompt_tokens)
+            self.output_tokens = _number(usage.get("completion_tokens"), self.output_tokens)
 
     def _totals(self, data: bytes, total: int) -> None:
         self.output_tokens = total
@@ -279,8 +284,11 @@ class Response:
             self.error = f"HTTP {self.status}: {_message(self._events)}"
         elif self._events.startswith(b"data:"):  # a last event without its empty line
             self._event(self._time, self._events.rstrip())
-        if self.status == 200 and not self.error and not self.times and not self.done:
-            self.error = "the response is no event stream"
+        if self.status == 200 and not self.error:
+            if not self.times:
+                self.error = "no token came" if self.done else "the response is no event stream"
+            elif not self.done and self.output_tokens is None:
+                self.error = "response cut off"  # by what stands before the server, which ended it properly
         if self.counting == "usage" and self.output_tokens and self.times:
             self.counts[-1] += max(0, self.output_tokens - self.seen)  # tokens that no chunk told of
         if self.counting == "total" and self.output_tokens and self.times:
@@ -299,6 +307,13 @@ def spread(times: list[int], count: int) -> list[list[int]]:
         counts[k * chunks // count] += 1
     counts[-1] += 1
     return [[time, n] for time, n in zip(times, counts, strict=True) if n]
+
+
+def _number(told: object, known: int | None) -> int | None:
+    """A count as the server told it; what was ``known`` where that is none."""
+    if not isinstance(told, int | float) or isinstance(told, bool) or not 0 <= told <= _MOST_TOKENS:
+        return known
+    return int(told) if told == int(told) else known
 
 
 def _has_text(choice: dict) -> int:

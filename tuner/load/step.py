@@ -238,6 +238,8 @@ def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> 
     metrics, intervals = compute(records, slos, quantiles)
     stopped, open_ones = str(records.meta["stopped"]), undecided(records.meta, slos)
     reasons = [f"undecided: {slo}, for the step was ended early under other SLOs ({stopped})" for slo in open_ones]
+    if not metrics["measured_requests"] and not stopped:
+        reasons.append("no request lies after the warm-up: measure for longer, or warm up for less")
     return Step(
         load=float(records.meta["load"]),
         window=str(records.meta["window"]),

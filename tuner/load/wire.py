@@ -143,5 +143,15 @@ def get(target: Target, path: str, api_key: str = "") -> bytes:
     ).encode("latin-1")
 
 
+def checked_key(api_key: str, where: str) -> str:
+    """``api_key`` without the line end that a file leaves behind it. Raises UsageError where no header can carry it."""
+    key = api_key.strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise UsageError(
+            "the API key has characters that no HTTP header can carry", where=where, fix="Is it the key, and all of it?"
+        )
+    return key
+
+
 def _auth(api_key: str) -> str:
     return f"Authorization: Bearer {api_key}\r\n" if api_key else ""

@@ -41,7 +41,7 @@ def window(records: Records) -> Window:
         return Window(0, 0)
     last_ns = int(c["intended_ns"].max())
     warm_ns = min(warm_end_ns(records), last_ns)
-    start_ns = _ramp_end(c["sent_ns"], c["end_ns"], warm_ns, last_ns)
+    start_ns = _ramp_end(c["intended_ns"], c["end_ns"], warm_ns, last_ns)
     ended = c["end_ns"] != ABSENT
     whole = ended & (c["error"] == "")
     mean_ns = float((c["end_ns"] - c["intended_ns"])[whole].mean()) if whole.any() else 0.0
@@ -55,11 +55,11 @@ def warm_end_ns(records: Records) -> int:
     return int(float(records.meta.get("warmup_s", 0.0)) * 1e9)
 
 
-def _ramp_end(sent_ns: np.ndarray, end_ns: np.ndarray, warm_ns: int, last_ns: int) -> int:
+def _ramp_end(begin_ns: np.ndarray, end_ns: np.ndarray, warm_ns: int, last_ns: int) -> int:
     cap_ns = warm_ns + int(RAMP_CAP * (last_ns - warm_ns))
     ends = end_ns[end_ns != ABSENT]
-    times = np.concatenate([sent_ns, ends])
-    change = np.concatenate([np.ones(len(sent_ns), dtype=np.int64), -np.ones(len(ends), dtype=np.int64)])
+    times = np.concatenate([begin_ns, ends])
+    change = np.concatenate([np.ones(len(begin_ns), dtype=np.int64), -np.ones(len(ends), dtype=np.int64)])
     order = np.argsort(times, kind="stable")
     times, level = times[order], np.cumsum(change[order])
     held_ns = np.diff(np.clip(np.append(times, last_ns), warm_ns, last_ns))  # how long each level held

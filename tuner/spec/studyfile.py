@@ -65,6 +65,13 @@ def resolve(document: Document, beside: Path) -> Study:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise document.error(f"bad study name {name!r}", ("name",), "use letters, digits, '.', '_' and '-'")
     folder = str(beside) if frozen else str(Path(file.reports) / name)
+    warmup_s = _seconds(file.load.warmup, document, ("load", "warmup"), zero=True)
+    if trace.file and warmup_s >= trace.window_s and not frozen:
+        raise document.error(
+            f"the warm-up ({warmup_s:g} s) leaves nothing of a window of {trace.window_s:g} s",
+            ("load", "warmup") if "load" in document.data else ("trace", "window"),
+            "warm up for less, or measure for longer",
+        )
     budget = _budget(file.budget, document)
     resolved = {
         "beside": str(base.resolve()),
@@ -90,7 +97,7 @@ def resolve(document: Document, beside: Path) -> Study:
         trace=trace,
         load=LoadSpec(
             USUAL_LADDER if file.load.ladder == "auto" else tuple(file.load.ladder),
-            _seconds(file.load.warmup, document, ("load", "warmup"), zero=True),
+            warmup_s,
             _seconds(file.load.request_timeout, document, ("load", "request_timeout")),
             file.load.early_stop,
             file.load.ladder == "auto",
