@@ -12,14 +12,17 @@ The study's folder is kept as by ``tuner tune``: ``tuner front``, ``tuner report
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 from tuner.engines.build import engine
+from tuner.engines.function import checked
 from tuner.errors import Infeasible as Refused
+from tuner.errors import UsageError
 from tuner.pareto.choice import Choice, choose
 from tuner.pareto.front import Point, front, points
 from tuner.spec import studyfile
@@ -28,7 +31,7 @@ from tuner.spec.text import Document
 from tuner.study import budget, session, workload
 from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.study.peers import joined
-from tuner.study.price import priced, told
+from tuner.study.price import priced
 from tuner.study.queue import Proposal, Queue
 
 
@@ -73,13 +76,20 @@ class AskTell:
         """What came of it: an outcome, ``tuner.Infeasible(reason)``, or metrics by load.
 
         Metrics have the names of :class:`tuner.study.outcome.Step`, latencies in seconds. A cost is added from the
-        goodput where none is given, and the goodput from the output; UsageError where there is none of the three. An
-        SLO whose metric is absent counts as missed.
+        goodput where none is given, and the goodput from the output; UsageError where there is none of the three, and
+        for what is no number. An SLO whose metric is absent counts as missed.
         """
         if isinstance(outcome, Refused):
             outcome = Infeasible("infeasible", outcome.reason)
         elif isinstance(outcome, Mapping):
-            outcome = Measured(tuple(self._step(proposal, load, outcome[load]) for load in sorted(outcome)))
+            steps = [self._step(proposal, load, metrics) for load, metrics in outcome.items()]
+            if not steps:
+                raise UsageError("no load was told", fix="tell {1.0: metrics, 2.0: metrics}")
+            outcome = Measured(tuple(sorted(steps, key=lambda step: step.load)))
+        elif not isinstance(outcome, get_args(Outcome)):
+            raise UsageError(
+                f"{type(outcome).__name__} is no outcome", fix="tell {load: metrics}, or tuner.Infeasible(reason)"
+            )
         self._running -= 1
         self.store.end_trial(proposal.number, outcome)
         self._queue.tell(proposal, outcome, again=False)
@@ -96,6 +106,12 @@ class AskTell:
         return budget.search_is_over(self.study, budget.spent(self.study, self.store.trials(), running))
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
-        known = told(metrics, "the evaluation")
+        try:
+            load = float(load)
+        except (TypeError, ValueError):
+            load = math.nan
+        if not 0 < load < math.inf:
+            raise UsageError("a load is a number above zero", fix="tell {1.0: metrics, 2.0: metrics}")
+        known = checked(metrics, "the evaluation")
         misses = tuple(miss for slo in self.study.objective.slos if (miss := slo.miss(known)))
         return priced(Step(load, "told", known, slo_misses=misses), proposal.config, self.study.objective)

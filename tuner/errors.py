@@ -43,6 +43,6 @@ class EnvironmentFault(TunerError):
 class Infeasible(Exception):
     """Raised by a function engine's callable, or a predictor's: this configuration cannot serve, and why."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: object = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = "" if reason is None else str(reason)

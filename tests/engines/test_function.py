@@ -130,3 +130,37 @@ def test_the_callable_may_change_its_dictionary_and_import_its_neighbours(tmp_pa
     assert server.measure(plan(site)).metrics["ttft_p99_s"] == 7.0
     assert server.measure(plan(site)).metrics["ttft_p99_s"] == 7.0
     assert CONFIG.params == {"batch": 64, "cache": "fp8"}
+
+
+@pytest.mark.parametrize("leaves", ["import sys; sys.exit(0)", "raise GeneratorExit"])
+def test_a_callable_that_leaves_has_crashed(leaves: str, tmp_path: Path, site: Site) -> None:
+    with pytest.raises(LaunchFailed) as failure:
+        measure(engine(tmp_path, leaves), site)
+
+    assert failure.value.outcome.cause == "crash"
+
+
+def test_an_answer_that_is_none_is_a_crash_but_for_the_default(tmp_path: Path, site: Site) -> None:
+    """The default is the first launch: where it is wrong, so is the callable. Later it is that configuration alone."""
+    wrong = engine(tmp_path, "return {'ttft_p99_s': 1, 'tpot_p99_s': float('nan'), 'output_tokens_per_s': 5}")
+    wrong.default = {**CONFIG.params, "batch": 8}
+    with pytest.raises(LaunchFailed) as failure:
+        measure(wrong, site)
+    assert (failure.value.outcome.cause, "tpot_p99_s=nan" in failure.value.outcome.message) == ("crash", True)
+
+    wrong.default = CONFIG.params
+    with pytest.raises(UsageError, match="tpot_p99_s=nan"):
+        measure(wrong, site)
+
+
+def test_the_reason_may_be_anything(tmp_path: Path, site: Site) -> None:
+    with pytest.raises(LaunchFailed) as failure:
+        measure(engine(tmp_path, "raise tuner.Infeasible(ValueError('too large'))"), site)
+
+    assert failure.value.outcome.message == "too large"
+
+
+def test_a_target_that_leaves_while_it_is_imported_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(2)\n")
+    with pytest.raises(UsageError, match=r"script\.py:2: SystemExit: 2"):
+        FunctionEngine(target="script:evaluate", folder=tmp_path).flags()

@@ -136,3 +136,10 @@ def test_the_interval_of_a_change_covers_the_truth_about_95_times_in_100():
         low, high = change.interval or (0, 0)
         covered += low <= truth - 1 <= high
     assert 930 <= covered <= 970
+
+
+def test_where_slos_hold_and_figures_are_none_no_slo_is_blamed(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=-0.01),), store)
+    text = choose(store.trials(), OBJECTIVE).text
+    assert "no configuration meets" not in text.lower() and "Correct what the evaluation returns" in text

@@ -18,6 +18,7 @@ from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate
 from tuner.search.candidates import Candidates
 from tuner.search.foresight import Foresight
 from tuner.search.model.predictor import AnalyticModel
+from tuner.search.prediction import Prediction
 from tuner.search.sampler import TunerSampler
 from tuner.space.config import ServingConfig
 from tuner.space.memory import MemoryCorrection
@@ -253,3 +254,22 @@ def test_what_the_logs_say_of_memory_stays_when_the_constants_change() -> None:
     key, here = OBJECTIVE.latency_key, learnt.latency[row, 0]
     before, after = (math.log(m.predict(of, LOW).metrics[key]) for m in (told, really))
     assert abs(here - after) < 0.25 * abs(before - after), "and so do the constants when memory is corrected"
+
+
+def test_no_constants_are_learnt_with_which_the_model_has_no_answer_for_what_ran(machine: AnalyticModel) -> None:
+    """A model that ends beyond a constant of .9 fits its launches best beyond it, where nothing is left to be wrong."""
+
+    class Ending:
+        def doubts(self) -> Mapping[str, float]:
+            return {"bandwidth_share": 0.5}
+
+        def scaled(self, factors: Mapping[str, float]) -> Any:
+            if factors["bandwidth_share"] < 0.9:
+                return self
+            return model(slos=SLOS).scaled(factors)
+
+        def predict(self, config: ServingConfig, load: float) -> Prediction:
+            return Prediction(False, reason="no answer")
+
+    found = calibrate(Ending(), [launched(machine, FEW)], OBJECTIVE)
+    assert 0.9 <= found["bandwidth_share"] < 1.0

@@ -1,5 +1,8 @@
 """Ask and tell without the CLI."""
 
+import math
+
+import numpy as np
 import pytest
 
 import tuner
@@ -76,3 +79,75 @@ def test_a_second_session_goes_on_where_the_first_ended(study):
 def test_a_wrong_key_is_a_usage_error(study):
     with pytest.raises(UsageError, match="unknown key 'budgt'"):
         AskTell({**study, "budgt": 1})
+
+
+GOOD = {"tpot_p99_s": 0.01, "output_tokens_per_s": 900.0}
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({1.0: {**GOOD, "tpot_p99_s": math.nan}}, "tpot_p99_s=nan"),
+        ({1.0: {**GOOD, "note": "hello"}}, "note='hello', which is not a number"),
+        ({1.0: {**GOOD, "error_rate": None}}, "error_rate=None, which is not a number"),
+        ({1.0: 5}, "not a mapping of metrics"),
+        ({"often": GOOD}, "a load is a number above zero"),
+        ({0: GOOD}, "a load is a number above zero"),
+        ({}, "no load was told"),
+        (None, "NoneType is no outcome"),
+        (ValueError("x"), "ValueError is no outcome"),
+    ],
+)
+def test_what_is_no_outcome_is_refused_before_anything_is_written(study, told, says):
+    with AskTell(study) as search:
+        proposal = search.ask()
+        with pytest.raises(UsageError, match=says):
+            search.tell(proposal, told)
+        search.tell(proposal, {1.0: GOOD})
+    with AskTell(study) as search:  # the folder is as good as ever
+        assert search.ask().number == 1
+
+
+def test_numbers_of_any_kind_are_numbers(study):
+    metrics = {"tpot_p99_s": np.float32(0.01), "output_tokens_per_s": np.int64(900), "extra": np.array(1)}
+    with AskTell(study) as search:
+        search.tell(search.ask(), {np.float32(2): metrics, "1": metrics})
+    with AskTell(study) as search:
+        steps = search.store.trial(0).outcome.steps
+        assert [step.load for step in steps] == [1.0, 2.0]
+        assert all(type(value) is float for step in steps for value in step.metrics.values())
+
+
+def test_without_slos_every_load_is_within_them(study):
+    free = {**study, "objective": {"latency": "tpot_p99", "slo": {}, "price_usd_per_gpu_hour": 3.6}}
+    with AskTell({**free, "budget": {"launches": 9, "verify_share": 0}}) as search:
+        while (proposal := search.ask()) is not None:
+            search.tell(proposal, {load: measure(proposal.params, load) for load in (1.0, 2.0)})
+        assert search.choice().point.load == 2.0
+
+
+@pytest.mark.parametrize("steps", [8, 12])
+def test_a_space_of_which_the_rules_leave_one_in_a_million_is_searched(study, steps):
+    """Rising numbers: 50,388 of 8^12 combinations; the default is none of them."""
+    parameters = {
+        f"a{i}": {"flag": f"a{i}", "values": list(range(1, 9)), "default": max(1, 8 - i)} for i in range(steps)
+    }
+    rules = [{"deny": {f"a{i}": {"gt": f"$a{i + 1}"}}, "because": "they rise"} for i in range(steps - 1)]
+    space = {"name": "rising", "engine": "function", "parameters": parameters, "rules": rules}
+    with AskTell({**study, "search_space": space}) as search:
+        asked = []
+        while (proposal := search.ask()) is not None:
+            asked.append([proposal.params[f"a{i}"] for i in range(steps)])
+            search.tell(proposal, {1.0: {"tpot_p99_s": 0.01 + sum(asked[-1]) / 10_000, "output_tokens_per_s": 900.0}})
+    assert len(asked) == 6 and all(a == sorted(a) for a in asked)
+
+
+def test_rules_that_leave_nothing_are_said_to(study):
+    denied = {"rules": [{"deny": {"colour": ["red", "green"]}, "because": "no such paint"}]}
+    with (
+        pytest.raises(
+            UsageError, match=r"no configuration of the space 'mine'.*of the default they say: no such paint"
+        ),
+        AskTell({**study, "search_space": {**study["search_space"], **denied}}),
+    ):
+        pass

@@ -307,7 +307,7 @@ def test_a_study_that_changed_is_not_continued_silently(runner):
 
 
 def test_held_out_windows_may_become_more_until_something_was_measured_on_them(runner):
-    runner.text = runner.text.replace("window: 10s", "window: 1s")
+    runner.text = runner.text.replace("window: 10s", "window: 1s").replace("load: {", "load: {warmup: 0s, ")
     runner.run()
     more = {"trace: {": "trace: {heldout_windows: 4, "}
     with session.opened(runner.study(replace=more)) as store:
@@ -328,7 +328,8 @@ def test_held_out_windows_that_would_move_the_searchs_own_are_refused(runner):
 
 
 def test_what_starting_an_exported_file_again_found_is_kept(runner):
-    runner.text = runner.text.replace("window: 10s", "window: 1s, heldout_windows: 2")
+    short = runner.text.replace("window: 10s", "window: 1s, heldout_windows: 2")
+    runner.text = short.replace("load: {", "load: {warmup: 0s, ")
     runner.run()
     engine, best = FakeEngine(), runner.store.trials()[0]
     ready = Prepared(runner.study(), engine, workload.read(runner.study()), None, "none in this test")

@@ -178,3 +178,22 @@ def prepare_(document: dict[str, Any]) -> Any:
     """As the CLI does it, which imports the evaluator, too: the model serves as one."""
     document["engine"]["target"] = document["predictor"]
     return prepare(studyfile.resolve(Document("study", document), Path()))
+
+
+def test_a_model_that_ends_where_its_constants_are_too_large_is_followed_as_far_as_it_goes(study: Any) -> None:
+    """A queue: sound for every configuration with its own constant, and nothing at all above 1.4 times that."""
+    queue = """
+import math
+
+def foresee(config, load, *, share=0.18):
+    waits = math.sqrt(1 / (1 - share * load) - 1)
+    return {"ttft_p99_s": 0.1, "tpot_p99_s": 0.02 * (1 + waits), "output_tokens_per_s": 1000.0 * load}
+"""
+
+    def slow(params: Mapping[str, Any], load: float) -> dict[str, float]:
+        return {"ttft_p99_s": 0.1, "tpot_p99_s": 0.2 * (1 + load), "output_tokens_per_s": 1000.0 * load}
+
+    with AskTell(study(queue)) as search:
+        while (proposal := search.ask()) is not None:
+            search.tell(proposal, {load: slow(proposal.params, load) for load in (0.5, 1.0, 2.0, 4.0)})
+        assert len(search.store.trials()) == 6

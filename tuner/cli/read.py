@@ -21,10 +21,9 @@ def opened(path: Path) -> tuple[Study, Store]:
     from tuner.spec import studyfile
     from tuner.study.store import Store
 
-    if path.is_file() and path.name != "study.yaml":
-        folder = Path(studyfile.load(path).folder)
-    else:
-        folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise UsageError(f"no such study: {path}", fix="Give a study file, or the folder of a study")
+    folder = path if path.is_dir() else Path(studyfile.load(path).folder)
     if not (folder / "study.yaml").is_file():
         raise UsageError(f"no study in {folder}", fix=f"Run one first: tuner tune {path}")
     return studyfile.load(folder), Store(folder)

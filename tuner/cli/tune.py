@@ -74,7 +74,7 @@ def read(path: Path | None, flags: Flags) -> Any:
     from tuner.spec.text import Document
     from tuner.spec.text import read as read_yaml
 
-    over = _overrides(flags)
+    over = _overrides(path, flags)
     if path is None:
         if not flags.model or flags.trace is None:
             raise UsageError(
@@ -86,15 +86,18 @@ def read(path: Path | None, flags: Flags) -> Any:
     document = read_yaml(path, "study")
     if flags.engine:
         # another engine keeps the study's flags, but not where the first one is installed
-        given = {k: v for k, v in (document.data.get("engine") or {}).items() if k not in ("python", "command")}
+        said = document.data.get("engine")
+        given = {k: v for k, v in said.items() if k not in ("python", "command")} if isinstance(said, dict) else {}
         over["engine"] = {**given, "kind": flags.engine}
         over.setdefault("name", f"{document.data.get('name') or path.stem}-{flags.engine}")
+    if flags.slo and isinstance(said := document.data.get("slo", {}), dict):
+        over["slo"] = {**said, **over["slo"]}
     if over:
         document = Document(document.path, {**document.data, **over}, document.tree)
     return studyfile.resolve(document, path.parent)
 
 
-def _overrides(flags: Flags) -> dict[str, Any]:
+def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
     over: dict[str, Any] = {}
     for key in ("model", "budget", "objective", "sampler", "name", "parallel", "storage", "reports"):
         if getattr(flags, key):
@@ -117,7 +120,7 @@ def _overrides(flags: Flags) -> dict[str, Any]:
             if not sep or not limit:
                 raise UsageError(f"bad SLO {name!r}", fix="write for example --slo ttft_p99=500ms")
         over["slo"] = {name.strip(): limit.strip() for name, _, limit in pairs}
-        if not flags.objective:
+        if path is None and not flags.objective:
             over["objective"] = _objective(over["slo"])
     return over
 

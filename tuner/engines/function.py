@@ -16,7 +16,7 @@ from typing import Any
 from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
 from tuner.errors import Infeasible as SaysInfeasible
 from tuner.errors import UsageError
-from tuner.space.config import ServingConfig
+from tuner.space.config import ServingConfig, Value
 from tuner.spec.objective import Objective
 from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
@@ -35,27 +35,35 @@ class FunctionEngine:
     as goodput, less the ``error_rate``; an absent ``error_rate`` is 0.
 
     ``folder`` is where the module is looked for first. Any other exception of the callable is that trial's outcome (a
-    crash), not the study's end.
+    crash), not the study's end; so is an answer that is none, but for the ``default`` parameters.
     """
 
     kind = "function"
 
     def __init__(
-        self, *, target: str, folder: str | Path = ".", required: tuple[str, ...] = (), emulated: bool = False
+        self,
+        *,
+        target: str,
+        folder: str | Path = ".",
+        required: tuple[str, ...] = (),
+        default: Mapping[str, Value] | None = None,
+        emulated: bool = False,
     ) -> None:
         self.target, self.folder, self.required, self.emulated = target, Path(folder), required, bool(emulated)
+        self.default = default
         self._evaluate: Evaluate | None = None
 
     @classmethod
     def from_study(cls, study: Study) -> FunctionEngine:
         """The engine of a study; the module is looked for beside the study file, also when the study is resumed."""
-        if "target" not in study.engine.options:
+        if not isinstance(study.engine.options.get("target"), str):
             raise UsageError(
                 "the function engine needs a target",
                 where=study.source,
                 fix='write engine: {kind: function, options: {target: "module:callable"}}',
             )
-        return cls(folder=beside(study), required=needed(study.objective), **study.engine.options)
+        default = study.space.config(study.space.default(), study.model).params
+        return cls(folder=beside(study), required=needed(study.objective), default=default, **study.engine.options)
 
     def version(self) -> str:
         """See the protocol: the target."""
@@ -96,9 +104,14 @@ class FunctionServer:
         except SaysInfeasible as error:
             reason = error.reason or "infeasible"
             raise LaunchFailed(Infeasible("infeasible", reason, evidence=f"Infeasible: {reason}")) from None
-        except Exception as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
             raise LaunchFailed(_crash(error)) from error
-        metrics = checked(answer, self._engine.target, self._engine.required)
+        try:
+            metrics = checked(answer, self._engine.target, self._engine.required)
+        except UsageError as error:
+            if self._engine.default in (None, self._config.params):
+                raise  # the study's first launch: nothing will come of it
+            raise LaunchFailed(_wrong(error)) from error
         misses = tuple(miss for slo in plan.slos if (miss := slo.miss(metrics)))
         return Step(load=plan.load, window=plan.window, metrics=metrics, slo_misses=misses)
 
@@ -155,7 +168,7 @@ def load_target(target: str, folder: Path) -> Evaluate:
         module = _from_file(folder / where) if where.endswith(".py") else _from_name(where, folder)
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = f"it cannot be imported: {raised_in(error)}"
         if isinstance(error, ModuleNotFoundError) and error.name == where.partition(".")[0]:
             why = f"there is no module {error.name}"
@@ -195,7 +208,7 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def _crash(error: Exception) -> Infeasible:
+def _crash(error: BaseException) -> Infeasible:
     return Infeasible(
         "crash",
         f"the function raised {type(error).__name__}: {error}",
@@ -205,7 +218,11 @@ def _crash(error: Exception) -> Infeasible:
     )
 
 
-def raised_in(error: Exception) -> str:
+def _wrong(error: UsageError) -> Infeasible:
+    return Infeasible("crash", error.message, evidence=error.message, fix=error.fix, stage="under load")
+
+
+def raised_in(error: BaseException) -> str:
     """``file:line: Kind: text`` of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     at = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""

@@ -131,7 +131,7 @@ def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:
         return None
     default = baseline_of(trials)
     misses = [slo.miss(best.step.metrics) for slo in objective.slos]
-    words = "; ".join([miss for miss in misses if miss] or best.step.slo_misses) or "no SLO in numbers"
+    words = "; ".join([miss for miss in misses if miss] or best.step.slo_misses)
     amount = f"{best.excess * 100:.0f} % over" if math.isfinite(best.excess) else "no finite latency"
     name = describe(best.config, default.config if default else None)
     lowest = min(step.load for _, step in trusted_steps(trials))
@@ -140,6 +140,11 @@ def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:
         f"{amount} at worst: {words}. "
         f"Loosen the SLO, give the study more GPUs, or add a load below {lowest:g} to the ladder."
     )
+    if not words:
+        text = (
+            f"No configuration has a cost and a latency above zero: trial {best.trial} ({name}) meets every SLO at "
+            f"load {best.load:g}, and cannot be compared. Correct what the evaluation returns."
+        )
     return Near(best.trial, best.load, best.step, best.config, best.excess, text)
 
 

@@ -69,9 +69,10 @@ def calibrate(
     if not names or not groups:
         return {}
     theta = np.array([math.log((start or {}).get(name, 1.0)) for name in names])
-    off, felt, damping = _off(model, names, theta, groups), list(range(len(names))), 1e-2
+    errors, felt, damping = _errors(model, names, theta, groups), list(range(len(names))), 1e-2
+    off = _known(errors)
     for _ in range(ROUNDS):
-        slopes = _slopes(model, names, theta, groups, off, felt)
+        slopes = _slopes(model, names, theta, groups, errors, felt)
         felt = [j for j in felt if any(np.abs(s[:, j]).max() > 1e-6 for s in slopes)]
         precision, gradient = np.diag(1 / sds**2), -theta / sds**2
         for r, slope in zip(off, slopes, strict=True):
@@ -82,14 +83,15 @@ def calibrate(
         for _ in range(4):  # a step that makes it worse is shortened
             step = np.linalg.solve(precision + damping * np.diag(np.diag(precision)), gradient)
             tried = np.clip(theta + np.clip(step, -0.7, 0.7), -3 * sds, 3 * sds)
-            found = _off(model, names, tried, groups)
-            if _loss(found, tried, sds) < loss:
+            found = _errors(model, names, tried, groups)
+            silent = any((np.isnan(now) > np.isnan(before)).any() for now, before in zip(found, errors, strict=True))
+            if not silent and _loss(_known(found), tried, sds) < loss:  # what ran is no place where a model ends
                 damping = max(damping / 4, 1e-4)
                 break
             damping = min(damping * 8, 1e3)
         else:
             break
-        moved, theta, off = float(np.abs(tried - theta).max()), tried, found
+        moved, theta, errors, off = float(np.abs(tried - theta).max()), tried, found, _known(found)
         if moved < STILL:
             break
     return {name: math.exp(value) for name, value in zip(names, theta.tolist(), strict=True)}
@@ -134,8 +136,8 @@ def _groups(launches: Sequence[Launched], objective: Objective) -> list[_Group]:
     return found
 
 
-def _off(model: Calibratable, names: Sequence[str], theta: np.ndarray, groups: Sequence[_Group]) -> list[Array]:
-    """Measured minus predicted per group, in units of its scale; 0 where the model has no answer."""
+def _errors(model: Calibratable, names: Sequence[str], theta: np.ndarray, groups: Sequence[_Group]) -> list[Array]:
+    """Measured minus predicted per group, in units of its scale; NaN where the model has no answer."""
     scaled = model.scaled({n: math.exp(t) for n, t in zip(names, theta.tolist(), strict=True)})
     asked: dict[tuple[int, float], Mapping[str, float]] = {}
     found = []
@@ -148,9 +150,13 @@ def _off(model: Calibratable, names: Sequence[str], theta: np.ndarray, groups: S
                 asked[key] = answer.metrics if answer.fits else {}
             value = asked[key].get(g.metric, math.nan)
             values[i] = math.log(value) if 0 < value < math.inf else math.nan
-        off = g.measured - np.minimum(values, g.ceiling)
-        found.append(np.where(np.isfinite(off), off, 0.0) / g.scale)
+        found.append((g.measured - np.minimum(values, g.ceiling)) / g.scale)
     return found
+
+
+def _known(errors: Sequence[Array]) -> list[Array]:
+    """``errors``, 0 where there is none: nothing is learnt from that."""
+    return [np.nan_to_num(r) for r in errors]
 
 
 def _slopes(
@@ -158,17 +164,17 @@ def _slopes(
     names: Sequence[str],
     theta: np.ndarray,
     groups: Sequence[_Group],
-    off: Sequence[Array],
+    errors: Sequence[Array],
     felt: Sequence[int],
 ) -> list[Array]:
     """Derivatives of the predictions by the logarithms of the constants ``felt``, (steps, constants) per group; 0 for
-    the others."""
-    found = [np.zeros((len(r), len(names))) for r in off]
+    the others, and where the model has no answer on one side."""
+    found = [np.zeros((len(r), len(names))) for r in errors]
     for j in felt:
         nudged = theta.copy()
         nudged[j] += NUDGE
-        for slope, r, there in zip(found, off, _off(model, names, nudged, groups), strict=True):
-            slope[:, j] = (r - there) / NUDGE
+        for slope, r, there in zip(found, errors, _errors(model, names, nudged, groups), strict=True):
+            slope[:, j] = np.nan_to_num((r - there) / NUDGE)
     return found
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tuner.space.config import Value
+from tuner.errors import UsageError
+from tuner.space.condition import names
+from tuner.space.config import Value, same
 from tuner.space.space import Parameter, SearchSpace
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WHOLE_GRID = 20_000  # combinations up to which every one is a candidate
+MENDED, CHANGES = 200, 60  # draws that are made allowed where hardly any is; changes to each
 SAMPLE = 3_000  # seeded combinations beyond that
 ASKED_GRID = 1_500  # the same where an analytic model is asked of each (a few milliseconds for a ladder)
 ASKED_SAMPLE = 1_000
@@ -44,15 +47,22 @@ class Candidates:
         if space.size() <= (ASKED_GRID if asked else WHOLE_GRID):
             found.whole = True
             found.add(space.grid())
+            if not found.params:
+                raise _all_denied(space)
             return found
         from numpy.random import default_rng
 
         rng = default_rng([seed, 1])
         sample = ASKED_SAMPLE if asked else SAMPLE
-        for _ in range(8 * sample):
-            found.add([{p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters}])
-            if len(found.params) >= sample:
+        for drawn in range(8 * sample):
+            rare = len(found.params) < drawn // 100  # hardly any draw is allowed
+            if len(found.params) >= sample or (rare and drawn >= sample):
                 break
+            found.add([{p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters}])
+        if len(found.params) < sample // 100:
+            found.add([space.snap(space.default()), *(_mended(space, rng) for _ in range(MENDED))])
+        if not found.params:
+            raise _all_denied(space)
         return found
 
     def key(self, params: Mapping[str, Value]) -> Key:
@@ -93,6 +103,32 @@ class Candidates:
 
         rows = self.keys if indices is None else [self.keys[i] for i in indices]
         return numpy.array(rows, dtype=numpy.int64).reshape(len(rows), len(self.space.parameters))
+
+
+def _mended(space: SearchSpace, rng: Any) -> dict[str, Value]:
+    """A draw that rules speak against, its parameters changed one by one to what the fewest rules deny (min-conflicts:
+    Minton et al. 1992, Artif. Intell. 58): a parameter of a rule that denies it, the others as they are. Where that
+    leads nowhere, the rules deny it still."""
+    params = space.snap({p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters})
+    for _ in range(CHANGES):
+        broken = space.denying(params)
+        named = [p for p in space.parameters if broken and p.name in names(broken[0].deny)]
+        if not named:
+            break
+        p = named[int(rng.integers(len(named)))]
+        tried = [space.snap({**params, p.name: value}) for value in p.values]
+        against = [(len(space.denying(t)), rng.random()) for t in tried]
+        params = tried[against.index(min(against))]
+    return params
+
+
+def _all_denied(space: SearchSpace) -> UsageError:
+    reason = space.denied(space.snap(space.default()))
+    return UsageError(
+        f"no configuration of the space {space.name!r} was found that its rules allow"
+        + (f"; of the default they say: {reason}" if reason else ""),
+        fix="Are conditions the wrong way round? A rule denies what it describes",
+    )
 
 
 def correlations(space: SearchSpace) -> list[NDArray[np.float64]]:
@@ -148,6 +184,6 @@ def pairs(count: int) -> Iterable[tuple[int, int]]:
 
 def _code(parameter: Parameter, value: Value) -> int:
     for i, known in enumerate(parameter.values):
-        if known == value and isinstance(known, bool) == isinstance(value, bool):
+        if same(known, value):
             return i
     return -1

@@ -82,7 +82,7 @@ def capacity(loads: Sequence[float], margins: Sequence[float]) -> tuple[float, f
     first = next((i for i, m in enumerate(margins) if m > 0), None)
     if first is None:
         slope = SLOPE
-        if len(logs) > 1 and logs[-1] > logs[-2]:
+        if len(logs) > 1 and logs[-1] > logs[-2] and math.isfinite(margins[-1] - margins[-2]):
             slope = min(max((margins[-1] - margins[-2]) / (logs[-1] - logs[-2]), 1.0), 8.0)
         room = -margins[-1] if math.isfinite(margins[-1]) else BEYOND * slope
         return logs[-1] + min(max(room, 0.0) / slope, BEYOND), 0.15

@@ -11,6 +11,11 @@ from typing import Any
 Value = bool | int | float | str
 
 
+def same(a: Value, b: Value) -> bool:
+    """Whether two values are one: ``True`` is not 1, though Python has them equal."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
 @dataclass(frozen=True, slots=True)
 class ServingConfig:
     """One server, to the last flag.

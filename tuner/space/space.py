@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tuner.space.condition import Condition, holds
-from tuner.space.config import ServingConfig, Value
+from tuner.space.config import ServingConfig, Value, same
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -54,7 +54,7 @@ class Parameter:
         """The grid value nearest to ``value`` (in logarithms on a log grid); raises ``ValueError`` for a category
         that is not in the grid."""
         for known in self.values:
-            if known == value and isinstance(known, bool) == isinstance(value, bool):
+            if same(known, value):
                 return known
         if not self.numeric or isinstance(value, (bool, str)):
             raise ValueError(f"{self.name} has no value {value!r}; it has {', '.join(map(str, self.values))}")
@@ -142,8 +142,15 @@ class SearchSpace:
 
     def denied(self, params: Mapping[str, Value]) -> str:
         """Why this combination is known not to work; empty where no rule speaks against it."""
+        return next((rule.because for rule in self._denying(params)), "")
+
+    def denying(self, params: Mapping[str, Value]) -> list[Rule]:
+        """Every rule that speaks against this combination."""
+        return list(self._denying(params))
+
+    def _denying(self, params: Mapping[str, Value]) -> Iterator[Rule]:
         known = {**self.facts, **self.active(params)}
-        return next((rule.because for rule in self.rules if holds(rule.deny, known)), "")
+        return (rule for rule in self.rules if holds(rule.deny, known))
 
     def config(self, params: Mapping[str, Value], model: str) -> ServingConfig:
         """The serving config of ``params`` (snapped first)."""
@@ -184,5 +191,6 @@ class SearchSpace:
             elif all(isinstance(v, int) for v in numbers):
                 space[p.name] = IntDistribution(int(min(numbers)), int(max(numbers)), log=p.log and min(numbers) > 0)
             else:
-                space[p.name] = FloatDistribution(float(min(numbers)), float(max(numbers)), log=p.log)
+                low = float(min(numbers))
+                space[p.name] = FloatDistribution(low, float(max(numbers)), log=p.log and low > 0)
         return space

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from tuner.spec.text import Strict
 
@@ -103,10 +103,10 @@ class StudyFile(Strict):
     price_usd_per_gpu_hour: float | dict[str, float] | None = None
     trace: TraceFile | str = ""
     load: LoadFile = LoadFile()
-    budget: BudgetFile | str = BudgetFile()
+    budget: BudgetFile | str | int = BudgetFile()
     predictor: str = ""  # package.module:callable: a model of one's own in place of the analytic one
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     parallel: int | Literal["auto"] | None = None  # None: 1 here, as many as fit on a cluster
     executor: ExecutorFile | Literal["local", "ray"] = ExecutorFile()
     warm_start: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tuner.errors import UsageError
@@ -24,10 +25,10 @@ def names(folder: str) -> list[str]:
 def find(folder: str, name: str, beside: Path, where: str) -> Path:
     """The file that ``name`` means: a path (relative to ``beside``) or a shipped name; else raises UsageError."""
     for path in (beside / name, Path(name)):
-        if path.suffix in (".yaml", ".yml") and path.is_file():
+        if path.suffix in (".yaml", ".yml") and os.path.isfile(path):
             return path
     shipped = root(folder) / f"{name}.yaml"
-    if shipped.is_file():
+    if os.path.isfile(shipped):
         return shipped
     what = folder.replace("_", " ").rstrip("s")
     raise UsageError(f"no {what} named {name!r}", where=where, fix=suggest(name, names(folder)))

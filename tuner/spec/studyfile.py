@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from tuner.spec.spacefile import build
 from tuner.spec.study import Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.spec.text import Document, read, suggest, validate
 
+MOST_WINDOWS, MOST_TOKENS = 1_000, 10_000_000
 USUAL_LADDER = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # until the ladder is settled, or where nobody can ask
 _DURATION = re.compile(r"^\s*([0-9.]+)\s*(s|min|m|h|d)?\s*$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
@@ -44,6 +46,10 @@ def resolve(document: Document, beside: Path) -> Study:
     """A study document as a :class:`Study`; relative paths are relative to ``beside``."""
     file = validate(StudyFile, document)
     frozen = file.frozen or {}
+    if frozen and document.tree is not None and Path(document.path).name != "study.yaml":
+        raise document.error(
+            "a copy of a study folder's own file", ("frozen",), "name the folder, or take 'frozen' out to begin anew"
+        )
     base = Path(frozen.get("beside", beside)).resolve()
     trace = _trace(file.trace, document, base, file.engine.kind, must_exist=not frozen)
     engine = _engine(file.engine, base)
@@ -130,17 +136,17 @@ def _storage(file: StorageFile | str, document: Document) -> storage_.StorageSpe
     return storage_.storage(spec.url, heartbeat_s, _seconds(spec.grace, document, ("storage", "grace")), document)
 
 
-def _budget(file: BudgetFile | str, document: Document) -> Budget:
-    """``4h``, ``20 launches``, ``15 usd`` or a mapping of the three."""
-    if isinstance(file, str):
+def _budget(file: BudgetFile | str | int, document: Document) -> Budget:
+    """``4h``, ``20 launches`` (or ``20``), ``15 usd`` or a mapping of the three."""
+    if isinstance(file, str | int):
         try:
-            return parse_budget(file)
+            return parse_budget(str(file))
         except ValueError as error:
             raise document.error(str(error), ("budget",)) from None
     for key in ("launches", "hours", "usd"):
         value = getattr(file, key)
-        if value is not None and value <= 0:
-            raise document.error(f"budget.{key} must be above zero, not {value}", ("budget", key))
+        if value is not None and not 0 < value < math.inf:
+            raise document.error(f"budget.{key} must be a number above zero, not {value}", ("budget", key))
     if not 0 <= file.verify_share < 1:
         raise document.error("budget.verify_share is a share from 0 to below 1", ("budget", "verify_share"))
     budget = Budget(file.launches, file.hours, file.usd, file.verify_share)
@@ -175,11 +181,17 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
     spec = TraceFile(file=file) if isinstance(file, str) else file
     at = ("trace",) if isinstance(file, str) else ("trace", "file")
     path = Path(os.path.normpath(base / spec.file))
-    if must_exist and not path.is_file():
-        near = suggest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
+    if must_exist and not os.path.isfile(path):
+        near = suggest(path.name, [p.name for p in path.parent.glob("*")] if os.path.isdir(path.parent) else [])
         raise document.error(f"no such trace file: {spec.file}", at, near)
-    if spec.search_windows < 1 or spec.heldout_windows < 0:
-        raise document.error("a study needs at least one search window", ("trace", "search_windows"))
+    if not 1 <= spec.search_windows <= MOST_WINDOWS or not 0 <= spec.heldout_windows <= MOST_WINDOWS:
+        raise document.error(
+            f"a study has 1 to {MOST_WINDOWS} search windows, and as many held out at most", ("trace",)
+        )
+    for key in ("max_input_tokens", "max_output_tokens"):
+        most = getattr(spec, key)
+        if most is not None and not 1 <= most <= MOST_TOKENS:
+            raise document.error(f"trace.{key} is from 1 to {MOST_TOKENS:,}, not {most}", ("trace", key))
     return TraceSpec(
         str(path),
         spec.format,
@@ -216,8 +228,11 @@ def _engine(file: EngineFile, base: Path) -> EngineSpec:
 def _model(model: str, document: Document, base: Path, must_exist: bool, at: str = "model") -> str:
     if not model:
         raise document.error(f"{at} is missing", (), f"add {at}: FOLDER or a model id")
-    path = Path(model).expanduser()
-    looks_like_path = model.startswith((".", "/", "~")) or (base / path).is_dir() or model.count("/") > 1
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise document.error(f"{at} {model!r}: {error}", (at,), "write the folder out") from None
+    looks_like_path = model.startswith((".", "/", "~")) or os.path.isdir(base / path) or model.count("/") > 1
     if not looks_like_path:
         if must_exist and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
             raise document.error(
@@ -225,8 +240,8 @@ def _model(model: str, document: Document, base: Path, must_exist: bool, at: str
             )
         return model
     path = Path(os.path.normpath(base / path))
-    if must_exist and not (path / "config.json").is_file():
-        what = "has no config.json" if path.is_dir() else "does not exist"
+    if must_exist and not os.path.isfile(path / "config.json"):
+        what = "has no config.json" if os.path.isdir(path) else "does not exist"
         raise document.error(f"the {at} folder {model} {what}", (at,), "give a model folder or a model id")
     return str(path)
 
@@ -375,7 +390,8 @@ def _objective(
     said = file.price_usd_per_gpu_hour
     prices = said if isinstance(said, dict) else {}
     price = None if isinstance(said, dict) else said
-    price = price or spec.price_usd_per_gpu_hour or frozen.get("price_usd_per_gpu_hour")
+    for known in (spec.price_usd_per_gpu_hour, frozen.get("price_usd_per_gpu_hour")):
+        price = known if price is None else price
     if prices:
         from tuner.search.hardware import device_of
 
@@ -386,7 +402,7 @@ def _objective(
 
         row = table.detect()[0] if hardware.gpus == 0 else table.lookup(hardware.name)
         price = row.price_usd_per_hour if row else 1.0
-    if min(price, *prices.values()) <= 0 if prices else price <= 0:
+    if not all(0 < usd < math.inf for usd in (price, *prices.values())):
         raise document.error("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
     floor = QualityFloor(**spec.quality.model_dump())
     return Objective(spec.name, spec.latency, tuple(slos), float(price), floor, prices)

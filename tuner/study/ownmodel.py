@@ -30,7 +30,7 @@ class OwnModel:
     what cannot run, which then is never launched. Its keyword-only arguments that have a number above zero as their
     default are the model's constants: it is called with other values of them, as launches teach (a
     :class:`tuner.search.calibration.Calibratable`). Any other exception, and an answer that lacks a metric of the
-    objective, is a ``UsageError``.
+    objective, is a ``UsageError``; with constants that the callable did not choose, it is no answer.
     """
 
     target: str
@@ -39,6 +39,7 @@ class OwnModel:
     needed: tuple[str, ...]
     lowest_load: float
     constants: Mapping[str, float]
+    learnt: bool = False
 
     @classmethod
     def of(cls, study: Study) -> OwnModel:
@@ -60,12 +61,19 @@ class OwnModel:
             answer = self.foresee(dict(config.params), load, **self.constants)
         except Infeasible as error:
             return Prediction(False, reason=error.reason or "infeasible")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if self.learnt:
+                return Prediction(False, reason=raised_in(error))
             raise UsageError(
                 f"the predictor {self.target} failed on {dict(config.params)}: {raised_in(error)}",
                 fix="return metrics, or raise tuner.Infeasible(reason) for what cannot run",
             ) from error
-        told = checked(answer, self.target, self.needed)
+        try:
+            told = checked(answer, self.target, self.needed)
+        except UsageError as error:
+            if self.learnt:
+                return Prediction(False, reason=str(error))
+            raise
         metrics = {name: FAR if value == math.inf else value for name, value in told.items()}
         return Prediction(True, priced(Step(load, "predicted", metrics), config, self.objective).metrics)
 
@@ -79,7 +87,8 @@ class OwnModel:
 
     def scaled(self, factors: Mapping[str, float]) -> OwnModel:
         """This model with its constants times ``factors``."""
-        return replace(self, constants={n: value * factors.get(n, 1.0) for n, value in self.constants.items()})
+        constants = {n: value * factors.get(n, 1.0) for n, value in self.constants.items()}
+        return replace(self, constants=constants, learnt=self.learnt or constants != self.constants)
 
 
 def _constants(foresee: Callable[..., Any]) -> dict[str, float]:

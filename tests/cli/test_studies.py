@@ -1,0 +1,59 @@
+"""Studies by the file that they were begun with, and flags over a file."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import tuner
+from tests.spec.conftest import workplace as workplace
+from tests.spec.test_studyfile import GOOD, write
+from tuner.cli.tune import Flags, read
+from tuner.errors import UsageError
+
+MINE = """\
+name: mine
+engine: {kind: function, target: "mine.py:evaluate"}
+search_space:
+  name: mine
+  engine: function
+  parameters:
+    batch: {flag: batch, values: [8, 16], default: 8}
+objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}}
+price_usd_per_gpu_hour: 1
+load: {ladder: [1]}
+budget: {launches: 2, verify_share: 0}
+"""
+
+
+def test_a_study_is_found_again_by_the_file_it_was_begun_with_whatever_that_is_called(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def evaluate(config, load):\n    return {'tpot_p99_s': 0.01, 'output_tokens_per_s': 900.0}\n"
+    )
+    (tmp_path / "study.yaml").write_text(MINE)  # the name that init and the README give it
+    tuner("tune", "study.yaml", cwd=tmp_path, check=0)
+    for path in ("study.yaml", "reports/mine", "reports/mine/study.yaml"):
+        assert "engine default" in tuner("show", path, "0", cwd=tmp_path, check=0).stdout
+        assert "No trial" not in tuner("front", path, cwd=tmp_path, check=0).stdout
+    for path in ("nonexistent", "no.yaml"):
+        done = tuner("front", path, cwd=tmp_path, check=2)
+        assert done.stderr == f"tuner: no such study: {path}. Give a study file, or the folder of a study\n"
+
+
+def test_an_slo_from_the_command_line_replaces_that_slo_of_the_file_and_nothing_else(workplace: Path) -> None:
+    text = GOOD.replace("objective: chat", "objective: {latency: ttft_p99, slo: {ttft_p99: 1s, e2e_p99: 9s}}")
+    text = text.replace("slo: {ttft_p99: 300ms}", "slo: {tpot_p99: 80ms}")
+    study = read(write(workplace, text), Flags(slo=("tpot_p99=70ms", "ttft_p99=2s")))
+    assert {slo.metric: slo.limit for slo in study.objective.slos} == {"ttft_p99": 2, "e2e_p99": 9, "tpot_p99": 0.07}
+    assert study.objective.latency == "ttft_p99"
+
+
+def test_an_engine_of_one_word_is_said_to_be_no_mapping(workplace: Path) -> None:
+    path = write(workplace, GOOD.replace("engine: {kind: emulator, options: {gpu: H100-SXM}}", "engine: emulator"))
+    with pytest.raises(UsageError, match=r"study.yaml:2: engine"):
+        read(path, Flags())
+    assert read(path, Flags(engine="emulator")).engine.kind == "emulator"
+
+
+def test_a_price_of_nothing_is_refused(workplace: Path) -> None:
+    with pytest.raises(UsageError, match="price per GPU-hour must be above zero"):
+        read(write(workplace, GOOD), Flags(gpu_price=0.0))
