@@ -97,7 +97,10 @@ def test_the_hash_covers_flags_and_environment_but_not_the_names_of_parameters()
         ({"a": {"lt": "$missing"}}, False),
         ({"a": {"lt": "text"}}, False),  # incomparable is not so
         ({"b": {"divides": 9}}, True),
+        ({"share": {"multiple_of": 8}}, False),  # not a number, though Python would fill it in
+        ({"share": {"not_multiple_of": 8}}, False),
+        ({"huge": {"multiple_of": 0.5}}, False),
     ],
 )
 def test_conditions_are_data(condition, expected):
-    assert holds(condition, {"a": 1, "b": 3}) is expected
+    assert holds(condition, {"a": 1, "b": 3, "share": "50%", "huge": 10**400}) is expected

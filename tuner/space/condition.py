@@ -74,6 +74,6 @@ def _one(value: Any, wanted: Any, known: Mapping[str, Any]) -> bool:
         try:
             if not OPERATORS[op](value, operand):
                 return False
-        except (TypeError, ZeroDivisionError):
+        except (TypeError, ValueError, ArithmeticError):  # "50%" % 8 is a format
             return False
     return True

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from tuner.space import condition
-from tuner.space.config import Value
+from tuner.space.config import Value, same
 from tuner.space.space import Emission, Parameter, Rule, SearchSpace
 from tuner.spec.facts import FACTS
 from tuner.spec.text import Document, Strict, suggest, validate
 
 Scalar = bool | int | float | str
+MOST_VALUES = 10_000
 
 
 class EmissionFile(Strict):
@@ -73,9 +75,11 @@ def build(
     file = validate(SpaceFile, document, data, prefix)
     facts = dict(facts)
     fixed, env = _flags(file.fixed), {key: str(value) for key, value in file.env.items()}
+    known = set(file.parameters) | set(facts)
     parameters = []
     for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
+        _check_parameter(spec, known, document, at)
         if file.engine == "function" and not spec.flag and not isinstance(spec.values, dict):
             spec = spec.model_copy(update={"flag": name})  # a function has no flags: names tell configs apart
         parameter = _parameter(name, spec, document, at, facts)
@@ -92,9 +96,11 @@ def build(
     if unknown:
         worst = sorted(unknown)[0]
         raise document.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
-    known = set(file.parameters) | set(facts)
+    _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
     for name, spec in file.parameters.items():
-        _check_condition(spec.when, known, document, (*prefix, "parameters", name, "when"))
+        for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
+            at = (*prefix, "parameters", name, "values", key, "flags")
+            _check_flags(emission.flags if emission else {}, facts, document, at)
     rules = []
     for index, rule in enumerate(file.rules):
         _check_condition(rule.deny, known, document, (*prefix, "rules", index, "deny"))
@@ -111,15 +117,43 @@ def build(
     )
 
 
+def _check_parameter(spec: ParameterFile, known: set[str], document: Document, at: tuple[str, ...]) -> None:
+    _check_condition({"value": spec.only}, known | {"value"}, document, (*at, "only"))
+    _check_condition(spec.when, known, document, (*at, "when"))
+    for index, case in enumerate(spec.default if isinstance(spec.default, list) else ()):
+        _check_condition(case.when, known, document, (*at, "default", index, "when"))
+
+
 def _check_condition(spec: Mapping[str, Any], known: set[str], document: Document, at: tuple[str | int, ...]) -> None:
+    place = ".".join(map(str, at))
     for problem in condition.problems(spec):
-        raise document.error(problem, at)
+        raise document.error(f"{place}: {problem}", at)
     for name in sorted(condition.names(spec) - known):
         # facts that this machine does not have (a CPU has no compute capability) make a condition false, not wrong
         if name not in FACTS:
-            raise document.error(
-                f"{name!r} is neither a parameter nor a known fact", at, suggest(name, known | set(FACTS))
-            )
+            fix = suggest(name, known | set(FACTS))
+            raise document.error(f"{place}: {name!r} is neither a parameter nor a known fact", at, fix)
+
+
+def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
+    """A fact that this machine does not have is no mistake: whoever writes ``$draft_model`` need not have one."""
+    known = {*FACTS, *facts}
+    for flag, value in flags.items():
+        if isinstance(value, str) and value.startswith("$") and value[1:] not in known:
+            fix = suggest(value[1:], known)
+            raise document.error(f"--{flag.lstrip('-')}: no such fact: {value[1:]}", (*at, flag), fix)
+
+
+def _check_values(name: str, values: Sequence[Any], counts_gpus: bool, document: Document, at: tuple[str, ...]) -> None:
+    if wrong := [v for v in values if isinstance(v, (int, float)) and not _finite(v)]:
+        raise document.error(f"{name}: {wrong[0]} is no value of a grid", at, "write a finite number")
+    if counts_gpus and not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values):
+        raise document.error(f"{name} counts GPUs, so its values are whole numbers above zero", at)
+
+
+def _finite(number: float) -> bool:
+    """Whether this is a number that a float can hold: not infinite, not NaN, not an integer beyond them."""
+    return abs(number) <= sys.float_info.max
 
 
 def _parameter(
@@ -134,12 +168,13 @@ def _parameter(
                 f"{name}: no case of its default applies here", (*at, "default"), "add a last case without when"
             )
     numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-    if default not in values:
+    if not any(same(default, value) for value in values):
         if not numeric or isinstance(default, (bool, str)):
             fix = suggest(str(default), map(str, values))
             raise document.error(f"{name}: the default {default!r} is not one of its values", (*at, "default"), fix)
         # the engine's own default belongs to every grid: it is the baseline
         values, emissions = (*values, default), (*emissions, _emit(spec.flag, default))
+    _check_values(name, values, spec.counts_gpus, document, at)
     if numeric:  # a neighbour is one step away, and the ends are the least and the most
         pairs = sorted(zip(values, emissions, strict=True), key=lambda p: p[0])
         values, emissions = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
@@ -201,10 +236,15 @@ def _grid(
 
 
 def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ...]) -> list[Value]:
+    step = spec.step if spec.step is not None else 1
+    if not _finite(step):
+        raise document.error(f"{name}: the step is {step}", (*at, "step"), "write a finite number")
     at = (*at, "range")
     if spec.range is None or len(spec.range) != 2:
         raise document.error(f"{name}: a range is [low, high]", at)
     low, high = spec.range
+    if not (_finite(low) and _finite(high) and _finite(high - low)):
+        raise document.error(f"{name}: the range is {low} to {high}", at, "write two finite numbers")
     if low > high:
         raise document.error(f"{name}: the range starts at {low} and ends at {high}", at, "write [low, high]")
     values: list[Value] = []
@@ -216,14 +256,15 @@ def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ..
             values.append(int(value) if float(value).is_integer() else value)
             value *= 2
         return values
-    step = spec.step if spec.step is not None else 1
     if step <= 0:
         raise document.error(f"{name}: the step must be above zero, not {step}", at)
-    count = int((high - low) / step + 1e-9) + 1
-    if count > 10_000:
+    if high - low >= MOST_VALUES * step:
         raise document.error(
-            f"{name}: {count} values are too many for one parameter", at, "use a larger step or scale: log2"
+            f"{name}: more than {MOST_VALUES} values are too many for one parameter",
+            at,
+            "use a larger step or scale: log2",
         )
+    count = int((high - low) / step + 1e-9) + 1
     exact = [round(low + i * step, 10) for i in range(count)]
     return [int(v) if isinstance(low, int) and isinstance(step, int) else v for v in exact]
 
@@ -251,10 +292,14 @@ def _scalar(key: str) -> Value:
 def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     wanted = limit if isinstance(limit, list) else [limit]
     at = ("parameters", parameter.name)
+    if not wanted:
+        raise document.error(f"{parameter.name} has no value left", at, "name one or more of its values")
     for value in wanted:
-        if value not in parameter.values and (not parameter.numeric or isinstance(value, (bool, str))):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value not in parameter.values and not (parameter.numeric and number):
+            shown = repr(value) if isinstance(value, str) else "null" if value is None else value
             raise document.error(
-                f"{parameter.name} has no value {value!r}", at, suggest(str(value), map(str, parameter.values))
+                f"{parameter.name} has no value {shown}", at, suggest(str(value), map(str, parameter.values))
             )
     chosen = [v for v in parameter.values if v in wanted]
     pairs = [(v, parameter.emissions[parameter.values.index(v)]) for v in chosen]
@@ -262,6 +307,7 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     pairs += [(v, _emit(flag, v)) for v in wanted if v not in parameter.values]
     if len(wanted) > 1 and parameter.default not in wanted:
         pairs.append((parameter.default, parameter.emissions[parameter.values.index(parameter.default)]))
+    _check_values(parameter.name, [pair[0] for pair in pairs], parameter.counts_gpus, document, at)
     if parameter.numeric:
         pairs.sort(key=lambda pair: pair[0])
     return replace(parameter, values=tuple(p[0] for p in pairs), emissions=tuple(p[1] for p in pairs))

@@ -50,8 +50,9 @@ class Document:
 
 
 def _line(node: Any, key: str | int) -> int | None:
-    if isinstance(node, CommentedMap) and key in node:
-        return node.lc.key(key)[0] + 1
+    if isinstance(node, CommentedMap):
+        place = (node.lc.data or {}).get(key)  # a key merged with << has no line in this mapping
+        return place[0] + 1 if place else None
     if isinstance(node, CommentedSeq) and isinstance(key, int) and key < len(node):
         return node.lc.item(key)[0] + 1
     return None

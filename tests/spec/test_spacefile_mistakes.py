@@ -1,0 +1,160 @@
+"""Mistakes in a search space, in `parameters:` and under `<<:` are one line with file:line, as all others are."""
+
+import pytest
+
+from tests.spec.test_studyfile import GOOD, write
+from tuner.errors import UsageError
+from tuner.spec import studyfile
+
+SPACE = """\
+search_space:
+  engine: vllm
+  fixed: {swap-space: 4}
+  parameters:
+    seqs:
+      flag: max-num-seqs
+      range: [8, 64]
+      scale: log2
+      only: {le: 64}
+      default: [{value: 8, when: {gpus: {ge: 2}}}, {value: 16}]
+    weights:
+      values:
+        none: {}
+        int8: {requires: dummy_weights, flags: {draft.model: $draft_model, max-len: $max_model_len}}
+      default: none
+"""
+OWN = GOOD.replace("search_space: vllm/quick\n", SPACE)
+
+
+def load(folder, text):
+    return studyfile.load(write(folder, text))
+
+
+def refusal(folder, text):
+    with pytest.raises(UsageError) as error:
+        load(folder, text)
+    assert "\n" not in str(error.value)
+    return str(error.value).removeprefix(f"{folder}/study.yaml:")
+
+
+@pytest.mark.parametrize(
+    ("load", "says"),
+    [
+        ("load: {<<: {laddr: [1, 2]}}", "7: unknown key 'laddr'. Did you mean 'ladder'?"),
+        ("load: {<<: {ladder: [2, 1]}}", "7: load.ladder: the ladder is a rising list of loads above zero"),
+        ("load:\n  warmup: 1s\n  <<: {ladder: [1, x]}", "7: load.ladder.1: input should be a valid number"),
+        ("load:\n  <<: {ladder: [1, 2]}\n  warmup: soon", "9: load.warmup: bad duration"),
+    ],
+)
+def test_a_mistake_in_a_merged_block_is_told_with_the_line_that_merges_it(workplace, load, says):
+    assert refusal(workplace, GOOD.replace("load: {ladder: [1, 2, 4]}", load)).startswith(says)
+
+
+def test_the_space_that_these_tests_break_is_a_good_one(workplace):
+    space = load(workplace, OWN).space
+    assert space["seqs"].values == (8, 16, 32, 64) and space["seqs"].default == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("only: {le: 64}", "only: {lte: 64}"), "11: search_space.parameters.seqs.only: value: unknown operator 'lte'"),
+        (
+            ("only: {le: 64}", "only: {le: $cpu_coers}"),
+            "11: search_space.parameters.seqs.only: 'cpu_coers' is neither a parameter nor a known fact. "
+            "Did you mean 'cpu_cores'?",
+        ),
+        (("{ge: 2}", "{gte: 2}"), "12: search_space.parameters.seqs.default.0.when: gpus: unknown operator 'gte'"),
+        (("{gpus: {ge", "{gpsu: {ge"), "12: search_space.parameters.seqs.default.0.when: 'gpsu' is neither"),
+        (("{value: 16}", "{value: 16, when: {gpus: {=: 1}}}"), "12: search_space.parameters.seqs.default.1.when: gpus"),
+    ],
+)
+def test_a_mistake_in_only_or_in_a_case_of_the_default_is_told_with_its_place(workplace, change, says):
+    assert refusal(workplace, OWN.replace(*change)).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        ("[]", "max_num_seqs has no value left. Name one or more of its values"),
+        ("null", "max_num_seqs has no value null. Known: "),
+        ("[8, null]", "max_num_seqs has no value null. Known: "),
+        ("[8, 2024-01-01]", "max_num_seqs has no value 2024-01-01. Known: "),
+        ("[8, [1]]", "max_num_seqs has no value [1]. Known: "),
+        ("{le: 64}", "max_num_seqs has no value {'le': 64}. Known: "),
+        ("[8, .inf]", "max_num_seqs: inf is no value of a grid. Write a finite number"),
+        ("[.nan, 8]", "max_num_seqs: nan is no value of a grid. Write a finite number"),
+    ],
+)
+def test_a_parameter_is_narrowed_to_numbers_and_words_only(workplace, limit, says):
+    text = GOOD + f"parameters: {{max_num_seqs: {limit}}}\n"
+    assert refusal(workplace, text).lower().startswith(f"9: {says}".lower())
+
+
+def test_a_number_of_gpus_is_narrowed_to_whole_numbers_above_zero(workplace):
+    text = GOOD.replace("vllm/quick", "vllm/multi-gpu") + "hardware: {gpus: 4}\nparameters: {tensor_parallel: LIMIT}\n"
+    assert load(workplace, text.replace("LIMIT", "[1, 2]")).space["tensor_parallel"].values == (1, 2)
+    for limit in ("0", "[1, 1.5]"):
+        assert refusal(workplace, text.replace("LIMIT", limit)).startswith("10: tensor_parallel counts GPUs")
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ("[8, .inf]", "9: seqs: the range is 8 to inf. Write two finite numbers"),
+        ("[.nan, 8]", "9: seqs: the range is nan to 8. Write two finite numbers"),
+        ('["inf", "inf"]\n      scale: log2', "9: seqs: the range is inf to inf. Write two finite numbers"),
+        pytest.param(f"[8, {10**400}]\n      scale: log2", "9: seqs: the range is 8 to 1000", id="beyond floats"),
+        pytest.param(
+            f"[{-(10**308)}, {10**308}]\n      step: 1.0e+305", "9: seqs: the range is -1000", id="as wide as no float"
+        ),
+        ("[8, 64]\n      step: .nan", "10: seqs: the step is nan. Write a finite number"),
+        ("[8, 64]\n      step: .inf", "10: seqs: the step is inf. Write a finite number"),
+        ("[0.0, 1.0e+308]\n      step: 1.0e-10", "9: seqs: more than 10000 values are too many for one parameter"),
+        ("[0, 10000]", "9: seqs: more than 10000 values are too many for one parameter"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_range_is_between_finite_numbers(workplace, grid, says):
+    text = OWN.replace("[8, 64]\n      scale: log2", grid)
+    assert refusal(workplace, text).lower().startswith(says.lower())
+
+
+@pytest.mark.parametrize("number", [".inf", ".nan", pytest.param(10**400, id="beyond floats")])
+def test_a_value_of_a_grid_is_a_finite_number(workplace, number):
+    text = OWN.replace("range: [8, 64]\n      scale: log2\n      only: {le: 64}", f"values: [8, 16, {number}]")
+    assert "is no value of a grid. write a finite number" in refusal(workplace, text).lower()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("$draft_model", "$draft_modle"), "16: --draft.model: no such fact: draft_modle. Did you mean 'draft_model'?"),
+        (("$max_model_len", "$max_model_lne"), "16: --max-len: no such fact: max_model_lne. Did you mean 'max_model"),
+        (("swap-space: 4", "--dtype: $native_type"), "5: --dtype: no such fact: native_type. Did you mean 'native_dt"),
+    ],
+)
+def test_a_misspelt_fact_in_the_flags_of_a_space_is_refused(workplace, change, says):
+    assert refusal(workplace, OWN.replace(*change)).startswith(says)
+
+
+def test_a_fact_that_this_machine_lacks_is_no_mistake(workplace):
+    study = load(workplace, OWN.replace("requires: dummy_weights, ", ""))
+    assert "draft_model" not in study.space.facts and study.space["weights"].values == ("none", "int8")
+
+
+def test_flags_may_name_a_pinned_parameter(workplace):
+    study = load(workplace, OWN.replace("$max_model_len", "$seqs") + "parameters: {seqs: 32}\n")
+    assert study.space.facts["seqs"] == 32
+
+
+def test_a_pinned_value_and_a_fixed_flag_are_written_as_any_other(workplace):
+    """Facts filled in, and dotted flags as one JSON flag, whether a value is tuned, pinned or fixed."""
+    (workplace / "draft").mkdir()
+    (workplace / "draft" / "config.json").write_text((workplace / "model" / "config.json").read_text())
+    text = OWN.replace("requires: dummy_weights, ", "").replace("swap-space: 4", "max-model-len: $max_model_len")
+    free = load(workplace, text + "draft_model: ./draft\n").space
+    pinned = load(workplace, text + "draft_model: ./draft\nparameters: {weights: int8}\n").space
+    params = {**free.default(), "weights": "int8"}
+    assert pinned.config(pinned.default(), "m").flags == free.config(params, "m").flags
+    assert free.config(params, "m").flags["max-model-len"] == free.facts["max_model_len"]
