@@ -67,8 +67,9 @@ def test_every_command_is_in_the_help_and_in_the_readme():
         (["tune", "nowhere.yaml"], "no such study file"),
         (["tune"], "tune needs a study file, or --model and --trace"),
         (["tune", "--model", "m", "--trace", "nowhere.csv"], "no such trace file"),
-        (["front", "nowhere"], "no study in"),
-        (["report", "nowhere"], "no study in"),
+        (["front", "nowhere"], "no such study: nowhere"),
+        (["report", "nowhere"], "no such study: nowhere"),
+        (["front", "."], "no study in"),
         (["check", "nowhere.yaml"], "no such study file"),
         (["frnt"], "frnt"),  # a misspelt command
         (["tune", "--bugdet", "4h"], "bugdet"),  # a misspelt flag

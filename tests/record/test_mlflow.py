@@ -2,20 +2,25 @@
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests import studies
+from tuner.cli import certify
 from tuner.errors import EnvironmentFault, UsageError
+from tuner.pareto.recommend import recommended
 from tuner.record import writer
-from tuner.record.ledger import Ledger
+from tuner.record.ledger import Ledger, note_file
 from tuner.record.mlflow import Recorder, sync, unsent
 from tuner.record.place import place, ui_command, ui_page
 from tuner.study.outcome import Aborted
+from tuner.study.store import write_json
 
 NOWHERE: dict[str, str] = {}  # an environment without MLFLOW_TRACKING_URI
 
@@ -100,6 +105,52 @@ def test_a_resumed_study_goes_on_in_the_same_parent_and_logs_no_trial_twice(made
     assert all(more[number].info.run_id == child.info.run_id for number, child in children.items())
 
 
+def test_a_finished_study_that_is_opened_again_and_left_stays_finished(made):
+    study, store = made
+    record(study, store)
+    for interrupted in range(2):
+        recorder = Recorder(study, store, env=NOWHERE)
+        recorder.start()
+        if interrupted:  # after something new had ended
+            studies.measured(8, (studies.step(1.0, study.objective),), store)
+            recorder.trial_finished(8)
+        assert recorder.close(60) == ""
+        _, (parent,), _ = runs_of(study)
+        assert parent.info.status == ("KILLED" if interrupted else "FINISHED")
+        assert note_file(store.folder).exists() != bool(interrupted)
+
+
+def test_an_ablation_ends_the_study_anew_with_what_it_found(tmp_path, database, monkeypatch):
+    (tmp_path / "mlflow.db").write_bytes(database.read_bytes())
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    record(study, store)
+
+    def minimal(_ready, _store, recorder, _bench, _launches):
+        winner = recommended(store, study).point.config
+        studies.measured(24, (studies.step(1.0, study.objective),), store, role="ablate")
+        recorder.trial_finished(24)
+        found = studies.ablation(study, winner, "max_num_batched_tokens")
+        write_json(store.folder / "ablation.json", found.to_dict())
+        return found
+
+    monkeypatch.setattr(certify, "_session", lambda _folder, work: work(SimpleNamespace(study=study), store, None))
+    monkeypatch.setattr("tuner.study.verifying.minimal", minimal)
+    assert certify.ablate(store.folder, 12, json=False) == 0
+    client, (parent,), children = runs_of(study)
+    assert parent.info.status == "FINISHED" and sorted(children) == list(range(25))
+    assert "Two flags were superfluous." in parent.data.tags["mlflow.note.content"]
+    assert note_file(store.folder).exists()
+    assert {"ablation.json", "best-config.yaml"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
+
+
+def test_a_damaged_study_folder_is_not_taken_for_an_unreachable_store(made):
+    study, store = made
+    (store.folder / "trials" / "0003" / "outcome.json").write_text("")
+    with pytest.raises(EnvironmentFault, match=r"^\S*trials/0003/outcome\.json: cannot be read"):
+        sync(study, store, env=NOWHERE)
+
+
 def test_a_trial_cut_short_half_way_is_logged_again_whole(made, monkeypatch):
     study, store = made
     with monkeypatch.context() as patch:
@@ -171,6 +222,27 @@ def test_nothing_that_mlflow_does_reaches_the_study(made, monkeypatch):
 
     monkeypatch.setattr("tuner.record.mlflow.flush", explode)
     assert "full of mice" in record(study, store)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_study_folder_that_is_gone_raises_nothing_either(made):
+    study, store = made
+    recorder = Recorder(study, store, env=NOWHERE)
+    recorder.start()
+    store.folder.rename(store.folder.with_name("gone"))
+    recorder.trial_finished(8)
+    recorder.study_finished()
+    recorder.close(60)
+
+
+def test_an_error_of_the_database_is_a_problem_that_is_noted_not_a_traceback(made, capsys):
+    study, store = made
+    sync(study, store, env=NOWHERE)
+    with sqlite3.connect(store.folder.parent / "mlflow.db") as database:
+        database.execute("DROP TABLE runs")
+    studies.measured(8, (studies.step(1.0, study.objective),), store)
+    assert "1 trial(s) are not in MLflow" in record(study, store)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

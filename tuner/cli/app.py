@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from tuner.cli import replay as replay_command
 from tuner.cli import trace as trace_command
-from tuner.errors import TunerError
+from tuner.errors import EnvironmentFault, TunerError, UsageError
 
 app = typer.Typer(
     name="tuner",
@@ -302,8 +303,36 @@ def main() -> None:
         sys.stderr.close()
     except Exception as error:
         show = getattr(error, "show", None)  # the command line's own errors print their usage
-        if show is None:
+        fault = _fault(error)
+        if show is not None:
+            show()
+            code = 2
+        elif fault is not None:
+            print(f"tuner: {fault}", file=sys.stderr)
+            code = fault.exit_code
+        else:
             raise
-        show()
-        code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+_BAD_PATH = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def _fault(error: Exception) -> TunerError | None:
+    """What the machine came up with (a full disk, a busy database) in one line; None for a bug of ours."""
+    kept = ": everything measured is kept" if sys.argv[1:2] in (["tune"], ["ablate"]) else ""
+    again = f"Mend that and run the same command again{kept}"
+    if isinstance(error, OSError):
+        where = str(error.filename2 or error.filename or "")
+        bad = error.errno in _BAD_PATH
+        return (UsageError if bad else EnvironmentFault)(
+            error.strerror or _first_line(error), where=where, fix="Give another path" if bad else again
+        )
+    # by name: whoever raised them has imported them, nobody else should
+    if {"StorageInternalError", "SQLAlchemyError"} & {kind.__name__ for kind in type(error).__mro__}:
+        return EnvironmentFault(_first_line(getattr(error.__cause__ or error, "orig", None) or error), fix=again)
+    return None
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -24,6 +24,8 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
         raise UsageError("--minutes must be more than 0")
     promise = read_promise(file)
     folder = study_folder or file.parent
+    if not (folder / "study.yaml").is_file():
+        raise UsageError(f"no study in {folder}", fix="Name its folder with --study")
     result = _session(folder, lambda ready, store, bench: verifying.certify(ready, store, bench, promise, minutes * 60))
     if json:
         print(_dumped(result))
@@ -32,7 +34,7 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
     return 0 if result.holds else 3
 
 
-def ablate(folder: Path, launches: int, json: bool) -> int:
+def ablate(path: Path, launches: int, json: bool) -> int:
     """Sets back each flag of the recommendation, and exports the smallest configuration that keeps the gain."""
     from tuner.export import formats
     from tuner.study import finish, verifying
@@ -40,11 +42,12 @@ def ablate(folder: Path, launches: int, json: bool) -> int:
     def work(ready: Any, store: Any, bench: Any) -> Any:
         with finish.recorder(ready.study, store, lambda text: print(text, file=sys.stderr)) as recorder:
             result = verifying.minimal(ready, store, recorder, bench, launches)
-        for path in formats.best_config(store, ready.study):
-            print(f"  {path}", file=sys.stderr)
+            for path in formats.best_config(store, ready.study):
+                print(f"  {path}", file=sys.stderr)
+            recorder.study_finished()
         return result
 
-    result = _session(folder, work)
+    result = _session(path, work)
     print(_dumped(result) if json else result.text)
     return 0
 
@@ -93,16 +96,14 @@ def _dumped(result: Any) -> str:
     return json_.dumps(finite(result.to_dict()), indent=1, default=str)
 
 
-def _session(folder: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
+def _session(path: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
     """Opens a study for more launches: lock, engine, traffic, signals and view, as ``tuner tune`` does."""
     from tuner.cli.live import View
     from tuner.engines.protocol import Cancelled
     from tuner.study import session
     from tuner.study.evaluate import Bench
 
-    if not (folder / "study.yaml").is_file():
-        raise UsageError(f"no study in {folder}", fix="Name its folder with --study")
-    study, _ = opened(folder)
+    study, _ = opened(path)
     cancel = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
     try:

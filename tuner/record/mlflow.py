@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from tuner.record.ledger import Ledger, note_file
@@ -45,20 +45,26 @@ class Recorder:
         self._wake: queue.Queue[str] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._problem = ""
+        self._earlier = ""  # the note that it was finished with, until something new ends
 
     def start(self) -> None:
         """Starts the writer; it imports MLflow and opens the parent run while the first server boots."""
-        note_file(self._store.folder).unlink(missing_ok=True)  # a study that goes on has not ended
+        note = note_file(self._store.folder)
+        if note.exists():  # a study that goes on has not ended
+            self._earlier = note.read_text(encoding="utf-8", errors="replace")
+            note.unlink()
         self._thread.start()
         self._wake.put("start")
 
     def trial_finished(self, number: int) -> None:
         """Trial ``number`` is on disk."""
+        self._earlier = ""
         self._wake.put(f"trial {number}")
 
     def study_finished(self, note: str = "") -> None:
         """The study has ended (not: was interrupted). ``note`` is the parent's page in markdown; made from the study
         folder where it is empty."""
+        self._earlier = ""
         try:
             text = note or markdown(self._store, self._study)
             note_file(self._store.folder).write_text(text, encoding="utf-8")
@@ -70,6 +76,9 @@ class Recorder:
         """Waits until everything is logged, at most ``timeout_s``; returns in words what was left (empty: nothing)."""
         if not self._thread.is_alive():
             return self._left()
+        if self._earlier:
+            with suppress(OSError):
+                note_file(self._store.folder).write_text(self._earlier, encoding="utf-8")
         self._wake.put("close")
         self._thread.join(timeout_s)
         return self._left()
@@ -95,7 +104,8 @@ class Recorder:
         problem = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         if problem != self._problem:
             self._problem = problem
-            self._store.log("mlflow", problem=problem, uri=self._place.uri)
+            with suppress(OSError):
+                self._store.log("mlflow", problem=problem, uri=self._place.uri)
 
     def _left(self) -> str:
         try:
@@ -124,6 +134,8 @@ def sync(study: Study, store: Store, *, env: Mapping[str, str] = os.environ) -> 
     where = place(study, env)
     try:
         logged = flush(study, store, where)
+    except EnvironmentFault:
+        raise  # of the study folder
     except Exception as error:
         raise EnvironmentFault(
             f"MLflow at {where.uri} was not reached: {str(error).splitlines()[0]}",

@@ -78,6 +78,7 @@ class _Connection:
         _quiet()
         from mlflow.tracking import MlflowClient
 
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what it raises, too
         self.study, self.store, self.place, self.ledger, self.sent = study, store, place, ledger, sent
         self.client = MlflowClient(place.uri)
         self.dataset: Any = None

@@ -121,7 +121,7 @@ class Peers:
         """Makes ``trial`` this tuner's; returns its number (one that no trial of the study ever had) and the claim.
         Needs the turn."""
         taken = [int(t.user_attrs[NUMBER]) for t in self.upkeep.trials() if NUMBER in t.user_attrs]
-        taken += [int(p.name) for p in (self.store.folder / "trials").glob("[0-9]*")]
+        taken += self.store.numbers()
         number, word = max(taken, default=-1) + 1, uuid.uuid4().hex
         self.pulse.add(trial._trial_id)
         for key, value in ((NUMBER, number), (CLAIM, word), (OWNER, self.owner.to_dict())):

@@ -273,8 +273,7 @@ class Queue:
         return {key: told[key] for key in ("why", "reason", "remeasure_of") if key in told}
 
     def _unfinished(self, records: list[TrialRecord]) -> set[int]:
-        numbers = {int(p.name) for p in (self.store.folder / "trials").glob("[0-9]*")}
-        return numbers - {record.number for record in records}
+        return set(self.store.numbers()) - {record.number for record in records}
 
     def _shelve(self, number: int) -> None:
         """Moves the folder of a trial that never ended to ``interrupted/``."""

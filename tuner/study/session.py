@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.engines import build
 from tuner.engines.protocol import Engine, LaunchFailed, OnEvent
-from tuner.errors import UsageError
+from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
 from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
@@ -31,6 +32,7 @@ from tuner.study.together import Together
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages import RDBStorage
 
     from tuner.search.model.predictor import AnalyticModel
     from tuner.search.model.shape import ModelShape
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from tuner.study.peers import Peers
     from tuner.verify.fingerprint import Fingerprint
 
+BUSY_S = 60  # how long the ledger may be locked by somebody else
 REFUSE_MARGIN = 0.05  # memory arithmetic may be wrong by this share of a GPU before it refuses a launch
 
 
@@ -278,6 +281,18 @@ def search(
 ) -> str:
     """Runs the search until budget, gain or the user ends it; returns why, in words. With ``peers`` it ends when it
     ends for all of them."""
+    with _ledger(peers.database.shown if peers else str(store.folder / "study.db"), private=peers is None):
+        return _search(ready, store, recorder, cancel, on_event, peers)
+
+
+def _search(
+    ready: Prepared,
+    store: Store,
+    recorder: Recorder,
+    cancel: threading.Event,
+    on_event: OnEvent,
+    peers: Peers | None,
+) -> str:
     from tuner.pareto.front import front, points
     from tuner.search.ledger import read
     from tuner.search.stopping import Stopping
@@ -309,6 +324,24 @@ def search(
         return together.run(loop.run) if together else loop.run()
 
 
+@contextmanager
+def _ledger(where: str, private: bool) -> Iterator[None]:
+    """What Optuna's database comes up with is an EnvironmentFault that names it: busy for a minute, full, damaged."""
+    import optuna
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        orig = getattr(cause, "orig", None)
+        fix = "Mend that and run the same command again: everything measured is kept"
+        if private and type(orig) is sqlite3.DatabaseError:  # its subclasses say that it is busy, full, read-only
+            fix = "Move that file away and run the same command again: the trials are kept"
+        said = str(orig or cause or error).strip().splitlines() or [type(error).__name__]
+        raise EnvironmentFault(said[0], where=where, fix=fix) from error
+
+
 def book(ready: Prepared, store: Store, peers: Peers | None = None) -> optuna.Study:
     """Optuna's study, opened or made, with the sampler of the user's choice. Tuners that share a study draw different
     random numbers."""
@@ -333,12 +366,19 @@ def book(ready: Prepared, store: Store, peers: Peers | None = None) -> optuna.St
         earlier=_earlier(study),
     )
     return optuna.create_study(
-        storage=peers.database.storage if peers else store.database,
+        storage=peers.database.storage if peers else storage(store),
         study_name=study.name,
         directions=["minimize", "minimize"],
         sampler=sampler,
         load_if_exists=True,
     )
+
+
+def storage(store: Store) -> RDBStorage:
+    """The study's own ledger; somebody who reads it (a backup) may keep it busy for a while."""
+    import optuna
+
+    return optuna.storages.RDBStorage(store.database, {"connect_args": {"timeout": BUSY_S}})
 
 
 def step_seconds(ready: Prepared) -> float:

@@ -8,10 +8,12 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.errors import EnvironmentFault
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Outcome, from_dict, to_dict
 
@@ -71,9 +73,17 @@ class Store:
 
     def trial_folder(self, number: int) -> Path:
         """``trials/0007``; created when asked for."""
-        path = self.folder / "trials" / f"{number:04d}"
+        path = self._trial(number)
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def _trial(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:04d}"
+
+    def numbers(self) -> list[int]:
+        """Of every trial that has a folder, finished or not; what else lies there (``0003.bak``) is none."""
+        found = [path for path in (self.folder / "trials").glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+        return sorted(int(path.name) for path in found if path == self._trial(int(path.name)))
 
     def start_trial(self, number: int, config: ServingConfig, params: Mapping[str, Any], **notes: Any) -> Path:
         """Writes ``config.json`` before the launch; returns the trial's folder."""
@@ -91,23 +101,21 @@ class Store:
     def end_trial(self, number: int, outcome: Outcome, **notes: Any) -> None:
         """Writes ``outcome.json``, last and atomically: from here on the trial happened."""
         document = {"outcome": to_dict(outcome), "ended_s": time.time(), **notes}
-        write_json(self.trial_folder(number) / "outcome.json", document)
+        write_json(self._trial(number) / "outcome.json", document)  # without its config.json it would be of no use
 
     def trials(self) -> list[TrialRecord]:
         """Every finished trial, by number."""
-        return list(self._read())
+        return [record for number in self.numbers() if (record := self.trial(number))]
 
     def trial(self, number: int) -> TrialRecord | None:
         """One finished trial, or None."""
-        return next((t for t in self._read(f"{number:04d}")), None)
-
-    def _read(self, only: str = "[0-9][0-9][0-9][0-9]*") -> Iterator[TrialRecord]:
-        for folder in sorted((self.folder / "trials").glob(only), key=lambda path: int(path.name)):
-            if not (folder / "outcome.json").exists():
-                continue
-            start, end = read_json(folder / "config.json"), read_json(folder / "outcome.json")
-            known = {"number", "params", "config", "started_s", "baseline", "emulated", "role", "remeasure_of"}
-            yield TrialRecord(
+        folder = self._trial(number)
+        if not (folder / "outcome.json").exists():
+            return None
+        start, end = read_json(folder / "config.json"), read_json(folder / "outcome.json")
+        known = {"number", "params", "config", "started_s", "baseline", "emulated", "role", "remeasure_of"}
+        try:
+            return TrialRecord(
                 number=start["number"],
                 folder=folder,
                 config=ServingConfig.from_dict(start["config"]),
@@ -121,6 +129,8 @@ class Store:
                 remeasure_of=start.get("remeasure_of"),
                 extra={k: v for k, v in {**start, **end}.items() if k not in known | {"outcome", "ended_s"}},
             )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON, but not what was written here
+            raise damaged(folder, f"{type(error).__name__}: {error}") from error
 
     def log(self, event: str, **data: Any) -> None:
         """One line in ``events.jsonl``."""
@@ -135,40 +145,64 @@ class Store:
         append_json(self.folder / "refused.jsonl", {"params": dict(params), "reason": reason, "count": count})
 
     def refused(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.folder / "refused.jsonl")
+        rows = read_jsonl(self.folder / "refused.jsonl")
+        return [row for row in rows if isinstance(row.get("params"), dict) and "reason" in row]
 
 
 def write_json(path: Path, data: Any) -> None:
     """Writes through a temporary file and a rename, so that a reader (or a kill) never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(finite(data), file, indent=1, allow_nan=False, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _named(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(finite(data), file, indent=1, allow_nan=False, default=str)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    return _infinite(json.loads(path.read_text(encoding="utf-8")))
+    """Raises EnvironmentFault where the file is damaged or missing."""
+    try:
+        return _infinite(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, FileNotFoundError) as error:
+        raise damaged(path, getattr(error, "strerror", "") or str(error)) from error
+
+
+def damaged(path: Path, why: str) -> EnvironmentFault:
+    """What of the study folder cannot be read, and what to move away for the study to go on without it."""
+    what = "that folder" if path.name in ("config.json", "outcome.json") else "it"
+    return EnvironmentFault(
+        f"cannot be read ({why})", where=str(path), fix=f"Move {what} away and run the command again"
+    )
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError names this file (a full disk names none)."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def append_json(path: Path, data: Any) -> None:
     """One line more; a last line that a kill cut short stays a line of its own."""
-    with path.open("ab+") as file:
+    with _named(path), path.open("ab+") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
             file.write(b"\n")
         file.write((json.dumps(finite(data), allow_nan=False, default=str) + "\n").encode())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; a last line cut short by a kill is passed over."""
+    """Every line that can be read; one cut short by a kill, or damaged, is passed over."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             found.append(_infinite(json.loads(line)))
-        except json.JSONDecodeError:
+        except ValueError:
             continue
-    return found
+    return [row for row in found if isinstance(row, dict)]
 
 
 def finite(data: Any) -> Any:

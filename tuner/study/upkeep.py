@@ -216,7 +216,7 @@ class Upkeep:
             return None
         number = int(notes[NUMBER])
         if (self.store.folder / "trials" / f"{number:04d}").exists():  # made here without asking (tuner ablate)
-            number = 1 + max(int(p.name) for p in (self.store.folder / "trials").glob("[0-9]*"))
+            number = 1 + max(self.store.numbers(), default=number)
         mirror.unpacked(self.study, notes[RECORD], self.store, number, notes[CLAIM], notes[OWNER]["host"])
         self.claims[notes[CLAIM]] = number
         record = self.store.trial(number)
