@@ -19,6 +19,7 @@ def file(tmp_path):
 
 
 def test_a_promise_that_does_not_hold_is_exit_code_3(file, monkeypatch, capsys):
+    (file.parent / "study.yaml").touch()
     for holds, code in ((True, 0), (False, 3)):
         result = SimpleNamespace(holds=holds, text=f"holds: {holds}", to_dict=lambda: {"holds": False})
         monkeypatch.setattr(certify, "_session", lambda _folder, _work, result=result: result)

@@ -100,7 +100,7 @@ def test_the_same_arguments_give_the_same_plan(tuner):
         (["reports/mine", "--demand", "day.csv", "--max-gpus", "L4=8"], "no study has 'L4'"),
         (["reports/mine", "--demand", "day.csv", "--max-gpus", "many"], "Write 64, or NAME=64"),
         (["reports/mine", "reports/mine", "--demand", "day.csv"], "the same study is named twice"),
-        (["reports/none", "--demand", "day.csv"], "no study in"),
+        (["reports/none", "--demand", "day.csv"], "no such study: reports/none"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(tuner, workplace, words, says):
