@@ -260,3 +260,8 @@ def outcome():
     from tuner.study.outcome import Aborted
 
     return Aborted("interrupted")
+
+
+def test_a_timeout_of_ours_is_no_fault_of_the_machine():
+    assert app._fault(TimeoutError()) is None
+    assert app._fault(OSError(errno.ENOSPC, "No space left on device", "x")).exit_code == 4

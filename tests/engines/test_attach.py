@@ -84,10 +84,10 @@ def test_a_key_that_is_not_set_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "two words", "line\nbreak"])
-def test_a_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_a_key_that_cannot_be_one_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("THEIR_KEY", key)
 
-    with pytest.raises(UsageError, match="THEIR_KEY: the API key has characters"):
+    with pytest.raises(UsageError, match="THEIR_KEY: the API key has blanks or characters"):
         AttachEngine(url="http://127.0.0.1:9", api_key_env="THEIR_KEY")
 
 

@@ -30,6 +30,7 @@ DEFAULTS = {
     "break_every": 0,  # every k-th request breaks off in mid-stream
     "cut_every": 0,  # every k-th answer ends early and in due form, as when a proxy took a death for the end
     "hang_every": 0,  # every k-th request is never answered
+    "done": True,  # whether streams end with [DONE]
     "end": "0\r\n\r\n",  # of a chunked body
     "pings": False,  # comments for ever instead of an answer
     "idle_close_s": 0.0,  # closes a connection this long after a response
@@ -141,7 +142,8 @@ class Server:
                 return True
         if c["usage"] != "none":
             self.event(writer, {"choices": [], "usage": self.usage(prompt, made)})
-        self.chunk(writer, b"data: [DONE]\n\n")
+        if c["done"]:
+            self.chunk(writer, b"data: [DONE]\n\n")
         writer.write(c["end"].encode())
         return True
 

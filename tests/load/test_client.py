@@ -178,6 +178,13 @@ def test_an_answer_that_breaks_off_in_due_form_is_a_failure(tmp_path):
     assert step.slo_misses and step.metrics["goodput_requests_per_s"] < 0.9 * step.metrics["offered_requests_per_s"]
 
 
+def test_a_server_whose_streams_end_without_a_word_is_refused_for_that(tmp_path):
+    with stub(usage="none", done=False) as (_, url), pytest.raises(UsageError, match="do not say that they end"):
+        probe(endpoint(url))
+    with stub(usage="final", done=False) as (_, url):
+        assert measure(endpoint(url), plan(tmp_path, trace([0.0, 0.1]))).metrics["error_rate"] == 0
+
+
 def test_a_server_that_only_pings_is_given_up(tmp_path):
     with stub(pings=True) as (_, url), pytest.raises(EnvironmentFault, match="did not answer in time"):
         probe(endpoint(url), timeout_s=0.5)

@@ -302,3 +302,11 @@ def test_rubbish_is_an_error_never_an_exception(raw, cuts):
             response.feed(1, (prefix + raw)[a:b])
         response.close()
         assert response.complete or response.error
+
+
+def test_a_running_count_is_no_end_and_the_totals_are_one():
+    running, totals = event(completion("a", 1, [7])), event({"usage": {"completion_tokens": 1}})
+    for counting in ("usage", "ids", "total"):
+        assert whole(HEAD + chunked(running), counting).error == "response cut off"
+        assert not whole(HEAD + chunked(running, event(final(1))), counting).error
+    assert not whole(HEAD + chunked(running, totals), "ids").error

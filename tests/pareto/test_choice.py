@@ -142,4 +142,4 @@ def test_where_slos_hold_and_figures_are_none_no_slo_is_blamed(tmp_path: Path):
     store = Store(tmp_path)
     studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=-0.01),), store)
     text = choose(store.trials(), OBJECTIVE).text
-    assert "no configuration meets" not in text.lower() and "Correct what the evaluation returns" in text
+    assert "no configuration meets" not in text.lower() and "but has no tpot_p99_s above zero" in text

@@ -1,6 +1,11 @@
 """Mistakes in a search space, in `parameters:` and under `<<:` are one line with file:line, as all others are."""
 
+import copy
+import json
+import math
+
 import pytest
+from ruamel.yaml import YAML
 
 from tests.spec.test_studyfile import GOOD, write
 from tuner.errors import UsageError
@@ -148,13 +153,43 @@ def test_flags_may_name_a_pinned_parameter(workplace):
     assert study.space.facts["seqs"] == 32
 
 
-def test_a_pinned_value_and_a_fixed_flag_are_written_as_any_other(workplace):
-    """Facts filled in, and dotted flags as one JSON flag, whether a value is tuned, pinned or fixed."""
+def test_facts_are_filled_in_whether_a_value_is_tuned_pinned_or_fixed(workplace):
     (workplace / "draft").mkdir()
     (workplace / "draft" / "config.json").write_text((workplace / "model" / "config.json").read_text())
     text = OWN.replace("requires: dummy_weights, ", "").replace("swap-space: 4", "max-model-len: $max_model_len")
     free = load(workplace, text + "draft_model: ./draft\n").space
     pinned = load(workplace, text + "draft_model: ./draft\nparameters: {weights: int8}\n").space
-    params = {**free.default(), "weights": "int8"}
-    assert pinned.config(pinned.default(), "m").flags == free.config(params, "m").flags
-    assert free.config(params, "m").flags["max-model-len"] == free.facts["max_model_len"]
+    tuned = free.config({**free.default(), "weights": "int8"}, "m").flags
+    assert tuned["max-model-len"] == free.facts["max_model_len"]
+    assert json.loads(tuned["draft"]) == {"model": str(workplace / "draft")}
+    flags = pinned.config(pinned.default(), "m").flags
+    assert flags["draft.model"] == str(workplace / "draft") and flags["max-len"] == tuned["max-len"]
+
+
+def test_a_study_that_was_begun_is_read_whatever_is_refused_now(workplace, tmp_path):
+    """It was measured: its report and its front are worth more than a rule that came later."""
+    study = load(workplace, OWN)
+    begun = copy.deepcopy(dict(study.frozen))
+    begun["price_usd_per_gpu_hour"] = 0
+    begun["budget"]["hours"] = math.inf
+    begun["trace"]["max_output_tokens"] = 0
+    begun["search_space"]["fixed"] = {"path": "$HOME"}
+    begun["search_space"]["parameters"]["seqs"]["default"][0]["when"] = {"gpu_count": {"ge": 2}}
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    with (folder / "study.yaml").open("w") as file:
+        YAML().dump(begun, file)
+    again = studyfile.load(folder)
+    assert again.objective.price_usd_per_gpu_hour == study.objective.price_usd_per_gpu_hour
+    assert again.space.config(again.space.default(), "m").flags == {"path": "$HOME"}
+    del begun["frozen"]
+    with (workplace / "anew.yaml").open("w") as file:
+        YAML().dump(begun, file)
+    with pytest.raises(UsageError):
+        studyfile.load(workplace / "anew.yaml")
+
+
+def test_whole_numbers_of_gpus_may_be_written_as_any_number(workplace):
+    text = OWN.replace("range: [8, 64]\n      scale: log2", "values: [1.0, 2]\n      counts_gpus: true")
+    text = text.replace("default: [{value: 8, when: {gpus: {ge: 2}}}, {value: 16}]", "default: 1.0")
+    assert load(workplace, text).space["seqs"].values == (1.0, 2)

@@ -212,7 +212,7 @@ class Connection:
         """
         if self._framing == "chunked":
             before = EVENT_END if self.kept and self.kept[-3].endswith(EVENT_END) else self._tail
-            self._tail = (before + data)[-_TAIL_BYTES:]
+            self._tail = (before + data[-_TAIL_BYTES:])[-_TAIL_BYTES:]
             return self._tail.endswith(b"\r\n\r\n") and _BODY_END.search(self._tail) is not None
         if self._framing == "length":
             self._need -= len(data)

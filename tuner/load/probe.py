@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tuner.engines.protocol import Endpoint
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.load.prompts import vocabulary
-from tuner.load.sse import Response
+from tuner.load.sse import CUT_OFF, Response
 from tuner.load.wire import Dialect, Target, Writer, target, tls_context
 
 _TOKENS = 8
@@ -79,6 +79,8 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
                 if status == 200 and not answer.error and _counts(answer, counting):
                     return Found(dialect, size, special, known is None)
                 refusal = refusal or answer.error
+                if answer.error == CUT_OFF:
+                    refusal = "its streams do not say that they end (no [DONE], no usage, no finish_reason)"
     raise UsageError(
         f"{endpoint.url} does not stream completions of model {model!r}: {refusal or 'no tokens came'}",
         fix="Give the URL of an OpenAI-compatible server and the model's served name",

@@ -18,6 +18,7 @@ _PROMPT_USAGE = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,9})(?!\d)')
 _MOST_TOKENS = 9_999_999  # beyond which a count is none
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\r\n\n|\n\r\n")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+CUT_OFF = "response cut off"
 _MANY = 5  # reads, for which it pays to look at them together first
 _MAX_HEAD_BYTES = 65_536
 _MAX_ERROR_BYTES = 4_096
@@ -150,7 +151,7 @@ class Response:
         if self._stage == "body" and self._framing == "close":
             self._end()
         if not self.complete and not self.error:
-            self.error = "connection closed before the response" if not self.status else "response cut off"
+            self.error = "connection closed before the response" if not self.status else CUT_OFF
 
     def _head(self, data: bytes) -> bytes:
         status = 0
@@ -270,9 +271,10 @@ class Response:
         if isinstance(usage, dict):
             self.prompt_tokens = _number(usage.get("prompt_tokens"), self.prompt_tokens)
             self.output_tokens = _number(usage.get("completion_tokens"), self.output_tokens)
+            self.done = self.done or not choices  # the totals, and nothing else
 
     def _totals(self, data: bytes, total: int) -> None:
-        self.output_tokens = total
+        self.output_tokens, self.done = total, True
         match = _PROMPT_USAGE.search(data)
         if match:
             self.prompt_tokens = int(match.group(1))
@@ -287,8 +289,8 @@ class Response:
         if self.status == 200 and not self.error:
             if not self.times:
                 self.error = "no token came" if self.done else "the response is no event stream"
-            elif not self.done and self.output_tokens is None:
-                self.error = "response cut off"  # by what stands before the server, which ended it properly
+            elif not self.done:
+                self.error = CUT_OFF  # by what stands before the server, which ended it properly
         if self.counting == "usage" and self.output_tokens and self.times:
             self.counts[-1] += max(0, self.output_tokens - self.seen)  # tokens that no chunk told of
         if self.counting == "total" and self.output_tokens and self.times:

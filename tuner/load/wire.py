@@ -144,11 +144,11 @@ def get(target: Target, path: str, api_key: str = "") -> bytes:
 
 
 def checked_key(api_key: str, where: str) -> str:
-    """``api_key`` without the line end that a file leaves behind it. Raises UsageError where no header can carry it."""
+    """``api_key`` without the line end that a file leaves behind it. Raises UsageError where it cannot be one."""
     key = api_key.strip()
     if not all("!" <= character <= "~" for character in key):
         raise UsageError(
-            "the API key has characters that no HTTP header can carry", where=where, fix="Is it the key, and all of it?"
+            "the API key has blanks or characters outside ASCII", where=where, fix="Is it the key, and nothing else?"
         )
     return key
 

@@ -13,6 +13,7 @@ from tuner.pareto.front import Interval, Point, overlap, points, trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Aborted, Infeasible, Step, Untrusted
+from tuner.study.price import COST
 from tuner.study.store import TrialRecord
 
 
@@ -141,9 +142,11 @@ def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:
         f"Loosen the SLO, give the study more GPUs, or add a load below {lowest:g} to the ladder."
     )
     if not words:
+        known = {key: best.step.metrics.get(key, math.nan) for key in (objective.latency_key, COST)}
+        without = " and ".join(key for key, value in known.items() if not 0 < value < math.inf)
         text = (
-            f"No configuration has a cost and a latency above zero: trial {best.trial} ({name}) meets every SLO at "
-            f"load {best.load:g}, and cannot be compared. Correct what the evaluation returns."
+            f"No configuration can be compared: trial {best.trial} ({name}) meets every SLO at load {best.load:g}, "
+            f"but has no {without} above zero."
         )
     return Near(best.trial, best.load, best.step, best.config, best.excess, text)
 

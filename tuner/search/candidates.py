@@ -54,12 +54,13 @@ class Candidates:
 
         rng = default_rng([seed, 1])
         sample = ASKED_SAMPLE if asked else SAMPLE
+        rare = False  # hardly any draw is allowed
         for drawn in range(8 * sample):
-            rare = len(found.params) < drawn // 100  # hardly any draw is allowed
-            if len(found.params) >= sample or (rare and drawn >= sample):
+            rare = drawn >= sample and len(found.params) < drawn // 200
+            if rare or len(found.params) >= sample:
                 break
             found.add([{p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters}])
-        if len(found.params) < sample // 100:
+        if rare:
             found.add([space.snap(space.default()), *(_mended(space, rng) for _ in range(MENDED))])
         if not found.params:
             raise _all_denied(space)

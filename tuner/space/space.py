@@ -155,27 +155,29 @@ class SearchSpace:
     def config(self, params: Mapping[str, Value], model: str) -> ServingConfig:
         """The serving config of ``params`` (snapped first)."""
         active = self.active(self.snap(params))
-        flags: dict[str, Value | None] = {}
-        said = list(self.fixed.items())  # pinned parameters' flags among them
+        # a fixed flag may name a fact, too, and so does a pinned parameter's; what is no fact is meant as it stands
+        flags: dict[str, Value | None] = {
+            flag: self.facts.get(v[1:], v) if isinstance(v, str) and v.startswith("$") else v
+            for flag, v in self.fixed.items()
+        }
         env, variant, gpus = dict(self.env), "", 0 if self.facts.get("platform") == "cpu" else 1
         gpu = ""
         nested: dict[str, dict[str, Any]] = {}
         for name, value in active.items():
             parameter = self[name]
             emission = parameter.emission(value)
-            said += emission.flags.items()
+            for flag, setting in emission.flags.items():
+                if isinstance(setting, str) and setting.startswith("$"):
+                    setting = self.facts.get(setting[1:])
+                head, dot, tail = flag.partition(".")
+                if dot:
+                    nested.setdefault(head, {})[tail] = setting
+                else:
+                    flags[flag] = setting
             env |= emission.env
             variant, gpu = emission.model_variant or variant, emission.gpu or gpu
             if parameter.counts_gpus:
                 gpus = max(gpus, 1) * int(value)
-        for flag, setting in said:
-            if isinstance(setting, str) and setting.startswith("$"):
-                setting = self.facts.get(setting[1:])
-            head, dot, tail = flag.partition(".")
-            if dot and "." not in tail:  # what lies deeper the engine takes apart itself
-                nested.setdefault(head, {})[tail] = setting
-            else:
-                flags[flag] = setting
         for head, body in nested.items():
             flags[head] = json.dumps(body, sort_keys=True)
         return ServingConfig(model, active, flags, env, variant, gpus, gpu)

@@ -70,6 +70,7 @@ def build(
     Raises UsageError with file:line for whatever cannot be meant.
     """
     data: Any = document.data
+    begun = bool(data.get("frozen"))  # a study's own: what was measured with it is worth more than a later rule
     for key in prefix:
         data = data[key]
     file = validate(SpaceFile, document, data, prefix)
@@ -79,7 +80,8 @@ def build(
     parameters = []
     for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
-        _check_parameter(spec, known, document, at)
+        if not begun:
+            _check_parameter(spec, known, document, at)
         if file.engine == "function" and not spec.flag and not isinstance(spec.values, dict):
             spec = spec.model_copy(update={"flag": name})  # a function has no flags: names tell configs apart
         parameter = _parameter(name, spec, document, at, facts)
@@ -96,8 +98,9 @@ def build(
     if unknown:
         worst = sorted(unknown)[0]
         raise document.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
-    _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
-    for name, spec in file.parameters.items():
+    if not begun:
+        _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
+    for name, spec in file.parameters.items() if not begun else ():
         for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
             at = (*prefix, "parameters", name, "values", key, "flags")
             _check_flags(emission.flags if emission else {}, facts, document, at)
@@ -147,7 +150,7 @@ def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: D
 def _check_values(name: str, values: Sequence[Any], counts_gpus: bool, document: Document, at: tuple[str, ...]) -> None:
     if wrong := [v for v in values if isinstance(v, (int, float)) and not _finite(v)]:
         raise document.error(f"{name}: {wrong[0]} is no value of a grid", at, "write a finite number")
-    if counts_gpus and not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values):
+    if counts_gpus and any(isinstance(v, (bool, str)) or v <= 0 or v != int(v) for v in values):
         raise document.error(f"{name} counts GPUs, so its values are whole numbers above zero", at)
 
 

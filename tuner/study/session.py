@@ -234,7 +234,7 @@ def _freeze(study: Study, store: Store) -> None:
             raise UsageError(
                 f"the study in {store.folder} was begun with another {', another '.join(changed)}",
                 where=study.source,
-                fix="give this one another name, or remove that folder",
+                fix=f"go on with it by tuner tune {store.folder}, or give this one another name",
             )
         if (count := study.trace.heldout_windows) != before.trace.heldout_windows:
             _hold_out(study, before, store)
