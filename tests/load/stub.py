@@ -95,7 +95,7 @@ class Server:
         prompt = body.get("prompt", body.get("messages"))
         if self.log:
             self.log.write(json.dumps({"prompt": prompt, "body": {k: body[k] for k in body if k != "prompt"}}) + "\n")
-        asked_tokens = body["max_tokens"]
+        asked_tokens = body.get("max_tokens") or body["max_completion_tokens"]
         probing = asked_tokens == 8  # the client's own first question is always answered well
         self.count += not probing
         k = self.count
