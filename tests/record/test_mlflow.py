@@ -18,7 +18,7 @@ from tuner.pareto.recommend import recommended
 from tuner.record import writer
 from tuner.record.ledger import Ledger, note_file
 from tuner.record.mlflow import Recorder, sync, unsent
-from tuner.record.place import place, ui_command, ui_page
+from tuner.record.place import Place, place, ui_command, ui_page
 from tuner.study.outcome import Aborted
 from tuner.study.store import write_json
 
@@ -331,3 +331,9 @@ def _until_open(port: int, server: subprocess.Popen) -> None:
         except OSError:
             time.sleep(0.1)
     raise RuntimeError("the MLflow server did not open its port")
+
+
+def test_a_port_that_is_none_is_said_by_the_uri_it_stands_in():
+    where = Place("http://localhost:abc", "", "tuner", Path("lock"))
+    with pytest.raises(UsageError, match="http://localhost:abc: Port could not be cast"):
+        _ = where.server

@@ -32,7 +32,10 @@ class Place:
         parts = urlsplit(self.uri)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             return None
-        return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise UsageError(f"{self.uri}: {error}", fix="Correct MLflow's tracking URI") from None
 
 
 def place(study: Study, env: Mapping[str, str] = os.environ) -> Place:
