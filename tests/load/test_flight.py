@@ -144,6 +144,7 @@ def test_the_wall_clock_that_is_set_moves_no_token_before_another_nor_beyond_its
     (or slewed by a microsecond) between a stamp and the look, it would date a token so much wrong."""
     reads = [(10, 5, 11, HEAD + tokens(1, 1)), (1030, 25, 31, tokens(2, 1)), (40, 35, 41, tokens(3, 1))]
     assert heard(*reads)[0] == [10, 31, 40]  # set back: the second token would be a second in the future
+    assert heard(*reads[:2])[0] == [10, 31]  # though none follows
     reads[1] = (-970, 25, 31, tokens(2, 1))
     assert heard(*reads)[0] == [10, 10, 40]  # set forward
     times, facts = heard((-970, 5, 11, HEAD + tokens(1, 1)), (40, 35, 41, tokens(2, 1)))

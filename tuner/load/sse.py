@@ -313,7 +313,7 @@ def spread(times: list[int], count: int) -> list[list[int]]:
 
 def _number(told: object, known: int | None) -> int | None:
     """A count as the server told it; what was ``known`` where that is none."""
-    if not isinstance(told, int | float) or isinstance(told, bool) or not 0 <= told <= _MOST_TOKENS:
+    if not isinstance(told, int | float) or not 0 <= told <= _MOST_TOKENS:
         return known
     return int(told) if told == int(told) else known
 
