@@ -225,6 +225,7 @@ def test_tokens_that_no_chunk_told_of_come_with_the_last_chunk():
         (HEAD + chunked(event(completion("a", 1)), event({"error": {"message": "engine died"}})), "engine died"),
         # the server went away
         (HEAD + b"5\r\ndata", "response cut off"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5_000 + b"\r\n\r\n", "response cut off"),
         (b"", "connection closed before the response"),
         # something else entirely
         (b"SSH-2.0-OpenSSH_9.2\r\n", "not HTTP"),
@@ -310,3 +311,9 @@ def test_a_running_count_is_no_end_and_the_totals_are_one():
         assert whole(HEAD + chunked(running), counting).error == "response cut off"
         assert not whole(HEAD + chunked(running, event(final(1))), counting).error
     assert not whole(HEAD + chunked(running, totals), "ids").error
+
+
+def test_a_prompt_of_more_tokens_than_there_are_is_not_counted():
+    last = b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 5_000 + b',"completion_tokens":1}}\n\n'
+    response = whole(HEAD + chunked(event(completion("a", 1)), last), "usage")
+    assert not response.error and response.prompt_tokens is None
