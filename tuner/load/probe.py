@@ -111,11 +111,7 @@ def _ask(where: Target, writer: Writer, vocab_size: int, timeout_s: float) -> tu
         until_s = time.monotonic() + timeout_s
         connection.request("POST", path, body, headers)
         answer = connection.getresponse()
-        data = b""
-        while piece := answer.read1(65_536):
-            data += piece
-            if time.monotonic() > until_s:  # a server that sends comments for ever answers every read in time
-                raise TimeoutError
+        data = _body(answer, until_s)
     except (OSError, http.client.HTTPException) as error:
         raise unreachable(where, error) from error
     finally:
@@ -128,12 +124,12 @@ def _ask(where: Target, writer: Writer, vocab_size: int, timeout_s: float) -> tu
 
 def _first_model(where: Target, endpoint: Endpoint) -> str:
     """The first model that the server lists."""
-    connection = _connection(where, 10.0)
+    connection, until_s = _connection(where, 10.0), time.monotonic() + 10.0
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     try:
         connection.request("GET", f"{where.path}/v1/models", headers=headers)
         answer = connection.getresponse()
-        data = answer.read()
+        data = _body(answer, until_s)
     except (OSError, http.client.HTTPException) as error:
         raise unreachable(where, error) from error
     finally:
@@ -145,6 +141,16 @@ def _first_model(where: Target, endpoint: Endpoint) -> str:
             f"{endpoint.url} is no OpenAI-compatible server: GET /v1/models answered {answer.status}",
             fix="Give the server's base URL, or name the model",
         ) from error
+
+
+def _body(answer: http.client.HTTPResponse, until_s: float) -> bytes:
+    """All of it. Raises TimeoutError at ``until_s``: whoever sends a little for ever answers every read in time."""
+    data = b""
+    while piece := answer.read1(65_536):
+        data += piece
+        if time.monotonic() > until_s:
+            raise TimeoutError
+    return data
 
 
 def _connection(where: Target, timeout_s: float) -> http.client.HTTPConnection:

@@ -133,15 +133,16 @@ def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:
     default = baseline_of(trials)
     misses = [slo.miss(best.step.metrics) for slo in objective.slos]
     words = "; ".join([miss for miss in misses if miss] or best.step.slo_misses)
-    amount = f"{best.excess * 100:.0f} % over" if math.isfinite(best.excess) else "no finite latency"
     name = describe(best.config, default.config if default else None)
-    lowest = min(step.load for _, step in trusted_steps(trials))
-    text = (
-        f"No configuration meets every SLO. Nearest: trial {best.trial} ({name}) at load {best.load:g}, "
-        f"{amount} at worst: {words}. "
-        f"Loosen the SLO, give the study more GPUs, or add a load below {lowest:g} to the ladder."
-    )
-    if not words:
+    if words:
+        amount = f"{best.excess * 100:.0f} % over" if math.isfinite(best.excess) else "no finite latency"
+        lowest = min(step.load for _, step in trusted_steps(trials))
+        text = (
+            f"No configuration meets every SLO. Nearest: trial {best.trial} ({name}) at load {best.load:g}, "
+            f"{amount} at worst: {words}. "
+            f"Loosen the SLO, give the study more GPUs, or add a load below {lowest:g} to the ladder."
+        )
+    else:
         known = {key: best.step.metrics.get(key, math.nan) for key in (objective.latency_key, COST)}
         without = " and ".join(key for key, value in known.items() if not 0 < value < math.inf)
         text = (

@@ -70,8 +70,8 @@ def calibrate(
         return {}
     theta = np.array([math.log((start or {}).get(name, 1.0)) for name in names])
     errors, felt, damping = _errors(model, names, theta, groups), list(range(len(names))), 1e-2
-    off = _known(errors)
     for _ in range(ROUNDS):
+        off = _known(errors)
         slopes = _slopes(model, names, theta, groups, errors, felt)
         felt = [j for j in felt if any(np.abs(s[:, j]).max() > 1e-6 for s in slopes)]
         precision, gradient = np.diag(1 / sds**2), -theta / sds**2
@@ -91,7 +91,7 @@ def calibrate(
             damping = min(damping * 8, 1e3)
         else:
             break
-        moved, theta, errors, off = float(np.abs(tried - theta).max()), tried, found, _known(found)
+        moved, theta, errors = float(np.abs(tried - theta).max()), tried, found
         if moved < STILL:
             break
     return {name: math.exp(value) for name, value in zip(names, theta.tolist(), strict=True)}

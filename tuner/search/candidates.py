@@ -59,7 +59,7 @@ class Candidates:
             rare = drawn >= sample and len(found.params) < drawn // 200
             if rare or len(found.params) >= sample:
                 break
-            found.add([{p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters}])
+            found.add([_drawn(space, rng)])
         if rare:
             found.add([space.snap(space.default()), *(_mended(space, rng) for _ in range(MENDED))])
         if not found.params:
@@ -106,19 +106,23 @@ class Candidates:
         return numpy.array(rows, dtype=numpy.int64).reshape(len(rows), len(self.space.parameters))
 
 
+def _drawn(space: SearchSpace, rng: Any) -> dict[str, Value]:
+    return {p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters}
+
+
 def _mended(space: SearchSpace, rng: Any) -> dict[str, Value]:
     """A draw that rules speak against, its parameters changed one by one to what the fewest rules deny (min-conflicts:
     Minton et al. 1992, Artif. Intell. 58): a parameter of a rule that denies it, the others as they are. Where that
     leads nowhere, the rules deny it still."""
-    params = space.snap({p.name: p.values[int(rng.integers(len(p.values)))] for p in space.parameters})
+    params = space.snap(_drawn(space, rng))
     for _ in range(CHANGES):
-        broken = space.denying(params)
-        named = [p for p in space.parameters if broken and p.name in names(broken[0].deny)]
+        broken = next(space.denying(params), None)
+        named = [p for p in space.parameters if broken and p.name in names(broken.deny)]
         if not named:
             break
         p = named[int(rng.integers(len(named)))]
         tried = [space.snap({**params, p.name: value}) for value in p.values]
-        against = [(len(space.denying(t)), rng.random()) for t in tried]
+        against = [(sum(1 for _ in space.denying(t)), rng.random()) for t in tried]
         params = tried[against.index(min(against))]
     return params
 

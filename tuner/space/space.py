@@ -142,13 +142,10 @@ class SearchSpace:
 
     def denied(self, params: Mapping[str, Value]) -> str:
         """Why this combination is known not to work; empty where no rule speaks against it."""
-        return next((rule.because for rule in self._denying(params)), "")
+        return next((rule.because for rule in self.denying(params)), "")
 
-    def denying(self, params: Mapping[str, Value]) -> list[Rule]:
+    def denying(self, params: Mapping[str, Value]) -> Iterator[Rule]:
         """Every rule that speaks against this combination."""
-        return list(self._denying(params))
-
-    def _denying(self, params: Mapping[str, Value]) -> Iterator[Rule]:
         known = {**self.facts, **self.active(params)}
         return (rule for rule in self.rules if holds(rule.deny, known))
 

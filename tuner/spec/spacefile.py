@@ -70,7 +70,6 @@ def build(
     Raises UsageError with file:line for whatever cannot be meant.
     """
     data: Any = document.data
-    begun = bool(data.get("frozen"))  # a study's own: what was measured with it is worth more than a later rule
     for key in prefix:
         data = data[key]
     file = validate(SpaceFile, document, data, prefix)
@@ -80,7 +79,7 @@ def build(
     parameters = []
     for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
-        if not begun:
+        if not document.begun:
             _check_parameter(spec, known, document, at)
         if file.engine == "function" and not spec.flag and not isinstance(spec.values, dict):
             spec = spec.model_copy(update={"flag": name})  # a function has no flags: names tell configs apart
@@ -98,9 +97,9 @@ def build(
     if unknown:
         worst = sorted(unknown)[0]
         raise document.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
-    if not begun:
+    if not document.begun:
         _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
-    for name, spec in file.parameters.items() if not begun else ():
+    for name, spec in file.parameters.items() if not document.begun else ():
         for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
             at = (*prefix, "parameters", name, "values", key, "flags")
             _check_flags(emission.flags if emission else {}, facts, document, at)

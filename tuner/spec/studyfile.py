@@ -72,7 +72,7 @@ def resolve(document: Document, beside: Path) -> Study:
         raise document.error(f"bad study name {name!r}", ("name",), "use letters, digits, '.', '_' and '-'")
     folder = str(beside) if frozen else str(Path(file.reports) / name)
     warmup_s = _seconds(file.load.warmup, document, ("load", "warmup"), zero=True)
-    if trace.file and warmup_s >= trace.window_s and not frozen:
+    if trace.file and warmup_s >= trace.window_s and not document.begun:
         raise document.error(
             f"the warm-up ({warmup_s:g} s) leaves nothing of a window of {trace.window_s:g} s",
             ("load", "warmup") if "load" in document.data else ("trace", "window"),
@@ -145,7 +145,7 @@ def _budget(file: BudgetFile | str | int, document: Document) -> Budget:
             raise document.error(str(error), ("budget",)) from None
     for key in ("launches", "hours", "usd"):
         value = getattr(file, key)
-        if value is not None and not 0 < value < math.inf and not document.data.get("frozen"):
+        if value is not None and not 0 < value < math.inf and not document.begun:
             raise document.error(f"budget.{key} must be a number above zero, not {value}", ("budget", key))
     if not 0 <= file.verify_share < 1:
         raise document.error("budget.verify_share is a share from 0 to below 1", ("budget", "verify_share"))
@@ -190,7 +190,7 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
         )
     for key in ("max_input_tokens", "max_output_tokens"):
         most = getattr(spec, key)
-        if must_exist and most is not None and not 1 <= most <= MOST_TOKENS:
+        if most is not None and not 1 <= most <= MOST_TOKENS and not document.begun:
             raise document.error(f"trace.{key} is from 1 to {MOST_TOKENS:,}, not {most}", ("trace", key))
     return TraceSpec(
         str(path),
@@ -402,7 +402,7 @@ def _objective(
 
         row = table.detect()[0] if hardware.gpus == 0 else table.lookup(hardware.name)
         price = row.price_usd_per_hour if row else 1.0
-    if not frozen and not all(0 < usd < math.inf for usd in (price, *prices.values())):
+    if not document.begun and not all(0 < usd < math.inf for usd in (price, *prices.values())):
         raise document.error("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
     floor = QualityFloor(**spec.quality.model_dump())
     return Objective(spec.name, spec.latency, tuple(slos), float(price), floor, prices)

@@ -45,6 +45,11 @@ class Document:
             node = node[key]
         return f"{self.path}:{line}" if self.tree is not None else self.path
 
+    @property
+    def begun(self) -> bool:
+        """Whether this is a study folder's own file: what was measured with it is worth more than a later rule."""
+        return bool(self.data.get("frozen"))
+
     def error(self, message: str, loc: Loc = (), fix: str = "") -> UsageError:
         return UsageError(message, where=self.where(loc), fix=fix)
 

@@ -39,7 +39,6 @@ class OwnModel:
     needed: tuple[str, ...]
     lowest_load: float
     constants: Mapping[str, float]
-    learnt: bool = False
 
     @classmethod
     def of(cls, study: Study) -> OwnModel:
@@ -58,22 +57,23 @@ class OwnModel:
     def predict(self, config: ServingConfig, load: float) -> Prediction:
         """What the callable says of ``config`` at ``load`` times the trace's rate, with a cost."""
         try:
+            return self._predict(config, load)
+        except UsageError as error:
+            if self.constants == _constants(self.foresee):
+                raise
+            return Prediction(False, reason=str(error))
+
+    def _predict(self, config: ServingConfig, load: float) -> Prediction:
+        try:
             answer = self.foresee(dict(config.params), load, **self.constants)
         except Infeasible as error:
             return Prediction(False, reason=error.reason or "infeasible")
         except (Exception, SystemExit) as error:
-            if self.learnt:
-                return Prediction(False, reason=raised_in(error))
             raise UsageError(
                 f"the predictor {self.target} failed on {dict(config.params)}: {raised_in(error)}",
                 fix="return metrics, or raise tuner.Infeasible(reason) for what cannot run",
             ) from error
-        try:
-            told = checked(answer, self.target, self.needed)
-        except UsageError as error:
-            if self.learnt:
-                return Prediction(False, reason=str(error))
-            raise
+        told = checked(answer, self.target, self.needed)
         metrics = {name: FAR if value == math.inf else value for name, value in told.items()}
         return Prediction(True, priced(Step(load, "predicted", metrics), config, self.objective).metrics)
 
@@ -87,8 +87,7 @@ class OwnModel:
 
     def scaled(self, factors: Mapping[str, float]) -> OwnModel:
         """This model with its constants times ``factors``."""
-        constants = {n: value * factors.get(n, 1.0) for n, value in self.constants.items()}
-        return replace(self, constants=constants, learnt=self.learnt or constants != self.constants)
+        return replace(self, constants={n: value * factors.get(n, 1.0) for n, value in self.constants.items()})
 
 
 def _constants(foresee: Callable[..., Any]) -> dict[str, float]:
