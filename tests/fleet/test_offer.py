@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 
 from tests import studies
+from tests.fleet.made import demand
 from tuner.errors import NothingFeasible, UsageError
+from tuner.fleet import account, fleet
 from tuner.fleet.offer import offers_of, shop
+from tuner.fleet.plan import Terms
 from tuner.study.outcome import Boot, Measured
 from tuner.study.store import Store
 from tuner.verify.capacity import capacity
@@ -117,3 +120,15 @@ def test_studies_with_other_slos_are_not_mixed(tmp_path):
     other = studies.write(tmp_path / "other", trials=1, want=studies.objective("ttft_p99=200ms"))
     with pytest.raises(UsageError, match="holds other SLOs"):
         shop([one, other], 0.95)
+
+
+def test_studies_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    known = [studies.write(tmp_path / place / "chat", trials=1) for place in ("here", "there")]
+    found = shop(known, 0.95)
+    names = [o.name for o in found.offers]
+    assert len(names) == len(set(names)) == 2
+    assert all(str(tmp_path / place) in name for place, name in zip(("here", "there"), names, strict=True))
+    usual = replace(found, offers=(found.offers[0], replace(found.offers[1], usd_per_hour=1.0)))
+    built = fleet.build(usual, demand(10, 40), Terms(spare=0))
+    told = [sum(hour.replicas.values()) for hour in account.account(built).hours]
+    assert told == built.plan.replicas.sum(axis=0).tolist()

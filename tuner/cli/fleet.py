@@ -181,17 +181,26 @@ def _offers(fleet: Fleet) -> Any:
         gpus = f"{o.gpus} x {o.gpu}" if o.gpus else o.gpu
         middle, low, high = o.capacity
         capacity = f"{middle:.3g} ({low:.3g} to {high:.3g})"
-        table.add_row(o.name, gpus, f"{o.usd_per_hour:.4g}", capacity, f"{o.start_s:.0f}", _plain(o.flags))
+        table.add_row(_plain(o.name), gpus, f"{o.usd_per_hour:.4g}", capacity, f"{o.start_s:.0f}", _plain(o.flags))
     return table
 
 
 def _hours(found: Account) -> Any:
     from tuner.fleet import words
 
-    pools = list(found.hours[0].replicas)
+    pools = list(map(_plain, found.hours[0].replicas))
     starting = any(hour.starting for hour in found.hours)
     most = max(hour.capacity_rps for hour in found.hours)
-    columns = ["hour", "requests/s", *pools, *["starting"] * starting, "may serve", "USD", "within SLO", ""]
+    columns = [
+        "hour",
+        "requests/s",
+        *map(_plain, pools),
+        *["starting"] * starting,
+        "may serve",
+        "USD",
+        "within SLO",
+        "",
+    ]
     table = _table("The plan, hour by hour", *columns, left=("hour", ""))
     for hour in found.hours:
         replicas = [f"{n:,}" if n else "-" for n in hour.replicas.values()]

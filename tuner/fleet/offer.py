@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def shop(studies: Sequence[tuple[Study, Store]], confidence: float) -> Shop:
     slos = studies[0][0].objective.slos
     notes: list[str] = []
     found: list[Offer] = []
-    for study, store in studies:
+    for study, store in _told_apart(studies):
         if set(study.objective.slos) != set(slos):
             raise UsageError(
                 f"{study.name} holds other SLOs than {studies[0][0].name} "
@@ -244,6 +245,15 @@ def _named(offers: Sequence[Offer]) -> tuple[Offer, ...]:
         return offer.study + types + sizes
 
     return tuple(replace(o, name=name(o)) for o in offers)
+
+
+def _told_apart(studies: Sequence[tuple[Study, Store]]) -> list[tuple[Study, Store]]:
+    """Studies of one name (of two reports folders, say) carry their folder: pools are told apart by name."""
+    many = Counter(study.name for study, _ in studies)
+    return [
+        (replace(study, name=f"{study.name} ({study.folder})") if many[study.name] > 1 else study, store)
+        for study, store in studies
+    ]
 
 
 def _differences(studies: Sequence[Study]) -> list[str]:
