@@ -262,3 +262,14 @@ def test_the_docs_name_every_format_and_every_command():
     assert all(f"`{name}`" in text for name in formats.FORMATS)
     for command in ("info", "convert", "cut", "synth"):
         assert f"tuner trace {command}" in text
+
+
+def test_convert_drops_the_texts_only_where_a_prompt_is_longer_and_says_so(tmp_path):
+    chat, out = tmp_path / "chat.jsonl", tmp_path / "out.jsonl"
+    row = {"arrival_s": 0, "input_tokens": 40, "output_tokens": 5, "text": "so many words"}
+    chat.write_text(json.dumps(row) + "\n" + json.dumps(row | {"arrival_s": 1, "input_tokens": 60}) + "\n")
+    for most, kept in ((60, True), (50, False)):
+        result = CliRunner().invoke(app, ["convert", str(chat), str(out), "--max-input-tokens", str(most)])
+        assert result.exit_code == 0
+        assert (formats.read(out).texts is not None) == kept
+        assert ("1 of 2 prompts got another length" in result.stderr) != kept

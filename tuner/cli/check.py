@@ -25,6 +25,8 @@ def run(path: Path, json: bool) -> None:
     console = Console()
     console.print(f"[bold]{study.name}[/] is valid. {data['engine']} would serve {study.model} on {data['hardware']}.")
     console.print(f"Trace: {data['trace']}")
+    for note in data["trace_notes"]:
+        console.print(f"  {note}", markup=False)
     console.print(f"Goal: {data['goal']}")
     loads = ", ".join(f"{x:g}" for x in study.load.ladder)
     ladder = "laid around what the default's first launch holds" if study.load.auto else f"loads {loads}"
@@ -71,8 +73,8 @@ def describe(ready: Any) -> dict[str, Any]:
         "trace": (
             f"{len(ready.traffic.whole)} requests; {len(ready.traffic.search)} search and {len(ready.traffic.heldout)} "
             f"held-out windows, {study.trace.window_s:g} s each at every load (up to {len(window)} requests)"
-            + (f"; {ready.traffic.cut} requests cut to what the model takes" if ready.traffic.cut else "")
         ),
+        "trace_notes": list(ready.traffic.notes),
         "goal": (
             f"lowest USD per million output tokens ({study.objective.price_usd_per_gpu_hour:g} USD per hour) against "
             f"{study.objective.latency}, with {', '.join(map(str, study.objective.slos))}"

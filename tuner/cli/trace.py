@@ -197,8 +197,12 @@ def _scaled(trace: Trace, length: float, rate: float, max_input: int | None, max
     if (length, rate, max_input, max_output) == (1.0, 1.0, None, None):
         return trace
     from tuner.load.synth import scale
+    from tuner.load.trace import texts_lost
 
-    return scale(trace, length=length, rate=rate, max_input_tokens=max_input, max_output_tokens=max_output)
+    scaled = scale(trace, length=length, rate=rate, max_input_tokens=max_input, max_output_tokens=max_output)
+    for message in texts_lost(trace, scaled):
+        typer.echo(message, err=True)
+    return scaled
 
 
 def _write(trace: Trace, out: Path) -> None:

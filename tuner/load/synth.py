@@ -14,7 +14,7 @@ from tuner.load import lengths as lengths_
 from tuner.load.arrivals import DAY_S, Arrivals
 from tuner.load.lengths import Lengths, QuantileLengths
 from tuner.load.sharing import sharing
-from tuner.load.trace import Trace
+from tuner.load.trace import Trace, with_lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def scale(
 
     A block of shared prefix shrinks with the lengths and stays at least one token, so that what was shared stays
     shared; where prefixes are known the factor is therefore rounded to whole tokens per block. Prompts keep at least
-    one token and one output token.
+    one token and one output token. Texts stay where every prompt keeps its length.
     """
     if not (length > 0 and rate > 0 and math.isfinite(length) and math.isfinite(rate)):
         raise UsageError(f"factors {length:g} on length and {rate:g} on rate", fix="Give factors above 0")
@@ -168,22 +168,7 @@ def scale(
         tokens_in = np.minimum(tokens_in, max_input_tokens)
     if max_output_tokens is not None:
         tokens_out = np.minimum(tokens_out, max_output_tokens)
-    offsets, ids = trace.block_offsets, trace.block_ids
-    if width:
-        counts = np.minimum(np.diff(offsets), -(-tokens_in // width))
-        kept = np.concatenate([[0], np.cumsum(counts)])
-        ids = ids[np.repeat(offsets[:-1] - kept[:-1], counts) + np.arange(kept[-1])]
-        offsets = kept
-    return replace(
-        trace,
-        arrival_s=trace.arrival_s / rate,
-        input_tokens=tokens_in,
-        output_tokens=tokens_out,
-        block_tokens=width,
-        block_ids=ids,
-        block_offsets=offsets,
-        texts=trace.texts if length == 1.0 and max_input_tokens is None else None,
-    )
+    return replace(with_lengths(trace, tokens_in, tokens_out, width), arrival_s=trace.arrival_s / rate)
 
 
 def _until(arrivals: Arrivals, duration_s: float, rng: np.random.Generator) -> np.ndarray:

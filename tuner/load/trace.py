@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,3 +31,36 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+
+def with_lengths(trace: Trace, input_tokens: np.ndarray, output_tokens: np.ndarray, block_tokens: int = 0) -> Trace:
+    """``trace`` with other lengths (and, where given, other blocks). A shorter prompt keeps its leading blocks only.
+
+    The texts stay where every prompt keeps its length, else none does: no text can be made to have a number of tokens.
+    """
+    width, offsets, ids = block_tokens or trace.block_tokens, trace.block_offsets, trace.block_ids
+    if width:
+        counts = np.minimum(np.diff(offsets), -(-input_tokens // width))
+        kept = np.concatenate([[0], np.cumsum(counts)])
+        ids = ids[np.repeat(offsets[:-1] - kept[:-1], counts) + np.arange(kept[-1])]
+        offsets = kept
+    return replace(
+        trace,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        block_tokens=width,
+        block_ids=ids,
+        block_offsets=offsets,
+        texts=trace.texts if np.array_equal(input_tokens, trace.input_tokens) else None,
+    )
+
+
+def texts_lost(before: Trace, after: Trace) -> list[str]:
+    """In words that the texts are gone, where :func:`with_lengths` had to drop them."""
+    if before.texts is None or after.texts is not None:
+        return []
+    changed = int(np.count_nonzero(before.input_tokens != after.input_tokens))
+    return [
+        f"{changed} of {len(before)} prompts got another length, which no text can be given: no text is kept, prompts "
+        "are of random tokens"
+    ]

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tuner.load import formats, windows
-from tuner.load.trace import Trace
+from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.study import Study
 from tuner.verify.capacity import BEYOND
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths, ``cut`` how many
-    requests had their lengths cut."""
+    """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths. ``notes`` say
+    what of the file is not in it as it stood."""
 
     whole: Trace
     search: tuple[Trace, ...]
     heldout: tuple[Trace, ...]
-    cut: int
+    notes: tuple[str, ...] = ()
 
 
 def read(study: Study) -> Workload:
@@ -34,10 +34,12 @@ def read(study: Study) -> Workload:
     if not spec.file:  # a function engine needs no traffic
         one = np.ones(1, dtype=np.int64)
         none = Trace("none", np.zeros(1), one, one, 0, one[:0], np.zeros(2, dtype=np.int64))
-        return Workload(none, (none,), (none,), 0)
-    trace = formats.read(Path(spec.file), spec.format)
+        return Workload(none, (none,), (none,))
+    given = formats.read(Path(spec.file), spec.format)
     longest = study.space.facts.get("max_model_len")
-    trace, cut = shorten(trace, spec.max_input_tokens, spec.max_output_tokens, longest)
+    trace, cut = shorten(given, spec.max_input_tokens, spec.max_output_tokens, longest)
+    notes = [f"{cut} requests cut to what the study or the model takes"] if cut else []
+    notes += texts_lost(given, trace)
     top = max(study.load.ladder)
     parts = windows.split(
         trace,
@@ -46,7 +48,7 @@ def read(study: Study) -> Workload:
         max_seconds=spec.window_s * top * BEYOND,
     )
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
-    return Workload(trace, search, parts.held_out, cut)
+    return Workload(trace, search, parts.held_out, tuple(notes))
 
 
 def at_load(window: Trace, load: float, window_s: float) -> Trace:
@@ -71,13 +73,4 @@ def shorten(trace: Trace, inputs: int | None, outputs: int | None, longest: int 
     changed = int(np.count_nonzero((new_in != trace.input_tokens) | (new_out != trace.output_tokens)))
     if not changed:
         return trace, 0
-    cut = replace(trace, input_tokens=new_in, output_tokens=new_out)
-    if not trace.block_tokens:
-        return cut, changed
-    # a shorter prompt keeps its leading blocks only
-    keep = -(-new_in // trace.block_tokens)
-    counts = np.minimum(np.diff(trace.block_offsets), keep)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    pieces = [trace.block_ids[start : start + n] for start, n in zip(trace.block_offsets[:-1], counts, strict=True)]
-    ids = np.concatenate(pieces) if pieces else trace.block_ids[:0]
-    return replace(cut, block_ids=ids, block_offsets=offsets), changed
+    return with_lengths(trace, new_in, new_out), changed

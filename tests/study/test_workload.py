@@ -1,0 +1,40 @@
+"""The study's traffic: what is cut, what of the file is not replayed, and that it is said."""
+
+import json
+
+from tests.spec.conftest import workplace as workplace
+from tests.spec.test_studyfile import GOOD, write
+from tuner.spec import studyfile
+from tuner.study import workload
+
+STUDY = GOOD.replace("trace.csv, window: 10s", "trace.jsonl, window: 10s, max_input_tokens: 50")
+
+
+def traffic(folder, tokens, **more):
+    """The workload of a trace with texts, its prompts of ``tokens`` tokens, one a second."""
+    rows = [
+        {"arrival_s": i, "input_tokens": n, "output_tokens": 5, "text": "word " * n, **more}
+        for i, n in enumerate(tokens)
+    ]
+    write(folder, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
+    return workload.read(studyfile.load(write(folder, STUDY)))
+
+
+def test_where_a_prompt_is_cut_no_text_is_sent_in_its_stead_and_that_is_said(workplace):
+    found = traffic(workplace, [20, 80] * 60)
+    assert found.whole.input_tokens.tolist() == [20, 50] * 60
+    assert found.whole.texts is None
+    assert all(window.texts is None for window in (*found.search, *found.heldout))
+    assert any("60 of 120 prompts" in note and "no text is kept" in note for note in found.notes)
+
+
+def test_texts_stay_where_no_prompt_is_cut(workplace):
+    found = traffic(workplace, [20, 50] * 60)
+    assert found.whole.texts is not None
+    assert not any("text" in note for note in found.notes)
+
+
+def test_a_prompt_that_is_cut_keeps_the_blocks_it_begins_with(workplace):
+    found = traffic(workplace, [80] * 120, block_tokens=16, block_ids=[1, 2, 3, 4, 5])
+    assert found.whole.block_ids.tolist() == [1, 2, 3, 4] * 120
+    assert found.whole.block_offsets.tolist() == list(range(0, 481, 4))
