@@ -7,8 +7,11 @@ import pytest
 from tests.cli.test_cli import tuner
 from tests.spec.conftest import workplace as workplace
 from tests.spec.test_studyfile import GOOD, write
+from tuner.cli import check, plan
+from tuner.cli.live import View
 from tuner.cli.tune import Flags, read
 from tuner.errors import UsageError
+from tuner.study import session
 
 MINE = """\
 name: mine
@@ -57,3 +60,18 @@ def test_an_engine_of_one_word_is_said_to_be_no_mapping(workplace: Path) -> None
 def test_a_price_of_nothing_is_refused(workplace: Path) -> None:
     with pytest.raises(UsageError, match="price per GPU-hour must be above zero"):
         read(write(workplace, GOOD), Flags(gpu_price=0.0))
+
+
+def test_what_of_the_trace_was_skipped_is_said_by_check_plan_and_tune(workplace: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(workplace)
+    with (workplace / "trace.csv").open("a") as file:
+        file.write("nonsense\n")
+    path = write(workplace, GOOD)
+    check.run(path, json=False)
+    plan.run(path, json=False)
+    study = read(path, Flags())
+    with View(study, True) as view:
+        view.begin(session.prepare(study))
+    told = capsys.readouterr()
+    for text, times in ((told.out, 2), (told.err, 1)):
+        assert " ".join(text.split()).count("1 bad lines skipped (1 wrong number of columns)") == times

@@ -38,3 +38,12 @@ def test_a_prompt_that_is_cut_keeps_the_blocks_it_begins_with(workplace):
     found = traffic(workplace, [80] * 120, block_tokens=16, block_ids=[1, 2, 3, 4, 5])
     assert found.whole.block_ids.tolist() == [1, 2, 3, 4] * 120
     assert found.whole.block_offsets.tolist() == list(range(0, 481, 4))
+
+
+def test_lines_that_were_skipped_and_requests_left_out_are_said(workplace):
+    rows = [f"2023-11-16 18:15:{i:02}.0000000,{100 + i},{i}" for i in range(60)]
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens", *rows[:30], "nonsense", *rows[30:]]
+    write(workplace, "\n".join(lines), "trace.csv")
+    notes = workload.read(studyfile.load(write(workplace, GOOD))).notes
+    assert any("1 bad lines skipped" in note and "trace.csv:32: wrong number of columns" in note for note in notes)
+    assert "1 requests left out: no output tokens (the request failed)" in notes

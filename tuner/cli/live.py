@@ -63,6 +63,8 @@ class View:
             f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} x "
             f"{len(ready.traffic.search[0])} requests"
         )
+        for note in ready.traffic.notes:
+            self.say(f"Trace: {note}")
         if ready.no_model:
             self.say(f"No analytic model: {ready.no_model}. The search works without one.")
 

@@ -32,6 +32,8 @@ def run(path: Path, json: bool) -> None:
         f"[bold]{study.name}[/]: {data['allowed']} of {data['looked_at']} configurations looked at may be launched "
         f"({data['combinations']} in the space)."
     )
+    for note in data["trace_notes"]:
+        console.print(f"  Trace: {note}", markup=False)
     for reason, count in data["refused"].items():
         console.print(f"  {count} refused: {reason}")
     console.print(
@@ -70,6 +72,7 @@ def plan(ready: Any) -> dict[str, Any]:
         "looked_at": len(candidates),
         "allowed": len(allowed),
         "refused": dict(Counter(filter(None, reasons))),
+        "trace_notes": list(ready.traffic.notes),
         "launch_seconds": launch_s,
         "launches": launches,
         "hours": hours,

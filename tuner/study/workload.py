@@ -35,10 +35,12 @@ def read(study: Study) -> Workload:
         one = np.ones(1, dtype=np.int64)
         none = Trace("none", np.zeros(1), one, one, 0, one[:0], np.zeros(2, dtype=np.int64))
         return Workload(none, (none,), (none,))
-    given = formats.read(Path(spec.file), spec.format)
+    given, report = formats.read_with_report(Path(spec.file), spec.format)
     longest = study.space.facts.get("max_model_len")
     trace, cut = shorten(given, spec.max_input_tokens, spec.max_output_tokens, longest)
-    notes = [f"{cut} requests cut to what the study or the model takes"] if cut else []
+    notes = report.messages()
+    if cut:
+        notes.append(f"{cut} requests cut to what the study or the model takes")
     notes += texts_lost(given, trace)
     top = max(study.load.ladder)
     parts = windows.split(
