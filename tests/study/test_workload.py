@@ -47,3 +47,16 @@ def test_lines_that_were_skipped_and_requests_left_out_are_said(workplace):
     notes = workload.read(studyfile.load(write(workplace, GOOD))).notes
     assert any("1 bad lines skipped" in note and "trace.csv:32: wrong number of columns" in note for note in notes)
     assert "1 requests left out: no output tokens (the request failed)" in notes
+
+
+def test_a_trace_that_runs_out_of_requests_says_up_to_which_load_it_fills_a_step(workplace):
+    # 60 requests, one a second: a search and a held-out window of 29 s each
+    def read(window):
+        text = GOOD.replace("window: 10s", f"window: {window}, heldout_windows: 1")
+        return workload.read(studyfile.load(write(workplace, text)))
+
+    found = {window: read(window) for window in ("30s", "15s", "7s")}
+    assert [round(found[w].fills, 1) for w in found] == [1.1, 2.1, 4.6]
+    assert "after 7.25 s of the 30 s of a step at load 4, and fill a step up to load 1.1 only" in found["30s"].notes[-1]
+    assert found["15s"].notes
+    assert not found["7s"].notes

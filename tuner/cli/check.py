@@ -47,6 +47,11 @@ def run(path: Path, json: bool) -> None:
     console.print(f"First launch, the engine's default: {data['default_command']}", soft_wrap=True)
 
 
+def _filled(ready: Any) -> str:
+    fills, top = ready.traffic.fills, max(ready.study.load.ladder)
+    return f" up to {fills:.2g}, less above" if fills < top else ""
+
+
 def describe(ready: Any) -> dict[str, Any]:
     """The study in words and figures, as ``--json`` prints it."""
     from tuner.study.queue import refusals
@@ -72,7 +77,8 @@ def describe(ready: Any) -> dict[str, Any]:
         "hardware": f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name,
         "trace": (
             f"{len(ready.traffic.whole)} requests; {len(ready.traffic.search)} search and {len(ready.traffic.heldout)} "
-            f"held-out windows, {study.trace.window_s:g} s each at every load (up to {len(window)} requests)"
+            f"held-out windows, {study.trace.window_s:g} s each at every load{_filled(ready)} "
+            f"(up to {len(window)} requests)"
         ),
         "trace_notes": list(ready.traffic.notes),
         "goal": (

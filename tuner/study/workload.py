@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,20 @@ from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.study import Study
 from tuner.verify.capacity import BEYOND
 
+FULL = 0.9  # share of a step that its arrivals must span
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths. ``notes`` say
-    what of the file is not in it as it stood."""
+    what of the file is not in it as it stood, and which loads it is too short for; ``fills`` is the highest load at
+    which every window lasts as long as a step is to."""
 
     whole: Trace
     search: tuple[Trace, ...]
     heldout: tuple[Trace, ...]
     notes: tuple[str, ...] = ()
+    fills: float = math.inf
 
 
 def read(study: Study) -> Workload:
@@ -50,7 +55,16 @@ def read(study: Study) -> Workload:
         max_seconds=spec.window_s * top * BEYOND,
     )
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
-    return Workload(trace, search, parts.held_out, tuple(notes))
+    # the last request of what lasts long enough comes a little before its end
+    shortest_s = min(float(window.arrival_s[-1]) for window in (*parts.search, *parts.held_out)) / FULL
+    fills = shortest_s / spec.window_s
+    if fills < top:
+        notes.append(
+            f"too short: its windows have no more requests after {FULL * shortest_s / top:.3g} s of the "
+            f"{spec.window_s:g} s of a step at load {top:g}, and fill a step up to load {fills:.2g} only. "
+            "Take a longer trace, a shorter trace.window, fewer windows or lower loads"
+        )
+    return Workload(trace, search, parts.held_out, tuple(notes), fills)
 
 
 def at_load(window: Trace, load: float, window_s: float) -> Trace:
