@@ -86,6 +86,7 @@ def _run(
     from tuner.engines.protocol import Cancelled, Endpoint, StepPlan
     from tuner.load import windows
     from tuner.load.formats import read_with_report
+    from tuner.load.records import check_writable
     from tuner.load.step import measure
     from tuner.load.wire import checked_key
 
@@ -100,6 +101,8 @@ def _run(
         raise UsageError("--warmup, --timeout and --closed-loop cannot be negative or infinite")
     if processes is not None and processes < 1:
         raise UsageError("--processes must be at least 1")
+    if records is not None:
+        check_writable(records)
     with tempfile.TemporaryDirectory() as folder:
         plan = StepPlan(
             load=load,

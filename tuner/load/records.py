@@ -78,7 +78,7 @@ class RecordWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = path.with_name(path.name + ".partial")
+        self._partial = _partial(path)
         self._rows: list[Record] = []
         self._tokens = 0
         self._writer: Any = None
@@ -125,6 +125,22 @@ class RecordWriter:
         if self._writer is not None:
             self._writer.close()
         self._partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def check_writable(path: Path) -> None:
+    """Raises UsageError where no records file can be written to ``path``: better known before the replay than after."""
+    try:
+        if path.is_dir():
+            raise UsageError("is a folder, not a file for records", where=str(path), fix="Name a file in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _partial(path).open("wb").close()
+        _partial(path).unlink()
+    except OSError as error:
+        raise UsageError(f"cannot be written ({error.strerror})", where=str(path), fix="Give another path") from error
 
 
 @dataclass(frozen=True, slots=True)

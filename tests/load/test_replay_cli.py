@@ -1,0 +1,39 @@
+"""`tuner replay` as a user meets it: what cannot be is one line and exit code 2 before anything is sent."""
+
+import sys
+
+import pytest
+
+from tuner.cli.app import main
+
+
+@pytest.fixture
+def replay(tmp_path, monkeypatch, capsys):
+    """Runs the command on a trace of two requests against a port where nobody listens; exit code and stderr."""
+    monkeypatch.chdir(tmp_path)
+    row = '{{"arrival_s": {}, "input_tokens": 4, "output_tokens": 2}}\n'
+    (tmp_path / "t.jsonl").write_text(row.format(0) + row.format(1))
+
+    def run(*words):
+        usual = ["tuner", "replay", "--url", "http://127.0.0.1:9", "--trace", "t.jsonl", "--model", "m"]
+        monkeypatch.setattr(sys, "argv", [*usual, *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("path", [".", "t.jsonl/r.parquet", "folder", "n" * 300])
+def test_records_that_cannot_be_written_are_refused_before_the_replay(replay, tmp_path, path):
+    (tmp_path / "folder").mkdir()
+    code, err = replay("--records", path)
+    assert code == 2
+    assert err.startswith(f"tuner: {path}: ") and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "t.jsonl"]
+
+
+def test_records_that_can_be_written_leave_nothing_before_the_replay(replay, tmp_path):
+    code, err = replay("--records", "r.parquet")
+    assert code == 4 and "no server answers" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
