@@ -8,7 +8,7 @@ import pytest
 from tests import studies
 from tests.fleet.made import demand
 from tuner.errors import NothingFeasible, UsageError
-from tuner.fleet import account, fleet
+from tuner.fleet import account, fleet, measured
 from tuner.fleet.offer import offers_of, shop
 from tuner.fleet.plan import Terms
 from tuner.study.outcome import Boot, Measured
@@ -132,3 +132,10 @@ def test_studies_of_one_name_are_told_apart_by_their_folders(tmp_path):
     built = fleet.build(usual, demand(10, 40), Terms(spare=0))
     told = [sum(hour.replicas.values()) for hour in account.account(built).hours]
     assert told == built.plan.replicas.sum(axis=0).tolist()
+
+
+def test_records_that_are_damaged_are_one_line(tmp_path):
+    path = tmp_path / "records-1.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match="cannot be read as Parquet"):
+        measured.cv(path)

@@ -1,9 +1,11 @@
 """The records file: everything comes back, little is held."""
 
+import random
 import tracemalloc
 from array import array
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tuner.errors import UsageError
@@ -99,3 +101,45 @@ def test_a_foreign_parquet_file_is_refused(tmp_path):
     pq.write_table(pa.table({"a": np.arange(3)}), tmp_path / "x.parquet")
     with pytest.raises(UsageError, match="not a records file"):
         read(tmp_path / "x.parquet")
+
+
+def test_a_damaged_file_is_refused_in_one_line_or_says_what_it_said(tmp_path):
+    whole, path = tmp_path / "r.parquet", tmp_path / "damaged.parquet"
+    write(whole, [record(k) for k in range(50)], META)
+    data, rng, refused = whole.read_bytes(), random.Random(1), 0
+    told = _told(whole)
+    for k in range(len(data) - 1, 0, -7):
+        broken = bytearray(data)
+        broken[k] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken if k % 3 else data[:k])
+        try:
+            assert _told(path) == told, k
+        except UsageError as error:
+            assert "\n" not in error.message and error.where == str(path)
+            refused += 1
+    assert refused > len(data) / 7 / 2
+
+
+def test_facts_that_are_not_as_they_were_written_are_refused(tmp_path):
+    path = tmp_path / "r.parquet"
+    write(path, [record(0)], META)
+    data = path.read_bytes()
+    assert data.count(b'"load": 1.5') == 1
+    path.write_bytes(data.replace(b'"load": 1.5', b'"load": 3.5'))
+    with pytest.raises(UsageError, match="its facts do not have their checksum"):
+        read(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    path = tmp_path / "r.parquet"
+    write(path, [record(k) for k in range(50)], META)
+    told, table = _told(path), pq.read_table(path)
+    facts = pq.read_metadata(path).metadata[b"tuner.replay"]
+    pq.write_table(table.replace_schema_metadata({b"tuner.replay": facts}), path)
+    assert _told(path) == told
+
+
+def _told(path):
+    records = read(path)
+    columns = {name: values.tolist() for name, values in records.columns.items()}
+    return dict(records.meta), columns, [(t.tolist(), o.tolist()) for _, t, o in records.tokens()]

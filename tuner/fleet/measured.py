@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tuner.fleet.curve import Limit, Point
+from tuner.load.columns import parquet
 from tuner.pareto.front import trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Measured, Step
@@ -66,9 +67,8 @@ def cv(records: Path | None) -> float:
     """Standard deviation over mean of the gaps between intended arrivals; NaN where there are no such records."""
     if records is None or not records.exists():
         return math.nan
-    import pyarrow.parquet as pq
-
-    if "intended_ns" not in pq.read_schema(records).names:
-        return math.nan
-    gaps = np.diff(np.sort(pq.read_table(records, columns=["intended_ns"])["intended_ns"].to_numpy()))
+    with parquet(records) as file:
+        if "intended_ns" not in file.schema_arrow.names:
+            return math.nan
+        gaps = np.diff(np.sort(file.read(columns=["intended_ns"])["intended_ns"].to_numpy()))
     return float(gaps.std() / gaps.mean()) if len(gaps) > 10 and gaps.mean() > 0 else math.nan

@@ -6,10 +6,31 @@ a short replay, and here nothing of them is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tuner.errors import UsageError
+
+
+@contextmanager
+def parquet(path: Path) -> Iterator[Any]:
+    """The Parquet file at ``path``, its pages compared with their checksums where it has some. Raises UsageError where
+    it is none or damaged, for what is done in the ``with`` too: the library finds damage wherever it meets it, and has
+    many kinds of error for it."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    damage = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError)
+    try:
+        with ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except damage as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"cannot be read as Parquet ({said[0]})", where=str(path)) from error
 
 
 def column(kind: str, values: Sequence[Any]) -> Any:

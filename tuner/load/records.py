@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 _GROUP_REQUESTS = 8_192
 _GROUP_TOKENS = 4_000_000
 _META = b"tuner.replay"
+_CHECKSUM = b"tuner.replay.crc32"  # of the facts: Parquet has checksums for pages only
 VERSION = 1
+_NEEDED = {"load", "window", "stopped"}  # without these facts there is no step
 
 # column, whether it can be absent (null), what it is
 COLUMNS = (
@@ -100,6 +103,7 @@ class RecordWriter:
             compression="zstd",
             use_dictionary=["error"],
             column_encoding=dict.fromkeys(deltas, "DELTA_BINARY_PACKED"),
+            write_page_checksum=True,
         )
         return self._writer
 
@@ -116,7 +120,8 @@ class RecordWriter:
         if self._rows or self._writer is None:
             self._flush()
         writer = self._writer or self._open()
-        writer.add_key_value_metadata({_META.decode(): json.dumps({"version": VERSION, **meta})})
+        facts = json.dumps({"version": VERSION, **meta})
+        writer.add_key_value_metadata({_META.decode(): facts, _CHECKSUM.decode(): _checksum(facts.encode())})
         writer.close()
         os.replace(self._partial, self._path)
 
@@ -157,40 +162,56 @@ class Records:
 
     def tokens(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Row group by row group: the rows, ``token_ns`` of all of them end to end, and (rows + 1,) offsets into it."""
-        import pyarrow.parquet as pq
-
         first = 0
-        with pq.ParquetFile(self.path) as file:
+        with arrow.parquet(self.path) as file:
             for group in range(file.num_row_groups):
                 column = file.read_row_group(group, columns=["token_ns"]).column(0).combine_chunks()
+                column.validate(full=True)
                 if len(column):
                     yield slice(first, first + len(column)), *arrow.lists(column)
                     first += len(column)
+        if first != len(self):
+            raise UsageError("is damaged: not every request has its tokens", where=str(self.path))
 
 
 ABSENT = -(2**62)
 
 
 def read(path: Path) -> Records:
-    """The records in ``path``. Raises UsageError where it is none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            stored = (file.metadata.metadata or {}).get(_META)
-            meta = json.loads(stored) if stored else None
-            if meta is None or meta.get("version") != VERSION:
-                raise UsageError("not a records file of this version", where=str(path))
-            table = file.read(columns=[name for name, kind, *_ in COLUMNS if kind != "list"])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UsageError(f"cannot be read as Parquet ({error})", where=str(path)) from error
+    """The records in ``path``. Raises UsageError where it is none, or damaged."""
+    with arrow.parquet(path) as file:
+        meta = _facts(path, file.metadata.metadata or {})
+        _check_schema(path, file.schema_arrow)
+        table = file.read(columns=[name for name, kind, *_ in COLUMNS if kind != "list"])
+        table.validate(full=True)
     columns: dict[str, np.ndarray] = {}
     for name, kind, *_ in COLUMNS:
         if kind == "list":
             continue
         columns[name] = arrow.plain(table.column(name), kind, ABSENT)
     return Records(path, meta, columns)
+
+
+def _facts(path: Path, metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    stored = metadata.get(_META, b"null")
+    if _CHECKSUM in metadata and metadata[_CHECKSUM].decode() != _checksum(stored):
+        raise UsageError("is damaged: its facts do not have their checksum", where=str(path))
+    meta = json.loads(stored)
+    if not isinstance(meta, dict) or meta.get("version") != VERSION or not meta.keys() >= _NEEDED:
+        raise UsageError("not a records file of this version", where=str(path))
+    return meta
+
+
+def _check_schema(path: Path, found: Any) -> None:
+    """Numbers are taken from the columns' buffers: they must be what they are taken for."""
+    for field in _schema():
+        index = found.get_field_index(field.name)
+        if index < 0 or found.field(index).type != field.type or found.field(index).nullable != field.nullable:
+            raise UsageError(f"has no column {field.name} as records have it", where=str(path))
+
+
+def _checksum(facts: bytes) -> str:
+    return f"{zlib.crc32(facts):08x}"
 
 
 def write(path: Path, records: Sequence[Record], meta: Mapping[str, Any]) -> None:

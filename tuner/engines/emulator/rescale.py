@@ -60,7 +60,8 @@ def rescale(source: Path, target: Path, plan: StepPlan, scale: float) -> None:
         "client": client,
     }
     half = target.with_name(target.name + ".partial")
-    pq.write_table(table.replace_schema_metadata({_META: json.dumps(meta).encode()}), half, compression="zstd")
+    table = table.replace_schema_metadata({_META: json.dumps(meta).encode()})
+    pq.write_table(table, half, compression="zstd", write_page_checksum=True)
     os.replace(half, target)
 
 
