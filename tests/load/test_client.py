@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.load.replays import endpoint, plan, poisson, quantile, seconds, trace, undisturbed
@@ -251,6 +252,36 @@ def test_cancelling_keeps_the_records_until_then(tmp_path):
     records = read(asked.records)
     assert 0 < len(records) < 200
     assert (records.columns["error"] == "").sum() > 5
+
+
+def test_who_leaves_at_once_keeps_the_records_until_then(tmp_path):
+    def leave(name, data):
+        if name == "progress" and data["done"] >= 5:
+            raise KeyboardInterrupt
+
+    with stub(first_s=0.01, gap_s=0.01) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(1000) / 20), on_event=leave)
+        with pytest.raises(KeyboardInterrupt):
+            measure(endpoint(url), asked)
+    records = read(asked.records)
+    assert 5 <= len(records) < 1000
+    assert records.meta["stopped"] == "cancelled"
+
+
+def test_a_signal_to_the_whole_group_leaves_the_end_to_the_parent(tmp_path):
+    sent = []
+
+    def signals(name, data):
+        if name == "progress" and data["done"] and not sent:
+            for child in psutil.Process().children():
+                if "tuner.load.worker" in child.cmdline():
+                    sent.append(child.pid)
+                    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                        child.send_signal(number)
+
+    with stub(first_s=0.01, gap_s=0.01) as (_, url):
+        step = measure(endpoint(url), plan(tmp_path, trace(np.arange(60) / 20), on_event=signals))
+    assert sent and not step.stopped_early
 
 
 @pytest.mark.parametrize(

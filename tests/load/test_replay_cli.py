@@ -1,10 +1,14 @@
 """`tuner replay` as a user meets it: what cannot be is one line and exit code 2 before anything is sent."""
 
+import os
+import signal
 import sys
+import threading
 
 import pytest
 
 from tuner.cli.app import main
+from tuner.cli.replay import _interrupt
 
 
 @pytest.fixture
@@ -37,3 +41,24 @@ def test_records_that_can_be_written_leave_nothing_before_the_replay(replay, tmp
     code, err = replay("--records", "r.parquet")
     assert code == 4 and "no server answers" in err
     assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_asks_the_replay_to_end_and_the_second_ends_it(number):
+    before, asked = signal.getsignal(number), threading.Event()
+    with _interrupt(asked):
+        os.kill(os.getpid(), number)
+        assert asked.wait(10)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            threading.Event().wait(10)
+    assert signal.getsignal(number) == before
+
+
+def test_a_replay_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _interrupt(threading.Event()):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -126,8 +126,9 @@ def _run(
                     concurrency=closed_loop,
                     shards=processes,
                 )
-            except Cancelled:
-                where = f"; the records until then are in {records}" if records else ""
+            except (Cancelled, KeyboardInterrupt) as end:
+                begun = "" if isinstance(end, Cancelled) else ", if the replay had begun,"
+                where = f"; the records until then{begun} are in {records}" if records else ""
                 typer.echo(f"interrupted{where}", err=True)
                 raise typer.Exit(130) from None
 
@@ -174,24 +175,30 @@ class _Progress:
 
 
 class _interrupt:
-    """Ctrl-C sets the event, once; the second one ends the program as usual."""
+    """Ctrl-C, SIGTERM or SIGHUP (a closed terminal) set the event, once; the second one raises KeyboardInterrupt."""
 
     def __init__(self, cancel: Any) -> None:
         self._cancel = cancel
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         import signal
 
         def first(*_: object) -> None:
             self._cancel.set()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in self._before:
+                signal.signal(number, signal.default_int_handler)
 
-        self._before = signal.signal(signal.SIGINT, first)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._before[number] = signal.getsignal(number)
+                signal.signal(number, first)
 
     def __exit__(self, *_: object) -> None:
         import signal
 
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
 
 def _plain(step: Step) -> dict[str, Any]:

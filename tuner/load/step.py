@@ -92,6 +92,8 @@ class _Replay:
             writer.add(record)
             watch.done(record)
 
+        tower: Tower | None = None
+        epoch_unix_s = 0.0
         try:
             with sampler, Fleet(job) as fleet:
                 epoch_ns = fleet.epoch_ns
@@ -105,8 +107,12 @@ class _Replay:
             sampler.settle(tower.output_tokens)
             server = fold(sampler.samples, epoch_ns + warmup_ns, min(end_ns, epoch_ns + int(offsets_ns[-1])))
             writer.close(self._meta(epoch_unix_s, tower, shards, server))
-        except BaseException:
-            writer.discard()
+        except BaseException as error:
+            self.stopped = "cancelled"
+            if tower is None or not isinstance(error, KeyboardInterrupt):
+                writer.discard()
+            else:  # whoever will not wait for the end still has what was measured
+                writer.close(self._meta(epoch_unix_s, tower, shards, {}))
             raise
         if sampler.samples:
             write(beside(plan.records), sampler.samples, epoch_ns)

@@ -126,7 +126,8 @@ def main() -> None:
     addresses = [(family, tuple(address)) for family, address in header["addresses"]]
     inbox, outbox = Inbox(0, len(numbers)), Outbox(1, header["backlog_bytes"])
     _raise_limits()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent decides
 
     tls = tls_context() if target.tls else None
     hold_ns = 0 if header["concurrency"] else FIRST_NS  # a closed loop waits for responses to send
