@@ -342,7 +342,9 @@ def ablation(known: Study, winner: ServingConfig, kept: str) -> Ablation:
         for name, value in off.items()
     )
     small = known.space.config({kept: off[kept]}, known.model)
-    return Ablation(small, {kept: off[kept]}, effects, (0.99, 0.97, 1.01), 12, "Two flags were superfluous.")
+    return Ablation(
+        small, {kept: off[kept]}, effects, (0.99, 0.97, 1.01), 12, "Two flags were superfluous.", winner.hash
+    )
 
 
 def measured(number: int, steps: tuple[Step, ...], store: Store, **notes: Any) -> None:

@@ -227,13 +227,14 @@ def test_a_damaged_file_is_named_and_the_study_goes_on_without_it(run, name, tex
 
 
 def test_a_damaged_ablation_is_named(run):
+    from tuner.cli.read import opened
     from tuner.errors import EnvironmentFault
     from tuner.pareto.recommend import ablation
 
     store = Store(Path("reports/s"))
     (store.folder / "ablation.json").write_text("")
     with pytest.raises(EnvironmentFault, match=r"ablation\.json: cannot be read \(.*\)\. Move it away"):
-        ablation(store, store.trials()[0].config)
+        ablation(store, opened(Path("reports/s"))[0], store.trials()[0].config)
 
 
 def test_lines_that_cannot_be_read_are_passed_over(run):

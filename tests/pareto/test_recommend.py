@@ -1,10 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import studies
 from tuner.pareto.choice import choose
-from tuner.pareto.recommend import recommended
+from tuner.pareto.recommend import ablation, recommended
 from tuner.study.store import write_json
 
 
@@ -63,10 +64,33 @@ def test_ablation_takes_the_superfluous_flags_out_and_its_cost_in(tmp_path: Path
     assert "Two flags were superfluous" in after.text
 
 
-def test_an_ablation_of_another_configuration_changes_nothing(tmp_path: Path):
+@pytest.mark.parametrize("named", [True, False])  # earlier files do not name the configuration
+def test_an_ablation_of_another_configuration_changes_nothing(tmp_path: Path, named: bool):
+    """What it left is the default: every configuration has all of its flags."""
     study, store = studies.write(tmp_path / "s", trials=24, verified=True)
-    other = study.space.config({"max_num_batched_tokens": 512}, study.model)
-    found = studies.ablation(study, other, kept="max_num_batched_tokens")
     before = recommended(store, study)
-    write_json(store.folder / "ablation.json", found.to_dict())
+    other = study.space.config({"max_num_batched_tokens": 512}, study.model)
+    found = studies.ablation(study, other, kept="max_num_batched_tokens").to_dict()
+    found |= {"config": study.space.config({}, study.model).to_dict(), "params": {}}
+    write_json(store.folder / "ablation.json", found if named else without_winner(found))
     assert recommended(store, study) == before
+
+
+def test_an_earlier_ablation_that_does_not_name_its_configuration_is_known_by_its_effects(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    winner = recommended(store, study).point
+    assert winner
+    found = studies.ablation(study, winner.config, kept="max_num_batched_tokens")
+    write_json(store.folder / "ablation.json", without_winner(found.to_dict()))
+    after = recommended(store, study)
+    assert after.point and after.point.config.hash == found.config.hash
+    small = ablation(store, study, found.config)
+    assert small and small["text"] == found.text
+    foreign = without_winner(found.to_dict())
+    foreign["effects"] = [{**effect, "parameter": "no_such"} for effect in foreign["effects"]]
+    write_json(store.folder / "ablation.json", foreign)
+    assert ablation(store, study, winner.config) is None
+
+
+def without_winner(document: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name != "winner"}

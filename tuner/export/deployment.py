@@ -175,7 +175,7 @@ def _about(
 
 def _effects(store: Store, study: Study, config: ServingConfig) -> dict[str, str]:
     """Per flag what ablation measured of it, in words."""
-    found = ablation(store, config) or {"effects": ()}
+    found = ablation(store, study, config) or {"effects": ()}
     words = {}
     for effect in found["effects"]:
         middle, low, high = (f"{(x - 1) * 100:+.1f}" for x in effect["cost_without"])

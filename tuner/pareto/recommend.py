@@ -35,7 +35,7 @@ def recommended(store: Store, study: Study) -> Choice:
         return Choice(point, point, None, None, (), None, text)
     default = study.space.config(study.space.default(), study.model)
     cost_change = _change(chosen["difference"])
-    smaller = ablation(store, config)
+    smaller = ablation(store, study, config)
     if smaller:
         text += f"\n\n{smaller['text']}".replace("**", "")
         small = ServingConfig.from_dict(smaller["config"])
@@ -60,15 +60,26 @@ def recommended(store: Store, study: Study) -> Choice:
     )
 
 
-def ablation(store: Store, config: ServingConfig) -> Mapping[str, Any] | None:
-    """``ablation.json`` where it is about ``config`` (what it took apart, or what it left of it): every flag that it
-    left is there, with the same value."""
+def ablation(store: Store, study: Study, config: ServingConfig) -> Mapping[str, Any] | None:
+    """``ablation.json`` where it is about ``config``: what it took apart, or what it left of it. One of an earlier
+    winner says nothing about this one, whatever flags they share."""
     path = store.folder / "ablation.json"
     found = read_json(path) if path.exists() else None
     if not isinstance(found, Mapping) or not {"config", "effects", "cost_change", "text"} <= found.keys():
         return None
-    small = ServingConfig.from_dict(found["config"])
-    return found if small.flags.items() <= config.flags.items() else None
+    winner = found.get("winner") or _rebuilt(found["effects"], study)
+    return found if config.hash in (winner, ServingConfig.from_dict(found["config"]).hash) else None
+
+
+def _rebuilt(effects: Sequence[Mapping[str, Any]], study: Study) -> str:
+    """The hash of the configuration that was taken apart, for files that do not name it: every parameter off its
+    default has an effect. Empty where the search space is another one."""
+    params = {effect["parameter"]: effect["value"] for effect in effects}
+    try:
+        known = params.keys() <= {parameter.name for parameter in study.space.parameters}
+        return study.space.config(params, study.model).hash if known else ""
+    except ValueError:  # a value that the space does not have
+        return ""
 
 
 def _times(value: float, interval: Interval | None, factor: Sequence[float]) -> tuple[float, Interval | None]:

@@ -56,7 +56,8 @@ class Effect:
 @dataclass(frozen=True, slots=True)
 class Ablation:
     """``config`` is the smallest that keeps the gain, ``params`` its parameters off the default; ``cost_change`` its
-    cost over the winner's (UNKNOWN where they are the same)."""
+    cost over the winner's (UNKNOWN where they are the same). ``winner`` is the hash of the configuration that was taken
+    apart."""
 
     config: ServingConfig
     params: Mapping[str, Value]
@@ -64,6 +65,7 @@ class Ablation:
     cost_change: Range
     launches: int
     text: str
+    winner: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -137,7 +139,8 @@ def ablate(
     )
     smallest = {name: params[name] for name in params if name in kept}
     text = _text(rows, change, len(rounds.launches), budget.confidence)
-    return Ablation(space.config(smallest, study.model), smallest, rows, change, len(rounds.launches), text)
+    small = space.config(smallest, study.model)
+    return Ablation(small, smallest, rows, change, len(rounds.launches), text, winner.config.hash)
 
 
 @dataclass(frozen=True, slots=True)
