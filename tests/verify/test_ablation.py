@@ -6,6 +6,7 @@ import pytest
 from benchmarks.verify.ablation import FLAGS, on, run, space, two_of_six
 from benchmarks.verify.machine import Machine, Noise, window
 from benchmarks.verify.small_study import LATENCY, THROUGHPUT, study
+from tests.verify.test_verification import Unserved
 from tuner.engines.protocol import LaunchFailed
 from tuner.study.outcome import Infeasible
 from tuner.verify.ablation import AblationBudget, ablate
@@ -15,7 +16,7 @@ QUIET = Noise(launch=0.004, drift=0.004, stalls=0.0)
 WINDOWS = [window(90 + i, name=f"heldout-{i}") for i in range(3)]
 
 
-def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load=3.0):
+def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load=3.0, unserved=""):
     """An ablation on a machine with little noise, so that every test is about the rule, not about luck."""
     spec = dataclasses.replace(study(scenario, ("v0",), 1, 100), space=space())
     machine = Machine(speed, spec.objective, 1, QUIET)
@@ -25,7 +26,7 @@ def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load
         if fails and fails(config):
             raise LaunchFailed(Infeasible("oom", "out of memory"))
         with machine.launch(config, label) as rig:
-            yield rig
+            yield Unserved(rig, "heldout-1") if label == unserved else rig
 
     winner = Finalist("winner", spec.space.config(dict.fromkeys(flags, True), "m"), load)
     return ablate(spec, launch, winner, WINDOWS, AblationBudget(launches)), machine
@@ -64,6 +65,18 @@ def test_a_flag_without_which_the_slos_hold_nowhere_is_kept_and_says_so():
     found, _ = quiet(lambda config: 1.0 if on(config, "d") else 0.1, scenario=LATENCY, load=1.0)
     assert list(found.params) == ["d"]
     assert "hold at no load" in next(e.why for e in found.effects if e.parameter == "d")
+
+
+def test_a_flag_without_which_a_launch_served_nothing_is_kept_and_says_so():
+    found, _ = quiet(lambda _config: 1.0, unserved="ablate 2 without c")
+    assert list(found.params) == ["c"]
+    assert "without it: served nothing" in next(e.why for e in found.effects if e.parameter == "c")
+
+
+def test_a_winner_that_served_nothing_in_some_launch_loses_no_flag():
+    found, _ = quiet(lambda _config: 1.0, unserved="ablate 2 winner")
+    assert sorted(found.params) == list(FLAGS)
+    assert all("the winner itself served nothing" in e.why for e in found.effects)
 
 
 def test_flags_are_kept_where_there_are_too_few_launches_to_judge_them():

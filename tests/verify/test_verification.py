@@ -202,6 +202,40 @@ def test_a_launch_that_failed_its_slos_everywhere_counts_against_its_arm():
     assert found.is_default
 
 
+class Unserved:
+    """A running server that serves nothing within its SLOs on one window."""
+
+    def __init__(self, rig, window):
+        self.rig, self.window = rig, window
+
+    def measure(self, load, trace, name):
+        step = self.rig.measure(load, trace, name)
+        if name != self.window:
+            return step
+        metrics = {"ttft_p99_s": math.inf, "output_tokens_per_s": 0.0, "error_rate": 1.0}
+        return replace(step, metrics=metrics, intervals={}, slo_misses=("ttft_p99",))
+
+
+@pytest.mark.parametrize("dead", ["v1", "default"])
+def test_an_arm_that_served_nothing_in_some_launch_is_not_the_cheaper_for_it(dead):
+    """v1 costs 20 % less in the launches that serve: the others have no cost that a mean could hold."""
+    bench = Bench({"v0": 1.0, "v1": 1.25})
+    original = bench.launch
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        with original(config, label) as rig:
+            yield Unserved(rig, "heldout-1") if label == f"verify 2 {dead}" else rig
+
+    bench.launch = launch
+    found = bench.verify("v1")
+    assert (found.choice, found.reason) == {
+        "v1": ("default", "nothing-proven"),
+        "default": ("v1", "default-fails"),
+    }[dead]
+    assert f"{dead} failed: served nothing within its SLOs on window heldout-1 in launch 2" in found.text
+
+
 def test_launches_too_few_for_all_go_to_the_most_promising():
     """Eleven launches for three arms: three rounds, and the two left over are not thrown away."""
     bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0}, seed=3)

@@ -169,15 +169,20 @@ class _Bench:
                 if self.rounds.number > 1 and _doubt(effect, self.budget.worth) < strict
             }
             active = {name: arm for name, arm in active.items() if name not in lost and name not in proven}
-        standing = self._standing()
+        standing, unserved = self._standing(), self._table().unserved()
+        served = self.winner.label not in unserved
         effects = {
             name: effect
             for name, effect in self._effects(arms).items()
-            if name not in lost and arms[name].label in standing
+            if served and name not in lost and arms[name].label in standing
         }
         for name in tested:
-            if name not in effects and name not in lost:
-                lost[name] = "the SLOs hold at no load without it"
+            if name in effects or name in lost:
+                continue
+            words = unserved.get(arms[name].label)
+            lost[name] = f"without it: {words}" if words else "the SLOs hold at no load without it"
+            if not served:
+                lost[name] = f"not measured: the winner itself {unserved[self.winner.label]}"
         return effects, lost
 
     def together(self, params: Mapping[str, Value], kept: Set[str]) -> Estimate | None:
@@ -206,9 +211,10 @@ class _Bench:
         return Repeats(self._table().costs())
 
     def _standing(self) -> set[str]:
-        """The arms that were measured and meet the SLOs at some load of the ladder."""
-        found, lowest = Repeats(self._table().capacities()), math.log(min(self.study.load.ladder)) - 1e-9
-        return {label for label in found.arms if found.estimate(label).mean >= lowest}
+        """The arms that were measured and meet the SLOs at some load of the ladder, in every launch."""
+        table, lowest = self._table(), math.log(min(self.study.load.ladder)) - 1e-9
+        found = Repeats(table.capacities())
+        return {a for a in found.arms if found.estimate(a).mean >= lowest} - table.unserved().keys()
 
     def _table(self) -> Table:
         return Table(self.rounds.launches, self.study.objective.slos)

@@ -88,7 +88,7 @@ def judge(
     """
     base = next(a.label for a in arms if a.baseline)
     table = Table(launches, slos)
-    failures = _failures(launches)
+    failures = table.unserved() | _failures(launches)
     capacities = Repeats(table.capacities())
     costs = Repeats(table.costs(), known, table.within(COST))
     middle = {label: exp(capacities.estimate(label).mean) for label in capacities.arms}
@@ -170,6 +170,16 @@ class Table:
     def costs(self, load: float | None = None) -> dict[Cell, float]:
         """Log of the cost at ``load``, or of every cell at its own capacity."""
         return _logs({c: cost_at(s, load or self.capacity(c)) for c, s in self.cells.items() if self.capacity(c) > 0})
+
+    def unserved(self) -> dict[str, str]:
+        """Arms that in some launch served nothing within their SLOs on a window, whatever the load, in words. That has
+        no cost which could be averaged: left out, the arm would be the cheaper for it."""
+        return {
+            arm: f"served nothing within its SLOs on window {window} in launch {number}"
+            for (arm, number, window), steps in self.cells.items()
+            if any(not s.untrusted for s in steps)
+            and not any(math.isfinite(s.metrics.get(COST, math.inf)) for s in steps if not s.untrusted)
+        }
 
     def within(self, key: str) -> dict[Cell, float]:
         """The variance of every cell's log metric that its own interval states: of the highest load that held (the
