@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tuner.verify.power import power
 from tuner.verify.repeats import Repeats, Spread
 
 WINDOWS = ("w0", "w1", "w2")
@@ -66,6 +67,29 @@ def test_a_launch_that_missed_a_window_is_left_out():
     values = table(np.random.default_rng(4), {"a": 0.0}, 3)
     del values["a", 1, "w2"]
     assert Repeats(values).count("a") == 2
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_arms_that_no_round_links_are_not_compared_in_any_currency(scale: float):
+    """a was measured in round 3 only, the others in rounds 0 to 2: least squares would still give a number."""
+    values = table(np.random.default_rng(4), {"a": 0.0, "b": 0.0, "c": 0.0}, 4, launch=0.001)
+    values = {key: value + math.log(scale) for key, value in values.items() if (key[0] == "a") == (key[1] == 3)}
+    repeats = Repeats(values)
+    assert repeats.linked("a") == {"a"} and repeats.linked("b") == {"b", "c"} and not repeats.linked("d")
+    unknown = repeats.difference("b", "a")
+    assert math.isnan(unknown.mean) and unknown.doubt() == 1.0 and not unknown.known
+    assert repeats.difference("c", "b").known
+    best = np.bincount(np.argmin(repeats.draws(4000, 0), axis=1)) / 4000
+    assert best == pytest.approx(1 / 3, abs=0.05)
+    assert power(repeats, "b", "a", 0.01, 0.025).provable == 0.0
+
+
+def test_arms_are_compared_by_way_of_others():
+    values = table(np.random.default_rng(4), {"a": 0.0, "b": 0.1, "c": 0.2}, 4, launch=0.001)
+    values = {key: v for key, v in values.items() if (key[0], key[1] > 1) not in {("a", True), ("c", False)}}
+    repeats = Repeats(values)
+    assert repeats.linked("a") == {"a", "b", "c"}
+    assert repeats.difference("c", "a").mean == pytest.approx(0.2, abs=0.01)
 
 
 def test_one_launch_each_proves_nothing():

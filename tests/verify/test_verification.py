@@ -11,7 +11,8 @@ from tuner.engines.protocol import Cancelled, LaunchFailed
 from tuner.errors import UsageError
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
-from tuner.verify.arm import Finalist
+from tuner.verify.arm import Finalist, Launched
+from tuner.verify.judge import judge
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification
 from tuner.verify.verification import VerifyBudget, verify
@@ -234,6 +235,22 @@ def test_an_arm_that_served_nothing_in_some_launch_is_not_the_cheaper_for_it(dea
         "default": ("v1", "default-fails"),
     }[dead]
     assert f"{dead} failed: served nothing within its SLOs on window heldout-1 in launch 2" in found.text
+
+
+@pytest.mark.parametrize("price", [0.01, 1.0, 100.0])
+def test_configurations_never_measured_in_one_round_are_not_compared(price):
+    """v1 is trusted in rounds 1 and 2, the default in round 3: nobody is proven cheaper, whatever the currency."""
+    arms = [Bench({"v0": 1.0, "v1": 1.0}).finalist(variant) for variant in ("v0", "v1")]
+    launches = []
+    for number in (1, 2, 3):
+        for arm in arms:
+            late = ("the client was late",) if arm.baseline == (number < 3) else ()
+            metrics = {"cost_usd_per_mtok_output": price * (1 + 0.001 * number), "ttft_p99_s": 0.1}
+            steps = tuple(Step(1.0, w.name, metrics, untrusted=late if w is WINDOWS[0] else ()) for w in WINDOWS)
+            launches.append(Launched(arm.label, number, steps))
+    found = judge(arms, launches, (), "ttft_p99_s", [1.0])
+    assert (found.choice, found.reason) == ("default", "nothing-proven")
+    assert math.isnan(found.arms["v1"].difference[0]) and found.arms["v1"].best == pytest.approx(0.5, abs=0.05)
 
 
 def test_launches_too_few_for_all_go_to_the_most_promising():

@@ -181,6 +181,8 @@ class _Bench:
                 continue
             words = unserved.get(arms[name].label)
             lost[name] = f"without it: {words}" if words else "the SLOs hold at no load without it"
+            if arms[name].label in standing:
+                lost[name] = "not measured: no launch without it can be compared with one of the winner"
             if not served:
                 lost[name] = f"not measured: the winner itself {unserved[self.winner.label]}"
         return effects, lost
@@ -197,15 +199,14 @@ class _Bench:
             return None
         if not {small.label, self.winner.label} <= self._standing():
             return Estimate(math.inf, ((0.0, 1.0),))
-        return self._costs().difference(small.label, self.winner.label)
+        costs = self._costs()
+        linked = small.label in costs.linked(self.winner.label)
+        return costs.difference(small.label, self.winner.label) if linked else None
 
     def _effects(self, arms: Mapping[str, Finalist]) -> dict[str, Estimate]:
         costs, base = self._costs(), self.winner.label
-        return {
-            name: costs.difference(arm.label, base)
-            for name, arm in arms.items()
-            if {arm.label, base} <= set(costs.arms)
-        }
+        linked = costs.linked(base)
+        return {name: costs.difference(arm.label, base) for name, arm in arms.items() if arm.label in linked}
 
     def _costs(self) -> Repeats:
         return Repeats(self._table().costs())

@@ -98,8 +98,9 @@ def judge(
     common = min((middle[label] for label in holding), default=math.nan)
     delays = Repeats(table.values_at(common, latency_key))
     able = [label for label in holding if label != base]
-    gains = {label: costs.difference(label, base) for label in able} if base in holding else {}
-    speeds = {label: delays.difference(label, base) for label in gains if {label, base} <= set(delays.arms)}
+    rivals = costs.linked(base) if base in holding else ()
+    gains = {label: costs.difference(label, base) for label in able if label in rivals}
+    speeds = {label: delays.difference(label, base) for label in gains if label in delays.linked(base)}
     weights = {a.label: max(a.promise, 0.01) for a in arms}
     doubts = _adjusted({k: g.doubt(-worth) for k, g in gains.items()}, weights, COST_SHARE)
     slow = {k: max(gains[k].doubt(worth), s.doubt(-worth)) for k, s in speeds.items()}

@@ -64,6 +64,15 @@ class Repeats:
         """How many launches of ``arm`` measured every window."""
         return sum(1 for name, _ in self.launches if name == arm)
 
+    def linked(self, arm: str) -> frozenset[str]:
+        """The arms that ``arm`` can be compared with: those launched in a round with it, in a round with one of those,
+        and so on, itself included. Between others the difference of rounds cannot be told from that of arms."""
+        found, grown = frozenset[str](), frozenset({arm} & set(self.arms))
+        while grown != found:
+            found, rounds = grown, {number for name, number in self.launches if name in grown}
+            grown = frozenset(name for name, number in self.launches if number in rounds)
+        return found
+
     def estimate(self, arm: str) -> Estimate:
         """The arm's own mean, over launches and windows.
 
@@ -94,8 +103,10 @@ class Repeats:
         difference from window to window, each pooled over the arms.
 
         ``more`` rounds of the two and ``wider`` windows are imagined that differ as the measured ones do: how sure the
-        difference would then be.
+        difference would then be. Where no rounds link the two (:meth:`linked`), nothing is known: NaN.
         """
+        if other not in self.linked(arm):
+            return Estimate(math.nan, (NOTHING,))
         arms, means = self.arms, self._cells.mean(axis=1)
         design, contrast = self._design(arm, other)
         solution = np.linalg.lstsq(design, means, rcond=None)[0]
@@ -121,7 +132,7 @@ class Repeats:
             return np.zeros((count, 1))
         gaps = [self.difference(arm, arms[0]) for arm in arms[1:]]
         freedom = min(g.freedom for g in gaps)
-        if freedom <= 0:
+        if freedom <= 0:  # of some arm nothing is known: any order is as likely as another
             return rng.normal(size=(count, len(arms)))
         # every arm carries its own half of the pairwise error, so differences between any two come out right
         share = float(np.mean([g.error for g in gaps])) / math.sqrt(2)
