@@ -6,18 +6,21 @@ import pytest
 from benchmarks.verify.ablation import FLAGS, on, run, space, two_of_six
 from benchmarks.verify.machine import Machine, Noise, window
 from benchmarks.verify.small_study import LATENCY, THROUGHPUT, study
-from tests.verify.test_verification import Unserved
+from tests.verify.test_verification import Keeping, Unserved
 from tuner.engines.protocol import LaunchFailed
-from tuner.study.outcome import Infeasible
+from tuner.study.outcome import Infeasible, Measured
 from tuner.verify.ablation import AblationBudget, ablate
 from tuner.verify.arm import Finalist
+from tuner.verify.rounds import Done
 
 QUIET = Noise(launch=0.004, drift=0.004, stalls=0.0)
 WINDOWS = [window(90 + i, name=f"heldout-{i}") for i in range(3)]
 
 
-def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load=3.0, unserved=""):
-    """An ablation on a machine with little noise, so that every test is about the rule, not about luck."""
+def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load=3.0, unserved="", done=None):
+    """An ablation on a machine with little noise, so that every test is about the rule, not about luck. ``done`` are
+    launches made before; those made now are added."""
+    before = tuple(done or ())
     spec = dataclasses.replace(study(scenario, ("v0",), 1, 100), space=space())
     machine = Machine(speed, spec.objective, 1, QUIET)
 
@@ -26,10 +29,13 @@ def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load
         if fails and fails(config):
             raise LaunchFailed(Infeasible("oom", "out of memory"))
         with machine.launch(config, label) as rig:
-            yield Unserved(rig, "heldout-1") if label == unserved else rig
+            kept = Keeping(Unserved(rig, "heldout-1") if label == unserved else rig)
+            yield kept
+        if done is not None:
+            done.append(Done(label, config.hash, Measured(tuple(kept.steps))))
 
     winner = Finalist("winner", spec.space.config(dict.fromkeys(flags, True), "m"), load)
-    return ablate(spec, launch, winner, WINDOWS, AblationBudget(launches)), machine
+    return ablate(spec, launch, winner, WINDOWS, AblationBudget(launches), done=before), machine
 
 
 def test_of_six_flags_the_two_that_matter_are_kept_with_their_effects():
@@ -89,6 +95,17 @@ def test_flags_are_kept_where_there_are_too_few_launches_to_judge_them():
 def test_it_never_launches_more_than_the_budget():
     for launches in (0, 20, 30):
         assert len(quiet(lambda _config: 1.0, launches)[1].labels) <= launches
+
+
+def test_launches_of_another_winner_are_not_taken_for_this_ones():
+    """Without b, the first winner still has d, which is slow: b would seem to be worth what d costs."""
+    done = []
+    quiet(lambda config: 0.8 if on(config, "d") else 1.0, flags="bd", done=done)
+    found, machine = quiet(lambda config: 0.8 if on(config, "d") else 1.0, flags="bc", done=done)
+    assert "ablate 1 without b" in machine.labels
+    assert next(e for e in found.effects if e.parameter == "b").cost_without[0] == pytest.approx(1.0, abs=0.02)
+    again, machine = quiet(lambda _config: 1.0, flags="bc", done=done)
+    assert again == found and machine.labels == []
 
 
 def test_the_default_has_nothing_to_set_back():

@@ -39,12 +39,12 @@ class Bench:
     def launch(self, config, label):
         failure = self.broken.get(config.params["variant"])
         if failure:
-            self.done.append(Done(label, failure))
+            self.done.append(Done(label, config.hash, failure))
             raise LaunchFailed(failure)
         with self.machine.launch(config, label) as rig:
-            kept = _Keeping(rig)
+            kept = Keeping(rig)
             yield kept
-            self.done.append(Done(label, Measured(tuple(kept.steps))))
+            self.done.append(Done(label, config.hash, Measured(tuple(kept.steps))))
 
     def verify(self, *variants, launches=12, done=(), load=3.0, **more):
         arms = [self.finalist(v, load) for v in variants]
@@ -62,7 +62,7 @@ class Bench:
         )
 
 
-class _Keeping:
+class Keeping:
     def __init__(self, rig):
         self.rig, self.steps = rig, []
 

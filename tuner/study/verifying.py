@@ -169,7 +169,7 @@ class Nobody:
 
 def _done(store: Store, role: str) -> Sequence[Done]:
     ended = [t for t in store.trials() if t.role == role and isinstance(t.outcome, Measured | Infeasible)]
-    return [Done(str((t.extra or {})["label"]), t.outcome) for t in ended]
+    return [Done(str((t.extra or {})["label"]), t.config.hash, t.outcome) for t in ended]
 
 
 def _limits(ready: Prepared, store: Store) -> VerifyBudget | None:

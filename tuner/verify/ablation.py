@@ -87,7 +87,7 @@ def ablate(
     space = study.space
     applied = space.active(space.snap(winner.config.params))
     params = {name: value for name, value in applied.items() if value != space[name].default}
-    before = {d.label: d.outcome for d in done}
+    before = {(d.label, d.config): d.outcome for d in done}
     rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches, "ablate")
     bench = _Bench(study, winner, budget, rounds)
     tested = list(params)[: max((budget.launches - 2 * budget.together) // 2 - 1, 0)]

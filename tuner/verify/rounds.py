@@ -38,9 +38,10 @@ launch (``verify 2 trial 17``), under which the caller keeps the steps measured 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A launch that was made before an interrupt: its label, and how it ended."""
+    """A launch that was made before: its label, its config's hash, and how it ended."""
 
     label: str
+    config: str
     outcome: Outcome
 
 
@@ -49,15 +50,16 @@ class Rounds:
     """Plays rounds and keeps what they showed in ``launches``.
 
     The order is counterbalanced (ABBA): odd rounds take the arms in a seeded random order, even rounds in the reverse
-    of the round before, so that a machine that slowly warms up or fills up favours nobody. ``done`` maps labels of
-    launches made before an interrupt to their outcomes: those are not repeated. ``word`` begins every label.
+    of the round before, so that a machine that slowly warms up or fills up favours nobody. ``done`` maps labels and
+    config hashes of launches made before to their outcomes: those are not repeated (under one label another winner's
+    launches may be there, with another config). ``word`` begins every label.
     """
 
     study: Study
     launch: Launcher
     windows: tuple[Trace, ...]
     on_event: OnEvent
-    done: Mapping[str, Outcome]
+    done: Mapping[tuple[str, str], Outcome]
     of: int
     word: str = "verify"
     launches: list[Launched] = field(default_factory=list)
@@ -79,7 +81,7 @@ class Rounds:
         """One launch, bracketed on every window; every second round takes the windows in reverse."""
         number = self.number
         label = f"{self.word} {number} {arm.label}"
-        known = self.done.get(label)
+        known = self.done.get((label, arm.config.hash))
         if isinstance(known, Infeasible):
             return Launched(arm.label, number, known.steps, known)
         if isinstance(known, Measured):

@@ -63,7 +63,7 @@ def verify(
     if not windows:
         raise UsageError("there is no held-out window to verify on", fix="Set trace.heldout_windows to 3 or more.")
     arms = [baseline, *finalists][: max(budget.launches // 3, 2)]
-    before = {d.label: d.outcome for d in done}
+    before = {(d.label, d.config): d.outcome for d in done}
     rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches)
     race = _Race(study, arms, rounds, budget, known)
     stopped = race.run(clock)
