@@ -20,6 +20,7 @@ from tuner.study import budget
 from tuner.study.evaluate import Bench, of_trial
 from tuner.study.loop import Recorder
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step
+from tuner.study.price import per_hour
 from tuner.study.session import Prepared
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.ablation import Ablation, AblationBudget, ablate
@@ -97,8 +98,8 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     records = store.trials()
     default = study.space.config(study.space.default(), study.model)
     listed = shortlist(records, study.objective, default, study.load.ladder)
-    limits = _limits(ready, store)
-    if limits is None or not (listed.finalists or listed.baseline.value):
+    within = limits(ready, store, (listed.baseline, *listed.finalists))
+    if within is None or not (listed.finalists or listed.baseline.value):
         return None
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
     with executor(bench) as where:
@@ -108,7 +109,7 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
             listed.finalists,
             listed.baseline,
             ready.traffic.heldout,
-            limits,
+            within,
             bench.on_event,
             done=_done(store, "verify"),
             known=launch_spread(records),
@@ -172,8 +173,9 @@ def _done(store: Store, role: str) -> Sequence[Done]:
     return [Done(str((t.extra or {})["label"]), t.config.hash, t.outcome) for t in ended]
 
 
-def _limits(ready: Prepared, store: Store) -> VerifyBudget | None:
-    """What of the budget is left for verification; None where its share is 0 or too little is left."""
+def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBudget | None:
+    """What of the budget is left to verify ``arms``; None where its share is 0 or too little is left. USD last as long
+    as the dearest of them can run for them: how long each will run is not known."""
     study = ready.study
     if study.budget.verify_share <= 0 or not ready.traffic.heldout:
         return None
@@ -185,7 +187,9 @@ def _limits(ready: Prepared, store: Store) -> VerifyBudget | None:
     if study.budget.hours is not None:
         seconds.append((study.budget.hours - used.hours) * 3600)
     if study.budget.usd is not None:
-        seconds.append((study.budget.usd - used.usd) / study.objective.price_usd_per_gpu_hour * 3600)
+        prices = {t.number: t.price for t in trials}
+        dearest = max(per_hour(a.config, study.objective, prices.get(a.trial or 0)) for a in arms)
+        seconds.append((study.budget.usd - used.usd) / dearest * 3600)
     if launches < 2 or (seconds and min(seconds) <= 0):
         return None
     return VerifyBudget(launches=launches, seconds=min(seconds) if seconds else None)
