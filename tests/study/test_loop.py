@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from tests.study.fake import FakeEngine, oom
-from tuner.engines.protocol import LaunchFailed
+from tuner.engines.protocol import LaunchFailed, Teardown
 from tuner.errors import EnvironmentFault, UsageError
+from tuner.executor.build import executor
 from tuner.spec import studyfile
 from tuner.study import budget, queue, session, verifying, workload
 from tuner.study.evaluate import Bench
@@ -136,10 +137,28 @@ def test_a_default_that_fails_for_want_of_a_gpu_ends_the_study_as_the_environmen
     assert runner.store.trial(0).outcome.cause == "no-gpu"  # kept all the same
 
 
+LEFT = "trial 0 left something behind: pid 4711 VLLM::Worker"
+
+
 def test_something_left_behind_stops_the_study_and_says_what(runner):
-    ended = runner.run(FakeEngine(left_over=("pid 4711 VLLM::Worker",)))
-    assert ended == "trial 0 left something behind: pid 4711 VLLM::Worker"
-    assert len(runner.store.trials()) == 1
+    engine = FakeEngine(left_over=("pid 4711 VLLM::Worker",))
+    with pytest.raises(EnvironmentFault, match=LEFT):
+        runner.run(engine)
+    assert isinstance(runner.store.trial(0).outcome, Measured)  # kept all the same
+    assert len(engine.launched) == 1 == len(runner.store.trials())
+
+
+def test_something_that_a_failed_launch_left_behind_stops_the_study_too(runner):
+    def fail(config):
+        failure = LaunchFailed(oom(config))
+        failure.teardown = Teardown(left_over=("pid 4711 VLLM::Worker",))
+        raise failure
+
+    engine = FakeEngine(fail=fail)
+    with pytest.raises(EnvironmentFault, match=LEFT):
+        runner.run(engine)
+    assert runner.store.trial(0).outcome.cause == "oom-weights"
+    assert len(engine.launched) == 1
 
 
 def test_invalid_combinations_are_refused_before_any_launch_and_written_down(runner):
@@ -344,6 +363,26 @@ def test_what_starting_an_exported_file_again_found_is_kept(runner):
     assert [e["holds"] for e in kept] == [True, False]
     assert "The promise holds" in kept[0]["text"] and "does not fit" in kept[1]["text"]
     assert kept[0]["fingerprint"]["engine_version"] == "0.0-fake"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_something_left_behind_stops_whatever_is_launched_after_the_search(runner, fails):
+    def fail(config):
+        failure = LaunchFailed(oom(config))
+        failure.teardown = Teardown(left_over=("pid 4711 VLLM::Worker",))
+        raise failure
+
+    study = runner.study()
+    engine = FakeEngine(fail=fail) if fails else FakeEngine(left_over=("pid 4711 VLLM::Worker",))
+    ready = Prepared(study, engine, workload.read(study), None, "none in this test")
+    config, window = study.space.config(study.space.default(), study.model), ready.traffic.search[0]
+    bench = Bench(study, engine, threading.Event(), lambda _name, _data: None)
+    with session.opened(study) as store, executor(bench) as where:
+        launch = verifying.launcher(ready, store, runner.recorder, where, bench.on_event, "verify")
+        with pytest.raises(EnvironmentFault, match=LEFT), launch(config, "one") as rig:
+            rig.measure(1.0, window, window.name)
+    assert isinstance(runner.store.trial(0).outcome, Infeasible if fails else Measured)  # kept all the same
+    assert runner.recorder.trials == [0]
 
 
 def test_a_study_goes_on_where_the_host_has_another_memory(runner):

@@ -78,15 +78,19 @@ class Teardown:
 
 
 class LaunchFailed(Exception):
-    """The server did not come up; ``outcome`` says why. The engine has already cleaned up."""
+    """The server did not come up; ``outcome`` says why. The engine has already cleaned up, and ``teardown`` says how
+    that went."""
 
     def __init__(self, outcome: Infeasible) -> None:
         super().__init__(outcome.message)
         self.outcome = outcome
+        self.teardown = Teardown()
 
 
 class Cancelled(Exception):
-    """``cancel`` was set; whatever was started has been stopped."""
+    """``cancel`` was set; whatever was started has been stopped, and ``teardown`` says how that went."""
+
+    teardown: Teardown = Teardown()
 
 
 class Server(Protocol):
@@ -129,5 +133,5 @@ class Engine(Protocol):
 
     def launch(self, config: ServingConfig, site: Site) -> Server:
         """Starts a server and waits until it answers for itself. Blocks; raises :class:`LaunchFailed` or
-        :class:`Cancelled`, in both cases with nothing left behind."""
+        :class:`Cancelled`, in both cases with nothing left behind but what their ``teardown`` names."""
         ...

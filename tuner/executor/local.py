@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tuner.engines.protocol import Server, Site, Teardown
+from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site, Teardown
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Job, Place, Rig
 from tuner.load.trace import Trace
@@ -22,6 +22,7 @@ class LocalExecutor:
 
     def __init__(self, bench: Bench) -> None:
         study = bench.study
+        self.left_over: tuple[str, ...] = ()
         self._bench = bench
         self._gpus = tuple(range(study.hardware.gpus))
         self._parallel = study.parallel or max(1, len(self._gpus))
@@ -61,11 +62,15 @@ class LocalExecutor:
         bench = self._bench.of_trial(job.number)
         tell_launch(bench, job)
         site = Site(job.folder.resolve(), self._gpus[: job.config.gpus], bench.cancel, bench.on_event)
-        server = bench.engine.launch(job.config, site)
+        try:
+            server = bench.engine.launch(job.config, site)
+        except (LaunchFailed, Cancelled) as failure:
+            self.left_over += failure.teardown.left_over
+            raise
         try:
             yield LocalRig(bench, server, job, self._place)
         finally:
-            server.stop()
+            self.left_over += server.stop().left_over
 
     def close(self) -> None:
         """See the protocol."""

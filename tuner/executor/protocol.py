@@ -79,7 +79,12 @@ class Rig(Protocol):
 
 
 class Executor(Protocol):
-    """Runs jobs. Not for several threads: one caller submits, waits and closes."""
+    """Runs jobs. Not for several threads: one caller submits, waits and closes.
+
+    ``left_over`` is what the servers of :meth:`rig` left behind, in words (empty: nothing).
+    """
+
+    left_over: tuple[str, ...]
 
     def room(self) -> bool:
         """Whether a job submitted now may start now. While a job waits for GPUs there is none."""

@@ -56,6 +56,7 @@ class RayExecutor:
     def __init__(self, bench: Bench) -> None:
         """Raises ``EnvironmentFault`` where there is no cluster."""
         self._bench, self._study = bench, bench.study
+        self.left_over: tuple[str, ...] = ()
         self._ray = cluster.connect(self._study.executor.address)
         guard = bench.quality if isinstance(bench.quality, QualityGuard) else None
         races = bench.beaten is not unbeaten
@@ -102,7 +103,9 @@ class RayExecutor:
         finally:
             if seat in self._seats:
                 with contextlib.suppress(NodeLost):
-                    self.call(run, seat.actor.shut.remote()).bring_home(job.folder)
+                    report: Report = self.call(run, seat.actor.shut.remote())
+                    self.left_over += report.teardown.left_over
+                    report.bring_home(job.folder)
             seat.job = None
             self._show()
 

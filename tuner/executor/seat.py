@@ -95,8 +95,10 @@ class Seat:
             launch.server = launch.bench.engine.launch(job.config, site)
             return launch.server.boot
         except LaunchFailed as failure:
+            launch.teardown = failure.teardown
             return failure.outcome
-        except Cancelled:
+        except Cancelled as interrupt:
+            launch.teardown = interrupt.teardown
             return None
 
     def measure(self, load: float, trace: Trace, prefix: str) -> Step | Infeasible | None:
@@ -117,7 +119,7 @@ class Seat:
         if launch is None:
             return Report(None, Teardown(), parcel.Parcel())
         try:
-            teardown = launch.server.stop() if launch.server else Teardown()
+            teardown = launch.server.stop() if launch.server else launch.teardown
             return launch.report(None, teardown, self._kit.store)
         finally:
             launch.clean()
@@ -176,6 +178,7 @@ class _Launch:
     folder: Path
     gpus: tuple[int, ...]
     server: Server | None = None
+    teardown: Teardown = field(default_factory=Teardown)  # of a launch that failed
 
     def report(self, outcome: Outcome | None, teardown: Teardown, store: str) -> Report:
         study = self.root / "study"

@@ -84,7 +84,7 @@ class Recipe:
 def start(recipe: Recipe, site: Site, root: Path | None = None) -> Running:
     """Starts a server and returns it once it has proved who it is.
 
-    Raises :class:`LaunchFailed` or :class:`Cancelled`, in both cases with nothing left behind, and
+    Raises :class:`LaunchFailed` or :class:`Cancelled`, whose ``teardown`` says what was left behind (nothing), and
     ``EnvironmentFault`` where no port can be had. What earlier tuners left behind on this machine is reaped first.
     """
     root = root or runtime_root()
@@ -95,10 +95,11 @@ def start(recipe: Recipe, site: Site, root: Path | None = None) -> Running:
     try:
         _run(recipe, site, running)
         _await(recipe, site, running)
-    except BaseException as failure:
-        teardown = running.stop()
-        if teardown.left_over and isinstance(failure, LaunchFailed):
-            raise LaunchFailed(_with_left_over(failure.outcome, teardown.left_over)) from None
+    except (LaunchFailed, Cancelled) as failure:
+        failure.teardown = running.stop()
+        raise
+    except BaseException:
+        running.stop()
         raise
     return running
 
@@ -302,7 +303,3 @@ def _diagnosed(running: Running, exit_code: int | None, late: str = "") -> Infea
     found = diagnose(Evidence(log.text(), exit_code, boot_log.phase, late))
     boot = boot_log.boot(time.monotonic())
     return replace(found, boot=boot)
-
-
-def _with_left_over(outcome: Infeasible, left: tuple[str, ...]) -> Infeasible:
-    return replace(outcome, message=f"{outcome.message}; and left behind: {'; '.join(left)}", transient=False)

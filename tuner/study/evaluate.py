@@ -13,7 +13,7 @@ from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent, Ser
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
+from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Step, Untrusted
 from tuner.study.price import priced
 from tuner.study.workload import at_load
 
@@ -65,15 +65,14 @@ def evaluate(
     The ladder ends at the first SLO miss. Never raises for what a server can do; a bug does raise, after the teardown.
     """
     steps: list[Step] = []
-    boot, teardown = Boot(), Teardown()
     try:
         server = bench.engine.launch(config, Site(folder.resolve(), gpus, bench.cancel, bench.on_event))
     except LaunchFailed as failure:
-        return failure.outcome, teardown
-    except Cancelled:
-        return Aborted("interrupted"), teardown
+        return failure.outcome, failure.teardown
+    except Cancelled as interrupt:
+        return Aborted("interrupted"), interrupt.teardown
+    boot = server.boot
     try:
-        boot = server.boot
         refused = bench.quality(server, config)
         outcome = replace(refused, boot=boot) if refused else _ladder(bench, server, config, folder, window, steps)
     except LaunchFailed as failure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -75,8 +75,7 @@ class Loop:
         self.queue.tell(proposal, outcome, again)
         self.recorder.trial_finished(proposal.number)
         self.on_event("trial", {"trial": proposal.number, "outcome": outcome, "baseline": proposal.baseline})
-        if teardown.left_over:
-            return f"trial {proposal.number} left something behind: {'; '.join(teardown.left_over)}"
+        nothing_left(proposal.number, teardown.left_over)
         if isinstance(outcome, Infeasible) and proposal.baseline and outcome.cause in ENVIRONMENT_CAUSES:
             raise EnvironmentFault(
                 outcome.message, where=str(self.store.trial_folder(proposal.number) / "server.log"), fix=outcome.fix
@@ -101,6 +100,14 @@ class Loop:
         if isinstance(outcome, Aborted):
             return outcome.reason == "interrupted"
         return isinstance(outcome, Infeasible) and outcome.transient and proposal.repeat == 0
+
+
+def nothing_left(number: int, left: Sequence[str]) -> None:
+    """Raises ``EnvironmentFault`` where a trial's server left something behind: whatever is launched beside it would be
+    measured wrongly."""
+    if left:
+        fix = "End that, and run the same command again: everything measured is kept"
+        raise EnvironmentFault(f"trial {number} left something behind: {'; '.join(left)}", fix=fix)
 
 
 ALIKE = 8  # launches that fail in the same words, before the study gives up

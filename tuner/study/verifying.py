@@ -18,7 +18,7 @@ from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
 from tuner.study import budget
 from tuner.study.evaluate import Bench, of_trial
-from tuner.study.loop import Recorder
+from tuner.study.loop import Recorder, nothing_left
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.price import per_hour
 from tuner.study.session import Prepared
@@ -54,7 +54,8 @@ class _Rig:
 def launcher(
     ready: Prepared, store: Store, recorder: Recorder, where: Executor, on_event: OnEvent, role: str
 ) -> Launcher:
-    """Launches a config as a trial of ``store`` with this ``role``; the label is kept with it."""
+    """Launches a config as a trial of ``store`` with this ``role``; the label is kept with it. Raises
+    ``EnvironmentFault`` at the end of the ``with`` where the server left something behind."""
     default = ready.study.space.config(ready.study.space.default(), ready.study.model)
 
     @contextmanager
@@ -85,6 +86,7 @@ def launcher(
             store.end_trial(number, outcome, again=isinstance(outcome, Aborted), **place.notes())
             recorder.trial_finished(number)
             inner("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"]})
+            nothing_left(number, where.left_over)
 
     return launch
 
