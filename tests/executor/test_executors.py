@@ -108,11 +108,13 @@ def test_what_cannot_serve_is_an_outcome(rigged):
     assert isinstance(end.outcome, Infeasible) and end.outcome.message == "too few"
 
 
-def test_what_is_a_bug_is_raised(rigged):
+def test_what_is_a_bug_ends_with_its_error(rigged):
     made = rigged(WRONG)
-    with executor(made.bench) as where, pytest.raises(UsageError, match="returned int"):
+    with executor(made.bench) as where:
         where.submit(made.job(0))  # the default: of another configuration it would be a crash
-        made.all(where, 1)
+        (end,) = made.all(where, 1)
+    assert end.outcome is None
+    assert isinstance(end.error, UsageError) and "returned int" in str(end.error)
 
 
 def test_an_interrupt_ends_what_runs(rigged):

@@ -4,6 +4,7 @@ import math
 import threading
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -363,6 +364,28 @@ def test_what_starting_an_exported_file_again_found_is_kept(runner):
     assert [e["holds"] for e in kept] == [True, False]
     assert "The promise holds" in kept[0]["text"] and "does not fit" in kept[1]["text"]
     assert kept[0]["fingerprint"]["engine_version"] == "0.0-fake"
+
+
+def test_what_ends_the_study_waits_for_what_still_runs_and_keeps_it(runner):
+    """Three run: the first raises, the others go on until that is said, and telling MLflow of them raises as well."""
+    engine, said = FakeEngine(), threading.Event()
+
+    def during(config, _plan):
+        if config.hash == engine.launched[0]:
+            raise EnvironmentFault("every port tried is in use")
+        said.wait(30)
+
+    def recorded(_number):
+        raise EnvironmentFault("and this is none, too")
+
+    engine.during, runner.recorder.trial_finished = during, recorded
+    runner.events = SimpleNamespace(append=lambda event: event[0] == "say" and said.set())
+    changes = {"sampler: random": "sampler: random\nparallel: 3", "gpus: 2": "gpus: 3"}
+    with pytest.raises(EnvironmentFault, match="every port tried is in use"):
+        runner.run(engine, replace=changes)
+    assert len(engine.launched) == 3 and said.is_set()
+    trials = runner.store.trials()
+    assert len(trials) == 2 and all(isinstance(trial.outcome, Measured) for trial in trials)
 
 
 @pytest.mark.parametrize("fails", [False, True])

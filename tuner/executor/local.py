@@ -51,8 +51,9 @@ class LocalExecutor:
         done, _ = wait(self._running, timeout=0 if ended else timeout_s, return_when=FIRST_COMPLETED)
         for future in done:
             job, _, started_s = self._running.pop(future)
-            outcome, teardown = future.result()
-            ended.append(Ended(job, outcome, teardown, self._place, started_s))
+            error = future.exception()
+            outcome, teardown = (None, Teardown()) if error else future.result()
+            ended.append(Ended(job, outcome, teardown, self._place, started_s, error))
         self._start_next()
         return ended
 

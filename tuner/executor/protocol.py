@@ -50,14 +50,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a job ended. ``outcome`` None: it was never launched (an interrupt came first) and may be taken back.
-    ``started_s`` (Unix seconds) is when it had its GPUs."""
+    """How a job ended. ``outcome`` None: it was never launched (an interrupt came first) and may be taken back, or it
+    raised ``error`` (a bug, ``EnvironmentFault``). ``started_s`` (Unix seconds) is when it had its GPUs."""
 
     job: Job
     outcome: Outcome | None
     teardown: Teardown
     place: Place
     started_s: float
+    error: BaseException | None = None
 
 
 class NodeLost(Exception):
@@ -96,8 +97,7 @@ class Executor(Protocol):
 
     def wait(self, timeout_s: float) -> list[Ended]:
         """The jobs that ended since the last call; waits for one up to ``timeout_s``. A job whose node was lost is
-        started once more elsewhere, and that is said (event ``lost``); lost again, it ends as Aborted. What the trial
-        raised (a bug, ``EnvironmentFault``) is raised here."""
+        started once more elsewhere, and that is said (event ``lost``); lost again, it ends as Aborted."""
         ...
 
     def rig(self, job: Job) -> AbstractContextManager[Rig]:

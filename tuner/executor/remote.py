@@ -82,7 +82,7 @@ class RayExecutor:
     def wait(self, timeout_s: float) -> list[Ended]:
         """See the protocol."""
         self._desk.listen([run.next for run in self._runs.values()], timeout_s)
-        ended = [end for run in list(self._runs.values()) if (end := self._end_of(run))]
+        ended = [end for run in list(self._runs.values()) if (end := self._looked_at(run))]
         if ended:
             self._desk.catch_up()
         for end in ended:
@@ -153,6 +153,15 @@ class RayExecutor:
         quality = run.job.folder.parents[1] / QUALITY
         beside = {QUALITY: quality.read_bytes()} if quality.exists() else {}
         run.result = run.seat.actor.trial.remote(run.job, place, beside)
+
+    def _looked_at(self, run: _Run) -> Ended | None:
+        """How the run ended, with what it raised; None while it goes on."""
+        try:
+            return self._end_of(run)
+        except Exception as error:
+            run.seat.job = None
+            place, started_s = run.seat.place or Place(), run.started_s or time.time()
+            return Ended(run.job, None, Teardown(), place, started_s, error)
 
     def _end_of(self, run: _Run) -> Ended | None:
         """How the run ended; None while it goes on (a lost one starts again here)."""

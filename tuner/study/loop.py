@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,6 +37,7 @@ class Loop:
     stop_reason: Callable[[int], str]
     cancel: threading.Event
     failures: list[str] = field(default_factory=list)  # how each launch of this session crashed; empty where not
+    fault: Exception | None = None  # what this session ends with
 
     def run(self) -> str:
         """Runs trials until something says stop; returns why it ended. Trials end one by one, told by this thread."""
@@ -43,19 +45,33 @@ class Loop:
         ended, dry = "", False  # dry: nothing is left to propose, unless a trial that runs is to be launched again
         while True:
             # where nothing runs, one trial is handed over even without room: the executor waits for it, and says so
-            while not ended and not dry and (not running or self.executor.room()):
-                ended = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
-                proposal = None if ended else self.queue.propose()
-                if proposal is None:
-                    dry = True
-                    break
-                running[proposal.number] = proposal
-                self.executor.submit(self._job(proposal))
+            while not (self.fault or ended or dry) and (not running or self.executor.room()):
+                with self._held(running):
+                    ended = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
+                    proposal = None if ended else self.queue.propose()
+                    if proposal is None:
+                        dry = True
+                        break
+                    self.executor.submit(self._job(proposal))
+                    running[proposal.number] = proposal
+            if not running and self.fault:
+                raise self.fault
             if not running:
                 return ended or "every configuration of the space has been tried"
             for end in self.executor.wait(0.5):
                 dry = False
-                ended = self._conclude(running.pop(end.job.number), end) or ended
+                with self._held(running):
+                    ended = self._conclude(running.pop(end.job.number), end) or ended
+
+    @contextmanager
+    def _held(self, running: Mapping[int, Proposal]) -> Iterator[None]:
+        """What is raised ends the session, but only when every trial that runs has ended and is kept."""
+        try:
+            yield
+        except Exception as error:
+            if running and not self.fault:
+                self.on_event("say", {"text": f"The study ends when the running trials have ended: {error!r}"})
+            self.fault = self.fault or error
 
     def _job(self, proposal: Proposal) -> Job:
         windows = self.workload.search
@@ -66,6 +82,8 @@ class Loop:
     def _conclude(self, proposal: Proposal, end: Ended) -> str:
         """Writes, tells and logs one trial's end; returns why the study must end with it, if it must."""
         outcome, teardown = end.outcome, end.teardown
+        if end.error is not None:
+            raise end.error
         if outcome is None:
             self.queue.withdraw(proposal)
             return "interrupted"
