@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class TunerError(Exception):
     """An error with one clear line for the user; never shown as a traceback.
@@ -40,9 +44,23 @@ class EnvironmentFault(TunerError):
     exit_code = 4
 
 
+class Unreachable(EnvironmentFault):
+    """A server does not answer, or not as one that serves: it, not this machine, is at fault."""
+
+
 class Infeasible(Exception):
     """Raised by a function engine's callable, or a predictor's: this configuration cannot serve, and why."""
 
     def __init__(self, reason: object = "") -> None:
         super().__init__(reason)
         self.reason = "" if reason is None else str(reason)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError names this file (a full disk names none)."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise

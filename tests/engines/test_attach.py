@@ -106,3 +106,12 @@ def test_a_server_that_goes_away_under_load_is_an_outcome(theirs: Process, site:
 
     timer.join()
     assert (failure.value.outcome.cause, failure.value.outcome.stage) == ("unhealthy", "under load")
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_server(theirs: Process, site: Site) -> None:
+    step = plan(site)
+    step.records.with_name(step.records.name + ".partial").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match="No space left on device") as failure:
+        attached(theirs).launch(NOTHING, site).measure(step)
+    assert failure.value.filename == str(step.records)

@@ -11,7 +11,7 @@ from tests.server.test_start import Stage
 from tuner.engines.http import HttpServer
 from tuner.engines.protocol import LaunchFailed, StepPlan
 from tuner.engines.vllmlog import DIALECT
-from tuner.errors import EnvironmentFault
+from tuner.errors import EnvironmentFault, Unreachable
 from tuner.load.step import prompt_seed
 from tuner.load.trace import Trace
 from tuner.server import probe
@@ -209,10 +209,27 @@ def test_a_server_that_nobody_can_reach_is_unhealthy_even_if_its_health_check_an
     server = launched(stage)
 
     def act(endpoint, plan, alive):
-        raise EnvironmentFault("nothing answers on the port")
+        raise Unreachable("nothing answers on the port")
 
     replay(monkeypatch, act)
     with pytest.raises(LaunchFailed, match="nothing answers") as failed:
         server.measure(plan(stage))
     assert failed.value.outcome.cause == "unhealthy" and failed.value.outcome.transient
     server.stop()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(28, "No space left on device"), EnvironmentFault("a client process ended before the replay began")],
+)
+def test_what_this_machine_cannot_do_is_no_fault_of_the_server(stage, monkeypatch, fault):
+    server = launched(stage)
+
+    def act(endpoint, plan, alive):
+        raise fault
+
+    replay(monkeypatch, act)
+    with pytest.raises(type(fault)) as raised:
+        server.measure(plan(stage))
+    server.stop()
+    assert raised.value is fault

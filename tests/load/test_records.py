@@ -1,5 +1,6 @@
 """The records file: everything comes back, little is held."""
 
+import errno
 import random
 import tracemalloc
 from array import array
@@ -143,3 +144,15 @@ def _told(path):
     records = read(path)
     columns = {name: values.tolist() for name, values in records.columns.items()}
     return dict(records.meta), columns, [(t.tolist(), o.tolist()) for _, t, o in records.tokens()]
+
+
+def test_a_disk_that_is_full_is_told_with_the_files_name_and_leaves_nothing(tmp_path):
+    path = tmp_path / "r.parquet"
+    path.with_name("r.parquet.partial").symlink_to("/dev/full")
+    writer = RecordWriter(path)
+    writer.add(record(0))
+    with pytest.raises(OSError) as failure:
+        writer.close(META)
+    assert (failure.value.errno, failure.value.filename) == (errno.ENOSPC, str(path))
+    writer.discard()
+    assert not any(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """A load step as the study sees it."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ from tests.load.replays import endpoint, plan, poisson, seconds, trace, undistur
 from tests.load.stub import stub
 from tests.measure.made import records, request
 from tuner.cli.app import app
+from tuner.errors import Unreachable
 from tuner.load.client import SENT
 from tuner.load.flight import Tower
-from tuner.load.probe import Found
+from tuner.load.probe import Found, unreachable
 from tuner.load.records import read
 from tuner.load.step import _Replay, judge, measure, prompt_seed
 from tuner.load.tracefile import write
-from tuner.load.wire import Dialect
+from tuner.load.wire import Dialect, target
 from tuner.measure.metrics import metrics_from_records
 from tuner.spec.slo import parse
 
@@ -221,3 +223,10 @@ def test_a_bad_slo_is_refused_before_anything_is_sent(small_trace):
         app, ["replay", "--url", "http://127.0.0.1:1", "--trace", str(small_trace), "--slo", "x"]
     )
     assert result.exit_code != 0 and "bad SLO" in str(result.exception)
+
+
+def test_a_server_that_nothing_answers_for_is_told_from_a_machine_without_connections():
+    where = target("http://127.0.0.1:9")
+    assert isinstance(unreachable(where, ConnectionRefusedError(111, "Connection refused")), Unreachable)
+    assert isinstance(unreachable(where, TimeoutError()), Unreachable)
+    assert not isinstance(unreachable(where, OSError(errno.EMFILE, "Too many open files")), Unreachable)

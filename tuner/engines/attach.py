@@ -5,10 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import os
-from typing import Any
 
 from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
-from tuner.errors import EnvironmentFault, UsageError
+from tuner.errors import EnvironmentFault, Unreachable, UsageError
 from tuner.load import wire
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -80,22 +79,24 @@ class AttachEngine:
                 f"{self.url} does not serve {self.model}", fix=f"it serves {', '.join(names) or 'nothing'}"
             )
         if not names:
-            raise EnvironmentFault(f"{self.url} serves no model")
+            raise Unreachable(f"{self.url} serves no model")
         return AttachedServer(self, Endpoint(self.url, self.model or names[0], self._key, self.tokenizer))
 
     def models(self) -> list[str]:
-        """The served names. Raises ``EnvironmentFault``."""
+        """The served names. Raises as :meth:`get`."""
         data = self.get("/v1/models")
         try:
             return [str(entry["id"]) for entry in json.loads(data)["data"]]
         except (ValueError, KeyError, TypeError):
-            raise EnvironmentFault(
+            raise Unreachable(
                 f"{self.url} is no OpenAI-compatible server: GET /v1/models answered {data[:80]!r}",
                 fix="give the base URL, without /v1",
             ) from None
 
     def get(self, path: str) -> bytes:
-        """The body of one GET. Raises ``EnvironmentFault`` where nobody answers it with 200."""
+        """The body of one GET. Raises ``Unreachable`` where nobody answers it with 200."""
+        from tuner.load.probe import unreachable
+
         there = self.target
         if there.tls:
             connection = http.client.HTTPSConnection(there.host, there.port, timeout=10, context=wire.tls_context())
@@ -107,15 +108,14 @@ class AttachEngine:
             answer = connection.getresponse()
             body = answer.read(2**20)
         except (OSError, http.client.HTTPException) as error:
-            message = f"no server answers at {self.url}: {error}"
-            raise EnvironmentFault(message, fix="start it, or correct the url") from None
+            raise unreachable(there, error) from None
         finally:
             connection.close()
         if answer.status in (401, 403):
             message = f"{self.url} refuses the key (HTTP {answer.status})"
-            raise EnvironmentFault(message, fix="name the key's variable in engine.options.api_key_env")
+            raise Unreachable(message, fix="name the key's variable in engine.options.api_key_env")
         if answer.status != 200:
-            raise EnvironmentFault(f"{self.url} answers GET {path} with HTTP {answer.status}")
+            raise Unreachable(f"{self.url} answers GET {path} with HTTP {answer.status}")
         return body
 
 
@@ -133,16 +133,12 @@ class AttachedServer:
 
         if self.endpoint is None:
             raise UsageError("not attached")
-        step: Step | None = None
         try:
             step = measure(self.endpoint, plan)
-        except (OSError, EnvironmentFault) as error:
-            self._gone(error)
-        if step is None or step.metrics.get("error_rate", 0.0) > 0:
+        except Unreachable as error:
+            raise _gone(error) from None
+        if step.metrics.get("error_rate", 0.0) > 0:
             self._check()
-        if step is None:
-            message = "the load could not be sent"
-            raise LaunchFailed(Infeasible("unhealthy", message, stage="under load", transient=True))
         return step
 
     def stop(self) -> Teardown:
@@ -155,17 +151,11 @@ class AttachedServer:
                 self._engine.get(self._engine.health)
             else:
                 self._engine.models()
-        except EnvironmentFault as error:
-            self._gone(error)
+        except Unreachable as error:
+            raise _gone(error) from None
 
-    def _gone(self, error: Any) -> None:
-        raise LaunchFailed(
-            Infeasible(
-                "unhealthy",
-                "the attached server stopped answering",
-                str(error),
-                "look at its own log; it is not ours to restart",
-                "under load",
-                transient=True,
-            )
-        ) from None
+
+def _gone(error: Unreachable) -> LaunchFailed:
+    fix = "look at its own log; it is not ours to restart"
+    message = "the attached server stopped answering"
+    return LaunchFailed(Infeasible("unhealthy", message, str(error), fix, "under load", transient=True))

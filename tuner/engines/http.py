@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tuner.engines.protocol import Endpoint, LaunchFailed, Site, StepPlan, Teardown
-from tuner.errors import EnvironmentFault
+from tuner.errors import Unreachable
 from tuner.load.windows import cut_time
 from tuner.server import probe
 from tuner.server.diagnosis import Evidence, diagnose
@@ -56,7 +56,7 @@ class HttpServer:
             raise LaunchFailed(Infeasible("crash", "the server was never started", stage="under load"))
         try:
             step = measure(self.endpoint, plan, alive=self.alive)
-        except (EnvironmentFault, OSError) as error:  # nothing answers
+        except Unreachable as error:
             raise LaunchFailed(self._fault(errors=True) or _unreachable(error)) from None
         if fault := self._fault(errors=step.metrics.get("error_rate", 0.0) > 0):
             raise LaunchFailed(fault)

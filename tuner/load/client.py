@@ -27,7 +27,7 @@ _REVIEW_TICKS, _FIRST_REVIEW_TICKS = 100, 20
 _TOGETHER_NS = 20_000
 _OPEN_PER_TICK = 8
 
-_OUR_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
+OUR_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
 OWN_FAULT = "the client: "  # how an error begins that no server caused
 
 SENT, READ, ENDED, TICK, LEFT, BEHIND = range(6)
@@ -284,7 +284,7 @@ class Client:
                 self._pool.look(connection)
         except OSError as error:
             if connection is None:
-                ours = OWN_FAULT if error.errno in _OUR_ERRORS else ""
+                ours = OWN_FAULT if error.errno in OUR_ERRORS else ""
                 self._finish(number, now, ours + _words(error))
             else:
                 self._broken(connection, _words(error))

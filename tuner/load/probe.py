@@ -10,7 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from tuner.engines.protocol import Endpoint
-from tuner.errors import EnvironmentFault, UsageError
+from tuner.errors import EnvironmentFault, Unreachable, UsageError
+from tuner.load.client import OUR_ERRORS
 from tuner.load.prompts import vocabulary
 from tuner.load.sse import CUT_OFF, Response
 from tuner.load.wire import Dialect, Target, Writer, target, tls_context
@@ -55,7 +56,7 @@ class Found:
 def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120.0) -> Found:
     """What the server at ``endpoint`` takes, found by asking for a few tokens in ever simpler ways.
 
-    ``text_only`` is for traces that hold texts. Raises EnvironmentFault where nothing answers, UsageError where it is
+    ``text_only`` is for traces that hold texts. Raises Unreachable where nothing answers, UsageError where it is
     no OpenAI-compatible server or does not know the model.
     """
     where = target(endpoint.url)
@@ -75,7 +76,7 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
                 if status in (401, 403):
                     raise UsageError(f"{endpoint.url} refuses the key: {answer.error}", fix="Give the right API key")
                 if status in (429, 500, 502, 503, 504):
-                    raise EnvironmentFault(f"{endpoint.url} is not serving: {answer.error}")
+                    raise Unreachable(f"{endpoint.url} is not serving: {answer.error}")
                 if status == 200 and not answer.error and _counts(answer, counting):
                     return Found(dialect, size, special, known is None)
                 refusal = refusal or answer.error
@@ -160,11 +161,13 @@ def _connection(where: Target, timeout_s: float) -> http.client.HTTPConnection:
 
 
 def unreachable(where: Target, error: Exception) -> EnvironmentFault:
-    """In one line why a server could not be talked to."""
+    """In one line why a server could not be talked to: Unreachable, unless it is this machine that cannot."""
     if isinstance(error, http.client.HTTPException):
-        return EnvironmentFault(f"{where.authority} does not speak HTTP: {error!r}", fix="Check the URL's port")
+        return Unreachable(f"{where.authority} does not speak HTTP: {error!r}", fix="Check the URL's port")
     if isinstance(error, ssl.SSLError):
-        return EnvironmentFault(f"no TLS with {where.authority}: {error.reason or error}", fix="Try http://")
+        return Unreachable(f"no TLS with {where.authority}: {error.reason or error}", fix="Try http://")
     if isinstance(error, TimeoutError):
-        return EnvironmentFault(f"{where.authority} did not answer in time", fix="Is the server overloaded?")
-    return EnvironmentFault(f"no server answers at {where.authority}: {error}", fix="Start it, or check the URL")
+        return Unreachable(f"{where.authority} did not answer in time", fix="Is the server overloaded?")
+    if isinstance(error, OSError) and error.errno in OUR_ERRORS:
+        return EnvironmentFault(f"no connection to {where.authority}: {error.strerror}")
+    return Unreachable(f"no server answers at {where.authority}: {error}", fix="Start it, or check the URL")

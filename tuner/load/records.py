@@ -6,6 +6,7 @@ compute every metric again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.errors import UsageError
+from tuner.errors import UsageError, naming
 from tuner.load import columns as arrow
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class Record:
 class RecordWriter:
     """Writes row groups as they fill: memory is bounded by one group, whatever the replay's length.
 
-    The file appears under its name when :meth:`close` is called; until then it is ``NAME.partial``.
+    The file appears under its name when :meth:`close` is called; until then it is ``NAME.partial``. What the disk comes
+    up with is an OSError that names the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,7 +92,8 @@ class RecordWriter:
         self._rows.append(record)
         self._tokens += len(record.token_ns)
         if len(self._rows) >= _GROUP_REQUESTS or self._tokens >= _GROUP_TOKENS:
-            self._flush()
+            with naming(self._path):
+                self._flush()
 
     def _open(self) -> Any:
         import pyarrow.parquet as pq
@@ -117,18 +120,20 @@ class RecordWriter:
 
     def close(self, meta: Mapping[str, Any]) -> None:
         """Writes what is left and the replay's facts, and gives the file its name."""
-        if self._rows or self._writer is None:
-            self._flush()
-        writer = self._writer or self._open()
-        facts = json.dumps({"version": VERSION, **meta})
-        writer.add_key_value_metadata({_META.decode(): facts, _CHECKSUM.decode(): _checksum(facts.encode())})
-        writer.close()
-        os.replace(self._partial, self._path)
+        with naming(self._path):
+            if self._rows or self._writer is None:
+                self._flush()
+            writer = self._writer or self._open()
+            facts = json.dumps({"version": VERSION, **meta})
+            writer.add_key_value_metadata({_META.decode(): facts, _CHECKSUM.decode(): _checksum(facts.encode())})
+            writer.close()
+            os.replace(self._partial, self._path)
 
     def discard(self) -> None:
         """Leaves no file behind."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(Exception):  # it has rows still to write: where the disk is full it raises again
+                self._writer.close()
         self._partial.unlink(missing_ok=True)
 
 

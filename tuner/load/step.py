@@ -53,7 +53,7 @@ def measure(
     ``alive`` is asked twice a second whether the server still lives. When it does not, the replay ends, its open
     requests are errors, and the Step is returned: what a dead server means is the engine's to say.
     Raises Cancelled when ``plan.cancel`` is set (the records until then are written); UsageError where the server does
-    not speak the API, EnvironmentFault where nothing answers at all.
+    not speak the API, Unreachable where nothing answers at all, OSError where the records cannot be written.
     """
     if not len(plan.trace):
         raise UsageError(f"trace {plan.trace.name} has no request")

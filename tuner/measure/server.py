@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tuner.errors import naming
 from tuner.load import columns
 from tuner.load.wire import Target, tls_context
 
@@ -155,7 +156,8 @@ def write(path: Path, samples: Sequence[Sample], epoch_ns: int) -> None:
 
     arrays = [columns.column("int64", [sample.time_ns - epoch_ns for sample in samples])]
     arrays += [columns.column("float64", [sample.row.get(name) for sample in samples]) for name in SERIES]
-    pq.write_table(pa.Table.from_arrays(arrays, ["time_ns", *SERIES]), path, compression="zstd")
+    with naming(path):
+        pq.write_table(pa.Table.from_arrays(arrays, ["time_ns", *SERIES]), path, compression="zstd")
 
 
 def beside(records: Path) -> Path:

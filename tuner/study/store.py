@@ -7,13 +7,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.errors import EnvironmentFault
+from tuner.errors import EnvironmentFault, naming
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Outcome, from_dict, to_dict
 
@@ -152,7 +151,7 @@ class Store:
 def write_json(path: Path, data: Any) -> None:
     """Writes through a temporary file and a rename, so that a reader (or a kill) never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _named(path):
+    with naming(path):
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(finite(data), file, indent=1, allow_nan=False, default=str)
             file.flush()
@@ -176,19 +175,9 @@ def damaged(path: Path, why: str) -> EnvironmentFault:
     )
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """An OSError names this file (a full disk names none)."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
 def append_json(path: Path, data: Any) -> None:
     """One line more; a last line that a kill cut short stays a line of its own."""
-    with _named(path), path.open("ab+") as file:
+    with naming(path), path.open("ab+") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
             file.write(b"\n")
         file.write((json.dumps(finite(data), allow_nan=False, default=str) + "\n").encode())
