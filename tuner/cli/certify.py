@@ -54,9 +54,9 @@ def ablate(path: Path, launches: int, json: bool) -> int:
 
 def compare(first: Path, second: Path, json: bool) -> int:
     """Two studies, front against front, with significance."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
+    from tuner.report.console import printer
     from tuner.report.terminal import comparison_table
     from tuner.verify.compare import compare as compare_
 
@@ -68,8 +68,8 @@ def compare(first: Path, second: Path, json: bool) -> int:
         print(_dumped(result))
         return 0
     if result.levels:
-        Console().print(comparison_table(result, sides[0].objective.latency))
-    Console().print(Markdown(result.text))
+        printer().print(comparison_table(result, sides[0].objective.latency))
+    printer().print(Markdown(result.text))
     return 0
 
 

@@ -6,10 +6,11 @@ import json as json_
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tuner.cli.tune import Flags, read
+from tuner.report.console import printer
 
 
 def run(path: Path, json: bool) -> None:
@@ -22,11 +23,12 @@ def run(path: Path, json: bool) -> None:
     if json:
         print(json_.dumps(data, indent=1))
         return
-    console = Console()
-    console.print(f"[bold]{study.name}[/] is valid. {data['engine']} would serve {study.model} on {data['hardware']}.")
+    console = printer()
+    valid = f" is valid. {data['engine']} would serve {study.model} on {data['hardware']}."
+    console.print(Text.assemble((study.name, "bold"), valid))
     console.print(f"Trace: {data['trace']}")
     for note in data["trace_notes"]:
-        console.print(f"  {note}", markup=False)
+        console.print(f"  {note}")
     console.print(f"Goal: {data['goal']}")
     loads = ", ".join(f"{x:g}" for x in study.load.ladder)
     ladder = "laid around what the default's first launch holds" if study.load.auto else f"loads {loads}"

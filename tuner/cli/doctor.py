@@ -11,7 +11,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
+from rich.text import Text
+
+from tuner.report.console import printer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,11 @@ def run(json: bool) -> int:
     if json:
         print(json_.dumps([asdict(f) for f in findings], indent=1))
     else:
-        console = Console(highlight=False)
-        marks = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "bad": "[red]bad [/]"}
+        console = printer()
+        styles = {"ok": "green", "warn": "yellow", "bad": "red"}
         for f in findings:
-            console.print(f"{marks[f.state]}  [bold]{f.what}[/]: {f.found}", soft_wrap=True)
+            mark = (f"{f.state:<4}", styles[f.state])
+            console.print(Text.assemble(mark, "  ", (f.what, "bold"), f": {f.found}"), soft_wrap=True)
             if f.fix:
                 console.print(f"      fix: {f.fix}", soft_wrap=True)
     return 4 if any(f.state == "bad" for f in findings) else 0

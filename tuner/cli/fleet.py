@@ -138,30 +138,23 @@ def _terms(flags: Flags, gpus: set[str]) -> Terms:
 
 
 def _print(fleet: Fleet, found: Account) -> None:
-    from rich.console import Console
-
     from tuner.fleet import words
+    from tuner.report.console import printer
 
-    console = Console(highlight=False)
+    console = printer()
     for text in words.warnings(fleet):
-        console.print(f"[yellow]{_plain(text)}[/]")
+        console.print(text, style="yellow")
     console.print(_offers(fleet))
     console.print()
     console.print(_hours(found))
     console.print()
     for text in words.totals(found):
-        console.print(_plain(text))
+        console.print(text)
     console.print()
-    console.print(f"[bold]{_plain(words.verdict(fleet))}[/]")
-    console.print("\n[dim]Assumed[/]")
+    console.print(words.verdict(fleet), style="bold")
+    console.print("\nAssumed", style="dim")
     for text in words.assumptions(fleet):
-        console.print(f"- {_plain(text)}")
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+        console.print(f"- {text}")
 
 
 def _table(title: str, *columns: str, left: Sequence[str]) -> Any:
@@ -181,38 +174,31 @@ def _offers(fleet: Fleet) -> Any:
         gpus = f"{o.gpus} x {o.gpu}" if o.gpus else o.gpu
         middle, low, high = o.capacity
         capacity = f"{middle:.3g} ({low:.3g} to {high:.3g})"
-        table.add_row(_plain(o.name), gpus, f"{o.usd_per_hour:.4g}", capacity, f"{o.start_s:.0f}", _plain(o.flags))
+        table.add_row(o.name, gpus, f"{o.usd_per_hour:.4g}", capacity, f"{o.start_s:.0f}", o.flags)
     return table
 
 
 def _hours(found: Account) -> Any:
+    from rich.text import Text
+
     from tuner.fleet import words
 
-    pools = list(map(_plain, found.hours[0].replicas))
+    pools = list(found.hours[0].replicas)
     starting = any(hour.starting for hour in found.hours)
     most = max(hour.capacity_rps for hour in found.hours)
-    columns = [
-        "hour",
-        "requests/s",
-        *map(_plain, pools),
-        *["starting"] * starting,
-        "may serve",
-        "USD",
-        "within SLO",
-        "",
-    ]
+    columns = ["hour", "requests/s", *pools, *["starting"] * starting, "may serve", "USD", "within SLO", ""]
     table = _table("The plan, hour by hour", *columns, left=("hour", ""))
     for hour in found.hours:
         replicas = [f"{n:,}" if n else "-" for n in hour.replicas.values()]
         late = [f"{hour.starting:,}" if hour.starting else "-"] if starting else []
         table.add_row(
-            _plain(hour.label),
+            hour.label,
             words.rate(hour.rate_rps, most),
             *replicas,
             *late,
             words.rate(hour.capacity_rps, most),
             f"{hour.usd:,.2f}",
             f"{math.floor(hour.within * 1e4) / 100:.2f} %",
-            "" if hour.holds else "[red]missed[/]",
+            "" if hour.holds else Text("missed", style="red"),
         )
     return table

@@ -7,12 +7,13 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from tuner.pareto.changes import describe
+from tuner.report.console import printer
 from tuner.study.outcome import Infeasible, Measured
 from tuner.study.price import COST
 
@@ -28,7 +29,7 @@ class View:
         self.study = study
         self.plain = plain
         self.default = study.space.config(study.space.default(), study.model)
-        self.console = Console(stderr=True, highlight=False)
+        self.console = printer(stderr=True)
         self.began_s = time.monotonic()
         self.running: dict[int, dict[str, Any]] = {}
         self.points: list[tuple[int, float, float, float, bool]] = []

@@ -8,10 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tuner.cli.tune import Flags, read
+from tuner.report.console import printer
 
 # A server's start before this machine has shown one; on GPUs as vLLM 0.25.1 took on an H100, caches cold (93 to 145 s).
 START_S, GPU_START_S = 60.0, 110.0
@@ -27,13 +28,11 @@ def run(path: Path, json: bool) -> None:
     if json:
         print(json_.dumps(data, indent=1))
         return
-    console = Console(highlight=False)
-    console.print(
-        f"[bold]{study.name}[/]: {data['allowed']} of {data['looked_at']} configurations looked at may be launched "
-        f"({data['combinations']} in the space)."
-    )
+    console = printer()
+    of = f"{data['looked_at']} configurations looked at may be launched ({data['combinations']} in the space)."
+    console.print(Text.assemble((study.name, "bold"), f": {data['allowed']} of {of}"))
     for note in data["trace_notes"]:
-        console.print(f"  Trace: {note}", markup=False)
+        console.print(f"  Trace: {note}")
     for reason, count in data["refused"].items():
         console.print(f"  {count} refused: {reason}")
     console.print(

@@ -31,17 +31,16 @@ def opened(path: Path) -> tuple[Study, Store]:
 
 def front(path: Path, json: bool) -> int:
     """Prints the front; 3 where no configuration meets the SLOs."""
-    from rich.console import Console
-
     from tuner.pareto.recommend import recommended
     from tuner.report import terminal
+    from tuner.report.console import printer
 
     study, store = opened(path)
     choice = recommended(store, study)
     if json:
         print(json_.dumps(terminal.front_data(store, study), indent=1))
     else:
-        Console().print(terminal.front_table(store, study))
+        printer().print(terminal.front_table(store, study))
     if choice.point is None:
         raise NothingFeasible(choice.text)
     return 0
@@ -49,9 +48,8 @@ def front(path: Path, json: bool) -> int:
 
 def show(path: Path, number: int, json: bool) -> None:
     """Prints one trial."""
-    from rich.console import Console
-
     from tuner.report import terminal
+    from tuner.report.console import printer
 
     study, store = opened(path)
     if store.trial(number) is None:
@@ -62,7 +60,7 @@ def show(path: Path, number: int, json: bool) -> None:
     if json:
         print(json_.dumps(terminal.trial_data(store, study, number), indent=1))
     else:
-        Console().print(terminal.trial_view(store, study, number))
+        printer().print(terminal.trial_view(store, study, number))
 
 
 def report(path: Path, out: Path | None) -> None:

@@ -124,11 +124,10 @@ class _Published:
 
 def show(study: Study, store: Store, result: Result) -> None:
     """The front on stdout; why it ended and where things are on stderr."""
-    from rich.console import Console
-
     from tuner.report import terminal
+    from tuner.report.console import printer
 
-    Console().print(terminal.front_table(store, study))
+    printer().print(terminal.front_table(store, study))
     print(file=sys.stderr)
     print(f"Ended: {result.ended}.", file=sys.stderr)
     if not sys.stdout.isatty():  # else they stand under the front
