@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,65 @@ def test_a_program_that_does_not_exist_is_an_outcome(config: ServingConfig, site
         CommandEngine(command=["/no/such/program", "{port}"], host_alone=False).launch(config, site)
 
     assert failure.value.outcome.cause == "missing-dependency"
+
+
+class Daemon:
+    """Serves outside of the launched tree, as a container's daemon does: on the port that the command wrote into
+    ``asked``, until somebody gets ``/stop``."""
+
+    def __init__(self, asked: Path) -> None:
+        self.up = asked.with_suffix(".up")
+        self._asked, self._end = asked, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def _run(self) -> None:
+        while not self._asked.exists():
+            if self._end.wait(0.05):
+                return
+        port, name = self._asked.read_text().split()
+        with ThreadingHTTPServer(("127.0.0.1", int(port)), self._answers(name)) as server:
+            threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+            self.up.touch()
+            self._end.wait()
+            server.shutdown()
+
+    def _answers(self, name: str) -> type[BaseHTTPRequestHandler]:
+        class Answers(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/stop":
+                    self.server.server_close()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps({"data": [{"id": name}]}).encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Answers
+
+
+_ASK = "import os,sys,time; open('asked.part','w').write(' '.join(sys.argv[1:3])); os.rename('asked.part','asked')"
+_WAIT = "; [time.sleep(0.05) for _ in iter(lambda: os.path.exists('asked.up'), True)]"
+_STOP = "import sys,urllib.request; urllib.request.urlopen('http://127.0.0.1:' + sys.argv[1] + '/stop').read()"
+
+
+@pytest.mark.parametrize("then", ["; time.sleep(1000)", _WAIT + "; sys.exit(3)"], ids=["serves", "fails"])
+@pytest.mark.parametrize("stops", [True, False], ids=["stopped", "not stopped"])
+def test_what_the_stop_command_ended_is_not_left_over(site: Site, then: str, stops: bool) -> None:
+    stop = [sys.executable, "-c", _STOP, "{port}"] if stops else []
+    command = [sys.executable, "-c", _ASK + then, "{port}", "{served}"]
+    engine = CommandEngine(command=command, stop_command=stop, host_alone=False, stop_wait_s=1)
+    with Daemon(site.folder / "asked"):
+        try:
+            teardown = engine.launch(ServingConfig("m", {}, {}), site).stop()
+        except LaunchFailed as failure:
+            teardown = failure.teardown
+    assert bool(teardown.left_over) != stops

@@ -6,10 +6,11 @@ import contextlib
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from tuner.engines.http import HttpServer, launch
 from tuner.engines.modelfolder import local_model
-from tuner.engines.protocol import Site, StepPlan, Teardown
+from tuner.engines.protocol import Site
 from tuner.engines.vllmlog import DIALECT
 from tuner.errors import UsageError
 from tuner.server.bootlog import SILENT
@@ -17,7 +18,6 @@ from tuner.server.limits import Limits, PhaseLimit, fixed
 from tuner.server.start import WARM_S, Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.study.outcome import Step
 
 _PLACE = re.compile(r"\{([A-Za-z][\w-]*)(?:=([^{}]*))?\}")
 _STOP_COMMAND_S = 60.0
@@ -31,7 +31,7 @@ class CommandEngine:
     ``{folder}`` (the trial's), ``{flags}`` as a word of its own (where the config's flags go; else they are appended),
     and the name of any flag of the config, ``{ctx-size}`` or with a value for configs without it ``{ctx-size=4096}``.
     A flag that has a place is not appended. The same places may stand in ``env`` and ``stop_command``, which is run
-    after the process tree has ended (``docker rm -f {served}``).
+    after the process tree has ended (``docker rm -f {served}``), and before it is checked that nothing is left.
 
     With ``{served}`` in the command the server has to list that name, and a stranger on the port is recognised; without
     it any name is taken. ``health`` is the path that answers 200 when it is ready (empty: ``/v1/models`` is enough).
@@ -83,7 +83,7 @@ class CommandEngine:
         """See the protocol: nobody can be asked."""
         return None
 
-    def launch(self, config: ServingConfig, site: Site) -> CommandServer:
+    def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol. Raises ``UsageError`` for a place that is neither known nor a flag of the config."""
         stops: list[list[str]] = []
 
@@ -97,11 +97,7 @@ class CommandEngine:
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     subprocess.run(stops.pop(), stdin=subprocess.DEVNULL, capture_output=True, timeout=_STOP_COMMAND_S)
 
-        try:
-            return CommandServer(launch(self._recipe(config, site, words), site), clean)
-        except BaseException:
-            clean()
-            raise
+        return launch(replace(self._recipe(config, site, words), clean=clean), site)
 
     def words(
         self, template: Sequence[str], config: ServingConfig, site: Site, binding: Binding, flags: bool = False
@@ -160,21 +156,3 @@ class CommandEngine:
             warm_s=WARM_S,
             dialect=DIALECT if self.log == "vllm" else SILENT,
         )
-
-
-class CommandServer:
-    """A launched command; its stop command runs after its tree has ended."""
-
-    def __init__(self, server: HttpServer, clean: Callable[[], None]) -> None:
-        self._server, self._clean = server, clean
-        self.endpoint, self.boot = server.endpoint, server.boot
-
-    def measure(self, plan: StepPlan) -> Step:
-        """See the protocol."""
-        return self._server.measure(plan)
-
-    def stop(self) -> Teardown:
-        """See the protocol."""
-        teardown = self._server.stop()
-        self._clean()
-        return teardown

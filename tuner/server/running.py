@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tuner.engines.protocol import Endpoint, Teardown
@@ -36,6 +37,7 @@ class Running:
     endpoint: Endpoint | None = None
     telemetry: Telemetry | None = None
     fast: FastStart | None = None  # a standby must not go before the servers that it forked
+    clean: Callable[[], None] = lambda: None  # what the tree's end leaves to do
     stranger: bool = False  # somebody else has the port, and keeps it
     gpu_used_before: dict[int, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -63,6 +65,7 @@ class Running:
         if self.process:
             try:
                 ended = self.process.stop(self.stop_wait_s)
+                self.clean()
                 left += [*ended.left, *self._port_left(), *self._gpu_left()]
             except Exception as error:  # a teardown that raises would hide the outcome it ends
                 ended = Ended(0.0, False, (f"the teardown itself failed: {error!r}",))

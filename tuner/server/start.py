@@ -56,6 +56,8 @@ class Recipe:
     ``host_alone``: it computes on the CPU, so that only one such server may run on this machine at a time.
     ``api_key``: what it asks for (new at every launch where empty). ``warm_s``: seconds of the trace that it serves,
     unmeasured, before the first step: the first requests find kernels that are not compiled yet.
+    ``clean`` ends what is not of the process tree (a container): it is called when that has ended, before it is checked
+    that nothing is left, and must not raise.
     ``fast`` may fork the server from a standby; the first ``own_words`` of ``argv`` (interpreter, ``-m``, module) are
     then not its own.
     """
@@ -79,6 +81,7 @@ class Recipe:
     own_words: int = 3
     api_key: str = ""
     warm_s: float = 0.0
+    clean: Callable[[], None] = lambda: None
 
 
 def start(recipe: Recipe, site: Site, root: Path | None = None) -> Running:
@@ -128,7 +131,7 @@ def _claim(recipe: Recipe, site: Site, root: Path) -> Running:
     before = {index: gpus.memory_used(index) for index in site.gpus}
     return Running(
         ownership, port, log, BootLog(recipe.dialect, now), gpus, recipe.stop_wait_s, gpu_lease, host_lease,
-        fast=recipe.fast, gpu_used_before=before,
+        fast=recipe.fast, clean=recipe.clean, gpu_used_before=before,
     )  # fmt: skip
 
 
