@@ -2,17 +2,21 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from tests.server.test_gpu import Nvml
 from tests.spec.conftest import workplace as workplace  # a folder with a model and a trace
+from tests.study.fake import FakeEngine
 from tuner.engines import build as engines
 from tuner.engines.protocol import LaunchFailed
-from tuner.errors import UsageError
+from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
 from tuner.executor.protocol import Job
 from tuner.load.trace import Trace
+from tuner.server.gpu import Gpus
 from tuner.spec import studyfile
 from tuner.study.evaluate import Bench
 from tuner.study.outcome import Aborted, Infeasible, Measured
@@ -159,3 +163,41 @@ def test_closing_ends_what_runs_and_may_be_done_twice(rigged):
         began = time.monotonic()
         where.close()
     assert time.monotonic() - began < 30
+
+
+class Noted(FakeEngine):
+    """Notes which GPUs each launch had."""
+
+    def launch(self, config, site):
+        self.measured.append(site.gpus)
+        return super().launch(config, site)
+
+
+@pytest.fixture
+def four_gpus(workplace, monkeypatch):
+    """A study that wants two GPUs of a machine with four, for servers of its own."""
+    monkeypatch.setattr("tuner.executor.local.Gpus", lambda: Gpus(Nvml({}, {}, {}, {})))
+    made = Rigged(workplace, "local", GOOD, 2, [1])
+    study = replace(made.study, engine=replace(made.study.engine, kind="command"))
+    made.engine = Noted()
+    made.bench = replace(made.bench, study=study, engine=made.engine)
+    return made
+
+
+def test_only_gpus_that_are_visible_are_used(four_gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1,3")
+    with executor(four_gpus.bench) as where:
+        where.submit(four_gpus.job(0))
+        where.submit(four_gpus.job(1))
+        four_gpus.all(where, 2)
+        with where.rig(four_gpus.job(2, window=False)):
+            pass
+    gpus = [measured for measured in four_gpus.engine.measured if len(measured) == 1]
+    assert sorted(gpus[:2]) == [(1,), (2,)] and gpus[2] == (2,)
+
+
+def test_fewer_visible_gpus_than_the_study_wants_are_the_environments_fault(four_gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    says = "the study wants 2 GPUs; this machine has 4, and CUDA_VISIBLE_DEVICES=3 leaves 1 of them"
+    with pytest.raises(EnvironmentFault, match=says), executor(four_gpus.bench):
+        pass

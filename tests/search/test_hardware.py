@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.test_gpu import Nvml
 from tuner.errors import UsageError
 from tuner.search import hardware
+from tuner.spec import facts
 
 GIB = 2**30
 
@@ -122,3 +124,14 @@ def test_cpu_cores_scale_up_to_the_socket_s_bandwidth() -> None:
 def test_detection_imports_no_torch() -> None:
     code = "import sys; from tuner.search.hardware import detect; detect(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_the_gpus_that_are_visible_count_and_the_first_of_them_is_looked_at(monkeypatch) -> None:
+    small = {"name": "NVIDIA L4", "total": 23 * GIB, "capability": (8, 9)}
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml({}, {}, small, small))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert facts.of_gpus() == {"gpus": 2, "compute_capability": 8.9}
+    assert hardware.detect()[1] == "NVIDIA L4 as L4"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert facts.of_gpus() == {}
+    assert hardware.detect()[1].startswith("no GPU; ")

@@ -35,7 +35,10 @@ class Nvml:
         return gpu.get("uuid", "GPU-0")
 
     def nvmlDeviceGetName(self, gpu):
-        return b"NVIDIA H200"
+        return gpu.get("name", b"NVIDIA H200")
+
+    def nvmlDeviceGetCudaComputeCapability(self, gpu):
+        return gpu.get("capability", (9, 0))
 
     def nvmlDeviceGetUtilizationRates(self, gpu):
         return Thing(gpu=gpu.get("busy", 50))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -12,6 +13,7 @@ from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site, Teardo
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Job, Place, Rig
 from tuner.load.trace import Trace
+from tuner.server.gpu import Gpus
 from tuner.study.evaluate import Bench, evaluate, measure
 from tuner.study.outcome import Boot, Outcome, Step
 
@@ -24,7 +26,7 @@ class LocalExecutor:
         study = bench.study
         self.left_over: tuple[str, ...] = ()
         self._bench = bench
-        self._gpus = tuple(range(study.hardware.gpus))
+        self._gpus = _gpus(bench)
         self._parallel = study.parallel or max(1, len(self._gpus))
         self._pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="trial")
         self._running: dict[Future[tuple[Outcome, Teardown]], tuple[Job, tuple[int, ...], float]] = {}
@@ -95,6 +97,22 @@ class LocalExecutor:
         if job.window is None:
             raise ValueError("a job without a window is for rig()")
         return evaluate(bench, job.config, job.folder, gpus, job.window)
+
+
+def _gpus(bench: Bench) -> tuple[int, ...]:
+    """The indices of the GPUs that the study may use: those that ``CUDA_VISIBLE_DEVICES`` leaves, in its order. Where
+    no server of ours runs on them, or nothing is known of them, the study's word counts. Raises ``EnvironmentFault``
+    where there are fewer than the study wants."""
+    wanted, gpus = bench.study.hardware.gpus, Gpus()
+    if bench.engine.emulated or bench.study.engine.kind in ("function", "attach") or not len(gpus):
+        return tuple(range(wanted))
+    mine = gpus.visible()
+    if len(mine) < wanted:
+        said = os.environ.get("CUDA_VISIBLE_DEVICES")
+        leaves = "" if said is None else f", and CUDA_VISIBLE_DEVICES={said} leaves {len(mine)} of them"
+        fix = f"Set hardware.gpus to what may be used{'' if said is None else ', or CUDA_VISIBLE_DEVICES to more'}"
+        raise EnvironmentFault(f"the study wants {wanted} GPUs; this machine has {len(gpus)}{leaves}", fix=fix)
+    return mine[:wanted]
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tuner.errors import UsageError
+from tuner.server.gpu import Gpus
 from tuner.spec.facts import cpu_flags
 
 _TABLE = Path(__file__).with_name("gpus.yaml")
@@ -128,21 +129,10 @@ def nearest(memory_bytes: int, rows: Mapping[str, Hardware]) -> Hardware:
 
 
 def _nvml() -> tuple[str, int] | None:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no driver, no library: no NVIDIA GPU
-        return None
-    try:
-        if pynvml.nvmlDeviceGetCount() == 0:
-            return None
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        name = pynvml.nvmlDeviceGetName(handle)
-        memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        return name.decode() if isinstance(name, bytes) else str(name), memory
-    finally:
-        pynvml.nvmlShutdown()
+    """Name and memory of the first GPU that this process may use; None where there is none."""
+    gpus = Gpus()
+    mine = gpus.visible()
+    return (gpus.name(mine[0]), gpus.memory_total(mine[0])) if mine else None
 
 
 def _cpu(rows: Mapping[str, Hardware]) -> Hardware:

@@ -68,7 +68,7 @@ class Gpus:
             index = (
                 int(word) if word.isdigit() else next((i for u, i in uuids.items() if word and u.startswith(word)), -1)
             )
-            if not 0 <= index < len(self):
+            if not 0 <= index < len(self) or index in found:
                 break  # CUDA stops at the first it does not know
             found.append(index)
         return tuple(found)
@@ -76,6 +76,15 @@ class Gpus:
     def name(self, index: int) -> str:
         """``NVIDIA H200``."""
         return self._text("nvmlDeviceGetName", index)
+
+    def memory_total(self, index: int) -> int:
+        """Bytes of one GPU; 0 where NVML does not tell."""
+        return int(getattr(self._ask("nvmlDeviceGetMemoryInfo", index), "total", 0))
+
+    def compute_capability(self, index: int) -> float | None:
+        """``9.0``; None where NVML does not tell."""
+        found = self._ask("nvmlDeviceGetCudaComputeCapability", index)
+        return float(f"{found[0]}.{found[1]}") if found else None
 
     def memory_used(self, index: int) -> int:
         """Bytes in use on one GPU; 0 where NVML does not tell."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tuner.server.gpu import Gpus
+
 FACTS: Mapping[str, str] = {
     "platform": "cuda or cpu",
     "gpus": "how many GPUs the study may use (0 on a CPU server)",
@@ -108,21 +110,13 @@ def of_trace(input_tokens: Any, output_tokens: Any) -> dict[str, Any]:
 
 
 def of_gpus() -> dict[str, Any]:
-    """How many NVIDIA GPUs there are, and the first one's compute capability; empty without a driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no driver or no library is no GPU, whatever NVML calls it
+    """How many NVIDIA GPUs this process may use, and the first one's compute capability; empty without any."""
+    gpus = Gpus()
+    mine = gpus.visible()
+    if not mine:
         return {}
-    try:
-        count = pynvml.nvmlDeviceGetCount()
-        if not count:
-            return {}
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
-        return {"gpus": count, "compute_capability": float(f"{major}.{minor}")}
-    finally:
-        pynvml.nvmlShutdown()
+    capability = gpus.compute_capability(mine[0])
+    return {"gpus": len(mine)} | ({"compute_capability": capability} if capability else {})
 
 
 #: CUDA compute capability by the start of the hardware table's name (NVIDIA's list "CUDA GPU Compute Capability").
