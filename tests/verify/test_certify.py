@@ -7,7 +7,7 @@ import pytest
 from benchmarks.verify.machine import Machine, Noise
 from benchmarks.verify.small_study import LATENCY, study
 from tests.verify.test_promise import MARK
-from tests.verify.test_verification import WINDOWS
+from tests.verify.test_verification import WINDOWS, Unserved
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import UsageError
 from tuner.spec.slo import Slo
@@ -58,6 +58,39 @@ def broken(promise: Promise, speed: float = 1.0) -> list[str]:
 def test_an_slo_that_is_missed_breaks_the_promise_on_its_own():
     strict = (Slo("ttft_p99", promised().latency[0] / 10),)
     assert broken(dataclasses.replace(promised(), slos=strict)) == ["slos"]
+
+
+def test_a_window_on_which_nothing_was_served_breaks_the_promise_however_well_the_others_go():
+    loose = tuple(Slo(slo.metric, slo.limit * 1e3) for slo in promised().slos)  # the mean margin is far off
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        with machine(1.0).launch(config, label) as rig:
+            yield Unserved(rig, "heldout-1") if label == "certify 2" else rig
+
+    found = recertify(dataclasses.replace(promised(), slos=loose), launch, WINDOWS, MARK)
+    assert [check.name for check in found.checks if not check.holds] == ["slos", "cost", "ttft_p99"]
+    assert "BROKEN: nothing was served within the SLOs at load 0.8 on window heldout-1" in found.text
+    assert "BROKEN: cost was not measured on window heldout-1" in found.text
+
+
+def test_a_window_that_was_ended_early_while_it_was_answering_is_not_called_unserved():
+    loose = tuple(Slo(slo.metric, slo.limit * 1e3) for slo in promised().slos)
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        class Rig:
+            def measure(self, load, trace, window):
+                step = rig.measure(load, trace, window)
+                if window != "heldout-1":
+                    return step
+                metrics = {name: value for name, value in step.metrics.items() if "cost" not in name}
+                return dataclasses.replace(step, metrics=metrics, slo_misses=("ttft_p99",), stopped_early="ttft_p99")
+
+        with machine(1.0).launch(config, label) as rig:
+            yield Rig()
+
+    assert recertify(dataclasses.replace(promised(), slos=loose), launch, WINDOWS, MARK).holds
 
 
 def test_a_cost_or_latency_proven_worse_breaks_the_promise_on_its_own():

@@ -16,6 +16,7 @@ from tuner.errors import UsageError
 from tuner.load.trace import Trace
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Range, margin
+from tuner.verify.capacity import THROUGHPUT
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.promise import Promise
 from tuner.verify.repeats import Spread
@@ -105,7 +106,11 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
     missed = sorted({miss for step in every for miss in step.slo_misses})
     limits = ", ".join(map(str, promise.slos)) or "none"
     words = "the SLOs hold" if gap <= 0 else f"SLOs missed at load {promise.load:.3g}: {'; '.join(missed[:3])}"
-    checks = [Check("slos", limits, (gap, gap, gap), gap <= 0, words)]
+    unserved = [step for step in every if _unserved(step)]
+    if unserved:  # no mean over windows can hold that: it has no cost and no latency
+        where = ", ".join(sorted({step.window for step in unserved}))
+        words = f"nothing was served within the SLOs at load {promise.load:.3g} on window {where}"
+    checks = [Check("slos", limits, (gap, gap, gap), gap <= 0 and not unserved, words)]
     figures = (("cost", COST, promise.cost, "USD per million output tokens", 1.0),)
     figures += ((promise.latency_metric, f"{promise.latency_metric}_s", promise.latency, "ms", 1e3),)
     for name, key, promised, unit, scale in figures:
@@ -113,8 +118,10 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
             checks.append(Check(name, "nothing", _NOTHING, True, f"of {name} the file promises nothing"))
             continue
         logs = [found for group in steps if (found := _logs(group, key))]
-        if not logs:
-            checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", _NOTHING, False, f"{name} was not measured"))
+        lacking = sorted({step.window for step in unserved if not _logs([step], key)})
+        if lacking or not logs:
+            text = f"{name} was not measured" + (f" on window {', '.join(lacking)}" if lacking else "")
+            checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", _NOTHING, False, text))
             continue
         now = _now(logs, promise)
         # the promise is itself an estimate: both errors count
@@ -130,6 +137,13 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
             text += f"; broken would be {shown:+.0f} % or more, by what this and the promise leave open"
         checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", measured, holds, text))
     return tuple(checks)
+
+
+def _unserved(step: Step) -> bool:
+    """Whether nothing was served within the SLOs. A step that was ended early may have served something after it: it
+    counts only where not one token had come."""
+    priced = math.isfinite(step.metrics.get(COST, math.inf))
+    return not priced and not (step.stopped_early and step.metrics.get(THROUGHPUT, 0.0) > 0)
 
 
 def _logs(steps: Sequence[Step], key: str) -> list[float]:
