@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests import studies
 from tuner.errors import NothingFeasible, UsageError
+from tuner.export import containers
 from tuner.export.deployment import deployment
 from tuner.export.formats import FORMATS, best_config, export
 from tuner.export.text import dump
@@ -200,10 +201,26 @@ def test_a_local_model_is_mounted_where_it_was(tmp_path: Path):
     store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
     study = studies.study(tmp_path / "s")
     (service,) = yaml.safe_load(export(store, study, "compose")["compose.yaml"])["services"].values()
-    assert service["volumes"] == ["/models/qwen:/models/qwen:ro"] and "HF_TOKEN" not in service["environment"]
+    mount = {"type": "bind", "source": "/models/qwen", "target": "/models/qwen", "read_only": True}
+    assert service["volumes"] == [mount] and "HF_TOKEN" not in service["environment"]
     _, deploy, _ = yaml.safe_load_all(export(store, study, "k8s")["k8s.yaml"])
     mounts = deploy["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert {"name": "model", "mountPath": "/models/qwen"} in mounts
+
+
+def test_dollars_and_colons_reach_the_container_as_they_were_measured(made):
+    """Compose puts variables in at $NAME, Kubernetes at $(NAME) in variables and words of a command: $$ is a dollar."""
+    what = replace(deployment(*made), env={"A": "pa$$word $HOME $(HOME)"}, model="/models/a$b:c", flags={"x": "$(A)"})
+    written = "pa$$$$word $$HOME $$(HOME)"
+    (service,) = yaml.safe_load(containers.compose(what))["services"].values()
+    assert service["environment"] == {"A": written, "VLLM_API_KEY": "${VLLM_API_KEY:-}"}
+    assert {service["volumes"][0][side] for side in ("source", "target")} == {"/models/a$$b:c"}
+    _, deploy, _ = yaml.safe_load_all(containers.kubernetes(what))
+    (container,) = deploy["spec"]["template"]["spec"]["containers"]
+    assert container["env"][0] == {"name": "A", "value": written}
+    assert container["volumeMounts"][2]["mountPath"] == "/models/a$b:c"  # nothing is put in there
+    (model,) = yaml.safe_load(containers.helm(what))["servingEngineSpec"]["modelSpec"]
+    assert model["env"] == [{"name": "A", "value": written}] and model["vllmConfig"]["extraArgs"] == ["--x", "$$(A)"]
 
 
 def test_a_variant_is_exported_as_the_folder_or_id_that_was_served(tmp_path: Path):

@@ -25,7 +25,7 @@ def image(what: Deployment) -> tuple[str, str]:
 def compose(what: Deployment) -> str:
     """``docker compose -f compose.yaml up`` (Compose 2.23 or newer: the config file is inside)."""
     repository, tag = image(what)
-    env: dict[str, str] = dict(what.env) | {"VLLM_API_KEY": "${VLLM_API_KEY:-}"}
+    env = {name: _literal(value) for name, value in what.env.items()} | {"VLLM_API_KEY": "${VLLM_API_KEY:-}"}
     service: dict[str, Any] = {
         "image": f"{repository}:{tag}",
         "entrypoint": command(what, CONFIG),
@@ -42,7 +42,8 @@ def compose(what: Deployment) -> str:
         "restart": "unless-stopped",
     }
     if what.local_model:
-        service["volumes"] = [f"{what.model}:{what.model}:ro"]
+        path = _literal(what.model)  # in full: in the short form a colon would end it
+        service["volumes"] = [{"type": "bind", "source": path, "target": path, "read_only": True}]
     else:
         env["HF_TOKEN"] = "${HF_TOKEN:-}"
     if what.gpus:
@@ -50,7 +51,7 @@ def compose(what: Deployment) -> str:
         service |= {"ipc": "host", "deploy": {"resources": {"reservations": {"devices": [device]}}}}
     else:
         service |= {"shm_size": "4gb", "cap_add": ["SYS_NICE"]}
-    content = config_text(what).replace("$", "$$")
+    content = _literal(config_text(what))
     data = {"services": {what.name: service}, "configs": {"serving": {"content": content}}}
     return what.header() + dump(data)
 
@@ -66,7 +67,7 @@ def kubernetes(what: Deployment) -> str:
         {"name": "config", "configMap": {"name": what.name}},
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]
-    env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in what.env.items()]
+    env: list[dict[str, Any]] = [{"name": name, "value": _literal(value)} for name, value in what.env.items()]
     env.append(_secret("VLLM_API_KEY", f"{what.name}-secrets", "api-key"))
     notes = [f"Secret {what.name}-secrets may hold api-key (bearer key) and hf-token; both are optional."]
     if what.local_model:
@@ -120,7 +121,7 @@ def helm(what: Deployment) -> str:
     vllm: dict[str, Any] = {"enablePrefixCaching": caching}
     if "tensor-parallel-size" in flags:
         vllm["tensorParallelSize"] = int(flags.pop("tensor-parallel-size") or 1)  # the chart adds /dev/shm with it
-    vllm["extraArgs"] = ServingConfig(what.model, {}, flags).args()
+    vllm["extraArgs"] = [_literal(word) for word in ServingConfig(what.model, {}, flags).args()]
     model: dict[str, Any] = {
         "name": what.name,
         "repository": repository,
@@ -131,7 +132,7 @@ def helm(what: Deployment) -> str:
         "requestMemory": "32Gi",
         "requestGPU": what.gpus,
         "vllmConfig": vllm,
-        "env": [{"name": name, "value": value} for name, value in what.env.items()],
+        "env": [{"name": name, "value": _literal(value)} for name, value in what.env.items()],
     }
     if what.local_model:
         model |= {
@@ -153,6 +154,12 @@ def helm(what: Deployment) -> str:
         notes.append(f"PersistentVolumeClaim {what.name}-model must hold what was in {what.model} (create it first).")
     data = {"servingEngineSpec": {"enableEngine": True, "startupProbe": probe, "modelSpec": [model]}}
     return what.header() + "".join(f"# {note}\n" for note in notes) + dump(data)
+
+
+def _literal(text: str) -> str:
+    """``text`` for readers that put variables in: Compose at ``$NAME`` and ``${NAME}``, Kubernetes (in the values of
+    variables, and in words of a command) at ``$(NAME)``. Both read ``$$`` as a dollar."""
+    return text.replace("$", "$$")
 
 
 def start_limit_s(what: Deployment) -> int:
