@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +166,25 @@ def test_kubernetes_objects_fit_together(made):
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
     assert container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"] >= 600
     assert yaml.safe_load(config["data"]["best-config.yaml"])["max-num-batched-tokens"] == 8192
+
+
+@pytest.mark.parametrize(
+    ("study", "name"),
+    [
+        ("Chat 8B", "chat-8b"),
+        ("2026-llama", "study-2026-llama"),
+        ("a" * 39 + "-b", "a" * 39),
+        ("1" * 33 + "-b", "study-" + "1" * 33),
+        ("日本", "study"),
+        ("...", "study"),
+    ],
+)
+def test_kubernetes_takes_the_name_of_any_study(made, study, name):
+    """As its API server checks the name of a Service: DNS-1035."""
+    store, known = made
+    objects = list(yaml.safe_load_all(export(store, replace(known, name=study), "k8s")["k8s.yaml"]))
+    assert {o["metadata"]["name"] for o in objects} == {name}
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name)
 
 
 def test_a_slow_start_is_given_four_times_its_measured_time(tmp_path: Path):

@@ -78,7 +78,7 @@ def deployment(store: Store, study: Study, choice: Choice | None = None) -> Depl
     if study.engine.trust_remote_code:  # not in the promise: there the engine decides
         flags["trust-remote-code"] = None
     return Deployment(
-        name=re.sub(r"[^a-z0-9]+", "-", study.name.lower()).strip("-")[:40] or "study",
+        name=_name(study.name),
         engine=study.engine.kind,
         version=version,
         model=model,
@@ -92,6 +92,13 @@ def deployment(store: Store, study: Study, choice: Choice | None = None) -> Depl
         comments=_comments(study, flags, _effects(store, study, config)),
         secrets=tuple(name for name in config.env if name not in env),
     )
+
+
+def _name(study: str) -> str:
+    """The study's name as one of a Kubernetes Service, which is the strictest (RFC 1035): small letters, digits and
+    hyphens, a letter first and no hyphen last. Short enough for ``-secrets`` after it."""
+    name = re.sub(r"[^a-z0-9]+", "-", study.lower()).strip("-")
+    return (name if name[:1].isalpha() else f"study-{name}")[:40].strip("-")
 
 
 def _model(store: Store, study: Study, config: ServingConfig, served: str) -> str:
