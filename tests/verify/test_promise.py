@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -55,6 +56,8 @@ def test_a_file_without_a_promise_says_how_to_get_one(tmp_path):
         (lambda text: text.replace('"load"', '"lode"'), "lacks 'load'"),
         (lambda text: text.replace('"promise": 1', '"promise": 99'), "version 99"),
         (lambda text: text.replace("ttft_p99=0.5", "ttfb_p99=0.5"), "unknown metric"),
+        (lambda text: text.replace('{"load"', '["load"]#'), "bad promise line"),
+        (lambda text: text.replace('{"promise": 1, "study"', '5 #{"study"'), "bad promise line"),
     ],
 )
 def test_a_damaged_promise_is_refused_with_file_and_line(tmp_path, damage, words):
@@ -63,6 +66,47 @@ def test_a_damaged_promise_is_refused_with_file_and_line(tmp_path, damage, words
     with pytest.raises(UsageError, match=words) as caught:
         read_promise(path)
     assert caught.value.where.startswith(f"{path}:")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("confidence", 0),
+        ("confidence", 1),
+        ("confidence", 2),
+        ("confidence", "nan"),
+        ("launch_variance", -1),
+        ("launch_variance", "inf"),
+        ("launch_freedom", -1),
+        ("launch_freedom", None),
+        ("latency_metric", "bogus"),
+        ("latency_metric", 5),
+        ("load", 0),
+        ("cost_usd_per_mtok_output", [-1, -2, 0]),
+        ("latency_s", [0.03, 0.04, 0.02]),
+        ("latency_s", 5),
+        ("slos", 5),
+        ("slos", ["ttft_p99=inf"]),
+        ("trial", "one"),
+        ("trial", math.inf),
+        ("config", 5),
+        ("config", {"model": "m", "params": 5, "flags": {}}),
+        ("config", {"model": "m", "params": {}, "flags": [], "env": {}}),
+        ("config", {"model": "m", "params": {}, "flags": {}, "gpus": "two"}),
+        ("config", {"model": "m", "params": {}, "flags": {}, "env": {"A": 5}}),
+        ("config", {"model": "m", "params": {}, "flags": {}, "gpus": -1}),
+        ("fingerprint", 5),
+        ("details", 5),
+    ],
+)
+def test_what_no_check_could_be_made_with_is_refused_at_its_line(tmp_path, name, value):
+    lines = promise_block(promise()).splitlines()
+    number = next(i for i, line in enumerate(lines) if name in json.loads(line.removeprefix("# tuner: ")))
+    lines[number] = f"# tuner: {json.dumps(json.loads(lines[number].removeprefix('# tuner: ')) | {name: value})}"
+    (path := tmp_path / "best-config.yaml").write_text("\n".join(["# a comment", *lines]))
+    with pytest.raises(UsageError, match=f"the promise cannot be read: {name}: ") as caught:
+        read_promise(path)
+    assert caught.value.where == f"{path}:{number + 2}"
 
 
 def test_what_a_verification_recommends_becomes_the_promise():

@@ -57,4 +57,11 @@ class ServingConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ServingConfig:
-        return cls(**data)
+        """Raises ``TypeError`` or ``ValueError`` for what :meth:`to_dict` does not make."""
+        config = cls(**data)
+        for name in ("params", "flags", "env"):
+            if not isinstance(getattr(config, name), Mapping):
+                raise ValueError(f"{name} of a configuration is {getattr(config, name)!r}, no mapping")
+        if not isinstance(config.model, str) or isinstance(config.gpus, bool) or not isinstance(config.gpus, int):
+            raise ValueError(f"a configuration of model {config.model!r} on {config.gpus!r} GPUs")
+        return config

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tuner.errors import UsageError
 from tuner.space.config import ServingConfig
-from tuner.spec.slo import Slo, parse
+from tuner.spec.slo import Slo, check_metric, parse
 from tuner.verify.arm import Range
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.repeats import NO_SPREAD, Spread
@@ -96,46 +96,75 @@ def read_promise(path: Path) -> Promise:
     except (OSError, UnicodeDecodeError) as failure:
         raise UsageError(f"cannot be read: {failure}", where=str(path)) from failure
     found: dict[str, Any] = {}
+    lines: dict[str, int] = {}
     last = 1
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith(PREFIX):
             last = number
             try:
-                found |= json.loads(line[len(PREFIX) :])
-            except (ValueError, TypeError) as failure:
+                row = _mapping(json.loads(line[len(PREFIX) :]))
+            except ValueError as failure:
                 raise UsageError(f"bad promise line: {failure}", where=f"{path}:{number}", fix=_EXPORT) from failure
+            found |= row
+            lines |= dict.fromkeys(row, number)
     if not found:
         raise UsageError("holds no promise (no line '# tuner: {...}')", where=str(path), fix=_EXPORT)
     if found.get("promise") != VERSION:
         raise UsageError(f"promise version {found.get('promise')!r} is not known", where=f"{path}:{last}", fix=_EXPORT)
-    try:
-        return Promise(
-            study=found["study"],
-            trial=found["trial"],
-            config=ServingConfig.from_dict(found["config"]),
-            load=_positive(found["load"]),
-            slos=tuple(_slo(text) for text in found["slos"]),
-            cost=_range(found["cost_usd_per_mtok_output"]),
-            latency_metric=found["latency_metric"],
-            latency=_range(found["latency_s"]),
-            fingerprint=Fingerprint.from_dict(found["fingerprint"]),
-            spread=Spread(float(found["launch_variance"]), float(found["launch_freedom"])),
-            confidence=float(found["confidence"]),
-            details=found.get("details", {}),
-        )
-    except KeyError as failure:
-        raise UsageError(f"the promise lacks {failure}", where=f"{path}:{last}", fix=_EXPORT) from failure
-    except (TypeError, ValueError, AttributeError) as failure:
-        raise UsageError(f"the promise cannot be read: {failure}", where=f"{path}:{last}", fix=_EXPORT) from failure
+
+    def read(name: str, as_: Callable[[Any], T]) -> T:
+        try:
+            return as_(found[name])
+        except KeyError as failure:
+            raise UsageError(f"the promise lacks {failure}", where=f"{path}:{last}", fix=_EXPORT) from failure
+        except (TypeError, ValueError, AttributeError, OverflowError) as failure:
+            words = f"the promise cannot be read: {name}: {failure}"
+            raise UsageError(words, where=f"{path}:{lines[name]}", fix=_EXPORT) from failure
+
+    return Promise(
+        study=read("study", str),
+        trial=read("trial", lambda number: None if number is None else int(number)),
+        config=read("config", _config),
+        load=read("load", _number(above=0.0)),
+        slos=read("slos", lambda texts: tuple(_slo(text) for text in texts)),
+        cost=read("cost_usd_per_mtok_output", _range),
+        latency_metric=read("latency_metric", check_metric),
+        latency=read("latency_s", _range),
+        fingerprint=read("fingerprint", lambda said: Fingerprint.from_dict(_mapping(said))),
+        spread=Spread(read("launch_variance", _number()), read("launch_freedom", _number())),
+        confidence=read("confidence", _number(above=0.0, below=1.0)),
+        details=read("details", _mapping) if "details" in found else {},
+    )
 
 
+T = TypeVar("T")
 _EXPORT = "Export it again with `tuner export STUDY`."
 
 
-def _positive(load: float) -> float:
-    if not 0 < float(load) < math.inf:
-        raise ValueError(f"a load of {load!r}")
-    return float(load)
+def _number(above: float | None = None, below: float = math.inf) -> Callable[[Any], float]:
+    """A reader of numbers between the two; without ``above`` from 0 on."""
+
+    def read(value: Any) -> float:
+        number = float(value)
+        if not (number >= 0 if above is None else number > above) or not number < below:
+            raise ValueError(f"{value!r} is out of range")
+        return number
+
+    return read
+
+
+def _config(value: Any) -> ServingConfig:
+    config = ServingConfig.from_dict(value)
+    words = (*config.env, *config.env.values(), config.model_variant, config.gpu)
+    if not all(isinstance(word, str) for word in words) or config.gpus < 0:
+        raise ValueError("a server cannot be started with it")
+    return config
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r} is no mapping")
+    return value
 
 
 def _slo(text: str) -> Slo:
@@ -151,4 +180,6 @@ def _plain(values: Range) -> list[float | str]:
 
 def _range(values: list[float | str]) -> Range:
     middle, low, high = (float(v) for v in values)
+    if middle < 0 or low > high:  # what is not known is NaN, which is neither
+        raise ValueError(f"{values!r} is out of range")
     return middle, low, high
