@@ -1,6 +1,7 @@
 """Synthetic traces have the rate, burstiness, lengths and sharing asked for, or those of the trace they follow."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.errors import UsageError
-from tuner.load import formats, prompts, synth
+from tuner.load import formats, prompts, synth, windows
 from tuner.load.arrivals import Arrivals
 from tuner.load.lengths import EmpiricalLengths, LognormalLengths
 from tuner.load.rates import read_rates
@@ -154,6 +155,14 @@ def test_fitting_lognormals_recovers_the_parameters_the_lengths_were_drawn_with(
     assert found.log_sd == pytest.approx(true.log_sd, rel=0.02)
     assert found.correlation == pytest.approx(true.correlation, abs=0.02)
     assert found.most == (tokens_in.max(), tokens_out.max())
+
+
+@pytest.mark.parametrize("cv", [1.0, 2.5])
+def test_fitting_a_diurnal_trace_recovers_the_burstiness_that_its_swing_is_not(cv):
+    profile = replace(synth.profile("azure-conversation"), arrivals=Arrivals(4, cv=cv, swing=0.8, period_s=500))
+    trace = synth.synthesise(profile, duration_s=5000.0, seed=1)
+    trace = windows.cut_time(trace, 130.0, 4630.0)  # nine periods, and not from the valley
+    assert synth.fit(trace, kind="diurnal", period_s=500.0).arrivals.cv == pytest.approx(cv, rel=0.05)
 
 
 def test_fitting_a_diurnal_trace_recovers_its_swing():

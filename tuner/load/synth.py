@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -89,9 +90,9 @@ def fit(trace: Trace, *, how: str = "empirical", kind: str = "gamma", period_s: 
     """A profile with a trace's rate, burstiness, lengths and share of repeated prompt tokens.
 
     ``how`` is ``empirical`` or ``lognormal`` (the lengths). ``kind`` is ``poisson``, ``gamma`` (the CV of the trace's
-    gaps) or ``diurnal`` (also the first harmonic of its rate over ``period_s``; its phase is not kept: a synthetic day
-    starts in the valley). Raises UsageError for a trace of fewer than three requests, without any duration, or for
-    ``diurnal`` shorter than its period.
+    gaps) or ``diurnal`` (the first harmonic of its rate over ``period_s``, and the CV of the gaps without it; its phase
+    is not kept: a synthetic day starts in the valley). Raises UsageError for a trace of fewer than three requests,
+    without any duration, or for ``diurnal`` shorter than its period.
     """
     gaps = np.diff(trace.arrival_s)
     if len(gaps) < 2 or not trace.arrival_s[-1] > 0:
@@ -107,9 +108,14 @@ def fit(trace: Trace, *, how: str = "empirical", kind: str = "gamma", period_s: 
                 f"a trace of {trace.arrival_s[-1]:.0f} s does not show a period of {period_s:g} s",
                 fix="Fit gamma, or give the swing yourself: diurnal:RATE:SWING:PERIOD_S",
             )
-        # of arrivals at rate r (1 - a cos(w t - p)) over whole periods, the mean of exp(i w t) has length a / 2
-        swing = 2 * abs(np.exp(1j * math.tau * trace.arrival_s / period_s).mean())
-        arrivals = Arrivals(rate, cv=cv, swing=min(1.0, float(swing)), period_s=period_s)
+        # of arrivals at rate r (1 - a cos(w t - p)) over whole periods, the mean of exp(i w t) is -a / 2 exp(i p)
+        turn = math.tau * trace.arrival_s / period_s
+        mean = complex(np.exp(1j * turn).mean())
+        swing, peak = min(1.0, 2 * abs(mean)), cmath.phase(-mean)
+        # the swing makes gaps differ, too: burstiness is what is left on a clock that runs with the rate
+        gaps = np.diff(turn - swing * np.sin(turn - peak))
+        cv = float(gaps.std() / gaps.mean())
+        arrivals = Arrivals(rate, cv=cv, swing=swing, period_s=period_s)
     else:
         raise UsageError(f"arrivals cannot be fitted as {kind!r}", fix="Use poisson, gamma or diurnal")
     share = sharing(trace).token_share
