@@ -28,10 +28,15 @@ def by_hand(pools, need, allowed, terms):
         for used in itertools.product(*(range(n + 1) for n in ready)):
             whole = sum(n * size[p][h] for p, n in enumerate(used))
             lost = terms.spare * max((size[p][h] for p, n in enumerate(used) if n), default=0.0)
-            spot = sum(n * size[p][h] for p, n in enumerate(used) if pools[p].spot)
-            if whole - lost >= need[h] - 1e-9 and spot <= terms.spot_share * whole + 1e-9:
+            if whole - lost >= need[h] - 1e-9:
                 return True
         return False
+
+    def shared(paid, ready, h):
+        """Whether the spot machines, needed or not, are no more of the capacity than they may be."""
+        spot = sum(n * size[p][h] for p, n in enumerate(paid) if pools[p].spot)
+        rest = sum(n * size[p][h] for p, n in enumerate(ready) if not pools[p].spot)
+        return spot <= terms.spot_share * (spot + rest) + 1e-9
 
     columns = [
         [n for n in itertools.product(range(MOST + 1), repeat=many) if need[h] == 0 or serves(n, h)]
@@ -61,7 +66,8 @@ def by_hand(pools, need, allowed, terms):
             for name, most in terms.max_gpus.items()
             for h in range(hours)
         )
-        if kept and room and all(need[h] == 0 or serves(ready[h], h) for h in range(hours)):
+        share = all(shared(plan[h], ready[h], h) for h in range(hours))
+        if kept and room and share and all(need[h] == 0 or serves(ready[h], h) for h in range(hours)):
             best = cost
     return best if best < math.inf else None
 
@@ -93,7 +99,7 @@ def problems(draw):
     terms = Terms(
         spare=draw(st.integers(0, 1)),
         spot_share=draw(st.sampled_from([0.3, 0.6])) if spot else 0.0,
-        min_uptime_h=draw(st.integers(1, 2)),
+        min_uptime_h=draw(st.integers(1, 3)),
         max_gpus=bounds,
     )
     return pools, need, allowed, terms
@@ -175,3 +181,11 @@ def test_a_plan_for_a_million_requests_per_second_is_within_a_hundredth_of_a_per
 def test_what_was_needed_is_kept_around_the_circle():
     assert needs(np.array([1.0, 5.0, 2.0, 1.0]), 1).tolist() == [1, 5, 5, 2]
     assert needs(np.array([1.0, 2.0, 5.0]), 1).tolist() == [5, 2, 5]
+
+
+def test_spot_machines_that_must_run_on_are_not_more_than_their_share():
+    terms = Terms(spot_share=0.5, spot_price=0.3, interruptions_per_hour=0.05, min_uptime_h=4)
+    pools = pools_of([made.offer(rps=10)], terms)
+    plan = solve(pools, np.array([30.0, 30, 0, 10, 60, 30, 30, 10]), np.full((2, 8), 10.0), terms)
+    spot = plan.ready[1] * 10 * pools[1].available
+    assert (spot <= 0.5 * plan.capacity_rps + 1e-9).all()

@@ -29,7 +29,7 @@ def solve(
 
 
 class _Programme:
-    """Variables, each (pools, hours): n paid, s ready, u starts, z (0 or 1) whether the pool is in use."""
+    """Variables, each (pools, hours): n paid, s serving, u starts, z (0 or 1) whether the pool is in use, r ready."""
 
     def __init__(self, pools: Sequence[Pool], need: np.ndarray, allowed: np.ndarray, terms: Terms) -> None:
         self.pools, self.need, self.terms = tuple(pools), need, terms
@@ -43,11 +43,12 @@ class _Programme:
 
     def solve(self, seconds: float) -> Plan | None:
         if not self.need.any():
-            return self._plan(np.zeros((4, self.many, self.hours)), 0.0)
+            return self._plan(np.zeros((5, self.many, self.hours)), 0.0)
         if self.most == 0:
             return None
         self._starts()
         self._serve()
+        self._share()
         self._bounds()
         if self.most <= EXACT:
             found = self._run(*self._limits(), seconds)
@@ -73,7 +74,7 @@ class _Programme:
         return self._plan(best.x, max(1 - bound.fun / best.fun, 0.0) if best.fun > 0 else 0.0)
 
     def _limits(self) -> tuple[np.ndarray, np.ndarray]:
-        upper = np.full((4, self.many, self.hours), float(self.most))
+        upper = np.full((5, self.many, self.hours), float(self.most))
         upper[3] = 1.0
         upper[:, self.counted <= 0] = 0.0
         return np.zeros_like(upper), upper
@@ -114,7 +115,7 @@ class _Programme:
         return math.ceil((float(self.need[hour]) + lost) / size - 1e-9) if size > 0 else 0
 
     def _prices(self) -> np.ndarray:
-        cost = np.zeros((4, self.many, self.hours))
+        cost = np.zeros((5, self.many, self.hours))
         for p, pool in enumerate(self.pools):
             cost[0, p] = pool.usd_per_hour
             # a start-up that costs nothing is still not made for nothing
@@ -144,13 +145,21 @@ class _Programme:
             for q in range(self.many):
                 lost = self.terms.spare * self.counted[q, h]
                 self._row([*served, (self._column(3, q, h), -lost)], self.need[h], np.inf)
-            if self.terms.spot_share < 1:
-                share = self.terms.spot_share
-                spot = [
-                    (self._column(1, p, h), self.counted[p, h] * ((1 - share) if pool.spot else -share))
-                    for p, pool in enumerate(self.pools)
-                ]
-                self._row(spot, -np.inf, 0)
+
+    def _share(self) -> None:
+        """Requests come to every replica that runs, needed or not: spot machines count from when they are paid, the
+        others where they are ready."""
+        share, spot = self.terms.spot_share, [pool.spot for pool in self.pools]
+        for h in range(self.hours if any(spot) and share < 1 else 0):
+            counted = []
+            for p, pool in enumerate(self.pools):
+                if pool.spot:
+                    counted.append((self._column(0, p, h), self.counted[p, h] * (1 - share)))
+                    continue
+                counted.append((self._column(4, p, h), -self.counted[p, h] * share))
+                for j in range(min(pool.late_h, self.hours - 1) + 1):
+                    self._row([(self._column(4, p, h), 1), (self._column(0, p, h - j), -1)], -np.inf, 0)
+            self._row(counted, -np.inf, 0)
 
     def _bounds(self) -> None:
         """A replica that starts for an hour takes its GPUs in the hour before, beside those that still run there."""
@@ -165,8 +174,8 @@ class _Programme:
                 self._row([*held, *begun], -np.inf, most)
 
     def _plan(self, x: np.ndarray, gap: float) -> Plan:
-        x = np.rint(x).reshape(4, self.many, self.hours)
-        replicas, ready, _, _ = (part.astype(np.int64) for part in x)
+        x = np.rint(x).reshape(5, self.many, self.hours)
+        replicas, ready, *_ = (part.astype(np.int64) for part in x)
         starts = np.maximum(replicas - np.roll(replicas, 1, axis=1), 0)
         ready = replicas.copy()  # the programme need not use all that is ready
         for p, pool in enumerate(self.pools):
