@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,17 +31,21 @@ class Target:
 
 def target(url: str) -> Target:
     """``http://127.0.0.1:8000`` (with or without ``/v1``) as a Target. Raises UsageError on anything else."""
-    text = url if "://" in url else f"http://{url}"
+    fix = "Write for example http://127.0.0.1:8000"
     try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise UsageError(f"bad URL {url!r}: {error}", fix="Write for example http://127.0.0.1:8000") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise UsageError(f"bad URL {url!r}", fix="Write for example http://127.0.0.1:8000")
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        port, host = parts.port, (parts.hostname or "").encode("idna").decode("ascii")
+    except ValueError as error:  # a UnicodeError is one: a label that is empty, too long, or none in any language
+        raise UsageError(f"bad URL {url!r}: {error}", fix=fix) from error
+    if "@" in parts.netloc:  # not shown: it may be a password
+        raise UsageError("bad URL: it names a user", fix="Leave that out; a key is given with --api-key")
+    sound = port != 0 and re.fullmatch(r"[\w.-]+|[0-9a-f:.]+(%[\w.-]+)?", host, re.ASCII)
+    sound = sound and re.fullmatch(r"[!-~]*", parts.path)
+    if not sound or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+        raise UsageError(f"bad URL {url!r}", fix=fix)
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     tls = parts.scheme == "https"
-    return Target(parts.hostname, port or (443 if tls else 80), path, tls)
+    return Target(host, port or (443 if tls else 80), path, tls)
 
 
 def tls_context() -> ssl.SSLContext:
