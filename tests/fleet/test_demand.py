@@ -98,6 +98,13 @@ def test_a_broken_file_is_one_line_with_its_place(tmp_path, name, text, where, s
     assert "\n" not in line
 
 
+@pytest.mark.parametrize("suffix", [".json", ".txt"])
+@pytest.mark.parametrize("text", [f"[1{'0' * 5000}]", f"[1{'0' * 400}]", "[" * 100_000, "[1e999]"])
+def test_numbers_and_lists_without_end_are_one_line(tmp_path, text, suffix):
+    with pytest.raises(UsageError, match=r"is no JSON of hours|is more than|not a number of requests"):
+        read(written(tmp_path, text, f"day{suffix}"))
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

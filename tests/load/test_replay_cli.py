@@ -9,6 +9,8 @@ import pytest
 
 from tuner.cli.app import main
 from tuner.cli.replay import _interrupt
+from tuner.load.probe import Found
+from tuner.load.wire import Dialect
 
 
 @pytest.fixture
@@ -62,3 +64,20 @@ def test_a_replay_under_nohup_outlives_its_terminal():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--load", "1e-300"), "the trace lasts for over 30 years"),
+        (("--load", "1e-10"), "the trace lasts for over 30 years"),
+        (("--timeout", "1e300"), "longer than 30 years"),
+        (("--warmup", "1e300"), "longer than 30 years"),
+        (("--seed", "-1", "--arrivals", "poisson:1"), "--seed"),
+    ],
+)
+def test_numbers_that_no_replay_can_have_are_refused(replay, words, says, monkeypatch):
+    monkeypatch.setattr("tuner.load.step.probe", lambda *_, **__: Found(Dialect("m"), 100, (), False))
+    code, err = replay(*words)
+    assert code == 2
+    assert says in err

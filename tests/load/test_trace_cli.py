@@ -273,3 +273,17 @@ def test_convert_drops_the_texts_only_where_a_prompt_is_longer_and_says_so(tmp_p
         assert result.exit_code == 0
         assert (formats.read(out).texts is not None) == kept
         assert ("1 of 2 prompts got another length" in result.stderr) != kept
+
+
+@pytest.mark.parametrize("command", ["info", "convert", "cut", "synth"])
+def test_a_seed_below_zero_is_refused(command):
+    words = {"info": ["t"], "convert": ["t", "o.jsonl"], "cut": ["t", "o.jsonl"], "synth": ["o.jsonl"]}[command]
+    result = CliRunner().invoke(app, [command, *words, "--seed", "-1"])
+    assert result.exit_code == 2 and "--seed" in result.output
+
+
+def test_no_number_of_requests_and_too_many_are_refused(tmp_path):
+    words = ["synth", str(tmp_path / "o.jsonl"), "--profile", "azure-code", "--requests"]
+    assert CliRunner().invoke(app, [*words, "-5"]).exit_code == 2
+    with pytest.raises(UsageError, match="Give a number from 1 to 100,000,000"):
+        run(*words, "100000000000000")

@@ -62,3 +62,8 @@ def test_a_copy_of_a_study_folders_file_is_no_study_of_its_own(workplace):
         YAML().dump(dict(study.frozen), file)
     with pytest.raises(UsageError, match=r"copy.yaml:\d+: a copy of a study folder's own file"):
         studyfile.load(workplace / "copy.yaml")
+
+
+def test_lists_in_lists_without_end_are_no_study(tmp_path):
+    with pytest.raises(UsageError, match="nested too deeply"):
+        studyfile.load(write(tmp_path, "[" * 100_000))

@@ -217,7 +217,7 @@ def fleet(
     confidence: Annotated[float, typer.Option(help="Of the lower limit of a replica's capacity.")] = 0.95,
     simulation: Annotated[str, typer.Option(help="auto, windows or requests.")] = "auto",
     seconds: Annotated[float, typer.Option(help="How long the solver may search.")] = 60.0,
-    seed: Annotated[int, typer.Option(help="Of the simulation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the simulation.")] = 0,
     format: Annotated[str, typer.Option(help="The trace's format, where it is not recognised.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="The HTML file. [default: fleet.html in the first study's folder]")

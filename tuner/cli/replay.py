@@ -38,9 +38,7 @@ def replay(
     ),
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 600.0,
     early_stop: Annotated[bool, typer.Option(help="End once the outcome is decided.")] = True,
-    seed: Annotated[int, typer.Option(help="Another seed, other prompts: the prefix cache finds none of the last.")] = (
-        0
-    ),
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other prompts: no prefix cache finds the last.")] = 0,
     percentile: Annotated[list[float] | None, typer.Option(help="Percentiles. [default: 50 90 95 99]")] = None,
     records: Annotated[Path | None, typer.Option(help="Keep the records in this Parquet file.")] = None,
     recompute: Annotated[bool, typer.Option(help="No replay: the metrics again from --records.")] = False,
@@ -88,6 +86,7 @@ def _run(
     from tuner.load.formats import read_with_report
     from tuner.load.records import check_writable
     from tuner.load.step import measure
+    from tuner.load.windows import MAX_SPAN_S
     from tuner.load.wire import checked_key
 
     trace, report = read_with_report(trace_file, format, arrivals=arrivals, tokenizer=tokenizer or None, seed=seed)
@@ -97,8 +96,8 @@ def _run(
         trace = windows.cut_time(trace, 0.0, seconds, name=trace.name)
     if requests is not None:
         trace = windows.cut(trace, 0, requests, name=trace.name)
-    if not 0 <= warmup < math.inf or not 0 < timeout < math.inf or closed_loop < 0:
-        raise UsageError("--warmup, --timeout and --closed-loop cannot be negative or infinite")
+    if not 0 <= warmup <= MAX_SPAN_S or not 0 < timeout <= MAX_SPAN_S or closed_loop < 0:
+        raise UsageError("--warmup, --timeout and --closed-loop cannot be negative, or longer than 30 years")
     if processes is not None and processes < 1:
         raise UsageError("--processes must be at least 1")
     if records is not None:

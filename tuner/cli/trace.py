@@ -29,7 +29,7 @@ ArrivalsSpec = Annotated[
     typer.Option("--arrivals", help="Arrivals for a file without: poisson:RATE, gamma:RATE:CV, diurnal:RATE:SWING."),
 ]
 TokenizerPath = Annotated[str | None, typer.Option("--tokenizer", help="Model folder that counts tokens of texts.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same trace.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same trace.")]
 LengthFactor = Annotated[float, typer.Option(help="Multiply prompt and output lengths, for a smaller model.")]
 RateFactor = Annotated[float, typer.Option(help="Multiply the arrival rate.")]
 MaxInput = Annotated[int | None, typer.Option(help="Cut prompts to so many tokens.")]
@@ -132,7 +132,7 @@ def synth(
     rates: Annotated[Path | None, typer.Option(help="A ServeGen rate profile for the arrivals.")] = None,
     from_s: Annotated[float, typer.Option(help="With --rates: start of the part to take, in seconds.")] = 0.0,
     to_s: Annotated[float | None, typer.Option(help="With --rates: its end, in seconds.")] = None,
-    requests: Annotated[int | None, typer.Option(help="How many requests.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="How many requests.")] = None,
     duration_s: Annotated[float | None, typer.Option(help="Or: for how many seconds.")] = None,
     arrivals: Annotated[
         str | None,

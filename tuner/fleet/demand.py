@@ -143,6 +143,8 @@ def _json(path: Path, text: str) -> list[tuple[str, float]] | None:
         if path.suffix != ".json":
             return None  # a line of JSON per request: a trace
         raise UsageError(f"is no JSON: {failure.msg}", where=f"{path}:{failure.lineno}", fix=_FORM) from failure
+    except (ValueError, RecursionError) as failure:  # a number of thousands of digits; lists in lists in lists
+        raise UsageError(f"is no JSON of hours: {failure}", where=str(path), fix=_FORM) from failure
     if isinstance(data, dict):
         data = next((data[name] for name in (*RATES, "hours") if isinstance(data.get(name), list)), None)
     if not isinstance(data, list):
@@ -204,7 +206,8 @@ def _in_order(labels: Sequence[str], path: Path, lines: Sequence[int]) -> None:
 
 def _rate(value: Any, where: str) -> float:
     number = _number(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    # infinity and NaN are no numbers; math.isfinite raises for one of 400 digits
+    if isinstance(number, bool) or not isinstance(number, int | float) or number - number != 0:
         raise UsageError(f"{value!r} is not a number of requests per second", where=where, fix=_FORM)
     if number < 0:
         raise UsageError(f"{value!r} requests per second is negative", where=where)

@@ -137,7 +137,7 @@ def _first_model(where: Target, endpoint: Endpoint) -> str:
         connection.close()
     try:
         return str(json.loads(data)["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{endpoint.url} is no OpenAI-compatible server: GET /v1/models answered {answer.status}",
             fix="Give the server's base URL, or name the model",

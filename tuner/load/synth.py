@@ -130,6 +130,8 @@ def synthesise(
     the two). The same profile, size and seed give the same trace. Raises UsageError where no request arrives."""
     if (requests is None) == (duration_s is None):
         raise UsageError("a synthetic trace needs its size", fix="Give either a number of requests or a duration")
+    if requests is not None and not 1 <= requests <= _MOST_REQUESTS:
+        raise UsageError(f"{requests} requests", fix=f"Give a number from 1 to {_MOST_REQUESTS:,}")
     # three streams, so that more requests do not change the lengths of the first ones
     arrivals_rng, lengths_rng, prefixes_rng = np.random.default_rng(seed).spawn(3)
     if requests is None:

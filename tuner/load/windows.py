@@ -12,6 +12,7 @@ from tuner.errors import UsageError
 from tuner.load.trace import Trace
 
 Kind = Literal["search", "held-out"]
+MAX_SPAN_S = 1e9  # 30 years: times of a replay are nanoseconds in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,16 @@ class Split:
 def warp(arrival_s: np.ndarray, load: float) -> np.ndarray:
     """The arrivals at ``load`` times the rate: every gap is divided by ``load``, so order and burst shape stay.
 
-    ``arrival_s`` (n,) seconds; returns a new (n,) float64 array. Raises UsageError unless 0 < load < infinity.
+    ``arrival_s`` (n,) seconds; returns a new (n,) float64 array. Raises UsageError unless 0 < load < infinity,
+    and where they last for longer than :data:`MAX_SPAN_S`.
     """
     if not (math.isfinite(load) and load > 0):
         raise UsageError(f"load {load} is not a positive number", fix="Give a factor such as 1.5")
-    return np.asarray(arrival_s, dtype=np.float64) / load
+    with np.errstate(over="ignore"):
+        warped = np.asarray(arrival_s, dtype=np.float64) / load
+    if len(warped) and warped[-1] > MAX_SPAN_S:
+        raise UsageError(f"at load {load:g} the trace lasts for over 30 years", fix="Give a factor such as 1.5")
+    return warped
 
 
 def cut(trace: Trace, first: int, stop: int, *, name: str | None = None) -> Trace:

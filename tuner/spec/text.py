@@ -75,6 +75,7 @@ def read(path: Path, kind: str) -> Document:
         raise UsageError(f"cannot read this {kind} file ({error})", where=shown) from None
     try:
         tree = YAML(typ="rt").load(text)
+        data = plain(tree)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -82,9 +83,11 @@ def read(path: Path, kind: str) -> Document:
         raise UsageError(f"this is not valid YAML: {problem}", where=f"{shown}:{line}") from None
     except (YAMLError, ValueError) as error:
         raise UsageError(f"this is not valid YAML: {str(error).splitlines()[0]}", where=shown) from None
+    except RecursionError:
+        raise UsageError("this is not valid YAML: it is nested too deeply", where=shown) from None
     if not isinstance(tree, CommentedMap):
         raise UsageError(f"a {kind} file is a mapping of keys to values", where=f"{shown}:1")
-    return Document(shown, plain(tree), tree)
+    return Document(shown, data, tree)
 
 
 def plain(node: Any) -> Any:
