@@ -12,7 +12,9 @@ from tests.study.fake import FakeEngine, oom
 from tuner.engines.protocol import LaunchFailed, Teardown
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
+from tuner.record.place import place
 from tuner.spec import studyfile
+from tuner.spec.storage import sqlite_file
 from tuner.study import budget, queue, session, verifying, workload
 from tuner.study.evaluate import Bench
 from tuner.study.outcome import Aborted, Infeasible, Measured
@@ -503,3 +505,15 @@ def test_no_launch_sees_a_prompt_twice_and_all_configurations_see_the_same(runne
         assert len(set(by_load.values())) == len(by_load)
     longest = max(seeds.values(), key=len)
     assert all(longest[load] == seed for by_load in seeds.values() for load, seed in by_load.items())
+
+
+@pytest.mark.parametrize("odd", ["what?", "a%20b", "{x}", "50%"])
+def test_the_ledger_is_in_the_study_folder_whatever_that_is_called(runner, odd):
+    runner.text = runner.text.replace("REPORTS", f'"REPORTS/{odd}"')
+    runner.run(replace={"launches: 6": "launches: 1"})
+    folder = runner.folder / "reports" / odd / "s"
+    assert len(Store(folder).trials()) == 1 and (folder / "study.db").is_file()
+    assert [path.name for path in (runner.folder / "reports").iterdir()] == [odd]
+    mlflow = place(runner.study(), {})
+    assert sqlite_file(mlflow.uri) == folder.parent / "mlflow.db"
+    assert place(replace(runner.study(), tracking_uri=mlflow.uri), {}).uri == mlflow.uri

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from tuner.errors import UsageError
 from tuner.record.ledger import Ledger
+from tuner.spec.storage import sqlite_file, sqlite_url
 from tuner.spec.study import Study
 
 EXPERIMENT = "tuner"
@@ -45,9 +46,9 @@ def place(study: Study, env: Mapping[str, str] = os.environ) -> Place:
     if not uri:
         return default_place(Path(study.folder).resolve().parent, experiment)
     if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
+        database = sqlite_file(uri).resolve()
         artifacts = (database.parent / "mlartifacts").as_uri()
-        return Place(f"sqlite:///{database}", artifacts, experiment, database.with_name(f".{database.name}.lock"))
+        return Place(sqlite_url(database), artifacts, experiment, database.with_name(f".{database.name}.lock"))
     return Place(uri, "", experiment, Path(study.folder).resolve() / ".mlflow.lock")
 
 
@@ -55,7 +56,7 @@ def default_place(folder: Path, experiment: str = EXPERIMENT) -> Place:
     """The SQLite store of the studies in ``folder``: ``mlflow.db`` with ``mlartifacts`` beside it."""
     folder = folder.resolve()
     return Place(
-        f"sqlite:///{folder / 'mlflow.db'}",
+        sqlite_url(folder / "mlflow.db"),
         (folder / "mlartifacts").as_uri(),
         experiment,
         folder / ".mlflow.db.lock",
@@ -74,8 +75,7 @@ def ui_command(where: Study | Path, port: int = 5000, env: Mapping[str, str] = o
         known = default_place(parent)
     if known.server:
         raise UsageError(f"this study is logged to {known.uri}", fix="Open that address in a browser.")
-    database = Path(known.uri.removeprefix("sqlite:///"))
-    if known.uri.startswith("sqlite:") and not database.exists():
+    if known.uri.startswith("sqlite:") and not (database := sqlite_file(known.uri)).exists():
         raise UsageError(f"there is no {database}", fix="Run a study first, or `tuner sync` one that was not logged.")
     words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", known.uri]
     if known.artifacts:

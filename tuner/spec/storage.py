@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from tuner.errors import UsageError
 from tuner.spec.text import Document, suggest
@@ -87,3 +89,23 @@ def kept(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {**data, "url": masked(str(data.get("url", "")))}
     return masked(str(data))
+
+
+def sqlite_url(path: Path) -> str:
+    """SQLAlchemy's URL of a SQLite file. Raises UsageError for a path that the installed version cannot be told."""
+    plain = f"sqlite:///{path}"
+    if not set("?%{}") & set(plain):  # in a URL these mean something, and braces are Optuna's
+        return plain
+    quoted = f"sqlite:///{quote(str(path))}"
+    if sqlite_file(quoted) == path:
+        return quoted
+    raise UsageError("a database cannot lie in a folder with ?, % or braces in its path", where=str(path))
+
+
+def sqlite_file(url: str) -> Path:
+    """The file of a SQLite URL, as SQLAlchemy reads it."""
+    if "%" not in url:
+        return Path(url.removeprefix("sqlite:///").partition("?")[0])
+    from sqlalchemy.engine import make_url
+
+    return Path(make_url(url).database or "")

@@ -14,6 +14,7 @@ from typing import Any
 
 from tuner.errors import EnvironmentFault, naming
 from tuner.space.config import ServingConfig
+from tuner.spec.storage import sqlite_url
 from tuner.study.outcome import Outcome, from_dict, to_dict
 
 
@@ -55,7 +56,7 @@ class Store:
     @property
     def database(self) -> str:
         """Optuna's storage URL."""
-        return f"sqlite:///{self.folder.resolve() / 'study.db'}"
+        return sqlite_url(self.folder.resolve() / "study.db")
 
     @property
     def ladder_folder(self) -> Path:
