@@ -142,6 +142,7 @@ class Daemon:
         class Answers(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if self.path == "/stop":
+                    self.server.shutdown()  # else its last look at the socket keeps the port for a moment
                     self.server.server_close()
                 self.send_response(200)
                 self.end_headers()
@@ -170,3 +171,31 @@ def test_what_the_stop_command_ended_is_not_left_over(site: Site, then: str, sto
         except LaunchFailed as failure:
             teardown = failure.teardown
     assert bool(teardown.left_over) != stops
+
+
+_SERVE = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+asked = []
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/health":
+            asked.append(1)
+            open("asked", "w").write(str(len(asked)))
+        self.send_response(503 if self.path == "/health" and len(asked) < 3 else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": "theirs"}]}).encode())
+    def log_message(self, *_):
+        pass
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
+"""
+
+
+def test_without_a_name_in_the_command_any_name_is_taken_once_the_server_is_well(site: Site) -> None:
+    engine = CommandEngine(command=[sys.executable, "-c", _SERVE, "{port}"], host_alone=False, stop_wait_s=1)
+    server = engine.launch(ServingConfig("m", {}, {}), site)
+    try:
+        assert server.endpoint is not None and server.endpoint.model == "theirs"
+        assert (site.folder / "asked").read_text() == "3"  # refused twice
+    finally:
+        server.stop()

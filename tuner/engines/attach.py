@@ -9,6 +9,7 @@ import os
 from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
 from tuner.errors import EnvironmentFault, Unreachable, UsageError
 from tuner.load import wire
+from tuner.server.probe import deadline
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
@@ -52,7 +53,7 @@ class AttachEngine:
         """See the protocol: what the server's ``/version`` says, else ``unknown``."""
         try:
             return str(json.loads(self.get("/version"))["version"])
-        except (EnvironmentFault, ValueError, KeyError, TypeError):
+        except (EnvironmentFault, ValueError, KeyError, TypeError, RecursionError):
             return "unknown"
 
     def flags(self) -> frozenset[str] | None:
@@ -87,7 +88,7 @@ class AttachEngine:
         data = self.get("/v1/models")
         try:
             return [str(entry["id"]) for entry in json.loads(data)["data"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Unreachable(
                 f"{self.url} is no OpenAI-compatible server: GET /v1/models answered {data[:80]!r}",
                 fix="give the base URL, without /v1",
@@ -104,9 +105,10 @@ class AttachEngine:
             connection = http.client.HTTPConnection(there.host, there.port, timeout=10)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
-            connection.request("GET", there.path + path, headers=headers)
-            answer = connection.getresponse()
-            body = answer.read(2**20)
+            with deadline(connection, 10.0):
+                connection.request("GET", there.path + path, headers=headers)
+                answer = connection.getresponse()
+                body = answer.read(2**20)
         except (OSError, http.client.HTTPException) as error:
             raise unreachable(there, error) from None
         finally:

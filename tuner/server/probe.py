@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 
@@ -16,17 +21,41 @@ class Answer:
 
 
 def get(port: int, path: str, api_key: str = "", timeout_s: float = 2.0) -> Answer:
-    """One GET; never raises."""
+    """One GET; never raises. ``timeout_s`` bounds all of it."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        return Answer(response.status, response.read(2**20))
+        with deadline(connection, timeout_s):
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            return Answer(response.status, response.read(2**20))
     except (OSError, http.client.HTTPException):
         return Answer(0)
     finally:
         connection.close()
+
+
+@contextmanager
+def deadline(connection: http.client.HTTPConnection, timeout_s: float) -> Iterator[None]:
+    """Connects, and raises ``TimeoutError`` where what follows has not ended in time: a connection's own limit is for
+    each read, and whoever sends a little for ever answers every read in time."""
+    until_s = time.monotonic() + timeout_s
+    connection.connect()
+    link = connection.sock  # which the connection forgets when an answer says that it will be closed
+    timer = threading.Timer(max(0.0, until_s - time.monotonic()), _shut, [link])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if time.monotonic() >= until_s:  # what was read until then may look like a whole answer
+            raise TimeoutError
+
+
+def _shut(link: socket.socket) -> None:
+    with suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)
 
 
 def listens(port: int) -> bool:
@@ -46,5 +75,5 @@ def served_models(answer: Answer) -> tuple[str, ...] | None:
     try:
         data = json.loads(answer.body)["data"]
         return tuple(str(entry["id"]) for entry in data)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

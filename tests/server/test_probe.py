@@ -1,0 +1,45 @@
+"""Asking a server who it is: whatever it answers, the question ends."""
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from tuner.server import probe
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
+def test_an_answer_that_drips_for_ever_is_none(head):
+    end = threading.Event()
+
+    def drip(listener):
+        link, _ = listener.accept()
+        with link:
+            link.sendall(head)
+            while not end.wait(0.05):
+                try:
+                    link.sendall(b" ")
+                except OSError:
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        began = time.monotonic()
+        answer = probe.get(listener.getsockname()[1], "/health", timeout_s=0.5)
+        took_s = time.monotonic() - began
+        end.set()
+        thread.join()
+    assert answer.status == 0
+    assert took_s < 60  # it would never end
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b"{}", b"[1]", b'{"data": [7]}', b"no JSON"])
+def test_an_answer_that_lists_no_models_is_none(body):
+    assert probe.served_models(probe.Answer(200, body)) is None
+
+
+def test_the_listed_names_are_read():
+    assert probe.served_models(probe.Answer(200, json.dumps({"data": [{"id": "m"}]}).encode())) == ("m",)
