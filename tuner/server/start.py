@@ -271,9 +271,11 @@ def _answers(recipe: Recipe, running: Running) -> bool:
         return False
     answer = probe.get(port, "/v1/models", endpoint.api_key)
     names = probe.served_models(answer)
-    if names is not None and endpoint.model in names:
+    if names and not recipe.named and endpoint.model not in names:  # any name is taken, and asked for from now on
+        endpoint = running.endpoint = replace(endpoint, model=names[0])
+    if names is not None and (endpoint.model in names or not recipe.named):
         return probe.get(port, recipe.health).status == 200 if recipe.health else True
-    foreign = (names is not None and recipe.named) or answer.status in (401, 403)
+    foreign = names is not None or answer.status in (401, 403)
     if foreign and running.exit_code() is None:
         running.stranger = True
         said = f"it serves {', '.join(names)}" if names else f"it refuses our key (HTTP {answer.status})"
@@ -287,7 +289,7 @@ def _answers(recipe: Recipe, running: Running) -> bool:
                 boot=running.boot_log.boot(time.monotonic()),
             )
         )
-    return names is not None and not recipe.named
+    return False
 
 
 def _late(boot_log: BootLog, limits: Limits, now: float) -> str:
