@@ -7,7 +7,7 @@ import pytest
 
 from tuner.engines.sglang import DIALECT as SGLANG
 from tuner.engines.vllmlog import DIALECT as VLLM
-from tuner.server.bootlog import GIB, BootLog, Dialect, Fact, LogFile
+from tuner.server.bootlog import GIB, LINE, BootLog, Dialect, Fact, LogFile
 
 CPU_032 = """\
 (APIServer pid=1) INFO 11-23 19:13:39 [api_utils.py:286] non-default args: {'host': '127.0.0.1', 'port': 8123}
@@ -190,3 +190,25 @@ def test_a_real_start_with_a_draft_model_is_read_and_its_late_compilations_are_r
     assert boot.facts["kv_cache_tokens"] == 453_696 and boot.facts["init_s"] == 118.18
     late = [found.group(1) for line in text.splitlines() if (found := VLLM.cold.search(line))]
     assert late[-1] == "eagle_prepare_inputs_padded_kernel" and len(late) >= 4
+
+
+def test_a_line_that_comes_in_pieces_is_one_and_a_long_one_is_cut(tmp_path: Path):
+    path = tmp_path / "log"
+    log = LogFile(path)
+    seen = []
+    for piece in ("on", "e\n", "\rtwo\r", "\nx", "x" * LINE, "x" * LINE, "\nthree\n"):
+        with path.open("a") as file:
+            file.write(piece)
+        seen += log.new_lines()
+    assert seen == ["one", "two", "x" * LINE, "three"]
+
+
+def test_what_is_kept_of_a_log_without_lines_does_not_grow(tmp_path: Path):
+    """As of dots that show progress: every look at it would take longer than the one before."""
+    path = tmp_path / "log"
+    log = LogFile(path)
+    for _ in range(3):
+        with path.open("a") as file:
+            file.write("." * 100_000)
+        assert log.new_lines() == []
+        assert len(log._rest) <= LINE

@@ -10,6 +10,7 @@ from pathlib import Path
 from tuner.study.outcome import Boot
 
 GIB = 2**30
+LINE = 4_000  # bytes of a line that are looked at: no message is longer, and patterns take their time over what is
 _KEEP = 4 * 2**20  # how much of a log diagnosis reads: the first and the last half of this many bytes
 
 
@@ -100,8 +101,12 @@ class LogFile:
             return []
         self._offset += len(chunk)
         # \r: progress bars rewrite their line.
-        *whole, self._rest = re.split(rb"[\r\n]+", self._rest + chunk)
-        return [line.decode("utf-8", "replace") for line in whole if line]
+        first, *more = re.split(rb"[\r\n]+", chunk)
+        self._rest += first[: max(0, LINE - len(self._rest))]
+        if not more:
+            return []
+        whole, self._rest = [self._rest, *more[:-1]], more[-1][:LINE]
+        return [line[:LINE].decode("utf-8", "replace") for line in whole if line]
 
     def text(self) -> str:
         """The log, its middle left out where it is very long."""
