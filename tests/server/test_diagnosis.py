@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tuner.engines.vllmlog import DIALECT
-from tuner.server.bootlog import BootLog
+from tuner.server.bootlog import LINE, BootLog
 from tuner.server.diagnosis import Evidence, diagnose
 from tuner.server.faults import RULES
 from tuner.study.loop import ENVIRONMENT_CAUSES
@@ -206,3 +206,12 @@ def test_every_rule_says_what_to_do():
 def test_something_is_always_answered():
     found = diagnose(Evidence("", None))
     assert isinstance(found, Infeasible) and found.cause == "crash" and found.fix
+
+
+def test_of_a_long_line_only_the_start_is_looked_at():
+    """A log is not ours: patterns would take half a minute over a line of megabytes."""
+    late = "." * LINE + " torch.OutOfMemoryError: CUDA out of memory."
+    assert diagnose(Evidence(late, 1)).cause == "crash"
+    for word in ("(a pid=1", "(a pid=12 x" * 10, "Failed core proc(s): {", "Tried to allocate 1 GiB"):
+        found = diagnose(Evidence(word * 100_000 + "\ntorch.OutOfMemoryError: CUDA out of memory.", 1))
+        assert found.cause.startswith("oom")

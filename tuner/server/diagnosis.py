@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from tuner.server.bootlog import LINE
 from tuner.server.faults import CONSEQUENCES, RULES, SIGNALS, WRONG_CONFIG, Rule
 from tuner.study.outcome import Infeasible
 
@@ -47,6 +48,7 @@ class Evidence:
 
 def diagnose(evidence: Evidence) -> Infeasible:
     """The failure's cause, the line that proves it and what to do about it. Pure; always answers."""
+    evidence = replace(evidence, log="\n".join(line[:LINE] for line in evidence.log.splitlines()))
     lines = list(_speaking(evidence.log))
     for look in (_from_rules, _from_ending, _from_exception, _from_silence):
         if found := look(evidence, lines):
