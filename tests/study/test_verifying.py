@@ -1,12 +1,14 @@
+import contextlib
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from tests import studies
+from tuner.errors import UsageError
 from tuner.spec.study import Budget
 from tuner.study import verifying
-from tuner.study.store import Store
+from tuner.study.store import Store, read_json, write_json
 from tuner.verify.arm import Finalist
 
 
@@ -31,6 +33,54 @@ def test_a_verification_lasts_as_long_as_its_dearest_configuration_can_be_paid(m
     for gpus in (1, 8):
         within = verifying.limits(ready, store, [arm(ready.study, 1), arm(ready.study, gpus)])
         assert within and within.seconds == pytest.approx(left_usd / (2.5 * gpus) * 3600)
+
+
+@pytest.fixture
+def ablated(tmp_path, monkeypatch):
+    """``tuner ablate`` on a verified study, with what is launched made up; says how it ended."""
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    winner = studies.verification(study, store).config
+    assert winner
+    ready = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=[object()]))
+    monkeypatch.setattr(verifying, "executor", lambda _bench: contextlib.nullcontext())
+
+    def ablate(_study, _launch, finalist, _windows, budget, _on_event, *, done):
+        found = studies.ablation(study, finalist.config, "max_num_batched_tokens")
+        return replace(found, budget=budget.launches, launches=budget.launches - 1)
+
+    monkeypatch.setattr(verifying, "ablate", ablate)
+
+    def run(launches):
+        bench = SimpleNamespace(on_event=lambda _name, _data: None)
+        return verifying.minimal(ready, store, verifying.Nobody(), bench, launches)
+
+    return run, store.folder / "ablation.json", study
+
+
+@pytest.mark.parametrize("launches", [-3, 0, 1, 9])
+def test_an_ablation_that_could_test_nothing_is_refused_and_writes_nothing(ablated, launches):
+    run, path, _ = ablated
+    with pytest.raises(UsageError, match=f"^{launches} launches cannot test a single parameter. Give --launches 10"):
+        run(launches)
+    assert not path.exists() and run(10).budget == 10
+
+
+def test_an_ablation_by_fewer_launches_does_not_replace_one_by_more(ablated):
+    run, path, study = ablated
+    run(20)
+    written = path.read_text()
+    with pytest.raises(UsageError, match=r"ablation\.json: holds what up to 20 launches said\. Give --launches 20"):
+        run(19)
+    assert path.read_text() == written
+    run(20)
+    earlier = {name: value for name, value in read_json(path).items() if name not in ("winner", "budget")}
+    write_json(path, earlier)  # as versions wrote it that did not note what was allowed
+    with pytest.raises(UsageError, match="19 launches"):
+        run(18)
+    run(19)
+    other = studies.ablation(study, study.space.config({"max_num_seqs": 64}, study.model), "max_num_seqs")
+    write_json(path, replace(other, budget=99).to_dict())
+    assert run(12).budget == 12  # another winner's is replaced
 
 
 def test_gpus_of_another_price_are_paid_at_theirs(made):

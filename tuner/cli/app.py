@@ -187,7 +187,7 @@ def verify(
 @app.command(rich_help_panel="Deploy")
 def ablate(
     study: StudyArgument,
-    launches: Annotated[int, typer.Option(help="Launches it may take.")] = 12,
+    launches: Annotated[int, typer.Option(help="Launches it may take, at least 10.")] = 12,
     json: Json = False,
 ) -> None:
     """Set back each flag of the recommendation and keep only those that earn their place."""

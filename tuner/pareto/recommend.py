@@ -67,14 +67,15 @@ def ablation(store: Store, study: Study, config: ServingConfig) -> Mapping[str, 
     found = read_json(path) if path.exists() else None
     if not isinstance(found, Mapping) or not {"config", "effects", "cost_change", "text"} <= found.keys():
         return None
-    winner = found.get("winner") or _rebuilt(found["effects"], study)
-    return found if config.hash in (winner, ServingConfig.from_dict(found["config"]).hash) else None
+    return found if config.hash in (taken_apart(found, study), ServingConfig.from_dict(found["config"]).hash) else None
 
 
-def _rebuilt(effects: Sequence[Mapping[str, Any]], study: Study) -> str:
-    """The hash of the configuration that was taken apart, for files that do not name it: every parameter off its
-    default has an effect. Empty where the search space is another one."""
-    params = {effect["parameter"]: effect["value"] for effect in effects}
+def taken_apart(found: Mapping[str, Any], study: Study) -> str:
+    """The hash of the configuration that an ``ablation.json`` took apart. Earlier files do not name it: there every
+    parameter off its default has an effect. Empty where the search space is another one."""
+    if found.get("winner"):
+        return str(found["winner"])
+    params = {effect["parameter"]: effect["value"] for effect in found["effects"]}
     try:
         known = params.keys() <= {parameter.name for parameter in study.space.parameters}
         return study.space.config(params, study.model).hash if known else ""

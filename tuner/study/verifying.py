@@ -15,6 +15,7 @@ from tuner.executor.build import executor
 from tuner.executor.local import LocalExecutor
 from tuner.executor.protocol import Executor, Job, NodeLost, Place, Rig
 from tuner.load.trace import Trace
+from tuner.pareto.recommend import ablation, taken_apart
 from tuner.space.config import ServingConfig
 from tuner.study import budget
 from tuner.study.evaluate import Bench, of_trial
@@ -123,11 +124,21 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
 def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, launches: int) -> Ablation:
     """Sets back each flag of the recommended configuration in turn, within ``launches``; writes ``ablation.json``.
 
-    Raises UsageError where the study has no verified recommendation to take apart.
+    Raises UsageError where the study has no verified recommendation to take apart, where not one flag could be set
+    back, and where more launches have measured it already: the file would say less than it does.
     """
+    allowed = AblationBudget(launches)
+    if allowed.tests < 1:
+        raise UsageError(f"{launches} launches cannot test a single parameter", fix=_LAUNCHES.format(allowed.least))
     verified = verification(store)
     if verified is None or verified.config is None:
         raise UsageError("there is no verified recommendation to take apart", where=str(store.folder), fix=_VERIFY)
+    before = ablation(store, ready.study, verified.config)
+    if before and taken_apart(before, ready.study) == verified.config.hash:
+        spent = int(before.get("budget") or before.get("launches", 0))
+        if launches < spent:
+            path = str(store.folder / ABLATED)
+            raise UsageError(f"holds what up to {spent} launches said", where=path, fix=_LAUNCHES.format(spent))
     winner = Finalist(verified.choice, verified.config, verified.load, trial=verified.trial)
     with executor(bench) as where:
         result = ablate(
@@ -135,7 +146,7 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
             launcher(ready, store, recorder, where, bench.on_event, "ablate"),
             winner,
             ready.traffic.heldout,
-            AblationBudget(launches),
+            allowed,
             bench.on_event,
             done=_done(store, "ablate"),
         )
@@ -162,6 +173,7 @@ def verification(store: Store) -> Verification | None:
     return Verification.from_dict(read_json(path)) if path.exists() else None
 
 
+_LAUNCHES = "Give --launches {} or more."
 _VERIFY = "Run the study with budget.verify_share above 0 first."
 
 

@@ -37,6 +37,17 @@ class AblationBudget:
     worth: float = 0.01
     sure: float = 0.9
 
+    @property
+    def tests(self) -> int:
+        """How many parameters it can set back alone: two rounds of each and of the winner, and two looks at the
+        smallest config, are kept for it."""
+        return max((self.launches - 2 * self.together) // 2 - 1, 0)
+
+    @property
+    def least(self) -> int:
+        """The launches with which one parameter can be tested."""
+        return 2 * self.together + 4
+
 
 @dataclass(frozen=True, slots=True)
 class Effect:
@@ -57,7 +68,7 @@ class Effect:
 class Ablation:
     """``config`` is the smallest that keeps the gain, ``params`` its parameters off the default; ``cost_change`` its
     cost over the winner's (UNKNOWN where they are the same). ``winner`` is the hash of the configuration that was taken
-    apart."""
+    apart, ``budget`` the launches that were allowed for it (``launches``: made)."""
 
     config: ServingConfig
     params: Mapping[str, Value]
@@ -66,6 +77,7 @@ class Ablation:
     launches: int
     text: str
     winner: str = ""
+    budget: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,7 +102,7 @@ def ablate(
     before = {(d.label, d.config): d.outcome for d in done}
     rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches, "ablate")
     bench = _Bench(study, winner, budget, rounds)
-    tested = list(params)[: max((budget.launches - 2 * budget.together) // 2 - 1, 0)]
+    tested = list(params)[: budget.tests]
     effects, lost = bench.each(params, tested) if tested else ({}, {})
     allowed = (1 - budget.confidence) / 2
     p_values = {name: _doubt(e, budget.worth) for name, e in effects.items()}
@@ -140,7 +152,7 @@ def ablate(
     smallest = {name: params[name] for name in params if name in kept}
     text = _text(rows, change, len(rounds.launches), budget.confidence)
     small = space.config(smallest, study.model)
-    return Ablation(small, smallest, rows, change, len(rounds.launches), text, winner.config.hash)
+    return Ablation(small, smallest, rows, change, len(rounds.launches), text, winner.config.hash, budget.launches)
 
 
 @dataclass(frozen=True, slots=True)
