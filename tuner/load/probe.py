@@ -73,10 +73,7 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
             for name in names:
                 dialect = Dialect(model, route, prompt, counting, forced, name)
                 status, answer = _ask(where, Writer(where, dialect, endpoint.api_key), size, timeout_s)
-                if status in (401, 403):
-                    raise UsageError(f"{endpoint.url} refuses the key: {answer.error}", fix="Give the right API key")
-                if status in (429, 500, 502, 503, 504):
-                    raise Unreachable(f"{endpoint.url} is not serving: {answer.error}")
+                _check(endpoint, status, answer.error)
                 if status == 200 and not answer.error and _counts(answer, counting):
                     return Found(dialect, size, special, known is None)
                 refusal = refusal or answer.error
@@ -135,13 +132,30 @@ def _first_model(where: Target, endpoint: Endpoint) -> str:
         raise unreachable(where, error) from error
     finally:
         connection.close()
+    if answer.status != 200:
+        error = Response("total")
+        error.feed(0, b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n" % (answer.status, len(data)) + data)
+        _check(endpoint, answer.status, error.error)
     try:
-        return str(json.loads(data)["data"][0]["id"])
+        models = json.loads(data)["data"]
+        if not models:
+            raise UsageError(f"{endpoint.url} lists no model", fix="Load one, or name it with --model")
+        if isinstance(model := models[0]["id"], str):
+            return model
+        raise TypeError("a model's id is no text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{endpoint.url} is no OpenAI-compatible server: GET /v1/models answered {answer.status}",
             fix="Give the server's base URL, or name the model",
         ) from error
+
+
+def _check(endpoint: Endpoint, status: int, error: str) -> None:
+    """Raises for a status that says nothing about what the server takes."""
+    if status in (401, 403):
+        raise UsageError(f"{endpoint.url} refuses the key: {error}", fix="Give the right API key")
+    if status in (429, 500, 502, 503, 504):
+        raise Unreachable(f"{endpoint.url} is not serving: {error}")
 
 
 def _body(answer: http.client.HTTPResponse, until_s: float) -> bytes:

@@ -331,7 +331,7 @@ def _message(error: object) -> str:
     if isinstance(error, bytes):
         try:
             error = json.loads(error)
-        except ValueError:
+        except (ValueError, RecursionError):
             return error.decode("utf-8", "replace").strip()[:300]  # type: ignore[union-attr]
     if isinstance(error, dict):
         inner = error.get("error", error.get("detail", error.get("message", error)))
