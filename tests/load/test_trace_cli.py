@@ -287,3 +287,39 @@ def test_no_number_of_requests_and_too_many_are_refused(tmp_path):
     assert CliRunner().invoke(app, [*words, "-5"]).exit_code == 2
     with pytest.raises(UsageError, match="Give a number from 1 to 100,000,000"):
         run(*words, "100000000000000")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--length-factor", "1e6"), "tokens"),
+        (("--length-factor", "1e300"), "tokens"),
+        (("--rate-factor", "1e-300"), "after the year 5138"),
+    ],
+)
+@pytest.mark.parametrize("blocks", [{}, {"block_tokens": 16, "block_ids": [1, 2]}])
+def test_convert_writes_nothing_that_it_would_not_read(tmp_path, words, says, blocks):
+    source, out = tmp_path / "t.jsonl", tmp_path / "out.parquet"
+    rows = [{"arrival_s": i, "input_tokens": 32, "output_tokens": 16, **blocks} for i in range(3)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=says):
+        run("convert", source, out, *words)
+    assert not out.exists()
+    if words[0] == "--length-factor":  # what is cut afterwards may be scaled by anything
+        run("convert", source, out, *words, "--max-input-tokens", "100", "--max-output-tokens", "7")
+        assert formats.read(out).output_tokens.tolist() == [7, 7, 7]
+
+
+def test_a_trace_that_cannot_be_written_to_its_end_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    source, out = tmp_path / "t.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"arrival_s": 0, "input_tokens": 3, "output_tokens": 1, "text": "a"}) + "\n")
+    out.write_text("before")
+
+    def full(row, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tuner.load.tracefile.json.dumps", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        run("convert", source, out)
+    assert out.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "t.jsonl"]

@@ -13,6 +13,7 @@ import numpy as np
 from tuner.errors import UsageError
 from tuner.load import lengths as lengths_
 from tuner.load.arrivals import DAY_S, Arrivals
+from tuner.load.formats.values import MAX_SECONDS, MAX_TOKENS
 from tuner.load.lengths import Lengths, QuantileLengths
 from tuner.load.sharing import sharing
 from tuner.load.trace import Trace, with_lengths
@@ -167,16 +168,22 @@ def scale(
         raise UsageError("a longest prompt or output below one token", fix="Give at least 1")
     width, factor_in = trace.block_tokens, length
     if width:
-        width = max(1, round(width * length))
-        factor_in = width / trace.block_tokens
+        width = max(1, round(min(width * length, MAX_TOKENS)))
+        factor_in = max(width / trace.block_tokens, length if width == MAX_TOKENS else 0.0)
     # rounded up, so that a partial last block stays one
-    tokens_in = np.maximum(np.ceil(trace.input_tokens * factor_in - 1e-9).astype(np.int64), 1)
-    tokens_out = np.maximum(np.rint(trace.output_tokens * length).astype(np.int64), 1)
-    if max_input_tokens is not None:
-        tokens_in = np.minimum(tokens_in, max_input_tokens)
-    if max_output_tokens is not None:
-        tokens_out = np.minimum(tokens_out, max_output_tokens)
+    tokens_in = _cut(np.ceil(trace.input_tokens * factor_in - 1e-9), max_input_tokens)
+    tokens_out = _cut(np.rint(trace.output_tokens * length), max_output_tokens)
+    if len(trace) and not trace.arrival_s[-1] / rate <= MAX_SECONDS:
+        raise UsageError(f"at {rate:g} times the rate the trace ends after the year 5138", fix="Give a higher factor")
     return replace(with_lengths(trace, tokens_in, tokens_out, width), arrival_s=trace.arrival_s / rate)
+
+
+def _cut(tokens: np.ndarray, most: int | None) -> np.ndarray:
+    """Scaled lengths (still floats: they may be too large for anything else) as whole numbers of tokens."""
+    longest = min(float(tokens.max(initial=1)), most or math.inf)
+    if longest > MAX_TOKENS:
+        raise UsageError(f"requests would have up to {longest:.3g} tokens", fix="Scale by less, or give a maximum")
+    return np.clip(tokens, 1, longest).astype(np.int64)
 
 
 def _until(arrivals: Arrivals, duration_s: float, rng: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,20 @@ _ROWS = 65536
 
 
 def write(trace: Trace, path: str | Path) -> None:
-    """Writes ``.jsonl`` or ``.parquet``, as the name says; UsageError for another ending or a place that cannot be
-    written. What is read back equals the trace column by column, to the last bit."""
+    """Writes ``.jsonl`` or ``.parquet``, as the name says; UsageError for another ending, a place that cannot be
+    written, or what would be refused when read. What is read back equals the trace column by column, to the last bit.
+    The file has its name when it is whole."""
     path = Path(path)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UsageError("a trace is written as .jsonl or .parquet", where=str(path), fix="Name it so")
+    _check(Parts(trace.arrival_s, trace.input_tokens, trace.output_tokens), trace.arrival_s, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        match path.suffix:
-            case ".jsonl":
-                _write_jsonl(trace, path)
-            case ".parquet":
-                _write_parquet(trace, path)
-            case _:
-                raise UsageError("a trace is written as .jsonl or .parquet", where=str(path), fix="Name it so")
+        try:
+            (_write_jsonl if path.suffix == ".jsonl" else _write_parquet)(trace, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot be written ({error.strerror or error})", where=str(path)) from error
 
