@@ -458,3 +458,39 @@ def test_blocks_of_any_size_give_the_same_lines_with_the_same_numbers(tmp_path_f
         rest = [line for block in blocks_module.blocks(path, skip_lines=3) for line in block.lines()]
     assert got == expected
     assert rest == [(number, row) for number, row in expected if number > 3]
+
+
+def chat(**more):
+    usage = {"prompt_tokens": 30, "completion_tokens": 7}
+    return {
+        "messages": [{"role": "user", "content": "a"}],
+        "response": {"usage": usage | more.pop("usage", {})},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("created", "kind"), [(1_700_000_000_000, "time is negative, infinite or too large"), ([], "time is not a number")]
+)
+def test_a_chat_log_whose_times_are_none_is_told_so_and_not_that_it_has_none(tmp_path, created, kind):
+    path = save(tmp_path, lines(chat(created=created), chat(created=created)))
+    with pytest.raises(UsageError, match=kind) as refused:
+        formats.read(path)
+    assert refused.value.where == f"{path}:1"
+    assert len(formats.read(path, arrivals="poisson:1")) == 2  # then it does not matter
+
+
+def test_a_chat_without_a_time_among_others_with_one_is_a_bad_line(tmp_path):
+    path = save(tmp_path, lines(chat(created=5), chat(), chat(created=7)))
+    trace, report = formats.read_with_report(path)
+    assert trace.arrival_s.tolist() == [0, 2]
+    assert report.first_bad == ((2, "only some lines have a time"),)
+    assert len(formats.read(path, arrivals="poisson:1")) == 3
+
+
+def test_a_chat_that_was_never_answered_is_left_out(tmp_path):
+    usages = ({"completion_tokens": 0}, {"completion_tokens": 0, "prompt_tokens": 0})
+    failed = [chat(created=6, usage=usage) for usage in usages]
+    trace, report = formats.read_with_report(save(tmp_path, lines(chat(created=5), *failed)))
+    assert len(trace) == 1
+    assert (report.bad, report.left_out) == ({}, {"no output tokens (the request failed)": 2})

@@ -60,7 +60,7 @@ def read_with_report(
         if not path.is_file():
             raise UsageError("is not a file", where=str(path))
         tally = Tally(str(path), known, max_bad)
-        parts = _parts(path, known, tally, tokenizer)
+        parts = _parts(path, known, tally, tokenizer, untimed=process is not None)
     except OSError as error:
         raise UsageError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
     if process is not None:
@@ -68,6 +68,8 @@ def read_with_report(
     elif parts.arrival_s is not None:
         arrival_s = parts.arrival_s
     else:
+        if not len(parts.input_tokens):
+            tally.finish(0)  # what is wrong with the lines is more than that
         raise UsageError(
             f"a {known} file without arrival times",
             where=str(path),
@@ -77,7 +79,7 @@ def read_with_report(
     return trace_of(parts, arrival_s, path.stem, tally), report
 
 
-def _parts(path: Path, format: str, tally: Tally, tokenizer: str | None) -> Parts:
+def _parts(path: Path, format: str, tally: Tally, tokenizer: str | None, *, untimed: bool) -> Parts:
     from tuner.load.formats import jsonl, tables, texts
 
     match format:
@@ -92,11 +94,11 @@ def _parts(path: Path, format: str, tally: Tally, tokenizer: str | None) -> Part
         case "bailian":
             return jsonl.read_hashed(path, tally, block_tokens=jsonl.BAILIAN_BLOCK_TOKENS, time_unit_s=1.0)
         case "sharegpt":
-            return texts.read_texts(path, tally, texts.sharegpt, tokenizer)
+            return texts.read_texts(path, tally, texts.sharegpt, tokenizer, untimed=untimed)
         case "openai-chat":
-            return texts.read_texts(path, tally, texts.openai_chat, tokenizer)
+            return texts.read_texts(path, tally, texts.openai_chat, tokenizer, untimed=untimed)
         case "vllm-custom":
-            return texts.read_texts(path, tally, texts.vllm_custom, tokenizer)
+            return texts.read_texts(path, tally, texts.vllm_custom, tokenizer, untimed=untimed)
         case "jsonl":
             return jsonl.read_own(path, tally)
         case _:

@@ -6,6 +6,7 @@ A request's input length is the log's own ``usage`` where it has one; otherwise 
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +26,23 @@ _UNKNOWN = -1
 
 
 class _Talk:
-    """Collects prompts and replies; a length not in the log is counted from its text at the end."""
+    """Collects prompts and replies; a length not in the log is counted from its text at the end. Where the times will
+    be others (``untimed``) what the file says of them does not matter."""
 
-    def __init__(self) -> None:
+    def __init__(self, tally: Tally, untimed: bool) -> None:
+        self.tally, self.untimed = tally, untimed
         self.prompts: list[str] = []
         self.replies: list[str] = []
         self.arrival_s, self.input, self.output = array("d"), array("q"), array("q")
 
     def append(self, prompt: str, reply: str, tokens_in: int, tokens_out: int, time: float) -> None:
+        if tokens_out == 0:
+            self.tally.leave_out(values.NO_OUTPUT)
+            return
         if not prompt:
             raise BadLine("the prompt is empty")
+        if self.prompts and math.isnan(time) != math.isnan(self.arrival_s[0]):
+            raise BadLine("only some lines have a time")
         if tokens_out == _UNKNOWN and not reply:
             raise BadLine("neither a reply nor its length")
         self.prompts.append(prompt)
@@ -43,8 +51,11 @@ class _Talk:
         self.input.append(tokens_in)
         self.output.append(tokens_out)
 
-    def parts(self, tally: Tally, count: Callable[[list[str]], list[int]] | None) -> Parts:
-        lengths = []
+    def time(self, *sources: dict[str, Any]) -> float:
+        return math.nan if self.untimed else _time(*sources)
+
+    def parts(self, count: Callable[[list[str]], list[int]] | None) -> Parts:
+        lengths, tally = [], self.tally
         for texts, known in ((self.prompts, self.input), (self.replies, self.output)):
             column = np.array(known, dtype=np.int64)
             unknown = np.flatnonzero(column == _UNKNOWN)
@@ -75,9 +86,16 @@ def _nothing(texts: list[str]) -> list[int]:
     return [0] * len(texts)
 
 
-def read_texts(path: Path, tally: Tally, row: Callable[[_Talk, dict[str, Any]], None], tokenizer: str | None) -> Parts:
+def read_texts(
+    path: Path,
+    tally: Tally,
+    row: Callable[[_Talk, dict[str, Any]], None],
+    tokenizer: str | None,
+    *,
+    untimed: bool = False,
+) -> Parts:
     """JSON lines, or one JSON array of objects (ShareGPT's own form; an entry's number then stands for its line)."""
-    talk = _Talk()
+    talk = _Talk(tally, untimed)
     if _is_array(path):
         for number, entry in enumerate(_array(path), 1):
             tally.lines += 1
@@ -89,7 +107,7 @@ def read_texts(path: Path, tally: Tally, row: Callable[[_Talk, dict[str, Any]], 
                 tally.reject(number, str(mistake))
     else:
         read_rows(path, tally, lambda entry: row(talk, entry))
-    return talk.parts(tally, _counter(tokenizer) if tokenizer else None)
+    return talk.parts(_counter(tokenizer) if tokenizer else None)
 
 
 def sharegpt(talk: _Talk, entry: dict[str, Any]) -> None:
@@ -102,7 +120,7 @@ def sharegpt(talk: _Talk, entry: dict[str, Any]) -> None:
     if asks is None or asks + 1 >= len(turns):
         raise BadLine("no prompt with a reply")
     prompt, reply = (turn.get("value", turn.get("content")) for turn in turns[asks : asks + 2])
-    talk.append(_text(prompt), _text(reply), _UNKNOWN, _UNKNOWN, _time(entry))
+    talk.append(_text(prompt), _text(reply), _UNKNOWN, _UNKNOWN, talk.time(entry))
 
 
 def openai_chat(talk: _Talk, entry: dict[str, Any]) -> None:
@@ -125,18 +143,20 @@ def openai_chat(talk: _Talk, entry: dict[str, Any]) -> None:
         reply = _text(messages.pop().get("content"))
     usage = response.get("usage") or entry.get("usage")
     usage = usage if isinstance(usage, dict) else {}
-    tokens_in, tokens_out = (
-        values.tokens(usage[key], at_least=1) if usage.get(key) is not None else _UNKNOWN
-        for key in ("prompt_tokens", "completion_tokens")
+    tokens_out, tokens_in = (
+        values.tokens(usage[key]) if usage.get(key) is not None else _UNKNOWN
+        for key in ("completion_tokens", "prompt_tokens")
     )
+    if tokens_in == 0 != tokens_out:
+        raise BadLine("token count is too small")
     prompt = "\n".join(_text(message.get("content")) for message in messages)
-    talk.append(prompt, reply, tokens_in, tokens_out, _time(entry, request, response))
+    talk.append(prompt, reply, tokens_in, tokens_out, talk.time(entry, request, response))
 
 
 def vllm_custom(talk: _Talk, entry: dict[str, Any]) -> None:
     """``prompt`` and ``output_tokens``."""
     prompt = values.text(field_of(entry, "prompt"))
-    talk.append(prompt, "", _UNKNOWN, values.tokens(field_of(entry, "output_tokens"), at_least=1), _time(entry))
+    talk.append(prompt, "", _UNKNOWN, values.tokens(field_of(entry, "output_tokens")), talk.time(entry))
 
 
 def _has_messages(part: Any) -> bool:
