@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.engines.conftest import plan
+from tuner.engines import build
 from tuner.engines.command import CommandEngine
 from tuner.engines.protocol import LaunchFailed, Site
 from tuner.errors import UsageError
 from tuner.server.start import Binding
 from tuner.space.config import ServingConfig
+from tuner.spec import studyfile
 
 ROOT = Path(__file__).parents[2]
 BINDING = Binding(8123, "secret", "tuner-abc", Path("/t"), (2, 3))
@@ -199,3 +201,46 @@ def test_without_a_name_in_the_command_any_name_is_taken_once_the_server_is_well
         assert (site.folder / "asked").read_text() == "3"  # refused twice
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "start_limit_s: 1h",
+        "start_limit_s: .nan",
+        "start_limit_s: .inf",
+        "stop_wait_s: -1",
+        "stop_wait_s: true",
+        "phase_limit_s: soon",
+        "phase_limit_s: {start: -1}",
+        "phase_limit_s: {start: fast}",
+        "health: 5",
+        "stop_command: docker rm -f x",
+        "stop_command: [1]",
+        "shares_port: maybe",
+    ],
+)
+def test_an_option_that_cannot_have_its_value_is_named_with_its_line(tmp_path: Path, model: str, wrong: str) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(f"""\
+name: s
+model: {model}
+engine:
+  kind: command
+  command: [server, "{{port}}"]
+  options:
+    version: "1"
+    {wrong}
+hardware: {{gpu: L4, gpus: 1}}
+search_space: {{name: c, engine: any, parameters: {{a: {{flag: a, values: [1, 2], default: 1, trades: x}}}}}}
+objective: {{name: o, latency: tpot_p99, slo: {{tpot_p99: 5s}}}}
+price_usd_per_gpu_hour: 1
+trace: {{file: {ROOT / "examples/traces/conversation-small.jsonl"}, window: 20s}}
+""")
+    with pytest.raises(UsageError, match=rf"s\.yaml:8: engine\.options\.{wrong.partition(':')[0]}: .*, not "):
+        build.engine(studyfile.load(file))
+
+
+def test_options_with_values_that_they_may_have_are_taken(tmp_path: Path, model: str) -> None:
+    engine = CommandEngine(command=["s", "{port}"], phase_limit_s={"start": 5}, start_limit_s=60)
+    assert (engine.start_limit_s, engine.phase_limit_s) == (60, {"start": 5})

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
 
 from tuner.engines.protocol import Engine
 from tuner.errors import UsageError
+from tuner.spec import text
 from tuner.spec.study import Study
+
+_CLASSES = {
+    "vllm": ("tuner.engines.vllm", "VllmEngine"),
+    "sglang": ("tuner.engines.sglang", "SglangEngine"),
+    "emulator": ("tuner.engines.emulator", "EmulatorEngine"),
+    "command": ("tuner.engines.command", "CommandEngine"),
+    "attach": ("tuner.engines.attach", "AttachEngine"),
+    "function": ("tuner.engines.function", "FunctionEngine"),
+}
 
 
 def engine(study: Study) -> Engine:
-    """The study's engine, not yet asked anything. Raises UsageError for options that it does not know."""
-    spec = study.engine
-    options: dict[str, Any] = dict(spec.options)
+    """The study's engine, not yet asked anything. Raises UsageError for options that it does not know, and for values
+    that they cannot have."""
+    module, name = _CLASSES[study.engine.kind]
+    kind: Any = getattr(import_module(module), name)
+    options = study.engine.options
+    hints = get_type_hints(kind.__init__)
+    for option, value in options.items():
+        if option in hints and (wrong := _wrong(option, value, hints[option])):
+            raise UsageError(f"engine.options.{option}: {wrong}, not {value!r}", where=_where(study, option))
     try:
-        if spec.kind == "vllm":
-            from tuner.engines.vllm import VllmEngine
-
-            return VllmEngine.from_study(study)
-        if spec.kind == "sglang":
-            from tuner.engines.sglang import SglangEngine
-
-            return SglangEngine.from_study(study)
-        if spec.kind == "emulator":
-            from tuner.engines.emulator import EmulatorEngine
-
-            return EmulatorEngine.from_study(study)
-        if spec.kind == "command":
-            from tuner.engines.command import CommandEngine
-
-            return CommandEngine.from_study(study)
-        if spec.kind == "attach":
-            from tuner.engines.attach import AttachEngine
-
-            return AttachEngine.from_study(study)
-        from tuner.engines.function import FunctionEngine
-
-        return FunctionEngine.from_study(study)
+        return kind.from_study(study)
     except TypeError as error:
         raise UsageError(f"engine.options: {error}", where=study.source, fix=f"given: {', '.join(options)}") from None
+
+
+def _wrong(option: str, value: Any, hint: Any) -> str:
+    """Why an option of the type ``hint`` cannot have this value; empty where it can."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(hint).validate_python(value, strict="Path" not in str(hint))  # YAML has no paths
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        return said[:1].lower() + said[1:]
+    numbers = [n for n in (value.values() if isinstance(value, Mapping) else [value]) if isinstance(n, int | float)]
+    if not all(map(math.isfinite, numbers)):
+        return "input should be a finite number"
+    return "a time cannot be negative" if option.endswith("_s") and any(n < 0 for n in numbers) else ""
+
+
+def _where(study: Study, option: str) -> str:
+    """``file:line`` of an option, the file alone where there is none."""
+    path = Path(study.source)
+    return text.read(path, "study").where(("engine", "options", option)) if path.is_file() else study.source
