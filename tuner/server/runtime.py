@@ -30,6 +30,7 @@ def runtime_root(env: Mapping[str, str] | None = None) -> Path:
         root = Path(env["XDG_RUNTIME_DIR"]) / "tuner"
     else:
         root = Path(tempfile.gettempdir()) / f"tuner-{os.getuid()}"
+    root = root.resolve()  # servers are started in other folders
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = root.stat()
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
