@@ -1,5 +1,7 @@
 """A phase's limit follows what this machine has shown."""
 
+import pytest
+
 from tuner.server.limits import History, Limits, fixed
 from tuner.study.outcome import Boot
 
@@ -56,3 +58,15 @@ def test_a_study_fixes_all_phases_or_some_by_name():
     assert fixed(None) == {} and fixed(600) == {"*": 600}
     limits = Limits(fixed_s=fixed({"weights": 7200}))
     assert (limits.phase_s("weights"), limits.phase_s("kv")) == (7200, 900)
+
+
+@pytest.mark.parametrize("entry", ['{"weights": 5}', '{"weights": ["soon"]}', '{"weights": [null]}', "[1]", "7"])
+def test_a_file_of_another_shape_is_as_none(tmp_path, entry):
+    path = tmp_path / "startup.json"
+    path.write_text(f'{{"k": {entry}}}')
+    history = History(path, "k")
+    assert history.seen_s() == {}
+    history.add(Boot(1.0, {"weights": 1.0}))
+    assert history.seen_s() == {"weights": (1.0,)}
+    path.write_text("[" * 200_000)
+    assert history.seen_s() == {}

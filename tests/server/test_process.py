@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tuner.server.process import Process, Program, StartFailed
-from tuner.server.runtime import Ownership, reap
+from tuner.server.runtime import Ownership, reap, runtime_root
 from tuner.server.tree import MARKER, Pid, members
 
 FAKE = str(Path(__file__).parent / "fakeserver.py")
@@ -217,3 +218,26 @@ def _is_child(process: Pid) -> bool:
         return b"--child" in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
+
+
+def test_a_server_is_heard_where_this_process_has_a_thousand_files_open(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip("this machine allows no more")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    taken = []
+    try:
+        while not taken or taken[-1] < 1100:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+        process = start(tmp_path, "--hang")
+        assert process.poll() is None
+        assert process.stop(60).left == ()
+    finally:
+        for number in taken:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_runtime_folder_is_the_same_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runtime_root({"TUNER_RUNTIME_DIR": "run"}) == tmp_path.resolve() / "run"

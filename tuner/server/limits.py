@@ -65,7 +65,10 @@ class History:
 
     def seen_s(self) -> dict[str, tuple[float, ...]]:
         entry = self._read().get(self.key)
-        return {str(name): tuple(map(float, times)) for name, times in entry.items()} if isinstance(entry, dict) else {}
+        try:
+            return {str(name): tuple(map(float, times)) for name, times in entry.items()}  # type: ignore[union-attr]
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            return {}
 
     def add(self, boot: Boot) -> None:
         """Remembers a start-up that succeeded."""
@@ -85,6 +88,6 @@ class History:
     def _read(self) -> dict[str, object]:
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return data if isinstance(data, dict) else {}

@@ -183,9 +183,10 @@ class Process:
         """Reads the guard's lines until one has a wanted key, it closed the pipe, or ``wait_s`` is over."""
         deadline = time.monotonic() + wait_s
         handle = self._guard.stdout
+        look = select.poll()  # select() knows no descriptor above 1023
+        look.register(handle, select.POLLIN)
         while not any(key in self._guard_said for key in wanted):
-            ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not look.poll(max(0.0, deadline - time.monotonic()) * 1e3):
                 return
             text = os.read(handle, 65536)  # the guard writes whole lines, each far shorter than a pipe's atomic write
             if not text:
