@@ -53,7 +53,12 @@ class Infeasible(Exception):
 
     def __init__(self, reason: object = "") -> None:
         super().__init__(reason)
-        self.reason = "" if reason is None else str(reason)
+        self.reason = "" if reason is None else encodable(str(reason))
+
+
+def encodable(text: str) -> str:
+    """``text`` as a file or a database takes it: half a character (of a file name that is no UTF-8) is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager

@@ -164,3 +164,29 @@ def test_a_target_that_leaves_while_it_is_imported_is_refused(tmp_path: Path) ->
     (tmp_path / "script.py").write_text("import sys\nsys.exit(2)\n")
     with pytest.raises(UsageError, match=r"script\.py:2: SystemExit: 2"):
         FunctionEngine(target="script:evaluate", folder=tmp_path).flags()
+
+
+UNREADABLE = "class Odd(dict):\n        def items(self): raise KeyError('gone')\n    return Odd()"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return {'tpot_p99_s': 10**400}", "returned a tpot_p99_s that is too large for a number"),
+        (UNREADABLE, "returned a mapping that cannot be read: .*gone"),
+        ("return {'tpot_p99_s': -0.02}", "returned tpot_p99_s=-0.02, which cannot be negative"),
+        ("return {'cost_usd_per_mtok_output': -1}", "returned cost_usd_per_mtok_output=-1, which cannot be negative"),
+        ("return {'error_rate': -0.1}", "returned error_rate=-0.1, which cannot be negative"),
+    ],
+)
+def test_an_answer_that_cannot_be_one_is_refused_in_one_line(tmp_path: Path, site: Site, body: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        measure(engine(tmp_path, body), site)
+
+
+@pytest.mark.parametrize("kind", ["tuner.Infeasible", "ValueError"])
+def test_half_a_character_in_a_reason_can_be_kept(tmp_path: Path, site: Site, kind: str) -> None:
+    with pytest.raises(LaunchFailed) as failure:
+        measure(engine(tmp_path, f"raise {kind}('file \\udcff')"), site)
+    told = failure.value.outcome
+    assert "file \\udcff" in f"{told.message} {told.evidence}".encode().decode()

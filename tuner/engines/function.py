@@ -15,7 +15,7 @@ from typing import Any
 
 from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
 from tuner.errors import Infeasible as SaysInfeasible
-from tuner.errors import UsageError
+from tuner.errors import UsageError, encodable
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.objective import Objective
 from tuner.spec.study import Study
@@ -128,14 +128,22 @@ def checked(answer: Any, target: str, required: Sequence[str] = ()) -> dict[str,
             f"{target} returned {type(answer).__name__}, not a mapping of metrics",
             fix="return for example {'tpot_p99_s': 0.02, 'output_tokens_per_s': 900.0}",
         )
+    try:
+        pairs = [(encodable(str(name)), value) for name, value in answer.items()]
+    except Exception as error:
+        raise UsageError(f"{target} returned a mapping that cannot be read: {raised_in(error)}") from error
     metrics: dict[str, float] = {}
-    for name, value in answer.items():
+    for name, value in pairs:
         try:
-            metrics[str(name)] = float(value)
+            metrics[name] = float(value)
         except (TypeError, ValueError):
             raise UsageError(f"{target} returned {name}={value!r}, which is not a number") from None
-        if math.isnan(metrics[str(name)]):
+        except OverflowError:
+            raise UsageError(f"{target} returned a {name} that is too large for a number") from None
+        if math.isnan(metrics[name]):
             raise UsageError(f"{target} returned {name}=nan", fix="leave out what was not measured")
+        if metrics[name] < 0 and (name.endswith("_s") or name.startswith("cost_") or name == "error_rate"):
+            raise UsageError(f"{target} returned {name}={metrics[name]:g}, which cannot be negative")
     missing = [name for name in required if name not in metrics]
     if missing:
         raise UsageError(
@@ -211,7 +219,7 @@ def _from_file(path: Path) -> ModuleType:
 def _crash(error: BaseException) -> Infeasible:
     return Infeasible(
         "crash",
-        f"the function raised {type(error).__name__}: {error}",
+        encodable(f"the function raised {type(error).__name__}: {error}"),
         evidence=raised_in(error),
         fix="correct the function, or raise tuner.Infeasible(reason) for what cannot serve",
         stage="under load",
@@ -226,4 +234,4 @@ def raised_in(error: BaseException) -> str:
     """``file:line: Kind: text`` of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     at = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-    return f"{at}{type(error).__name__}: {error}"
+    return encodable(f"{at}{type(error).__name__}: {error}")
