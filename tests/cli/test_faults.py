@@ -208,6 +208,7 @@ def test_copies_and_other_things_beside_the_trials_are_passed_over(run):
         ("trials/0002/config.json", None),
         ("verify.json", ""),
         ("verify.json", b"\xff\xfe{}"),
+        ("verify.json", '{"arms": 5, "choice": "default"}'),
     ],
 )
 def test_a_damaged_file_is_named_and_the_study_goes_on_without_it(run, name, text):

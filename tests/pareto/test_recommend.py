@@ -1,12 +1,17 @@
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import studies
+from tuner.errors import EnvironmentFault, NothingFeasible
+from tuner.export.deployment import deployment
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import ablation, recommended
 from tuner.study.store import write_json
+from tuner.study.verifying import verification
 
 
 def test_without_a_verdict_the_search_decides(tmp_path: Path):
@@ -94,3 +99,40 @@ def test_an_earlier_ablation_that_does_not_name_its_configuration_is_known_by_it
 
 def without_winner(document: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name != "winner"}
+
+
+def damages(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """``document`` with one part of it after the other of another shape, and gone."""
+    inside = document.items() if isinstance(document, dict) else enumerate(document)
+    for key, value in list(inside):
+        for other in (5, "x", {"a": 1}):
+            yield (*path, key), {**document, key: other} if isinstance(document, dict) else [other]
+        if isinstance(document, dict):
+            yield (*path, key), {name: value for name, value in document.items() if name != key}
+        if isinstance(value, dict | list) and value:
+            for where, inner in damages(value, (*path, key)):
+                rest = dict(document) if isinstance(document, dict) else list(document)
+                rest[key] = inner  # type: ignore[index]
+                yield where, rest
+
+
+@pytest.mark.parametrize("name", ["verify.json", "ablation.json"])
+def test_whatever_shape_a_verdict_or_an_ablation_has_it_is_read_or_named(tmp_path: Path, name: str):
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    winner = recommended(store, study).point
+    assert winner
+    found = studies.ablation(study, winner.config, kept="max_num_batched_tokens")
+    write_json(store.folder / "ablation.json", found.to_dict())
+    document = json.loads((store.folder / name).read_text())
+    named = 0
+    for _, damaged in [((), []), ((), 5), ((), {}), *list(damages(document))[::9]]:  # each takes a while
+        (store.folder / name).write_text(json.dumps(damaged))
+        for read in (lambda: deployment(store, study), lambda: verification(store)):
+            try:
+                read()
+            except EnvironmentFault as fault:
+                assert fault.where == str(store.folder / name) and "cannot be read (" in str(fault)
+                named += 1
+            except NothingFeasible:
+                assert name == "verify.json"
+    assert named > 10

@@ -17,7 +17,7 @@ from tuner.pareto.recommend import ablation, recommended
 from tuner.record.secrets import is_secret
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
-from tuner.study.store import Store, TrialRecord, read_json
+from tuner.study.store import AsWritten, Store, TrialRecord, read_json
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.promise import Promise, promise_block
 from tuner.verify.repeats import NO_SPREAD, Spread
@@ -127,6 +127,10 @@ def _promise(
     }
     path = store.folder / "verify.json"  # absent where verification was cut off, and one of its trials picked by hand
     verdict = read_json(path) if point.role == "verify" and path.exists() else {}
+    with AsWritten(path):
+        said = verdict.get("spread")
+        spread = Spread(float(said["variance"]), float(said["freedom"])) if said else NO_SPREAD
+        confidence = float(verdict.get("confidence", 0.95))
     unknown = (math.nan, math.nan)
     return Promise(
         study=study.name,
@@ -138,8 +142,8 @@ def _promise(
         latency_metric=study.objective.latency,
         latency=(point.latency, *(point.latency_interval or unknown)),
         fingerprint=Fingerprint.from_dict(known | dict(noted.get("fingerprint") or {})),
-        spread=Spread(**verdict["spread"]) if verdict.get("spread") else NO_SPREAD,
-        confidence=float(verdict.get("confidence", 0.95)),
+        spread=spread,
+        confidence=confidence,
         details={"role": point.role, "price_usd_per_gpu_hour": study.objective.price_usd_per_gpu_hour},
     )
 

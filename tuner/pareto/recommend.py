@@ -12,7 +12,7 @@ from tuner.pareto.choice import Change, Choice, choose
 from tuner.pareto.front import Interval, Point
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.study.store import Store, TrialRecord, read_json
+from tuner.study.store import AsWritten, Store, TrialRecord, read_json
 
 
 def recommended(store: Store, study: Study) -> Choice:
@@ -24,13 +24,20 @@ def recommended(store: Store, study: Study) -> Choice:
     verdict = read_json(path) if path.exists() else {}
     if not isinstance(verdict, Mapping) or "arms" not in verdict or "choice" not in verdict:
         return choose(trials, study.objective)
+    with AsWritten(path):
+        return _told(verdict, store, study, trials)
+
+
+def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequence[TrialRecord]) -> Choice:
+    """What ``verify.json`` says, with its ablation."""
     text = str(verdict["text"]).replace("**", "")
     arms = {arm["label"]: arm for arm in verdict["arms"]}
     chosen = arms.get(verdict["choice"])
     if chosen is None or not verdict["config"]:
         return Choice(None, None, None, None, (), None, text)
     config = ServingConfig.from_dict(verdict["config"])
-    point = _point(chosen, config, verdict["trial"], trials, bool(verdict["is_default"]))
+    trial = verdict["trial"]
+    point = _point(chosen, config, None if trial is None else int(trial), trials, bool(verdict["is_default"]))
     if verdict["is_default"]:
         return Choice(point, point, None, None, (), None, text)
     default = study.space.config(study.space.default(), study.model)
@@ -38,7 +45,7 @@ def recommended(store: Store, study: Study) -> Choice:
     smaller = ablation(store, study, config)
     if smaller:
         text += f"\n\n{smaller['text']}".replace("**", "")
-        small = ServingConfig.from_dict(smaller["config"])
+        small: ServingConfig = smaller["config"]
         if small.hash != config.hash:
             again = tuple(t.number for t in trials if t.config.hash == small.hash and t.role == "ablate")
             cost, between = _times(point.cost, point.cost_interval, smaller["cost_change"])
@@ -62,20 +69,31 @@ def recommended(store: Store, study: Study) -> Choice:
 
 def ablation(store: Store, study: Study, config: ServingConfig) -> Mapping[str, Any] | None:
     """``ablation.json`` where it is about ``config``: what it took apart, or what it left of it. One of an earlier
-    winner says nothing about this one, whatever flags they share."""
+    winner says nothing about this one, whatever flags they share. Its ``config`` is read already; ``winner`` is the
+    hash of what was taken apart, ``budget`` the launches that were allowed for it."""
     path = store.folder / "ablation.json"
     found = read_json(path) if path.exists() else None
     if not isinstance(found, Mapping) or not {"config", "effects", "cost_change", "text"} <= found.keys():
         return None
-    return found if config.hash in (taken_apart(found, study), ServingConfig.from_dict(found["config"]).hash) else None
+    with AsWritten(path):
+        known = {
+            "config": ServingConfig.from_dict(found["config"]),
+            "winner": str(found.get("winner") or _rebuilt(found["effects"], study)),
+            "budget": int(found.get("budget") or found.get("launches", 0)),
+            "effects": [
+                {"parameter": str(e["parameter"]), "why": str(e["why"]), "cost_without": _range(e["cost_without"])}
+                for e in found["effects"]
+            ],
+            "cost_change": _range(found["cost_change"]),
+            "text": str(found["text"]),
+        }
+        return known if config.hash in (known["winner"], known["config"].hash) else None
 
 
-def taken_apart(found: Mapping[str, Any], study: Study) -> str:
-    """The hash of the configuration that an ``ablation.json`` took apart. Earlier files do not name it: there every
-    parameter off its default has an effect. Empty where the search space is another one."""
-    if found.get("winner"):
-        return str(found["winner"])
-    params = {effect["parameter"]: effect["value"] for effect in found["effects"]}
+def _rebuilt(effects: Sequence[Mapping[str, Any]], study: Study) -> str:
+    """The hash of the configuration that was taken apart, for files that do not name it: every parameter off its
+    default has an effect. Empty where the search space is another one."""
+    params = {effect["parameter"]: effect["value"] for effect in effects}
     try:
         known = params.keys() <= {parameter.name for parameter in study.space.parameters}
         return study.space.config(params, study.model).hash if known else ""
@@ -96,6 +114,11 @@ def _times(value: float, interval: Interval | None, factor: Sequence[float]) -> 
     return value * middle, (value * middle * math.exp(-down), value * middle * math.exp(up))
 
 
+def _range(values: Sequence[float]) -> tuple[float, float, float]:
+    middle, low, high = map(float, values)
+    return middle, low, high
+
+
 def _shifted(interval: Interval | None, by: float) -> Interval | None:
     return (interval[0] + by, interval[1] + by) if interval else None
 
@@ -106,10 +129,10 @@ def _point(
     again = tuple(t.number for t in trials if t.role == "verify" and t.config.hash == config.hash)
     if trial is None:
         trial = next((t.number for t in trials if t.config.hash == config.hash), -1)
-    cost, latency = arm["load_cost"], arm["latency"]
+    cost, latency = _range(arm["load_cost"]), _range(arm["latency"])
     return Point(
         trial=trial,
-        load=arm["load"],
+        load=float(arm["load"]),
         cost=cost[0],
         latency=latency[0],
         cost_interval=_interval(cost),
@@ -127,6 +150,7 @@ def _interval(values: Sequence[float]) -> Interval | None:
 
 
 def _change(factor: Sequence[float]) -> Change | None:
+    factor = _range(factor)
     if not math.isfinite(factor[0]):
         return None
     between = _interval(factor)

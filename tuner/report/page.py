@@ -26,7 +26,7 @@ from tuner.report.parallel import parallel_chart
 from tuner.report.style import Figure
 from tuner.report.summary import Summary, label, ms, summarize
 from tuner.spec.study import Study
-from tuner.study.store import Store, read_json
+from tuner.study.store import AsWritten, Store, read_json
 
 
 def build(store: Store, study: Study, out: Path) -> Path:
@@ -170,11 +170,12 @@ def _verified(s: Summary, store: Store) -> dict[str, Any] | None:
         words = f"Not finished: {len(launches)} launches so far, and nothing is concluded from them. "
         words += "The same tuner tune goes on."
         return {"paragraphs": [words], "table": tables.folded(tables.windows(s, launches))} if launches else None
-    rows = [row for row in data.get("rows", ()) if isinstance(row, Mapping)]
-    return {
-        "paragraphs": [part.strip() for part in str(data.get("text", "")).replace("**", "").split("\n\n") if part],
-        "table": tables.folded(rows),
-    }
+    with AsWritten(path):
+        rows = [row for row in data.get("rows", ()) if isinstance(row, Mapping)]
+        return {
+            "paragraphs": [part.strip() for part in str(data.get("text", "")).replace("**", "").split("\n\n") if part],
+            "table": tables.folded(rows),
+        }
 
 
 def _certified(store: Store) -> list[tuple[str, str, list[str]]]:

@@ -62,6 +62,9 @@ class ServingConfig:
         for name in ("params", "flags", "env"):
             if not isinstance(getattr(config, name), Mapping):
                 raise ValueError(f"{name} of a configuration is {getattr(config, name)!r}, no mapping")
-        if not isinstance(config.model, str) or isinstance(config.gpus, bool) or not isinstance(config.gpus, int):
-            raise ValueError(f"a configuration of model {config.model!r} on {config.gpus!r} GPUs")
+        for word in (config.model, config.model_variant, config.gpu, *config.env, *config.env.values()):
+            if not isinstance(word, str):
+                raise ValueError(f"{word!r} in a configuration is no text")
+        if isinstance(config.gpus, bool) or not isinstance(config.gpus, int) or config.gpus < 0:
+            raise ValueError(f"a configuration of {config.gpus!r} GPUs")
         return config

@@ -114,7 +114,7 @@ class Store:
             return None
         start, end = read_json(folder / "config.json"), read_json(folder / "outcome.json")
         known = {"number", "params", "config", "started_s", "baseline", "emulated", "role", "remeasure_of"}
-        try:
+        with AsWritten(folder):
             return TrialRecord(
                 number=start["number"],
                 folder=folder,
@@ -129,8 +129,6 @@ class Store:
                 remeasure_of=start.get("remeasure_of"),
                 extra={k: v for k, v in {**start, **end}.items() if k not in known | {"outcome", "ended_s"}},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON, but not what was written here
-            raise damaged(folder, f"{type(error).__name__}: {error}") from error
 
     def log(self, event: str, **data: Any) -> None:
         """One line in ``events.jsonl``."""
@@ -166,6 +164,20 @@ def read_json(path: Path) -> Any:
         return _infinite(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, FileNotFoundError) as error:
         raise damaged(path, getattr(error, "strerror", "") or str(error)) from error
+
+
+class AsWritten:
+    """``with AsWritten(path):`` raises EnvironmentFault where the code inside cannot take what ``path`` holds: JSON,
+    but not what the tuner writes there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, KeyError | IndexError | TypeError | ValueError | AttributeError):
+            raise damaged(self.path, f"{type(error).__name__}: {error}") from error
 
 
 def damaged(path: Path, why: str) -> EnvironmentFault:

@@ -15,7 +15,7 @@ from tuner.executor.build import executor
 from tuner.executor.local import LocalExecutor
 from tuner.executor.protocol import Executor, Job, NodeLost, Place, Rig
 from tuner.load.trace import Trace
-from tuner.pareto.recommend import ablation, taken_apart
+from tuner.pareto.recommend import ablation
 from tuner.space.config import ServingConfig
 from tuner.study import budget
 from tuner.study.evaluate import Bench, of_trial
@@ -23,7 +23,7 @@ from tuner.study.loop import Recorder, nothing_left
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.price import per_hour
 from tuner.study.session import Prepared
-from tuner.study.store import Store, read_json, write_json
+from tuner.study.store import AsWritten, Store, read_json, write_json
 from tuner.verify.ablation import Ablation, AblationBudget, ablate
 from tuner.verify.arm import Finalist
 from tuner.verify.certify import Certificate, recertify
@@ -134,11 +134,9 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
     if verified is None or verified.config is None:
         raise UsageError("there is no verified recommendation to take apart", where=str(store.folder), fix=_VERIFY)
     before = ablation(store, ready.study, verified.config)
-    if before and taken_apart(before, ready.study) == verified.config.hash:
-        spent = int(before.get("budget") or before.get("launches", 0))
-        if launches < spent:
-            path = str(store.folder / ABLATED)
-            raise UsageError(f"holds what up to {spent} launches said", where=path, fix=_LAUNCHES.format(spent))
+    if before and before["winner"] == verified.config.hash and launches < before["budget"]:
+        words, path = f"holds what up to {before['budget']} launches said", str(store.folder / ABLATED)
+        raise UsageError(words, where=path, fix=_LAUNCHES.format(before["budget"]))
     winner = Finalist(verified.choice, verified.config, verified.load, trial=verified.trial)
     with executor(bench) as where:
         result = ablate(
@@ -170,7 +168,10 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
 def verification(store: Store) -> Verification | None:
     """What verification said, None before it was done."""
     path = store.folder / VERIFIED
-    return Verification.from_dict(read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    with AsWritten(path):
+        return Verification.from_dict(read_json(path))
 
 
 _LAUNCHES = "Give --launches {} or more."

@@ -124,7 +124,7 @@ def read_promise(path: Path) -> Promise:
     return Promise(
         study=read("study", str),
         trial=read("trial", lambda number: None if number is None else int(number)),
-        config=read("config", _config),
+        config=read("config", ServingConfig.from_dict),
         load=read("load", _number(above=0.0)),
         slos=read("slos", lambda texts: tuple(_slo(text) for text in texts)),
         cost=read("cost_usd_per_mtok_output", _range),
@@ -151,14 +151,6 @@ def _number(above: float | None = None, below: float = math.inf) -> Callable[[An
         return number
 
     return read
-
-
-def _config(value: Any) -> ServingConfig:
-    config = ServingConfig.from_dict(value)
-    words = (*config.env, *config.env.values(), config.model_variant, config.gpu)
-    if not all(isinstance(word, str) for word in words) or config.gpus < 0:
-        raise ValueError("a server cannot be started with it")
-    return config
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

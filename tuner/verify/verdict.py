@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tuner.space.config import ServingConfig
@@ -49,12 +49,14 @@ class Verification:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Verification:
+        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what :meth:`to_dict` does not make."""
         fields = dict(data)
         fields["arms"] = tuple(_arm(arm) for arm in fields["arms"])
         fields["config"] = ServingConfig.from_dict(fields["config"]) if fields["config"] else None
-        fields["survived"] = tuple(fields["survived"])
-        fields["rows"] = tuple(fields["rows"])
+        fields["survived"] = _range(fields["survived"])
+        fields["rows"] = tuple(dict(row) for row in fields["rows"])
         fields["spread"] = Spread(**fields["spread"])
+        fields["load"], fields["confidence"] = float(fields["load"]), float(fields["confidence"])
         return cls(**fields)
 
 
@@ -218,8 +220,14 @@ def _row(arm: Arm, finalist: Finalist, latency: str) -> dict[str, Any]:
 
 
 def _arm(data: Mapping[str, Any]) -> Arm:
-    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list | tuple) else v for name, v in data.items()}
-    return Arm(**fields)
+    readers: dict[str, Callable[[Any], Any]] = {f.name: float for f in fields(Arm) if isinstance(f.default, float)}
+    readers |= {f.name: _range for f in fields(Arm) if f.default is UNKNOWN}
+    return Arm(**{name: readers.get(name, lambda value: value)(value) for name, value in data.items()})
+
+
+def _range(values: Sequence[float]) -> Range:
+    middle, low, high = map(float, values)
+    return middle, low, high
 
 
 def _change(factor: Range) -> str:
