@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import studies
@@ -297,6 +297,32 @@ def test_an_unknown_format_and_a_container_of_another_engine_are_refused_in_word
 def test_any_text_is_read_back_alike_by_a_yaml_1_1_reader(data):
     clean = {k: "".join(c for c in v if c.isprintable()) for k, v in data.items()}
     assert yaml.safe_load(dump({"x": clean}))["x"] == clean
+
+
+@given(st.lists(st.sampled_from([*"a #:-|'\"\\", *"\n\r\t\x00\x07\x7f\x85\u2028\ufeff", "\n ", "é"]), max_size=6))
+@example(["\n"])
+@example([" ", "a", "\n"])
+@example(["a", "\r", "\n"])
+@example(["a", "\n", "\x85"])
+def test_text_of_several_lines_and_with_control_characters_is_read_back_alike(letters):
+    from ruamel.yaml import YAML
+
+    data = {"x": {"y": "".join(letters), "z": ["".join(letters)]}}
+    assert yaml.safe_load(dump(data)) == data == YAML(typ="safe", pure=True).load(dump(data))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_names_of_several_lines_stay_in_their_comments(made, tmp_path: Path, format):
+    store, study = made
+    name = "a\nb: c\r\x85d\u2028e\x07\x7f"
+    odd = replace(study, name=name, trace=replace(study.trace, file=f"/t/{name}.csv"))
+    plain, text = (next(iter(export(store, s, format).values())) for s in (replace(study, name="a-b-c-d-e"), odd))
+    read = [list(yaml.safe_load_all(t)) for t in (plain, text)]
+    if format in ("vllm", "helm"):
+        assert read[0] == read[1]
+    assert len(read[0]) == len(read[1]) and "of study 'a\\nb: c" in text
+    (path := tmp_path / "file").write_text(text)
+    assert read_promise(path).study == name
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 def dump(data: Any) -> str:
     """``data`` as YAML in block style. A string that YAML 1.1 would read as something else (``on``, ``1:30``, ``1e3``)
-    is quoted; text of several lines is a literal block."""
+    is quoted; text of several lines is a literal block, or quoted where a block would not give it back."""
     from ruamel.yaml import YAML
 
     yaml = YAML()
@@ -28,11 +28,23 @@ def _plain(data: Any) -> Any:
         return {_plain(key): _plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [_plain(value) for value in data]
-    if isinstance(data, str) and "\n" in data:
+    if isinstance(data, str) and "\n" in data and _block(data):
         return LiteralScalarString(data)
-    if isinstance(data, str) and _ambiguous(data):
+    if isinstance(data, str) and ("\n" in data or _ambiguous(data)):
         return DoubleQuotedScalarString(data)
     return data
+
+
+def comment(text: str) -> str:
+    """``text`` as one line of a comment, which has no escapes: characters that end a line, and those that YAML does
+    not allow, become spaces."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _block(text: str) -> bool:
+    """Whether a literal block gives ``text`` back: it has no escapes, and its first line sets the indentation."""
+    plain = all(c == "\n" or c.isprintable() for c in text) and "\ufeff" not in text
+    return plain and bool(text.strip("\n")) and not text.startswith((" ", "\n"))
 
 
 def _ambiguous(text: str) -> bool:

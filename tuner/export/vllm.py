@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from tuner.export.deployment import Deployment
-from tuner.export.text import dump
+from tuner.export.text import comment, dump
 
 YAML_NAME, ENV_NAME = "best-config.yaml", "best-config.env"
 
@@ -41,8 +41,8 @@ def config_text(what: Deployment) -> str:
     lines += [f"# Start:  {'; '.join(start(what))}\n"]
     lines += [f"# (without the vllm command: {_WITHOUT})\n"] * (_WITHOUT not in start(what))
     for name, value in settings(what).items():
-        comment = what.comments.get(name, "")
-        lines.append(f"\n# {_one_line(comment)}\n" if comment else "\n")
+        words = what.comments.get(name, "")
+        lines.append(f"\n# {comment(words)}\n" if words else "\n")
         lines.append(dump({name: value}))
     return "".join(lines)
 
@@ -69,7 +69,3 @@ def env_text(what: Deployment) -> str:
 def command(what: Deployment, config: str) -> list[str]:
     """What a container runs; it is reached from outside the container, so it listens on every address in it."""
     return ["vllm", "serve", "--config", config, "--host", "0.0.0.0", "--port", "8000"]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

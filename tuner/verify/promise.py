@@ -86,7 +86,8 @@ def promise_block(promise: Promise) -> str:
     ]
     if promise.details:
         lines.append({"details": dict(promise.details)})
-    return "".join(f"{PREFIX}{json.dumps(line, allow_nan=False)}\n" for line in lines)
+    text = "".join(f"{PREFIX}{json.dumps(line, allow_nan=False)}\n" for line in lines)
+    return text.replace("\x7f", "\\u007f")  # JSON takes it as it is, YAML does not
 
 
 def read_promise(path: Path) -> Promise:
