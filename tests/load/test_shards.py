@@ -34,21 +34,29 @@ def test_shards_keep_one_schedule_and_lose_nothing(tmp_path):
 
 
 def test_a_closed_loop_is_shared_among_shards(tmp_path):
-    with stub(first_s=0.05, gap_s=0.0) as (_, url):
+    with stub(first_s=0.2, gap_s=0.0) as (_, url):
         asked = plan(tmp_path, poisson(30, 1000, output_tokens=3))
         measure(endpoint(url), asked, shards=2, concurrency=3)
     records = read(asked.records)
     assert len(records) == 30
     sent, ended = records.columns["sent_ns"], records.columns["end_ns"]
     flying = [int(((sent <= t) & (ended > t)).sum()) for t in sent]
-    assert max(flying) <= 3
+    assert max(flying) == 3
 
 
 def test_a_closed_loop_with_fewer_in_flight_than_shards_loses_nothing(tmp_path):
     with stub(first_s=0.0, gap_s=0.0) as (_, url):
         asked = plan(tmp_path, poisson(10, 1000, output_tokens=3))
-        measure(endpoint(url), asked, shards=4, concurrency=1)
+        step = measure(endpoint(url), asked, shards=4, concurrency=1)
     assert len(read(asked.records)) == 10
+    assert step.metrics["shards"] == 1
+
+
+def test_there_are_no_more_processes_than_requests(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, poisson(2, 1000, output_tokens=3))
+        step = measure(endpoint(url), asked, shards=1000)
+    assert step.metrics["shards"] == 2
 
 
 @pytest.mark.parametrize(

@@ -317,3 +317,25 @@ def test_a_prompt_of_more_tokens_than_there_are_is_not_counted():
     last = b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 5_000 + b',"completion_tokens":1}}\n\n'
     response = whole(HEAD + chunked(event(completion("a", 1)), last), "usage")
     assert not response.error and response.prompt_tokens is None
+
+
+@pytest.mark.parametrize("framed", ["chunked", "length", "close"])
+def test_a_stream_without_an_events_end_fails_after_a_megabyte(framed):
+    heads = {"chunked": b"Transfer-Encoding: chunked\r\n", "length": b"Content-Length: 90000000\r\n", "close": b""}
+    response, piece = Response("usage"), b"x" * 65_536
+    response.feed(0, b"HTTP/1.1 200 OK\r\n" + heads[framed] + b"\r\n")
+    for time in range(40):
+        response.feed(time, b"10000\r\n" + piece + b"\r\n" if framed == "chunked" else piece)
+        if time < 10:
+            assert not response.error
+    response.close()
+    assert response.error == "over 1 MB without the end of an event"
+    assert not response.complete and not response.tokens
+
+
+def test_a_chunk_without_end_fails():
+    response = Response("usage")
+    response.feed(0, HEAD + b"7fffffff\r\n")
+    for time in range(40):
+        response.feed(time, b"x" * 1_000_000)
+    assert response.error == "a chunk of over 16 MB in the response"

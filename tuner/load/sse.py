@@ -22,6 +22,8 @@ CUT_OFF = "response cut off"
 _MANY = 5  # reads, for which it pays to look at them together first
 _MAX_HEAD_BYTES = 65_536
 _MAX_ERROR_BYTES = 4_096
+_MAX_EVENT_BYTES = 1 << 20  # what waits for its end is looked through again with every read
+_MAX_CHUNK_BYTES = 1 << 24
 
 
 class Response:
@@ -95,7 +97,7 @@ class Response:
             elif self._framing == "length":
                 self._take(time, data[: self._need])
                 self._need -= len(data)
-                if self._need <= 0:
+                if self._need <= 0 and self._stage == "body":
                     self._end()
             else:
                 self._take(time, data)
@@ -204,7 +206,11 @@ class Response:
                 break
             self._take(time, data[line + 2 : end])
             at = end + 2
+            if self._stage != "body":
+                return
         self._buffer = data[at:]
+        if len(self._buffer) > _MAX_CHUNK_BYTES:
+            self._fail("a chunk of over 16 MB in the response")
 
     def _take(self, time: int, data: bytes) -> None:
         """Payload: server-sent events, or an error's body."""
@@ -224,6 +230,8 @@ class Response:
             self._event(time, data[at : match.start()])
             at = match.end()
         self._events = data[at:]
+        if len(self._events) > _MAX_EVENT_BYTES:
+            self._fail("over 1 MB without the end of an event")
 
     def _event(self, time: int, event: bytes) -> None:
         if b"\n" in event or b"\r" in event or not event.startswith(b"data:"):

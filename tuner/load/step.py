@@ -78,7 +78,7 @@ class _Replay:
         where = target(self.endpoint.url)
         offsets_s = warp(trace.arrival_s, plan.load)
         offsets_ns = np.round(offsets_s * 1e9).astype(np.int64)
-        shards = self.shards or shard_count(offsets_s, trace.output_tokens)
+        shards = min(self.shards or shard_count(offsets_s, trace.output_tokens), len(trace))
         shards = min(shards, self.concurrency) if self.concurrency else shards
         job = Job(where, offsets_ns.tolist(), self._requests(shards), plan.request_timeout_s, shards, self.concurrency)
         warmup_ns = int(plan.warmup_s * 1e9)
