@@ -157,8 +157,10 @@ def test_progress_is_told(tmp_path):
 def test_another_load_window_or_seed_means_other_prompts(tmp_path):
     base = plan(tmp_path, trace([0.0]))
     seeds = {prompt_seed(base)}
-    seeds |= {prompt_seed(plan(tmp_path, trace([0.0]), **change)) for change in ({"load": 2.0}, {"seed": 1})}
-    assert len(seeds) == 3
+    seeds |= {
+        prompt_seed(plan(tmp_path, trace([0.0]), **change)) for change in ({"load": 2.0}, {"seed": 1}, {"window": "v"})
+    }
+    assert len(seeds) == 4
     assert prompt_seed(base) == prompt_seed(plan(tmp_path, trace([0.0])))
 
 
@@ -230,3 +232,11 @@ def test_a_server_that_nothing_answers_for_is_told_from_a_machine_without_connec
     assert isinstance(unreachable(where, ConnectionRefusedError(111, "Connection refused")), Unreachable)
     assert isinstance(unreachable(where, TimeoutError()), Unreachable)
     assert not isinstance(unreachable(where, OSError(errno.EMFILE, "Too many open files")), Unreachable)
+
+
+def test_the_servers_own_metrics_are_those_after_the_warm_up(tmp_path, monkeypatch):
+    spans = []
+    monkeypatch.setattr("tuner.load.step.fold", lambda samples, start_ns, end_ns: spans.append(end_ns - start_ns) or {})
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        measure(endpoint(url), plan(tmp_path, trace([0.0, 0.5, 1.0], output_tokens=2), warmup_s=0.25))
+    assert spans == [750_000_000]
