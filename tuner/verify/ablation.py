@@ -192,11 +192,11 @@ class _Bench:
             if name in effects or name in lost:
                 continue
             words = unserved.get(arms[name].label)
-            lost[name] = f"without it: {words}" if words else "the SLOs hold at no load without it"
+            lost[name] = f"without it: {words[-1]}" if words else "the SLOs hold at no load without it"
             if arms[name].label in standing:
                 lost[name] = "not measured: no launch without it can be compared with one of the winner"
             if not served:
-                lost[name] = f"not measured: the winner itself {unserved[self.winner.label]}"
+                lost[name] = f"not measured: the winner itself {unserved[self.winner.label][-1]}"
         return effects, lost
 
     def together(self, params: Mapping[str, Value], kept: Set[str]) -> Estimate | None:

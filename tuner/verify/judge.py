@@ -88,7 +88,9 @@ def judge(
     """
     base = next(a.label for a in arms if a.baseline)
     table = Table(launches, slos)
-    failures = table.unserved() | _failures(launches)
+    # one dead launch of the default is left out, which flatters the default and proves nothing for its rivals
+    unserved = {arm: words for arm, words in table.unserved().items() if arm != base or len(words) > 1}
+    failures = {arm: words[-1] for arm, words in unserved.items()} | _failures(launches)
     capacities = Repeats(table.capacities())
     costs = Repeats(table.costs(), known, table.within(COST))
     middle = {label: exp(capacities.estimate(label).mean) for label in capacities.arms}
@@ -172,15 +174,16 @@ class Table:
         """Log of the cost at ``load``, or of every cell at its own capacity."""
         return _logs({c: cost_at(s, load or self.capacity(c)) for c, s in self.cells.items() if self.capacity(c) > 0})
 
-    def unserved(self) -> dict[str, str]:
-        """Arms that in some launch served nothing within their SLOs on a window, whatever the load, in words. That has
-        no cost which could be averaged: left out, the arm would be the cheaper for it."""
-        return {
-            arm: f"served nothing within its SLOs on window {window} in launch {number}"
-            for (arm, number, window), steps in self.cells.items()
-            if any(not s.untrusted for s in steps)
-            and not any(math.isfinite(s.metrics.get(COST, math.inf)) for s in steps if not s.untrusted)
-        }
+    def unserved(self) -> dict[str, list[str]]:
+        """Arms that served nothing within their SLOs on a window, whatever the load: in words, once for every launch
+        in which they did. That has no cost which could be averaged: left out, the arm would be the cheaper for it."""
+        found: dict[str, dict[int, str]] = {}
+        for (arm, number, window), steps in self.cells.items():
+            trusted = [s for s in steps if not s.untrusted]
+            if trusted and not any(math.isfinite(s.metrics.get(COST, math.inf)) for s in trusted):
+                words = f"served nothing within its SLOs on window {window} in launch {number}"
+                found.setdefault(arm, {})[number] = words
+        return {arm: list(words.values()) for arm, words in found.items()}
 
     def within(self, key: str) -> dict[Cell, float]:
         """The variance of every cell's log metric that its own interval states: of the highest load that held (the
