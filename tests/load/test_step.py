@@ -13,7 +13,7 @@ from tests.load.replays import endpoint, plan, poisson, seconds, trace, undistur
 from tests.load.stub import stub
 from tests.measure.made import records, request
 from tuner.cli.app import app
-from tuner.errors import Unreachable
+from tuner.errors import Unreachable, UsageError
 from tuner.load.client import SENT
 from tuner.load.flight import Tower
 from tuner.load.probe import Found, unreachable
@@ -240,3 +240,10 @@ def test_the_servers_own_metrics_are_those_after_the_warm_up(tmp_path, monkeypat
     with stub(first_s=0.0, gap_s=0.0) as (_, url):
         measure(endpoint(url), plan(tmp_path, trace([0.0, 0.5, 1.0], output_tokens=2), warmup_s=0.25))
     assert spans == [750_000_000]
+
+
+def test_records_that_do_not_say_of_which_step_they_are_are_one_line(tmp_path):
+    records_ = records(tmp_path, [request(0.0, [0.1, 0.2])])
+    facts = {name: value for name, value in records_.meta.items() if name != "stopped"}
+    with pytest.raises(UsageError, match="does not say which load step"):
+        judge(replace(records_, meta=facts), (), (0.5,))

@@ -27,7 +27,6 @@ _GROUP_TOKENS = 4_000_000
 _META = b"tuner.replay"
 _CHECKSUM = b"tuner.replay.crc32"  # of the facts: Parquet has checksums for pages only
 VERSION = 1
-_NEEDED = {"load", "window", "stopped"}  # without these facts there is no step
 
 # column, whether it can be absent (null), what it is
 COLUMNS = (
@@ -202,7 +201,7 @@ def _facts(path: Path, metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     if _CHECKSUM in metadata and metadata[_CHECKSUM].decode() != _checksum(stored):
         raise UsageError("is damaged: its facts do not have their checksum", where=str(path))
     meta = json.loads(stored)
-    if not isinstance(meta, dict) or meta.get("version") != VERSION or not meta.keys() >= _NEEDED:
+    if not isinstance(meta, dict) or meta.get("version") != VERSION:
         raise UsageError("not a records file of this version", where=str(path))
     return meta
 

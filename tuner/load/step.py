@@ -241,6 +241,8 @@ def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> 
     from tuner.measure.metrics import compute
     from tuner.measure.trust import untrusted
 
+    if not records.meta.keys() >= {"load", "window", "stopped"}:
+        raise UsageError("does not say which load step it is of", where=str(records.path))
     metrics, intervals = compute(records, slos, quantiles)
     stopped, open_ones = str(records.meta["stopped"]), undecided(records.meta, slos)
     reasons = [f"undecided: {slo}, for the step was ended early under other SLOs ({stopped})" for slo in open_ones]
