@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks.search import table
+from benchmarks.search import effects, table
 from benchmarks.search.blind import sheet
 from benchmarks.search.crashes import beliefs, by_causes
 from benchmarks.search.run import load_surface
 from benchmarks.search.surface import crashes
+from tests.search.problem import knob
 from tuner.search.candidates import Candidates
 from tuner.search.ledger import COST_KEY
+from tuner.space.space import SearchSpace
 from tuner.study.outcome import Infeasible
 
 
@@ -157,7 +161,7 @@ def test_a_blind_surface_under_short_names_is_the_same_surface():
         load_surface("blind_a:1:said")
 
 
-@pytest.mark.parametrize("name", ["blind_c:1", "blind_c:1:short", "blind_d:0"])
+@pytest.mark.parametrize("name", ["blind_c:1", "blind_c:1:short", "blind_d:0", "blind_e:1"])
 def test_a_blind_surface_brings_its_wrong_model_along(name: str):
     surface = load_surface(name)
     assert surface.model("none", 0) is None
@@ -177,7 +181,7 @@ def test_a_blind_surface_brings_its_wrong_model_along(name: str):
     assert not right.predict(surface.space.config(surface.space.snap(huge), ""), 1.0).fits
 
 
-@pytest.mark.parametrize("name", ["blind_a:2", "blind_c:1", "blind_d:2"])
+@pytest.mark.parametrize("name", ["blind_a:2", "blind_c:1", "blind_d:2", "blind_e:0"])
 def test_the_sheet_of_a_surface_says_how_its_models_rank_and_that_it_measures_its_truth(name: str):
     first, _, *models, last = sheet(load_surface(name), count=80)
     assert first.startswith(f"{name}: ") and "do not run" in first
@@ -203,3 +207,21 @@ def test_messages_unread_are_all_the_same():
     )
     assert found["as shipped"] == pytest.approx(by_causes(surface.space, codes[:20], said[:20], codes[20:]))
     assert abs(found["as shipped"] - found["the messages unread"]).max() > 0.02
+
+
+def test_effects_are_means_over_what_runs_with_either_value():
+    space = SearchSpace("made", "emulator", (knob("batch_size", 8, 16, default=8), knob("eager", 0, 1, default=0)))
+    runs = np.array([True, True, True, False])  # (8, 0), (8, 1), (16, 0), (16, 1)
+    latency = np.exp([[0.0], [1.0], [0.5], [9.0]])
+    ok = np.array([[True, True], [True, False], [False, True], [True, True]])
+    source = SimpleNamespace(
+        truth_grid=lambda _scenario: (runs, latency, np.repeat(latency, 2, axis=1), ok),
+        space=lambda: {"batch_size": [8, 16], "eager": [0, 1]},
+    )
+    found = effects.table(SimpleNamespace(source=source, scenario=0, space=space, loads=(1.0, 4.0)))  # type: ignore[arg-type]
+    larger, eager = found["batch_size"][1], found["eager"][1]
+    assert larger["latency"] == pytest.approx(0.5), "(8, 1) to (16, 1) does not run"
+    assert larger["capacity"] == pytest.approx(math.log(0.5 / 4.0)), "no load held: half the lowest"
+    assert (larger["runs"], eager["runs"]) == (0.5, 0.5)
+    assert eager["latency"] == pytest.approx(1.0) and eager["capacity"] == pytest.approx(math.log(1.0 / 4.0))
+    assert larger["said_capacity"] > 0 == found["batch_size"][0]["said_capacity"]

@@ -6,9 +6,9 @@ The third is the number of crashes to be expected of the value (:mod:`tuner.sear
 served: what leaves little memory for graphs and activations, and what engines combine with few other features. A name
 or a value that no rule knows counts nothing. Sources: vLLM's guides "Optimization and Tuning", "Conserving Memory",
 "Quantization", "Speculative Decoding", "Expert Parallel Deployment" and its "Compatibility Matrix", SGLang's
-"Hyperparameter Tuning"; a decode step reads all weights, so that halving them halves most of it. How large: about
-the mean effect on ten scenarios by three authors who knew no rule (``python -m benchmarks.search.effects``,
-docs/search.md, which has the crashes, too).
+"Hyperparameter Tuning"; a decode step reads all weights, so that halving them halves most of it. How large: by
+what nine scenarios of three authors who knew no rule show (``python -m benchmarks.search.effects``), but for sizes of
+batches; docs/search.md has how that was chosen, and the crashes.
 """
 
 from __future__ import annotations
