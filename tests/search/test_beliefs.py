@@ -136,7 +136,7 @@ def test_a_condition_is_feared_as_its_values_are_on_average_and_one_between_is_s
     colour = knob("colour", "red", "blue", "green", default="red")
     found = Causes(SearchSpace("feared", "emulator", (memory, colour)))
     prior = {t.words.removeprefix("gpu_memory_utilization "): p for t, p in zip(found.tests, found._prior, strict=True)}
-    feared = 0.25 / UNSEEN
+    feared = 0.5 / UNSEEN
     assert prior == pytest.approx(
         {
             ">= 0.95": math.log(1 + feared),

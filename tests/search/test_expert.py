@@ -118,10 +118,7 @@ def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
         ("draft_tokens", 3, "off"),
         ("speculation", "prompt-lookup", "none"),
         ("chunked_prefill", "on", "off"),
-        ("attention_backend", "FLASH_ATTN", "TRITON_ATTN"),
-        ("decode-attention-backend", "fa3", "torch_native"),
         ("quantization", "nvfp4", "fp8"),
-        ("quantization", "fp8", "awq_marlin"),
     ],
 )
 def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
@@ -144,7 +141,6 @@ def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
         ("kv_dtype", "fp8", "auto"),
         ("kv_cache_bits", 8, 16),
         ("quantization", "mxfp4", "int4"),
-        ("num_speculative_tokens", 2, 0),
     ],
 )
 def test_capacity_is_foreseen_under_the_names_of_several_engines(name: str, more: Any, less: Any):

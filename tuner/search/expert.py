@@ -6,9 +6,8 @@ The third is the number of crashes to be expected of the value (:mod:`tuner.sear
 served: what leaves little memory for graphs and activations, and what engines combine with few other features. A name
 or a value that no rule knows counts nothing. Sources: vLLM's guides "Optimization and Tuning", "Conserving Memory",
 "Quantization", "Speculative Decoding", "Expert Parallel Deployment" and its "Compatibility Matrix", SGLang's
-"Hyperparameter Tuning"; a decode step reads all weights, so that halving them halves most of it. How large: by
-what nine scenarios of three authors who knew no rule show (``python -m benchmarks.search.effects``), but for sizes of
-batches; docs/search.md has how that was chosen, and the crashes.
+"Hyperparameter Tuning"; a decode step reads all weights, so that halving them halves most of it. How many
+crashes: docs/search.md.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tuner.search.surrogate import Array
 from tuner.space.config import Value
 from tuner.space.space import Parameter, SearchSpace
 
-# how the words of a value begin: eight bits; four; drafts by a model; by what was said before
+# how the words of a value begin: eight bits; floats of four; four; drafts by a model; by what was said before
 HALF = r"_((mx)?fp8|float8|int8|w8|q8|e4m3|e5m2|8_?bits?_)"
 FLOAT4 = r"_((mx|nv)?fp4|float4)"
 QUARTER = r"_(int4|nf4|w4|q4|4_?bits?_|awq|gptq)"
@@ -32,8 +31,8 @@ LOOKUP = r"_(n_?gram|(prompt_)?lookup|suffix)"
 ON, OFF = r"_true_", r"_false_"
 SAME = {"on": "true", "yes": "true", "enabled": "true", "off": "false", "no": "false", "disabled": "false"}
 OPPOSITE = {"_true_": "_false_", "_false_": "_true_"}
-ACCEPTED, DRAFT_COST = 0.55, 0.1  # tokens that are accepted, and what drafting one costs, in decode steps
-NOTHING, NO_GRAPHS = (0.0, 0.0, 0.0), (0.2, -0.05, 0.0)
+ACCEPTED, DRAFT_COST = 0.7, 0.06  # tokens that are accepted, and what drafting one costs, in decode steps
+NOTHING, NO_GRAPHS = (0.0, 0.0, 0.0), (0.3, -0.1, 0.0)
 Effect = tuple[float, float, float]  # on log latency, on log capacity; expected crashes
 
 
@@ -65,13 +64,13 @@ def speculation(length: float) -> float:
 
 
 def _memory(_: Parameter, n: float) -> Effect:
-    return (0.0, 1.0 * n, 0.25 if n > 0.92 else 0.0) if n <= 1 else NOTHING
+    return (0.0, 2.0 * n, 0.5 if n > 0.92 else 0.0) if n <= 1 else NOTHING
 
 
 def _draft(p: Parameter, n: float) -> Effect:
     switch = any(v == 0 or isinstance(v, str) for v in p.values)  # no drafts: its own
     n = max(n, 0.0)  # -1: as the engine likes
-    return (-speculation(n) if switch else speculation(2) - speculation(n)), 0.15 if n else 0.0, 0.06 * n
+    return (-speculation(n) if switch else speculation(2) - speculation(n)), 0.0, 0.06 * n
 
 
 def _sequences(_: Parameter, n: float) -> Effect:
@@ -94,21 +93,20 @@ NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
     (r"batch(ed)?_tokens|num_tokens|tokens?_budget|tokens_per_step|prefill_(size|tokens|chunk)|chunk_size", _budget),
     (r"_seqs_|sequences|running_req|max_req|max_concurren|batch_size|max_batch_$", _sequences),
 )
-# what a name has -> what a value has, and its effect: fewer bytes to read and to hold (and of a 4-bit float, faster
-# tensor cores); more tokens per step; launch overheads without CUDA graphs; decode steps that wait for whole prompts;
-# experts' tokens that are sent to everybody, or by kernels made for it, which have to be installed; kernels that run
-# anywhere
+# what a name has -> what a value has, and its effect: fewer bytes to read and to hold, and of floats of four bits
+# faster tensor cores; more tokens per step; launch overheads without CUDA graphs; decode steps that wait for whole
+# prompts; experts' tokens that are sent to everybody, or by kernels made for it, which have to be installed
 WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
-    (r"_kv|cache_d?type", ((HALF, (-0.03, 0.1, 0.2)),)),
+    (r"_kv|cache_d?type", ((HALF, (0.0, 0.2, 0.2)),)),
     (
         r"quant|weight|_dtype_|precision",
-        ((FLOAT4, (-0.55, 0.45, 0.2)), (QUARTER, (-0.3, 0.1, 0.2)), (HALF, (-0.4, 0.4, 0.08))),
+        ((FLOAT4, (-0.55, 0.45, 0.2)), (QUARTER, (-0.5, 0.1, 0.2)), (HALF, (-0.4, 0.4, 0.08))),
     ),
-    (r"specul|draft|_mtp|_spec_", ((MODEL, (-0.4, 0.1, 0.2)), (LOOKUP, (-0.2, 0.0, 0.06)))),
+    (r"specul|draft|_mtp|_spec_", ((MODEL, (-0.6, 0.1, 0.2)), (LOOKUP, (-0.2, 0.0, 0.06)))),
     (r"eager", ((rf"{ON}|_eager_", NO_GRAPHS),)),
     (r"graph|compil", ((rf"{OFF}|_eager_|_none_", NO_GRAPHS), (r"^(?!.*_full_).*_piecewise_", (0.08, 0.0, 0.0)))),
     (r"chunked", ((OFF, (0.2, -0.1, 0.0)),)),
-    (r"prefix_cach|radix", ((ON, (-0.05, 0.3, 0.0)),)),
+    (r"prefix_cach|radix", ((ON, (0.0, 0.15, 0.0)),)),
     (
         r"_all_?(2|to)_?all|_a2a_",
         (
@@ -119,7 +117,6 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
             (r"_pplx", (0.0, 0.0, 0.1)),
         ),
     ),
-    (r"attention|attn", ((r"_triton_|_torch|_xformers_", (0.12, -0.1, 0.0)),)),
     (r"async", ((rf"{OFF}|_sync_", (0.05, -0.05, 0.0)),)),
     (r"schedul", ((rf"{ON}|_async_", (-0.05, 0.05, 0.0)),)),
 )
