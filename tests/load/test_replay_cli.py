@@ -47,14 +47,17 @@ def test_records_that_can_be_written_leave_nothing_before_the_replay(replay, tmp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_asks_the_replay_to_end_and_the_second_ends_it(number):
-    before, asked = signal.getsignal(number), threading.Event()
-    with _interrupt(asked):
-        os.kill(os.getpid(), number)
-        assert asked.wait(10)
-        with pytest.raises(KeyboardInterrupt):
+    asked, usual = threading.Event(), signal.signal(number, signal.SIG_DFL)  # whatever these tests are run under
+    try:
+        with _interrupt(asked):
             os.kill(os.getpid(), number)
-            threading.Event().wait(10)
-    assert signal.getsignal(number) == before
+            assert asked.wait(10)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+                threading.Event().wait(10)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, usual)
 
 
 def test_a_replay_under_nohup_outlives_its_terminal():
