@@ -186,21 +186,41 @@ class Answers(BaseHTTPRequestHandler):
             open("asked", "w").write(str(len(asked)))
         self.send_response(503 if self.path == "/health" and len(asked) < 3 else 200)
         self.end_headers()
-        self.wfile.write(json.dumps({"data": [{"id": "theirs"}]}).encode())
+        self.wfile.write(json.dumps({"data": [{"id": name} for name in sys.argv[2:]]}).encode())
     def log_message(self, *_):
         pass
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
 """
 
 
-def test_without_a_name_in_the_command_any_name_is_taken_once_the_server_is_well(site: Site) -> None:
-    engine = CommandEngine(command=[sys.executable, "-c", _SERVE, "{port}"], host_alone=False, stop_wait_s=1)
+@pytest.mark.parametrize(("names", "asked_for"), [(["theirs"], "theirs"), (["theirs", "m:latest"], "m"), ([], "m")])
+def test_without_a_name_in_the_command_the_only_one_is_taken_once_the_server_is_well(
+    site: Site, names: list[str], asked_for: str
+) -> None:
+    engine = CommandEngine(command=[sys.executable, "-c", _SERVE, "{port}", *names], host_alone=False, stop_wait_s=1)
     server = engine.launch(ServingConfig("m", {}, {}), site)
     try:
-        assert server.endpoint is not None and server.endpoint.model == "theirs"
-        assert (site.folder / "asked").read_text() == "3"  # refused twice
+        assert server.endpoint is not None and server.endpoint.model == asked_for
+        assert int((site.folder / "asked").read_text()) >= 3  # refused twice
     finally:
         server.stop()
+
+
+_STUDY = """\
+name: s
+model: {model}
+engine:
+  kind: command
+  command: [server, "{{port}}"]
+  options:
+    version: "1"
+    {option}
+hardware: {{gpu: L4, gpus: 1}}
+search_space: {{name: c, engine: any, parameters: {{a: {{flag: a, values: [1, 2], default: 1, trades: x}}}}}}
+objective: {{name: o, latency: tpot_p99, slo: {{tpot_p99: 5s}}}}
+price_usd_per_gpu_hour: 1
+trace: {{file: TRACE, window: 20s}}
+""".replace("TRACE", str(ROOT / "examples/traces/conversation-small.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +228,8 @@ def test_without_a_name_in_the_command_any_name_is_taken_once_the_server_is_well
     [
         "start_limit_s: 1h",
         "start_limit_s: .nan",
-        "start_limit_s: .inf",
+        "stop_wait_s: .inf",
+        f"start_limit_s: -1{'0' * 400}",
         "stop_wait_s: -1",
         "stop_wait_s: true",
         "phase_limit_s: soon",
@@ -222,21 +243,7 @@ def test_without_a_name_in_the_command_any_name_is_taken_once_the_server_is_well
 )
 def test_an_option_that_cannot_have_its_value_is_named_with_its_line(tmp_path: Path, model: str, wrong: str) -> None:
     file = tmp_path / "s.yaml"
-    file.write_text(f"""\
-name: s
-model: {model}
-engine:
-  kind: command
-  command: [server, "{{port}}"]
-  options:
-    version: "1"
-    {wrong}
-hardware: {{gpu: L4, gpus: 1}}
-search_space: {{name: c, engine: any, parameters: {{a: {{flag: a, values: [1, 2], default: 1, trades: x}}}}}}
-objective: {{name: o, latency: tpot_p99, slo: {{tpot_p99: 5s}}}}
-price_usd_per_gpu_hour: 1
-trace: {{file: {ROOT / "examples/traces/conversation-small.jsonl"}, window: 20s}}
-""")
+    file.write_text(_STUDY.format(model=model, option=wrong))
     with pytest.raises(UsageError, match=rf"s\.yaml:8: engine\.options\.{wrong.partition(':')[0]}: .*, not "):
         build.engine(studyfile.load(file))
 
@@ -244,3 +251,6 @@ trace: {{file: {ROOT / "examples/traces/conversation-small.jsonl"}, window: 20s}
 def test_options_with_values_that_they_may_have_are_taken(tmp_path: Path, model: str) -> None:
     engine = CommandEngine(command=["s", "{port}"], phase_limit_s={"start": 5}, start_limit_s=60)
     assert (engine.start_limit_s, engine.phase_limit_s) == (60, {"start": 5})
+    file = tmp_path / "s.yaml"
+    file.write_text(_STUDY.format(model=model, option="start_limit_s: .inf").replace('version: "1"', "version: 1.0"))
+    build.engine(studyfile.load(file))

@@ -184,6 +184,11 @@ def test_an_answer_that_cannot_be_one_is_refused_in_one_line(tmp_path: Path, sit
         measure(engine(tmp_path, body), site)
 
 
+def test_a_metric_of_the_functions_own_may_be_negative(tmp_path: Path, site: Site) -> None:
+    body = "return {'ttft_p99_s': 0.1, 'tpot_p99_s': 0.02, 'output_tokens_per_s': 9, 'clock_offset_s': -0.1}"
+    assert measure(engine(tmp_path, body), site).metrics["clock_offset_s"] == -0.1
+
+
 @pytest.mark.parametrize("kind", ["tuner.Infeasible", "ValueError"])
 def test_half_a_character_in_a_reason_can_be_kept(tmp_path: Path, site: Site, kind: str) -> None:
     with pytest.raises(LaunchFailed) as failure:

@@ -274,7 +274,7 @@ def test_a_signal_to_the_whole_group_leaves_the_end_to_the_parent(tmp_path):
     def signals(name, data):
         if name == "progress" and data["done"] and not sent:
             for child in psutil.Process().children():
-                if "tuner.load.worker" in child.cmdline():
+                if "tuner.load.worker" in _command(child.pid):
                     sent.append(child.pid)
                     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                         child.send_signal(number)

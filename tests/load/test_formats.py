@@ -480,12 +480,20 @@ def test_a_chat_log_whose_times_are_none_is_told_so_and_not_that_it_has_none(tmp
     assert len(formats.read(path, arrivals="poisson:1")) == 2  # then it does not matter
 
 
-def test_a_chat_without_a_time_among_others_with_one_is_a_bad_line(tmp_path):
-    path = save(tmp_path, lines(chat(created=5), chat(), chat(created=7)))
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_a_chat_without_a_time_among_others_with_one_is_left_out(tmp_path, without):
+    chats = [chat(created=5), chat(created=7)]
+    path = save(tmp_path, lines(*chats[:without], chat(), *chats[without:]))
     trace, report = formats.read_with_report(path)
     assert trace.arrival_s.tolist() == [0, 2]
-    assert report.first_bad == ((2, "only some lines have a time"),)
+    assert (report.bad, report.left_out) == ({}, {"no time": 1})
     assert len(formats.read(path, arrivals="poisson:1")) == 3
+
+
+def test_a_chat_log_of_which_most_lines_have_no_time_has_none(tmp_path):
+    path = save(tmp_path, lines(chat(created=5), chat(), chat()))
+    with pytest.raises(UsageError, match="without arrival times"):
+        formats.read(path)
 
 
 def test_a_chat_that_was_never_answered_is_left_out(tmp_path):

@@ -98,7 +98,15 @@ def test_a_gpu_that_somebody_computes_on_is_not_free():
 
 @pytest.mark.parametrize(
     "visible, indices",
-    [(None, (0, 1, 2)), ("", ()), ("2,0", (2, 0)), ("GPU-b,0", (1, 0)), ("0,7,1", (0,)), ("-1", ())],
+    [
+        (None, (0, 1, 2)),
+        ("", ()),
+        ("2,0", (2, 0)),
+        ("GPU-b,0", (1, 0)),
+        ("0,7,1", (0,)),
+        ("-1", ()),
+        ("MIG-0f1e", (0, 1, 2)),
+    ],
 )
 def test_cuda_visible_devices_is_respected(visible, indices):
     gpus = Gpus(Nvml({"uuid": "GPU-a"}, {"uuid": "GPU-b"}, {"uuid": "GPU-c"}))

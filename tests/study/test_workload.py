@@ -56,7 +56,14 @@ def test_a_trace_that_runs_out_of_requests_says_up_to_which_load_it_fills_a_step
         return workload.read(studyfile.load(write(workplace, text)))
 
     found = {window: read(window) for window in ("30s", "15s", "7s")}
-    assert [round(found[w].fills, 1) for w in found] == [1.1, 2.1, 4.6]
-    assert "after 7.25 s of the 30 s of a step at load 4, and fill a step up to load 1.1 only" in found["30s"].notes[-1]
+    assert [round(found[w].fills, 1) for w in found] == [1.0, 2.0, 4.3]
+    assert "after 7.5 s of the 30 s of a step at load 4, and fill a step up to load 1 only" in found["30s"].notes[-1]
     assert found["15s"].notes
     assert not found["7s"].notes
+
+
+def test_a_sparse_trace_is_not_called_too_short(workplace):
+    rows = [f"2023-11-16 {18 + i // 60:02}:{i % 60:02}:00.0000000,100,10" for i in range(300)]  # one a minute
+    write(workplace, "\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]), "trace.csv")
+    found = workload.read(studyfile.load(write(workplace, GOOD)))
+    assert found.fills >= 4 and not any("too short" in note for note in found.notes)

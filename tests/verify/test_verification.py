@@ -11,8 +11,8 @@ from tuner.engines.protocol import Cancelled, LaunchFailed
 from tuner.errors import UsageError
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
-from tuner.verify.arm import Finalist, Launched
-from tuner.verify.judge import judge
+from tuner.verify.arm import COST, Finalist, Launched
+from tuner.verify.judge import Table, judge
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification
 from tuner.verify.verification import VerifyBudget, verify
@@ -240,6 +240,21 @@ def test_an_arm_that_served_nothing_in_some_launch_is_not_the_cheaper_for_it(dea
     assert (found.choice, found.reason) == (choice, reason)
     told = f"{dead} failed: served nothing within its SLOs on window heldout-1 in launch {launches[-1]}"
     assert (told in found.text) == (reason != "cheaper")
+
+
+@pytest.mark.parametrize(
+    ("beside", "dead"),
+    [
+        ({"metrics": {"ttft_p99_s": math.inf}}, True),
+        ({"metrics": {"ttft_p99_s": 9.0, "output_tokens_per_s": 40.0}, "stopped_early": "ttft_p99"}, False),
+        ({"metrics": {COST: 2.0}}, False),
+        ({"metrics": {COST: 2.0}, "untrusted": ("late",)}, False),
+    ],
+)
+def test_a_window_on_which_something_was_served_is_not_dead(beside, dead):
+    silent = Step(2.0, "a", {"ttft_p99_s": math.inf})
+    steps = (silent, replace(Step(1.0, "a", {}), **beside))
+    assert bool(Table([Launched("v1", 2, steps)], ()).unserved()) == dead
 
 
 @pytest.mark.parametrize("price", [0.01, 1.0, 100.0])

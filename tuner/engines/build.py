@@ -43,13 +43,16 @@ def _wrong(option: str, value: Any, hint: Any) -> str:
     """Why an option of the type ``hint`` cannot have this value; empty where it can."""
     from pydantic import TypeAdapter, ValidationError
 
+    if option == "version" and isinstance(value, int | float):
+        return ""  # YAML reads `version: 1.0` as a number
     try:
         TypeAdapter(hint).validate_python(value, strict="Path" not in str(hint))  # YAML has no paths
     except ValidationError as error:
         said = error.errors()[0]["msg"]
         return said[:1].lower() + said[1:]
     numbers = [n for n in (value.values() if isinstance(value, Mapping) else [value]) if isinstance(n, int | float)]
-    if not all(map(math.isfinite, numbers)):
+    floats = [n for n in numbers if isinstance(n, float)]
+    if any(math.isnan(n) or (math.isinf(n) and not option.endswith("_limit_s")) for n in floats):
         return "input should be a finite number"
     return "a time cannot be negative" if option.endswith("_s") and any(n < 0 for n in numbers) else ""
 

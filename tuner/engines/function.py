@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from tuner.spec.objective import Objective
 from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
 from tuner.study.price import told
+
+_NEVER_NEGATIVE = re.compile(r"(ttft|tpot|itl|e2e|cost)_|error_rate$|.*_per_s$")  # other names are the function's own
 
 Evaluate = Callable[[dict[str, Any], float], Mapping[str, float]]
 
@@ -142,7 +145,7 @@ def checked(answer: Any, target: str, required: Sequence[str] = ()) -> dict[str,
             raise UsageError(f"{target} returned a {name} that is too large for a number") from None
         if math.isnan(metrics[name]):
             raise UsageError(f"{target} returned {name}=nan", fix="leave out what was not measured")
-        if metrics[name] < 0 and (name.endswith("_s") or name.startswith("cost_") or name == "error_rate"):
+        if metrics[name] < 0 and _NEVER_NEGATIVE.match(name):
             raise UsageError(f"{target} returned {name}={metrics[name]:g}, which cannot be negative")
     missing = [name for name in required if name not in metrics]
     if missing:

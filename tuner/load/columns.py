@@ -24,7 +24,7 @@ def parquet(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    damage = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError)
+    damage = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError)
     try:
         with ParquetFile(path, page_checksum_verification=True) as file:
             yield file

@@ -58,9 +58,10 @@ class Gpus:
         return len(self._handles)
 
     def visible(self, env: Mapping[str, str] | None = None) -> tuple[int, ...]:
-        """NVML indices that ``CUDA_VISIBLE_DEVICES`` leaves us (all where it is not set), in its order."""
+        """NVML indices that ``CUDA_VISIBLE_DEVICES`` leaves us, in its order; all where it is not set, or names parts
+        of GPUs (MIG), which NVML lists elsewhere."""
         wanted = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
-        if wanted is None:
+        if wanted is None or wanted.strip().startswith("MIG-"):
             return tuple(range(len(self)))
         uuids = {self._text("nvmlDeviceGetUUID", i): i for i in range(len(self))}
         found: list[int] = []

@@ -64,8 +64,10 @@ class Running:
         ended = Ended(0.0, False)
         if self.process:
             try:
-                ended = self.process.stop(self.stop_wait_s)
-                self.clean()
+                try:
+                    ended = self.process.stop(self.stop_wait_s)
+                finally:
+                    self.clean()
                 left += [*ended.left, *self._port_left(), *self._gpu_left()]
             except Exception as error:  # a teardown that raises would hide the outcome it ends
                 ended = Ended(0.0, False, (f"the teardown itself failed: {error!r}",))

@@ -271,10 +271,12 @@ def _answers(recipe: Recipe, running: Running) -> bool:
         return False
     answer = probe.get(port, "/v1/models", endpoint.api_key)
     names = probe.served_models(answer)
-    if names and not recipe.named and endpoint.model not in names:  # any name is taken, and asked for from now on
-        endpoint = running.endpoint = replace(endpoint, model=names[0])
     if names is not None and (endpoint.model in names or not recipe.named):
-        return probe.get(port, recipe.health).status == 200 if recipe.health else True
+        if recipe.health and probe.get(port, recipe.health).status != 200:
+            return False
+        if len(names) == 1:  # of several it may know ours by another name; the only one is asked for from now on
+            running.endpoint = replace(endpoint, model=names[0])
+        return True
     foreign = names is not None or answer.status in (401, 403)
     if foreign and running.exit_code() is None:
         running.stranger = True

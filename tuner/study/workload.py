@@ -55,12 +55,13 @@ def read(study: Study) -> Workload:
         max_seconds=spec.window_s * top * BEYOND,
     )
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
-    # the last request of what lasts long enough comes a little before its end
-    shortest_s = min(float(window.arrival_s[-1]) for window in (*parts.search, *parts.held_out)) / FULL
+    # a window lasts until the next request; the last one of the trace ends a little after its last request
+    ends_s = [*trace.arrival_s[1:], trace.arrival_s[-1] / FULL]
+    shortest_s = min(float(ends_s[window.stop - 1] - window.start_s) for window in parts.windows)
     fills = shortest_s / spec.window_s
     if fills < top:
         notes.append(
-            f"too short: its windows have no more requests after {FULL * shortest_s / top:.3g} s of the "
+            f"too short: its windows have no more requests after {shortest_s / top:.3g} s of the "
             f"{spec.window_s:g} s of a step at load {top:g}, and fill a step up to load {fills:.2g} only. "
             "Take a longer trace, a shorter trace.window, fewer windows or lower loads"
         )

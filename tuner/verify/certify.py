@@ -16,8 +16,8 @@ from tuner.errors import UsageError
 from tuner.load.trace import Trace
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Range, margin
-from tuner.verify.capacity import THROUGHPUT
 from tuner.verify.fingerprint import Fingerprint
+from tuner.verify.judge import served_nothing
 from tuner.verify.promise import Promise
 from tuner.verify.repeats import Spread
 from tuner.verify.rounds import Launcher
@@ -106,7 +106,7 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
     missed = sorted({miss for step in every for miss in step.slo_misses})
     limits = ", ".join(map(str, promise.slos)) or "none"
     words = "the SLOs hold" if gap <= 0 else f"SLOs missed at load {promise.load:.3g}: {'; '.join(missed[:3])}"
-    unserved = [step for step in every if _unserved(step)]
+    unserved = [step for step in every if served_nothing(step)]
     if unserved:  # no mean over windows can hold that: it has no cost and no latency
         where = ", ".join(sorted({step.window for step in unserved}))
         words = f"nothing was served within the SLOs at load {promise.load:.3g} on window {where}"
@@ -137,13 +137,6 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
             text += f"; broken would be {shown:+.0f} % or more, by what this and the promise leave open"
         checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", measured, holds, text))
     return tuple(checks)
-
-
-def _unserved(step: Step) -> bool:
-    """Whether nothing was served within the SLOs. A step that was ended early may have served something after it: it
-    counts only where not one token had come."""
-    priced = math.isfinite(step.metrics.get(COST, math.inf))
-    return not priced and not (step.stopped_early and step.metrics.get(THROUGHPUT, 0.0) > 0)
 
 
 def _logs(steps: Sequence[Step], key: str) -> list[float]:

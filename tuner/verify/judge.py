@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Finalist, Launched, Range
-from tuner.verify.capacity import capacity, cost_at, value_at
+from tuner.verify.capacity import THROUGHPUT, capacity, cost_at, value_at
 from tuner.verify.power import Power, power
 from tuner.verify.repeats import NO_SPREAD, Repeats, Spread
 from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_best
@@ -180,7 +180,8 @@ class Table:
         found: dict[str, dict[int, str]] = {}
         for (arm, number, window), steps in self.cells.items():
             trusted = [s for s in steps if not s.untrusted]
-            if trusted and not any(math.isfinite(s.metrics.get(COST, math.inf)) for s in trusted):
+            priced = any(math.isfinite(s.metrics.get(COST, math.inf)) for s in steps)  # untrusted, but it served
+            if trusted and not priced and all(map(served_nothing, trusted)):
                 words = f"served nothing within its SLOs on window {window} in launch {number}"
                 found.setdefault(arm, {})[number] = words
         return {arm: list(words.values()) for arm, words in found.items()}
@@ -208,6 +209,13 @@ def _logs(values: Mapping[Cell, float]) -> dict[Cell, float]:
 
 def _of(repeats: Repeats, label: str, tails: tuple[float, float]) -> Range:
     return _factor(repeats.estimate(label), *tails) if label in repeats.arms else UNKNOWN
+
+
+def served_nothing(step: Step) -> bool:
+    """Whether nothing was served within the SLOs. A step that was ended early may have served something after it: it
+    counts only where not one token had come."""
+    priced = math.isfinite(step.metrics.get(COST, math.inf))
+    return not priced and not (step.stopped_early and step.metrics.get(THROUGHPUT, 0.0) > 0)
 
 
 def _failures(launches: Sequence[Launched]) -> dict[str, str]:

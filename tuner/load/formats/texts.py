@@ -41,8 +41,6 @@ class _Talk:
             return
         if not prompt:
             raise BadLine("the prompt is empty")
-        if self.prompts and math.isnan(time) != math.isnan(self.arrival_s[0]):
-            raise BadLine("only some lines have a time")
         if tokens_out == _UNKNOWN and not reply:
             raise BadLine("neither a reply nor its length")
         self.prompts.append(prompt)
@@ -72,8 +70,13 @@ class _Talk:
         usable = (lengths[0] > 0) & (lengths[1] > 0)
         if not usable.all():
             tally.leave_out("no token in the prompt or the reply", int(np.count_nonzero(~usable)))
-        arrival_s = np.array(self.arrival_s, dtype=np.float64)[usable]
-        timed = bool(len(arrival_s)) and not np.isnan(arrival_s).any()
+        times = np.array(self.arrival_s, dtype=np.float64)
+        without = usable & np.isnan(times)
+        timed = bool(np.count_nonzero(without) < np.count_nonzero(usable) / 2)
+        if timed and without.any():  # most lines have a time: the others cannot be placed
+            tally.leave_out("no time", int(np.count_nonzero(without)))
+            usable &= ~without
+        arrival_s = times[usable]
         return Parts(
             arrival_s=arrival_s if timed else None,
             input_tokens=lengths[0][usable],
