@@ -4,8 +4,8 @@ invented names, a simulation of queues), and searched as a user's function is: n
 
     python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
 
-``blind_c`` (vLLM) and ``blind_d`` (TensorRT-LLM) bring a model along, which its author made wrong (``--models 30%
-badly``), as a user's own model is brought. What a surface is like:
+``blind_c`` (vLLM), ``blind_d`` (TensorRT-LLM) and ``blind_e`` (SGLang) bring a model along, which its author made wrong
+(``--models 30% badly``), as a user's own model is brought. What a surface is like:
 
     python -m benchmarks.search.blind blind_c:0 blind_d:2
 

@@ -4,8 +4,8 @@
 
 Means over the pairs of configurations that differ in this parameter alone (from its first value) and both run: of the
 log latency at the lowest load, and of the log capacity (the highest load within SLO; half the lowest where there is
-none). ``runs`` is the share of configurations with the value that run; the rules say expected crashes. Written to set
-the sizes in ``tuner/search/expert.py`` by what others, who had not read them, believe of engines.
+none). ``runs`` is the share of configurations with the value that run; the rules say expected crashes. It holds
+the sizes in ``tuner/search/expert.py`` against what others, who had not read them, believe of engines.
 """
 
 from __future__ import annotations
