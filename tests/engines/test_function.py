@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -187,6 +188,17 @@ def test_an_answer_that_cannot_be_one_is_refused_in_one_line(tmp_path: Path, sit
 def test_a_metric_of_the_functions_own_may_be_negative(tmp_path: Path, site: Site) -> None:
     body = "return {'ttft_p99_s': 0.1, 'tpot_p99_s': 0.02, 'output_tokens_per_s': 9, 'clock_offset_s': -0.1}"
     assert measure(engine(tmp_path, body), site).metrics["clock_offset_s"] == -0.1
+
+
+@pytest.mark.parametrize("then", ["return {'ttft_p99_s': 0.1, 'tpot_p99_s': 0.02, 'output_tokens_per_s': 9}", "1 / 0"])
+def test_a_callable_that_goes_to_another_folder_leaves_us_in_ours(
+    tmp_path: Path, site: Site, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path.cwd()
+    monkeypatch.chdir(home)  # and back, where it fails
+    with contextlib.suppress(LaunchFailed):
+        measure(engine(tmp_path, f"import os; os.chdir('/'); {then}"), site)
+    assert Path.cwd() == home
 
 
 @pytest.mark.parametrize("kind", ["tuner.Infeasible", "ValueError"])

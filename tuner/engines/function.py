@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import math
+import os
 import re
 import sys
 import traceback
@@ -54,6 +55,7 @@ class FunctionEngine:
     ) -> None:
         self.target, self.folder, self.required, self.emulated = target, Path(folder), required, bool(emulated)
         self.default = default
+        self.home = Path.cwd()  # paths of the study are relative: a callable may go elsewhere, we stay
         self._evaluate: Evaluate | None = None
 
     @classmethod
@@ -109,6 +111,8 @@ class FunctionServer:
             raise LaunchFailed(Infeasible("infeasible", reason, evidence=f"Infeasible: {reason}")) from None
         except (Exception, SystemExit, GeneratorExit) as error:
             raise LaunchFailed(_crash(error)) from error
+        finally:
+            os.chdir(self._engine.home)
         try:
             metrics = checked(answer, self._engine.target, self._engine.required)
         except UsageError as error:
