@@ -34,9 +34,9 @@ class CommandEngine:
     after the process tree has ended (``docker rm -f {served}``), and before it is checked that nothing is left.
 
     With ``{served}`` in the command the server has to list that name, and a stranger on the port is recognised; without
-    it any name is taken. ``health`` is the path that answers 200 when it is ready (empty: ``/v1/models`` is enough).
-    ``log`` says whose log it writes, ``vllm`` or nobody's known. ``shares_port``: it binds with ``SO_REUSEADDR``, so
-    that the port can be held for it until it does.
+    it any name is taken, and where only one is listed that is asked for. ``health`` is the path that answers 200 when
+    it is ready (empty: ``/v1/models`` is enough). ``log`` says whose log it writes, ``vllm`` or nobody's known.
+    ``shares_port``: it binds with ``SO_REUSEADDR``, so that the port can be held for it until it does.
     """
 
     kind = "command"
