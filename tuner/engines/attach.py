@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 
 from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
 from tuner.errors import EnvironmentFault, Unreachable, UsageError
 from tuner.load import wire
-from tuner.server.probe import deadline
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
@@ -96,28 +94,14 @@ class AttachEngine:
 
     def get(self, path: str) -> bytes:
         """The body of one GET. Raises ``Unreachable`` where nobody answers it with 200."""
-        from tuner.load.probe import unreachable
+        from tuner.load.probe import asked
 
-        there = self.target
-        if there.tls:
-            connection = http.client.HTTPSConnection(there.host, there.port, timeout=10, context=wire.tls_context())
-        else:
-            connection = http.client.HTTPConnection(there.host, there.port, timeout=10)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        try:
-            with deadline(connection, 10.0):
-                connection.request("GET", there.path + path, headers=headers)
-                answer = connection.getresponse()
-                body = answer.read(2**20)
-        except (OSError, http.client.HTTPException) as error:
-            raise unreachable(there, error) from None
-        finally:
-            connection.close()
-        if answer.status in (401, 403):
-            message = f"{self.url} refuses the key (HTTP {answer.status})"
+        status, body = asked(self.target, path, self._key, 10.0, most=2**20)
+        if status in (401, 403):
+            message = f"{self.url} refuses the key (HTTP {status})"
             raise Unreachable(message, fix="name the key's variable in engine.options.api_key_env")
-        if answer.status != 200:
-            raise Unreachable(f"{self.url} answers GET {path} with HTTP {answer.status}")
+        if status != 200:
+            raise Unreachable(f"{self.url} answers GET {path} with HTTP {status}")
         return body
 
 

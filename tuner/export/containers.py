@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from tuner.export.deployment import Deployment
-from tuner.export.text import comment, dump
+from tuner.export.text import comments, dump
 from tuner.export.vllm import YAML_NAME, command, config_text
 from tuner.space.config import ServingConfig
 
@@ -106,9 +106,7 @@ def kubernetes(what: Deployment) -> str:
         _object("v1", "Service", what.name, labels)
         | {"spec": {"selector": select, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}},
     ]
-    return (
-        what.header() + "".join(f"# {comment(note)}\n" for note in notes) + "---\n".join(dump(item) for item in objects)
-    )
+    return what.header() + comments(notes) + "---\n".join(dump(item) for item in objects)
 
 
 def helm(what: Deployment) -> str:
@@ -155,7 +153,7 @@ def helm(what: Deployment) -> str:
     if what.local_model:
         notes.append(f"PersistentVolumeClaim {what.name}-model must hold what was in {what.model} (create it first).")
     data = {"servingEngineSpec": {"enableEngine": True, "startupProbe": probe, "modelSpec": [model]}}
-    return what.header() + "".join(f"# {comment(note)}\n" for note in notes) + dump(data)
+    return what.header() + comments(notes) + dump(data)
 
 
 def _literal(text: str) -> str:

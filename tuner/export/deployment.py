@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tuner.errors import NothingFeasible
-from tuner.export.text import comment
+from tuner.export.text import comments
 from tuner.pareto.changes import baseline_of
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
@@ -56,7 +56,7 @@ class Deployment:
     def header(self) -> str:
         """The comment that heads every exported file; the first line of an emulated one says so."""
         lines = ["EMULATED: these figures come from a model of the hardware; nothing was measured."] * self.emulated
-        return "".join(f"# {comment(line)}\n" for line in (*lines, *self.about)) + promise_block(self.promise)
+        return comments((*lines, *self.about)) + promise_block(self.promise)
 
 
 def deployment(store: Store, study: Study, choice: Choice | None = None) -> Deployment:

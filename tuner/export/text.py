@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -33,6 +33,11 @@ def _plain(data: Any) -> Any:
     if isinstance(data, str) and ("\n" in data or _ambiguous(data)):
         return DoubleQuotedScalarString(data)
     return data
+
+
+def comments(lines: Iterable[str]) -> str:
+    """One line of comment for each of ``lines``."""
+    return "".join(f"# {comment(line)}\n" for line in lines)
 
 
 def comment(text: str) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
-import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tuner.engines.protocol import Endpoint
@@ -14,7 +13,7 @@ from tuner.errors import EnvironmentFault, Unreachable, UsageError
 from tuner.load.client import OUR_ERRORS
 from tuner.load.prompts import vocabulary
 from tuner.load.sse import CUT_OFF, Response
-from tuner.load.wire import Dialect, Target, Writer, target, tls_context
+from tuner.load.wire import Dialect, Target, Writer, deadline, target
 
 _TOKENS = 8
 # Tried in turn where the tokenizer is unknown: ids up to here, without the first few hundred, which are often special.
@@ -103,39 +102,23 @@ def _ask(where: Target, writer: Writer, vocab_size: int, timeout_s: float) -> tu
     head, _, body = request.partition(b"\r\n\r\n")
     path = head.split(b" ", 2)[1].decode()
     headers = dict(line.split(": ", 1) for line in head.decode("latin-1").split("\r\n")[1:])
-    response = Response(writer.dialect.counting)
-    connection = _connection(where, timeout_s)
-    try:
-        until_s = time.monotonic() + timeout_s
-        connection.request("POST", path, body, headers)
-        answer = connection.getresponse()
-        data = _body(answer, until_s)
-    except (OSError, http.client.HTTPException) as error:
-        raise unreachable(where, error) from error
-    finally:
-        connection.close()
-    # through the very parser that the replay uses
-    response.feed(0, b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n" % (answer.status, len(data)) + data)
+    status, data = _exchanged(where, "POST", path, body, headers, timeout_s)
+    return status, _parsed(status, data, writer.dialect.counting)
+
+
+def _parsed(status: int, data: bytes, counting: str) -> Response:
+    """An answer through the very parser that the replay uses."""
+    response = Response(counting)
+    response.feed(0, b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n" % (status, len(data)) + data)
     response.close()
-    return answer.status, response
+    return response
 
 
 def _first_model(where: Target, endpoint: Endpoint) -> str:
     """The first model that the server lists."""
-    connection, until_s = _connection(where, 10.0), time.monotonic() + 10.0
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    try:
-        connection.request("GET", f"{where.path}/v1/models", headers=headers)
-        answer = connection.getresponse()
-        data = _body(answer, until_s)
-    except (OSError, http.client.HTTPException) as error:
-        raise unreachable(where, error) from error
-    finally:
-        connection.close()
-    if answer.status != 200:
-        error = Response("total")
-        error.feed(0, b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n" % (answer.status, len(data)) + data)
-        _check(endpoint, answer.status, error.error)
+    status, data = asked(where, "/v1/models", endpoint.api_key, 10.0)
+    if status != 200:
+        _check(endpoint, status, _parsed(status, data, "total").error)
     try:
         models = json.loads(data)["data"]
         if not models:
@@ -145,7 +128,7 @@ def _first_model(where: Target, endpoint: Endpoint) -> str:
         raise TypeError("a model's id is no text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{endpoint.url} is no OpenAI-compatible server: GET /v1/models answered {answer.status}",
+            f"{endpoint.url} is no OpenAI-compatible server: GET /v1/models answered {status}",
             fix="Give the server's base URL, or name the model",
         ) from error
 
@@ -158,20 +141,32 @@ def _check(endpoint: Endpoint, status: int, error: str) -> None:
         raise Unreachable(f"{endpoint.url} is not serving: {error}")
 
 
-def _body(answer: http.client.HTTPResponse, until_s: float) -> bytes:
-    """All of it. Raises TimeoutError at ``until_s``: whoever sends a little for ever answers every read in time."""
-    data = b""
-    while piece := answer.read1(65_536):
-        data += piece
-        if time.monotonic() > until_s:
-            raise TimeoutError
-    return data
+def asked(where: Target, path: str, api_key: str, timeout_s: float, most: int | None = None) -> tuple[int, bytes]:
+    """Status and body (its first ``most`` bytes) of one GET, all of it within ``timeout_s``. Raises
+    :func:`unreachable`."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return _exchanged(where, "GET", where.path + path, None, headers, timeout_s, most)
 
 
-def _connection(where: Target, timeout_s: float) -> http.client.HTTPConnection:
-    if where.tls:
-        return http.client.HTTPSConnection(where.host, where.port, timeout=timeout_s, context=tls_context())
-    return http.client.HTTPConnection(where.host, where.port, timeout=timeout_s)
+def _exchanged(
+    where: Target,
+    method: str,
+    path: str,
+    body: bytes | None,
+    headers: Mapping[str, str],
+    timeout_s: float,
+    most: int | None = None,
+) -> tuple[int, bytes]:
+    connection = where.connection(timeout_s)
+    try:
+        with deadline(connection, timeout_s):
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read(most)
+    except (OSError, http.client.HTTPException) as error:
+        raise unreachable(where, error) from error
+    finally:
+        connection.close()
 
 
 def unreachable(where: Target, error: Exception) -> EnvironmentFault:

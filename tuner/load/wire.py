@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import socket
 import ssl
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +32,12 @@ class Target:
         """The Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+
+    def connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        """Not connected yet; every read may take ``timeout_s`` (:func:`deadline` is for all of them)."""
+        if self.tls:
+            return http.client.HTTPSConnection(self.host, self.port, timeout=timeout_s, context=tls_context())
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
 
 
 def target(url: str) -> Target:
@@ -53,6 +64,29 @@ def tls_context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
+
+
+@contextmanager
+def deadline(connection: http.client.HTTPConnection, timeout_s: float) -> Iterator[None]:
+    """Connects, and raises ``TimeoutError`` where what follows has not ended in time: a connection's own limit is for
+    each read, and whoever sends a little for ever answers every read in time."""
+    until_s = time.monotonic() + timeout_s
+    connection.connect()
+    link = connection.sock  # which the connection forgets when an answer says that it will be closed
+    timer = threading.Timer(max(0.0, until_s - time.monotonic()), _shut, [link])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if time.monotonic() >= until_s:  # what was read until then may look like a whole answer
+            raise TimeoutError
+
+
+def _shut(link: socket.socket) -> None:
+    with suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True, slots=True)

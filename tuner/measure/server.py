@@ -16,7 +16,7 @@ import numpy as np
 
 from tuner.errors import naming
 from tuner.load import columns
-from tuner.load.wire import Target, tls_context
+from tuner.load.wire import Target
 
 # column -> vLLM's metric, and how several engines of one server add up
 SERIES: Mapping[str, tuple[str, str]] = {
@@ -106,15 +106,8 @@ class Sampler:
 
     def _look(self) -> None:
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            where = self._target
-            if where.tls:
-                connection = http.client.HTTPSConnection(
-                    where.host, where.port, timeout=_TIMEOUT_S, context=tls_context()
-                )
-            else:
-                connection = http.client.HTTPConnection(where.host, where.port, timeout=_TIMEOUT_S)
-            with contextlib.closing(connection):
-                connection.request("GET", f"{where.path}/metrics", headers=self._headers)
+            with contextlib.closing(self._target.connection(_TIMEOUT_S)) as connection:
+                connection.request("GET", f"{self._target.path}/metrics", headers=self._headers)
                 answer = connection.getresponse()
                 text = answer.read().decode("utf-8", "replace")
                 row = parse(text) if answer.status == 200 else {}

@@ -13,6 +13,7 @@ from tuner.pareto.front import Interval, Point
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.store import AsWritten, Store, TrialRecord, read_json
+from tuner.verify.arm import as_range
 
 
 def recommended(store: Store, study: Study) -> Choice:
@@ -81,10 +82,10 @@ def ablation(store: Store, study: Study, config: ServingConfig) -> Mapping[str, 
             "winner": str(found.get("winner") or _rebuilt(found["effects"], study)),
             "budget": int(found.get("budget") or found.get("launches", 0)),
             "effects": [
-                {"parameter": str(e["parameter"]), "why": str(e["why"]), "cost_without": _range(e["cost_without"])}
+                {"parameter": str(e["parameter"]), "why": str(e["why"]), "cost_without": as_range(e["cost_without"])}
                 for e in found["effects"]
             ],
-            "cost_change": _range(found["cost_change"]),
+            "cost_change": as_range(found["cost_change"]),
             "text": str(found["text"]),
         }
         return known if config.hash in (known["winner"], known["config"].hash) else None
@@ -114,11 +115,6 @@ def _times(value: float, interval: Interval | None, factor: Sequence[float]) -> 
     return value * middle, (value * middle * math.exp(-down), value * middle * math.exp(up))
 
 
-def _range(values: Sequence[float]) -> tuple[float, float, float]:
-    middle, low, high = map(float, values)
-    return middle, low, high
-
-
 def _shifted(interval: Interval | None, by: float) -> Interval | None:
     return (interval[0] + by, interval[1] + by) if interval else None
 
@@ -129,7 +125,7 @@ def _point(
     again = tuple(t.number for t in trials if t.role == "verify" and t.config.hash == config.hash)
     if trial is None:
         trial = next((t.number for t in trials if t.config.hash == config.hash), -1)
-    cost, latency = _range(arm["load_cost"]), _range(arm["latency"])
+    cost, latency = as_range(arm["load_cost"]), as_range(arm["latency"])
     return Point(
         trial=trial,
         load=float(arm["load"]),
@@ -150,7 +146,7 @@ def _interval(values: Sequence[float]) -> Interval | None:
 
 
 def _change(factor: Sequence[float]) -> Change | None:
-    factor = _range(factor)
+    factor = as_range(factor)
     if not math.isfinite(factor[0]):
         return None
     between = _interval(factor)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+
+from tuner.load.wire import deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +30,6 @@ def get(port: int, path: str, api_key: str = "", timeout_s: float = 2.0) -> Answ
         return Answer(0)
     finally:
         connection.close()
-
-
-@contextmanager
-def deadline(connection: http.client.HTTPConnection, timeout_s: float) -> Iterator[None]:
-    """Connects, and raises ``TimeoutError`` where what follows has not ended in time: a connection's own limit is for
-    each read, and whoever sends a little for ever answers every read in time."""
-    until_s = time.monotonic() + timeout_s
-    connection.connect()
-    link = connection.sock  # which the connection forgets when an answer says that it will be closed
-    timer = threading.Timer(max(0.0, until_s - time.monotonic()), _shut, [link])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if time.monotonic() >= until_s:  # what was read until then may look like a whole answer
-            raise TimeoutError
-
-
-def _shut(link: socket.socket) -> None:
-    with suppress(OSError):
-        link.shutdown(socket.SHUT_RDWR)
 
 
 def listens(port: int) -> bool:

@@ -13,7 +13,7 @@ from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.study import Study
 from tuner.verify.capacity import BEYOND
 
-FULL = 0.9  # share of a step that its arrivals must span
+FULL = 0.9  # share of a step that the last arrivals of a trace must span
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,7 @@ def read(study: Study) -> Workload:
         max_seconds=spec.window_s * top * BEYOND,
     )
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
-    # a window lasts until the next request; the last one of the trace ends a little after its last request
-    ends_s = [*trace.arrival_s[1:], trace.arrival_s[-1] / FULL]
-    shortest_s = min(float(ends_s[window.stop - 1] - window.start_s) for window in parts.windows)
+    shortest_s = min(_lasts_s(trace, window) for window in parts.windows)
     fills = shortest_s / spec.window_s
     if fills < top:
         notes.append(
@@ -66,6 +64,12 @@ def read(study: Study) -> Workload:
             "Take a longer trace, a shorter trace.window, fewer windows or lower loads"
         )
     return Workload(trace, search, parts.held_out, tuple(notes), fills)
+
+
+def _lasts_s(trace: Trace, window: windows.Window) -> float:
+    """Until the next request; the trace's last window until a little after its last one."""
+    end_s = trace.arrival_s[window.stop] if window.stop < len(trace) else trace.arrival_s[-1] / FULL
+    return float(end_s - window.start_s)
 
 
 def at_load(window: Trace, load: float, window_s: float) -> Trace:

@@ -14,6 +14,12 @@ COST = "cost_usd_per_mtok_output"
 FAR = 3.0  # a margin beyond e^3 = 20 times the limit says nothing more
 
 
+def as_range(values: Sequence[float | str]) -> Range:
+    """A range as JSON keeps it (numbers or their words). Raises ``TypeError`` or ``ValueError`` for anything else."""
+    middle, low, high = map(float, values)
+    return middle, low, high
+
+
 @dataclass(frozen=True, slots=True)
 class Finalist:
     """A point that may be the best. ``load`` is where the search expects its capacity; ``value`` its search-time

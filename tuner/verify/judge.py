@@ -89,8 +89,8 @@ def judge(
     base = next(a.label for a in arms if a.baseline)
     table = Table(launches, slos)
     # one dead launch of the default is left out, which flatters the default and proves nothing for its rivals
-    unserved = {arm: words for arm, words in table.unserved().items() if arm != base or len(words) > 1}
-    failures = {arm: words[-1] for arm, words in unserved.items()} | _failures(launches)
+    dead = {arm: words[-1] for arm, words in table.unserved().items() if arm != base or len(words) > 1}
+    failures = dead | _failures(launches)
     capacities = Repeats(table.capacities())
     costs = Repeats(table.costs(), known, table.within(COST))
     middle = {label: exp(capacities.estimate(label).mean) for label in capacities.arms}

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tuner.errors import UsageError
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo, check_metric, parse
-from tuner.verify.arm import Range
+from tuner.verify.arm import Range, as_range
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.repeats import NO_SPREAD, Spread
 from tuner.verify.verdict import Verification
@@ -172,7 +172,7 @@ def _plain(values: Range) -> list[float | str]:
 
 
 def _range(values: list[float | str]) -> Range:
-    middle, low, high = (float(v) for v in values)
+    middle, low, high = as_range(values)
     if middle < 0 or low > high:  # what is not known is NaN, which is neither
         raise ValueError(f"{values!r} is out of range")
     return middle, low, high

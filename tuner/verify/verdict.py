@@ -9,7 +9,7 @@ from typing import Any
 
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.verify.arm import Finalist, Launched, Range
+from tuner.verify.arm import Finalist, Launched, Range, as_range
 from tuner.verify.judge import UNKNOWN, Arm, Judgement
 from tuner.verify.power import Power
 from tuner.verify.repeats import NO_SPREAD, Spread
@@ -53,7 +53,7 @@ class Verification:
         fields = dict(data)
         fields["arms"] = tuple(_arm(arm) for arm in fields["arms"])
         fields["config"] = ServingConfig.from_dict(fields["config"]) if fields["config"] else None
-        fields["survived"] = _range(fields["survived"])
+        fields["survived"] = as_range(fields["survived"])
         fields["rows"] = tuple(dict(row) for row in fields["rows"])
         fields["spread"] = Spread(**fields["spread"])
         fields["load"], fields["confidence"] = float(fields["load"]), float(fields["confidence"])
@@ -221,13 +221,8 @@ def _row(arm: Arm, finalist: Finalist, latency: str) -> dict[str, Any]:
 
 def _arm(data: Mapping[str, Any]) -> Arm:
     readers: dict[str, Callable[[Any], Any]] = {f.name: float for f in fields(Arm) if isinstance(f.default, float)}
-    readers |= {f.name: _range for f in fields(Arm) if f.default is UNKNOWN}
+    readers |= {f.name: as_range for f in fields(Arm) if f.default is UNKNOWN}
     return Arm(**{name: readers.get(name, lambda value: value)(value) for name, value in data.items()})
-
-
-def _range(values: Sequence[float]) -> Range:
-    middle, low, high = map(float, values)
-    return middle, low, high
 
 
 def _change(factor: Range) -> str:
