@@ -54,6 +54,12 @@ def test_a_trace_is_counted_by_the_hour_and_scaled(tmp_path):
     assert found.output_tokens == 30
 
 
+def test_lines_of_a_trace_that_were_skipped_are_said(tmp_path):
+    path = trace(tmp_path, np.arange(0, 600, 0.5))
+    path.write_text(path.read_text() + "{}\n")
+    assert "1 bad lines skipped" in read(path).source
+
+
 def test_a_trace_shorter_than_an_hour_is_one_hour_at_its_mean_rate(tmp_path):
     assert read(trace(tmp_path, np.arange(0, 600.1, 0.5))).rate_rps == pytest.approx([2], rel=0.01)
 

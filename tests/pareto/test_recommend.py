@@ -10,7 +10,7 @@ from tuner.errors import EnvironmentFault, NothingFeasible
 from tuner.export.deployment import deployment
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import ablation, recommended
-from tuner.study.store import write_json
+from tuner.study.store import EXHAUSTED, write_json
 from tuner.study.verifying import verification
 
 
@@ -46,6 +46,17 @@ def test_where_nothing_held_on_the_held_out_windows_nothing_is_recommended(tmp_p
     write_json(store.folder / "verify.json", studies.verification(study, store, winner=-1).to_dict())
     found = recommended(store, study)
     assert found.point is None and "Nothing is recommended" in found.text
+
+
+def test_a_search_of_which_everything_is_refused_says_why(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=0)
+    store.refuse({"max_num_seqs": 8}, "nothing fits", 3)
+    assert recommended(store, study).text == "No trial has finished yet."
+    store.log("ended", why=EXHAUSTED)
+    refused = "Every configuration of the space is refused before a launch: nothing fits."
+    assert recommended(store, study).text == refused
+    store.log("ended", why="interrupted")
+    assert recommended(store, study).text == "No trial has finished yet."
 
 
 def test_a_file_that_is_no_verdict_changes_nothing(tmp_path: Path):

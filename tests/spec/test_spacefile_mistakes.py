@@ -96,6 +96,11 @@ def test_a_parameter_is_narrowed_to_numbers_and_words_only(workplace, limit, say
     assert refusal(workplace, text).lower().startswith(f"9: {says}".lower())
 
 
+def test_a_value_that_is_asked_for_twice_is_refused(workplace):
+    text = GOOD + "parameters: {max_num_seqs: [16, 16]}\n"
+    assert refusal(workplace, text) == "9: max_num_seqs lists a value twice"
+
+
 def test_a_number_of_gpus_is_narrowed_to_whole_numbers_above_zero(workplace):
     text = GOOD.replace("vllm/quick", "vllm/multi-gpu") + "hardware: {gpus: 4}\nparameters: {tensor_parallel: LIMIT}\n"
     assert load(workplace, text.replace("LIMIT", "[1, 2]")).space["tensor_parallel"].values == (1, 2)
@@ -137,6 +142,11 @@ def test_a_value_of_a_grid_is_a_finite_number(workplace, number):
         (("$draft_model", "$draft_modle"), "16: --draft.model: no such fact: draft_modle. Did you mean 'draft_model'?"),
         (("$max_model_len", "$max_model_lne"), "16: --max-len: no such fact: max_model_lne. Did you mean 'max_model"),
         (("swap-space: 4", "--dtype: $native_type"), "5: --dtype: no such fact: native_type. Did you mean 'native_dt"),
+        (("requires: dummy_weights", "requires: dummy_weight"), "16: requires: no such fact: dummy_weight. Did you"),
+        (
+            ("range: [8, 64]\n      scale: log2\n      only: {le: 64}", "values: [16, $gpu]"),
+            "8: --max-num-seqs: no such",
+        ),
     ],
 )
 def test_a_misspelt_fact_in_the_flags_of_a_space_is_refused(workplace, change, says):

@@ -226,10 +226,10 @@ def _number(text: str) -> float | None:
 def _of_trace(path: Path, format: str, window_s: float) -> Demand:
     """Arrivals counted per hour from the first one on. A last part of an hour that is shorter than a quarter belongs to
     no hour; a trace shorter than an hour is one hour at its mean rate."""
-    from tuner.load.formats import read as read_trace
+    from tuner.load.formats import read_with_report
 
     try:
-        trace = read_trace(path, format)
+        trace, report = read_with_report(path, format)
     except UsageError as failure:
         if format == "auto" and "not recognised" in failure.message:
             raise UsageError("is neither a file of hours nor a trace", where=str(path), fix=_FORM) from failure
@@ -244,6 +244,7 @@ def _of_trace(path: Path, format: str, window_s: float) -> Demand:
     counts = np.bincount(np.minimum((arrival_s // HOUR_S).astype(int), hours), minlength=hours)[:hours]
     lengths = np.minimum(np.full(hours, HOUR_S), np.maximum(span_s - HOUR_S * np.arange(hours), 1e-9))
     source = f"trace {path.name}: {len(trace)} requests over {span_s / HOUR_S:.3g} h, counted by the hour"
+    source = "; ".join((source, *report.messages()))
     labels = tuple(str(h) for h in range(hours))
     outputs = float(trace.output_tokens.mean())
     return Demand(labels, counts / lengths, _swing(arrival_s, hours, window_s), outputs, source)

@@ -12,7 +12,7 @@ from tuner.pareto.choice import Change, Choice, choose
 from tuner.pareto.front import Interval, Point
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.study.store import AsWritten, Store, TrialRecord, read_json
+from tuner.study.store import EXHAUSTED, AsWritten, Store, TrialRecord, read_json
 from tuner.verify.arm import as_range
 
 
@@ -24,9 +24,19 @@ def recommended(store: Store, study: Study) -> Choice:
     path = store.folder / "verify.json"
     verdict = read_json(path) if path.exists() else {}
     if not isinstance(verdict, Mapping) or "arms" not in verdict or "choice" not in verdict:
-        return choose(trials, study.objective)
+        choice = choose(trials, study.objective)
+        return choice if trials else replace(choice, text=_all_refused(store) or choice.text)
     with AsWritten(path):
         return _told(verdict, store, study, trials)
+
+
+def _all_refused(store: Store) -> str:
+    """What a search without a launch says, where it has ended; else nothing."""
+    ended = [event.get("why") for event in store.events() if event.get("event") == "ended"]
+    reasons = [str(row["reason"]) for row in store.refused()]
+    if EXHAUSTED not in ended[-1:] or not reasons:
+        return ""
+    return f"Every configuration of the space is refused before a launch: {'; '.join(dict.fromkeys(reasons))}."
 
 
 def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequence[TrialRecord]) -> Choice:

@@ -100,9 +100,7 @@ def build(
     if not document.begun:
         _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
     for name, spec in file.parameters.items() if not document.begun else ():
-        for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
-            at = (*prefix, "parameters", name, "values", key, "flags")
-            _check_flags(emission.flags if emission else {}, facts, document, at)
+        _check_facts(spec, facts, document, (*prefix, "parameters", name, "values"))
     rules = []
     for index, rule in enumerate(file.rules):
         _check_condition(rule.deny, known, document, (*prefix, "rules", index, "deny"))
@@ -144,6 +142,17 @@ def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: D
         if isinstance(value, str) and value.startswith("$") and value[1:] not in known:
             fix = suggest(value[1:], known)
             raise document.error(f"--{flag.lstrip('-')}: no such fact: {value[1:]}", (*at, flag), fix)
+
+
+def _check_facts(spec: ParameterFile, facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
+    """What the values of a parameter say of facts: ``requires`` and ``$name``."""
+    for value in spec.values if isinstance(spec.values, list) else ():
+        _check_flags({spec.flag: value}, facts, document, at)
+    for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
+        if emission and emission.requires and emission.requires not in (known := {*FACTS, *facts}):
+            fix = suggest(emission.requires, known)
+            raise document.error(f"requires: no such fact: {emission.requires}", (*at, key, "requires"), fix)
+        _check_flags(emission.flags if emission else {}, facts, document, (*at, key, "flags"))
 
 
 def _check_values(name: str, values: Sequence[Any], counts_gpus: bool, document: Document, at: tuple[str, ...]) -> None:
@@ -296,6 +305,8 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     at = ("parameters", parameter.name)
     if not wanted:
         raise document.error(f"{parameter.name} has no value left", at, "name one or more of its values")
+    if len(set(map(repr, wanted))) < len(wanted) and not document.begun:
+        raise document.error(f"{parameter.name} lists a value twice", at)
     for value in wanted:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value not in parameter.values and not (parameter.numeric and number):

@@ -13,7 +13,7 @@ from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Executor, Job
 from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome
 from tuner.study.queue import Proposal, Queue
-from tuner.study.store import Store
+from tuner.study.store import EXHAUSTED, Store
 from tuner.study.workload import Workload
 
 
@@ -57,7 +57,7 @@ class Loop:
             if not running and self.fault:
                 raise self.fault
             if not running:
-                return ended or "every configuration of the space has been tried"
+                return ended or EXHAUSTED
             for end in self.executor.wait(0.5):
                 dry = False
                 with self._held(running):

@@ -17,6 +17,8 @@ from tuner.space.config import ServingConfig
 from tuner.spec.storage import sqlite_url
 from tuner.study.outcome import Outcome, from_dict, to_dict
 
+EXHAUSTED = "every configuration of the space has been tried"  # why a search ended
+
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:

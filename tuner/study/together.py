@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from tuner.study.database import Away
 from tuner.study.queue import Queue
+from tuner.study.store import EXHAUSTED
 
 if TYPE_CHECKING:
     from tuner.study.peers import Peers
 
 LOOK_S = 0.5  # how often a tuner with nothing to do looks at the ledger
 AWAY = "the database is away"
-EXHAUSTED = "every configuration of the space has been tried"
 
 
 @dataclass(slots=True)
