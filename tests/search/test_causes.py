@@ -130,6 +130,33 @@ def test_what_engines_often_die_of_is_feared_until_it_has_served():
     assert found.works(codes(feared, space=FEARED))[0] > found.works(codes(plain, space=FEARED))[0]
 
 
+def test_more_gpus_than_there_seem_to_be_are_feared_until_so_many_have_served():
+    sizes = (knob("tp", 1, 2, 4, default=2, numeric=True), knob("dp", 1, 2, default=1, numeric=True))
+    space = SearchSpace("gpus", "function", (*sizes, *SPACE.parameters[4:6]))
+    base, found = space.snap(space.default()), Causes(space)
+    most, beyond = {**base, "tp": 4, "graphs": "eager"}, {**base, "tp": 4, "dp": 2}
+    found.learn(codes(base, {**base, "tp": 1, "dp": 2}, space=space), [None, None])
+    works = found.works(codes(most, beyond, space=space))
+    assert works[0] > 0.8 and works[1] < 0.3
+    found.learn(codes(base, {**beyond, "depth": 2}, space=space), [None, None])
+    assert found.works(codes(beyond, space=space))[0] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tp", "the output size of the gate is not divisible by block n"),
+        ("tokens_per_block", "no kernel for pages of this size"),
+        ("max_draft_len", "the verification of a tree failed"),
+        ("max_num_seqs", "CUDA out of memory"),
+    ],
+)
+def test_messages_call_parameters_by_other_words_than_their_names(name: str, message: str):
+    space = SearchSpace("called", "function", (knob(name, 1, 2, default=1, numeric=True), SPACE.parameters[4]))
+    said = frozenset(message.split())
+    assert [test.weight(said) > 0 for test in Causes(space).tests if not test.of_two] == [True, True, False, False]
+
+
 def test_what_is_feared_is_suspected_first():
     base = FEARED.snap(FEARED.default())
     crashed = {**base, "kv_cache": "fp8", "graphs": "eager", "data": 2, "tensor": 4}

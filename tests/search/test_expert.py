@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.search.problem import LOADS, knob, objective, study
 from tuner.search import ledger
-from tuner.search.expert import effects, gpu_counts, speculation
+from tuner.search.candidates import Candidates
+from tuner.search.expert import World, effects, gpu_counts, speculation
+from tuner.search.foresight import Foresight
 from tuner.search.prediction import Prediction
 from tuner.search.reading import read
 from tuner.search.sampler import Options, TunerSampler
+from tuner.search.sources import Sources
 from tuner.space.space import SearchSpace
 from tuner.study.outcome import Boot, Infeasible, Measured, Step
 
@@ -119,6 +124,13 @@ def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
         ("speculation", "prompt-lookup", "none"),
         ("chunked_prefill", "on", "off"),
         ("quantization", "nvfp4", "fp8"),
+        ("tensor_parallel_size", 4, 2),
+        ("tp", 8, 4),
+        ("ppSize", 2, 1),
+        ("data-parallel-size", 2, 1),
+        ("enable_prefix_caching", True, False),
+        ("attention_backend", "FLASHINFER", "TRITON_ATTN"),
+        ("num_scheduler_steps", 4, 1),
     ],
 )
 def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
@@ -141,6 +153,9 @@ def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
         ("kv_dtype", "fp8", "auto"),
         ("kv_cache_bits", 8, 16),
         ("quantization", "mxfp4", "int4"),
+        ("tp_size", 2, 1),
+        ("pipeline_parallel_size", 2, 1),
+        ("dp", 2, 1),
     ],
 )
 def test_capacity_is_foreseen_under_the_names_of_several_engines(name: str, more: Any, less: Any):
@@ -171,6 +186,10 @@ def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory
         ("schedule_policy", ("fcfs", "lpm")),
         ("dtype", ("float16", "bfloat16")),
         ("kv_cache_gib", (8, 16)),
+        ("enable_attention_dp", (False, True)),
+        ("moe_tensor_parallel_size", (1, 2)),
+        ("data_parallel_size", (0, 2)),
+        ("http_timeout", (1, 2)),
     ],
 )
 def test_a_name_or_value_that_only_looks_like_a_known_one_has_no_effect(name: str, values: Any):
@@ -191,6 +210,7 @@ def test_more_memory_for_the_cache_raises_the_capacity_alone(name: str):
         ("quantization", ("none", "fp8", "awq"), 2),
         ("num_speculative_tokens", (1, 2, 5), 2),
         ("max_num_batched_tokens", (2048, 32768), 1),
+        ("tokens_per_block", (32, 128), 1),
     ],
 )
 def test_crashes_are_expected_of_little_memory_left_and_of_what_few_features_go_with(name: str, values: Any, more: int):
@@ -198,6 +218,30 @@ def test_crashes_are_expected_of_little_memory_left_and_of_what_few_features_go_
     made = SearchSpace("one", "emulator", (knob(name, *values, default=values[0], numeric=numeric),))
     crashes = effects(made)[0][: len(values), 2]
     assert crashes[more] == max(crashes) > crashes[0]
+
+
+SIZES = (knob("tp", 1, 2, 4, 8, default=2, numeric=True), knob("dp_size", 1, 2, default=1, numeric=True))
+
+
+def test_sizes_of_parallelism_multiply_to_gpus_and_there_are_as_many_as_the_largest():
+    world = World.of(SearchSpace("two", "function", SIZES))
+    assert np.exp(world.log_gpus(np.array([[1, 0], [3, 1], [-1, 1]]))) == pytest.approx([2, 16, 2])
+    assert math.exp(world.most) == pytest.approx(8)
+    assert math.exp(World.of(SearchSpace("two", "function", SIZES, facts={"gpus": 16})).most) == pytest.approx(16)
+
+
+def test_where_the_space_says_what_counts_gpus_names_say_nothing_of_them():
+    counted = SearchSpace("two", "vllm", (*SIZES[1:], knob("n", 1, 2, default=1, numeric=True, counts_gpus=True)))
+    assert not World.of(counted).sizes and not any(table.any() for table in effects(counted))
+
+
+def test_a_server_on_twice_the_gpus_is_expected_to_cost_twice_as_much():
+    candidates = Candidates.of(SearchSpace("two", "function", SIZES), 0)
+    sources = Sources(candidates, Foresight(candidates, objective(), LOADS, None, ""))
+    sources.foresight.look()
+    costs = {s.name: s.values for s in sources.of("cost", range(len(candidates.params)))}["price x GPUs / load"]
+    at = {tuple(p.values()): row for p, row in zip(candidates.params, costs, strict=True)}
+    assert at[8, 2] - at[4, 1] == pytest.approx(math.log(4))
 
 
 def test_a_parameter_that_no_rule_knows_and_one_that_counts_gpus_have_no_effect():

@@ -145,7 +145,7 @@ def test_a_value_of_a_grid_is_a_finite_number(workplace, number):
         (("requires: dummy_weights", "requires: dummy_weight"), "16: requires: no such fact: dummy_weight. Did you"),
         (
             ("range: [8, 64]\n      scale: log2\n      only: {le: 64}", "values: [16, $gpu]"),
-            "8: --max-num-seqs: no such",
+            "9: --max-num-seqs: no such",
         ),
     ],
 )

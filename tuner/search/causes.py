@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.search.candidates import Candidates
-from tuner.search.expert import effects
+from tuner.search.expert import World, effects
 from tuner.search.reading import cause
 from tuner.search.surrogate import Array, Codes
 from tuner.space.config import Value
@@ -42,11 +42,21 @@ OTHERS = -math.log(0.2)  # log likelihood of a further crash with the same messa
 # rate of crashes by a value, or a pair of values, that no working server had; rules of thumb fear some values more,
 # which then are suspected sooner, by as much
 UNSEEN, UNSEEN_PAIR = 0.02, 0.005
+TOO_MANY_GPUS = 1.5  # crashes expected of a server that takes more GPUs than there seem to be
 THRESHOLDS = 12  # of a product or a ratio, at most
 EXTENDED = 300  # best conjunctions that get one condition more
 CHANCE = 0.01  # prior of a crash that no condition explains, over that of all conditions
 KEPT = 600  # conjunctions that are remembered of a crash
 BLOCK = 1000  # configurations that are looked at at a time
+# what messages call a parameter by another word than its name has; a size of parallelism shards weights
+CALLED: Sequence[tuple[str, str]] = (
+    (r"_(tp|tensor_parallel)_", "divisible partition shard sharded rank ranks world gpus nccl"),
+    (r"_(dp|pp|data_parallel|pipeline_parallel)_", "rank ranks world gpus nccl"),
+    (r"_(block|page)_size_|_per_(block|page)_", "page pages paged pagesize numtokensperpage"),
+    (r"specul|draft|_mtp_", "speculative speculation draft drafter eagle mtp verification"),
+    (r"memory|_mem_|batched_tokens|num_tokens|seqs|batch_size|running", "memory oom outofmemoryerror"),
+    (r"attention|attn", "attention flashattention"),
+)
 # words of names that say nothing: a message about "the number of GPUs" names no max_num_seqs
 PLAIN = frozenset(
     re.findall(r"\w+", "max num number size of the a and or for on no is in to auto none full true false enable")
@@ -98,6 +108,7 @@ class Causes:
         self._unseen = [UNSEEN + rules[:, 2] for rules in effects(space)]
         self._shape = np.array([OF_TWO * test.of_two + INNER * test.inner for test in self.tests])
         self._prior = self._shape + [self._feared(test) for test in self.tests]
+        self._world = World.of(space)
         self._served: Codes = np.zeros((0, len(space.parameters)), np.int64)
         self._suspects: dict[str, list[Suspects]] = {}
 
@@ -196,8 +207,11 @@ class Causes:
         return found[np.unique(keys, return_index=True)[1]]
 
     def _novelty(self, codes: Codes) -> Array:
-        """Crashes expected of causes not met yet: by values and pairs of values that no working server had."""
-        count, found = codes.shape[1], np.zeros(len(codes))
+        """Crashes expected of causes not met yet: by values and pairs of values that no working server had, and by the
+        number of GPUs."""
+        count = codes.shape[1]
+        most = max([self._world.most, *self._world.log_gpus(self._served)])
+        found = TOO_MANY_GPUS * (self._world.log_gpus(codes) > most + 1e-9)
         same = [codes[:, j, None] == self._served[None, :, j] for j in range(count)]
         for j in range(count):
             found += self._unseen[j][codes[:, j]] * ~same[j].any(1)
@@ -245,7 +259,9 @@ def _tests(space: SearchSpace) -> Iterator[Test]:
 
 
 def _single(j: int, p: Parameter) -> Iterator[Test]:
-    names = frozenset(w for text in (p.name, *_flags(p)) for w in _words(text)) - PLAIN
+    plain = f"_{'_'.join(_words(p.name))}_"
+    called = {word for has, words in CALLED if re.search(has, plain) for word in words.split()}
+    names = frozenset(w for text in (p.name, *_flags(p)) for w in _words(text)) - PLAIN | called
     for value in p.values:
         conditions = [(f"{p.name} = {value}", [v == value for v in p.values])]
         if p.numeric:

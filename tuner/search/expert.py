@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.search.surrogate import Array
+from tuner.search.surrogate import Array, Codes
 from tuner.space.config import Value
 from tuner.space.space import Parameter, SearchSpace
 
@@ -39,7 +40,16 @@ Effect = tuple[float, float, float]  # on log latency, on log capacity; expected
 def effects(space: SearchSpace) -> list[Array]:
     """Per parameter a table (values + 1, 3): the rules' effects on log latency and log capacity, and expected crashes.
     The last row stands for "does not apply"."""
-    return [np.array([*_effects(p), NOTHING]) for p in space.parameters]
+    counted = any(p.counts_gpus for p in space.parameters)  # then what GPUs do is a prior mean of its own
+    found = []
+    for p in space.parameters:
+        parallel = _parallel(p)
+        if p.counts_gpus or (parallel and counted):
+            known = [NOTHING] * len(p.values)
+        else:
+            known = [parallel(float(v)) for v in p.values] if parallel else _effects(p)
+        found.append(np.array([*known, NOTHING]))
+    return found
 
 
 def gpu_counts(space: SearchSpace) -> list[tuple[dict[str, Value], str]]:
@@ -61,6 +71,31 @@ def speculation(length: float) -> float:
     """Log speed-up of decoding by ``length`` drafted tokens (Leviathan et al. 2023, arXiv:2211.17192, theorem 3.8)."""
     tokens = (1 - ACCEPTED ** (length + 1)) / (1 - ACCEPTED)
     return math.log(tokens / (1 + DRAFT_COST * length))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """How many GPUs a server takes, by parameters whose names tell a size of parallelism (tensor, pipeline, data):
+    they multiply. ``sizes``: by the parameter's number, log sizes by code (the last row: does not apply). ``most`` is
+    the log of how many GPUs there are taken to be: the largest of these sizes, since nobody writes one that cannot
+    run, or what the space knows to be there. No sizes where the space itself says what counts GPUs."""
+
+    sizes: dict[int, Array]
+    most: float
+
+    @classmethod
+    def of(cls, space: SearchSpace) -> World:
+        named = {} if any(p.counts_gpus for p in space.parameters) else dict(enumerate(space.parameters))
+        sizes = {j: np.log([*map(float, p.values), 1.0]) for j, p in named.items() if _parallel(p)}
+        there = math.log(max(float(space.facts.get("gpus") or 1), 1.0))
+        return cls(sizes, max([there, *(of.max() for of in sizes.values())]))
+
+    def log_gpus(self, codes: Codes) -> Array:
+        """(configurations,) from codes (configurations, parameters)."""
+        found = np.zeros(len(codes))
+        for j, sizes in self.sizes.items():
+            found += sizes[codes[:, j]]
+        return found
 
 
 def _memory(_: Parameter, n: float) -> Effect:
@@ -85,9 +120,38 @@ def _graphs(_: Parameter, n: float) -> Effect:
     return NO_GRAPHS if n <= 0 else NOTHING  # up to how large a batch
 
 
+def _block(p: Parameter, n: float) -> Effect:
+    return NOTHING if n == p.default else (0.0, 0.0, 0.1)  # kernels are made for some sizes, and few for all
+
+
+def _steps(_: Parameter, n: float) -> Effect:
+    return (-0.1, 0.05, 0.0) if n > 1 else NOTHING  # decode steps between two looks of the scheduler
+
+
+def _tensor(n: float) -> Effect:
+    return -1.6 * (1 - n**-0.9), 1.9 * (1 - n**-0.9), 0.0  # less from every doubling: messages take what work saves
+
+
+def _pipeline(n: float) -> Effect:
+    return -0.25 * math.log2(n), 0.6 * math.log2(n), 0.0
+
+
+def _replicas(n: float) -> Effect:
+    return -0.15 * math.log2(n), 0.55 * math.log2(n), 0.0
+
+
+# sizes of parallelism, whose product is the number of GPUs: what a name has -> the effect of a size
+PARALLEL: Sequence[tuple[str, Callable[[float], Effect]]] = (
+    (r"_(tensor_parallel|n?tp_)", _tensor),
+    (r"_(pipeline_parallel|pp_)", _pipeline),
+    (r"_(data_parallel|dp_)", _replicas),
+)
+
 # what a name has, of which the first that fits decides -> the effect of a number
 NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
     (r"graph", _graphs),
+    (r"(block|page)_size|per_(block|page)_", _block),
+    (r"scheduler_steps|decode_steps|multi_?step", _steps),
     (r"memory|_mem_|_gpu_util|vram", _memory),
     (r"_mtp|draft|specul|_spec_", _draft),
     (r"batch(ed)?_tokens|num_tokens|tokens?_budget|tokens_per_step|prefill_(size|tokens|chunk)|chunk_size", _budget),
@@ -106,7 +170,8 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
     (r"eager", ((rf"{ON}|_eager_", NO_GRAPHS),)),
     (r"graph|compil", ((rf"{OFF}|_eager_|_none_", NO_GRAPHS), (r"^(?!.*_full_).*_piecewise_", (0.08, 0.0, 0.0)))),
     (r"chunked", ((OFF, (0.2, -0.1, 0.0)),)),
-    (r"prefix_cach|radix", ((ON, (0.0, 0.15, 0.0)),)),
+    (r"prefix_cach|radix", ((ON, (-0.15, 0.5, 0.0)),)),
+    (r"attention|attn", ((r"_triton_", (0.12, -0.1, 0.0)),)),
     (
         r"_all_?(2|to)_?all|_a2a_",
         (
@@ -122,12 +187,20 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
 )
 
 
+def _parallel(p: Parameter) -> Callable[[float], Effect] | None:
+    """The effect of a size of parallelism, where the name tells one (not of a draft model, nor of experts)."""
+    name = _plain(p.name)
+    if re.search(r"draft|spec|expert|moe|attention", name) or any((_number(v) or 0) < 1 for v in p.values):
+        return None
+    return next((effect for has, effect in PARALLEL if re.search(has, name)), None)
+
+
 def _effects(p: Parameter) -> list[Effect]:
     """What the rules say of each value. Where they know numbers alone, a word is no drafts, or like the mean of the
     numbers ("auto")."""
     name = _plain(p.name)
-    if p.counts_gpus or "parallel" in name:  # a draft model's own parallel size is no draft length
-        return [NOTHING] * len(p.values)  # what GPUs do is a prior mean of its own
+    if "parallel" in name:  # a draft model's own parallel size is no draft length
+        return [NOTHING] * len(p.values)
     negated = re.search(r"_disable_|_false_", name) is not None
     rule = None if negated else next((rule for has, rule in NUMBERS if re.search(has, name)), None)
     known = next((values for has, values in WORDS if re.search(has, name)), ())

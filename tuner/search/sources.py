@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.search.candidates import Candidates
-from tuner.search.expert import effects
+from tuner.search.expert import World, effects
 from tuner.search.foresight import Foresight, Source
 from tuner.search.surrogate import Array, Codes
 from tuner.search.warmstart import Earlier
@@ -40,11 +40,12 @@ class Sources:
     share: tuple[float, float] = (0.0, 0.0)
     rules: list[Array] = field(default_factory=list)
     centres: dict[str, Array] = field(default_factory=dict)
+    world: World = field(init=False)
     named: NDArray[np.bool_] = field(init=False)  # parameters of which rules know an effect
     _silent: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        self.rules = effects(self.candidates.space)
+        self.rules, self.world = effects(self.candidates.space), World.of(self.candidates.space)
         self.named = np.array([table[:, :2].any() for table in self.rules], dtype=bool)
 
     def teach(self, learnt: Foresight) -> None:
@@ -83,7 +84,7 @@ class Sources:
         if name == "cost":
             found.append(Source("price x GPUs / load", self._structure(at), 1.0, 0.2))
         else:
-            if not modelled:
+            if not modelled and not self.world.sizes:  # else rules say more of them
                 gpus = np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1)
                 found.append(Source("number of GPUs", gpus, -0.4 if name == "latency" else 0.7, 0.3))
             if self.ruled and (not modelled or self.left_out().any()):
@@ -151,7 +152,8 @@ class Sources:
         return found
 
     def _structure(self, at: Codes) -> Array:
-        return np.log(self.foresight.gpus[at])[:, None] - np.log(np.array(self.foresight.loads))[None, :]
+        gpus = np.log(self.foresight.gpus[at]) + self.world.log_gpus(self.candidates.codes(at.tolist()))
+        return gpus[:, None] - np.log(np.array(self.foresight.loads))[None, :]
 
     def _modelled(self, kind: str, at: Codes) -> Array:
         """The model's values (candidates, loads), the centre taken off; refused ones lie at the centre."""
