@@ -148,7 +148,7 @@ def report(
 @app.command(rich_help_panel="Read")
 def ui(
     study: Annotated[Path | None, typer.Argument(metavar="[STUDY]")] = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """MLflow's UI on the study's store."""
     from tuner.cli import read as command
@@ -263,11 +263,14 @@ def compare(
 
 
 @app.command(rich_help_panel="Read")
-def sync(study: StudyArgument) -> None:
+def sync(
+    study: StudyArgument,
+    to: Annotated[str, typer.Option(metavar="URI", help="Another MLflow store than the study's.")] = "",
+) -> None:
     """Log to MLflow what an unreachable server missed."""
     from tuner.cli import read as command
 
-    command.sync(study)
+    command.sync(study, to)
 
 
 @app.command(rich_help_panel="Tune")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json as json_
+import os
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.errors import NothingFeasible, UsageError
+from tuner.errors import EnvironmentFault, NothingFeasible, UsageError
 
 if TYPE_CHECKING:
     from tuner.spec.study import Study
@@ -91,17 +96,38 @@ def ui(path: Path | None, port: int) -> int:
     from tuner.record.place import ui_command, ui_page
 
     where = opened(path)[0] if path else Path("reports")
+    command = ui_command(where, port)
     page = ui_page(where) if not isinstance(where, Path) else ""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise EnvironmentFault(f"port {port}: {error.strerror}", fix="Name another one with --port") from None
     print(f"MLflow on http://127.0.0.1:{port}{page} (Ctrl-C to stop)", file=sys.stderr)
+    return _served(command)
+
+
+def _served(command: list[str]) -> int:
+    """Runs MLflow's server, which has children of its own, until SIGINT or SIGTERM. Raises EnvironmentFault where it
+    ends by itself."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = subprocess.Popen(command, start_new_session=True)
     try:
-        return subprocess.run(ui_command(where, port), check=False).returncode
+        code = server.wait()
     except KeyboardInterrupt:
         return 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+        signal.signal(signal.SIGTERM, before)
+    raise EnvironmentFault(f"MLflow's server ended (exit code {code})", fix="It says why above")
 
 
-def sync(path: Path) -> None:
-    """Logs to MLflow what is missing there."""
+def sync(path: Path, to: str) -> None:
+    """Logs to MLflow (``to``: another store than the study's) what is missing there."""
     from tuner.record.mlflow import sync as flush
 
     study, store = opened(path)
-    print(flush(study, store))
+    print(flush(replace(study, tracking_uri=to or study.tracking_uri), store))

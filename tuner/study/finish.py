@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tuner.engines.protocol import Cancelled, OnEvent
+from tuner.errors import TunerError
 from tuner.pareto.choice import Choice
 from tuner.pareto.recommend import recommended
 from tuner.record.mlflow import Recorder
+from tuner.record.place import place, ui_page
 from tuner.spec.study import Study
 from tuner.study import verifying
 from tuner.study.database import Away, Hold
@@ -134,4 +136,13 @@ def show(study: Study, store: Store, result: Result) -> None:
         print(result.words, file=sys.stderr)
     for path in result.files:
         print(f"  {path}", file=sys.stderr)
-    print(f"  tuner ui {store.folder}    # the study in MLflow", file=sys.stderr)
+    print(f"  {_look(study)}    # the study in MLflow", file=sys.stderr)
+
+
+def _look(study: Study) -> str:
+    """The address of a store that is a server; of another the command that serves it."""
+    with suppress(TunerError):  # of the ledger or the URI: said before
+        where = place(study)
+        if where.server:
+            return f"{where.shown.rstrip('/')}{ui_page(study)}"
+    return f"tuner ui {study.folder}"
