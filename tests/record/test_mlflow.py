@@ -1,11 +1,14 @@
 """Against MLflow itself: a SQLite store, and once a real server that is not there at first."""
 
+import fcntl
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +22,8 @@ from tuner.record import writer
 from tuner.record.ledger import Ledger, note_file
 from tuner.record.mlflow import Recorder, sync, unsent
 from tuner.record.place import Place, place, ui_command, ui_page
-from tuner.study.outcome import Aborted
-from tuner.study.store import write_json
+from tuner.study.outcome import Infeasible
+from tuner.study.store import Store, write_json
 
 NOWHERE: dict[str, str] = {}  # an environment without MLFLOW_TRACKING_URI
 
@@ -53,6 +56,13 @@ def runs_of(study):
     children = {int(r.data.tags["tuner.trial"]): r for r in runs if "tuner.trial" in r.data.tags}
     assert len(runs) == len(parents) + len(children), "a trial was logged twice"
     return client, parents, children
+
+
+def runs_of_store(study):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(place(study, NOWHERE).uri)
+    return client.search_runs([client.get_experiment_by_name("tuner").experiment_id])
 
 
 def record(study, store, finish: bool = True) -> str:
@@ -175,31 +185,124 @@ def test_a_trial_logged_whole_but_missing_in_the_ledger_is_not_logged_again(made
     assert sorted(runs_of(study)[2]) == list(range(8))
 
 
-def test_a_token_in_the_environment_stays_in_the_study_folder(made):
+def test_secrets_stay_in_the_study_folder(made):
     study, store = made
+    engine = replace(study.engine, command=("serve", "--admin-api-key=adminkey"), args={"api-key": "ARGKEY66"})
+    uri = "http://bob:p%40ssword@there"
+    study = replace(study, engine=engine, frozen={**study.frozen, "tracking_uri": uri})
     config = study.space.config({}, "m")
-    config = type(config)(**{**config.to_dict(), "env": {"HF_TOKEN": "hf_abcdef", "MAX_TOKENS": "7"}})
+    env = {"HF_TOKEN": "hf_abcdef", "MAX_TOKENS": "7", "A_TOKEN": "0"}
+    config = replace(config, env=env, flags={"hf-token": "hf_flag", "api-key": "ARGKEY66"})
     place_of = store.start_trial(8, config, {}, started_s=1.0)
     (place_of / "server.log").write_text("INFO token hf_abcdef\nINFO up\n")
-    store.end_trial(8, Aborted("x"), ended_s=2.0)
-    sync(study, store, env=NOWHERE)
-    client, _, children = runs_of(study)
+    store.end_trial(8, Infeasible("crash", "hf_abcdef hf_flag", "adminkey", "p@ssword"), ended_s=2.0)
+    (store.folder / "study.yaml").write_text(f"tracking_uri: {uri}\n")
+    note_file(store.folder).write_text("Deploy with ARGKEY66.")
+    sync(replace(study, tracking_uri=""), store, env=NOWHERE)
+    client, (parent,), children = runs_of(study)
     run = children[8]
     assert run.data.params["env.HF_TOKEN"] == "(secret)" and run.data.params["env.MAX_TOKENS"] == "7"
-    logged = Path(client.download_artifacts(run.info.run_id, ""))
-    texts = {path.name: path.read_text() for path in logged.iterdir()}
-    assert set(texts) == {"config.json", "outcome.json", "server.log"}
-    assert not any("hf_abcdef" in text for text in texts.values()) and "INFO up" in texts["server.log"]
+    assert run.data.tags["cause"] == "crash" and run.data.tags["tuner.trial"] == "8"
+    texts = [str(run.data.tags), str(run.data.params), str(parent.data.tags)]
+    for which in (run, parent):
+        logged = Path(client.download_artifacts(which.info.run_id, ""))
+        texts += [path.read_text() for path in logged.iterdir()]
+    assert any("INFO up" in text for text in texts) and any("http://bob:(secret)@there" in text for text in texts)
+    for secret in ("hf_abcdef", "hf_flag", "ARGKEY66", "adminkey", "ssword"):
+        assert not any(secret in text for text in texts), secret
 
 
-def test_a_parent_deleted_in_the_ui_is_made_anew(made):
+def test_a_password_of_the_tracking_uri_is_shown_nowhere(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=1, tracking_uri=f"http://bob:hunter2@127.0.0.1:{_free_port()}")
+    said = record(study, store)
+    with pytest.raises(EnvironmentFault, match="was not reached") as error:
+        sync(study, store, env=NOWHERE)
+    with pytest.raises(UsageError, match="Open that address") as other:
+        ui_command(study)
+    texts = [said, str(error.value), str(other.value), (store.folder / "events.jsonl").read_text()]
+    assert all("bob:***@" in text and "hunter2" not in text for text in (*texts[:3], texts[3]))
+
+
+@pytest.mark.parametrize("children_too", [True, False])
+def test_a_parent_deleted_in_the_ui_is_made_anew(made, children_too):
     study, store = made
     sync(study, store, env=NOWHERE)
     client, (parent,), children = runs_of(study)
-    for run in (parent, *children.values()):
+    for run in (parent, *(children.values() if children_too else ())):
         client.delete_run(run.info.run_id)
     sync(study, store, env=NOWHERE)
     assert sorted(runs_of(study)[2]) == list(range(8))
+
+
+def test_a_lost_ledger_finds_the_studys_run_again(made):
+    study, store = made
+    sync(study, store, env=NOWHERE)
+    uid = Ledger.load(store.folder).uid
+    (store.folder / "mlflow.json").unlink()
+    sync(study, store, env=NOWHERE)
+    assert Ledger.load(store.folder).uid == uid
+    _, (_,), children = runs_of(study)
+    assert sorted(children) == list(range(8))
+
+
+def test_another_study_in_the_same_folder_is_not_taken_for_the_lost_one(made):
+    study, store = made
+    sync(study, store, env=NOWHERE)
+    shutil.rmtree(store.folder)
+    studies.measured(0, (studies.step(1.0, study.objective),), store, params={"max_num_seqs": 64})
+    sync(study, store, env=NOWHERE)
+    runs = runs_of_store(study)
+    assert len([run for run in runs if "tuner.kind" in run.data.tags]) == 2 and len(runs) == 2 + 8 + 1
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"uid":', '{"uid": "x", "stores": {"a": {"foo": 1}}}'])
+def test_a_damaged_ledger_is_named(tmp_path: Path, text):
+    study, store = studies.write(tmp_path / "s", trials=0)
+    (store.folder / "mlflow.json").write_text(text)
+    for read in (lambda: ui_page(study, NOWHERE), lambda: sync(study, store, env=NOWHERE)):
+        with pytest.raises(EnvironmentFault, match=r"mlflow\.json: cannot be read"):
+            read()
+
+
+def test_a_copied_study_folder_is_a_study_of_its_own(made):
+    study, store = made
+    sync(study, store, env=NOWHERE)
+    shutil.copytree(store.folder, store.folder.with_name("copy"))
+    copy = Store(store.folder.with_name("copy"))
+    for each, load in ((copy, 1.0), (store, 2.0)):
+        studies.measured(8, (studies.step(load, study.objective),), each)
+    own = replace(study, folder=str(copy.folder))
+    assert sync(own, copy, env=NOWHERE).startswith("9 trial(s)")  # all of them, to a run of its own
+    assert sync(study, store, env=NOWHERE).startswith("1 trial(s)")
+    runs = runs_of_store(study)
+    parents = {run.info.run_id: run.data.tags["tuner.folder"] for run in runs if "tuner.kind" in run.data.tags}
+    assert sorted(parents.values()) == [str(copy.folder), str(store.folder)]
+    latest = {
+        parents[run.data.tags["mlflow.parentRunId"]]: run.data.metrics["load"]
+        for run in runs
+        if run.data.tags.get("tuner.trial") == "8"
+    }
+    assert latest == {str(copy.folder): 1.0, str(store.folder): 2.0}
+
+
+def test_a_moved_study_folder_goes_on_in_its_run(made):
+    study, store = made
+    sync(study, store, env=NOWHERE)
+    moved = Store(store.folder.rename(store.folder.with_name("moved")))
+    studies.measured(8, (studies.step(1.0, study.objective),), moved)
+    sync(replace(study, folder=str(moved.folder)), moved, env=NOWHERE)
+    _, (parent,), children = runs_of(study)
+    assert sorted(children) == list(range(9)) and parent.data.tags["tuner.folder"] == str(moved.folder)
+
+
+@pytest.mark.parametrize(("locked", "status"), [(True, "RUNNING"), (False, "KILLED")])
+def test_an_interrupted_study_that_is_sent_later_has_ended(made, locked, status):
+    study, store = made
+    with (store.folder / ".lock").open("w") as lock:
+        if locked:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        sync(study, store, env=NOWHERE)
+    assert runs_of(study)[1][0].info.status == status
 
 
 def test_an_unreachable_server_delays_logging_and_raises_nothing(tmp_path: Path):
@@ -246,7 +349,7 @@ def test_an_error_of_the_database_is_a_problem_that_is_noted_not_a_traceback(mad
 
 
 @pytest.mark.slow
-def test_what_an_absent_server_missed_is_sent_when_it_is_back(tmp_path: Path, database: Path):
+def test_what_an_absent_server_missed_is_sent_when_it_is_back(tmp_path: Path, database: Path, capfd):
     port = _free_port()
     study, store = studies.write(tmp_path / "s", trials=3, tracking_uri=f"http://127.0.0.1:{port}")
     assert record(study, store) != ""
@@ -258,7 +361,9 @@ def test_what_an_absent_server_missed_is_sent_when_it_is_back(tmp_path: Path, da
         server = subprocess.Popen([*words, "--workers", "1"], stdout=log, stderr=log, env=env, start_new_session=True)
     try:
         _until_open(port, server)
+        capfd.readouterr()
         assert sync(study, store, env=NOWHERE).startswith("3 trial(s) logged")
+        assert capfd.readouterr().out == ""  # nothing of MLflow's own
         assert "every trial already" in sync(study, store, env=NOWHERE)
         _, (parent,), children = runs_of(study)
         assert parent.info.status == "FINISHED" and sorted(children) == [0, 1, 2]

@@ -1,3 +1,4 @@
+import html
 import json
 import random
 import re
@@ -249,11 +250,20 @@ def test_a_figure_cannot_end_the_script_that_holds_it():
     assert json.loads(script_json({"a": "</script><b>", "x": float("nan")})) == {"a": "</script><b>", "x": None}
 
 
-def test_secrets_of_the_frozen_study_are_hidden(tmp_path: Path):
-    frozen = {"engine": {"env": {"HF_TOKEN": "hf_abc", "A": "b"}}}
-    study, store = studies.write(tmp_path / "s", trials=1, frozen=frozen)
-    text = build(store, study, tmp_path / "r.html").read_text()
-    assert "hf_abc" not in text and "HF_TOKEN" in text
+def test_secrets_of_the_study_are_hidden_wherever_they_stand(tmp_path: Path):
+    env, args = {"HF_TOKEN": "hf_abc&d", "A": "b"}, {"api-key": "KEY<66", "long-prefill-token-threshold": "2048"}
+    frozen = {"engine": {"env": env, "args": args, "command": "x"}, "tracking_uri": "http://bob:hunter2@there"}
+    engine = EngineSpec("vllm", env=env, args=args)
+    study, store = studies.write(tmp_path / "s", trials=4, frozen=frozen, engine=engine)
+    studies.add(4, Infeasible("crash", "with hf_abc&d", "KEY<66", "not hunter2"), store)
+    config = replace(store.trials()[0].config, flags={"api-key": "KEY<66"}, env=env)
+    store.start_trial(5, config, config.params)
+    store.end_trial(5, Measured((studies.step(2.0, study.objective, tokens_per_s=9000),)))
+    text = html.unescape(build(store, study, tmp_path / "r.html").read_text())
+    for secret in ("hf_abc", "KEY<66", "KEY\\u003c66", "hunter2"):
+        assert secret not in text
+    assert "with (secret)" in text and "api-key=(secret)" in text and "http://bob:(secret)@there" in text
+    assert re.search("long-prefill-token-threshold: .2048", text)
 
 
 def test_the_still_picture_is_sound_svg_and_marks_what_is_emulated(tmp_path: Path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tuner.pareto.front import COST
-from tuner.record.secrets import HIDDEN, is_secret
+from tuner.record.secrets import HIDDEN, hide, is_secret
 from tuner.space.config import ServingConfig
 from tuner.space.space import Parameter
 from tuner.spec.study import Study
@@ -47,8 +47,9 @@ class Content:
     end_ms: int
 
 
-def content(trial: TrialRecord, study: Study) -> Content:
-    """The child run of ``trial``. A metric that is not finite becomes a tag: MLflow would store it as 1.8e308."""
+def content(trial: TrialRecord, study: Study, secrets: Sequence[str] = ()) -> Content:
+    """The child run of ``trial``, without ``secrets``. A metric that is not finite becomes a tag: MLflow would store it
+    as 1.8e308."""
     samples, odd = [], {}
     for sample in _samples(trial, study):
         if math.isfinite(sample.value):
@@ -59,9 +60,9 @@ def content(trial: TrialRecord, study: Study) -> Content:
     name = f"{trial.number:04d} " + ("default" if trial.baseline else trial.config.hash)
     return Content(
         name=("[emulated] " if trial.emulated else "") + name,
-        params=_params(trial, study),
+        params={legal(key): hide(value, secrets)[:PARAM_CHARACTERS] for key, value in _params(trial, study).items()},
         samples=tuple(samples),
-        tags={legal(key): value[:TAG_CHARACTERS] for key, value in tags.items() if value},
+        tags={legal(key): hide(value, secrets)[:TAG_CHARACTERS] for key, value in tags.items() if value},
         artifacts=tuple(
             path for path in sorted(trial.folder.glob("*")) if path.suffix in (".json", ".log", ".parquet")
         ),
@@ -121,11 +122,11 @@ def _params(trial: TrialRecord, study: Study) -> dict[str, str]:
         flag = _only_flag(parameter)
         if flag and flag not in found and parameter.name in trial.config.params:
             found[flag] = text(trial.config.params[parameter.name])
-    found |= {f"env.{name}": HIDDEN if is_secret(name) else value for name, value in trial.config.env.items()}
+    found |= {f"env.{name}": value for name, value in trial.config.env.items()}
     if trial.config.model_variant:
         found["model-variant"] = trial.config.model_variant
     found |= {"model": trial.config.model, "gpus": str(trial.config.gpus)}
-    return {legal(name): value[:PARAM_CHARACTERS] for name, value in found.items()}
+    return {name: HIDDEN if is_secret(name) else value for name, value in found.items()}
 
 
 def _only_flag(parameter: Parameter) -> str:

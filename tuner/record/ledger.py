@@ -6,7 +6,8 @@ import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tuner.study.store import read_json, write_json
+from tuner.spec.storage import masked
+from tuner.study.store import AsWritten, read_json, write_json
 
 
 @dataclass(slots=True)
@@ -22,7 +23,8 @@ class Sent:
 
 @dataclass(slots=True)
 class Ledger:
-    """``mlflow.json`` in the study folder; ``uid`` finds the parent run again. Only the writer writes it."""
+    """``mlflow.json`` in the study folder; ``uid`` finds the parent run again, ``stores`` are by their URI without its
+    password. Only the writer writes it."""
 
     path: Path
     uid: str = ""
@@ -30,17 +32,23 @@ class Ledger:
 
     @classmethod
     def load(cls, folder: Path) -> Ledger:
+        """Raises EnvironmentFault where the file is damaged."""
         path = folder / "mlflow.json"
         if not path.exists():
             return cls(path, uid=uuid.uuid4().hex)
         data = read_json(path)
-        return cls(path, data["uid"], {uri: Sent(**sent) for uri, sent in data["stores"].items()})
+        with AsWritten(path):
+            return cls(path, data["uid"], {masked(uri): Sent(**sent) for uri, sent in data["stores"].items()})
 
     def save(self) -> None:
         write_json(self.path, {"uid": self.uid, "stores": {uri: asdict(sent) for uri, sent in self.stores.items()}})
 
+    def anew(self) -> None:
+        """A study of its own, of which nothing was sent."""
+        self.uid, self.stores = uuid.uuid4().hex, {}
+
     def sent(self, uri: str) -> Sent:
-        return self.stores.setdefault(uri, Sent())
+        return self.stores.setdefault(masked(uri), Sent())
 
 
 def note_file(folder: Path) -> Path:

@@ -6,11 +6,13 @@ latest by ``tuner sync``.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from tuner.record.ledger import Ledger, note_file
@@ -101,22 +103,22 @@ class Recorder:
                 self._note_problem(error)
 
     def _note_problem(self, error: Exception) -> None:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        problem = f"{type(error).__name__}: {self._place.words(error)}"[:500]
         if problem != self._problem:
             self._problem = problem
             with suppress(OSError):
-                self._store.log("mlflow", problem=problem, uri=self._place.uri)
+                self._store.log("mlflow", problem=problem, uri=self._place.shown)
 
     def _left(self) -> str:
         try:
             waiting = unsent(self._study, self._store)
         except Exception as error:
-            return f"MLflow: {error}"
+            return f"MLflow: {self._place.words(error)}"
         if not waiting and not self._problem:
             return ""
         why = f" ({self._problem})" if self._problem else ""
         return (
-            f"{waiting} trial(s) are not in MLflow at {self._place.uri} yet{why}. They are safe in the study folder; "
+            f"{waiting} trial(s) are not in MLflow at {self._place.shown} yet{why}. They are safe in the study folder; "
             f"send them with: tuner sync {self._store.folder}"
         )
 
@@ -127,18 +129,32 @@ def unsent(study: Study, store: Store, env: Mapping[str, str] = os.environ) -> i
     return sum(str(trial.number) not in sent.trials for trial in store.trials() if not elsewhere(trial))
 
 
+def _at_work(folder: Path) -> bool:
+    """Whether a tuner holds the study (:func:`tuner.study.session.opened`)."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
 def sync(study: Study, store: Store, *, env: Mapping[str, str] = os.environ) -> str:
-    """Logs whatever is missing, and says so. Raises EnvironmentFault where the store cannot be reached or written."""
+    """Logs whatever is missing, and says so; ends the parent run where no tuner is at work on the study. Raises
+    EnvironmentFault where the store cannot be reached or written."""
     from tuner.errors import EnvironmentFault
 
     where = place(study, env)
     try:
-        logged = flush(study, store, where)
+        logged = flush(study, store, where, end="" if study.storage or _at_work(store.folder) else "KILLED")
     except EnvironmentFault:
         raise  # of the study folder
     except Exception as error:
+        mend = "Start it" if where.server else "Mend it, or move it away"
         raise EnvironmentFault(
-            f"MLflow at {where.uri} was not reached: {str(error).splitlines()[0]}",
-            fix="Start it (or set MLFLOW_TRACKING_URI), then run the same command again; nothing is lost.",
+            f"MLflow at {where.shown} was not reached: {where.words(error)}",
+            fix=f"{mend}, or name another store with --to, then run the same command again; nothing is lost.",
         ) from error
-    return f"{logged} trial(s) logged to {where.uri}" if logged else f"{where.uri} has every trial already"
+    return f"{logged} trial(s) logged to {where.shown}" if logged else f"{where.shown} has every trial already"

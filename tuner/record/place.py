@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from tuner.errors import UsageError
 from tuner.record.ledger import Ledger
-from tuner.spec.storage import sqlite_file, sqlite_url
+from tuner.spec.storage import masked, sqlite_file, sqlite_url
 from tuner.spec.study import Study
 
 EXPERIMENT = "tuner"
@@ -28,6 +28,15 @@ class Place:
     lock: Path
 
     @property
+    def shown(self) -> str:
+        """The URI without its password, for people."""
+        return masked(self.uri)
+
+    def words(self, error: Exception) -> str:
+        """The first line of what MLflow raised, without that password."""
+        return next(iter(str(error).splitlines()), type(error).__name__).replace(self.uri, self.shown)
+
+    @property
     def server(self) -> tuple[str, int] | None:
         """Host and port where the store is an HTTP server, else None."""
         parts = urlsplit(self.uri)
@@ -36,7 +45,7 @@ class Place:
         try:
             return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError as error:
-            raise UsageError(f"{self.uri}: {error}", fix="Correct MLflow's tracking URI") from None
+            raise UsageError(f"{self.shown}: {error}", fix="Correct MLflow's tracking URI") from None
 
 
 def place(study: Study, env: Mapping[str, str] = os.environ) -> Place:
@@ -74,7 +83,7 @@ def ui_command(where: Study | Path, port: int = 5000, env: Mapping[str, str] = o
         parent = where if (where / "mlflow.db").exists() else where.resolve().parent
         known = default_place(parent)
     if known.server:
-        raise UsageError(f"this study is logged to {known.uri}", fix="Open that address in a browser.")
+        raise UsageError(f"this study is logged to {known.shown}", fix="Open that address in a browser.")
     if known.uri.startswith("sqlite:") and not (database := sqlite_file(known.uri)).exists():
         raise UsageError(f"there is no {database}", fix="Run a study first, or `tuner sync` one that was not logged.")
     words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", known.uri]

@@ -17,7 +17,7 @@ from tuner.pareto.front import COST, points
 from tuner.record.content import TAG_CHARACTERS, Content, content, legal
 from tuner.record.ledger import Ledger, Sent, note_file
 from tuner.record.place import Place
-from tuner.record.secrets import hide, values
+from tuner.record.secrets import hide, secrets
 from tuner.spec.study import Study
 from tuner.study.store import Store, TrialRecord
 
@@ -46,13 +46,12 @@ def flush(study: Study, store: Store, place: Place, *, running: bool = False, en
         end = "FINISHED" if note else end
         if running and not end and sent.parent and not sent.end and not _unsent(trials, sent):
             return 0  # the usual wake-up with nothing to do: MLflow is not even imported
-        connection = _Connection(study, store, place, ledger, sent)
-        connection.open_parent(trials)
+        connection = _Connection(study, store, place, ledger, sent, secrets(study, trials))
+        sent = connection.open_parent(trials)
         if running and not end:
             connection.client.update_run(sent.parent, status="RUNNING")
             sent.end = ""
         waiting = [t for t in trials if str(t.number) not in sent.trials and (note or not elsewhere(t))]
-        connection.secrets = values([study.engine.env, *(t.config.env for t in trials)])
         for trial in waiting:
             connection.log_trial(trial, trials)
         state = _end_digest(store, end, note)
@@ -74,7 +73,9 @@ def _unsent(trials: Sequence[TrialRecord], sent: Sent) -> bool:
 
 
 class _Connection:
-    def __init__(self, study: Study, store: Store, place: Place, ledger: Ledger, sent: Sent) -> None:
+    def __init__(
+        self, study: Study, store: Store, place: Place, ledger: Ledger, sent: Sent, secrets: Sequence[str]
+    ) -> None:
         _quiet()
         from mlflow.tracking import MlflowClient
 
@@ -82,25 +83,59 @@ class _Connection:
         self.study, self.store, self.place, self.ledger, self.sent = study, store, place, ledger, sent
         self.client = MlflowClient(place.uri)
         self.dataset: Any = None
-        self.secrets: tuple[str, ...] = ()
+        self.secrets = secrets
 
-    def open_parent(self, trials: Sequence[TrialRecord]) -> None:
-        """Finds the parent run (by the ledger, then by the study's uid) or creates it."""
+    def open_parent(self, trials: Sequence[TrialRecord]) -> Sent:
+        """Finds the parent run (by the ledger, by the study's uid, by the folder) or creates it. A copy of a study
+        folder is a study of its own."""
+        sent, folder = self.sent, str(self.store.folder.resolve())
         self.ledger.save()  # the uid must be on disk before anything carries it
-        sent = self.sent
-        if sent.parent and not self._alive(sent.parent):
-            sent.parent, sent.trials, sent.end = "", {}, ""  # deleted by somebody: log the study anew
-        if not sent.parent:
-            sent.experiment = self._experiment()
-            found = self._runs(f"tags.`tuner.study_uid` = '{self.ledger.uid}' and tags.`tuner.kind` = 'study'")
-            sent.parent = found[0].info.run_id if found else self._create_parent(trials)
+        parent = self._alive(sent.parent) if sent.parent else None
+        if sent.parent and not parent:  # deleted by somebody: log the study anew
+            for run in self._children():
+                self.client.delete_run(run.info.run_id)
+            sent.experiment, sent.parent, sent.trials, sent.end = "", "", {}, ""
+        sent.experiment = sent.experiment or self._experiment()
+        parent = parent or self._of_uid() or self._of_folder(folder, trials)
+        known = parent.data.tags.get("tuner.folder", folder) if parent and not self.study.storage else folder
+        if parent and _copied(Path(known), self.store.folder, self.ledger.uid):
+            parent, known, experiment = None, folder, sent.experiment
+            self.ledger.anew()
+            sent = self.sent = self.ledger.sent(self.place.uri)
+            sent.experiment = experiment
             self.ledger.save()
-        self.started = {run.data.tags.get("tuner.trial", ""): run for run in self._children()}
+        if parent:
+            self.ledger.uid = parent.data.tags.get("tuner.study_uid", self.ledger.uid)
+        sent.parent = parent.info.run_id if parent else self._create_parent(trials)
+        self.ledger.save()
+        if known != folder:  # it was moved
+            self.client.set_tag(sent.parent, "tuner.folder", folder)
+        self.started = {self._key(*_identity(run)): run for run in self._children()}
+        return sent
+
+    def _key(self, number: str, config: str, start_ms: int) -> tuple[str, ...]:
+        """What finds a trial's run again: under its number there may be another study folder's trial. Tuners that share
+        a study share its numbers."""
+        return (number,) if self.study.storage else (number, config, str(start_ms))
+
+    def _of_uid(self) -> Any:
+        found = self._runs(f"tags.`tuner.study_uid` = '{self.ledger.uid}' and tags.`tuner.kind` = 'study'")
+        return found[0] if found else None
+
+    def _of_folder(self, folder: str, trials: Sequence[TrialRecord]) -> Any:
+        """The parent run of a study in this folder that has one of these very trials: the ledger was lost."""
+        known = {_identity_of(trial) for trial in trials}
+        for parent in self._runs("tags.`tuner.kind` = 'study'"):
+            if parent.data.tags.get("tuner.folder") == folder:
+                children = self._runs(f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+                if known & {_identity(run) for run in children}:
+                    return parent
+        return None
 
     def log_trial(self, trial: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         """One child run, whole: its state is set last, the ledger is written after that."""
-        made = content(trial, self.study)
-        earlier = self.started.get(str(trial.number))
+        made = content(trial, self.study, self.secrets)
+        earlier = self.started.get(self._key(*_identity_of(trial)))
         foreign = earlier is not None and "elsewhere" in earlier.data.tags and not elsewhere(trial)
         if earlier is not None and earlier.info.status != "RUNNING" and not foreign:
             run_id = earlier.info.run_id  # logged whole, killed before the ledger was written
@@ -115,7 +150,7 @@ class _Connection:
     def close_parent(self, status: str, note: str, ended_s: float) -> None:
         run_id = self.sent.parent
         if note:
-            self.client.set_tag(run_id, "mlflow.note.content", note[:TAG_CHARACTERS])
+            self.client.set_tag(run_id, "mlflow.note.content", hide(note, self.secrets)[:TAG_CHARACTERS])
         for name in _parent_files(self.store):
             self._artifact(run_id, self.store.folder / name)
         self.client.set_terminated(run_id, status, int(ended_s * 1000))
@@ -224,15 +259,32 @@ class _Connection:
             if not token:
                 return found
 
-    def _alive(self, run_id: str) -> bool:
+    def _alive(self, run_id: str) -> Any:
+        """The run; None where it was deleted."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+            run = self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
+                return None
             raise
+        return run if run.info.lifecycle_stage == "active" else None
+
+
+def _identity_of(trial: TrialRecord) -> tuple[str, str, int]:
+    return str(trial.number), trial.config.hash, int(trial.started_s * 1000)
+
+
+def _identity(run: Any) -> tuple[str, str, int]:
+    """Of the trial that a child run is of."""
+    tags = run.data.tags
+    return tags.get("tuner.trial", ""), tags.get("config", ""), run.info.start_time
+
+
+def _copied(known: Path, folder: Path, uid: str) -> bool:
+    """Whether ``known``, which the parent run names, is another study folder than ``folder`` that has its uid."""
+    return (known / "mlflow.json").exists() and not known.samefile(folder) and Ledger.load(known).uid == uid
 
 
 def _end_digest(store: Store, end: str, note: str) -> str:
@@ -280,5 +332,6 @@ def _quiet() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tuner.record.secrets import hide
 from tuner.report.style import Figure
 from tuner.report.summary import clean
 
 
-def write(out: Path, template: str, figures: Mapping[str, Figure], **context: Any) -> Path:
-    """Writes ``template`` (of ``tuner/report/templates``), filled in with ``context``, to ``out``, atomically; returns
-    ``out``. Plotly is inside where there are ``figures``. Raises OSError where it cannot be written."""
+def write(
+    out: Path, template: str, figures: Mapping[str, Figure], *, secrets: Sequence[str] = (), **context: Any
+) -> Path:
+    """Writes ``template`` (of ``tuner/report/templates``), filled in with ``context`` (``secrets`` hidden), to ``out``,
+    atomically; returns ``out``. Plotly is inside where there are ``figures``. Raises OSError where it cannot be
+    written."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("tuner.report", "templates"),
@@ -25,6 +30,7 @@ def write(out: Path, template: str, figures: Mapping[str, Figure], **context: An
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda x: hide(x, secrets) if isinstance(x, str) and not isinstance(x, Markup) else x,
     )
     folder = files("tuner.report") / "templates"
     text = environment.get_template(template).render(

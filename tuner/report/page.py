@@ -37,6 +37,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         out,
         "page.html.j2",
         figures,
+        secrets=s.secrets,
         s=s,
         study=study,
         shown=set(figures),

@@ -12,6 +12,7 @@ from tuner.pareto.changes import baseline_of, changes, describe, words
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point, front, points
 from tuner.pareto.recommend import recommended
+from tuner.record.secrets import hide, secrets
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Untrusted
@@ -31,15 +32,16 @@ class Summary:
     choice: Choice
     default: TrialRecord | None
     emulated: bool
+    secrets: Sequence[str] = ()
 
     def name(self, config: ServingConfig) -> str:
         """The config as its difference to the engine's default."""
-        return describe(config, self.default.config if self.default else None)
+        return hide(describe(config, self.default.config if self.default else None), self.secrets)
 
     def flags(self, config: ServingConfig) -> list[str]:
         """The same difference, word by word."""
         found = changes(config, self.default.config if self.default else None)
-        return [words(name, value) for name, value in found.items()] or ["engine default"]
+        return [hide(words(name, value), self.secrets) for name, value in found.items()] or ["engine default"]
 
     def kinds(self) -> Mapping[str, int]:
         """How many trials ended how."""
@@ -60,6 +62,7 @@ def summarize(store: Store, study: Study) -> Summary:
         choice=recommended(store, study),
         default=baseline_of(search) or baseline_of(trials),
         emulated=any(t.emulated for t in trials) or study.engine.kind == "emulator",
+        secrets=secrets(study, trials),
     )
 
 
