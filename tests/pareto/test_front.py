@@ -122,6 +122,22 @@ def test_repeats_of_a_config_become_one_point_with_a_narrower_interval(tmp_path:
     assert low < found.latency < high and high - low < 0.02 * 0.06
 
 
+def test_rounding_breaks_no_tie_between_repeats_that_are_equal_and_a_single_measurement(tmp_path: Path):
+    store, values = Store(tmp_path), (0.36756983826927114, 1.3454545454545, 0.02)
+    for number, (value, flag) in enumerate([(v, i) for i, v in enumerate(values) for _ in range(3)]):
+        step = studies.step(1.0, OBJECTIVE)
+        metrics = step.metrics | {"cost_usd_per_mtok_output": value, "tpot_p99_s": value / 100}
+        for copy in range(2 if number % 3 else 1):  # at 0, 3, 6 a single one; its rival was measured twice or more
+            config = {"max_num_seqs": 64 * 2**flag, "tensor_parallel_size": 1 + (number % 3 > 0)}
+            studies.measured(2 * number + copy, (replace(step, metrics=metrics, intervals={}),), store, params=config)
+    found = points(store.trials(), OBJECTIVE)
+    for one, other in zip(found[::2], found[1::2], strict=True):
+        assert (one.cost, one.latency) == (other.cost, other.latency) and len(other.trials) == 4
+        assert one.cost_interval is None and other.cost_interval == (other.cost, other.cost)
+        best = front([one, other])
+        assert [p.ties for p in best] == [(other.key,), (one.key,)]
+
+
 def test_repeats_that_disagree_widen_the_interval(tmp_path: Path):
     store = Store(tmp_path)
     studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.020, spread=0.01),), store)

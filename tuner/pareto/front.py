@@ -130,7 +130,8 @@ def _point(group: Sequence[tuple[TrialRecord, Step]], objective: Objective) -> P
 
 def _mean(steps: Sequence[Step], name: str) -> tuple[float, Interval | None]:
     """The geometric mean of a metric over repeats and its 95 % interval: the single intervals pooled (in logarithms,
-    as independent), but never narrower than what the repeats' own spread says (1.96 s / sqrt(n))."""
+    as independent), but never narrower than what the repeats' own spread says (1.96 s / sqrt(n)). Equal
+    repeats are their mean, to the last bit."""
     if len(steps) == 1:
         return steps[0].metrics[name], steps[0].intervals.get(name)
     n = len(steps)
@@ -148,4 +149,6 @@ def _mean(steps: Sequence[Step], name: str) -> tuple[float, Interval | None]:
     else:
         down = max(spread, math.sqrt(math.fsum(d * d for d, _ in halves)) / n)
         up = max(spread, math.sqrt(math.fsum(u * u for _, u in halves)) / n)
-    return math.exp(centre), (math.exp(centre - down), math.exp(centre + up))
+    values = [step.metrics[name] for step in steps]
+    mean = min(max(math.exp(centre), min(values)), max(values))
+    return mean, (mean * math.exp(-down), mean * math.exp(up))
