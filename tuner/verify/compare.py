@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import special
 
-from tuner.pareto.front import Point, front, points
+from tuner.pareto.front import front, points
 from tuner.spec.objective import Objective
 from tuner.study.store import TrialRecord
 from tuner.verify.finalists import launch_spread
-from tuner.verify.racing import LAUNCH_SPREAD, end, log_error
+from tuner.verify.racing import LAUNCH_SPREAD, log_error
 
-DRAWS = 2000
+DOUBT = 0.025  # that a side is called cheaper and is not
+LATENCY_DOUBT = 0.005  # that the latency of any point of a study lies beyond its limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +33,62 @@ class Side:
 @dataclass(frozen=True, slots=True)
 class Level:
     """The cheapest within SLO at a latency of at most ``latency_s``: USD per million output tokens of both (infinite:
-    none), ``ratio`` second over first (middle, low, high at 95 %) and the probability that the second is cheaper."""
+    none seen), and ``ratio`` second over first (middle, low, high at 95 %; 0 and infinite where nothing bounds it)."""
 
     latency_s: float
     first: float
     second: float
     ratio: tuple[float, float, float]
-    second_cheaper: float
 
     @property
     def winner(self) -> int:
         """1 or 2 where the interval leaves out "equal", else 0."""
         _, low, high = self.ratio
         return 2 if high < 1 else 1 if low > 1 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Cloud:
+    """The points within SLO of a side, one row each: ``cost`` is logarithmic, ``error`` its standard error; the latency
+    lies between ``fastest`` and ``slowest`` for sure, and was measured as ``latency``."""
+
+    cost: np.ndarray
+    error: np.ndarray
+    latency: np.ndarray
+    fastest: np.ndarray
+    slowest: np.ndarray
+    levels: tuple[float, ...]
+
+    @classmethod
+    def of(cls, side: Side) -> _Cloud:
+        found = [p for p in points(side.trials, side.objective) if p.ok]
+        seen = launch_spread(side.trials)
+        spread = math.sqrt(seen.variance) if seen.freedom >= 3 else LAUNCH_SPREAD
+        latency = np.array([p.latency for p in found])
+        reach = np.array([log_error(p, "latency", spread) for p in found]) * _z(LATENCY_DOUBT, len(found))
+        slowest = latency * np.exp(reach)
+        on_front = {p.key for p in front(found)}
+        return cls(
+            np.log([p.cost for p in found]),
+            np.array([log_error(p, "cost", spread) for p in found]),
+            latency,
+            latency * np.exp(-reach),
+            slowest,
+            tuple(float(at) for p, at in zip(found, slowest, strict=True) if p.key in on_front),
+        )
+
+    def cheapest(self, limit: float) -> float:
+        """USD of the cheapest that was measured at that latency at most."""
+        return float(np.exp(self.cost[self.latency <= limit].min(initial=np.inf)))
+
+    def in_doubt(self, limits: Sequence[float]) -> int:
+        """How many points may be the cheapest that keeps one of ``limits``."""
+        found = np.zeros(len(self.cost), dtype=bool)
+        for limit in limits:
+            sure = self.slowest <= limit
+            least = (self.cost + _z(DOUBT) * self.error)[sure].min(initial=np.inf)
+            found |= sure & (self.cost - _z(DOUBT) * self.error <= least)
+        return int(found.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +106,27 @@ class Comparison:
         return asdict(self)
 
 
-def compare(first: Side, second: Side, *, most: int = 12, seed: int = 0) -> Comparison:
+def compare(first: Side, second: Side, *, most: int = 12) -> Comparison:
     """Compares what each study offers at the latencies that the points of both fronts keep (at most ``most`` of them).
 
-    Every measured point within SLO is drawn anew ``DRAWS`` times, in cost and in latency, from what its interval and
-    the launch spread leave open; in each draw the cheapest point below the latency counts. So a point that is only
-    luckily cheap, or only luckily fast, is not sure to count.
+    One side is proven cheaper where one of its points, which keeps the latency for sure, is cheaper than every point of
+    the other that may keep it. The limit is corrected for how many points of that side may be its cheapest: the lowest
+    of many looks lower than it is, and a study of more trials has more of them.
     """
     sides = (first, second)
-    clouds = [[p for p in points(side.trials, side.objective) if p.ok] for side in sides]
+    clouds = [_Cloud.of(side) for side in sides]
     differences = _differences(first, second)
-    spreads = [_spread(side.trials) for side in sides]
-    # the latency that a point keeps for sure: at its middle half of the draws would rule the point out
-    latencies = _apart(
-        end(p.latency, p.latency_interval, spread, 0.99, low=False)
-        for cloud, spread in zip(clouds, spreads, strict=True)
-        for p in front(cloud)
-    )
+    latencies = _apart(at for cloud in clouds for at in cloud.levels)
     if len(latencies) > most:
         latencies = [latencies[round(i)] for i in np.linspace(0, len(latencies) - 1, most)]
-    rng = np.random.default_rng(seed)
-    drawn = [_draw(cloud, spread, rng) for cloud, spread in zip(clouds, spreads, strict=True)]
+    z = [_z(DOUBT, cloud.in_doubt(latencies)) for cloud in clouds]
     levels = []
     for limit in latencies:
-        seen = [min((p.cost for p in cloud if p.latency <= limit), default=math.inf) for cloud in clouds]
-        costs = [np.where(latency <= limit, cost, np.inf).min(axis=1, initial=np.inf) for cost, latency in drawn]
-        levels.append(Level(limit, seen[0], seen[1], _ratio(seen, costs), float(np.mean(costs[1] < costs[0]))))
+        costs = [cloud.cheapest(limit) for cloud in clouds]
+        low = _at_least(limit, clouds[0], clouds[1], z[0])
+        high = -_at_least(limit, clouds[1], clouds[0], z[1])
+        middle = math.nan if math.isinf(costs[0]) and math.isinf(costs[1]) else costs[1] / costs[0]
+        levels.append(Level(limit, costs[0], costs[1], (middle, math.exp(low), math.exp(high))))
     rows = tuple(_row(level, first, second) for level in levels)
     return Comparison(
         first.name, second.name, tuple(levels), differences, _text(first, second, levels, differences), rows
@@ -94,42 +134,26 @@ def compare(first: Side, second: Side, *, most: int = 12, seed: int = 0) -> Comp
 
 
 def _apart(latencies: Iterable[float], least: float = 1.01) -> list[float]:
-    """Rising, without those that the one before makes superfluous: the same question would count twice."""
+    """Rising, without those that the one after makes superfluous: the same question would count twice."""
     kept: list[float] = []
-    for latency in sorted(latencies):
-        if not kept or latency > kept[-1] * least:
+    for latency in sorted(latencies, reverse=True):
+        if not kept or latency * least < kept[-1]:
             kept.append(latency)
-    return kept
+    return kept[::-1]
 
 
-def _spread(trials: Sequence[TrialRecord]) -> float:
-    seen = launch_spread(trials)
-    return math.sqrt(seen.variance) if seen.freedom >= 3 else LAUNCH_SPREAD
+def _z(doubt: float, of: int = 1) -> float:
+    """The normal quantile for each of ``of`` limits, for all of them to hold but for ``doubt`` (Bonferroni)."""
+    return float(-special.ndtri(doubt / max(of, 1)))
 
 
-def _draw(cloud: Sequence[Point], spread: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Costs and latencies, each (DRAWS, number of points)."""
-
-    def axis(name: str) -> np.ndarray:
-        middle = np.log([getattr(p, name) for p in cloud])
-        error = np.array([log_error(p, name, spread) for p in cloud])
-        return np.exp(rng.normal(middle, error, (DRAWS, len(cloud))))
-
-    return axis("cost"), axis("latency")
-
-
-def _ratio(seen: Sequence[float], costs: Sequence[np.ndarray]) -> tuple[float, float, float]:
-    """Quantiles of second over first; a side without any point counts as infinitely expensive, neither as unknown."""
-    middle = seen[1] / seen[0] if math.isfinite(seen[0]) else (math.nan if math.isinf(seen[1]) else 0.0)
-    ratios = np.sort(np.log(costs[1][known]) - np.log(costs[0][known])) if (known := _known(costs)).any() else None
-    if ratios is None:
-        return middle, math.nan, math.nan
-    low, high = ratios[int(0.025 * (len(ratios) - 1))], ratios[math.ceil(0.975 * (len(ratios) - 1))]
-    return middle, float(np.exp(low)), float(np.exp(high))
-
-
-def _known(costs: Sequence[np.ndarray]) -> np.ndarray:
-    return np.isfinite(costs[0]) | np.isfinite(costs[1])
+def _at_least(limit: float, one: _Cloud, other: _Cloud, z: float) -> float:
+    """The lower limit of log cost of ``other`` over ``one``: the best that a point of ``one`` has over all of
+    ``other``. Minus infinity where ``one`` has none for sure, infinity where ``other`` cannot have one."""
+    sure, may = one.slowest <= limit, other.fastest <= limit
+    error = np.hypot(one.error[sure][:, None], other.error[may][None, :])
+    gaps = other.cost[may][None, :] - one.cost[sure][:, None] - z * error
+    return float(gaps.min(axis=1, initial=np.inf).max(initial=-np.inf))
 
 
 def _differences(first: Side, second: Side) -> tuple[str, ...]:
@@ -179,6 +203,5 @@ def _row(level: Level, first: Side, second: Side) -> dict[str, Any]:
         "ratio": number(level.ratio[0]),
         "ratio_low": number(level.ratio[1]),
         "ratio_high": number(level.ratio[2]),
-        "p_second_cheaper": level.second_cheaper,
         "proven": ("", first.name, second.name)[level.winner],
     }

@@ -76,9 +76,12 @@ def _dominates(point: Point, cost: float, latency: float, spread: float, confide
 
 
 def log_error(point: Point, axis: str, spread: float) -> float:
-    """Standard error of a point's log ``cost`` or ``latency``: the interval within a launch and the launch spread."""
+    """Standard error of a point's log ``cost`` or ``latency``: the interval within a launch (without an upper bound its
+    lower half) and the launch spread."""
+    value: float = getattr(point, axis)
     interval: Interval | None = getattr(point, f"{axis}_interval")
     inside = 0.0
-    if interval is not None and 0 < interval[0] <= interval[1] < math.inf:
-        inside = math.log(interval[1] / interval[0]) / (2 * 1.96)
+    if interval is not None and 0 < interval[0] <= interval[1]:
+        low, high = interval
+        inside = math.log(high / low) / (2 * 1.96) if math.isfinite(high) else math.log(value / low) / 1.96
     return math.hypot(inside, spread / math.sqrt(max(len(point.trials), 1)))
