@@ -56,6 +56,14 @@ class Infeasible(Exception):
         self.reason = "" if reason is None else encodable(str(reason))
 
 
+_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """``text`` without what would steer a terminal: a server, or a function, may say anything."""
+    return text.translate(_CONTROL)
+
+
 def encodable(text: str) -> str:
     """``text`` as a file or a database takes it: half a character (of a file name that is no UTF-8) is escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

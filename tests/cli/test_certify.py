@@ -3,11 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests import studies
 from tests.verify.test_compare import side
 from tests.verify.test_finalists import trial
 from tests.verify.test_promise import promise
 from tuner.cli import certify
 from tuner.errors import UsageError
+from tuner.spec.study import EngineSpec
 from tuner.verify.promise import promise_block
 
 
@@ -42,3 +44,18 @@ def test_two_studies_of_one_name_are_told_apart_by_their_folders(tmp_path, monke
     found = json.loads(capsys.readouterr().out)
     assert (found["first"], found["second"]) == (str(tmp_path / "one"), str(tmp_path / "two"))
     assert found["levels"][0]["first"] > found["levels"][0]["second"]
+
+
+def test_a_study_without_trials_is_not_taken_for_an_emulated_one(tmp_path, monkeypatch, capsys):
+    for name, kind in (("one", "vllm"), ("two", "emulator")):
+        study, store = studies.write(tmp_path / name, trials=0, engine=EngineSpec(kind))
+        monkeypatch.setattr(certify, "opened", lambda _path, found=(study, store): found)
+        assert certify._side(tmp_path / name).facts["figures"] == ("measured" if name == "one" else "emulated")
+
+
+def test_what_is_infinite_is_null_in_json(monkeypatch, capsys):
+    sides = {"a": side("a", trial(0, 2048, 1000, tpot_s=0.04)), "b": side("b", trial(0, 2048, 1000, tpot_s=0.01))}
+    monkeypatch.setattr(certify, "_side", lambda path: sides[path])
+    certify.compare("a", "b", json=True)
+    level = json.loads(capsys.readouterr().out)["levels"][0]
+    assert level["first"] is None and level["ratio"][2] == 0

@@ -32,6 +32,16 @@ def test_every_load_step_has_its_metrics_at_its_ladder_position_and_the_load_bes
     assert low == pytest.approx([0.0194, 0.0776])
 
 
+def test_a_functions_own_metric_does_not_overwrite_one_of_ours(tmp_path: Path):
+    step = studies.step(1.0, OBJECTIVE)
+    more = {"load": 77.0, "best_cost_usd_per_mtok_output": 5.0, "watts": 3.0}
+    studies.measured(0, (replace(step, metrics=step.metrics | more),), Store(tmp_path / "s"))
+    made = content(Store(tmp_path / "s").trials()[0], studies.study(tmp_path / "s"))
+    found = {s.name: s.value for s in made.samples}
+    assert (found["load"], found["user.load"], found["watts"]) == (1.0, 77.0, 3.0)
+    assert found["best_cost_usd_per_mtok_output"] == step.metrics["cost_usd_per_mtok_output"]
+
+
 def test_capacity_and_best_values_count_only_the_loads_within_slo(one):
     store, study = one
     found = {s.name: s.value for s in content(store.trials()[0], study).samples}

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tests import studies
 from tuner.errors import UsageError
+from tuner.report.console import printer
 from tuner.report.terminal import front_data, front_table, trial_data, trial_view
 from tuner.study.outcome import Infeasible
 from tuner.study.store import Store
@@ -91,6 +92,24 @@ def test_a_trial_shows_every_step_and_its_data_is_strict_json(made):
 def test_a_trial_that_is_not_there_is_refused_in_words(made):
     with pytest.raises(UsageError, match="no finished trial 9"):
         trial_view(*made, 9)
+
+
+def test_what_a_server_says_does_not_steer_the_terminal(tmp_path: Path, capsys):
+    store = Store(tmp_path / "s")
+    studies.add(0, Infeasible("crash", "\x1b[31mred\x07", "line\n\x9b2J next"), store)
+    printer().print(trial_view(store, studies.study(tmp_path / "s"), 0))
+    said = capsys.readouterr().out
+    assert "[31mred" in said and "2J next" in said and not {"\x1b", "\x07", "\x9b"} & set(said)
+
+
+def test_words_that_look_like_figures_are_read_back_as_words(tmp_path: Path):
+    studies.add(0, Infeasible("crash", "nan", "inf"), Store(tmp_path), params=None)
+    config = replace(Store(tmp_path).trials()[0].config, params={"weights": "nan"}, flags={"weights": "inf"})
+    Store(tmp_path).start_trial(1, config, {"weights": "nan"})
+    Store(tmp_path).end_trial(1, Infeasible("crash", "nan"), predicted={"1": {"x": math.inf}})
+    trial = Store(tmp_path).trials()[1]
+    assert (trial.params, trial.config.flags) == ({"weights": "nan"}, {"weights": "inf"})
+    assert trial.outcome.message == "nan" and trial.extra["predicted"] == {"1": {"x": math.inf}}
 
 
 def test_points_that_cannot_be_told_apart_name_each_other(tmp_path: Path):

@@ -11,7 +11,7 @@ import typer
 
 from tuner.cli import replay as replay_command
 from tuner.cli import trace as trace_command
-from tuner.errors import EnvironmentFault, TunerError, UsageError
+from tuner.errors import EnvironmentFault, TunerError, UsageError, printable
 
 app = typer.Typer(
     name="tuner",
@@ -296,7 +296,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except TunerError as error:
-        print(f"tuner: {error}", file=sys.stderr)
+        print(f"tuner: {printable(str(error))}", file=sys.stderr)
         code = error.exit_code
     except typer.Exit as stop:
         code = stop.exit_code

@@ -85,15 +85,15 @@ def _side(path: Path) -> Any:
         "hardware": f"{hardware.gpus} x {hardware.name}" if hardware.gpus else hardware.name,
         "trace": Path(study.trace.file).name,
         "engine": ", ".join(sorted(versions)),
-        "figures": "emulated" if all(t.emulated for t in trials) else "measured",
+        "figures": "emulated" if study.engine.kind == "emulator" or any(t.emulated for t in trials) else "measured",
     }
     return Side(study.name, trials, study.objective, facts)
 
 
 def _dumped(result: Any) -> str:
-    from tuner.study.store import finite
+    from tuner.report.summary import clean
 
-    return json_.dumps(finite(result.to_dict()), indent=1, default=str)
+    return json_.dumps(clean(result.to_dict()), indent=1, default=str)
 
 
 def _session(path: Path, work: Callable[[Any, Any, Any], Any]) -> Any:

@@ -174,10 +174,10 @@ def _samples(trial: TrialRecord, study: Study) -> Iterator[Sample]:
     for position, step in enumerate(steps):
         yield Sample("load", step.load, position, end_ms)
         for name, value in step.metrics.items():
-            yield Sample(legal(name), float(value), position, end_ms)
+            yield Sample(_theirs(name), float(value), position, end_ms)
         for name, bounds in step.intervals.items():
             yield from (
-                Sample(legal(f"{name}.{side}"), bound, position, end_ms)
+                Sample(_theirs(f"{name}.{side}"), bound, position, end_ms)
                 for side, bound in zip(("low95", "high95"), bounds, strict=True)
             )
     good = [step for step in steps if step.ok] if isinstance(trial.outcome, Measured | Aborted) else []
@@ -195,6 +195,12 @@ def _samples(trial: TrialRecord, study: Study) -> Iterator[Sample]:
         yield Sample(legal(name), float(value), 0, end_ms)
     yield Sample("trial_s", trial.ended_s - trial.started_s, 0, end_ms)
     yield from _system(trial.folder / "telemetry.parquet")
+
+
+def _theirs(name: str) -> str:
+    """A step's metric, which a function may have named as one of ours."""
+    ours = name in ("load", "capacity_load", "trial_s") or name.startswith(("best_", "boot_", "system/"))
+    return legal(f"user.{name}" if ours else name)
 
 
 def _system(path: Path) -> Iterator[Sample]:

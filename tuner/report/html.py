@@ -43,7 +43,7 @@ def write(
     if out.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # reports are made side by side
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(out)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from typing import Any
 
@@ -25,7 +26,7 @@ def parallel_chart(s: Summary) -> Figure | None:
     low, high = (min(best.values()), max(best.values())) if best else (1.0, 1.0)
     notes = []
     for x, parameter in enumerate(varied):
-        notes.append(note(x, -0.1, parameter.name.replace("_", "<br>"), "$ink"))
+        notes.append(note(x, -0.1, html.escape(parameter.name, quote=False).replace("_", "<br>"), "$ink"))
         values = parameter.values
         shown = values if len(values) <= 7 else (values[0], values[len(values) // 2], values[-1])
         notes += [note(x, parameter.position(v), _short(v), "$muted", anchor="left", shift=5) for v in shown]
@@ -81,5 +82,6 @@ def _position(parameter: Parameter, trial: TrialRecord) -> float | None:
 
 
 def _short(value: object) -> str:
+    """As an annotation takes it: no markup, no name of a colour (``$accent``)."""
     text = str(value)
-    return text if len(text) <= 14 else text[:13] + "…"
+    return html.escape(text if len(text) <= 14 else text[:13] + "…", quote=False).replace("$", "&#36;")

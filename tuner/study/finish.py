@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.engines.protocol import Cancelled, OnEvent
-from tuner.errors import TunerError
+from tuner.errors import TunerError, printable
 from tuner.pareto.choice import Choice
 from tuner.pareto.recommend import recommended
 from tuner.record.mlflow import Recorder
@@ -81,9 +81,11 @@ def conclude(
     files: list[Path] = []
     if choice.point is not None:
         files += formats.best_config(store, study)
-    files.append(page.build(store, study, store.folder / "report.html"))
-    if not cancel.is_set():
-        writer.study_finished()
+    try:
+        files.append(page.build(store, study, store.folder / "report.html"))
+    finally:
+        if not cancel.is_set():
+            writer.study_finished()
     return Result(ended, choice, choice.text, tuple(files))
 
 
@@ -133,7 +135,7 @@ def show(study: Study, store: Store, result: Result) -> None:
     print(file=sys.stderr)
     print(f"Ended: {result.ended}.", file=sys.stderr)
     if not sys.stdout.isatty():  # else they stand under the front
-        print(result.words, file=sys.stderr)
+        print(printable(result.words), file=sys.stderr)
     for path in result.files:
         print(f"  {path}", file=sys.stderr)
     print(f"  {_look(study)}    # the study in MLflow", file=sys.stderr)

@@ -220,11 +220,14 @@ def finite(data: Any) -> Any:
     return data
 
 
+_VERBATIM = {"params", "flags", "env", "reason", "reasons", "message", "evidence", "fix"}  # whose ``inf`` is a word
+
+
 def _infinite(data: Any) -> Any:
     if isinstance(data, str) and data in ("inf", "-inf", "nan"):
         return float(data)
     if isinstance(data, dict):
-        return {key: _infinite(value) for key, value in data.items()}
+        return {key: value if key in _VERBATIM else _infinite(value) for key, value in data.items()}
     if isinstance(data, list):
         return [_infinite(value) for value in data]
     return data
