@@ -6,7 +6,7 @@ import pytest
 
 from tests import studies
 from tuner.errors import NothingFeasible, UsageError
-from tuner.pareto.choice import choose, compare, nearest, of_trial
+from tuner.pareto.choice import Change, choose, compare, nearest, of_trial
 from tuner.study.outcome import Infeasible, Measured
 from tuner.study.store import Store
 
@@ -143,3 +143,17 @@ def test_where_slos_hold_and_figures_are_none_no_slo_is_blamed(tmp_path: Path):
     studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=-0.01),), store)
     text = choose(store.trials(), OBJECTIVE).text
     assert "no configuration meets" not in text.lower() and "but has no tpot_p99_s above zero" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        (None, "-3.0 %"),
+        ((-0.05, 0.01), "-3.0 % (-5.0 to +1.0 %)"),
+        ((-0.05, math.inf), "-3.0 % (-5.0 % or more)"),
+        ((-1.0, 0.01), "-3.0 % (+1.0 % or less)"),
+        ((-1.0, math.inf), "-3.0 % (no bound known)"),
+    ],
+)
+def test_a_change_says_as_much_of_its_interval_as_is_known(interval, said):
+    assert str(Change(-0.03, interval)) == said

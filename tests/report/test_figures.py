@@ -75,12 +75,15 @@ def test_the_hours_are_launch_times_gpus_and_add_up(tmp_path: Path):
     studies.add(0, Measured((step,), boot), store)  # 60 s on one GPU
     studies.add(1, Measured((step,), boot), store, params={"tensor_parallel_size": 2})  # 60 s on two
     studies.add(2, Infeasible("oom", "no"), store, params={"max_num_seqs": 64})
-    studies.add(3, Measured((step,), boot), store, role="verify")
-    found = hours(summarize(store, studies.study(tmp_path)))
-    assert found.total == pytest.approx(300 / 3600) and found.usd == pytest.approx(300 / 3600 * 2.5)
+    studies.add(3, Measured((step,), boot), store, role="verify", price_usd_per_gpu_hour=0.7)
+    ladder = Store(store.ladder_folder)
+    studies.add(0, Measured((step,), boot), ladder)
+    found = hours(summarize(store, studies.study(tmp_path)), ladder.trials())
+    assert found.total == pytest.approx(360 / 3600) and found.usd == pytest.approx((300 * 2.5 + 60 * 0.7) / 3600)
     seconds = {name: value * 3600 for name, value in found.uses}
-    assert seconds == pytest.approx({"starting servers": 80, "measuring": 120, "verifying": 40, "failed launches": 60})
-    assert dict(found.phases)["imports"] == pytest.approx(60 / 3600)
+    uses = {"starting servers": 100, "settling the ladder": 40, "measuring": 120, "verifying": 40}
+    assert seconds == pytest.approx(uses | {"failed launches": 60})
+    assert dict(found.phases)["imports"] == pytest.approx(75 / 3600)
 
 
 def test_the_models_error_is_taken_over_the_steps_within_slo_at_the_same_load(tmp_path: Path):

@@ -1,5 +1,6 @@
 import html
 import json
+import math
 import random
 import re
 import shutil
@@ -15,6 +16,7 @@ from tests import studies
 from tuner.report.figures import front_svg
 from tuner.report.html import script_json
 from tuner.report.page import build
+from tuner.report.parallel import _short
 from tuner.report.summary import summarize
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Infeasible, Measured
@@ -264,6 +266,34 @@ def test_secrets_of_the_study_are_hidden_wherever_they_stand(tmp_path: Path):
         assert secret not in text
     assert "with (secret)" in text and "api-key=(secret)" in text and "http://bob:(secret)@there" in text
     assert re.search("long-prefill-token-threshold: .2048", text)
+
+
+def test_a_page_is_written_beside_another_tuners(tmp_path: Path):
+    (tmp_path / ".r.html.tmp").mkdir()  # what another process writes
+    study, store = studies.write(tmp_path / "s", trials=1)
+    assert build(store, study, tmp_path / "r.html").exists()
+
+
+def test_an_interval_without_an_upper_end_is_shown_as_one(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=0)
+    step = studies.step(1.0, study.objective, tpot_s=0.02, window="t/held-out-0")
+    step = replace(step, intervals=step.intervals | {"tpot_p99_s": (0.0189, math.inf)})
+    studies.measured(0, (step,), store, baseline=True)
+    studies.measured(1, (step,), store, role="verify")
+    path = build(store, study, tmp_path / "r.html")
+    text = read(path).text
+    assert "95 %: ≥ 18.9 ms" in text and "20 (≥ 18.9)" in text and text.count("(≥ 18.9)") >= 2
+    assert "inf" not in text.replace("infeasible", "")
+    drawn = figures(path)
+    for name in ("front", "curve0"):
+        bars = [trace["error_y"] for trace in drawn[name]["data"] if "error_y" in trace]
+        assert all(b["array"] == [0] and b["arrayminus"] == [pytest.approx(1.1)] for b in bars)
+        dots = [shape for shape in drawn[name]["layout"]["shapes"] if shape.get("ysizemode") == "pixel"]
+        assert dots and {shape["yanchor"] for shape in dots} == {20.0}
+
+
+def test_a_value_of_a_parameter_is_no_markup_and_no_colour_in_a_figure():
+    assert _short("$accent") == "&#36;accent" and _short("<b>x</b>") == "&lt;b&gt;x&lt;/b&gt;"
 
 
 def test_the_still_picture_is_sound_svg_and_marks_what_is_emulated(tmp_path: Path):

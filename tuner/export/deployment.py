@@ -204,7 +204,10 @@ def _effects(store: Store, study: Study, config: ServingConfig) -> dict[str, str
 
 
 def _between(interval: Interval | None, scale: float = 1.0) -> str:
-    return f" (95 %: {interval[0] * scale:.4g} to {interval[1] * scale:.4g})" if interval else ""
+    if interval is None:
+        return ""
+    low, high = (f"{x * scale:.4g}" for x in interval)
+    return f" (95 %: {low} to {high})" if math.isfinite(interval[1]) else f" (95 %: at least {low})"
 
 
 def _comments(study: Study, flags: Mapping[str, Value | None], effects: Mapping[str, str]) -> dict[str, str]:

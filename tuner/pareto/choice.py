@@ -29,11 +29,18 @@ class Change:
         """Whether the interval leaves zero out."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
+    @property
+    def range(self) -> str:
+        """The interval in words, ``-4.0 to +2.1 %``, as far as it has ends; empty where none is known."""
+        if self.interval is None:
+            return ""
+        low, high = (f"{x * 100:+.1f}" for x in self.interval)
+        if not math.isfinite(self.interval[1]):
+            return f"{low} % or more" if self.interval[0] > -1 else "no bound known"
+        return f"{low} to {high} %" if self.interval[0] > -1 else f"{high} % or less"
+
     def __str__(self) -> str:
-        text = f"{self.value * 100:+.1f} %"
-        if self.interval:
-            text += f" ({self.interval[0] * 100:+.1f} to {self.interval[1] * 100:+.1f} %)"
-        return text
+        return f"{self.value * 100:+.1f} %" + (f" ({self.range})" if self.range else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,8 @@ def _point(
 
 
 def _interval(values: Sequence[float]) -> Interval | None:
-    return (values[1], values[2]) if all(map(math.isfinite, values[1:])) else None
+    _, low, high = values
+    return (low, high) if 0 < low <= high else None
 
 
 def _change(factor: Sequence[float]) -> Change | None:

@@ -11,7 +11,7 @@ from typing import Any
 from tuner.pareto.front import Point, trusted_steps
 from tuner.report.importance import Importance
 from tuner.report.modelerror import Error
-from tuner.report.style import Figure, bars, frame, note, rule, wrap
+from tuner.report.style import Figure, bars, frame, note, open_ends, rule, wrap
 from tuner.report.summary import Summary, label, spread
 from tuner.study.outcome import Step
 from tuner.study.price import GOODPUT
@@ -43,6 +43,12 @@ def front_chart(s: Summary) -> Figure | None:
     axes = "USD per million output tokens within SLO", f"{label(s.study.objective.latency)} (ms)"
     shown = [*s.points, *([chosen] if chosen else [])]
     layout = frame(*axes, log_x=[p.cost for p in shown], log_y=[p.latency * 1e3 for p in shown])
+    ranged = [(s.front, "$accent"), (default, "$ink"), ([chosen] if chosen else [], "$chosen")]
+    layout["shapes"] = [
+        shape
+        for found, color in ranged
+        for shape in open_ends(*_places(found), [p.latency_interval for p in found], color)
+    ]
     return {"data": [trace for trace in data if trace["x"]], "layout": layout}
 
 
@@ -121,7 +127,7 @@ def _curves(s: Summary, metric: str) -> Figure:
     for trial, step in trusted_steps(s.search):
         if 0 < step.metrics.get(f"{metric}_s", math.inf) < math.inf:
             rows.setdefault(trial.config.hash, []).append((trial, step))
-    data, shown = [], []
+    data, shown, shapes = [], [], []
     for key, steps in sorted(rows.items(), key=lambda item: item[0] in (default, chosen, *named)):
         steps = sorted(steps, key=lambda pair: pair[1].load)
         name = f"trial {steps[0][0].number}"
@@ -137,6 +143,7 @@ def _curves(s: Summary, metric: str) -> Figure:
         if key in (default, chosen, *named):
             between = [step.intervals.get(f"{metric}_s") for _, step in steps]
             trace |= {"error_y": bars(trace["y"], between, 1e3), "marker": {"size": 6, "color": style["color"]}}
+            shapes += open_ends(trace["x"], trace["y"], between, style["color"])
         else:
             trace |= {"showlegend": False, "marker": {"size": 4, "color": style["color"]}}
             trace["opacity"] = min(1.0, CROWD / len(rows))
@@ -146,8 +153,9 @@ def _curves(s: Summary, metric: str) -> Figure:
     layout = frame("load (factor on the trace's arrival rate)", f"{label(metric)} (ms)", log_y=[*shown, limit or 0])
     layout["xaxis"] |= {"tickvals": sorted({step.load for steps in rows.values() for _, step in steps})}
     layout["xaxis"] |= {"rangemode": "tozero"}
+    layout["shapes"] = shapes
     if limit is not None and data:
-        layout["shapes"] = [rule("y", limit)]
+        shapes.append(rule("y", limit))
         words = note(0, math.log10(limit), f"SLO {limit:,.4g} ms", "$chosen", anchor="left", shift=4)
         layout["annotations"] = [words | {"xref": "paper", "yanchor": "bottom"}]
     return {"data": data, "layout": layout, "title": f"{label(metric)} against load"}
@@ -169,12 +177,13 @@ def _curve(s: Summary, metric: str, steps: Sequence[tuple[TrialRecord, Step]]) -
 
 
 def _scatter(s: Summary, found: Sequence[Point], name: str, marker: Figure, *, ranges: bool = False) -> Figure:
+    x, y = _places(found)
     trace: Figure = {
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "x": [p.cost for p in found],
-        "y": [p.latency * 1e3 for p in found],
+        "x": x,
+        "y": y,
         "marker": marker,
         "hovertext": [_hover(s, p) for p in found],
         "hoverinfo": "text",
@@ -185,10 +194,14 @@ def _scatter(s: Summary, found: Sequence[Point], name: str, marker: Figure, *, r
     return trace
 
 
+def _places(found: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [p.cost for p in found], [p.latency * 1e3 for p in found]
+
+
 def _hover(s: Summary, p: Point) -> str:
     lines = [f"<b>trial {p.trial}</b>" + (", verified" if p.role == "verify" else "") + f", load {p.load:.3g}"]
     lines.append(f"${p.cost:.3g} per M output tokens {spread(p.cost, p.cost_interval)}")
-    latency = f"{p.latency * 1e3:,.4g} ms {spread(p.latency, p.latency_interval)}"
+    latency = f"{p.latency * 1e3:,.4g} ms {spread(p.latency, p.latency_interval, 1e3)}"
     lines.append(f"{label(s.study.objective.latency)} {latency}")
     if GOODPUT in p.metrics:
         lines.append(f"{p.metrics[GOODPUT]:,.0f} output tokens/s within SLO")

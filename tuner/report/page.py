@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 from collections import Counter
@@ -51,7 +52,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         phases=tables.phase_names(s),
         failures=tables.failures(s),
         refused=_refused(store),
-        hours=hours(s),
+        hours=hours(s, Store(store.ladder_folder).trials()),
         importance=importance(s),
         errors=errors(s),
         learnt=learnt(s),
@@ -138,16 +139,18 @@ def _choice(s: Summary, store: Store) -> dict[str, Any]:
 
 
 def _range(interval: tuple[float, float] | None, scale: float = 1.0) -> str:
-    return f"{interval[0] * scale:,.3g} to {interval[1] * scale:,.3g}" if interval else ""
+    if interval is None:
+        return ""
+    low, high = (f"{x * scale:,.3g}" for x in interval)
+    return f"{low} to {high}" if math.isfinite(interval[1]) else f"≥ {low}"
 
 
 def _change(change: Change | None) -> dict[str, Any] | None:
     if change is None:
         return None
-    between = change.interval
     return {
         "value": f"{change.value * 100:+.1f} %".replace("-", "−"),
-        "range": f"{between[0] * 100:+.1f} to {between[1] * 100:+.1f} %".replace("-", "−") if between else "",
+        "range": change.range.replace("-", "−"),
         "kind": "unsure" if not change.proven else "better" if change.value < 0 else "worse",
     }
 

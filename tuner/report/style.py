@@ -10,6 +10,7 @@ from typing import Any
 
 Figure = dict[str, Any]
 Interval = tuple[float, float]
+OPEN_PX = 32  # the dots of a bar without an upper end
 _MANTISSAS: tuple[tuple[float, ...], ...] = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7))
 
 
@@ -72,11 +73,11 @@ def note(x: float, y: float, text: str, color: str, *, anchor: str = "center", s
 
 
 def bars(values: Sequence[float], intervals: Sequence[Interval | None], scale: float = 1.0) -> Figure:
-    """Error bars; none where an interval is not known."""
+    """Error bars; none where an interval is not known, nor towards an end that it lacks (:func:`open_ends`)."""
     ends = []
     for value, pair in zip(values, intervals, strict=True):
-        known = pair is not None and all(map(math.isfinite, pair))
-        ends.append((pair[0] * scale, pair[1] * scale) if pair and known else (value, value))
+        low, high = (x * scale if math.isfinite(x) else value for x in pair or (math.inf, math.inf))
+        ends.append((low, high))
     return {
         "type": "data",
         "symmetric": False,
@@ -87,9 +88,28 @@ def bars(values: Sequence[float], intervals: Sequence[Interval | None], scale: f
     }
 
 
+def open_ends(x: Sequence[float], y: Sequence[float], intervals: Sequence[Interval | None], color: str) -> list[Figure]:
+    """Dots upwards from where ``y`` has an interval without an upper end."""
+    line = {"color": color, "width": 1, "dash": "dot"}
+    return [
+        {
+            "type": "line",
+            "x0": at,
+            "x1": at,
+            "yanchor": value,
+            "ysizemode": "pixel",
+            "y0": 0,
+            "y1": OPEN_PX,
+            "line": line,
+        }
+        for at, value, pair in zip(x, y, intervals, strict=True)
+        if pair and not math.isfinite(pair[1])
+    ]
+
+
 def wrap(text: str) -> str:
     """``text`` as lines of hover text."""
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(text, 56, break_long_words=True))
+    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, 56, break_long_words=True))
 
 
 def _axis(title: str, log: Sequence[float]) -> Mapping[str, Any]:

@@ -96,10 +96,13 @@ def ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.4g}" if math.isfinite(seconds) else "-"
 
 
-def spread(value: float, interval: Interval | None) -> str:
-    """The larger half width of an interval in per cent, ``±3 %``; empty where there is none."""
-    if interval is None or not value or not all(map(math.isfinite, interval)):
+def spread(value: float, interval: Interval | None, scale: float = 1.0) -> str:
+    """The larger half width of an interval in per cent, ``±3 %``; of one without an upper end the lower one, times
+    ``scale``: ``(≥ 18.9)``. Empty where there is none."""
+    if interval is None or not value or not math.isfinite(interval[0]):
         return ""
+    if not math.isfinite(interval[1]):
+        return f"(≥ {interval[0] * scale:,.3g})"
     return f"±{max(value - interval[0], interval[1] - value) / value * 100:.2g} %"
 
 

@@ -57,7 +57,7 @@ def point_row(s: Summary, p: Point) -> dict[str, Any]:
         "cost": f"{p.cost:.3g}",
         "cost_spread": spread(p.cost, p.cost_interval),
         "latency": ms(p.latency),
-        "latency_spread": spread(p.latency, p.latency_interval),
+        "latency_spread": spread(p.latency, p.latency_interval, 1e3),
         "load": f"{p.load:g}",
         "tokens": f"{p.metrics[GOODPUT]:,.0f}" if GOODPUT in p.metrics else "-",
         "trial": p.trial,
@@ -129,9 +129,10 @@ def windows(s: Summary, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
             row["load within SLO"] = held.load if held else "none"
             for name, metric, scale in (("USD per M output tokens", COST, 1.0), latency):
                 row[name] = held.metrics[metric] * scale if held else None
-                low, high = held.intervals.get(metric, (0.0, math.inf)) if held else (0.0, math.inf)
-                if math.isfinite(high):
-                    row |= {f"{name}_low": low * scale, f"{name}_high": high * scale}
+                if held and metric in held.intervals:
+                    row |= zip(
+                        (f"{name}_low", f"{name}_high"), (x * scale for x in held.intervals[metric]), strict=True
+                    )
             row["missed at"] = f"{above.load:.3g}: {'; '.join(above.slo_misses)}" if above else ""
             found.append(row)
     return found
@@ -149,6 +150,8 @@ def folded(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _cell(row: Mapping[str, Any], name: str) -> str:
     value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
     text = _number(value)
+    if high == math.inf:
+        return f"{text} (≥ {_number(low)})"
     return f"{text} ({_number(low)} to {_number(high)})" if low is not None or high is not None else text
 
 

@@ -151,7 +151,7 @@ def _row(s: Summary, p: Point) -> tuple[str, ...]:
     return (
         "→" if _chosen(s, p) else "",
         f"{p.cost:.3g} {spread(p.cost, p.cost_interval)}".strip(),
-        f"{ms(p.latency)} {spread(p.latency, p.latency_interval)}".strip(),
+        f"{ms(p.latency)} {spread(p.latency, p.latency_interval, 1e3)}".strip(),
         f"{p.load:g}",
         f"{p.metrics[GOODPUT]:,.0f}" if GOODPUT in p.metrics else "-",
         str(p.trial),
