@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tuner.errors import printable
 from tuner.pareto.changes import describe
 from tuner.report.console import printer
 from tuner.study.outcome import Infeasible, Measured
@@ -53,7 +54,7 @@ class View:
     def say(self, text: str) -> None:
         """One line that stays."""
         if self.plain:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
         else:
             self.console.print(text)
 
