@@ -292,6 +292,12 @@ def test_an_interval_without_an_upper_end_is_shown_as_one(tmp_path: Path):
         assert dots and {shape["yanchor"] for shape in dots} == {20.0}
 
 
+def test_an_emulated_study_is_not_said_to_have_taken_gpu_hours(tmp_path: Path):
+    for emulated in (True, False):
+        _, outline = page(tmp_path / str(emulated), trials=2, emulated=emulated)
+        assert ("GPU-hours" in outline.text) != emulated
+
+
 def test_a_value_of_a_parameter_is_no_markup_and_no_colour_in_a_figure():
     assert _short("$accent") == "&#36;accent" and _short("<b>x</b>") == "&lt;b&gt;x&lt;/b&gt;"
 
