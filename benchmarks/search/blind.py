@@ -4,8 +4,9 @@ invented names, a simulation of queues), and searched as a user's function is: n
 
     python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
 
-``blind_c`` (vLLM), ``blind_d`` (TensorRT-LLM) and ``blind_e`` (SGLang) bring a model along, which its author made wrong
-(``--models 30% badly``), as a user's own model is brought. What a surface is like:
+``blind_c`` (vLLM), ``blind_d`` (TensorRT-LLM), ``blind_e`` (SGLang) and ``blind_g`` (all of these) bring a model along,
+which its author made wrong (``--models 30% badly``), as a user's own model is brought. ``blind_f`` and ``blind_g`` have
+six scenarios, each with a space of its own. What a surface is like:
 
     python -m benchmarks.search.blind blind_c:0 blind_d:2
 
@@ -57,7 +58,8 @@ class Blind:
     def __init__(self, name: str) -> None:
         module, scenario, *short = name.split(":")
         self.name, self.scenario = name, int(scenario)
-        self.source: Any = importlib.import_module(f"benchmarks.search.{module}")
+        source: Any = importlib.import_module(f"benchmarks.search.{module}")
+        self.source: Any = source.scenario(self.scenario) if hasattr(source, "scenario") else source
         default = self.source.default(self.scenario)
         if short not in ([], ["short"]):
             raise ValueError(f"{name} is no surface: only {module}:{scenario} and {module}:{scenario}:short")
@@ -138,7 +140,7 @@ def sheet(surface: Blind, seed: int = 0, count: int = 300) -> list[str]:
         f"  front: {len(front)} points, cost x {span[0]:.1f}, latency x {span[1]:.1f}",
     ]
     values, middle = list(source.space().values()), len(surface.loads) // 2
-    rows = rng.choice(np.flatnonzero(runs), count, replace=False)
+    rows = rng.choice(np.flatnonzero(runs & np.isfinite(latency[:, middle])), count, replace=False)
     places = np.column_stack(np.unravel_index(rows, [len(v) for v in values]))
     many = [dict(zip(source.space(), (v[k] for v, k in zip(values, of, strict=True)), strict=True)) for of in places]
     for kind in ("right", "30%", "badly") if hasattr(source, "predictor") else ():
