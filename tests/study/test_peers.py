@@ -43,6 +43,7 @@ storage: {url: "${TUNER_TEST_DATABASE}", heartbeat: 1s, grace: 4s}
 
 
 CONFIGURATIONS = 6
+TWO = "".join(line for line in STUDY.splitlines(keepends=True) if "flag: batch" not in line)  # configurations
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +166,11 @@ def test_an_outage_of_the_database_loses_nothing(server, tmp_path):
 def test_a_trial_that_ends_while_another_tuner_looks_is_not_measured_again(reads, tmp_path, monkeypatch):
     """Outcomes are told without the turn: at any moment of the other's look, here after so many reads of the ledger."""
     monkeypatch.setenv("TUNER_TEST_DATABASE", f"sqlite:///{tmp_path}/ledger.db")
-    two = "".join(line for line in STUDY.splitlines(keepends=True) if "flag: batch" not in line)
     told = {load: {"tpot_p99_s": 0.01, "output_tokens_per_s": load} for load in (0.5, 1.0)}
     tuners = []
     for name in ("a", "b"):
         path = tmp_path / f"{name}.yaml"
-        path.write_text(f"{two}reports: {tmp_path / name}\n")
+        path.write_text(f"{TWO}reports: {tmp_path / name}\n")
         tuners.append(AskTell(path))
     with tuners[0] as a, tuners[1] as b:
         slow, quick = a.ask(), b.ask()
@@ -189,6 +189,31 @@ def test_a_trial_that_ends_while_another_tuner_looks_is_not_measured_again(reads
         assert next(done) > reads
         assert b.ask() is None
         assert [t.number for t in b.store.trials()] == [0, 1]
+
+
+@pytest.mark.parametrize(("cut", "own"), [("trial", True), ("owner", False), ("claim", True)])
+def test_a_claim_that_is_cut_off_between_two_writes_loses_nothing(cut, own, tmp_path, monkeypatch):
+    """By the end of its tuner, or by the database's: the next to ask, be it another tuner, has the trial."""
+    monkeypatch.setenv("TUNER_TEST_DATABASE", f"sqlite:///{tmp_path}/ledger.db")
+    write, writes = optuna.Trial.set_user_attr, []
+
+    def cut_off(trial, key, value):
+        writes.append(key)
+        if writes.count(key) == 1 and key == cut:
+            raise optuna.exceptions.StorageInternalError("the database is away")
+        write(trial, key, value)
+
+    monkeypatch.setattr(optuna.Trial, "set_user_attr", cut_off)
+    tuners = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(f"{TWO}reports: {tmp_path / name}\n")
+        tuners.append(AskTell(path))
+    with tuners[0] as a, tuners[1] as b:
+        assert a.ask() is None
+        asked = list(iter((a if own else b).ask, None))
+        assert len({proposal.config.hash for proposal in asked}) == len(asked) == 2
+        assert asked[0].baseline and asked[0].repeat == 0
 
 
 def test_another_study_of_the_same_name_is_refused(server, tmp_path):

@@ -119,13 +119,17 @@ class Peers:
 
     def claim(self, trial: optuna.Trial) -> tuple[int, str]:
         """Makes ``trial`` this tuner's; returns its number (one that no trial of the study ever had) and the claim.
-        Needs the turn."""
+        Needs the turn. A trial without the last of what is written here is nobody's."""
         taken = [int(t.user_attrs[NUMBER]) for t in self.upkeep.trials() if NUMBER in t.user_attrs]
         taken += self.store.numbers()
         number, word = max(taken, default=-1) + 1, uuid.uuid4().hex
         self.pulse.add(trial._trial_id)
-        for key, value in ((NUMBER, number), (CLAIM, word), (OWNER, self.owner.to_dict())):
-            trial.set_user_attr(key, value)
+        try:
+            for key, value in ((NUMBER, number), (OWNER, self.owner.to_dict()), (CLAIM, word)):
+                trial.set_user_attr(key, value)
+        except BaseException:
+            self.pulse.drop(trial._trial_id)
+            raise
         self.upkeep.claims[word] = number
         return number, word
 

@@ -160,18 +160,19 @@ class Queue:
     def _start(
         self, trial: optuna.Trial, params: Mapping[str, Value], config: ServingConfig, remeasure: bool
     ) -> Proposal:
-        number, self._next, claim = self._next, self._next + 1, {}
         baseline = config.hash == self.baseline_hash
         told = trial.user_attrs
         why = told.get("why") or told.get("reason") or ("the engine's default" if baseline else self.study.sampler)
-        repeat = self._launches[config.hash]
-        self._launches[config.hash] += 1
-        earlier = self._known.setdefault(config.hash, None)
-        first = earlier.number if earlier and remeasure else None
+        number, claim = self._next, {}
         if self.peers is None:
             trial.set_user_attr("trial", number)
         else:
             number, claim["claim"] = self.peers.claim(trial)
+        self._next += 1  # only now is it ours
+        repeat = self._launches[config.hash]
+        self._launches[config.hash] += 1
+        earlier = self._known.setdefault(config.hash, None)
+        first = earlier.number if earlier and remeasure else None
         believed = {key: told[key] for key in ("learnt", "serves", "promised", "kept") if key in told}
         self.store.start_trial(
             number,

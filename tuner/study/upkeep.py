@@ -120,7 +120,7 @@ class Upkeep:
         from optuna.trial import TrialState
 
         for trial in self.book.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if OWNER not in trial.user_attrs:
+            if not {CLAIM, OWNER} <= trial.user_attrs.keys():
                 self.fail(trial._trial_id)
                 fixed = trial.system_attrs.get("fixed_params")
                 if fixed:  # it had been queued
@@ -136,7 +136,7 @@ class Upkeep:
         followed |= {t.user_attrs[CLAIM] for t in trials if self._claimed(t) and not t.user_attrs.get(AGAIN)}
         for trial in trials:
             notes = trial.user_attrs
-            if CLAIM not in notes or notes[CLAIM] in followed:
+            if not {CLAIM, OWNER} <= notes.keys() or notes[CLAIM] in followed:  # the orphans are queued already
                 continue
             if trial.state == TrialState.FAIL:
                 why = f"again: the tuner on {notes[OWNER]['host']} (pid {notes[OWNER]['pid']}) is gone"
