@@ -13,6 +13,7 @@ The study's folder is kept as by ``tuner tune``: ``tuner front``, ``tuner report
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,12 +54,13 @@ class AskTell:
         traffic = workload.read(study)
         predictor, no_model = session.model_of(study, traffic)
         ready = session.Prepared(study, engine(study), traffic, predictor, no_model)
+        self._guess_usd = session.launch_usd(ready)
         self.store = self._stack.enter_context(session.opened(study))
         peers = self._stack.enter_context(joined(study, self.store, lambda _name, _data: None))
         book = session.book(ready, self.store, peers)
         self._queue = Queue(study, self.store, book, ready.why_not, ready.predicted, peers)
         self._queue.over = self._over
-        self._running = 0
+        self._asked_s: dict[int, float] = {}  # what runs, since when (monotonic)
         return self
 
     def __exit__(
@@ -68,8 +70,9 @@ class AskTell:
 
     def ask(self) -> Proposal | None:
         """The next configuration to measure; None once the budget is spent or the space is exhausted."""
-        proposal = None if self._over(self._running) else self._queue.propose()
-        self._running += proposal is not None
+        proposal = None if self._over(len(self._asked_s)) else self._queue.propose()
+        if proposal is not None:
+            self._asked_s[proposal.number] = time.monotonic()
         return proposal
 
     def tell(self, proposal: Proposal, outcome: Outcome | Refused | Mapping[float, Mapping[str, float]]) -> None:
@@ -90,8 +93,8 @@ class AskTell:
             raise UsageError(
                 f"{type(outcome).__name__} is no outcome", fix="tell {load: metrics}, or tuner.Infeasible(reason)"
             )
-        self._running -= 1
-        self.store.end_trial(proposal.number, outcome)
+        now_s = time.monotonic()
+        self.store.end_trial(proposal.number, outcome, now_s - self._asked_s.pop(proposal.number, now_s))
         self._queue.tell(proposal, outcome, again=False)
 
     def front(self) -> list[Point]:
@@ -103,7 +106,8 @@ class AskTell:
         return choose(self.store.trials(), self.study.objective)
 
     def _over(self, running: int) -> str:
-        return budget.search_is_over(self.study, budget.spent(self.study, self.store.trials(), running))
+        used = budget.spent(self.study, self.store.trials(), running, self._guess_usd)
+        return budget.search_is_over(self.study, used)
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
         try:

@@ -223,6 +223,8 @@ def test_cpu_servers_run_one_at_a_time_on_a_machine(stage, tmp_path):
     first.stop()
     waiting.join(300)
     assert len(result) == 1
+    names = [name for name, _ in other.events]
+    assert names.index("waiting") < names.index("leased") < names.index("phase")
     result[0].stop()
     assert stage.clean()
 

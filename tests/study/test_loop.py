@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -467,6 +468,57 @@ def test_parallel_trials_count_once_in_hours_and_each_in_usd(runner):
     assert used.usd == pytest.approx(1.5 * study.objective.price_usd_per_gpu_hour)
     assert "0 minutes of 1 h are left" in budget.search_is_over(study, used)
     assert budget.search_is_over(runner.study(replace={"launches: 6": "hours: 3"}), used) == ""
+
+
+def test_usd_hold_for_trials_side_by_side_and_what_is_left_is_what_is_said(runner):
+    """The first launch is the cheapest, so that it promises too little of the others."""
+    more = "usd: 2, verify_share: 0}\nprice_usd_per_gpu_hour: 3600\nparallel: 8"
+    changes = {"launches: 6, verify_share: 0}": more, "gpus: 2": "gpus: 8", "[1, 2, 3, 4]": "[1]"}
+    engine = FakeEngine(during=lambda config, _plan: time.sleep(0.3 if config.flags else 0.15))
+    ended = runner.run(engine, replace=changes)
+    used = budget.spent(runner.study(replace=changes), runner.store.trials())
+    assert used.usd < 2 + used.launch_usd
+    assert ended == f"{max(2 - used.usd, 0):.2f} of 2.00 USD are left, and a launch costs {used.launch_usd:.2f}"
+
+
+@pytest.mark.parametrize(("jump_s", "limit"), [(-3600, "hours: 0.00014"), (3600, "usd: 0.5")])  # half a second
+def test_a_clock_that_is_set_changes_no_budget(runner, monkeypatch, jump_s, limit):
+    now, jumps = time.time, []
+    monkeypatch.setattr("tuner.study.store.time.time", lambda: now() + sum(jumps))
+
+    def during(_config, plan):
+        time.sleep(0.05)
+        if len(engine.launched) == 2 and not jumps:
+            jumps.append(jump_s)
+
+    engine = FakeEngine(during=during)
+    more = f"{limit}, verify_share: 0}}\nprice_usd_per_gpu_hour: 3600\nparallel: 1"
+    runner.run(engine, replace={"launches: 6, verify_share: 0}": more, "[1, 2, 3, 4]": "[1]"})
+    assert 2 < len(engine.launched) <= 10
+    assert all(0 < trial.ended_s - trial.started_s < 60 for trial in runner.store.trials())
+
+
+def test_what_a_launch_waited_for_is_not_charged(runner):
+    engine = FakeEngine()
+    launch = engine.launch
+
+    def waits(config, site):
+        site.on_event("waiting", {"for": "another tuner"})
+        time.sleep(1)
+        site.on_event("leased", {})
+        return launch(config, site)
+
+    engine.launch = waits
+    runner.run(engine, replace={"launches: 6": "launches: 1"})
+    study = runner.study()
+    ready = Prepared(study, engine, workload.read(study), None, "none in this test")
+    config, window = study.space.config(study.space.default(), study.model), ready.traffic.search[0]
+    bench = Bench(study, engine, threading.Event(), lambda _name, _data: None)
+    with session.opened(study) as store, executor(bench) as where:
+        launch_one = verifying.launcher(ready, store, runner.recorder, where, bench.on_event, "verify")
+        with launch_one(config, "one") as rig:
+            rig.measure(1.0, window, window.name)
+    assert [trial.ended_s - trial.started_s < 1 for trial in runner.store.trials()] == [True, True]
 
 
 def test_a_trial_that_cannot_beat_the_front_any_more_is_stopped_and_its_points_kept(runner):

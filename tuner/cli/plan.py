@@ -14,8 +14,6 @@ from rich.text import Text
 from tuner.cli.tune import Flags, read
 from tuner.report.console import printer
 
-# A server's start before this machine has shown one; on GPUs as vLLM 0.25.1 took on an H100, caches cold (93 to 145 s).
-START_S, GPU_START_S = 60.0, 110.0
 MOST = 5_000  # configurations that are predicted; a larger space is sampled
 
 
@@ -55,14 +53,14 @@ def run(path: Path, json: bool) -> None:
 
 def plan(ready: Any) -> dict[str, Any]:
     """The plan as ``--json`` prints it."""
-    from tuner.study.session import step_seconds
+    from tuner.study.session import launch_seconds
 
     study, space = ready.study, ready.study.space
     candidates = _candidates(study)
     # asked once: a user's own model may be slow
     reasons = [space.denied(params) or ready.why_not(space.config(params, study.model)) for params in candidates]
     allowed = [params for params, reason in zip(candidates, reasons, strict=True) if not reason]
-    launch_s = (GPU_START_S if study.hardware.gpus else START_S) + step_seconds(ready) * len(study.load.ladder)
+    launch_s = launch_seconds(ready)
     launches, hours = _cost(study, launch_s)
     front, capable = _front(ready, allowed) if ready.predictor else ([], 0)
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site, Teardown
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Job, Place, Rig
+from tuner.executor.stopwatch import Stopwatch
 from tuner.load.trace import Trace
 from tuner.server.gpu import Gpus
 from tuner.study.evaluate import Bench, evaluate, measure
@@ -25,11 +25,12 @@ class LocalExecutor:
     def __init__(self, bench: Bench) -> None:
         study = bench.study
         self.left_over: tuple[str, ...] = ()
-        self._bench = bench
+        self._watch = Stopwatch(bench)
+        self._bench = self._watch.bench
         self._gpus = _gpus(bench)
         self._parallel = study.parallel or max(1, len(self._gpus))
         self._pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="trial")
-        self._running: dict[Future[tuple[Outcome, Teardown]], tuple[Job, tuple[int, ...], float]] = {}
+        self._running: dict[Future[tuple[Outcome, Teardown]], tuple[Job, tuple[int, ...]]] = {}
         self._next: Job | None = None
         self._place = Place("", study.hardware.name, study.objective.price_usd_per_gpu_hour)
 
@@ -48,14 +49,14 @@ class LocalExecutor:
         """See the protocol."""
         ended: list[Ended] = []
         if self._next and self._bench.cancel.is_set():
-            ended.append(Ended(self._next, None, Teardown(), self._place, time.time()))
+            ended.append(Ended(self._next, None, Teardown(), self._place, 0.0))
             self._next = None
         done, _ = wait(self._running, timeout=0 if ended else timeout_s, return_when=FIRST_COMPLETED)
         for future in done:
-            job, _, started_s = self._running.pop(future)
+            job, _ = self._running.pop(future)
             error = future.exception()
             outcome, teardown = (None, Teardown()) if error else future.result()
-            ended.append(Ended(job, outcome, teardown, self._place, started_s, error))
+            ended.append(Ended(job, outcome, teardown, self._place, self.seconds(job.number), error))
         self._start_next()
         return ended
 
@@ -64,6 +65,7 @@ class LocalExecutor:
         """See the protocol."""
         bench = self._bench.of_trial(job.number)
         tell_launch(bench, job)
+        self._watch.start(job.number)
         site = Site(job.folder.resolve(), self._gpus[: job.config.gpus], bench.cancel, bench.on_event)
         try:
             server = bench.engine.launch(job.config, site)
@@ -75,6 +77,10 @@ class LocalExecutor:
         finally:
             self.left_over += server.stop().left_over
 
+    def seconds(self, number: int) -> float:
+        """See the protocol."""
+        return self._watch.seconds(number)
+
     def close(self) -> None:
         """See the protocol."""
         if self._running:
@@ -83,20 +89,24 @@ class LocalExecutor:
 
     def _start_next(self) -> None:
         """Starts the job that waits, if its GPUs are free."""
-        busy = {gpu for _, gpus, _ in self._running.values() for gpu in gpus}
+        busy = {gpu for _, gpus in self._running.values() for gpu in gpus}
         free = [gpu for gpu in self._gpus if gpu not in busy]
         job = self._next
         if job is None or job.config.gpus > len(free) or (job.config.gpus == 0 and self._running):
             return
         gpus, self._next = tuple(free[: job.config.gpus]), None
-        self._running[self._pool.submit(self._evaluate, job, gpus)] = (job, gpus, time.time())
+        self._watch.start(job.number)
+        self._running[self._pool.submit(self._evaluate, job, gpus)] = (job, gpus)
 
     def _evaluate(self, job: Job, gpus: tuple[int, ...]) -> tuple[Outcome, Teardown]:
         bench = self._bench.of_trial(job.number)
         tell_launch(bench, job)
         if job.window is None:
             raise ValueError("a job without a window is for rig()")
-        return evaluate(bench, job.config, job.folder, gpus, job.window)
+        try:
+            return evaluate(bench, job.config, job.folder, gpus, job.window)
+        finally:
+            self._watch.stop(job.number)  # whoever waits for it may be busy with the next proposal
 
 
 def _gpus(bench: Bench) -> tuple[int, ...]:

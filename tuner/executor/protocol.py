@@ -51,13 +51,13 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How a job ended. ``outcome`` None: it was never launched (an interrupt came first) and may be taken back, or it
-    raised ``error`` (a bug, ``EnvironmentFault``). ``started_s`` (Unix seconds) is when it had its GPUs."""
+    raised ``error`` (a bug, ``EnvironmentFault``). ``seconds`` is for how long it had its GPUs."""
 
     job: Job
     outcome: Outcome | None
     teardown: Teardown
     place: Place
-    started_s: float
+    seconds: float
     error: BaseException | None = None
 
 
@@ -103,6 +103,10 @@ class Executor(Protocol):
     def rig(self, job: Job) -> AbstractContextManager[Rig]:
         """Launches ``job`` and leaves measuring to the caller; stops the server at the end of the ``with``. Raises as
         :meth:`tuner.engines.protocol.Engine.launch` does, and :class:`NodeLost`."""
+        ...
+
+    def seconds(self, number: int) -> float:
+        """For how long the trial of :meth:`rig` has had its GPUs: not the time for which it waited for them."""
         ...
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from tuner.executor.local import tell_launch
 from tuner.executor.protocol import Ended, Job, NodeLost, Place, Rig
 from tuner.executor.seat import Kit, Report
 from tuner.executor.seats import LEAVE_S, Held, Seats
+from tuner.executor.stopwatch import Stopwatch
 from tuner.load.trace import Trace
 from tuner.study.evaluate import Bench, unbeaten
 from tuner.study.guard import FILE as QUALITY
@@ -37,7 +38,6 @@ class _Run:
     seat: Held
     result: Any = None
     since_s: float = field(default_factory=time.monotonic)
-    started_s: float = 0.0
     lost: str = ""
     waits: bool = False
 
@@ -55,7 +55,9 @@ class RayExecutor:
 
     def __init__(self, bench: Bench) -> None:
         """Raises ``EnvironmentFault`` where there is no cluster."""
-        self._bench, self._study = bench, bench.study
+        self._stopwatch = Stopwatch(bench)
+        self._bench = bench = self._stopwatch.bench
+        self._study = bench.study
         self.left_over: tuple[str, ...] = ()
         self._ray = cluster.connect(self._study.executor.address)
         guard = bench.quality if isinstance(bench.quality, QualityGuard) else None
@@ -99,6 +101,7 @@ class RayExecutor:
             place = seat.place or self._arrived(seat, self.call(run, seat.arrived))
             self._show()
             tell_launch(self._bench.of_trial(job.number), job, node=place.node)
+            self._stopwatch.start(job.number)
             yield RayRig(told(self.call(run, seat.actor.open.remote(job, place))), place, self, run)
         finally:
             if seat in self._seats:
@@ -108,6 +111,10 @@ class RayExecutor:
                     report.bring_home(job.folder)
             seat.job = None
             self._show()
+
+    def seconds(self, number: int) -> float:
+        """See the protocol."""
+        return self._stopwatch.seconds(number)
 
     def close(self) -> None:
         """See the protocol."""
@@ -148,7 +155,7 @@ class RayExecutor:
 
     def _begin(self, run: _Run, place: Place) -> None:
         """The seat has its GPUs: the trial starts."""
-        run.started_s = time.time()
+        self._stopwatch.start(run.job.number)
         tell_launch(self._bench.of_trial(run.job.number), run.job, node=place.node)
         quality = run.job.folder.parents[1] / QUALITY
         beside = {QUALITY: quality.read_bytes()} if quality.exists() else {}
@@ -160,15 +167,14 @@ class RayExecutor:
             return self._end_of(run)
         except Exception as error:
             run.seat.job = None
-            place, started_s = run.seat.place or Place(), run.started_s or time.time()
-            return Ended(run.job, None, Teardown(), place, started_s, error)
+            return Ended(run.job, None, Teardown(), run.seat.place or Place(), self.seconds(run.job.number), error)
 
     def _end_of(self, run: _Run) -> Ended | None:
         """How the run ended; None while it goes on (a lost one starts again here)."""
         seat = run.seat
         if seat.place is None and self._bench.cancel.is_set():
             self._seats.release(seat)
-            return Ended(run.job, None, Teardown(), Place(), time.time())
+            return Ended(run.job, None, Teardown(), Place(), 0.0)
         if not self._desk.is_there(run.next):
             self._patience(run)
             run.seat = seat if seat.place else self._seats.retake(seat)
@@ -188,7 +194,7 @@ class RayExecutor:
             return self._again(run, f"{place.node} is left alone from now on: {outcome.message}")
         report.bring_home(run.job.folder)
         seat.job = None
-        return Ended(run.job, outcome, report.teardown, place, run.started_s)
+        return Ended(run.job, outcome, report.teardown, place, self.seconds(run.job.number))
 
     def _again(self, run: _Run, why: str) -> Ended | None:
         """Once more on another node, and said; the second time it ends as Aborted."""
@@ -196,7 +202,7 @@ class RayExecutor:
         self._seats.release(run.seat)
         if run.lost or self._bench.cancel.is_set():
             reason = f"its node was lost twice: {run.lost}; {why}" if run.lost else "interrupted"
-            return Ended(run.job, Aborted(reason), Teardown(), place, run.started_s or time.time())
+            return Ended(run.job, Aborted(reason), Teardown(), place, self.seconds(run.job.number))
         self._bench.of_trial(run.job.number).on_event("lost", {"node": place.node, "why": why})
         self._start(_Run(run.job, self._seats.take(run.job), lost=why))
         return None

@@ -129,6 +129,7 @@ def _claim(recipe: Recipe, site: Site, root: Path) -> Running:
     log = LogFile(site.folder / LOG)
     log.path.unlink(missing_ok=True)
     before = {index: gpus.memory_used(index) for index in site.gpus}
+    site.on_event("leased", {})
     return Running(
         ownership, port, log, BootLog(recipe.dialect, now), gpus, recipe.stop_wait_s, gpu_lease, host_lease,
         fast=recipe.fast, clean=recipe.clean, gpu_used_before=before,
@@ -147,8 +148,11 @@ def _gpu_lease(leases: Leases, site: Site, gpus: Gpus, label: str) -> GpuLease |
             lease = leases.gpus(site.gpus, label, _LEASE_WAIT_S, site.cancel)
         except EnvironmentFault as still:
             raise (Cancelled() if site.cancel.is_set() else _busy(still.message)) from None
-    deadline = time.monotonic() + _BUSY_WAIT_S
+    deadline, told = time.monotonic() + _BUSY_WAIT_S, False
     while why := "; ".join(f"GPU {i}: {reason}" for i in site.gpus if len(gpus) and (reason := gpus.why_not(i))):
+        if not told:
+            site.on_event("waiting", {"for": why})
+            told = True
         if site.cancel.wait(1.0):
             lease.release()
             raise Cancelled

@@ -13,7 +13,8 @@ from tuner.study.store import TrialRecord
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What trials took; ``launch_s`` and ``launch_usd`` are what one of them took on average."""
+    """What trials took; ``usd`` has what runs in it, with what it may cost. ``launch_s`` and ``launch_usd`` are what a
+    launch took on average (before the first has ended 0, and what was guessed)."""
 
     launches: int
     hours: float
@@ -22,19 +23,29 @@ class Spent:
     launch_usd: float
 
 
-def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0) -> Spent:
+def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0, guess_usd: float = 0.0) -> Spent:
     """What the trials took. Hours are wall time in which at least one trial ran (parallel trials count once); USD is
-    GPU-time (parallel trials count each). ``running`` launches count as launched."""
+    GPU-time (parallel trials count each).
+
+    ``running`` launches count as launched, and with what the dearest so far cost (``guess_usd`` before the first has
+    ended), and more while few have ended: of those that run side by side the cheap ones end first, so that the average
+    promises too little.
+    """
     wall_s, reached = 0.0, -math.inf
     for start, end in sorted((t.started_s, t.ended_s) for t in trials):
         wall_s += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    seconds = [t.ended_s - t.started_s for t in trials]
-    usd = math.fsum(
-        s / 3600 * per_hour(t.config, study.objective, t.price) for s, t in zip(seconds, trials, strict=True)
-    )
+    seconds = [max(0.0, t.ended_s - t.started_s) for t in trials]
+    usd = [s / 3600 * per_hour(t.config, study.objective, t.price) for s, t in zip(seconds, trials, strict=True)]
     count = max(len(trials), 1)
-    return Spent(len(trials) + running, wall_s / 3600, usd, math.fsum(seconds) / count, usd / count)
+    each = max(usd, default=guess_usd) * (1 + 1 / count)
+    return Spent(
+        launches=len(trials) + running,
+        hours=wall_s / 3600,
+        usd=math.fsum(usd) + running * each,
+        launch_s=math.fsum(seconds) / count,
+        launch_usd=math.fsum(usd) / count if usd else guess_usd,
+    )
 
 
 def search_is_over(study: Study, used: Spent) -> str:
@@ -48,7 +59,7 @@ def search_is_over(study: Study, used: Spent) -> str:
         rest_min = max(budget.hours * share - used.hours, 0) * 60
         takes = f"a launch takes {used.launch_s / 60:.1f}"
         return f"{rest_min:.0f} minutes of {budget.hours * share:g} h are left, and {takes}"
-    if budget.usd is not None and used.usd + used.launch_usd > budget.usd * share:
+    if budget.usd is not None and used.launches and used.usd + used.launch_usd > budget.usd * share:
         rest = max(budget.usd * share - used.usd, 0)
         return f"{rest:.2f} of {budget.usd * share:.2f} USD are left, and a launch costs {used.launch_usd:.2f}"
     return ""

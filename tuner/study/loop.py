@@ -25,8 +25,8 @@ class Recorder(Protocol):
 
 @dataclass(slots=True)
 class Loop:
-    """One session of a study. ``stop_reason`` is asked before each proposal, with the number of running trials,
-    and answers in words when to end."""
+    """One session of a study. ``stop_reason`` is asked before each proposal, with the number of running trials, and
+    answers in words when to end; while some run that is not its last word."""
 
     executor: Executor
     store: Store
@@ -42,13 +42,13 @@ class Loop:
     def run(self) -> str:
         """Runs trials until something says stop; returns why it ended. Trials end one by one, told by this thread."""
         running: dict[int, Proposal] = {}
-        ended, dry = "", False  # dry: nothing is left to propose, unless a trial that runs is to be launched again
+        ended, over, dry = "", "", False  # dry: no further launch is worth it (over), or left, until a trial has ended
         while True:
             # where nothing runs, one trial is handed over even without room: the executor waits for it, and says so
             while not (self.fault or ended or dry) and (not running or self.executor.room()):
                 with self._held(running):
-                    ended = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
-                    proposal = None if ended else self.queue.propose()
+                    over = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
+                    proposal = None if over else self.queue.propose()
                     if proposal is None:
                         dry = True
                         break
@@ -57,7 +57,7 @@ class Loop:
             if not running and self.fault:
                 raise self.fault
             if not running:
-                return ended or EXHAUSTED
+                return ended or over or EXHAUSTED
             for end in self.executor.wait(0.5):
                 dry = False
                 with self._held(running):
@@ -88,8 +88,8 @@ class Loop:
             self.queue.withdraw(proposal)
             return "interrupted"
         again = self._again(proposal, outcome)
-        notes = {"teardown_s": teardown.seconds, "killed": teardown.killed, "launched_s": end.started_s}
-        self.store.end_trial(proposal.number, outcome, again=again, **notes, **end.place.notes())
+        notes = {"teardown_s": teardown.seconds, "killed": teardown.killed}
+        self.store.end_trial(proposal.number, outcome, end.seconds, again=again, **notes, **end.place.notes())
         self.queue.tell(proposal, outcome, again)
         self.recorder.trial_finished(proposal.number)
         self.on_event("trial", {"trial": proposal.number, "outcome": outcome, "baseline": proposal.baseline})

@@ -27,6 +27,7 @@ from tuner.study.evaluate import Bench
 from tuner.study.guard import QualityGuard
 from tuner.study.loop import Loop, Recorder
 from tuner.study.outcome import Step
+from tuner.study.price import per_hour
 from tuner.study.store import Store
 from tuner.study.together import Together
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from tuner.verify.fingerprint import Fingerprint
 
 BUSY_S = 60  # how long the ledger may be locked by somebody else
+# A server's start before this machine has shown one; on GPUs as vLLM 0.25.1 took on an H100, caches cold (93 to 145 s).
+START_S, GPU_START_S = 60.0, 110.0
 REFUSE_MARGIN = 0.05  # memory arithmetic may be wrong by this share of a GPU before it refuses a launch
 
 
@@ -302,10 +305,10 @@ def _search(
     proposals = queue.Queue(study, store, book(ready, store, peers), ready.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
 
-    worth = Stopping()
+    worth, guess_usd = Stopping(), launch_usd(ready)
 
     def stop_reason(running: int) -> str:
-        used = budget.spent(study, store.launched("search"), running)
+        used = budget.spent(study, store.launched("search"), running, guess_usd)
         on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
         if why := budget.search_is_over(study, used):
             return why
@@ -385,6 +388,19 @@ def step_seconds(ready: Prepared) -> float:
     """How long a load step takes: the window's length, or less where the trace is shorter."""
     lasts_s = float(ready.traffic.search[0].arrival_s[-1]) / ready.study.load.ladder[0]
     return max(1.0, min(ready.study.trace.window_s, lasts_s))
+
+
+def launch_seconds(ready: Prepared) -> float:
+    """How long a launch takes, before one has shown it."""
+    start_s = GPU_START_S if ready.study.hardware.gpus else START_S
+    return start_s + step_seconds(ready) * len(ready.study.load.ladder)
+
+
+def launch_usd(ready: Prepared) -> float:
+    """What a launch of the default costs, before one has shown it."""
+    study = ready.study
+    default = study.space.config(study.space.default(), study.model)
+    return launch_seconds(ready) / 3600 * per_hour(default, study.objective)
 
 
 def _earlier(study: Study) -> list[Earlier]:

@@ -100,9 +100,12 @@ class Store:
         write_json(folder / "config.json", document)
         return folder
 
-    def end_trial(self, number: int, outcome: Outcome, **notes: Any) -> None:
-        """Writes ``outcome.json``, last and atomically: from here on the trial happened."""
+    def end_trial(self, number: int, outcome: Outcome, seconds: float | None = None, **notes: Any) -> None:
+        """Writes ``outcome.json``, last and atomically: from here on the trial happened. ``seconds`` is for how long it
+        had its GPUs (None: since :meth:`start_trial`, by the wall clock, which somebody may have set)."""
         document = {"outcome": to_dict(outcome), "ended_s": time.time(), **notes}
+        if seconds is not None:
+            document["launched_s"] = document["ended_s"] - seconds
         write_json(self._trial(number) / "outcome.json", document)  # without its config.json it would be of no use
 
     def trials(self) -> list[TrialRecord]:

@@ -84,7 +84,8 @@ def launcher(
             outcome = Aborted("interrupted", tuple(steps), boot)
             raise
         finally:
-            store.end_trial(number, outcome, again=isinstance(outcome, Aborted), **place.notes())
+            again = isinstance(outcome, Aborted)
+            store.end_trial(number, outcome, where.seconds(number), again=again, **place.notes())
             recorder.trial_finished(number)
             inner("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"]})
             nothing_left(number, where.left_over)
@@ -101,8 +102,13 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     records = store.trials()
     default = study.space.config(study.space.default(), study.model)
     listed = shortlist(records, study.objective, default, study.load.ladder)
+    if not (listed.finalists or listed.baseline.value):
+        return None
     within = limits(ready, store, (listed.baseline, *listed.finalists))
-    if within is None or not (listed.finalists or listed.baseline.value):
+    if within is None:
+        if study.budget.verify_share > 0 and ready.traffic.heldout:
+            text = "Not verified: nothing of the budget is left. Raise it, and run the same command again."
+            bench.on_event("say", {"text": text})
         return None
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
     with executor(bench) as where:
