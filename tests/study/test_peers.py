@@ -18,6 +18,7 @@ from tuner.errors import UsageError
 from tuner.spec import studyfile
 from tuner.study.outcome import Measured
 from tuner.study.peers import joined
+from tuner.study.pulse import Owner
 from tuner.study.store import Store, read_json
 
 pytest.importorskip("psycopg", reason='no driver: pip install "tuner[postgres]"')
@@ -214,6 +215,19 @@ def test_a_claim_that_is_cut_off_between_two_writes_loses_nothing(cut, own, tmp_
         asked = list(iter((a if own else b).ask, None))
         assert len({proposal.config.hash for proposal in asked}) == len(asked) == 2
         assert asked[0].baseline and asked[0].repeat == 0
+
+
+def test_the_folder_tells_tuners_apart_whose_machines_have_one_name_and_one_path(tmp_path):
+    here, there = tmp_path / "work", tmp_path / "elsewhere"
+    here.mkdir()
+    mine, again = Owner.this(here), Owner.this(here)
+    here.rename(there)  # as in another container
+    here.mkdir()
+    other = Owner.this(here)
+    assert other.folder == mine.folder and not other.same_folder(mine.to_dict())
+    assert again.same_folder(mine.to_dict())
+    earlier = {key: value for key, value in mine.to_dict().items() if key != "mark"}
+    assert other.same_folder(earlier)  # of a version that had no marks
 
 
 def test_another_study_of_the_same_name_is_refused(server, tmp_path):

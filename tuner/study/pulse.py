@@ -6,38 +6,48 @@ import os
 import socket
 import threading
 import time
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.study.database import Away, answering
+from tuner.study.store import read_json, write_json
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
+
+MARK = ".folder.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
     """Who runs a trial: a process (its start time in Unix seconds tells it from a later one of the same pid) and the
-    study folder it keeps."""
+    study folder it keeps. ``mark`` is the folder's own: machines of one name may have folders at one path."""
 
     host: str
     pid: int
     started_s: float
     folder: str
+    mark: str
 
     @classmethod
     def this(cls, folder: Path) -> Owner:
         import psutil
 
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), str(folder.resolve()))
+        mark = folder / MARK
+        if not mark.exists():
+            write_json(mark, uuid.uuid4().hex)
+        me = psutil.Process().create_time()
+        return cls(socket.gethostname(), os.getpid(), me, str(folder.resolve()), read_json(mark))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def same_folder(self, other: dict[str, Any]) -> bool:
         """Whether ``other`` kept the same folder: whoever holds its lock now comes after it."""
-        return (other.get("host"), other.get("folder")) == (self.host, self.folder)
+        same = (other.get("host"), other.get("folder")) == (self.host, self.folder)
+        return same and other.get("mark", self.mark) == self.mark  # earlier versions had none
 
 
 class Pulse:
