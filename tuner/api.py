@@ -58,7 +58,7 @@ class AskTell:
         self.store = self._stack.enter_context(session.opened(study))
         peers = self._stack.enter_context(joined(study, self.store, lambda _name, _data: None))
         book = session.book(ready, self.store, peers)
-        self._queue = Queue(study, self.store, book, ready.why_not, ready.predicted, peers)
+        self._queue = Queue(study, self.store, book, ready.unfit, ready.predicted, peers)
         self._queue.over = self._over
         self._asked_s: dict[int, float] = {}  # what runs, since when (monotonic)
         return self

@@ -42,6 +42,22 @@ def test_a_study_is_found_again_by_the_file_it_was_begun_with_whatever_that_is_c
         assert done.stderr == f"tuner: no such study: {path}. Give a study file, or the folder of a study\n"
 
 
+def test_a_storage_in_the_environment_is_for_new_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def evaluate(config, load):\n    return {'tpot_p99_s': 0.01, 'output_tokens_per_s': 900.0}\n"
+    )
+    (tmp_path / "study.yaml").write_text(MINE)
+    tuner("tune", "study.yaml", cwd=tmp_path, check=0)
+    monkeypatch.setenv("TUNER_STORAGE", url := f"sqlite:///{tmp_path}/shared.db")
+    for study in ("study.yaml", "reports/mine"):
+        assert "reports/mine goes on with its own ledger" in tuner("tune", study, cwd=tmp_path, check=0).stderr
+    assert not (tmp_path / "shared.db").exists()
+    done = tuner("tune", "study.yaml", "--storage", url, cwd=tmp_path, check=2)
+    assert "go on with it by tuner tune reports/mine without --storage" in done.stderr
+    tuner("tune", "study.yaml", "--name", "new", cwd=tmp_path, check=0)
+    assert (tmp_path / "shared.db").exists()
+
+
 def test_an_slo_from_the_command_line_replaces_that_slo_of_the_file_and_nothing_else(workplace: Path) -> None:
     text = GOOD.replace("objective: chat", "objective: {latency: ttft_p99, slo: {ttft_p99: 1s, e2e_p99: 9s}}")
     text = text.replace("slo: {ttft_p99: 300ms}", "slo: {tpot_p99: 80ms}")

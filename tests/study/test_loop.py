@@ -173,6 +173,17 @@ def test_invalid_combinations_are_refused_before_any_launch_and_written_down(run
     assert all(not study.space.denied(t.params) for t in runner.store.trials())
 
 
+def test_what_wants_more_gpus_than_the_study_has_is_refused_before_any_launch(runner):
+    parameters = "{tp: {flag: tensor-parallel-size, values: [1, 2, 4], default: 1, counts_gpus: true, trades: x}}"
+    engine = FakeEngine()
+    space = f"search_space: {{name: t, engine: vllm, parameters: {parameters}}}"
+    assert "every configuration" in runner.run(engine, replace={"search_space: vllm/quick": space})
+    assert len(engine.launched) == 2
+    assert [(r["params"], r["reason"]) for r in runner.store.refused()] == [
+        ({"tp": 4}, "it wants 4 GPUs, the study has 2")
+    ]
+
+
 def test_an_unknown_flag_is_refused_before_the_study_starts_with_the_nearest_name(runner):
     engine = FakeEngine(known=frozenset({"max-num-batched-token", "max-num-seqs", "quantization", "kv-cache-dtype"}))
     with pytest.raises(

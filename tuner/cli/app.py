@@ -59,7 +59,7 @@ def tune(
     name: Annotated[str, typer.Option(help="The study's name; its folder is reports/NAME.")] = "",
     parallel: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
     storage: Annotated[
-        str, typer.Option(envvar="TUNER_STORAGE", help="A database that several tuners share, as a URL.")
+        str, typer.Option(help="A database that several tuners share, as a URL. [default: $TUNER_STORAGE]")
     ] = "",
     reports: Annotated[str, typer.Option(help="Where study folders are kept.")] = "",
     executor: Annotated[str, typer.Option(help="Where trials run: local, or ray.")] = "",

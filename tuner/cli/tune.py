@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     from tuner.study import finish, ladder, session
     from tuner.study.peers import joined
 
-    study = read(path, flags)
+    study = _shared(path, flags, read(path, flags))
     cancel = threading.Event()
     again = resume_command(path, sys.argv[1:])
     with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study) as store:
@@ -66,6 +67,20 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     if result.best is None:
         raise NothingFeasible(result.words)
     return 0
+
+
+def _shared(path: Path | None, flags: Flags, study: Any) -> Any:
+    """``study`` with the storage that the environment names, unless it was begun without any."""
+    from tuner.spec import studyfile
+    from tuner.study.store import Store
+
+    url, store = os.environ.get("TUNER_STORAGE", ""), Store(Path(study.folder))
+    if flags.storage or not url:
+        return study
+    if store.study_file.exists() and store.begun() and not studyfile.load(store.folder).storage:
+        print(f"TUNER_STORAGE is for new studies; {store.folder} goes on with its own ledger.", file=sys.stderr)
+        return study
+    return read(path, replace(flags, storage=url))
 
 
 def read(path: Path | None, flags: Flags) -> Any:

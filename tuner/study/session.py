@@ -93,6 +93,13 @@ class Prepared:
         )
 
     def why_not(self, config: ServingConfig) -> str:
+        """Why ``config`` cannot be launched here, or the model refuses it; empty where it may run."""
+        has, local = self.study.hardware.gpus, self.study.executor.kind == "local"  # a cluster may get a larger node
+        if local and config.gpus > has:
+            return f"it wants {config.gpus} GPUs, the study has {has}"
+        return self.unfit(config)
+
+    def unfit(self, config: ServingConfig) -> str:
         """Why the model (its memory arithmetic, mostly) refuses ``config``; empty where it may run."""
         if self.predictor is None:
             return ""
@@ -234,10 +241,11 @@ def _freeze(study: Study, store: Store) -> None:
         if bool(before.storage) != bool(study.storage):
             changed.append("storage")
         if changed:
+            without = " without --storage" if "storage" in changed and study.storage else ""
             raise UsageError(
                 f"the study in {store.folder} was begun with another {', another '.join(changed)}",
                 where=study.source,
-                fix=f"go on with it by tuner tune {store.folder}, or give this one another name",
+                fix=f"go on with it by tuner tune {store.folder}{without}, or give this one another name",
             )
         if (count := study.trace.heldout_windows) != before.trace.heldout_windows:
             _hold_out(study, before, store)
