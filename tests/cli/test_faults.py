@@ -88,7 +88,7 @@ def test_a_path_that_cannot_be_is_bad_usage(run, words, names):
 
 def test_a_machine_that_cannot_write_is_an_environment_fault_that_names_the_file(run, monkeypatch):
     def fail(number, strerror):
-        def end(_store, number_of_trial, _outcome, **_notes):
+        def end(_store, number_of_trial, *_told, **_notes):
             raise OSError(number, strerror, f"trials/{number_of_trial}")
 
         return end
