@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import count
@@ -14,8 +15,9 @@ import pytest
 
 from tests.study import postgres
 from tuner.api import AskTell
-from tuner.errors import UsageError
+from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec import studyfile
+from tuner.study import database
 from tuner.study.outcome import Measured
 from tuner.study.peers import joined
 from tuner.study.pulse import Owner
@@ -228,6 +230,71 @@ def test_the_folder_tells_tuners_apart_whose_machines_have_one_name_and_one_path
     assert again.same_folder(mine.to_dict())
     earlier = {key: value for key, value in mine.to_dict().items() if key != "mark"}
     assert other.same_folder(earlier)  # of a version that had no marks
+
+
+@pytest.fixture
+def on_sqlite(tmp_path):
+    path = tmp_path / "study.yaml"
+    text = STUDY.replace("${TUNER_TEST_DATABASE}", f"sqlite:///{tmp_path}/ledger.db")
+    path.write_text(f"{text}reports: {tmp_path}\n")
+    (tmp_path / "a").mkdir()
+    return studyfile.load(path), Store(tmp_path / "a")
+
+
+def test_a_tuner_that_waits_for_a_suspended_one_says_so_and_can_be_interrupted(on_sqlite, tmp_path, monkeypatch):
+    said, cancel = [], threading.Event()
+    monkeypatch.setattr(database, "LATE_S", 0.1)
+    monkeypatch.setattr(database, "LEAVE_S", 0.1)
+
+    def hear(_name, data):
+        said.append(data["text"])
+        cancel.set()
+
+    suspended = database.FileHold.take(tmp_path / ".shared.ask.lock")
+    with pytest.raises(KeyboardInterrupt), joined(*on_sqlite, hear, cancel=cancel):
+        pass
+    suspended.release()
+    assert said == ["Another tuner of this study has had its turn for 0 s: is it suspended?"]
+
+
+def test_another_users_lock_file_can_be_locked_without_writing_it(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    path.touch()
+
+    def denied(*_words):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tuner.study.database.os.open", denied)
+    hold = database.FileHold.take(path)
+    assert hold is not None and database.FileHold.take(path) is None
+    hold.release()
+
+
+@pytest.mark.parametrize("reads", [1, 3])
+def test_a_database_that_goes_away_while_a_tuner_starts_is_an_environment_fault(reads, on_sqlite, monkeypatch):
+    read, done = optuna.Study.get_trials, count(1)
+
+    def away(*args, **more):
+        if next(done) == reads:
+            raise optuna.exceptions.StorageInternalError("connection refused")
+        return read(*args, **more)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", away)
+    with pytest.raises(EnvironmentFault, match="was not reached: connection refused"), AskTell(on_sqlite[0]):
+        pass
+
+
+def test_a_database_that_grants_no_right_says_which_to_give(server, tmp_path):
+    import psycopg
+
+    url = server.database()
+    with psycopg.connect(url, autocommit=True) as link:
+        link.execute("CREATE ROLE guest LOGIN PASSWORD 'guest'")
+        link.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    tuner = Tuner(tmp_path, "a", f"postgresql://guest:guest@{url.partition('@')[2]}")
+    assert tuner.ended() == 4
+    text = tuner.log.read_text()
+    assert "refuses: permission denied for schema public" in text and "GRANT CREATE ON SCHEMA public" in text
 
 
 def test_another_study_of_the_same_name_is_refused(server, tmp_path):

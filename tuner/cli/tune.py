@@ -44,25 +44,29 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     study = _shared(path, flags, read(path, flags))
     cancel = threading.Event()
     again = resume_command(path, sys.argv[1:])
+    interrupted = f"Interrupted; everything measured is kept. Resume: {again}"
     with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study) as store:
         previous = {s: signal.signal(s, _stopper(cancel, view)) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             view.study = study = ladder.settled(study, store, cancel, view.on_event)
             ready = session.prepare(study)
             with (
-                joined(study, store, view.on_event) as peers,
+                joined(study, store, view.on_event, cancel=cancel) as peers,
                 finish.recorder(study, store, view.say, peers) as recorder,
             ):
                 view.begin(ready)
                 ended = session.search(ready, store, recorder, cancel, view.on_event, peers)
                 store.log("ended", why=ended)
                 result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event, peers)
+        except KeyboardInterrupt:
+            view.say(interrupted)
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
     finish.show(study, store, result)
     if cancel.is_set():
-        print(f"Interrupted; everything measured is kept. Resume: {again}", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     if result.best is None:
         raise NothingFeasible(result.words)

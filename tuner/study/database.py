@@ -7,11 +7,12 @@ they end with the connection of whoever holds them, so that a dead tuner holds n
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,20 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
 
 CONNECT_S = 10
+LATE_S = 10.0  # another tuner's turn takes seconds: after that it is worth a word
+LEAVE_S = 2.0  # what an interrupted tuner still waits for its turn, to tell what it has
 _EXTRAS = {"postgresql": "postgres", "mysql": "mysql"}
 
 
 class Away(Exception):
-    """The database did not answer: what it should have been told is on disk, and is told later."""
+    """The database did not answer: what it should have been told is on disk, and is told later. ``denied``: it did, but
+    its user may not."""
+
+    denied = False
+
+
+class Interrupted(Away):
+    """The user interrupted while another tuner had its turn."""
 
 
 @contextmanager
@@ -41,18 +51,30 @@ def answering() -> Iterator[None]:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
         cause = error.__cause__ or error
-        raise Away(str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]) from error
+        said = getattr(cause, "orig", None) or cause
+        away = Away(str(said).strip().splitlines()[0])
+        away.denied = getattr(said, "sqlstate", "") == "42501"
+        raise away from error
 
 
 class Database:
     """Optuna's storage of a study on a shared database, and its locks."""
 
-    def __init__(self, spec: StorageSpec, study: str, env: Mapping[str, str] = os.environ) -> None:
-        """Opens it, making its tables where they are missing. Raises EnvironmentFault where it cannot be reached, or
-        its driver is not installed, and UsageError for a URL that names no database."""
+    def __init__(
+        self,
+        spec: StorageSpec,
+        study: str,
+        env: Mapping[str, str] = os.environ,
+        say: Callable[[str], None] = lambda _text: None,
+        cancel: threading.Event | None = None,
+    ) -> None:
+        """Opens it, making its tables where they are missing. Waits for a turn are told to ``say`` where they are long,
+        and given up soon after ``cancel``. Raises EnvironmentFault where it cannot be reached, or its driver is not
+        installed, and UsageError for a URL that names no database."""
         import sqlalchemy.exc
 
-        self.spec, self.study = spec, study
+        self.spec, self.study, self._say, self._cancel = spec, study, say, cancel or threading.Event()
+        self._asked_s = math.inf  # when the interrupt was first seen here
         address = spec.address(env)
         self.shown = masked(address)
         try:
@@ -67,31 +89,44 @@ class Database:
                 f"no driver for {self.shown} is installed ({error})", fix=f'pip install "tuner[{extra}]"'
             ) from None
         self._folder = Path(url.database or ".").resolve().parent
-        try:
-            with answering(), self.turn("open"):  # tables that two tuners make at once are an error
-                self.storage = self._open(url.render_as_string(hide_password=False))
-        except Away as error:
-            raise EnvironmentFault(
-                f"the study's database {self.shown} was not reached: {error}",
-                fix="Start it or correct storage, then run the same command again; the study folder is untouched.",
-            ) from None
+        with self.starting(), answering(), self.turn("open"):  # tables that two tuners make at once are an error
+            self.storage = self._open(url.render_as_string(hide_password=False))
 
     @contextmanager
-    def turn(self, what: str, cancel: threading.Event | None = None) -> Iterator[Hold]:
-        """Waits until no other tuner of this study holds the lock ``what``. Raises :class:`Away`, also where ``cancel``
-        is set first."""
-        hold = self.wait(what, cancel)
+    def starting(self) -> Iterator[None]:
+        """What keeps a tuner from starting is raised as EnvironmentFault, an interrupt as KeyboardInterrupt."""
+        try:
+            yield
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        except Away as error:
+            fix = "Start it or correct storage, then run the same command again; everything measured is kept"
+            if error.denied:
+                fix = "Give its user the right (PostgreSQL, for its tables: GRANT CREATE ON SCHEMA public TO user)"
+            verb = "refuses" if error.denied else "was not reached"
+            raise EnvironmentFault(f"the study's database {self.shown} {verb}: {error}", fix=fix) from None
+
+    @contextmanager
+    def turn(self, what: str, patient: bool = False) -> Iterator[Hold]:
+        """Waits until no other tuner of this study holds the lock ``what``; ``patient``, without a word and whatever
+        happens. Raises :class:`Away`, and :class:`Interrupted`."""
+        hold = self._wait(what, patient)
         try:
             yield hold
         finally:
             hold.release()
 
-    def wait(self, what: str, cancel: threading.Event | None = None) -> Hold:
-        """As :meth:`turn`, without a ``with``."""
-        pause_s = 0.02
+    def _wait(self, what: str, patient: bool) -> Hold:
+        pause_s, began_s, told = 0.02, time.monotonic(), False
         while (hold := self.try_turn(what)) is None:
-            if cancel is not None and cancel.is_set():
-                raise Away("interrupted while another tuner had its turn")
+            now_s = time.monotonic()
+            if self._cancel.is_set():
+                self._asked_s = min(self._asked_s, now_s)
+            if now_s - self._asked_s > LEAVE_S and not patient:
+                raise Interrupted("interrupted while another tuner had its turn")
+            if now_s - began_s > LATE_S and not (told or patient):
+                self._say(f"Another tuner of this study has had its turn for {LATE_S:.0f} s: is it suspended?")
+                told = True
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.5)
         return hold
@@ -161,7 +196,10 @@ class FileHold(Hold):
 
     @classmethod
     def take(cls, path: Path) -> FileHold | None:
-        file = path.open("w")
+        try:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r")
+        except PermissionError:  # another user's: to lock it, reading will do
+            file = path.open()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

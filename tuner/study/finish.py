@@ -18,7 +18,7 @@ from tuner.record.mlflow import Recorder
 from tuner.record.place import place, ui_page
 from tuner.spec.study import Study
 from tuner.study import verifying
-from tuner.study.database import Away, Hold
+from tuner.study.database import Away, Hold, Interrupted
 from tuner.study.evaluate import Bench
 from tuner.study.loop import Recorder as Told
 from tuner.study.peers import Peers
@@ -46,7 +46,9 @@ class Result:
 def recorder(study: Study, store: Store, say: Callable[[str], None], peers: Peers | None = None) -> Iterator[Recorder]:
     """MLflow's writer for one session; what it could not send is said, and kept in the folder. Tuners that share a
     study write one after the other: they share its run."""
-    writer = Recorder(study, store, turn=(lambda: peers.database.turn("mlflow")) if peers else nullcontext)
+    writer = Recorder(
+        study, store, turn=(lambda: peers.database.turn("mlflow", patient=True)) if peers else nullcontext
+    )
     writer.start()
     try:
         yield writer
@@ -98,6 +100,8 @@ def _verify_for_all(ready: Prepared, store: Store, writer: Recorder, bench: Benc
                     guarded = replace(bench, on_event=_while_held(bench.on_event, hold))
                     verifying.run(ready, store, _Published(writer, peers), guarded)
             return
+        except Interrupted:
+            raise Cancelled from None
         except Away as error:
             peers.away(error)
             bench.cancel.wait(AGAIN_S)

@@ -20,7 +20,7 @@ from tuner.engines.protocol import Cancelled, OnEvent
 from tuner.errors import UsageError
 from tuner.spec.study import Study
 from tuner.study import mirror
-from tuner.study.database import Away, Database, Hold, answering
+from tuner.study.database import Away, Database, Hold, Interrupted, answering
 from tuner.study.pulse import Owner, Pulse
 from tuner.study.store import Store, TrialRecord
 from tuner.study.upkeep import CLAIM, INSTEAD, NUMBER, OWNER, Upkeep
@@ -34,18 +34,26 @@ VERIFIED = "verify.json"
 
 @contextmanager
 def joined(
-    study: Study, store: Store, on_event: OnEvent, env: Mapping[str, str] = os.environ
+    study: Study,
+    store: Store,
+    on_event: OnEvent,
+    env: Mapping[str, str] = os.environ,
+    cancel: threading.Event | None = None,
 ) -> Iterator[Peers | None]:
     """The company of the other tuners; None for a study with a ledger of its own.
 
     Raises EnvironmentFault where the database cannot be reached, UsageError where it holds another study of this name.
+    After ``cancel`` nothing waits for another tuner's turn any more.
     """
     if not study.storage:
         yield None
         return
-    peers = Peers(study, store, Database(study.storage, study.name, env), on_event)
+    database = Database(study.storage, study.name, env, lambda text: on_event("say", {"text": text}), cancel)
+    with database.starting():
+        peers = Peers(study, store, database, on_event)
     try:
-        peers.begin()
+        with database.starting():
+            peers.begin()
         yield peers
     finally:
         peers.close()
@@ -72,6 +80,8 @@ class Peers:
             with self.database.turn("ask") as hold, answering():
                 yield hold
             self._said_away = False
+        except Interrupted:
+            raise
         except Away as error:
             self.away(error)
             raise

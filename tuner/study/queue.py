@@ -72,7 +72,7 @@ class Queue:
         if peers is None:
             self._recover(records)
         else:
-            with peers.turn():
+            with peers.database.starting(), peers.turn():
                 self._rejoin(records)
 
     def propose(self) -> Proposal | None:
