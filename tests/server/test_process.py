@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -241,3 +242,9 @@ def test_a_server_is_heard_where_this_process_has_a_thousand_files_open(tmp_path
 def test_the_runtime_folder_is_the_same_from_every_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert runtime_root({"TUNER_RUNTIME_DIR": "run"}) == tmp_path.resolve() / "run"
+
+
+def test_every_session_of_a_user_has_the_same_runtime_folder(tmp_path, monkeypatch):
+    """A login has XDG_RUNTIME_DIR, cron and sudo have not; a batch job has a TMPDIR of its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert runtime_root({"XDG_RUNTIME_DIR": str(tmp_path)}) == runtime_root({}) == Path(f"/tmp/tuner-{os.getuid()}")

@@ -20,16 +20,15 @@ _LONGEST = 70  # characters of a launch's temporary folder: a Unix socket's path
 
 
 def runtime_root(env: Mapping[str, str] | None = None) -> Path:
-    """The folder for leases and ownership files, mode 0700: ``TUNER_RUNTIME_DIR``, else ``tuner`` in
-    ``XDG_RUNTIME_DIR``, else ``tuner-<uid>`` in the temporary folder. Raises ``EnvironmentFault`` if it is another
-    user's."""
+    """The folder for leases and ownership files, mode 0700: ``TUNER_RUNTIME_DIR``, else ``/tmp/tuner-<uid>``, which a
+    login, a job and a container's shell have in common (``XDG_RUNTIME_DIR`` and ``TMPDIR`` they have not). Raises
+    ``EnvironmentFault`` if it is another user's."""
     env = os.environ if env is None else env
     if env.get("TUNER_RUNTIME_DIR"):
         root = Path(env["TUNER_RUNTIME_DIR"])
-    elif env.get("XDG_RUNTIME_DIR") and Path(env["XDG_RUNTIME_DIR"]).is_dir():
-        root = Path(env["XDG_RUNTIME_DIR"]) / "tuner"
     else:
-        root = Path(tempfile.gettempdir()) / f"tuner-{os.getuid()}"
+        common = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else tempfile.gettempdir()
+        root = Path(common) / f"tuner-{os.getuid()}"
     root = root.resolve()  # servers are started in other folders
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = root.stat()
