@@ -165,6 +165,17 @@ def test_closing_ends_what_runs_and_may_be_done_twice(rigged):
     assert time.monotonic() - began < 30
 
 
+def test_who_leaves_at_once_waits_for_nothing(rigged):
+    made = rigged("import time\ndef evaluate(config, load):\n    time.sleep(60)\n")
+    with pytest.raises(KeyboardInterrupt), executor(made.bench) as where:
+        where.submit(made.job(0))
+        while not made.seen("step"):
+            where.wait(0.1)
+        began = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 20
+
+
 class Noted(FakeEngine):
     """Notes which GPUs each launch had."""
 

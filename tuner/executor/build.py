@@ -21,5 +21,8 @@ def executor(bench: Bench) -> Iterator[Executor]:
         made = LocalExecutor(bench)
     try:
         yield made
+    except KeyboardInterrupt:
+        made.close(at_once=True)
+        raise
     finally:
         made.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +30,6 @@ class LocalExecutor:
         self._bench = self._watch.bench
         self._gpus = _gpus(bench)
         self._parallel = study.parallel or max(1, len(self._gpus))
-        self._pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="trial")
         self._running: dict[Future[tuple[Outcome, Teardown]], tuple[Job, tuple[int, ...]]] = {}
         self._next: Job | None = None
         self._place = Place("", study.hardware.name, study.objective.price_usd_per_gpu_hour)
@@ -81,11 +81,13 @@ class LocalExecutor:
         """See the protocol."""
         return self._watch.seconds(number)
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
         """See the protocol."""
         if self._running:
             self._bench.cancel.set()
-        self._pool.shutdown(wait=True)
+        if at_once:
+            self._running.clear()
+        wait(self._running)
 
     def _start_next(self) -> None:
         """Starts the job that waits, if its GPUs are free."""
@@ -96,7 +98,16 @@ class LocalExecutor:
             return
         gpus, self._next = tuple(free[: job.config.gpus]), None
         self._watch.start(job.number)
-        self._running[self._pool.submit(self._evaluate, job, gpus)] = (job, gpus)
+        future: Future[tuple[Outcome, Teardown]] = Future()
+        self._running[future] = (job, gpus)
+        # a daemon: who leaves at once waits for no thread, and the guards end the servers
+        threading.Thread(target=self._run, args=(future, job, gpus), name=f"trial-{job.number}", daemon=True).start()
+
+    def _run(self, future: Future[tuple[Outcome, Teardown]], job: Job, gpus: tuple[int, ...]) -> None:
+        try:
+            future.set_result(self._evaluate(job, gpus))
+        except BaseException as error:
+            future.set_exception(error)
 
     def _evaluate(self, job: Job, gpus: tuple[int, ...]) -> tuple[Outcome, Teardown]:
         bench = self._bench.of_trial(job.number)

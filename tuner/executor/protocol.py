@@ -109,6 +109,7 @@ class Executor(Protocol):
         """For how long the trial of :meth:`rig` has had its GPUs: not the time for which it waited for them."""
         ...
 
-    def close(self) -> None:
-        """Ends what still runs and gives everything back. Safe to call twice."""
+    def close(self, at_once: bool = False) -> None:
+        """Ends what still runs and gives everything back; ``at_once`` without waiting for it, because this process ends
+        and the guards end the servers. Safe to call twice."""
         ...

@@ -116,13 +116,13 @@ class RayExecutor:
         """See the protocol."""
         return self._stopwatch.seconds(number)
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
         """See the protocol."""
         if self._closed:
             return
         self._closed = True
         results = [run.result for run in self._runs.values() if run.result is not None]
-        if results:
+        if results and not at_once:
             self._desk.interrupt()
             with contextlib.suppress(Exception):
                 self._ray.wait(results, num_returns=len(results), timeout=LEAVE_S)

@@ -25,6 +25,7 @@ from tuner.study.peers import Peers
 from tuner.study.session import Prepared
 from tuner.study.store import Store
 
+LOG_S = 30.0  # for what MLflow was not told yet; an interrupt that was repeated waits for nothing
 AGAIN_S = 2.0  # between attempts to reach a database that is away
 
 
@@ -50,10 +51,14 @@ def recorder(study: Study, store: Store, say: Callable[[str], None], peers: Peer
         study, store, turn=(lambda: peers.database.turn("mlflow", patient=True)) if peers else nullcontext
     )
     writer.start()
+    wait_s = LOG_S
     try:
         yield writer
+    except KeyboardInterrupt:
+        wait_s = 0.0
+        raise
     finally:
-        left = writer.close()
+        left = writer.close(wait_s)
         if left:
             say(left)
 
