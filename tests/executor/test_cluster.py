@@ -1,6 +1,11 @@
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
 
 from tests import studies
+from tuner.errors import EnvironmentFault
 from tuner.executor import cluster
 from tuner.search.hardware import device_of
 
@@ -31,3 +36,25 @@ def test_a_node_costs_what_the_study_says_of_its_type_else_what_the_table_says(t
     assert cluster.price(study, "") == 1.5
     assert cluster.price(study, "L4") == cluster.hardware.lookup("L4").price_usd_per_hour
     assert cluster.price(study, "nobody-knows") == 1.5
+
+
+@pytest.fixture
+def no_head(monkeypatch):
+    """Ray, with a head where nothing listens."""
+    context = SimpleNamespace(gcs_address="127.0.0.1:1")
+    ray = SimpleNamespace(get_runtime_context=lambda: context, is_initialized=lambda: False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(no_head):
+    with pytest.raises(EnvironmentFault, match=r"no Ray cluster at 127\.0\.0\.1:1: .*refused"):
+        cluster.connect("127.0.0.1:1")
+
+
+def test_a_head_that_stays_silent_ends_the_study_before_ray_ends_the_process(no_head, monkeypatch):
+    watch = cluster.Watch()
+    assert watch.nodes() == [] and not watch.lost  # it may come back
+    monkeypatch.setattr(cluster, "_LOST_S", 0.0)
+    with pytest.raises(EnvironmentFault, match=r"Ray's head at 127\.0\.0\.1:1 is gone"):
+        watch.nodes()
+    assert watch.lost

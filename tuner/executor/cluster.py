@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from tuner.spec.study import Study
 
 TYPE = "accelerator_type:"  # Ray's own resource for the type of a node's accelerator
 _INSTALL = 'pip install "tuner[ray]"'
+_CONNECT_S = 5.0
+_LOST_S = 10.0  # without a word of Ray's head; Ray ends the whole process after 60
 _LOOK_S = 1.0  # how old what is known of the nodes may be
 
 
@@ -37,14 +41,32 @@ class Watch:
 
     def __init__(self) -> None:
         self.avoid: set[str] = set()
+        self.lost = False  # the head is gone: whatever is asked of Ray would wait for it
         self._nodes: list[Node] = []
         self._looked_s = -_LOOK_S
+        self._silent_s = math.inf  # since when the head does not answer
 
     def nodes(self, fresh: bool = False) -> list[Node]:
-        """Every node that the cluster has or had."""
-        if fresh or time.monotonic() - self._looked_s >= _LOOK_S:
+        """Every node that the cluster has or had. Raises ``EnvironmentFault`` where its head is gone."""
+        if (fresh or time.monotonic() - self._looked_s >= _LOOK_S) and self._head_answers():
             self._looked_s, self._nodes = time.monotonic(), nodes()
         return self._nodes
+
+    def _head_answers(self) -> bool:
+        import ray
+
+        head, now_s = ray.get_runtime_context().gcs_address, time.monotonic()
+        try:
+            _reach(head)
+        except OSError as error:
+            self._silent_s = min(self._silent_s, now_s)
+            if now_s - self._silent_s < _LOST_S:
+                return False
+            self.lost = True
+            fix = "Start a cluster and run the same command again: everything measured is kept"
+            raise EnvironmentFault(f"Ray's head at {head} is gone: {error}", fix=fix) from None
+        self._silent_s = math.inf
+        return True
 
     def usable(self) -> list[Node]:
         return [node for node in self.nodes() if node.alive and node.id not in self.avoid]
@@ -62,12 +84,20 @@ def connect(address: str) -> Any:
     if ray.is_initialized():
         return ray
     try:
+        if ":" in address:
+            _reach(address.rpartition("/")[2])  # Ray itself tries for minutes
         ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "start one with `ray start --head`, join it with `ray start --address=HOST:6379`, or give --address"
         raise EnvironmentFault(f"no Ray cluster at {address or 'auto'}: {said}", fix=fix) from None
     return ray
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nothing listens at ``host:port``."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
 
 
 def nodes() -> list[Node]:

@@ -121,6 +121,8 @@ class RayExecutor:
         if self._closed:
             return
         self._closed = True
+        if self._watch.lost:
+            return
         results = [run.result for run in self._runs.values() if run.result is not None]
         if results and not at_once:
             self._desk.interrupt()
