@@ -147,3 +147,14 @@ def test_whatever_shape_a_verdict_or_an_ablation_has_it_is_read_or_named(tmp_pat
             except NothingFeasible:
                 assert name == "verify.json"
     assert named > 10
+
+
+def test_what_the_quality_floor_said_stands_beside_the_recommendation(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=10)
+    best = recommended(store, study).point
+    assert best
+    path = store.trial_folder(best.trial) / "outcome.json"
+    said = {"verdict": "unknown", "reason": "HTTP 500"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quality": said}))
+    assert recommended(store, study).text.endswith("\n\nThe quality floor was not checked: HTTP 500.")
+    assert "quality: The quality floor was not checked: HTTP 500." in deployment(store, study).header()

@@ -109,7 +109,8 @@ def _session(path: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
     try:
         with session.opened(study) as store, View(study, not sys.stderr.isatty()) as view:
             ready = session.prepare(study)
-            return work(ready, store, Bench(study, ready.engine, cancel, view.on_event))
+            guard = session.guard(ready, store, view.on_event)
+            return work(ready, store, Bench(study, ready.engine, cancel, view.on_event, guard))
     except Cancelled:
         raise KeyboardInterrupt from None
     finally:

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site, Teardown
 from tuner.errors import EnvironmentFault
@@ -16,7 +17,7 @@ from tuner.executor.stopwatch import Stopwatch
 from tuner.load.trace import Trace
 from tuner.server.gpu import Gpus
 from tuner.study.evaluate import Bench, evaluate, measure
-from tuner.study.outcome import Boot, Outcome, Step
+from tuner.study.outcome import Boot, Infeasible, Outcome, Step
 
 
 class LocalExecutor:
@@ -73,6 +74,8 @@ class LocalExecutor:
             self.left_over += failure.teardown.left_over
             raise
         try:
+            if refused := check(bench, server, job, job.folder):
+                raise LaunchFailed(refused)
             yield LocalRig(bench, server, job, self._place)
         finally:
             self.left_over += server.stop().left_over
@@ -152,6 +155,12 @@ class LocalRig:
     def measure(self, load: float, trace: Trace, prefix: str) -> Step:
         """See the protocol."""
         return measure(self.bench, self.server, self.job.config, self.job.folder, trace, load, prefix)
+
+
+def check(bench: Bench, server: Server, job: Job, folder: Path) -> Infeasible | None:
+    """Why the server of a :class:`Rig` falls below the quality floor, where it was not found to hold it before."""
+    refused = None if job.checked else bench.quality(server, job.config, folder)
+    return replace(refused, boot=server.boot) if refused else None
 
 
 def tell_launch(bench: Bench, job: Job, **more: str) -> None:

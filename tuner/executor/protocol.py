@@ -21,7 +21,7 @@ from tuner.study.outcome import Boot, Outcome, Step
 class Job:
     """One launch to make. ``folder`` is the trial's in the study folder (it exists, and is complete when the job has
     ended), ``window`` what its ladder replays (None: a launch that is measured through :class:`Rig`); ``baseline`` and
-    ``why`` are told with the event ``launch``."""
+    ``why`` are told with the event ``launch``; ``checked``: its answers passed the quality floor before."""
 
     number: int
     config: ServingConfig
@@ -29,6 +29,7 @@ class Job:
     window: Trace | None = None
     baseline: bool = False
     why: str = ""
+    checked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Executor(Protocol):
 
     def rig(self, job: Job) -> AbstractContextManager[Rig]:
         """Launches ``job`` and leaves measuring to the caller; stops the server at the end of the ``with``. Raises as
-        :meth:`tuner.engines.protocol.Engine.launch` does, and :class:`NodeLost`."""
+        :meth:`tuner.engines.protocol.Engine.launch` does (below the quality floor, too), and :class:`NodeLost`."""
         ...
 
     def seconds(self, number: int) -> float:

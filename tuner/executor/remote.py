@@ -102,7 +102,7 @@ class RayExecutor:
             self._show()
             tell_launch(self._bench.of_trial(job.number), job, node=place.node)
             self._stopwatch.start(job.number)
-            yield RayRig(told(self.call(run, seat.actor.open.remote(job, place))), place, self, run)
+            yield RayRig(told(self.call(run, seat.actor.open.remote(job, place, _beside(job)))), place, self, run)
         finally:
             if seat in self._seats:
                 with contextlib.suppress(NodeLost):
@@ -159,9 +159,7 @@ class RayExecutor:
         """The seat has its GPUs: the trial starts."""
         self._stopwatch.start(run.job.number)
         tell_launch(self._bench.of_trial(run.job.number), run.job, node=place.node)
-        quality = run.job.folder.parents[1] / QUALITY
-        beside = {QUALITY: quality.read_bytes()} if quality.exists() else {}
-        run.result = run.seat.actor.trial.remote(run.job, place, beside)
+        run.result = run.seat.actor.trial.remote(run.job, place, _beside(run.job))
 
     def _looked_at(self, run: _Run) -> Ended | None:
         """How the run ended, with what it raised; None while it goes on."""
@@ -244,6 +242,12 @@ class RayExecutor:
         if rows != self._shown:
             self._shown = rows
             self._bench.on_event("nodes", {"nodes": rows})
+
+
+def _beside(job: Job) -> dict[str, bytes]:
+    """The default's answers, where the study has them."""
+    path = job.folder.parents[1] / QUALITY
+    return {QUALITY: path.read_bytes()} if path.exists() else {}
 
 
 @dataclass(slots=True)

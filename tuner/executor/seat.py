@@ -13,6 +13,7 @@ from typing import Any
 from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site, Teardown
 from tuner.executor import cluster, parcel
 from tuner.executor.line import Home
+from tuner.executor.local import check
 from tuner.executor.protocol import Job, Place
 from tuner.load.trace import Trace
 from tuner.search import hardware
@@ -87,13 +88,14 @@ class Seat:
             launch.clean()
             self._home.flush()
 
-    def open(self, job: Job, place: Place) -> Boot | Infeasible | None:
-        """Launches and leaves the server running: how it booted, why it did not, None where it was interrupted."""
-        launch = self._open = self._begin(job, place, {})
+    def open(self, job: Job, place: Place, beside: Mapping[str, bytes]) -> Boot | Infeasible | None:
+        """Launches and leaves the server running: how it booted, why it did not (or fell below the quality floor), None
+        where it was interrupted."""
+        launch = self._open = self._begin(job, place, beside)
         site = Site(launch.folder, launch.gpus, launch.bench.cancel, launch.bench.on_event)
         try:
             launch.server = launch.bench.engine.launch(job.config, site)
-            return launch.server.boot
+            return check(launch.bench, launch.server, job, launch.folder) or launch.server.boot
         except LaunchFailed as failure:
             launch.teardown = failure.teardown
             return failure.outcome

@@ -14,7 +14,7 @@ from tuner.export.text import comments
 from tuner.pareto.changes import baseline_of
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
-from tuner.pareto.recommend import ablation, recommended
+from tuner.pareto.recommend import ablation, quality_of, recommended
 from tuner.record.secrets import is_secret
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
@@ -180,6 +180,8 @@ def _about(
         )
     elif baseline_of(trials):
         lines.append("The engine's default met the SLOs at no measured load.")
+    if said := quality_of(trials, point.config):
+        lines.append(f"quality: {said}")
     if point.config.model_variant:
         lines.append(f"The model was served as its variant {point.config.model_variant!r}.")
     return tuple(lines)

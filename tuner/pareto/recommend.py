@@ -19,8 +19,20 @@ from tuner.verify.arm import as_range
 def recommended(store: Store, study: Study) -> Choice:
     """``verify.json`` decides where it holds a verdict: its configuration, load, cost and latency come from windows
     that the search never saw. Where ``ablation.json`` took that configuration apart, its smallest one takes its place,
-    with the cost that was measured of it. Otherwise :func:`choose` over the trials of the search."""
+    with the cost that was measured of it. Otherwise :func:`choose` over the trials of the search. The text ends with
+    what the quality floor said of it."""
     trials = store.trials()
+    choice = _recommended(store, study, trials)
+    said = quality_of(trials, choice.point.config) if choice.point else ""
+    return replace(choice, text=f"{choice.text}\n\n{said}") if said else choice
+
+
+def quality_of(trials: Sequence[TrialRecord], config: ServingConfig) -> str:
+    """What the quality floor last said of ``config``, in words; empty where nothing was to be checked."""
+    return next((t.quality for t in reversed(trials) if t.config.hash == config.hash and t.quality), "")
+
+
+def _recommended(store: Store, study: Study, trials: Sequence[TrialRecord]) -> Choice:
     path = store.folder / "verify.json"
     verdict = read_json(path) if path.exists() else {}
     if not isinstance(verdict, Mapping) or "arms" not in verdict or "choice" not in verdict:

@@ -137,6 +137,7 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
         for step in outcome.steps:
             table.add_row(*([step.window.rpartition("/")[2]] if windows else []), *_step_row(step, latencies))
         parts.append(table)
+    parts += [Text(trial.quality)] if trial.quality and not isinstance(outcome, Infeasible) else []
     if why(outcome):
         parts.append(Text(why(outcome), style="bold"))
     if isinstance(outcome, Infeasible):

@@ -17,11 +17,11 @@ from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Step, Un
 from tuner.study.price import priced
 from tuner.study.workload import at_load
 
-Check = Callable[[Server, ServingConfig], Infeasible | None]
+Check = Callable[[Server, ServingConfig, Path], Infeasible | None]
 Beaten = Callable[[Sequence[Step]], str]
 
 
-def unchecked(_server: Server, _config: ServingConfig) -> Infeasible | None:
+def unchecked(_server: Server, _config: ServingConfig, _folder: Path) -> Infeasible | None:
     """No quality floor."""
     return None
 
@@ -73,7 +73,7 @@ def evaluate(
         return Aborted("interrupted"), interrupt.teardown
     boot = server.boot
     try:
-        refused = bench.quality(server, config)
+        refused = bench.quality(server, config, folder)
         outcome = replace(refused, boot=boot) if refused else _ladder(bench, server, config, folder, window, steps)
     except LaunchFailed as failure:
         outcome = replace(failure.outcome, steps=tuple(steps), boot=boot)

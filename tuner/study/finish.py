@@ -22,7 +22,7 @@ from tuner.study.database import Away, Hold, Interrupted
 from tuner.study.evaluate import Bench
 from tuner.study.loop import Recorder as Told
 from tuner.study.peers import Peers
-from tuner.study.session import Prepared
+from tuner.study.session import Prepared, guard
 from tuner.study.store import Store
 
 LOG_S = 30.0  # for what MLflow was not told yet; an interrupt that was repeated waits for nothing
@@ -78,7 +78,7 @@ def conclude(
 
     study = ready.study
     if not cancel.is_set():
-        bench = Bench(study, ready.engine, cancel, on_event)
+        bench = Bench(study, ready.engine, cancel, on_event, guard(ready, store, on_event))
         with suppress(Cancelled):
             if peers is None:
                 verifying.run(ready, store, writer, bench)

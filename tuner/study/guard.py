@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from tuner.engines.protocol import OnEvent, Server
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible
-from tuner.study.store import Store, read_json, write_json
+from tuner.study.store import CHECKED, AsWritten, Store, read_json, write_json
 from tuner.verify import quality
 
 FILE = "quality.json"
@@ -17,20 +18,25 @@ FILE = "quality.json"
 
 class QualityGuard:
     """A check for :class:`tuner.study.evaluate.Bench`. The baseline's answers are kept in the study folder; a
-    configuration with a parameter that alters answers off its default is compared with them.
+    configuration with a parameter that alters answers off its default is compared with them, and the verdict is kept
+    in its trial.
 
-    Where the baseline could not be asked (it failed, or the server gives no log-probabilities) nothing is refused, and
-    the event says so.
+    Where the baseline could not be asked (it failed, or the server gives no log-probabilities) nothing is refused: the
+    verdict is ``unknown``, which the event and the trial say.
     """
 
     def __init__(self, study: Study, store: Store, prompts: Sequence[str], on_event: OnEvent) -> None:
         self.study, self.store, self.prompts, self.on_event = study, store, prompts, on_event
         self._lock = threading.Lock()
 
-    def __call__(self, server: Server, config: ServingConfig) -> Infeasible | None:
-        floor = self.study.objective.quality
-        limits = (floor.kl_max, floor.top1_min, floor.greedy_min)
-        if server.endpoint is None or all(limit is None for limit in limits):
+    def awaited(self) -> bool:
+        """Whether the space has values to be compared with the default's answers, which nobody has yet."""
+        needed = self.study.engine.kind != "function" and any(p.alters_answers for p in self.study.space.parameters)
+        return needed and self._limited() and not (self.store.folder / FILE).exists()
+
+    def __call__(self, server: Server, config: ServingConfig, folder: Path) -> Infeasible | None:
+        """Why ``server``, launched as the trial in ``folder``, falls below the floor; None where it does not."""
+        if server.endpoint is None or not self._limited():
             return None
         if not config.params or config.hash == self._baseline():
             self._ask_baseline(server, config)
@@ -38,16 +44,23 @@ class QualityGuard:
         if not self._alters(config):
             return None
         base = self._profile()
-        if base is None:
-            self.on_event("say", {"text": "The quality floor was not checked: there are no answers of the default."})
-            return None
-        weights = bool(self.study.space.facts.get("dummy_weights"))
-        result = quality.check(server.endpoint, base, floor, random_weights=weights)
-        self.store.log("quality", config=config.hash, verdict=result.verdict, reason=result.reason)
-        if result.verdict != "failed":
+        verdict, reason = "unknown", "there are no answers of the default"
+        if base is not None:
+            weights = bool(self.study.space.facts.get("dummy_weights"))
+            result = quality.check(server.endpoint, base, self.study.objective.quality, random_weights=weights)
+            verdict, reason = result.verdict, result.reason
+        write_json(folder / CHECKED, {"verdict": verdict, "reason": reason})
+        self.store.log("quality", config=config.hash, verdict=verdict, reason=reason)
+        if verdict == "unknown":
+            self.on_event("say", {"text": f"The quality floor was not checked: {reason}."})
+        if verdict != "failed":
             return None
         fix = "take the value out of the search space, or lower the objective's quality floor"
-        return Infeasible("quality", result.reason, evidence=result.reason, fix=fix, stage="quality")
+        return Infeasible("quality", reason, evidence=reason, fix=fix, stage="quality")
+
+    def _limited(self) -> bool:
+        floor = self.study.objective.quality
+        return any(limit is not None for limit in (floor.kl_max, floor.top1_min, floor.greedy_min))
 
     def _baseline(self) -> str:
         return self.study.space.config(self.study.space.default(), self.study.model).hash
@@ -72,4 +85,7 @@ class QualityGuard:
 
     def _profile(self) -> quality.Profile | None:
         path = self.store.folder / FILE
-        return quality.Profile.from_dict(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        with AsWritten(path):
+            return quality.Profile.from_dict(read_json(path))

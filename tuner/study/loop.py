@@ -45,7 +45,7 @@ class Loop:
         ended, over, dry = "", "", False  # dry: no further launch is worth it (over), or left, until a trial has ended
         while True:
             # where nothing runs, one trial is handed over even without room: the executor waits for it, and says so
-            while not (self.fault or ended or dry) and (not running or self.executor.room()):
+            while not (self.fault or ended or dry) and (not running or self._room()):
                 with self._held(running):
                     over = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
                     proposal = None if over else self.queue.propose()
@@ -62,6 +62,9 @@ class Loop:
                 dry = False
                 with self._held(running):
                     ended = self._conclude(running.pop(end.job.number), end) or ended
+
+    def _room(self) -> bool:
+        return self.executor.room() and not self.queue.waits()
 
     @contextmanager
     def _held(self, running: Mapping[int, Proposal]) -> Iterator[None]:

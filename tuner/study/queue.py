@@ -44,7 +44,8 @@ class Proposal:
 class Queue:
     """Proposals of one study. ``refuse`` says why a config cannot run at all (memory), empty where it may; ``notes``
     what is written beside it. ``peers`` are the other tuners of a shared study, whose trials count as its own;
-    ``over`` is asked once more while no other tuner can ask."""
+    ``over`` is asked once more while no other tuner can ask; ``awaited`` says that nothing may start beside the
+    default."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Queue:
         self.study, self.store, self.book, self.refuse, self.notes = study, store, book, refuse, notes
         self.peers = peers
         self.over: Callable[[int], str] = lambda _running: ""
+        self.awaited: Callable[[], bool] = lambda: False
         self.stood_back = False  # the last None of propose() was not for want of configurations
         self._busy_elsewhere: set[str] = set()
         self.space = study.space
@@ -82,11 +84,15 @@ class Queue:
             return self._propose()
         self.stood_back = True
         with suppress(Away), self.peers.turn():
-            if not self.over(len(self.catch_up().running)):
+            if not self.over(len(self.catch_up().running)) and not self.waits():
                 proposal = self._propose()
                 self.stood_back = False
                 return proposal
         return None
+
+    def waits(self) -> bool:
+        """Whether the default runs, and nothing is to be proposed before it was asked for its answers."""
+        return self._known.get(self.baseline_hash, self) is None and self.awaited()
 
     def catch_up(self) -> Look:
         """What other tuners measured since the last time, now known here, and what runs. Needs the turn, and peers."""

@@ -121,6 +121,11 @@ def prepare(study: Study) -> Prepared:
     return Prepared(study, engine, traffic, predictor, no_model)
 
 
+def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:
+    """The study's quality floor; the prompts are the trace's where it has text."""
+    return QualityGuard(ready.study, store, ready.traffic.whole.texts or (), on_event)
+
+
 def check_flags(study: Study, engine: Engine) -> None:
     """Raises UsageError with the nearest name where the space uses a flag that the installed version does not know."""
     known = engine.flags()
@@ -326,7 +331,8 @@ def _search(
         found = front(points(store.trials(), study.objective))
         return racing.should_stop(steps, found, study.load.ladder, study.objective) if study.load.early_stop else ""
 
-    quality = QualityGuard(study, store, ready.traffic.whole.texts or (), on_event)
+    quality = guard(ready, store, on_event)
+    proposals.awaited = quality.awaited
     bench = Bench(study, ready.engine, cancel, on_event, quality, beaten)
     together = Together(peers, proposals, stop_reason, cancel) if peers else None
     reason = together.stop_reason if together else stop_reason

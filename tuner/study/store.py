@@ -17,6 +17,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.storage import sqlite_url
 from tuner.study.outcome import Outcome, from_dict, to_dict
 
+CHECKED = "quality.json"  # in a trial's folder: how its answers compare with the default's
 EXHAUSTED = "every configuration of the space has been tried"  # why a search ended
 
 
@@ -43,6 +44,14 @@ class TrialRecord:
     def price(self) -> float | None:
         """USD per GPU-hour where it ran; None where that was not noted (the study's)."""
         return (self.extra or {}).get("price_usd_per_gpu_hour")
+
+    @property
+    def quality(self) -> str:
+        """What the quality floor said of it, in words; empty where nothing was to be checked."""
+        found = (self.extra or {}).get("quality") or {}
+        words = {"passed": "Quality floor held", "failed": "Below the quality floor"}
+        said = words.get(found.get("verdict"), "The quality floor was not checked")
+        return f"{said}: {found.get('reason')}." if found else ""
 
 
 class Store:
@@ -106,6 +115,8 @@ class Store:
         document = {"outcome": to_dict(outcome), "ended_s": time.time(), **notes}
         if seconds is not None:
             document["launched_s"] = document["ended_s"] - seconds
+        if (checked := self._trial(number) / CHECKED).exists():
+            document["quality"] = read_json(checked)
         write_json(self._trial(number) / "outcome.json", document)  # without its config.json it would be of no use
 
     def trials(self) -> list[TrialRecord]:

@@ -71,7 +71,7 @@ class Together:
                     if not running and (why or exhausted):
                         self.peers.agree(why or ended, self._budget)
                         return why or ended
-                    if not why and not exhausted:
+                    if not why and not exhausted and not self.queue.waits():
                         return ""
             except Away:
                 pass

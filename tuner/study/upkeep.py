@@ -86,7 +86,9 @@ class Upkeep:
         return str((record.extra or {}).get(CLAIM) or made)
 
     def tell(self, trial: optuna.Trial, record: TrialRecord) -> None:
-        """The whole record first, then Optuna's own."""
+        """The default's answers and the whole record first, then Optuna's own."""
+        if record.baseline:
+            self._share_files()
         trial.set_user_attr(RECORD, mirror.packed(self.study, record.folder))
         if (record.extra or {}).get("again"):
             trial.set_user_attr(AGAIN, True)

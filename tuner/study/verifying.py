@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.errors import UsageError
@@ -18,7 +18,7 @@ from tuner.load.trace import Trace
 from tuner.pareto.recommend import ablation
 from tuner.space.config import ServingConfig
 from tuner.study import budget
-from tuner.study.evaluate import Bench, of_trial
+from tuner.study.evaluate import Bench, of_trial, unchecked
 from tuner.study.loop import Recorder, nothing_left
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.price import per_hour
@@ -61,7 +61,10 @@ def launcher(
 
     @contextmanager
     def launch(config: ServingConfig, label: str) -> Iterator[_Rig]:
-        number = max((t.number for t in store.trials()), default=-1) + 1
+        before = store.trials()
+        number = max((t.number for t in before), default=-1) + 1
+        known = [t.extra or {} for t in before if t.config.hash == config.hash]
+        checked = any(extra.get("quality", {}).get("verdict") == "passed" for extra in known)
         notes = {**ready.notes(config), "baseline": config.hash == default.hash, "role": role, "label": label}
         folder = store.start_trial(number, config, config.params, **notes)
         inner = of_trial(on_event, number)
@@ -69,7 +72,7 @@ def launcher(
         outcome: Outcome = Aborted("interrupted")
         boot, place = Boot(), Place()
         try:
-            with where.rig(Job(number, config, folder, None, bool(notes["baseline"]), label)) as server:
+            with where.rig(Job(number, config, folder, None, bool(notes["baseline"]), label, checked)) as server:
                 boot, place = server.boot, server.place
                 yield _Rig(inner, server, steps)
             outcome = Measured(tuple(steps), boot)
@@ -164,7 +167,7 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
     own = Store(store.folder / "certify")
     recorder = Nobody()
     windows = ready.traffic.heldout
-    launch = launcher(ready, own, recorder, LocalExecutor(bench), bench.on_event, "certify")
+    launch = launcher(ready, own, recorder, LocalExecutor(replace(bench, quality=unchecked)), bench.on_event, "certify")
     served = str(ready.notes(promise.config).get("model_folder") or promise.config.model)
     found = recertify(promise, launch, windows, ready.fingerprint(served), bench.on_event, seconds=seconds)
     own.log("certified", **found.to_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,18 @@ class Scores:
     tokens: tuple[float, ...]
     tops: tuple[Mapping[int, float], ...]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are numbers."""
+        return all(map(math.isfinite, (*self.tokens, *(value for top in self.tops for value in top.values()))))
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
         return cls(tuple(data["tokens"]), tuple({int(k): v for k, v in top.items()} for top in data["tops"]))
+
+
+def _number(logprob: Any) -> float:
+    return math.nan if logprob is None else float(logprob)  # JSON has no NaN: some servers write null
 
 
 class Completions:
@@ -61,13 +71,16 @@ class Completions:
         places = answer.get("prompt_logprobs")
         if not places or len(places) != len(tokens):
             raise Unanswered("the server gives no prompt log-probabilities (prompt_logprobs)")
-        lists = [{int(token): entry for token, entry in place.items()} for place in places[1:]]
-        own = tuple(float(found[token]["logprob"]) for found, token in zip(lists, tokens[1:], strict=True))
-        # besides the most probable ones a list holds the prompt's own token: a choice of ours, not of the model
-        tops = tuple(
-            {token: float(e["logprob"]) for token, e in found.items() if (e.get("rank") or 1) <= LISTED}
-            for found in lists
-        )
+        try:
+            lists = [{int(token): entry for token, entry in place.items()} for place in places[1:]]
+            own = tuple(_number(found[token]["logprob"]) for found, token in zip(lists, tokens[1:], strict=True))
+            # besides the most probable ones a list holds the prompt's own token: a choice of ours, not of the model
+            tops = tuple(
+                {token: _number(e["logprob"]) for token, e in found.items() if (e.get("rank") or 1) <= LISTED}
+                for found in lists
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as failure:
+            raise Unanswered(f"the server's prompt log-probabilities are of another shape: {failure!r}") from failure
         return Scores(own, tops)
 
     def _choice(self, **body: Any) -> dict[str, Any]:

@@ -25,6 +25,8 @@ RANDOM_WEIGHTS = (
     "quality of a trained model's answers"
 )
 
+BROKEN = "it gives log-probabilities that are no finite numbers"
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -102,7 +104,8 @@ def profile(
     timeout_s: float = 120.0,
 ) -> Profile:
     """Asks the baseline's server. ``prompts`` are the user's own (a seeded choice of ``count`` is taken); without them
-    the fixed texts are used. Raises :class:`Unanswered` where the server gives no prompt log-probabilities."""
+    the fixed texts are used. Raises :class:`Unanswered` where the server gives no prompt log-probabilities, or none
+    that are numbers."""
     own = len(prompts) > 0
     texts = list(prompts) if own else _texts()
     picked = np.random.default_rng(seed).permutation(len(texts))[:count]
@@ -111,6 +114,8 @@ def profile(
     for number, i in enumerate(picked):
         tokens, given = server.draw(texts[int(i)], drawn, seed=seed * 1000 + number)
         sequences.append(Probe(tokens, given, server.score(tokens), server.greedy(tokens[:given], greedy, seed=seed)))
+        if not sequences[-1].scores.finite:
+            raise Unanswered(BROKEN)
     made = Profile(endpoint.model, config_hash, tuple(sequences), own)
     again = check(endpoint, made, QualityFloor(), timeout_s=timeout_s)
     noise = {"kl": again.kl, "top1": again.top1, "greedy": again.greedy}
@@ -134,7 +139,11 @@ def check(
     agreed: list[float] = []
     try:
         for sequence in base.sequences:
+            if not sequence.scores.finite:  # a profile of earlier versions
+                raise Unanswered(f"of the default, {BROKEN}")
             scores = server.score(sequence.tokens)
+            if not scores.finite:
+                return QualityResult(*[math.nan] * 6, verdict="failed", reason=BROKEN)
             for p, q in zip(sequence.scores.tops, scores.tops, strict=True):
                 kl, mass = divergence(p, q)
                 kls.append(kl)
@@ -148,11 +157,8 @@ def check(
                 _agreement(sequence.greedy, server.greedy(sequence.tokens[: sequence.given], len(sequence.greedy)))
             )
     except Unanswered as failure:
-        return QualityResult(
-            *(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan),
-            verdict="unknown",
-            reason=f"the answers could not be compared: {failure}",
-        )
+        reason = f"the answers could not be compared: {failure}"
+        return QualityResult(*[math.nan] * 6, verdict="unknown", reason=reason)
     gap = mean(drawn) if drawn else Estimate(math.nan, ())
     figures = (float(np.mean(kls)), float(np.mean(covered)), gap, float(np.mean(same)), float(np.mean(agreed)))
     verdict, reason = _judge(*figures, floor, base, random_weights)
