@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tuner.search import hardware as table
+from tuner.search.model.architecture import shape_of
 from tuner.search.model.shape import ModelShape
 from tuner.space.config import ServingConfig, Value
 from tuner.space.memory import Fit, MemoryCorrection, correct, fits, learn
@@ -112,6 +114,18 @@ def test_windows_and_states_take_a_fixed_room() -> None:
     assert window.parts["kv_per_token"] == 10 * 2 * 16 * 128 * 2  # the ten full layers alone
     assert window.parts["kv_fixed"] == 52 * 2 * 16 * 128 * 2 * (1024 + 16)
     assert fit("qwen3.5-397b-a17b", "H200", {"tensor-parallel-size": 8, "max-model-len": 8192}).parts["kv_fixed"] > 0
+
+
+def test_where_every_layer_has_a_window_a_sequence_holds_no_more_of_it() -> None:
+    config = json.loads((SHAPES / "llama-3.1-8b.json").read_text())
+    gpu, flags = table.table()["H100-SXM"], {"max-model-len": 8192}
+    shape = shape_of({**config, "model_type": "mistral", "sliding_window": 4096})
+    full = fits(shape_of(config), gpu, ServingConfig("m", {}, flags))
+    for seqs in (32, 128, 1024):
+        found = fits(shape, gpu, ServingConfig("m", {}, {**flags, "max-num-seqs": seqs}))
+        assert found.kv_tokens == pytest.approx(full.kv_tokens, rel=0.02)
+        assert found.parts["kv_held"] == 4096 + 16 and found.parts["sequence"] == (4096 + 16) * 131072
+    assert full.parts["kv_held"] == 8192
 
 
 def test_experts_are_spread_over_data_parallel_ranks() -> None:

@@ -74,6 +74,59 @@ def test_layer_types_in_the_file_win_over_a_pattern() -> None:
     assert {a.kind: a.layers for a in shape_of(config).attention} == {"full": 6, "window": 30}
 
 
+LLAMA = json.loads((SHAPES / "llama-3.1-8b.json").read_text())
+GEMMA_3 = {"model_type": "gemma3_text", "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+           "num_hidden_layers": 62, "num_key_value_heads": 16, "head_dim": 128, "sliding_window": 1024}  # fmt: skip
+# What config.json leaves to the family: total parameters by hand (1e9), layers by kind.
+LEFT_OUT = [
+    ({"model_type": "gemma3", "text_config": GEMMA_3}, 27.01, {"full": 10, "window": 52}),
+    ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560,
+      "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}}, 3.88, {"full": 5, "window": 29}),
+    ({"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "head_dim": 256,
+      "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 256000}, 9.24, {"full": 21, "window": 21}),
+    ({"model_type": "cohere", "hidden_size": 8192, "intermediate_size": 22528, "num_hidden_layers": 40,
+      "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 256000}, 34.98, {"full": 40}),
+    ({"model_type": "llama4", "text_config": {"model_type": "llama4_text", "hidden_size": 5120, "head_dim": 128,
+      "intermediate_size": 8192, "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "num_attention_heads": 40,
+      "num_key_value_heads": 8, "vocab_size": 202048, "num_local_experts": 16, "num_experts_per_tok": 1}},
+     107.77, {"full": 12, "window": 36}),
+    ({"model_type": "hunyuan_v1_moe", "hidden_size": 4096, "intermediate_size": 3072, "num_hidden_layers": 32,
+      "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128167, "tie_word_embeddings": True,
+      "num_experts": 64, "moe_topk": [8] * 32, "moe_intermediate_size": [3072] * 32, "num_shared_expert": [1] * 32},
+     80.40, {"full": 32}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "total", "kinds"), LEFT_OUT, ids=[c["model_type"] for c, _, _ in LEFT_OUT])
+def test_what_a_config_leaves_to_its_family_is_known(config: dict, total: float, kinds: dict[str, int]) -> None:
+    shape = shape_of(config)
+    assert shape.parameters / 1e9 == pytest.approx(total, rel=0.001)
+    assert {a.kind: a.layers for a in shape.attention} == kinds
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"sliding_window": "abc"},
+        {"head_dim": "x"},
+        {"num_key_value_heads": -8},
+        {"hidden_size": 16},  # heads of half an element
+        {"num_experts": [8], "mlp_only_layers": 3},
+        {"text_config": "foo"},
+        {"text_config": [1]},
+        {"quantization_config": {"quant_method": "gptq", "bits": None}},
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": [1]}}},
+    ],
+)
+def test_values_of_another_kind_are_an_architecture_that_is_not_known(odd: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"does not know this architecture: .* The study runs without the model"):
+        shape_of({**LLAMA, **odd})
+
+
+def test_a_checkpoint_in_32_bits_is_served_in_16() -> None:
+    assert from_config({"torch_dtype": "float32"}) == from_config({"torch_dtype": "bfloat16"})
+
+
 @pytest.mark.parametrize(
     ("quantization", "linear", "compute"),
     [
@@ -125,7 +178,7 @@ def test_a_missing_width_is_named(tmp_path: Path) -> None:
         ModelShape.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]"])
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])
 def test_a_broken_config_is_a_usage_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UsageError):

@@ -1,5 +1,7 @@
 """What a study file may say, and the one clear line for everything it may not."""
 
+import json
+
 import pytest
 from ruamel.yaml import YAML
 
@@ -170,3 +172,25 @@ def test_a_grid_of_numbers_is_in_order_however_it_was_written(workplace):
     batch = studyfile.load(write(workplace, text.replace("GRID", grid))).space["batch"]
     assert batch.values == (64, 128, 256)
     assert [dict(emission.flags) for emission in batch.emissions] == [{"b": 64}, {"b": 128}, {}]
+
+
+@pytest.mark.parametrize("text", ["{", "\ufeff{}", "[" * 100_000])
+def test_a_damaged_config_of_the_model_is_named(workplace, text):
+    (workplace / "model" / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"model/config\.json: cannot read the model's config: .*\. Fetch the model's"):
+        studyfile.load(write(workplace, GOOD))
+
+
+@pytest.mark.parametrize(
+    ("more", "quantized"),
+    [
+        ({"quantization_config": None}, False),
+        ({"quantization_config": {"quant_method": "fp8"}}, True),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, True),
+        ({"text_config": "foo"}, False),
+    ],
+)
+def test_a_model_is_quantized_where_its_config_says_how(workplace, more, quantized):
+    path = workplace / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    assert studyfile.load(write(workplace, GOOD.replace("emulator", "vllm"))).space.facts["quantized"] is quantized

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ class Fit:
     """Whether a config fits. ``kv_tokens`` is the room for the KV cache in tokens of one replica's data-parallel rank;
     ``short_bytes`` what is missing per GPU (0 where it fits); ``reason`` says so in words; ``parts`` are bytes per GPU:
     ``memory``, ``weights``, ``activations``, ``graphs``, ``context``, ``kv``, ``kv_asked`` (0: the server takes what is
-    left), and ``kv_per_token``."""
+    left), and ``kv_per_token``; ``kv_held`` is how many tokens a sequence holds at most."""
 
     fits: bool
     kv_tokens: float
@@ -75,7 +76,7 @@ def fits_settings(
     parts = _parts(shape, hardware, settings, learned, draft)
     used = parts["weights"] + parts["activations"] + parts["graphs"] + parts["context"]
     per_token, fixed = parts["kv_per_token"], parts["kv_fixed"]
-    sequence = per_token * settings.max_model_len + fixed
+    sequence = parts["sequence"]
     room = parts["memory"] - used if settings.kv_bytes is None else settings.kv_bytes
     if hardware.kind == "cpu" and settings.kv_bytes is not None:
         spare = parts["memory"] - used - settings.kv_bytes
@@ -145,12 +146,14 @@ def _parts(
         + shape.embedding_weights * p.embedding_bits / 8 / settings.tp
     ) * learned.weights_share
     kv_per_token, kv_fixed = _cache(shape, settings)
+    held = min(_held(shape, settings), settings.max_model_len)
     method = settings.speculation.method if settings.speculation else ""
     if method == "draft_model" and draft is not None:  # has a cache of its own, and is not quantized with the target
         words = draft.linear_weights + draft.expert_weights + draft.embedding_weights
         weights += words * p.embedding_bits / 8 / settings.tp
         own_per_token, own_fixed = _cache(draft, settings)
         kv_per_token, kv_fixed = kv_per_token + own_per_token, kv_fixed + own_fixed
+        held = max(held, min(_held(draft, settings), settings.max_model_len))
     elif method == "draft_model":
         weights *= 1.1
     elif method in ("eagle", "mtp"):  # one more layer
@@ -180,20 +183,33 @@ def _parts(
         "kv": 0.0,
         "kv_per_token": kv_per_token,
         "kv_fixed": kv_fixed,
-        "sequence": kv_per_token * settings.max_model_len + kv_fixed,
+        "kv_held": held,
+        "sequence": kv_per_token * held + kv_fixed,
     }
 
 
 def _cache(shape: ModelShape, settings: Settings) -> tuple[float, float]:
-    """Bytes of KV cache on each GPU: per token, and per sequence whatever its length."""
+    """Bytes of KV cache on each GPU: per token, and per sequence whatever its length. Windows beside layers that keep
+    every token are the latter; where no layer keeps more, they are counted by the token (:func:`_held`)."""
     per_token = fixed = 0.0
+    apart = math.isinf(_held(shape, settings))
     for a in shape.attention:
         split = min(settings.tp, a.kv_heads) * settings.pp
         token = a.layers * a.cache * settings.precision.kv_bits / 8 / split
-        per_token += 0.0 if a.kind == "window" else token
-        fixed += token * min(a.window + settings.block_size, settings.max_model_len) if a.kind == "window" else 0.0
+        if a.kind == "window" and apart:
+            fixed += token * min(a.window + settings.block_size, settings.max_model_len)
+        else:
+            per_token += token
         fixed += a.layers * a.state * 2.0 / settings.tp / settings.pp
     return per_token, fixed
+
+
+def _held(shape: ModelShape, settings: Settings) -> float:
+    """How many tokens of a sequence the cache holds at most: all (inf), or those of the longest window where every
+    layer has one."""
+    kept = [a for a in shape.attention if a.cache]
+    windowed = kept and all(a.kind == "window" for a in kept)
+    return max(a.window for a in kept) + settings.block_size if windowed else math.inf
 
 
 def _impossible(shape: ModelShape, settings: Settings) -> str:

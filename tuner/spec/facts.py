@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tuner.errors import UsageError
 from tuner.server.gpu import Gpus
 
 FACTS: Mapping[str, str] = {
@@ -42,7 +43,8 @@ def of_model(model: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """Facts from the model folder's ``config.json``; fewer where the model is an id that is not on this machine."""
     facts: dict[str, Any] = {"dummy_weights": args.get("load-format") == "dummy"}
     config = model_config(model)
-    text = config.get("text_config") or config
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) and nested else config
     names = {
         "num_heads": ("num_attention_heads", "n_head"),
         "num_kv_heads": ("num_key_value_heads", "num_attention_heads", "n_head"),
@@ -58,7 +60,7 @@ def of_model(model: str, args: Mapping[str, Any]) -> dict[str, Any]:
             facts[fact] = value
     if config:
         facts["moe"] = facts.get("num_experts", 0) > 1
-        facts["quantized"] = "quantization_config" in config
+        facts["quantized"] = bool(config.get("quantization_config") or text.get("quantization_config"))
     for name in ("max-model-len", "context-length"):  # vLLM's name and SGLang's
         if isinstance(args.get(name), int):
             facts["max_model_len"] = args[name]
@@ -66,7 +68,8 @@ def of_model(model: str, args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """The model's ``config.json``: from its folder, or from the local Hugging Face cache; empty where there is none."""
+    """The model's ``config.json``: from its folder, or from the local Hugging Face cache; empty where there is none.
+    Raises UsageError where it cannot be read."""
     path = Path(model) / "config.json"
     if not path.is_file():
         cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub"))
@@ -74,7 +77,12 @@ def model_config(model: str) -> dict[str, Any]:
         path = next(iter(sorted(found)), path)
     if not path.is_file():
         return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"cannot read the model's config: {error}", where=str(path), fix="Fetch the model's files again"
+        ) from error
     return data if isinstance(data, dict) else {}
 
 

@@ -28,27 +28,55 @@ _KERNELS_SHARED = 4  # gate and up, activation, down, add
 _REFUSED = ("encoder_decoder", "t5", "bert", "whisper", "bart", "clip", "mamba", "rwkv", "xlstm")
 
 
+# What a family's config class in transformers (configuration_<family>.py) assumes where config.json says nothing: a
+# tied head, one full layer in every so many, sizes. The shared expert of Llama 4 has no key (modeling_llama4.py).
+_TIED = {"tie_word_embeddings": True}
+_ABSENT: Mapping[str, Mapping[str, Any]] = {
+    **{family: _TIED for family in ("gemma", "cohere", "falcon", "gpt2", "gpt_bigcode", "opt", "starcoder2")},
+    "gemma2": {**_TIED, "sliding_window": 4096, "sliding_window_pattern": 2},
+    "gemma3_text": {
+        **_TIED,
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "max_position_embeddings": 131072,
+    },
+    "cohere2": {**_TIED, "sliding_window": 4096, "sliding_window_pattern": 4},
+    "llama4_text": {"n_shared_experts": 1, "attention_chunk_size": 8192, "sliding_window_pattern": 4},
+}
+
+
 def shape_of(config: Mapping[str, Any], name: str = "", where: str = "") -> ModelShape:
     """Reads a config.json's content. Raises :class:`UsageError` for an architecture it does not know, with what is
     missing."""
+    try:
+        return _shape(config, name, where)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _unknown(f"config.json has a value of another kind than expected ({error})", where) from error
+
+
+def _shape(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
     text: Mapping[str, Any] = config.get("text_config") or config.get("llm_config") or config
     kind = str(text.get("model_type") or config.get("model_type") or "")
+    tied = config.get("tie_word_embeddings", _ABSENT.get(kind, {}).get("tie_word_embeddings", False))
+    text = {**_ABSENT.get(kind, {}), "tie_word_embeddings": tied, **text}
     if text.get("is_encoder_decoder") or any(kind.startswith(word) for word in _REFUSED):
         raise _unknown(f"{kind or 'this model'} is not a decoder with attention and feed-forward layers", where)
     hidden = _int(text, where, "hidden_size", "n_embd", "d_model")
     layers = _int(text, where, "num_hidden_layers", "n_layer", "num_layers")
     heads = _int(text, where, "num_attention_heads", "n_head", "num_heads")
     vocab = _int(text, where, "vocab_size")
-    kv_heads = int(text.get("num_key_value_heads") or text.get("multi_query_group_num") or (
-        1 if text.get("multi_query") else heads
-    ))  # fmt: skip
+    kv_heads = _most(text, "num_key_value_heads", "multi_query_group_num") or (1 if text.get("multi_query") else heads)
     own = precision.from_config(config)
     return ModelShape(
         name=name or str(config.get("_name_or_path", "")) or kind,
         hidden=hidden,
         vocab=vocab,
-        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-        attention=_attention(text, hidden, layers, heads, kv_heads),
+        tied=bool(text["tie_word_embeddings"]),
+        attention=_attention(text, hidden, layers, heads, kv_heads, where),
         ffn=_feed_forward(text, hidden, layers, where),
         precision=own,
         heads=heads,
@@ -57,10 +85,14 @@ def shape_of(config: Mapping[str, Any], name: str = "", where: str = "") -> Mode
     )
 
 
-def _attention(text: Mapping[str, Any], hidden: int, layers: int, heads: int, kv_heads: int) -> tuple[Attention, ...]:
+def _attention(
+    text: Mapping[str, Any], hidden: int, layers: int, heads: int, kv_heads: int, where: str
+) -> tuple[Attention, ...]:
     if text.get("kv_lora_rank"):
         return (_mla(text, hidden, layers, heads),)
-    head = int(text.get("head_dim") or hidden // heads)
+    head = _most(text, "head_dim") or hidden // heads
+    if min(head, kv_heads) < 1:
+        raise _unknown(f"{kv_heads} KV heads of {head} elements", where)
     gate = heads * head if text.get("attn_output_gate") else 0  # Qwen3-Next and later: a gate as wide as the queries
     weights = hidden * head * (2 * heads + 2 * kv_heads) + hidden * gate
     qk_norm = str(text.get("model_type", "")).startswith(("qwen3", "minimax", "gemma3", "olmo"))
@@ -144,18 +176,19 @@ def _mla(text: Mapping[str, Any], hidden: int, layers: int, heads: int) -> Atten
 
 
 def _feed_forward(text: Mapping[str, Any], hidden: int, layers: int, where: str) -> tuple[FeedForward, ...]:
-    experts = int(text.get("n_routed_experts") or text.get("num_local_experts") or text.get("num_experts") or 0)
-    matrices = (
-        2 if str(text.get("model_type", "")) in ("gpt2", "gpt_neox", "opt", "falcon", "phi", "gpt_bigcode") else 3
-    )
+    experts = _most(text, "n_routed_experts", "num_local_experts", "num_experts")
+    two = ("gpt2", "gpt_neox", "opt", "falcon", "phi", "gpt_bigcode", "starcoder2")
+    matrices = 2 if str(text.get("model_type", "")) in two else 3
     if experts < 2:
         inner = _int(text, where, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
         return (FeedForward(layers, float(matrices * hidden * inner), kernels=_KERNELS_DENSE),)
-    inner = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0)
-    top_k = int(text.get("num_experts_per_tok") or text.get("moe_topk") or text.get("num_experts_per_token") or 0)
-    if not inner or not top_k:
+    inner = _most(text, "moe_intermediate_size", "intermediate_size")
+    top_k = _most(text, "num_experts_per_tok", "moe_topk", "num_experts_per_token")
+    if inner < 1 or top_k < 1:
         raise _unknown("a mixture of experts without moe_intermediate_size or num_experts_per_tok", where)
-    shared = int(text.get("shared_expert_intermediate_size") or 0) or inner * int(text.get("n_shared_experts") or 0)
+    shared = _most(text, "shared_expert_intermediate_size") or inner * _most(
+        text, "n_shared_experts", "num_shared_expert"
+    )
     step = max(int(text.get("decoder_sparse_step") or text.get("interleave_moe_layer_step") or 1), 1)
     listed = text.get("mlp_only_layers") or ()
     first = int(text.get("first_k_dense_replace") or 0)
@@ -175,6 +208,12 @@ def _int(text: Mapping[str, Any], where: str, *keys: str) -> int:
         if isinstance(text.get(key), int) and text[key] > 0:
             return int(text[key])
     raise _unknown(f"config.json has no {' or '.join(keys)}", where)
+
+
+def _most(text: Mapping[str, Any], *keys: str) -> int:
+    """The first of ``keys`` that says something, the most of any layer where it lists them; else 0."""
+    value = next((text[key] for key in keys if text.get(key)), 0)
+    return int(max(value) if isinstance(value, list) else value)
 
 
 def _unknown(what: str, where: str) -> UsageError:

@@ -95,7 +95,7 @@ def _steady(
     lanes = s.dp * s.pp
     clients = clients / lanes
     context = isl + osl / 2
-    slots = max(min(s.max_seqs, fit.kv_tokens / context) / s.pp, 1.0)
+    slots = max(min(s.max_seqs, fit.kv_tokens / min(context, fit.parts["kv_held"])) / s.pp, 1.0)
     decode_tokens = max(osl - 1.0, 1.0)
     running = min(clients, slots)
     ttft = tpot = inside = 0.0

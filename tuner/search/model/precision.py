@@ -72,11 +72,10 @@ def apply(base: Precision, method: str, *, experts_only: bool = False) -> Precis
 
 
 def from_config(config: Mapping[str, Any]) -> Precision:
-    """The precision a checkpoint comes in: its dtype and its ``quantization_config``."""
+    """The precision a checkpoint is served in: what its ``quantization_config`` says, else 16 bits, also where it comes
+    in 32 (``--dtype auto`` of vLLM and SGLang: "FP16 precision for FP32 and FP16 models")."""
     text = config.get("text_config") or config
-    dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "bfloat16")
-    wide = 32.0 if "float32" in dtype else 16.0
-    base = Precision(wide, wide, wide, "fp32" if wide == 32 else "bf16", "fp32" if wide == 32 else "bf16")
+    base = Precision()
     quant = config.get("quantization_config") or text.get("quantization_config")
     if not isinstance(quant, Mapping):
         return base

@@ -162,7 +162,8 @@ class AnalyticModel:
         fresh = np.maximum(work.inputs - cached, 1.0)
         stay = work.outputs / work.outputs.sum()  # a request is in the batch as long as it has tokens to say
         context = float(((work.inputs + work.outputs / 2) * stay).sum())
-        slots = max(min(settings.max_seqs, fit.kv_tokens / (context + settings.block_size / 2)), 1.0)
+        held = min(context, fit.parts["kv_held"])
+        slots = max(min(settings.max_seqs, fit.kv_tokens / (held + settings.block_size / 2)), 1.0)
         batch = np.geomspace(1.0, max(slots, 1.0 + 1e-6), 8)
         decode = np.array([self._token_s(step, settings, b, context) for b in batch])
         middle = float(np.sqrt(batch[-1]))

@@ -126,7 +126,7 @@ class ModelShape:
                 where=str(file),
                 fix="Give the model's local folder, or study it without the analytic model",
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"cannot read the model's config: {error}", where=str(file)) from None
         if not isinstance(data, dict):
             raise UsageError("the model's config is not a mapping", where=str(file))
