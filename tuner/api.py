@@ -60,7 +60,8 @@ class AskTell:
         book = session.book(ready, self.store, peers)
         self._queue = Queue(study, self.store, book, ready.unfit, ready.predicted, peers)
         self._queue.over = self._over
-        self._asked_s: dict[int, float] = {}  # what runs, since when (monotonic)
+        # asked and not told yet: number to the config's hash, and when (monotonic)
+        self._open: dict[int, tuple[str, float]] = {}
         return self
 
     def __exit__(
@@ -70,18 +71,22 @@ class AskTell:
 
     def ask(self) -> Proposal | None:
         """The next configuration to measure; None once the budget is spent or the space is exhausted."""
-        proposal = None if self._over(len(self._asked_s)) else self._queue.propose()
+        proposal = None if self._over(len(self._open)) else self._queue.propose()
         if proposal is not None:
-            self._asked_s[proposal.number] = time.monotonic()
+            self._open[proposal.number] = (proposal.config.hash, time.monotonic())
         return proposal
 
     def tell(self, proposal: Proposal, outcome: Outcome | Refused | Mapping[float, Mapping[str, float]]) -> None:
-        """What came of it: an outcome, ``tuner.Infeasible(reason)``, or metrics by load.
+        """What came of it, once: an outcome, ``tuner.Infeasible(reason)``, or metrics by load.
 
         Metrics have the names of :class:`tuner.study.outcome.Step`, latencies in seconds. A cost is added from the
-        goodput where none is given, and the goodput from the output; UsageError where there is none of the three, and
-        for what is no number. An SLO whose metric is absent counts as missed.
+        goodput where none is given, and the goodput from the output; UsageError where there is none of the three,
+        where the objective's latency is absent, for what is no number, and for a proposal that was told already or
+        asked by another session. An SLO whose metric is absent counts as missed.
         """
+        if self._open.get(proposal.number, ("",))[0] != proposal.config.hash:
+            what = f"proposal {proposal.number} was told already, or was not asked in this session"
+            raise UsageError(what, fix="tell each proposal of ask() once")
         if isinstance(outcome, Refused):
             outcome = Infeasible("infeasible", outcome.reason)
         elif isinstance(outcome, Mapping):
@@ -93,8 +98,8 @@ class AskTell:
             raise UsageError(
                 f"{type(outcome).__name__} is no outcome", fix="tell {load: metrics}, or tuner.Infeasible(reason)"
             )
-        now_s = time.monotonic()
-        self.store.end_trial(proposal.number, outcome, now_s - self._asked_s.pop(proposal.number, now_s))
+        _, asked_s = self._open.pop(proposal.number)
+        self.store.end_trial(proposal.number, outcome, time.monotonic() - asked_s)
         self._queue.tell(proposal, outcome, again=False)
 
     def front(self) -> list[Point]:
@@ -116,6 +121,6 @@ class AskTell:
             load = math.nan
         if not 0 < load < math.inf:
             raise UsageError("a load is a number above zero", fix="tell {1.0: metrics, 2.0: metrics}")
-        known = checked(metrics, "the evaluation")
+        known = checked(metrics, "the evaluation", (self.study.objective.latency_key,))
         misses = tuple(miss for slo in self.study.objective.slos if (miss := slo.miss(known)))
         return priced(Step(load, "told", known, slo_misses=misses), proposal.config, self.study.objective)

@@ -90,6 +90,11 @@ GOOD = {"tpot_p99_s": 0.01, "output_tokens_per_s": 900.0}
         ({1.0: {**GOOD, "tpot_p99_s": math.nan}}, "tpot_p99_s=nan"),
         ({1.0: {**GOOD, "note": "hello"}}, "note='hello', which is not a number"),
         ({1.0: {**GOOD, "error_rate": None}}, "error_rate=None, which is not a number"),
+        (
+            {1.0: {"tpot_p99": 0.01, "output_tokens_per_s": 900.0}},
+            "did not return tpot_p99_s, which the objective needs",
+        ),
+        ({1.0: {**GOOD, "error_rate": 1.5}}, "error_rate=1.5, which is a share: 1 at most"),
         ({1.0: 5}, "not a mapping of metrics"),
         ({"often": GOOD}, "a load is a number above zero"),
         ({0: GOOD}, "a load is a number above zero"),
@@ -106,6 +111,20 @@ def test_what_is_no_outcome_is_refused_before_anything_is_written(study, told, s
         search.tell(proposal, {1.0: GOOD})
     with AskTell(study) as search:  # the folder is as good as ever
         assert search.ask().number == 1
+
+
+def test_a_proposal_is_told_once_and_the_budget_ends(study):
+    with AskTell(study) as search:
+        asked = []
+        while (proposal := search.ask()) is not None and len(asked) < 20:
+            asked.append(proposal)
+            search.tell(proposal, {1.0: GOOD})
+            with pytest.raises(UsageError, match=f"proposal {proposal.number} was told already"):
+                search.tell(proposal, {1.0: {**GOOD, "output_tokens_per_s": 9.0}})
+        assert len(asked) == 6
+        assert all(t.outcome.steps[0].metrics["output_tokens_per_s"] == 900.0 for t in search.store.trials())
+    with AskTell({**study, "name": "other"}) as search, pytest.raises(UsageError, match="not asked in this session"):
+        search.tell(asked[0], {1.0: GOOD})
 
 
 def test_numbers_of_any_kind_are_numbers(study):
