@@ -33,6 +33,7 @@ from tuner.spec import studyfile
         ("objective: chat", f"objective: {'z' * 300}", "no objective named"),
         ("vllm/quick", "q" * 300, "no search space named"),
         ("{launches: 5}", "-3", "bad budget '-3'"),
+        ("", "warm_start: [../gone]\n", ":9: warm_start: no study in ../gone"),
     ],
 )
 def test_what_would_spoil_a_study_is_refused_with_its_place(workplace, old, new, says):
@@ -51,7 +52,8 @@ def test_a_study_that_was_begun_with_all_warm_up_can_still_be_read(workplace, tm
     folder = tmp_path / "begun"
     folder.mkdir()
     with (folder / "study.yaml").open("w") as file:
-        YAML().dump({**study.frozen, "load": {**study.frozen["load"], "warmup": "1min"}}, file)
+        load = {**study.frozen["load"], "warmup": "1min"}
+        YAML().dump({**study.frozen, "load": load, "warm_start": ["gone"]}, file)
     assert studyfile.load(folder).load.warmup_s == 60
 
 

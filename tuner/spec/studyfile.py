@@ -72,6 +72,9 @@ def resolve(document: Document, beside: Path) -> Study:
         raise document.error(f"bad study name {name!r}", ("name",), "use letters, digits, '.', '_' and '-'")
     folder = str(beside) if frozen else str(Path(file.reports) / name)
     warmup_s = _seconds(file.load.warmup, document, ("load", "warmup"), zero=True)
+    for index, earlier in enumerate(() if document.begun else file.warm_start):
+        if not (base / earlier / "study.yaml").is_file():
+            raise document.error(f"warm_start: no study in {earlier}", ("warm_start", index), "name a study folder")
     if trace.file and warmup_s >= trace.window_s and not document.begun:
         raise document.error(
             f"the warm-up ({warmup_s:g} s) leaves nothing of a window of {trace.window_s:g} s",
