@@ -67,6 +67,20 @@ def test_the_rungs_lie_around_the_capacity_and_none_above_what_the_trace_holds()
     assert ladder.rungs(4, 5) == (2.0, 2.8, 4.0)
 
 
+@given(st.floats(2**-8, 2**8), st.floats(1, 3))
+def test_the_defaults_own_capacity_is_a_rung(capacity, more):
+    top = capacity * more
+    found = ladder.rungs(capacity, top)
+    assert any(load == pytest.approx(capacity, rel=0.051) for load in found) and max(found) <= top
+
+
+@pytest.mark.parametrize(
+    ("top", "expected"), [(10.7462, (5.4, 7.5, 10.7)), (10.4, (5.2, 7.3, 10.0)), (1.96, (0.98, 1.4, 1.96))]
+)
+def test_a_ladder_that_the_trace_limits_ends_at_what_it_fills(top, expected):
+    assert ladder.rungs(top, top) == expected
+
+
 def test_one_launch_of_the_default_settles_the_ladder_and_a_resumed_study_keeps_it(runner):
     engine = Limited(0.25)
     study = settle(runner, engine)

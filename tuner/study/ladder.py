@@ -8,6 +8,7 @@ same loads.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +53,9 @@ def settled(
     except Cancelled:
         return study
     found = rungs(capacity, top)
-    on_event("say", {"text": f"The default holds its SLOs up to load {capacity:.3g}; the ladder is {_words(found)}."})
+    most = f" (the trace fills no more than {top:.3g})" if max(SHAPE) * capacity > top else ""
+    text = f"The default holds its SLOs up to load {capacity:.3g}{most}; the ladder is {_words(found)}."
+    on_event("say", {"text": text})
     store.log("ladder", capacity=capacity, ladder=found)
     return _freeze(replace(study, load=replace(study.load, ladder=found, auto=False)), store)
 
@@ -62,9 +65,13 @@ class Unsettled(Exception):
 
 
 def rungs(capacity: float, top: float) -> tuple[float, ...]:
-    """The ladder around a capacity: :data:`SHAPE`, two digits each, none above ``top``."""
-    found = {float(f"{share * capacity:.2g}") for share in SHAPE}
-    return tuple(sorted(load for load in found if load <= top)) or (float(f"{top:.2g}"),)
+    """The ladder around a capacity: :data:`SHAPE`, two digits each, none above ``top``; the capacity itself is one, to
+    three digits where two are more than ``top``."""
+    found = {load for share in SHAPE if (load := float(f"{share * capacity:.2g}")) <= top}
+    if float(f"{capacity:.2g}") > top:
+        step = 10.0 ** (math.floor(math.log10(top)) - 2)
+        found.add(float(f"{math.floor(top / step) * step:.3g}"))
+    return tuple(sorted(found))
 
 
 def bracket(holds: Callable[[float], bool], top: float, lowest: float = LOWEST) -> float:
