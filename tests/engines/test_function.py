@@ -133,7 +133,10 @@ def test_the_callable_may_change_its_dictionary_and_import_its_neighbours(tmp_pa
     assert CONFIG.params == {"batch": 64, "cache": "fp8"}
 
 
-@pytest.mark.parametrize("leaves", ["import sys; sys.exit(0)", "raise GeneratorExit"])
+NO_TEXT = "class Odd(Exception):\n        def __str__(self): raise ValueError('no text')\n    raise Odd"
+
+
+@pytest.mark.parametrize("leaves", ["import sys; sys.exit(0)", "raise GeneratorExit", NO_TEXT])
 def test_a_callable_that_leaves_has_crashed(leaves: str, tmp_path: Path, site: Site) -> None:
     with pytest.raises(LaunchFailed) as failure:
         measure(engine(tmp_path, leaves), site)
@@ -169,6 +172,8 @@ def test_a_target_that_leaves_while_it_is_imported_is_refused(tmp_path: Path) ->
 
 UNREADABLE = "class Odd(dict):\n        def items(self): raise KeyError('gone')\n    return Odd()"
 
+NO_NUMBER = "class Odd:\n        __float__ = __repr__ = lambda self: {}['x']\n    return {'tpot_p99_s': Odd()}"
+
 
 @pytest.mark.parametrize(
     ("body", "says"),
@@ -177,6 +182,8 @@ UNREADABLE = "class Odd(dict):\n        def items(self): raise KeyError('gone')\
         (UNREADABLE, "returned a mapping that cannot be read: .*gone"),
         ("return {'tpot_p99_s': -0.02}", "returned tpot_p99_s=-0.02, which cannot be negative"),
         ("return {'cost_usd_per_mtok_output': -1}", "returned cost_usd_per_mtok_output=-1, which cannot be negative"),
+        ("return {'error_rate': 1.5}", "returned error_rate=1.5, which is a share: 1 at most"),
+        (NO_NUMBER, r"returned tpot_p99_s=\(Odd without a text: KeyError\), which is not a number"),
         ("return {'error_rate': -0.1}", "returned error_rate=-0.1, which cannot be negative"),
     ],
 )

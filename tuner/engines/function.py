@@ -143,14 +143,16 @@ def checked(answer: Any, target: str, required: Sequence[str] = ()) -> dict[str,
     for name, value in pairs:
         try:
             metrics[name] = float(value)
-        except (TypeError, ValueError):
-            raise UsageError(f"{target} returned {name}={value!r}, which is not a number") from None
         except OverflowError:
             raise UsageError(f"{target} returned a {name} that is too large for a number") from None
+        except Exception:
+            raise UsageError(f"{target} returned {name}={_text(value, repr)}, which is not a number") from None
         if math.isnan(metrics[name]):
             raise UsageError(f"{target} returned {name}=nan", fix="leave out what was not measured")
         if metrics[name] < 0 and _NEVER_NEGATIVE.match(name):
             raise UsageError(f"{target} returned {name}={metrics[name]:g}, which cannot be negative")
+        if name == "error_rate" and metrics[name] > 1:
+            raise UsageError(f"{target} returned {name}={metrics[name]:g}, which is a share: 1 at most")
     missing = [name for name in required if name not in metrics]
     if missing:
         raise UsageError(
@@ -226,7 +228,7 @@ def _from_file(path: Path) -> ModuleType:
 def _crash(error: BaseException) -> Infeasible:
     return Infeasible(
         "crash",
-        encodable(f"the function raised {type(error).__name__}: {error}"),
+        encodable(f"the function raised {type(error).__name__}: {_text(error)}"),
         evidence=raised_in(error),
         fix="correct the function, or raise tuner.Infeasible(reason) for what cannot serve",
         stage="under load",
@@ -241,4 +243,12 @@ def raised_in(error: BaseException) -> str:
     """``file:line: Kind: text`` of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     at = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-    return encodable(f"{at}{type(error).__name__}: {error}")
+    return encodable(f"{at}{type(error).__name__}: {_text(error)}")
+
+
+def _text(value: object, of: Callable[[object], str] = str) -> str:
+    """``value`` as text; it is the user's, and may have none."""
+    try:
+        return of(value)
+    except Exception as error:
+        return f"({type(value).__name__} without a text: {type(error).__name__})"
