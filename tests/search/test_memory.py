@@ -148,6 +148,14 @@ def test_a_cache_of_the_size_that_was_asked_for_teaches_nothing_about_what_is_le
     assert correct(found, {"kv_cache_tokens": found.kv_tokens / 2}) == MemoryCorrection()
 
 
+def test_a_cache_larger_than_the_gpu_is_refused() -> None:
+    flags = {"max-model-len": 8192, "gpu-memory-utilization": 0.5}
+    assert fit("llama-3.1-8b", "H100-SXM", {**flags, "kv-cache-memory-bytes": 50 * GIB}).fits  # which sets no share
+    found = fit("llama-3.1-8b", "H100-SXM", {**flags, "kv-cache-memory-bytes": 500 * GIB})
+    assert not found.fits and "the KV cache that kv-cache-memory-bytes asks for" in found.reason
+    assert found.short_bytes / GIB == pytest.approx(500 + 18 - 80, abs=2)
+
+
 def test_the_cache_of_a_server_told_to_compute_in_float32_is_twice_as_large() -> None:
     wide = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192, "dtype": "float32"})
     narrow = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192, "dtype": "bfloat16"})

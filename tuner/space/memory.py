@@ -78,10 +78,11 @@ def fits_settings(
     per_token, fixed = parts["kv_per_token"], parts["kv_fixed"]
     sequence = parts["sequence"]
     room = parts["memory"] - used if settings.kv_bytes is None else settings.kv_bytes
-    if hardware.kind == "cpu" and settings.kv_bytes is not None:
+    if settings.kv_bytes is not None:
         spare = parts["memory"] - used - settings.kv_bytes
         if spare < 0:
-            return _short(-spare, parts, hardware, settings, "the KV cache that VLLM_CPU_KVCACHE_SPACE asks for")
+            name = "VLLM_CPU_KVCACHE_SPACE" if hardware.kind == "cpu" else "kv-cache-memory-bytes"
+            return _short(-spare, parts, hardware, settings, f"the KV cache that {name} asks for")
     parts = {**parts, "kv": max(room, 0.0), "kv_asked": float(settings.kv_bytes or 0)}
     if room < sequence:
         what = "any KV cache" if room <= 0 else f"one sequence of {settings.max_model_len:,} tokens"
@@ -173,7 +174,7 @@ def _parts(
         if settings.eager or on_cpu or settings.engine == "sglang"
         else _GRAPH_BYTES + shape.layers / settings.pp * _GRAPH_BYTES_PER_LAYER
     )
-    share = 1.0 if on_cpu and settings.kv_bytes is not None else settings.memory_share
+    share = 1.0 if settings.kv_bytes is not None else settings.memory_share  # a cache of a stated size is not a rest
     return {
         "memory": hardware.memory_bytes / (settings.tp * settings.pp * settings.dp if on_cpu else 1) * share,
         "weights": weights,
@@ -231,7 +232,7 @@ def _short(short: float, parts: Mapping[str, float], hardware: Hardware, setting
         for name in ("weights", "activations", "graphs", "context")
         if parts[name]
     )
-    share = f" x {settings.memory_share:g}" if hardware.kind != "cpu" or settings.kv_bytes is None else ""
+    share = f" x {settings.memory_share:g}" if settings.kv_bytes is None else ""
     over = f" on each of {settings.gpus} GPUs" if settings.gpus > 1 and hardware.kind != "cpu" else ""
     reason = (
         f"{used} and {what} do not fit {hardware.memory_bytes / _GIB:.0f} GiB{share}{over}: "
