@@ -30,6 +30,8 @@ GIB = 2**30
         ("NVIDIA L4", "L4"),  # not L40
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 3090", "RTX-3090"),
+        ("NVIDIA RTX A6000", "RTX-A6000"),  # not the Ada one
         ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
         ("NVIDIA GB200", "GB200"),
@@ -56,6 +58,7 @@ def test_every_row_cites_its_source_and_is_plausible() -> None:
         if row.kind == "gpu":
             # operations per byte lie in one decade for every GPU of these years: a slipped power of ten would not
             assert 30 < row.flops["bf16"] / row.bandwidth_bytes_per_s < 600, row.name
+            assert row.name.startswith("MI") or 7 <= row.capability <= 12, row.name  # else no rule about it applies
             assert all(rate >= row.flops["bf16"] for rate in row.flops.values()), row.name
 
 

@@ -14,7 +14,8 @@ from tuner.spec.facts import cpu_flags
 
 _TABLE = Path(__file__).with_name("gpus.yaml")
 _NEEDED = frozenset({"name", "memory_gib", "bandwidth", "tflops", "source"})
-_KEYS = _NEEDED | {"match", "kind", "bandwidth_limit", "link", "link_latency_us", "op_us", "unpack_gweights", "price"}
+_KEYS = _NEEDED | {"match", "kind", "capability", "bandwidth_limit", "link", "link_latency_us", "op_us", "price"}
+_KEYS |= {"unpack_gweights"}
 _FORMATS = frozenset({"bf16", "fp8", "int8", "fp4", "fp32"})
 
 
@@ -26,7 +27,8 @@ class Hardware:
     (:meth:`rate`). ``link_bytes_per_s`` is one direction to the node's other GPUs. ``op_s`` is the cost of one
     operation where the hardware (a CPU) has its own; None: the model's kernel time. ``unpack_weights_per_s``: how many
     weights of a weight-only quantization it widens per second, where that is not hidden behind the reading; 0: it is.
-    ``price_usd_per_hour`` is per GPU, or per server. ``source`` names the data sheet.
+    ``price_usd_per_hour`` is per GPU, or per server. ``source`` names the data sheet; ``capability`` is CUDA's compute
+    capability, 0 where there is none.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Hardware:
     op_s: float | None = None
     unpack_weights_per_s: float = 0.0
     cores: int = 0
+    capability: float = 0.0
     match: tuple[str, ...] = ()
     source: str = ""
     bandwidth_limit: float = field(default=float("inf"), repr=False)
@@ -184,6 +187,7 @@ def _row(entry: Any, where: str) -> Hardware:
             kind=str(entry.get("kind", "gpu")),
             op_s=float(entry["op_us"]) * 1e-6 if "op_us" in entry else None,
             unpack_weights_per_s=float(entry.get("unpack_gweights", 0.0)) * 1e9,
+            capability=float(entry.get("capability", 0.0)),
             match=tuple(str(word) for word in entry.get("match", ())),
             source=str(entry["source"]),
             bandwidth_limit=float(entry.get("bandwidth_limit", float("inf"))) * 1e9,

@@ -125,14 +125,3 @@ def of_gpus() -> dict[str, Any]:
         return {}
     capability = gpus.compute_capability(mine[0])
     return {"gpus": len(mine)} | ({"compute_capability": capability} if capability else {})
-
-
-#: CUDA compute capability by the start of the hardware table's name (NVIDIA's list "CUDA GPU Compute Capability").
-_CAPABILITY = {"A100": 8.0, "A10": 8.6, "L40": 8.9, "L4": 8.9, "H": 9.0, "B200": 10.0, "GB200": 10.0}
-_CAPABILITY |= {"RTX-5090": 12.0, "RTX-4090": 8.9, "RTX-6000-Ada": 8.9}
-
-
-def compute_capability(name: str) -> float | None:
-    """The compute capability of a row of the hardware table; None where it is not an NVIDIA GPU that we know."""
-    fitting = [prefix for prefix in _CAPABILITY if name.startswith(prefix)]
-    return _CAPABILITY[max(fitting, key=len)] if fitting else None

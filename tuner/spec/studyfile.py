@@ -304,7 +304,7 @@ def gpu_facts(
     gpus = here.get("gpus", 1) if file.gpus == "auto" else int(file.gpus)
     if gpus < 1:
         raise document.error(f"hardware.gpus must be at least 1, not {gpus}", ("hardware", "gpus"))
-    capability = facts_.compute_capability(row.name) if wanted != "auto" else here.get("compute_capability")
+    capability = row.capability if wanted != "auto" else here.get("compute_capability")
     known = {"compute_capability": capability} if capability else {}
     memory_gib = round(row.memory_bytes / 2**30, 1)
     return {"platform": "cuda", "gpus": gpus, "gpu_name": row.name, "gpu_memory_gib": memory_gib, **known}
@@ -426,6 +426,10 @@ def differences(before: Study, now: Study) -> list[str]:
     if now.load.auto and "ladder" in before.frozen["frozen"]:
         now = replace(now, load=replace(now.load, ladder=before.load.ladder, auto=False))
     now = replace(now, trace=replace(now.trace, heldout_windows=before.trace.heldout_windows))
-    host = {fact: before.space.facts[fact] for fact in ("cpu_cores", "memory_gib") if fact in before.space.facts}
-    now = replace(now, space=replace(now.space, facts={**now.space.facts, **host}))
+    known = before.space.facts
+    host = {fact: known[fact] for fact in ("cpu_cores", "memory_gib") if fact in known}
+    facts = {**now.space.facts, **host}
+    if "compute_capability" not in known:  # as earlier versions froze it for some rows of the hardware table
+        facts.pop("compute_capability", None)
+    now = replace(now, space=replace(now.space, facts=facts))
     return [part for part in parts if getattr(before, part) != getattr(now, part)]
