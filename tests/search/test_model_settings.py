@@ -94,6 +94,26 @@ def test_a_stated_acceptance_is_believed() -> None:
     assert found is not None and found.method == "eagle" and found.per_step == 2.5
 
 
+@pytest.mark.parametrize(
+    ("flags", "method", "tokens"),
+    [
+        ({"speculative-algorithm": "NGRAM", "speculative-num-draft-tokens": 8}, "ngram", 7),
+        (
+            {"speculative-algorithm": "EAGLE3", "speculative-num-steps": 3, "speculative-num-draft-tokens": 4},
+            "eagle",
+            3,
+        ),
+        ({"speculative-algorithm": "EAGLE", "speculative-num-steps": 5}, "eagle", 5),
+        ({"speculative-algorithm": "NEXTN"}, "mtp", 3),
+        ({"speculative-algorithm": "STANDALONE", "speculative-num-steps": 2}, "draft_model", 2),
+    ],
+)
+def test_sglang_s_speculation_is_seen(flags: dict[str, Value | None], method: str, tokens: int) -> None:
+    found = read({**flags, "speculative-draft-model-path": "d"}, engine="sglang")
+    assert found.speculation is not None and found.max_seqs == 48
+    assert (found.speculation.method, found.speculation.tokens, found.speculation.model) == (method, tokens, "d")
+
+
 def test_a_broken_speculative_config_is_no_speculation() -> None:
     assert read({"speculative-config": "{"}).speculation is None
 

@@ -75,7 +75,10 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     tp = _int(flags, 1, "tensor-parallel-size", "tp-size", "tp")
     pp = _int(flags, 1, "pipeline-parallel-size", "pp-size", "pp")
     dp = _int(flags, 1, "data-parallel-size", "dp-size", "dp")
+    speculation = _speculation(flags)
     tokens, seqs = batch_defaults(hardware, tp * pp, engine)
+    if engine == "sglang" and speculation:
+        seqs = 48  # what SGLang lowers its default to (server_args.py)
     on_cpu = hardware.kind == "cpu"
     space_gib = config.env.get("VLLM_CPU_KVCACHE_SPACE", "")
     explicit_kv = flags.get("kv-cache-memory-bytes")
@@ -102,19 +105,20 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
         eager="enforce-eager" in flags or "disable-cuda-graph" in flags,
         max_model_len=model_len,
         precision=precision_of(config, shape),
-        speculation=_speculation(flags),
+        speculation=speculation,
         prefill_first=engine == "sglang" and "enable-mixed-chunk" not in flags,
         engine=engine,
     )
 
 
 def batch_defaults(hardware: Hardware, world_size: int, engine: str = "vllm") -> tuple[int, int]:
-    """Default token and sequence budget of a step: vLLM's ``get_batch_defaults`` for its API server; SGLang's chunk."""
+    """Default token and sequence budget of a step: vLLM's ``get_batch_defaults`` for its API server; SGLang's chunk and
+    the least of requests that it allows by itself (2048 to 4096, by the size of the cache)."""
     gib = hardware.memory_bytes / _GIB
     if hardware.kind == "cpu":
         return 2048 * world_size, 128 * world_size
     if engine == "sglang":
-        return (8192 if gib >= 60 else 2048 if gib < 35 else 4096), 1024
+        return (8192 if gib >= 60 else 2048 if gib < 35 else 4096), 2048
     if gib >= 160:
         return 16384, 1024
     if gib >= 70 and "A100" not in hardware.name:
@@ -159,6 +163,8 @@ def precision_of(config: ServingConfig, shape: ModelShape) -> Precision:
 
 
 def _speculation(flags: Mapping[str, Value | None]) -> Speculation | None:
+    if algorithm := str(flags.get("speculative-algorithm") or "").lower():
+        return _of_sglang(algorithm, flags)
     raw = flags.get("speculative-config")
     try:
         body: Any = json.loads(str(raw)) if raw else None
@@ -172,6 +178,17 @@ def _speculation(flags: Mapping[str, Value | None]) -> Speculation | None:
     rates = body.get("synthetic_acceptance_rates")
     length = float(body.get("synthetic_acceptance_length") or (1 + sum(rates) if isinstance(rates, list) else 0))
     return Speculation(method, tokens, _ACCEPTANCE.get(method, 0.5), str(body.get("model") or ""), length)
+
+
+def _of_sglang(algorithm: str, flags: Mapping[str, Value | None]) -> Speculation:
+    """SGLang's flags (docs, "Speculative Decoding"): its draft tokens count the verified one that they begin with, so
+    that a chain of s steps has s + 1."""
+    methods = {"nextn": "mtp", "standalone": "draft_model"}
+    method = next((name for name in ("eagle", "ngram") if name in algorithm), methods.get(algorithm, algorithm))
+    steps = _int(flags, 3, "speculative-num-steps")
+    tokens = max(_int(flags, steps + 1, "speculative-num-draft-tokens") - 1, 1)
+    model = flags.get("speculative-draft-model-path") or flags.get("speculative-draft-model") or ""
+    return Speculation(method, tokens, _ACCEPTANCE.get(method, 0.5), str(model))
 
 
 def _int(flags: Mapping[str, Value | None], default: int, *names: str) -> int:
