@@ -318,3 +318,13 @@ def test_beside_a_default_that_does_not_serve_nothing_is_varied():
     tried = tell_all(one, 4, lambda p: p != default)
     assert all("least like" in reason for _, reason, _ in tried[1:])
     assert min(off_nearest(p, [default]) for p, _, _ in tried[1:]) > 3
+
+
+def test_a_study_of_plain_values_is_warned_of_once():
+    """As with Optuna's own samplers: there is no outcome to learn from, and the default would come for ever."""
+    told = study(sampler())
+    distributions = space().distributions()
+    with pytest.warns(UserWarning, match="TunerSampler learns from outcomes") as seen:
+        for _ in range(3):
+            told.tell(told.ask(distributions), [1.0, 1.0])
+    assert len([w for w in seen if "TunerSampler" in str(w.message)]) == 1

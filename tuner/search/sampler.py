@@ -10,6 +10,7 @@ Everything is read from the study's trials each time, so that a resumed study go
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -109,6 +110,7 @@ class TunerSampler(BaseSampler):
         self.expected_gain: float | None = None
         self.factors: dict[str, float] = {}
         self._learnt_from = 0  # launches
+        self._warned = False
         self._proposals: dict[int, Proposal] = {}
         self._independent = RandomSampler(seed=seed)
         if predictor is not None and not self.candidates.whole:
@@ -146,9 +148,18 @@ class TunerSampler(BaseSampler):
         if not search_space:
             return {}
         seen = [s for s in read(study, self.space) if s.number != trial.number]
+        if not self._warned and not any(s.outcome for s in seen):
+            self._warn_of_values(study)
         index, proposal = self._propose(seen, trial.number)
         self._proposals[trial.number] = replace(proposal, learnt=self._learnt_of_model())
         return distribution_values(self.space, self.candidates.params[index])
+
+    def _warn_of_values(self, study: Study) -> None:
+        """Says once that trials were told values alone: without an outcome there is nothing to learn from."""
+        if any(t.state.name == "COMPLETE" for t in study.get_trials(deepcopy=False)):
+            self._warned = True
+            text = "TunerSampler learns from outcomes, which no trial of this study has: tell them by tuner.api.AskTell"
+            warnings.warn(f"{text} (or tuner.search.ledger.tell)", stacklevel=2)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
