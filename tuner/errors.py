@@ -33,7 +33,7 @@ class UsageError(TunerError):
 
 
 class NothingFeasible(TunerError):
-    """No configuration meets the SLOs (or a promise no longer holds): exit code 3."""
+    """No configuration meets the SLOs (or a promise does not hold): exit code 3."""
 
     exit_code = 3
 

@@ -223,9 +223,9 @@ def test_what_starting_the_exported_file_again_found_is_shown_newest_first(tmp_p
     again.log(
         "certified", holds=True, text="**The promise holds** at load 2.\n- ok: cost 0.3 USD, promised 0.3 (+0.0 %)"
     )
-    again.log("certified", holds=False, text="**The promise no longer holds** at load 2.\n- BROKEN: cost 0.9 USD")
+    again.log("certified", holds=False, text="**The promise does not hold** at load 2.\n- BROKEN: cost 0.9 USD")
     outline = read(build(store, study, tmp_path / "r.html"))
-    first, second = outline.text.index("UTC: The promise no longer holds"), outline.text.index("UTC: The promise holds")
+    first, second = outline.text.index("UTC: The promise does not hold"), outline.text.index("UTC: The promise holds")
     assert first < outline.text.index("BROKEN: cost 0.9 USD") < second < outline.text.index("ok: cost 0.3 USD")
 
 

@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
@@ -12,6 +13,7 @@ from tuner.errors import UsageError
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
+from tuner.verify.capacity import margin_at
 from tuner.verify.judge import Table, judge
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification
@@ -176,6 +178,80 @@ def test_a_bracket_begins_where_other_windows_arms_and_rounds_expect_it():
             limit = capacity * factor[label.split(" ", 2)[2]]
             assert begun[label][name] == max(load for w, load in before if w == name and load <= limit)
     assert sum(len(tried[label]) for label in again) < len(tried[first]) + len(tried[second])
+
+
+def _cells(capacities, *, rise=1.0, slow=0.0, launches=2, arm="default"):
+    """Launches that hold 2 % below each window's capacity and miss 2 % above it. The margin rises by ``rise`` per
+    log load; where it is infinite the server saturates. Every second launch is ``slow`` slower."""
+
+    def step(load, limit, name):
+        beyond = load > limit
+        ttft_s = 10 * (load / limit) ** (1.0 if math.isinf(rise[name]) else rise[name])
+        metrics = {"ttft_p99_s": ttft_s, "output_tokens_per_s": 100 * min(load, limit), COST: 1 / min(load, limit)}
+        if beyond and math.isinf(rise[name]):
+            metrics |= {COST: 50.0}
+        stopped = "saturated" if beyond and math.isinf(rise[name]) else ""
+        return Step(load, name, metrics, slo_misses=("ttft_p99",) * beyond, stopped_early=stopped)
+
+    rise = dict.fromkeys(capacities, rise) if isinstance(rise, float) else rise
+    return [
+        Launched(
+            arm,
+            number + 1,
+            tuple(
+                step(limit * (1 - slow * (number % 2)) * share, limit * (1 - slow * (number % 2)), name)
+                for name, limit in capacities.items()
+                for share in (0.98, 1.02)
+            ),
+        )
+        for number in range(launches)
+    ]
+
+
+def _judged(launches, labels=("default",)):
+    bench = Bench({"v0": 1.0, "v1": 1.0}, LATENCY)
+    arms = [bench.finalist("v0"), bench.finalist("v1")][: len(labels)]
+    slos = bench.study.objective.slos
+    return judge(arms, launches, slos, "ttft_p99_s", bench.study.load.ladder), Table(launches, slos)
+
+
+@pytest.mark.parametrize(
+    ("capacities", "launches", "promised"),
+    [
+        ({"a": 2.0, "b": 1.8, "c": 1.6}, 1, 1.6 * 0.98),  # one launch: what held on every window
+        ({"a": 2.0, "b": 2.0, "c": 2.0}, 2, None),  # the safe load
+        (
+            {**dict.fromkeys("abcdefg", 2.0), "z": 1.4},
+            2,
+            1.4 * 0.99 * 0.98,
+        ),  # z saturates below the safe load
+    ],
+)
+def test_a_promise_is_of_a_load_at_which_the_slos_held_as_recertification_judges_them(capacities, launches, promised):
+    rise = {name: math.inf if name == "z" else 1.0 for name in capacities}
+    found, table = _judged(_cells(capacities, rise=rise, slow=0.01, launches=launches))
+    arm = found.arms["default"]
+    assert arm.load == (promised or arm.safe_load) and arm.load <= (arm.safe_load or math.inf)
+    assert fmean(margin_at(steps, arm.load, table.slos) for steps in table.cells.values()) < 1e-9
+
+
+def test_a_configuration_whose_slos_hold_at_no_load_in_the_mean_is_not_recommended():
+    """A window on which nothing held at any load, at a loss beyond what the others have in hand."""
+    launches = _cells({"a": 2.0, "b": 2.0})
+    never = Step(0.3, "c", {"ttft_p99_s": 99.0, COST: 50.0}, slo_misses=("ttft_p99",), stopped_early="saturated")
+    found, _ = _judged([replace(launch, steps=(*launch.steps, never)) for launch in launches])
+    assert not found.choice and not found.arms["default"].holds and found.arms["default"].capacity[0] > 1
+
+
+def test_what_others_do_beyond_their_capacity_is_no_part_of_an_interval():
+    """v1 holds twice the load of the default: there, the default's launches differ by what its overload makes them."""
+    windows = {"a": 2.0, "b": 2.04, "c": 1.96}
+    twice = {name: 2 * limit for name, limit in windows.items()}
+    launches = [*_cells(windows, rise=dict.fromkeys(windows, math.inf), slow=0.04), *_cells(twice, slow=0.02, arm="v1")]
+    alone, _ = _judged([replace(x, arm="default") for x in launches if x.arm == "v1"])
+    arm = _judged(launches, ("default", "v1"))[0].arms["v1"]
+    width, own = (math.log(a.load_cost[2] / a.load_cost[1]) for a in (arm, alone.arms["default"]))
+    assert width < own
 
 
 def test_it_never_launches_more_than_the_budget():

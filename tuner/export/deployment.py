@@ -170,6 +170,8 @@ def _about(
         f"{objective.latency} {point.latency * 1e3:.4g} ms{_between(point.latency_interval, 1e3)}. "
         f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.",
     ]
+    if point.role == "verify" and point.latency_interval is None:
+        lines.append("Launched once: how sure it is that the SLOs hold at this load is not known.")
     if point.baseline:
         proven = "" if choice.by_hand else ": nothing measured is proven to be better"
         lines.append(f"This is the engine's default{proven}.")

@@ -117,15 +117,23 @@ def cost_at(steps: Sequence[Step], load: float) -> float:
 def value_at(steps: Sequence[Step], load: float, key: str) -> float:
     """``key`` at ``load``, on the straight line between the neighbouring measured loads in logarithms; beyond them the
     nearest measured value. NaN where it was not measured."""
-    known = [(s.load, s.metrics[key]) for s in _trusted(steps) if 0 < s.metrics.get(key, math.nan) < math.inf]
+    known = [(s.load, math.log(s.metrics[key])) for s in _trusted(steps) if 0 < s.metrics.get(key, math.nan) < math.inf]
+    return math.exp(_between(known, load))
+
+
+def margin_at(steps: Sequence[Step], load: float, slos: Sequence[Slo]) -> float:
+    """The worst SLO's :func:`margin` at ``load``, read off as :func:`value_at` does."""
+    return _between([(s.load, margin(s, slos)) for s in _trusted(steps)], load)
+
+
+def _between(known: Sequence[tuple[float, float]], load: float) -> float:
     if not known:
         return math.nan
     if load <= known[0][0]:
         return known[0][1]
     for (low, first), (high, second) in _pairs(known):
         if load <= high:
-            share = math.log(load / low) / math.log(high / low)
-            return first * (second / first) ** share
+            return first + (second - first) * math.log(load / low) / math.log(high / low)
     return known[-1][1]
 
 

@@ -175,7 +175,7 @@ _NOTHING: Range = (math.nan, math.nan, math.nan)
 def _text(
     promise: Promise, checks: Sequence[Check], changes: Sequence[str], holds: bool, launches: int, windows: int
 ) -> str:
-    lines = [f"**The promise {'holds' if holds else 'no longer holds'}** at load {promise.load:.3g}."]
+    lines = [f"**The promise {'holds' if holds else 'does not hold'}** at load {promise.load:.3g}."]
     lines += [f"- {'ok' if check.holds else 'BROKEN'}: {check.text}" for check in checks]
     before = promise.fingerprint.date or "an unknown date"
     counted = f"{launches} launch{'es' if launches != 1 else ''} on {windows} window{'s' if windows != 1 else ''}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Finalist, Launched, Range
-from tuner.verify.capacity import THROUGHPUT, capacity, cost_at, value_at
+from tuner.verify.capacity import THROUGHPUT, capacity, cost_at, held, margin_at, value_at
 from tuner.verify.power import Power, power
 from tuner.verify.repeats import NO_SPREAD, Repeats, Spread
 from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_best
@@ -27,9 +28,9 @@ class Arm:
     the SLOs just hold (the highest measured, where none was missed), ``cost`` the USD per million output tokens there;
     ``safe_load`` is the lower confidence limit (one-sided) of the capacity: up to there the SLOs hold; 0 where nothing
     is proven.
-    ``load`` is what to deploy at (the safe load, or the capacity where none is proven), ``load_cost`` and ``latency``
-    (seconds) belong to it. ``difference`` is cost over the default's, each at its capacity (0.9: 10 % cheaper),
-    ``latency_difference`` latency over the default's, both at ``common_load``.
+    ``load`` is what to deploy at (:meth:`Table.promised`; NaN where the SLOs hold at none), ``load_cost`` and
+    ``latency`` (seconds) belong to it. ``difference`` is cost over the default's, each at its capacity (0.9: 10 %
+    cheaper), ``latency_difference`` latency over the default's, both at ``common_load``.
     ``doubt`` is the p-value, corrected for several finalists, of "not cheaper than the default by what is worth it",
     ``latency_doubt`` of "not as cheap, or not faster". ``best`` is the probability of being the cheapest arm.
     """
@@ -92,13 +93,18 @@ def judge(
     dead = {arm: words[-1] for arm, words in table.unserved().items() if arm != base or len(words) > 1}
     failures = dead | _failures(launches)
     capacities = Repeats(table.capacities())
-    costs = Repeats(table.costs(), known, table.within(COST))
     middle = {label: exp(capacities.estimate(label).mean) for label in capacities.arms}
+    safe = {label: exp(capacities.estimate(label).between(1 - confidence, 1 - confidence)[0]) for label in middle}
     lowest = min(ladder) * (1 - 1e-9)
-    holding = [a.label for a in arms if middle.get(a.label, 0) >= lowest and a.label in costs.arms]
-    holding = [label for label in holding if label not in failures]
+    promised = {label: table.promised(label, safe[label]) for label, load in middle.items() if load >= lowest}
+    promised = {label: load for label, load in promised.items() if load}
+    # each arm at a load that it holds: by what an overloaded one's launches differ says nothing of the others
+    costs = Repeats({c: cost for c, cost in table.costs().items() if c[0] in promised}, known, table.within(COST))
+    load_costs = Repeats(table.costs(promised), known, table.within(COST))
+    load_delays = Repeats(table.values_at(promised, latency_key), None, table.within(latency_key))
+    holding = [a.label for a in arms if a.label in costs.arms and a.label not in failures]
     common = min((middle[label] for label in holding), default=math.nan)
-    delays = Repeats(table.values_at(common, latency_key))
+    delays = Repeats(table.values_at(dict.fromkeys(holding, common), latency_key))
     able = [label for label in holding if label != base]
     rivals = costs.linked(base) if base in holding else ()
     gains = {label: costs.difference(label, base) for label in able if label in rivals}
@@ -113,27 +119,24 @@ def judge(
     )
     ahead = _best(costs, holding, seed)
     found: dict[str, Arm] = {}
+    even = ((1 - confidence) / 2, (1 - confidence) / 2)
     for label in (a.label for a in arms):
-        if label not in capacities.arms or label not in costs.arms:
-            found[label] = Arm(label, table.count(label), False, failure=failures.get(label, ""))
+        if label not in costs.arms:
+            about = _factor(capacities.estimate(label), *even) if label in capacities.arms else UNKNOWN
+            found[label] = Arm(label, table.count(label), False, about, failure=failures.get(label, ""))
             continue
         # the chosen one flatters itself: it was chosen for what the same numbers say
-        even = (1 - confidence) / 2
-        tails = chosen_tails(len(able), confidence) if label == choice and label != base else (even, even)
-        safe = (
-            0.0 if label not in holding else exp(capacities.estimate(label).between(1 - confidence, 1 - confidence)[0])
-        )
-        load = safe or middle[label]
+        tails = chosen_tails(len(able), confidence) if label == choice and label != base else even
         found[label] = Arm(
             label=label,
             launches=costs.count(label),
             holds=label in holding,
             capacity=_factor(capacities.estimate(label), tails[1], tails[0]),
             cost=_factor(costs.estimate(label), *tails),
-            safe_load=safe,
-            load=load,
-            load_cost=_of(Repeats(table.costs(load), known, table.within(COST)), label, tails),
-            latency=_of(Repeats(table.values_at(load, latency_key), None, table.within(latency_key)), label, tails),
+            safe_load=safe[label] if label in holding else 0.0,
+            load=promised[label],
+            load_cost=_of(load_costs, label, tails),
+            latency=_of(load_delays, label, tails),
             difference=_factor(gains[label], *tails) if label in gains else UNKNOWN,
             latency_difference=_factor(speeds[label], *tails) if label in speeds else UNKNOWN,
             common_load=common,
@@ -170,9 +173,23 @@ class Table:
         """Log of the capacity of every cell that has one."""
         return _logs({cell: self.capacity(cell) for cell in self.cells})
 
-    def costs(self, load: float | None = None) -> dict[Cell, float]:
-        """Log of the cost at ``load``, or of every cell at its own capacity."""
-        return _logs({c: cost_at(s, load or self.capacity(c)) for c, s in self.cells.items() if self.capacity(c) > 0})
+    def costs(self, loads: Mapping[str, float] | None = None) -> dict[Cell, float]:
+        """Log of the cost of every arm of ``loads`` at its load there, or of every cell at its own capacity."""
+        at = {cell: self.capacity(cell) if loads is None else loads.get(cell[0], 0.0) for cell in self.cells}
+        return _logs({cell: cost_at(self.cells[cell], load) for cell, load in at.items() if load > 0})
+
+    def promised(self, arm: str, safe: float) -> float:
+        """The load to promise of ``arm``: ``safe`` (where that is 0, the highest that held on every window in every
+        launch), or the next lower one measured at which the SLOs hold in the mean over windows and launches, as
+        :func:`tuner.verify.certify.recertify` judges them. 0 where they hold at none. Launches without a cost on some
+        window are left out, as they are from the costs."""
+        priced = set(Repeats(self.costs()).launches)
+        cells = [steps for (name, number, _), steps in self.cells.items() if name == arm and (name, number) in priced]
+        if not cells:
+            return 0.0
+        top = safe or min(held(steps) for steps in cells)
+        lower = sorted({s.load for steps in cells for s in steps if s.load < top}, reverse=True)
+        return next((x for x in (top, *lower) if fmean(margin_at(steps, x, self.slos) for steps in cells) <= 0), 0.0)
 
     def unserved(self) -> dict[str, list[str]]:
         """Arms that served nothing within their SLOs on a window, whatever the load: in words, once for every launch
@@ -198,9 +215,9 @@ class Table:
                 found[cell] = (math.log(high / low) / (2 * 1.96)) ** 2
         return found
 
-    def values_at(self, load: float, key: str) -> dict[Cell, float]:
-        """Log of a metric at ``load``."""
-        return _logs({cell: value_at(steps, load, key) for cell, steps in self.cells.items()})
+    def values_at(self, loads: Mapping[str, float], key: str) -> dict[Cell, float]:
+        """Log of a metric of every arm of ``loads`` at its load there."""
+        return _logs({c: value_at(steps, loads[c[0]], key) for c, steps in self.cells.items() if c[0] in loads})
 
 
 def _logs(values: Mapping[Cell, float]) -> dict[Cell, float]:

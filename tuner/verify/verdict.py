@@ -158,9 +158,12 @@ def _text(
         words.append(
             f"The SLOs just hold at load {_span(state.capacity)}; up to {state.safe_load:.3g} that is {sure} sure."
         )
+        if state.load < state.safe_load:
+            words.append("There one window missed them by far: promised is the next lower load that was measured.")
     else:
         words.append(
-            f"The SLOs just hold at load {state.capacity[0]:.3g}, with too few launches to say how sure that is."
+            f"The SLOs just hold at load {state.capacity[0]:.3g}. One launch does not say how sure that is: "
+            "promised is a load at which they held when it was measured, no more."
         )
     if windows < 2:
         words.append("One held-out window: the intervals say nothing about other stretches of traffic.")
