@@ -141,6 +141,41 @@ def test_a_default_that_fails_for_want_of_a_gpu_ends_the_study_as_the_environmen
     assert runner.store.trial(0).outcome.cause == "no-gpu"  # kept all the same
 
 
+def test_what_the_machine_was_at_fault_for_is_made_again_before_all_others_and_costs_no_launch(runner):
+    full, failures = Infeasible("disk-full", "a disk is full", fix="free it"), []
+
+    def fail(config):
+        failures.append(config.hash)
+        return full if len(failures) <= 2 else None
+
+    engine = FakeEngine(fail=fail)
+    for _ in range(2):
+        with pytest.raises(EnvironmentFault, match="a disk is full"):
+            runner.run(engine)
+    assert runner.run(engine) == "the budget of 6 launches is spent"
+    assert len(set(failures[:3])) == 1 and len(failures) == 8
+    assert [(t.baseline, type(t.outcome)) for t in runner.store.trials()][:4] == [
+        (True, Infeasible),
+        (True, Infeasible),
+        (True, Measured),
+        (False, Measured),
+    ]
+
+
+def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verification(runner):
+    study = runner.study()
+    engine = FakeEngine(fail=lambda _c: Infeasible("disk-full", "a disk is full"))
+    ready = Prepared(study, engine, workload.read(study), None, "none in this test")
+    with (
+        session.opened(study) as store,
+        executor(bench := Bench(study, engine, threading.Event(), lambda *_: None)) as where,
+    ):
+        launch = verifying.launcher(ready, store, runner.recorder, where, bench.on_event, "verify")
+        with pytest.raises(EnvironmentFault, match="a disk is full"), launch(study.space.config({}, study.model), "v"):
+            pass
+        assert not verifying._done(store, "verify") and not store.launched("verify")
+
+
 LEFT = "trial 0 left something behind: pid 4711 VLLM::Worker"
 
 

@@ -146,7 +146,8 @@ def _point(
 ) -> Point:
     again = tuple(t.number for t in trials if t.role == "verify" and t.config.hash == config.hash)
     if trial is None:
-        trial = next((t.number for t in trials if t.config.hash == config.hash), -1)
+        same = [t for t in trials if t.config.hash == config.hash and not t.again]
+        trial = same[0].number if same else -1
     cost, latency = as_range(arm["load_cost"]), as_range(arm["latency"])
     return Point(
         trial=trial,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from tuner.engines.protocol import OnEvent
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Executor, Job
-from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome
+from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Infeasible, Measured, Outcome
 from tuner.study.queue import Proposal, Queue
 from tuner.study.store import EXHAUSTED, Store
 from tuner.study.workload import Workload
@@ -90,23 +91,25 @@ class Loop:
         if outcome is None:
             self.queue.withdraw(proposal)
             return "interrupted"
-        again = self._again(proposal, outcome)
+        fault = None
+        if isinstance(outcome, Infeasible) and proposal.baseline and outcome.cause in ENVIRONMENT_CAUSES:
+            fault = unservable(outcome, self.store.trial_folder(proposal.number))
+            outcome = replace(outcome, transient=True)  # it says nothing of the configuration
+        again = bool(fault) or self._again(proposal, outcome)
         notes = {"teardown_s": teardown.seconds, "killed": teardown.killed}
         self.store.end_trial(proposal.number, outcome, end.seconds, again=again, **notes, **end.place.notes())
         self.queue.tell(proposal, outcome, again)
         self.recorder.trial_finished(proposal.number)
         self.on_event("trial", {"trial": proposal.number, "outcome": outcome, "baseline": proposal.baseline})
         nothing_left(proposal.number, teardown.left_over)
-        if isinstance(outcome, Infeasible) and proposal.baseline and outcome.cause in ENVIRONMENT_CAUSES:
-            raise EnvironmentFault(
-                outcome.message, where=str(self.store.trial_folder(proposal.number) / "server.log"), fix=outcome.fix
-            )
+        if fault:
+            raise fault
         return "" if again else self._hopeless(outcome)
 
     def _hopeless(self, outcome: Outcome) -> str:
         """Why no further launch is worth its cost, where all of this session failed, and in the very same words, and
         none ever served."""
-        if isinstance(outcome, Infeasible) and outcome.cause in CRASHES:
+        if isinstance(outcome, Infeasible) and outcome.cause in CRASHES | ENVIRONMENT_CAUSES:
             self.failures.append(outcome.message)
         elif not isinstance(outcome, Aborted):
             self.failures.append("")
@@ -123,6 +126,11 @@ class Loop:
         return isinstance(outcome, Infeasible) and outcome.transient and proposal.repeat == 0
 
 
+def unservable(outcome: Infeasible, folder: Path) -> EnvironmentFault:
+    """What ends the study where the machine, not the configuration, made the launch in ``folder`` fail."""
+    return EnvironmentFault(outcome.message, where=str(folder / "server.log"), fix=outcome.fix)
+
+
 def nothing_left(number: int, left: Sequence[str]) -> None:
     """Raises ``EnvironmentFault`` where a trial's server left something behind: whatever is launched beside it would be
     measured wrongly."""
@@ -134,10 +142,6 @@ def nothing_left(number: int, left: Sequence[str]) -> None:
 ALIKE = 8  # launches that fail in the same words, before the study gives up
 #: Failures that say nothing of the configuration. What does not fit, or a refusal in words, is part of the search.
 CRASHES = frozenset({"crash", "hang", "unhealthy", "too-slow-to-start"})
-#: What no other configuration can cure: the study ends with exit code 4 when the engine's own default meets it.
-ENVIRONMENT_CAUSES = frozenset(
-    {"no-gpu", "driver-too-old", "model-not-found", "model-not-allowed", "missing-dependency", "disk-full"}
-)
 
 
 def cancel_on(event: threading.Event) -> Callable[[int, object], None]:

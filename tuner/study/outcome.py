@@ -98,6 +98,11 @@ class Aborted:
 
 
 Outcome = Measured | Infeasible | Untrusted | Aborted
+#: What no other configuration can cure: where what ought to serve (the engine's own default) meets it, the study ends
+#: with exit code 4, and the next session makes that launch again.
+ENVIRONMENT_CAUSES = frozenset(
+    {"no-gpu", "driver-too-old", "model-not-found", "model-not-allowed", "missing-dependency", "disk-full"}
+)
 _KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Measured, Infeasible, Untrusted, Aborted)}
 
 

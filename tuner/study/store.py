@@ -15,7 +15,7 @@ from typing import Any
 from tuner.errors import EnvironmentFault, naming
 from tuner.space.config import ServingConfig
 from tuner.spec.storage import sqlite_url
-from tuner.study.outcome import Outcome, from_dict, to_dict
+from tuner.study.outcome import ENVIRONMENT_CAUSES, Outcome, from_dict, to_dict
 
 CHECKED = "quality.json"  # in a trial's folder: how its answers compare with the default's
 EXHAUSTED = "every configuration of the space has been tried"  # why a search ended
@@ -39,6 +39,11 @@ class TrialRecord:
     role: str = "search"
     remeasure_of: int | None = None
     extra: Mapping[str, Any] | None = None
+
+    @property
+    def again(self) -> bool:
+        """Whether its end says nothing of its config, which is to be launched once more."""
+        return bool((self.extra or {}).get("again"))
 
     @property
     def price(self) -> float | None:
@@ -79,8 +84,10 @@ class Store:
         return any((self.folder / name).exists() for name in ("study.db", "trials")) or self.ladder_folder.exists()
 
     def launched(self, *roles: str) -> list[TrialRecord]:
-        """What the budget has paid for: trials of these roles, and the launch that settled the ladder."""
-        return [t for t in self.trials() if t.role in roles] + Store(self.ladder_folder).trials()
+        """What the budget has paid for: trials of these roles, and the launch that settled the ladder. Those that are
+        made again for the machine's fault cost nothing."""
+        trials = [t for t in self.trials() if t.role in roles] + Store(self.ladder_folder).trials()
+        return [t for t in trials if not (t.again and getattr(t.outcome, "cause", "") in ENVIRONMENT_CAUSES)]
 
     def trial_folder(self, number: int) -> Path:
         """``trials/0007``; created when asked for."""

@@ -19,8 +19,8 @@ from tuner.pareto.recommend import ablation
 from tuner.space.config import ServingConfig
 from tuner.study import budget
 from tuner.study.evaluate import Bench, of_trial, unchecked
-from tuner.study.loop import Recorder, nothing_left
-from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step
+from tuner.study.loop import Recorder, nothing_left, unservable
+from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.price import per_hour
 from tuner.study.session import Prepared
 from tuner.study.store import AsWritten, Store, read_json, write_json
@@ -56,7 +56,8 @@ def launcher(
     ready: Prepared, store: Store, recorder: Recorder, where: Executor, on_event: OnEvent, role: str
 ) -> Launcher:
     """Launches a config as a trial of ``store`` with this ``role``; the label is kept with it. Raises
-    ``EnvironmentFault`` at the end of the ``with`` where the server left something behind."""
+    ``EnvironmentFault`` where the machine is at fault that it does not serve, and at the end of the ``with`` where the
+    server left something behind."""
     default = ready.study.space.config(ready.study.space.default(), ready.study.model)
 
     @contextmanager
@@ -70,7 +71,7 @@ def launcher(
         inner = of_trial(on_event, number)
         steps: list[Step] = []
         outcome: Outcome = Aborted("interrupted")
-        boot, place = Boot(), Place()
+        boot, place, machines = Boot(), Place(), False
         try:
             with where.rig(Job(number, config, folder, None, bool(notes["baseline"]), label, checked)) as server:
                 boot, place = server.boot, server.place
@@ -78,6 +79,9 @@ def launcher(
             outcome = Measured(tuple(steps), boot)
         except LaunchFailed as failure:
             outcome = failure.outcome
+            # what ablation puts together has not served before: it may be at fault itself
+            if machines := outcome.cause in ENVIRONMENT_CAUSES and (role != "ablate" or bool(notes["baseline"])):
+                raise unservable(outcome, folder) from failure
             raise
         except NodeLost as lost:
             inner("lost", {"node": place.node, "why": str(lost)})
@@ -87,7 +91,7 @@ def launcher(
             outcome = Aborted("interrupted", tuple(steps), boot)
             raise
         finally:
-            again = isinstance(outcome, Aborted)
+            again = machines or isinstance(outcome, Aborted)
             store.end_trial(number, outcome, where.seconds(number), again=again, **place.notes())
             recorder.trial_finished(number)
             inner("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"]})
@@ -193,7 +197,9 @@ class Nobody:
 
 
 def _done(store: Store, role: str) -> Sequence[Done]:
-    ended = [t for t in store.trials() if t.role == role and isinstance(t.outcome, Measured | Infeasible)]
+    ended = [
+        t for t in store.trials() if t.role == role and not t.again and isinstance(t.outcome, Measured | Infeasible)
+    ]
     return [Done(str((t.extra or {})["label"]), t.config.hash, t.outcome) for t in ended]
 
 
