@@ -56,6 +56,20 @@ def test_the_process_and_the_virtual_clock_tell_the_same_story(config: ServingCo
     assert wall.metrics["ttft_p50_s"] >= quiet.metrics["ttft_p50_s"] - 0.002
 
 
+@pytest.mark.parametrize("clock", ["virtual", "wall"])
+def test_a_model_in_the_cache_is_found_by_its_id_and_one_that_is_nowhere_is_told_what_to_fetch(
+    config: ServingConfig, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (cached := tmp_path / "hub" / "models--org--name" / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "config.json").write_bytes((Path(config.model) / "config.json").read_bytes())
+    engine = EmulatorEngine(clock=clock, boot_scale=0)
+    engine.launch(replace(config, model="org/name"), site).stop()
+    with pytest.raises(LaunchFailed) as failed:
+        engine.launch(replace(config, model="org/other"), site)
+    assert failed.value.outcome.cause == "model-not-found" and "org/other config.json" in failed.value.outcome.fix
+
+
 def test_boot_times_are_those_of_the_emulated_start(config: ServingConfig, site: Site) -> None:
     server = EmulatorEngine(clock="virtual").launch(config, site)
 

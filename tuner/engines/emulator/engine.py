@@ -152,11 +152,13 @@ class EmulatorEngine:
         return chosen
 
     def _model(self, config: ServingConfig, site: Site) -> str:
-        """The folder that is served: the model, or a variant of it with a quantized config."""
-        if not config.model_variant:
-            return config.model
-        from tuner.engines.modelfolder import variant
+        """What is served: the model, or the folder of a variant of it with a quantized config."""
+        from tuner.engines.modelfolder import local_model, variant
 
+        if not config.model_variant:
+            if local_model(config.model) is None:
+                raise LaunchFailed(_absent(config.model))
+            return config.model
         try:
             return str(variant(config.model, config.model_variant, self.models or site.folder / "models"))
         except UsageError as error:
@@ -215,6 +217,15 @@ class EmulatorServer:
             return json.loads(answer.body)
         except ValueError:
             return {}
+
+
+def _absent(model: str) -> Infeasible:
+    return Infeasible(
+        "model-not-found",
+        f"{model} is neither a folder with a config.json nor in the Hugging Face cache",
+        fix=f"the emulator reads nothing of a model but its config.json: hf download {model} config.json",
+        stage="before launch",
+    )
 
 
 def _datasheet(gpu: str) -> dict[str, Any]:

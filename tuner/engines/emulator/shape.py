@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.engines.modelfolder import local_model
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -62,9 +64,10 @@ class Shape:
 
 
 def read_shape(model: str | Path) -> Shape:
-    """The shape of the model folder ``model``. Raises ``FileNotFoundError`` or ``ValueError``."""
-    path = Path(model) / "config.json"
-    return shape_of(json.loads(path.read_text()), Path(model).name)
+    """The shape of ``model``, a folder or an id in the Hugging Face cache. Raises ``FileNotFoundError`` or
+    ``ValueError``."""
+    folder = local_model(str(model)) or Path(model)
+    return shape_of(json.loads((folder / "config.json").read_text()), Path(model).name)
 
 
 def shape_of(config: Mapping[str, Any], name: str = "") -> Shape:
