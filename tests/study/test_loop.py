@@ -162,6 +162,21 @@ def test_what_the_machine_was_at_fault_for_is_made_again_before_all_others_and_c
     ]
 
 
+def test_a_study_in_which_nothing_was_measured_is_begun_anew_with_another_file(runner):
+    said, none = [], Infeasible("model-not-found", "no such folder")
+    with pytest.raises(EnvironmentFault):
+        runner.run(FakeEngine(fail=lambda _c: none))
+    other = runner.study(replace={"chat": "batch"})
+    with session.opened(other, said.append) as store:
+        assert not store.trials() and not store.begun()
+    assert len(said) == 1 and "begun anew" in said[0]
+    (aside,) = (store.folder / "interrupted").iterdir()
+    assert Store(aside).trials()[0].outcome.cause == "model-not-found"
+    runner.run(replace={"chat": "batch"})
+    with pytest.raises(UsageError, match="begun with another objective"), session.opened(runner.study()):
+        pass
+
+
 def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verification(runner):
     study = runner.study()
     engine = FakeEngine(fail=lambda _c: Infeasible("disk-full", "a disk is full"))

@@ -45,7 +45,7 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     cancel = threading.Event()
     again = resume_command(path, sys.argv[1:])
     interrupted = f"Interrupted; everything measured is kept. Resume: {again}"
-    with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study) as store:
+    with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study, view.say) as store:
         previous = {s: signal.signal(s, _stopper(cancel, view)) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             view.study = study = ladder.settled(study, store, cancel, view.on_event)

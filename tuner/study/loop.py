@@ -128,7 +128,8 @@ class Loop:
 
 def unservable(outcome: Infeasible, folder: Path) -> EnvironmentFault:
     """What ends the study where the machine, not the configuration, made the launch in ``folder`` fail."""
-    return EnvironmentFault(outcome.message, where=str(folder / "server.log"), fix=outcome.fix)
+    log = folder / "server.log"
+    return EnvironmentFault(outcome.message, where=str(log if log.exists() else folder), fix=outcome.fix)
 
 
 def nothing_left(number: int, left: Sequence[str]) -> None:

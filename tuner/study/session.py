@@ -7,7 +7,7 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -214,10 +214,12 @@ def _drafts(study: Study) -> dict[str, ModelShape]:
 
 
 @contextmanager
-def opened(study: Study) -> Iterator[Store]:
-    """The study's folder, frozen at the first opening and locked while this process uses it.
+def opened(study: Study, say: Callable[[str], None] = lambda _text: None) -> Iterator[Store]:
+    """The study's folder, frozen at the first opening and locked while this process uses it. Where the study file was
+    changed and nothing was measured yet, what is in the folder is set aside, and ``say`` is told so.
 
-    Raises UsageError where another tuner runs the study, or where the study file was changed since it began.
+    Raises UsageError where another tuner runs the study, or where the study file was changed since something was
+    measured.
     """
     store = Store(Path(study.folder))
     store.folder.mkdir(parents=True, exist_ok=True)
@@ -235,22 +237,26 @@ def opened(study: Study) -> Iterator[Store]:
         lock.truncate()
         lock.write(str(os.getpid()))
         lock.flush()
-        _freeze(study, store)
+        _freeze(study, store, say)
         yield store
 
 
-def _freeze(study: Study, store: Store) -> None:
+def _freeze(study: Study, store: Store, say: Callable[[str], None]) -> None:
     if store.study_file.exists() and store.begun():
         before = studyfile.load(store.folder)
         changed = studyfile.differences(before, study)
         if bool(before.storage) != bool(study.storage):
             changed.append("storage")
+        if changed and not before.storage and not store.measured():
+            say(f"Nothing was measured in {store.folder} yet: begun anew; what was there is in {store.set_aside()}")
+            write_study(study.frozen, store)
+            return
         if changed:
             without = " without --storage" if "storage" in changed and study.storage else ""
             raise UsageError(
                 f"the study in {store.folder} was begun with another {', another '.join(changed)}",
                 where=study.source,
-                fix=f"go on with it by tuner tune {store.folder}{without}, or give this one another name",
+                fix=f"go on with it by tuner tune {store.folder}{without}, or give this one another name (--name)",
             )
         if (count := study.trace.heldout_windows) != before.trace.heldout_windows:
             _hold_out(study, before, store)

@@ -83,6 +83,19 @@ class Store:
         """Whether anything was asked or launched here: until then the study file may still change."""
         return any((self.folder / name).exists() for name in ("study.db", "trials")) or self.ladder_folder.exists()
 
+    def measured(self) -> bool:
+        """Whether any load was ever measured here."""
+        return any(t.outcome.steps for t in self.trials() + Store(self.ladder_folder).trials())
+
+    def set_aside(self) -> Path:
+        """Moves all that is here, but for the lock, to a folder of its own under ``interrupted/``; returns that."""
+        aside = self.folder / "interrupted" / f"study-{time.time_ns()}"
+        aside.mkdir(parents=True)
+        for path in self.folder.iterdir():
+            if path.name not in (".lock", "interrupted"):
+                path.rename(aside / path.name)
+        return aside
+
     def launched(self, *roles: str) -> list[TrialRecord]:
         """What the budget has paid for: trials of these roles, and the launch that settled the ladder. Those that are
         made again for the machine's fault cost nothing."""
