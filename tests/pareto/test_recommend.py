@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import pytest
 from tests import studies
 from tuner.errors import EnvironmentFault, NothingFeasible
 from tuner.export.deployment import deployment
+from tuner.export.formats import best_config
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import ablation, recommended
+from tuner.study.outcome import Measured
 from tuner.study.store import EXHAUSTED, write_json
 from tuner.study.verifying import verification
+from tuner.verify.judge import Arm
 
 
 def test_without_a_verdict_the_search_decides(tmp_path: Path):
@@ -78,6 +82,27 @@ def test_ablation_takes_the_superfluous_flags_out_and_its_cost_in(tmp_path: Path
     assert low < 0.45 and high > 0.48  # wider than either: the factor was measured too
     assert after.cost_change and after.cost_change.value == pytest.approx(0.74 * 0.99 - 1)
     assert "Two flags were superfluous" in after.text
+
+
+def test_what_ablation_left_is_promised_at_its_own_load_with_its_own_cost_latency_and_number(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=24, verified=True)
+    before = recommended(store, study)
+    assert before.point and before.latency_change
+    found = studies.ablation(study, before.point.config, kept="max_num_batched_tokens")
+    studies.add(24, Measured((studies.step(1.0, study.objective),)), store, found.params, role="ablate")
+    arm = Arm("small", 3, True, load=1.7, load_cost=(0.46, 0.44, 0.48), latency=(0.02, 0.019, 0.021))
+    arm = replace(arm, latency_difference=(0.5, 0.45, 0.55))
+    write_json(store.folder / "ablation.json", replace(found, arm=arm).to_dict())
+    after = recommended(store, study)
+    assert after.point and after.point.config.hash == found.config.hash and after.point.trial == 24
+    assert (after.point.load, after.point.cost, after.point.latency) == (1.7, 0.46, 0.02)
+    assert after.point.latency_interval == (0.019, 0.021) and after.latency_change
+    assert after.latency_change.value == pytest.approx((1 + before.latency_change.value) * 0.5 - 1)
+    first, second = after.text.split("\n\n")
+    assert first.startswith(f"Recommended: trial 24 at load 1.7: trial {before.point.trial} without the flags")
+    assert second == "Two flags were superfluous." and str(after.cost_change) in first
+    head = best_config(store, study)[0].read_text()
+    assert "trial 24" in head and "at load 1.7" in head and f"tpot_p99 {after.latency_change}" in head
 
 
 @pytest.mark.parametrize("named", [True, False])  # earlier files do not name the configuration

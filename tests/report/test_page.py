@@ -233,9 +233,12 @@ def test_what_ablation_found_stands_with_the_recommendation(tmp_path: Path):
     study, store = studies.write(tmp_path / "s", trials=24, verified=True)
     winner = studies.verification(study, store).config
     assert winner
-    write_json(store.folder / "ablation.json", studies.ablation(study, winner, "max_num_batched_tokens").to_dict())
-    text = read(build(store, study, tmp_path / "r.html")).text
+    found = studies.ablation(study, winner, "max_num_batched_tokens")
+    found = replace(found, text=f"{found.text}\n- `max_num_seqs` = 64: set back")
+    write_json(store.folder / "ablation.json", found.to_dict())
+    text = read(path := build(store, study, tmp_path / "r.html")).text
     assert text.count("Two flags were superfluous.") == 1 and "$0.465" in text
+    assert "<p>max_num_seqs = 64: set back</p>" in path.read_text()
 
 
 def test_names_from_outside_cannot_become_markup(tmp_path: Path):

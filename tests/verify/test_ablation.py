@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import math
 
 import pytest
 
@@ -47,6 +48,8 @@ def test_of_six_flags_the_two_that_matter_are_kept_with_their_effects():
     assert not effects["a"].kept and effects["a"].why == "no effect is proven"
     assert sorted(found.config.flags) == ["flag-b", "flag-e"]
     assert found.cost_change[0] == pytest.approx(1.0, abs=0.02)
+    assert found.arm and found.arm.holds and f"At load {found.arm.load:.3g} it costs $" in found.text
+    assert found.arm.load_cost[1] < found.arm.load_cost[0] < found.arm.load_cost[2] < math.inf
 
 
 def test_flags_that_stand_in_for_each_other_are_not_both_dropped():
@@ -90,6 +93,9 @@ def test_flags_are_kept_where_there_are_too_few_launches_to_judge_them():
     assert len(machine.labels) <= 12
     unmeasured = [e for e in found.effects if "too few launches" in e.why]
     assert unmeasured and all(e.kept for e in unmeasured)
+    earned = sum(e.kept for e in found.effects) - len(unmeasured)
+    assert found.text.startswith(f"{earned} of 6 parameters earn") and "takes --launches 20" in found.text
+    assert quiet(two_of_six, launches=20)[0].text.count("--launches") == 0
 
 
 def test_it_never_launches_more_than_the_budget():

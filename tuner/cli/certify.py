@@ -37,13 +37,18 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
 def ablate(path: Path, launches: int, json: bool) -> int:
     """Sets back each flag of the recommendation, and exports the smallest configuration that keeps the gain."""
     from tuner.export import formats
+    from tuner.report import page
     from tuner.study import finish, verifying
 
     def work(ready: Any, store: Any, bench: Any) -> Any:
         with finish.recorder(ready.study, store, lambda text: print(text, file=sys.stderr)) as recorder:
             result = verifying.minimal(ready, store, recorder, bench, launches)
-            for path in formats.best_config(store, ready.study):
-                print(f"  {path}", file=sys.stderr)
+            files = [*formats.best_config(store, ready.study)]
+            files.append(page.build(store, ready.study, store.folder / "report.html"))
+            for file in files:
+                print(f"  {file}", file=sys.stderr)
+            for form, file in formats.exported(store):
+                print(f"  {file} was exported before; again: tuner export {path} --format {form}", file=sys.stderr)
             recorder.study_finished()
         return result
 

@@ -175,11 +175,9 @@ def _about(
     if point.baseline:
         proven = "" if choice.by_hand else ": nothing measured is proven to be better"
         lines.append(f"This is the engine's default{proven}.")
-    elif choice.cost_change and choice.latency_change:
-        lines.append(
-            f"Against the engine's default at its own capacity: cost {choice.cost_change}, "
-            f"{objective.latency} {choice.latency_change}."
-        )
+    elif choice.cost_change:
+        latency = f", {objective.latency} {choice.latency_change}" if choice.latency_change else ""
+        lines.append(f"Against the engine's default at its own capacity: cost {choice.cost_change}{latency}.")
     elif baseline_of(trials):
         lines.append("The engine's default met the SLOs at no measured load.")
     if said := quality_of(trials, point.config):

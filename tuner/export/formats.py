@@ -55,6 +55,11 @@ def best_config(store: Store, study: Study, *, choice: Choice | None = None) -> 
     return paths[0], paths[1]
 
 
+def exported(store: Store) -> list[tuple[str, Path]]:
+    """The formats for containers whose files are in the study folder, with those."""
+    return [(form, path) for form, (name, _) in _CONTAINERS.items() if (path := store.folder / name).exists()]
+
+
 def _generic(what: Deployment, store: Store) -> str:
     """Flags of another engine by name; for an engine without flags (a function) the parameters."""
     flags = {flag: True if value is None else value for flag, value in what.flags.items()}

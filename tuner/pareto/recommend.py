@@ -19,8 +19,8 @@ from tuner.verify.arm import as_range
 def recommended(store: Store, study: Study) -> Choice:
     """``verify.json`` decides where it holds a verdict: its configuration, load, cost and latency come from windows
     that the search never saw. Where ``ablation.json`` took that configuration apart, its smallest one takes its place,
-    with the cost that was measured of it. Otherwise :func:`choose` over the trials of the search. The text ends with
-    what the quality floor said of it."""
+    with the load, cost and latency that were measured of it (an earlier version's file has its cost alone). Otherwise
+    :func:`choose` over the trials of the search. The text ends with what the quality floor said of it."""
     trials = store.trials()
     choice = _recommended(store, study, trials)
     said = quality_of(trials, choice.point.config) if choice.point else ""
@@ -64,26 +64,32 @@ def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequen
     if verdict["is_default"]:
         return Choice(point, point, None, None, (), None, text)
     default = study.space.config(study.space.default(), study.model)
-    cost_change = _change(chosen["difference"])
+    cost_change, latency_change = _change(chosen["difference"]), _change(chosen["latency_difference"])
     smaller = ablation(store, study, config)
+    if smaller and smaller["config"].hash != config.hash:
+        small: ServingConfig = smaller["config"]
+        again = tuple(t.number for t in trials if t.config.hash == small.hash and t.role == "ablate")
+        cost, between = _times(point.cost, point.cost_interval, smaller["cost_change"])
+        point = replace(point, config=small, trials=again, cost=cost, cost_interval=between)
+        cost_change = _further(cost_change, smaller["cost_change"])
+        if own := smaller["arm"]:
+            point = replace(_point(own, small, None, trials, small.hash == default.hash), trials=again)
+            latency_change = _further(latency_change, own["latency_difference"])
+            name = "the default" if point.baseline else f"trial {point.trial}"
+            text = f"Recommended: {name} at load {point.load:.3g}: {chosen['label']} without the flags that "
+            text += "proved nothing."
+            if point.baseline:
+                return Choice(point, point, None, None, (), None, f"{text}\n\n{smaller['text']}")
+            if cost_change:
+                text += f" It costs {cost_change} against the default."
     if smaller:
         text += f"\n\n{smaller['text']}".replace("**", "")
-        small: ServingConfig = smaller["config"]
-        if small.hash != config.hash:
-            again = tuple(t.number for t in trials if t.config.hash == small.hash and t.role == "ablate")
-            cost, between = _times(point.cost, point.cost_interval, smaller["cost_change"])
-            point = replace(point, config=small, trials=again, cost=cost, cost_interval=between)
-            if cost_change:
-                value, interval = _times(
-                    1 + cost_change.value, _shifted(cost_change.interval, 1), smaller["cost_change"]
-                )
-                cost_change = Change(value - 1, _shifted(interval, -1))
     base = verdict["arms"][0]  # verification launches the default before all others
     return Choice(
         point,
         _point(base, default, None, trials, True) if base["holds"] else None,
         cost_change,
-        _change(chosen["latency_difference"]),
+        latency_change,
         (),
         None,
         text,
@@ -109,7 +115,11 @@ def ablation(store: Store, study: Study, config: ServingConfig) -> Mapping[str, 
             ],
             "cost_change": as_range(found["cost_change"]),
             "text": str(found["text"]),
+            "arm": None,
         }
+        if arm := found.get("arm"):
+            known["arm"] = {name: as_range(arm[name]) for name in ("load_cost", "latency", "latency_difference")}
+            known["arm"]["load"] = float(arm["load"])
         return known if config.hash in (known["winner"], known["config"].hash) else None
 
 
@@ -135,6 +145,14 @@ def _times(value: float, interval: Interval | None, factor: Sequence[float]) -> 
     down = math.hypot(math.log(value / interval[0]), math.log(middle / low))
     up = math.hypot(math.log(interval[1] / value), math.log(high / middle))
     return value * middle, (value * middle * math.exp(-down), value * middle * math.exp(up))
+
+
+def _further(change: Change | None, factor: Sequence[float]) -> Change | None:
+    """``change``, times a measured factor (middle, low, high)."""
+    if change is None:
+        return None
+    value, interval = _times(1 + change.value, _shifted(change.interval, 1), factor)
+    return Change(value - 1, _shifted(interval, -1))
 
 
 def _shifted(interval: Interval | None, by: float) -> Interval | None:

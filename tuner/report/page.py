@@ -121,7 +121,8 @@ def _minute(at_s: float) -> str:
 def _choice(s: Summary, store: Store) -> dict[str, Any]:
     """The recommendation's figures and words."""
     choice, point = s.choice, s.choice.point
-    paragraphs = [part.strip() for part in choice.text.split("\n\n") if part.strip()]
+    # ablation's text is a list: a paragraph each
+    paragraphs = [part.strip().removeprefix("- ").replace("`", "") for part in choice.text.split("\n") if part.strip()]
     if point is None:
         return {"point": None, "paragraphs": paragraphs, "flags": []}
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tuner.engines.protocol import OnEvent
@@ -18,10 +18,13 @@ from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
 from tuner.verify.arm import Finalist, Range
-from tuner.verify.judge import UNKNOWN, Table
+from tuner.verify.judge import UNKNOWN, Arm, Table, judge
 from tuner.verify.repeats import Repeats
 from tuner.verify.rounds import Done, Launcher, Rounds
 from tuner.verify.statistics import Estimate, holm, ratio
+from tuner.verify.verdict import figures
+
+NOT_MEASURED = "not measured"  # how the reason begins why a parameter is kept of which nothing is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,8 @@ class Effect:
 class Ablation:
     """``config`` is the smallest that keeps the gain, ``params`` its parameters off the default; ``cost_change`` its
     cost over the winner's (UNKNOWN where they are the same). ``winner`` is the hash of the configuration that was taken
-    apart, ``budget`` the launches that were allowed for it (``launches``: made)."""
+    apart, ``budget`` the launches that were allowed for it (``launches``: made). ``arm`` is what these say of
+    ``config`` beside the winner: what it promises at which load (None where the two are the same)."""
 
     config: ServingConfig
     params: Mapping[str, Value]
@@ -78,6 +82,7 @@ class Ablation:
     text: str
     winner: str = ""
     budget: int = 0
+    arm: Arm | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,11 +114,11 @@ def ablate(
     doubts = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     proven = {name for name, doubt in doubts.items() if doubt < allowed} | lost.keys()
     kept = proven | (params.keys() - set(tested))
-    change, returned = UNKNOWN, set[str]()
+    change, returned, arm = UNKNOWN, set[str](), None
     while dropped := [name for name in params if name not in kept]:
         gap = bench.together(params, kept)
         if gap is not None and gap.doubt(budget.worth) <= budget.sure:
-            change = ratio(gap, budget.confidence)
+            change, arm = ratio(gap, budget.confidence), bench.beside_the_winner(bench.small(params, kept))
             break
         # together they lose what none of them loses alone: the likeliest one returns, or, with the launches for one
         # more look, as many as explain the loss (all of them where it was not measured: nothing is dropped unmeasured)
@@ -132,7 +137,7 @@ def ablate(
         if name in lost:
             return lost[name]
         if name not in tested:
-            return "not measured: too few launches were set aside"
+            return f"{NOT_MEASURED}: too few launches were set aside"
         if name in proven:
             return "its effect is proven"
         return "needed together with others" if name in returned else "no effect is proven"
@@ -150,9 +155,10 @@ def ablate(
         for name, value in params.items()
     )
     smallest = {name: params[name] for name in params if name in kept}
-    text = _text(rows, change, len(rounds.launches), budget.confidence)
+    text = _text(rows, change, arm, len(rounds.launches), study.objective.latency, budget)
     small = space.config(smallest, study.model)
-    return Ablation(small, smallest, rows, change, len(rounds.launches), text, winner.config.hash, budget.launches)
+    made = len(rounds.launches)
+    return Ablation(small, smallest, rows, change, made, text, winner.config.hash, budget.launches, arm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,26 +200,46 @@ class _Bench:
             words = unserved.get(arms[name].label)
             lost[name] = f"without it: {words[-1]}" if words else "the SLOs hold at no load without it"
             if arms[name].label in standing:
-                lost[name] = "not measured: no launch without it can be compared with one of the winner"
+                lost[name] = f"{NOT_MEASURED}: no launch without it can be compared with one of the winner"
             if not served:
-                lost[name] = f"not measured: the winner itself {unserved[self.winner.label][-1]}"
+                lost[name] = f"{NOT_MEASURED}: the winner itself {unserved[self.winner.label][-1]}"
         return effects, lost
 
     def together(self, params: Mapping[str, Value], kept: Set[str]) -> Estimate | None:
         """Log cost of the config with only ``kept`` less the winner's; None where there are no launches left for it."""
-        names = [name for name in params if name in kept]
-        small = self._arm(f"keeping {' '.join(names) or 'nothing'}", {name: params[name] for name in names})
-        played = 0
+        small, played = self.small(params, kept), 0
         while played < self.budget.together and len(self.rounds.launches) + 2 <= self.budget.launches:
             self.rounds.play([self.winner, small])
             played += 1
         if played < 2:
             return None
-        if not {small.label, self.winner.label} <= self._standing():
+        standing = {small.label, self.winner.label} <= self._standing()
+        if not standing or not self.beside_the_winner(small).holds:
             return Estimate(math.inf, ((0.0, 1.0),))
         costs = self._costs()
         linked = small.label in costs.linked(self.winner.label)
         return costs.difference(small.label, self.winner.label) if linked else None
+
+    def small(self, params: Mapping[str, Value], kept: Set[str]) -> Finalist:
+        """The config with only ``kept``."""
+        names = [name for name in params if name in kept]
+        return self._arm(f"keeping {' '.join(names) or 'nothing'}", {name: params[name] for name in names})
+
+    def beside_the_winner(self, small: Finalist) -> Arm:
+        """What every launch says of ``small``, its differences being to the winner."""
+        arms = [replace(self.winner, baseline=True), small]
+        objective, ladder = self.study.objective, self.study.load.ladder
+        confidence = self.budget.confidence
+        found = judge(
+            arms,
+            self.rounds.launches,
+            objective.slos,
+            objective.latency_key,
+            ladder,
+            confidence=confidence,
+            explain=False,
+        )
+        return found.arms[small.label]
 
     def _effects(self, arms: Mapping[str, Finalist]) -> dict[str, Estimate]:
         costs, base = self._costs(), self.winner.label
@@ -250,10 +276,20 @@ def _lost(rounds: Rounds, arms: Mapping[str, Finalist]) -> dict[str, str]:
     }
 
 
-def _text(effects: Sequence[Effect], change: Range, launches: int, confidence: float) -> str:
+def _text(
+    effects: Sequence[Effect], change: Range, arm: Arm | None, launches: int, latency: str, budget: AblationBudget
+) -> str:
     if not effects:
         return "The winner is the default: there is nothing to set back."
-    lines = [f"{sum(e.kept for e in effects)} of {len(effects)} parameters earn their place ({launches} launches)."]
+    unknown = sum(e.why.startswith(NOT_MEASURED) for e in effects)
+    earned = sum(e.kept for e in effects) - unknown
+    lines = [
+        f"{earned} of {len(effects)} parameters earn{'s its' if earned == 1 else ' their'} place ({launches} launches)."
+    ]
+    if unknown:
+        lines[0] += f" {unknown} could not be measured and {'stays' if unknown == 1 else 'stay'}."
+    if budget.tests < len(effects):
+        lines[0] += f" To test all of them takes --launches {budget.least + 2 * (len(effects) - 1)}."
     for e in effects:
         figure = ""
         if not math.isnan(e.cost_without[0]):
@@ -262,8 +298,10 @@ def _text(effects: Sequence[Effect], change: Range, launches: int, confidence: f
         lines.append(f"- `{e.parameter}` = {e.value}: {'kept' if e.kept else 'set back'}; {figure}{e.why}")
     if not math.isnan(change[0]):
         middle, low, high = ((x - 1) * 100 for x in change)
-        sure = f"{confidence * 100:g} %"
+        sure = f"{budget.confidence * 100:g} %"
         lines.append(
             f"The smallest config costs {middle:+.1f} % ({low:+.1f} to {high:+.1f} %, {sure}) against the winner."
         )
+    if arm:
+        lines[-1] += f" At load {arm.load:.3g} it costs {figures(arm, latency)}."
     return "\n".join(lines)

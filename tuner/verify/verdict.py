@@ -145,7 +145,7 @@ def _text(
             words.append(f"No finalist is proven better than the default at {sure}:")
             words.append("what the search saw is within what launches and windows differ by anyway.")
             words += _could(judgement.power)
-    words.append(f"At that load it costs {_usd(state.load_cost)}, {latency} {_ms(state.latency)} ({sure} intervals).")
+    words.append(f"At that load it costs {figures(state, latency)} ({sure} intervals).")
     if len(arms) > 1:
         words.append(f"Probability of being the cheapest of the {len(arms)}: {state.best * 100:.0f} %.")
     if not math.isnan(survived[0]):
@@ -231,6 +231,11 @@ def _arm(data: Mapping[str, Any]) -> Arm:
 def _change(factor: Range) -> str:
     middle, low, high = ((x - 1) * 100 for x in factor)
     return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f} %)"
+
+
+def figures(arm: Arm, latency: str) -> str:
+    """In words what ``arm`` costs at the load to deploy it at, and its ``latency`` there."""
+    return f"{_usd(arm.load_cost)}, {latency} {_ms(arm.latency)}"
 
 
 def _usd(cost: Range) -> str:
