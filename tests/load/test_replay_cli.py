@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.measure.made import records, request
 from tuner.cli.app import main
 from tuner.cli.replay import _interrupt
 from tuner.load.probe import Found
@@ -67,6 +68,23 @@ def test_a_replay_under_nohup_outlives_its_terminal():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("failing", "words", "code"), [(10, (), 3), (0, (), 0), (10, ("--slo", "error_rate=60%"), 0)])
+def test_a_replay_of_which_half_failed_says_how_and_exits_3(tmp_path, monkeypatch, capsys, failing, words, code):
+    errors = [f"HTTP 400: at most 512 tokens, {600 + i} were asked for" for i in range(failing)][1:]
+    errors += ["timeout"] * bool(failing)
+    every = [*errors, *[""] * 10]
+    rows = [request(i, [i + 0.1, i + 0.2] * (not error), error=error) for i, error in enumerate(every)]
+    path = records(tmp_path, rows).path
+    monkeypatch.setattr(sys, "argv", ["tuner", "replay", "--recompute", "--records", str(path), *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out = capsys.readouterr().out
+    assert (stop.value.code or 0) == code
+    told = "failed: 9 x HTTP 400: at most 512 tokens, 601 were asked for\nfailed: 1 x timeout"
+    assert (told in out) == bool(failing)
+    assert ("SLO error_rate=1%: missed" in out) == (code == 3)
 
 
 @pytest.mark.parametrize(

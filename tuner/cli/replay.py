@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +17,7 @@ import typer
 from tuner.errors import UsageError
 
 if TYPE_CHECKING:
+    from tuner.load.records import Records
     from tuner.spec.slo import Slo
     from tuner.study.outcome import Step
 
@@ -49,24 +54,29 @@ def replay(
 ) -> None:
     """Replay a trace against a server and measure it.
 
-    Exit code 0: measured, every SLO held; 3: an SLO was missed; 4: the measurement cannot be trusted.
+    Exit code 0: measured, every SLO held; 3: an SLO was missed, or (without one on error_rate) over 1% failed; 4: the
+    measurement cannot be trusted.
     """
     slos, quantiles = _slos(slo or ()), _quantiles(percentile)
     if recompute:
-        step = _again(records, slos, quantiles)
+        step, failures = _again(records, slos, quantiles)
     else:
         if not url or trace is None:
             raise UsageError(
                 "--url and --trace are needed", fix="tuner replay --url http://127.0.0.1:8000 --trace FILE"
             )
-        step = _run(
+        step, failures = _run(
             url, trace, load, model, slos, tokenizer, requests, seconds, warmup, free_output, closed_loop,
             processes, timeout, early_stop, seed, quantiles, records, format, arrivals, api_key, as_json,
         )  # fmt: skip
+    if not step.untrusted and not any(one.metric == "error_rate" for one in slos):
+        usual = _slos(["error_rate=1%"])
+        if missed := tuple(one.miss(step.metrics) for one in usual if one.miss(step.metrics)):
+            slos, step = (*slos, *usual), replace(step, slo_misses=(*step.slo_misses, *missed))
     if as_json:
-        typer.echo(json.dumps(_plain(step), indent=2))
+        typer.echo(json.dumps(_plain(step) | {"failures": failures}, indent=2))
     else:
-        typer.echo("\n".join(_page(step, slos)))
+        typer.echo("\n".join(_page(step, slos, failures)))
     if step.untrusted:
         raise typer.Exit(_UNTRUSTED)
     if step.slo_misses:
@@ -78,13 +88,13 @@ def _run(
     seconds: float | None, warmup: float, free_output: bool, closed_loop: int, processes: int | None, timeout: float,
     early_stop: bool, seed: int, quantiles: tuple[float, ...], records: Path | None, format: str, arrivals: str | None,
     api_key: str, quiet: bool,
-) -> Step:  # fmt: skip
+) -> tuple[Step, dict[str, int]]:  # fmt: skip
     import tempfile
 
     from tuner.engines.protocol import Cancelled, Endpoint, StepPlan
     from tuner.load import windows
     from tuner.load.formats import read_with_report
-    from tuner.load.records import check_writable
+    from tuner.load.records import check_writable, read
     from tuner.load.step import measure
     from tuner.load.windows import MAX_SPAN_S
     from tuner.load.wire import checked_key
@@ -119,12 +129,13 @@ def _run(
         )
         with _interrupt(plan.cancel):
             try:
-                return measure(
+                step = measure(
                     Endpoint(url, model, checked_key(api_key, "--api-key"), tokenizer),
                     plan,
                     concurrency=closed_loop,
                     shards=processes,
                 )
+                return step, _failures(read(plan.records))
             except (Cancelled, KeyboardInterrupt) as end:
                 begun = "" if isinstance(end, Cancelled) else ", if the replay had begun,"
                 where = f"; the records until then{begun} are in {records}" if records else ""
@@ -132,14 +143,24 @@ def _run(
                 raise typer.Exit(130) from None
 
 
-def _again(records: Path | None, slos: tuple[Slo, ...], quantiles: tuple[float, ...]) -> Step:
-    """A step from its records file alone."""
+def _again(records: Path | None, slos: tuple[Slo, ...], quantiles: tuple[float, ...]) -> tuple[Step, dict[str, int]]:
+    """A step, and how requests failed, from its records file alone."""
     from tuner.load.records import read
     from tuner.load.step import judge
 
     if records is None:
         raise UsageError("--recompute needs --records FILE")
-    return judge(read(records), slos, quantiles)
+    kept = read(records)
+    return judge(kept, slos, quantiles), _failures(kept)
+
+
+def _failures(records: Records) -> dict[str, int]:
+    """How requests failed, those of warm-up and tail included: an error's words and how many had it, the commonest
+    first. Those that differ in their figures alone count as one."""
+    errors = [str(error) for error in records.columns["error"] if error not in ("", "stopped")]
+    alike = Counter(re.sub(r"\d+", "#", error) for error in errors)
+    example = {re.sub(r"\d+", "#", error): error for error in reversed(errors)}
+    return {example[kind]: count for kind, count in alike.most_common()}
 
 
 def _slos(texts: list[str] | tuple[str, ...]) -> tuple[Slo, ...]:
@@ -217,7 +238,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _page(step: Step, slos: tuple[Slo, ...]) -> list[str]:
+def _page(step: Step, slos: tuple[Slo, ...], failures: Mapping[str, int]) -> list[str]:
     m, lines = step.metrics, []
     closed = m.get("closed_loop_concurrency")
     loop = f", CLOSED LOOP with {closed:.0f} in flight: latencies leave out waiting at a given rate" if closed else ""
@@ -226,6 +247,9 @@ def _page(step: Step, slos: tuple[Slo, ...]) -> list[str]:
         f"{m['measured_requests']:,.0f} requests measured over {m['duration_s']:.1f} s, {m['cut_requests']:,.0f} cut "
         f"as warm-up, ramp or tail; {m.get('error_rate', 0):.2%} failed"
     )
+    lines += [f"failed: {count:,} x {error}" for error, count in [*failures.items()][:3]]
+    if len(failures) > 3:
+        lines.append(f"failed: {sum([*failures.values()][3:]):,} x otherwise, in {len(failures) - 3} more ways")
     if m["measured_requests"]:
         lines += ["", *_latencies(step), "", *_rates(step)]
     if step.stopped_early:
