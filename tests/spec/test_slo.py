@@ -12,6 +12,8 @@ from tuner.spec import slo
         ("itl_p99.9=1min", "itl_p99.9", 60.0),
         ("error_rate=1%", "error_rate", 0.01),
         ("error_rate=0.02", "error_rate", 0.02),
+        ("error_rate=100%", "error_rate", 1.0),  # said outright
+        ("ttft_p50=1s", "ttft_p50", 1.0),
     ],
 )
 def test_an_slo_is_a_metric_and_a_limit_with_its_unit(text, metric, limit):
@@ -27,6 +29,10 @@ def test_an_slo_is_a_metric_and_a_limit_with_its_unit(text, metric, limit):
         ("ttft_p99=0ms", "above zero"),
         ("tttf_p99=500ms", "unknown metric"),
         ("error_rate=3ms", "1% or 0.01"),  # a share has no milliseconds
+        ("ttft_p9=500ms", "lets 91 % of the requests take longer: write ttft_p99, ttft_p90"),  # p99 or p90 is meant
+        ("error_rate=1", "100 % of the requests: write for example 1%"),  # 1% is meant
+        ("error_rate=100", "10000 % of the requests"),
+        ("error_rate=150%", "150 % of the requests"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_what_to_write(text, says):
@@ -44,5 +50,5 @@ def test_a_miss_is_told_in_milliseconds_and_an_unmeasured_metric_is_a_miss():
 
 
 def test_its_words_read_back_as_the_same_slo():
-    for text in ("ttft_p99=500ms", "error_rate=1%", "e2e_p50=1500ms"):
+    for text in ("ttft_p99=500ms", "error_rate=1%", "error_rate=100%", "e2e_p50=1500ms"):
         assert slo.parse(str(slo.parse(text))) == slo.parse(text)

@@ -182,6 +182,7 @@ def test_a_study_that_was_begun_is_read_whatever_is_refused_now(workplace, tmp_p
     begun = copy.deepcopy(dict(study.frozen))
     begun["price_usd_per_gpu_hour"] = 0
     begun["budget"]["hours"] = math.inf
+    begun["slo"] = {"ttft_p9": "500ms", "error_rate": 1}
     begun["trace"]["max_output_tokens"] = 0
     begun["search_space"]["fixed"] = {"path": "$HOME"}
     begun["search_space"]["parameters"]["seqs"]["default"][0]["when"] = {"gpu_count": {"ge": 2}}

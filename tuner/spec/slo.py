@@ -52,7 +52,7 @@ class Slo:
     def show(self, value: float) -> str:
         """``value`` as the user reads it: milliseconds, or per cent."""
         if self.metric == "error_rate":
-            return f"{value * 100:.2g} %"
+            return f"{value * 100:.3g} %"
         if math.isinf(value):
             return "without end (requests went unanswered)"
         return f"{value * 1e3:,.4g} ms" if abs(value) < 1 else f"{round(value * 1e3):,} ms"
@@ -87,10 +87,24 @@ def parse_limit(metric: str, text: str | int | float) -> float:
     return value
 
 
+def check_binds(slo: Slo, text: str | int | float) -> Slo:
+    """``slo``, whose limit was written as ``text``. Raises ``ValueError`` where it is a slip that limits nothing: a low
+    percentile (``ttft_p9``), all requests as errors (``1`` for ``1%``)."""
+    if slo.metric == "error_rate":
+        if slo.limit > 1 or (slo.limit > 0.5 and "%" not in str(text)):
+            raise ValueError(
+                f"error_rate={text} is {slo.limit * 100:g} % of the requests: write for example 1% or 0.01"
+            )
+    elif slo.quantile is not None and slo.quantile < 0.5:
+        says = f"{slo.metric} lets {(1 - slo.quantile) * 100:.3g} % of the requests take longer"
+        raise ValueError(f"{says}: write {slo.latency}_p99, {slo.latency}_p90, or at least {slo.latency}_p50")
+    return slo
+
+
 def parse(text: str) -> Slo:
     """``ttft_p99=500ms`` as an :class:`Slo`. Raises ``ValueError`` with what to write instead."""
     name, sep, limit = text.partition("=")
     if not sep:
         raise ValueError(f"bad SLO {text!r}: write for example ttft_p99=500ms")
     metric = check_metric(name.strip())
-    return Slo(metric, parse_limit(metric, limit))
+    return check_binds(Slo(metric, parse_limit(metric, limit)), limit)

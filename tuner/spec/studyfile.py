@@ -413,7 +413,8 @@ def _objective(
 
 def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> slo.Slo:
     try:
-        return slo.Slo(slo.check_metric(metric), slo.parse_limit(metric, limit))
+        found = slo.Slo(slo.check_metric(metric), slo.parse_limit(metric, limit))
+        return found if document.begun else slo.check_binds(found, limit)
     except ValueError as error:
         raise document.error(str(error), at) from None
 

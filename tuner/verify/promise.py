@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from tuner.errors import UsageError
 from tuner.space.config import ServingConfig
-from tuner.spec.slo import Slo, check_metric, parse
+from tuner.spec.slo import Slo, check_metric, parse_limit
 from tuner.verify.arm import Range, as_range
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.repeats import NO_SPREAD, Spread
@@ -163,7 +163,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 def _slo(text: str) -> Slo:
     """``ttft_p99=0.5`` (seconds, or a share)."""
     metric, _, limit = text.partition("=")
-    return Slo(parse(f"{metric}={limit}" if metric == "error_rate" else f"{metric}={limit}s").metric, float(limit))
+    parse_limit(check_metric(metric), limit if metric == "error_rate" else f"{limit}s")
+    return Slo(metric, float(limit))
 
 
 def _plain(values: Range) -> list[float | str]:
