@@ -54,8 +54,14 @@ def _filled(ready: Any) -> str:
     return f" up to {fills:.2g}, less above" if fills < top else ""
 
 
+def _rate(ready: Any) -> str:
+    rps = ready.traffic.rps
+    return f", {rps:.3g}/s at load 1" if rps else ""
+
+
 def describe(ready: Any) -> dict[str, Any]:
     """The study in words and figures, as ``--json`` prints it."""
+    from tuner.pareto.traffic import price_words
     from tuner.study.queue import refusals
     from tuner.study.session import step_seconds
 
@@ -78,13 +84,13 @@ def describe(ready: Any) -> dict[str, Any]:
         "engine": f"{study.engine.kind} {ready.engine.version()}",
         "hardware": f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name,
         "trace": (
-            f"{len(ready.traffic.whole)} requests; {len(ready.traffic.search)} search and {len(ready.traffic.heldout)} "
-            f"held-out windows, {study.trace.window_s:g} s each at every load{_filled(ready)} "
-            f"(up to {len(window)} requests)"
+            f"{len(ready.traffic.whole)} requests{_rate(ready)}; {len(ready.traffic.search)} search and "
+            f"{len(ready.traffic.heldout)} held-out windows, {study.trace.window_s:g} s each at every load"
+            f"{_filled(ready)} (up to {len(window)} requests)"
         ),
         "trace_notes": list(ready.traffic.notes),
         "goal": (
-            f"lowest USD per million output tokens ({study.objective.price_usd_per_gpu_hour:g} USD per hour) against "
+            f"lowest USD per million output tokens ({price_words(study.objective, study.hardware.gpus)}) against "
             f"{study.objective.latency}, with {', '.join(map(str, study.objective.slos))}"
         ),
         "step_seconds": f"{step_seconds(ready):.0f} s and its tail",

@@ -59,11 +59,11 @@ class View:
             self.console.print(text)
 
     def begin(self, ready: Prepared) -> None:
-        study = self.study
+        study, rps = self.study, ready.traffic.rps
         self.say(
             f"Study {study.name}: {study.engine.kind} {ready.engine.version()} on {study.hardware.name}, "
             f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} x "
-            f"{len(ready.traffic.search[0])} requests"
+            f"{len(ready.traffic.search[0])} requests" + (f"; load 1 is {rps:.3g} requests/s" if rps else "")
         )
         for note in ready.traffic.notes:
             self.say(f"Trace: {note}")

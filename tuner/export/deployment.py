@@ -15,6 +15,7 @@ from tuner.pareto.changes import baseline_of
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
 from tuner.pareto.recommend import ablation, quality_of, recommended
+from tuner.pareto.traffic import price_words, traffic
 from tuner.record.secrets import is_secret
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
@@ -166,12 +167,14 @@ def _about(
         f"Measured on {on.engine} {on.engine_version}, {machine}, with {on.trace} at load {point.load:.4g}{repeats}"
         + (" (held-out windows)." if point.role == "verify" else " (search windows: not verified yet)."),
         f"Cost {point.cost:.4g} USD per million output tokens within SLO{_between(point.cost_interval)}, at "
-        f"{objective.price_usd_per_gpu_hour:g} USD per {'GPU' if point.config.gpus else 'server'}-hour.",
+        f"{price_words(objective, point.config.gpus)}.",
         f"{objective.latency} {point.latency * 1e3:.4g} ms{_between(point.latency_interval, 1e3)}. "
         f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.",
     ]
     if point.role == "verify" and point.latency_interval is None:
         lines.append("Launched once: how sure it is that the SLOs hold at this load is not known.")
+    if served := traffic(trials, objective, point, choice.cost_change):
+        lines.append(str(served))
     if point.baseline:
         proven = "" if choice.by_hand else ": nothing measured is proven to be better"
         lines.append(f"This is the engine's default{proven}.")

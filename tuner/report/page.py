@@ -17,6 +17,7 @@ from tuner.export import vllm
 from tuner.export.deployment import deployment
 from tuner.export.text import dump
 from tuner.pareto.choice import Change
+from tuner.pareto.traffic import HOURS, price_words
 from tuner.record.secrets import HIDDEN, is_secret
 from tuner.report import charts, html, tables
 from tuner.report.figures import front_svg
@@ -63,6 +64,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         frozen=dump(_public(study.frozen)),
         command=f"tuner tune {shlex.quote(study.source)}",
         again=f"tuner report {shlex.quote(str(store.folder))}",
+        hours_a_month=HOURS,
         label=label,
         ms=ms,
     )
@@ -99,12 +101,17 @@ def _head(s: Summary, store: Store) -> list[tuple[str, str]]:
         ("Model", study.model),
         ("Engine", f"{study.engine.kind} {version}".strip()),
         ("Hardware", gpus),
-        ("Trace", Path(study.trace.file).name),
+        ("Trace", _trace(s)),
         ("SLOs", ", ".join(map(str, study.objective.slos)) or "none"),
         ("Trials", ", ".join(f"{n} {name}" for name, n in s.kinds().items()) or "none yet"),
         ("Measured", _dates(s)),
-        ("Price", f"${study.objective.price_usd_per_gpu_hour:g} per {'GPU' if study.hardware.gpus else 'server'}-hour"),
+        ("Price", price_words(study.objective, study.hardware.gpus)),
     ]
+
+
+def _trace(s: Summary) -> str:
+    name = Path(s.study.trace.file).name
+    return f"{name}: {s.traffic.trace_rps:.3g} requests/s at load 1; {s.traffic.measured}" if s.traffic else name
 
 
 def _dates(s: Summary) -> str:

@@ -12,6 +12,7 @@ from tuner.pareto.changes import baseline_of, changes, describe, words
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point, front, points
 from tuner.pareto.recommend import recommended
+from tuner.pareto.traffic import Traffic, traffic
 from tuner.record.secrets import hide, secrets
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -22,7 +23,8 @@ from tuner.study.store import Store, TrialRecord
 @dataclass(frozen=True, slots=True)
 class Summary:
     """``trials`` are all, ``search`` those of the search; ``points`` and ``front`` come from the search (verification
-    has loads and windows of its own); ``default`` is the engine's default, where it was launched."""
+    has loads and windows of its own); ``default`` is the engine's default, where it was launched;
+    ``traffic`` is what the recommendation takes, where that was measured."""
 
     study: Study
     trials: Sequence[TrialRecord]
@@ -33,6 +35,7 @@ class Summary:
     default: TrialRecord | None
     emulated: bool
     secrets: Sequence[str] = ()
+    traffic: Traffic | None = None
 
     def name(self, config: ServingConfig) -> str:
         """The config as its difference to the engine's default."""
@@ -53,16 +56,18 @@ def summarize(store: Store, study: Study) -> Summary:
     trials = store.trials()
     search = [t for t in trials if t.role == "search"]
     found = points(search, study.objective)
+    choice = recommended(store, study)
     return Summary(
         study=study,
         trials=trials,
         search=search,
         points=found,
         front=front(found),
-        choice=recommended(store, study),
+        choice=choice,
         default=baseline_of(search) or baseline_of(trials),
         emulated=any(t.emulated for t in trials) or study.engine.kind == "emulator",
         secrets=secrets(study, trials),
+        traffic=traffic(trials, study.objective, choice.point, choice.cost_change),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import UsageError
@@ -38,6 +39,7 @@ def front_data(store: Store, study: Study) -> dict[str, Any]:
             "default": _point_data(s, choice.baseline) if choice.baseline else None,
             "cost_change": _change(choice.cost_change),
             "latency_change": _change(choice.latency_change),
+            "traffic": _traffic_data(s),
             "text": choice.text,
             "failures": dict(_causes(s)),
         }
@@ -77,6 +79,8 @@ def front_table(store: Store, study: Study) -> RenderableType:
             legend.add_row(str(number), name)
         parts += [Text("Flags off the engine's default, by trial", style="bold"), legend, Text("")]
     parts.append(Text(s.choice.text))
+    if s.traffic:
+        parts.append(Text(str(s.traffic)))
     causes = _causes(s)
     if causes:
         parts.append(Text("Failed: " + ", ".join(f"{n} x {cause}" for cause, n in causes.most_common())))
@@ -194,6 +198,10 @@ def _point_data(s: Summary, p: Point) -> dict[str, Any]:
         "changes": changes(p.config, s.default.config if s.default else None),
         "flags": dict(p.config.flags),
     }
+
+
+def _traffic_data(s: Summary) -> dict[str, Any] | None:
+    return {**asdict(s.traffic), "requests_per_s": s.traffic.rps} if s.traffic else None
 
 
 def _change(change: Any) -> dict[str, Any] | None:

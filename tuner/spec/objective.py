@@ -24,7 +24,7 @@ class QualityFloor:
 class Objective:
     """What is wanted. Cost is USD per million output tokens served within SLO; ``latency`` names the other axis
     (``tpot_p99``). ``price_usd_per_gpu_hour`` is per GPU of the study's own hardware, or per server on CPU servers;
-    ``prices`` are those of named types of GPU."""
+    ``prices`` are those of named types of GPU; ``price_assumed``: nobody named one, it is the hardware table's."""
 
     name: str
     latency: str
@@ -32,6 +32,7 @@ class Objective:
     price_usd_per_gpu_hour: float
     quality: QualityFloor = QualityFloor()
     prices: Mapping[str, float] = field(default_factory=dict)
+    price_assumed: bool = field(default=False, compare=False)
 
     @property
     def latency_key(self) -> str:

@@ -394,11 +394,13 @@ def _objective(
     prices = said if isinstance(said, dict) else {}
     price = None if isinstance(said, dict) else said
     price = spec.price_usd_per_gpu_hour if price is None else price
+    assumed = price is None
     price = price or frozen.get("price_usd_per_gpu_hour", price)
     if prices:
         from tuner.search.hardware import device_of
 
         prices = {device_of(name): usd for name, usd in prices.items()}
+        assumed = assumed and hardware.name not in prices
         price = prices.get(hardware.name, price)
     if price is None:
         from tuner.search import hardware as table
@@ -408,7 +410,7 @@ def _objective(
     if not document.begun and not all(0 < usd < math.inf for usd in (price, *prices.values())):
         raise document.error("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
     floor = QualityFloor(**spec.quality.model_dump())
-    return Objective(spec.name, spec.latency, tuple(slos), float(price), floor, prices)
+    return Objective(spec.name, spec.latency, tuple(slos), float(price), floor, prices, assumed)
 
 
 def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> slo.Slo:

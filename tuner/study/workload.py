@@ -28,6 +28,12 @@ class Workload:
     notes: tuple[str, ...] = ()
     fills: float = math.inf
 
+    @property
+    def rps(self) -> float:
+        """Requests per second of the trace at load 1; 0 where it has no length."""
+        lasts_s = float(self.whole.arrival_s[-1] - self.whole.arrival_s[0])
+        return (len(self.whole) - 1) / lasts_s if lasts_s > 0 else 0.0
+
 
 def read(study: Study) -> Workload:
     """Reads the study's trace. Raises UsageError where it is too short for the windows asked for.

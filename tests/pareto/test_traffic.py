@@ -1,0 +1,82 @@
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from tests import studies
+from tuner.export.formats import best_config
+from tuner.pareto.traffic import traffic
+from tuner.report.page import build
+from tuner.report.summary import summarize
+from tuner.report.terminal import front_data, front_table
+from tuner.spec import studyfile
+from tuner.study.store import Store
+
+OBJECTIVE = replace(studies.objective(), price_assumed=True)
+
+
+@pytest.fixture
+def made(tmp_path: Path):
+    """The default at load 1, and what serves twice as much at half the cost; 5 requests/s at load 1."""
+    store = Store(tmp_path / "s")
+    more = {"measured_requests": 300.0, "goodput_requests_per_s": 10.0, "goodput_total_tokens_per_s": 12_000.0}
+    for number, params in enumerate(({}, {"max_num_batched_tokens": 8192})):
+        step = studies.step(1.0 + number, OBJECTIVE, tokens_per_s=1000 * (1 + number))
+        step = replace(step, metrics={**step.metrics, **more})
+        studies.measured(number, (step,), store, params=params, baseline=not number)
+    return store, studies.study(tmp_path / "s", want=OBJECTIVE)
+
+
+def test_a_point_is_told_in_requests_per_second_tokens_and_money_a_month(made):
+    found = summarize(*made).traffic
+    assert found and (found.rps, found.trace_rps, found.requests, found.windows) == (10.0, 5.0, 300, 1)
+    assert (found.input_tokens, found.output_tokens) == (1000.0, 200.0)
+    assert found.month_usd == 1825 and found.default_usd == pytest.approx(3650)
+
+
+def test_every_view_says_it_and_that_the_price_is_an_assumption(made, tmp_path: Path):
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(front_table(*made))
+    page = build(*made, tmp_path / "r.html").read_text()
+    texts = {"terminal": console.export_text(), "file": best_config(*made)[0].read_text(), "page": page}
+    for name, text in texts.items():
+        assert "10 requests/s" in text and "assumed: --gpu-price sets yours" in text, name
+        assert "prompts of 1,000 and answers of 200 tokens" in text and "$1,825" in text and "$3,650" in text, name
+    assert front_data(*made)["traffic"]["requests_per_s"] == 10.0
+
+
+def test_without_an_arrival_rate_nothing_is_said(made):
+    store, study = made
+    trials = [
+        replace(t, outcome=replace(t.outcome, steps=tuple(replace(s, metrics={}) for s in t.outcome.steps)))
+        for t in store.trials()
+    ]
+    choice = summarize(store, study).choice
+    assert traffic(trials, study.objective, choice.point, None) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "assumed"),
+    [
+        ({}, True),
+        ({"price_usd_per_gpu_hour": 3.0}, False),
+        ({"price_usd_per_gpu_hour": {"A100-80GB": 1.0}}, True),  # of another GPU
+        ({"price_usd_per_gpu_hour": {"H100-SXM": 3.0}}, False),
+        ({"objective": {"name": "o", "latency": "tpot_p99", "slo": {}, "price_usd_per_gpu_hour": 3.0}}, False),
+    ],
+)
+def test_a_price_that_nobody_named_is_known_to_be_an_assumption(tmp_path: Path, more, assumed):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "t.jsonl").write_text('{"arrival_s": 0, "input_tokens": 5, "output_tokens": 2}\n' * 3)
+    engine = {"kind": "emulator", "options": {"gpu": "H100-SXM"}}
+    text = {"model": "./model", "engine": engine, "trace": "t.jsonl", **more}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(text))
+    study = studyfile.load(tmp_path / "s.yaml")
+    assert study.objective.price_assumed is assumed
+    (begun := tmp_path / "begun").mkdir()
+    (begun / "study.yaml").write_text(yaml.safe_dump(dict(study.frozen)))
+    assert studyfile.load(begun).objective.price_assumed is assumed

@@ -1,0 +1,106 @@
+"""What one replica takes and costs at a point's load: requests per second, tokens, money a month; from the folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tuner.pareto.choice import Change
+from tuner.pareto.front import Point, trusted_steps
+from tuner.spec.objective import Objective
+from tuner.study.outcome import Step
+from tuner.study.price import per_hour
+from tuner.study.store import TrialRecord
+
+HOURS = 730  # of a month
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One replica at ``load``. ``trace_rps`` are the requests per second of load 1 on the ``windows`` windows that it
+    was measured on, with ``requests`` measured requests; tokens are means per request (NaN where not measured).
+    ``month_usd`` is what the replica costs a month, ``default_usd`` what the engine's default would for the same
+    traffic (NaN where not known); ``price`` says at what price."""
+
+    load: float
+    trace_rps: float
+    windows: int
+    requests: int
+    input_tokens: float
+    output_tokens: float
+    month_usd: float
+    default_usd: float
+    price: str
+
+    @property
+    def rps(self) -> float:
+        """Requests per second at the point's load."""
+        return self.trace_rps * self.load
+
+    @property
+    def lengths(self) -> str:
+        """The requests' lengths, in words; empty where not measured."""
+        if not math.isfinite(self.input_tokens + self.output_tokens):
+            return ""
+        return f"prompts of {self.input_tokens:,.0f} and answers of {self.output_tokens:,.0f} tokens on average"
+
+    @property
+    def measured(self) -> str:
+        """What it was measured on, in words."""
+        many = f"{self.windows} windows" if self.windows > 1 else "one window"
+        return ", ".join(filter(None, (f"{self.requests:,} requests on {many}", self.lengths)))
+
+    def __str__(self) -> str:
+        text = (
+            f"At load {self.load:.3g} one replica takes {self.rps:.3g} requests/s "
+            f"({self.load:.3g} x {self.trace_rps:.3g}; measured with {self.measured}) and costs "
+            f"${self.month_usd:,.0f} a month ({HOURS} h at {self.price})."
+        )
+        if math.isfinite(self.default_usd):
+            text += f" With the engine's default the same traffic would cost about ${self.default_usd:,.0f}."
+        return text
+
+
+def traffic(
+    trials: Sequence[TrialRecord], objective: Objective, point: Point | None, change: Change | None
+) -> Traffic | None:
+    """Of ``point``, whose cost differs from the default's by ``change``. None where no arrival rate was measured."""
+    if point is None:
+        return None
+    same = [t for t in trials if t.config.hash == point.config.hash]
+    own = [t for t in same if t.number in point.trials] or same
+    steps = [s for _, s in trusted_steps(own) if s.metrics.get("offered_requests_per_s", 0) > 0]
+    if not steps:
+        return None
+    rates: dict[str, list[float]] = {}
+    for step in steps:
+        rates.setdefault(step.window, []).append(step.metrics["offered_requests_per_s"] / step.load)
+    outputs, totals = (_per_request(steps, f"goodput_{name}_tokens_per_s") for name in ("output", "total"))
+    price = next((t.price for t in own if t.price), None)
+    month_usd = per_hour(point.config, objective, price) * HOURS
+    return Traffic(
+        load=point.load,
+        trace_rps=fmean(fmean(found) for found in rates.values()),
+        windows=len(rates),
+        requests=round(sum(s.metrics.get("measured_requests", 0) for s in steps)),
+        input_tokens=totals - outputs,
+        output_tokens=outputs,
+        month_usd=month_usd,
+        default_usd=month_usd / (1 + change.value) if change and change.value > -1 else math.nan,
+        price=price_words(objective, point.config.gpus, price),
+    )
+
+
+def price_words(objective: Objective, gpus: int, price: float | None = None) -> str:
+    """The price (``price``, where a trial ran on GPUs of another one), and whether anybody named it."""
+    text = f"{price or objective.price_usd_per_gpu_hour:g} USD per {'GPU' if gpus else 'server'}-hour"
+    return text + (", assumed: --gpu-price sets yours" if objective.price_assumed else "")
+
+
+def _per_request(steps: Sequence[Step], name: str) -> float:
+    """By what the requests within SLO brought: they are counted by when they were asked for."""
+    pairs = [(s.metrics.get(name, 0.0), s.metrics.get("goodput_requests_per_s", 0.0)) for s in steps if s.ok]
+    pairs = [(tokens, requests) for tokens, requests in pairs if tokens > 0 and requests > 0]
+    return sum(tokens for tokens, _ in pairs) / sum(requests for _, requests in pairs) if pairs else math.nan
