@@ -10,6 +10,7 @@ from rich.console import Console
 from tests import studies
 from tuner.errors import UsageError
 from tuner.report.console import printer
+from tuner.report.summary import summarize
 from tuner.report.terminal import front_data, front_table, trial_data, trial_view
 from tuner.study.outcome import Infeasible
 from tuner.study.store import Store
@@ -44,7 +45,17 @@ def test_the_table_shows_cost_latency_load_throughput_and_only_the_flags_that_di
 def test_the_default_stands_below_a_front_that_it_is_not_on(made):
     lines = shown(front_table(*made)).splitlines()
     costs = [line.split()[0] for line in lines if "±3 %" in line and not line.strip().startswith("→")]
-    assert costs == ["0.694"] and "0  engine default" in "\n".join(lines)
+    assert costs == ["0.694"] and "0  engine default, for comparison" in "\n".join(lines)
+
+
+def test_a_verified_recommendation_stands_below_the_front_that_it_is_not_on(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=12, verified=True)
+    text = shown(front_table(store, study), 120)
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("→ ")]
+    assert [(row[1], row[-1]) for row in rows if row[1].startswith("0")] == [
+        ("0.47", str(summarize(store, study).choice.point.trial))
+    ]
+    assert "it need not lie on the front" in " ".join(text.split())
 
 
 def test_the_data_is_strict_json_and_carries_intervals(made):

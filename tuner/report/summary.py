@@ -37,6 +37,12 @@ class Summary:
     secrets: Sequence[str] = ()
     traffic: Traffic | None = None
 
+    @property
+    def verified(self) -> Point | None:
+        """The recommendation where it was measured again: a point of other windows and loads than the front's."""
+        point = self.choice.point
+        return point if point and point.role == "verify" else None
+
     def name(self, config: ServingConfig) -> str:
         """The config as its difference to the engine's default."""
         return hide(describe(config, self.default.config if self.default else None), self.secrets)
@@ -95,6 +101,12 @@ def label(metric: str) -> str:
     head, _, stat = metric.rpartition("_")
     words = {"norm_latency": "latency per token", "e2e": "end-to-end", "error_rate": "error rate"}
     return f"{words.get(head, head.upper())} {stat}" if head and metric != "error_rate" else words.get(metric, metric)
+
+
+APART = (
+    "The front is of the search's window. What is recommended was measured again on held-out windows, at loads of its "
+    "own: it need not lie on the front."
+)
 
 
 def ms(seconds: float) -> str:

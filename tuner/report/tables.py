@@ -58,13 +58,14 @@ def point_row(s: Summary, p: Point) -> dict[str, Any]:
         "cost_spread": spread(p.cost, p.cost_interval),
         "latency": ms(p.latency),
         "latency_spread": spread(p.latency, p.latency_interval, 1e3),
-        "load": f"{p.load:g}",
+        "load": f"{p.load:.3g}",
         "tokens": f"{p.metrics[GOODPUT]:,.0f}" if GOODPUT in p.metrics else "-",
         "trial": p.trial,
         "ties": ", ".join(str(trial) for trial in dict.fromkeys(trial for trial, _ in p.ties)),
         "flags": s.flags(p.config),
-        "chosen": bool(chosen and chosen.config.hash == p.config.hash),
+        "chosen": p is s.verified if s.verified else bool(chosen and chosen.config.hash == p.config.hash),
         "baseline": p.baseline,
+        "verified": p is s.verified,
     }
 
 
