@@ -11,6 +11,7 @@ from tuner.cli import check, plan
 from tuner.cli.live import View
 from tuner.cli.tune import Flags, read
 from tuner.errors import UsageError
+from tuner.spec.study import Budget
 from tuner.study import session
 
 MINE = """\
@@ -71,6 +72,28 @@ def test_an_engine_of_one_word_is_said_to_be_no_mapping(workplace: Path) -> None
     with pytest.raises(UsageError, match=r"study.yaml:2: engine"):
         read(path, Flags())
     assert read(path, Flags(engine="emulator")).engine.kind == "emulator"
+
+
+@pytest.mark.parametrize(
+    ("said", "flags", "budget"),
+    [
+        ("{launches: 5}", {"verify_share": 0.5}, Budget(launches=5, verify_share=0.5)),
+        ("8", {"verify_share": 0.5}, Budget(launches=8, verify_share=0.5)),
+        ("{launches: 5, verify_share: 0}", {"budget": "2h"}, Budget(hours=2, verify_share=0)),
+        ("{hours: 5}", {"budget": "20 launches", "verify_share": 0.3}, Budget(launches=20, verify_share=0.3)),
+    ],
+)
+def test_the_budget_from_the_command_line_keeps_what_it_does_not_name(workplace: Path, said, flags, budget) -> None:
+    text = GOOD.replace("budget: {launches: 5}", f"budget: {said}")
+    assert read(write(workplace, text), Flags(**flags)).budget == budget
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"), [({"budget": "-4h"}, "--budget: bad"), ({"verify_share": 1.0}, "--verify-")]
+)
+def test_a_bad_budget_on_the_command_line_is_put_down_to_its_flag(workplace: Path, flags, says) -> None:
+    with pytest.raises(UsageError, match=f"^{says}"):
+        read(write(workplace, GOOD), Flags(**flags))
 
 
 def test_a_price_of_nothing_is_refused(workplace: Path) -> None:

@@ -16,6 +16,7 @@ from tuner.executor.build import executor
 from tuner.record.place import place
 from tuner.spec import studyfile
 from tuner.spec.storage import sqlite_file
+from tuner.spec.study import Budget
 from tuner.study import budget, queue, session, verifying, workload
 from tuner.study.evaluate import Bench
 from tuner.study.outcome import Aborted, Infeasible, Measured
@@ -34,7 +35,7 @@ def test_the_first_trial_is_the_engines_default_with_none_of_the_spaces_flags(ru
 
 def test_a_study_stops_at_its_budget_and_says_so(runner):
     engine = FakeEngine()
-    assert runner.run(engine) == "the budget of 6 launches is spent"
+    assert runner.run(engine) == "the search's 6 launches are spent"
     assert len(engine.launched) == 6 == len(runner.store.trials())
 
 
@@ -301,7 +302,7 @@ def test_where_nothing_runs_and_there_is_no_room_the_executor_is_asked_to_wait_f
         return len(asked) > 1 and room(self)
 
     monkeypatch.setattr(LocalExecutor, "room", later)
-    assert runner.run(FakeEngine()) == "the budget of 6 launches is spent"
+    assert runner.run(FakeEngine()) == "the search's 6 launches are spent"
 
 
 def test_an_interrupt_finishes_the_teardown_and_keeps_what_was_measured(runner):
@@ -529,6 +530,9 @@ def test_parallel_trials_count_once_in_hours_and_each_in_usd(runner):
     assert used.usd == pytest.approx(1.5 * study.objective.price_usd_per_gpu_hour)
     assert "0 minutes of 1 h are left" in budget.search_is_over(study, used)
     assert budget.search_is_over(runner.study(replace={"launches: 6": "hours: 3"}), used) == ""
+    kept = replace(study, budget=Budget(launches=5, verify_share=0.6))
+    assert "search's 2 launches are spent (of the budget's 5, 3 are kept" in budget.search_is_over(kept, used)
+    assert budget.left(kept, used) == "3 launches (3 for verification)"
 
 
 def test_usd_hold_for_trials_side_by_side_and_what_is_left_is_what_is_said(runner, monkeypatch):

@@ -1,4 +1,5 @@
 import contextlib
+import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +8,8 @@ import pytest
 from tests import studies
 from tuner.errors import UsageError
 from tuner.spec.study import Budget
-from tuner.study import verifying
+from tuner.spec.studyfile import parse_budget
+from tuner.study import budget, verifying
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.arm import Finalist
 
@@ -17,8 +19,7 @@ def made(tmp_path):
     """A study of USD 20 for 2.50 per GPU-hour, of which a launch of a minute is spent."""
     store = Store(tmp_path / "s")
     studies.measured(0, (studies.step(1.0, studies.objective()),), store, baseline=True)
-    budget = Budget(launches=None, hours=None, usd=20.0, verify_share=0.2)
-    study = studies.study(tmp_path / "s", budget=budget)
+    study = studies.study(tmp_path / "s", budget=Budget(launches=None, hours=None, usd=20.0, verify_share=0.2))
     return SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=[object()])), store
 
 
@@ -88,3 +89,15 @@ def test_gpus_of_another_price_are_paid_at_theirs(made):
     studies.measured(1, (studies.step(1.0, studies.objective()),), store, price_usd_per_gpu_hour=10.0)
     within = verifying.limits(ready, store, [arm(ready.study, 2, trial=1)])
     assert within and within.seconds == pytest.approx((20 - 12.5 / 60) / 20 * 3600)
+
+
+def test_the_command_that_settles_a_verdict_gives_verification_what_it_lacks_and_the_search_nothing(tmp_path):
+    study, store = studies.write(tmp_path / "a study", trials=7)
+    for number in (7, 8, 9, 10):
+        studies.measured(number, (studies.step(1.0, studies.objective()),), store, role="verify")
+    words = shlex.split(verifying._go_on(study, store, more=6).partition(": ")[2])
+    assert words[:4] == ["tuner", "tune", str(store.folder), "--budget"]
+    again = replace(study, budget=replace(parse_budget(words[4]), verify_share=float(words[6])))
+    assert budget.search_is_over(again, budget.spent(again, store.launched("search")))
+    within = verifying.limits(SimpleNamespace(study=again, traffic=SimpleNamespace(heldout=[1])), store, ())
+    assert within.launches == 4 + 6

@@ -65,6 +65,9 @@ def tune(
     executor: Annotated[str, typer.Option(help="Where trials run: local, or ray.")] = "",
     address: Annotated[str, typer.Option(help="The Ray cluster; auto: the one that this machine belongs to.")] = "",
     plain: Annotated[bool, typer.Option(help="Plain lines instead of the live view.")] = False,
+    verify_share: Annotated[
+        float | None, typer.Option(help="Share of the budget kept for verification. [default: the study's, or 0.2]")
+    ] = None,
 ) -> None:
     """Search, launch, measure: end with a front, a best-config YAML, a report and an MLflow study."""
     from tuner.cli import tune as command
@@ -85,6 +88,7 @@ def tune(
         reports,
         executor,
         address,
+        verify_share,
     )
     raise typer.Exit(command.run(study, flags, plain))
 

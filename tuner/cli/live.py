@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tuner.spec.study import Study
     from tuner.study.session import Prepared
 
+Trial = int | str  # a trial's number, or ``ladder``: the launch that settles the loads
+
 
 class View:
     """Takes the loop's events from any thread; draws about four times a second, or prints one line per event."""
@@ -32,8 +34,8 @@ class View:
         self.default = study.space.config(study.space.default(), study.model)
         self.console = printer(stderr=True)
         self.began_s = time.monotonic()
-        self.running: dict[int, dict[str, Any]] = {}
-        self.points: list[tuple[int, float, float, float, bool]] = []
+        self.running: dict[Trial, dict[str, Any]] = {}
+        self.points: list[tuple[int, float, float, float]] = []
         self.failures: Counter[str] = Counter()
         self.nodes: list[dict[str, Any]] = []
         self.refused = ""
@@ -90,7 +92,7 @@ class View:
     def _on_budget(self, _: int, data: Any) -> None:
         self.budget = data["left"]
 
-    def _on_launch(self, trial: int, data: Any) -> None:
+    def _on_launch(self, trial: Trial, data: Any) -> None:
         flags = describe(data["config"], self.default)
         self.running[trial] = {"since_s": time.monotonic(), "phase": "starting", "flags": flags, "why": data["why"]}
         if self.plain:
@@ -104,50 +106,44 @@ class View:
             if node["alive"] != before.get(node["name"], False):
                 self.say(f"node {node['name']}: {_gpus(node) if node['alive'] else 'gone'}")
 
-    def _on_lost(self, trial: int, data: Any) -> None:
+    def _on_lost(self, trial: Trial, data: Any) -> None:
         self.running.pop(trial, None)
         self.say(f"[{trial}] back to the queue, once: {data['why']}")
 
-    def _on_waiting(self, trial: int, data: Any) -> None:
+    def _on_waiting(self, trial: Trial, data: Any) -> None:
         self.running.get(trial, {}).update(phase="waiting")
         self.say(f"[{trial}] waiting: {data['for']}")
 
-    def _on_phase(self, trial: int, data: Any) -> None:
+    def _on_phase(self, trial: Trial, data: Any) -> None:
         if trial in self.running:
             self.running[trial]["phase"] = data.get("name", "")
             self.running[trial].pop("progress", None)
 
-    def _on_step(self, trial: int, data: Any) -> None:
+    def _on_step(self, trial: Trial, data: Any) -> None:
         place = f"{data['index']}/{data['of']} " if data["of"] else ""
-        phase = f"replaying {place}at load {data['load']:g}"
+        phase = f"replaying {place}at load {data['load']:.3g}"
         self.running.get(trial, {}).update(phase=phase)
         if self.plain:
             self.say(f"[{trial}] {phase}")
 
-    def _on_progress(self, trial: int, data: Any) -> None:
+    def _on_progress(self, trial: Trial, data: Any) -> None:
         self.running.get(trial, {}).update(progress=data)
 
-    def _on_measured(self, trial: int, data: Any) -> None:
+    def _on_measured(self, trial: Trial, data: Any) -> None:
         if self.plain:
             bad = [*data["misses"], *data["untrusted"]]
-            self.say(f"[{trial}] load {data['load']:g}: {'; '.join(bad) if bad else 'within SLO'}")
+            self.say(f"[{trial}] load {data['load']:.3g}: {'; '.join(bad) if bad else 'within SLO'}")
 
-    def _on_trial(self, trial: int, data: Any) -> None:
+    def _on_trial(self, trial: Trial, data: Any) -> None:
         self.running.pop(trial, None)
-        self.done += 1
         outcome = data["outcome"]
         good = [step for step in outcome.steps if step.ok]
         key = self.study.objective.latency_key
-        self.points += [
-            (
-                trial,
-                step.load,
-                step.metrics.get(COST, float("inf")),
-                step.metrics.get(key, 0.0),
-                False,
-            )
-            for step in good
-        ]
+        if isinstance(trial, int):
+            self.done += 1
+            self.points += [
+                (trial, step.load, step.metrics.get(COST, float("inf")), step.metrics.get(key, 0.0)) for step in good
+            ]
         where = f" (another tuner, on {data['elsewhere']})" if data.get("elsewhere") else ""
         self.say(f"[{trial}] {self._told(outcome, good)}{where}")
 
@@ -164,8 +160,9 @@ class View:
             return f"no load within SLO: {'; '.join(outcome.steps[-1].slo_misses)}"
         best = min(good, key=lambda step: step.metrics.get(COST, float("inf")))
         latency = best.metrics.get(self.study.objective.latency_key, float("nan"))
+        cost = best.metrics.get(COST, float("nan"))
         return (
-            f"capacity {good[-1].load:g}, {best.metrics.get(COST, float('nan')):.4g} USD/M output tokens, "
+            f"capacity {max(step.load for step in good):.3g}, {cost:.3g} USD/M output tokens, "
             f"{self.study.objective.latency} {latency * 1e3:.1f} ms"
         )
 
@@ -183,15 +180,16 @@ class View:
             share = f"  {progress['done']}/{progress['total']} requests" if progress.get("total") else ""
             remaining = f", {_clock(progress['remaining_s'])} left" if progress.get("remaining_s") else ""
             age = _clock(time.monotonic() - state["since_s"])
-            parts.append(Text(f"  trial {number}  {state['phase']}{share}{remaining}  ({age})"))
+            name = f"trial {number}" if isinstance(number, int) else number
+            parts.append(Text(f"  {name}  {state['phase']}{share}{remaining}  ({age})"))
             parts.append(Text(f"    {state['why']}: {state['flags']}", style="dim", overflow="ellipsis", no_wrap=True))
         front = self._front()
         if front:
             table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
             for title in ("  front: trial", "load", "USD/M output tokens", f"{self.study.objective.latency} ms"):
                 table.add_column(title, justify="right")
-            for trial, load, cost, latency, _ in front:
-                table.add_row(str(trial), f"{load:g}", f"{cost:.4g}", f"{latency * 1e3:.1f}")
+            for trial, load, cost, latency in front:
+                table.add_row(str(trial), f"{load:.3g}", f"{cost:.3g}", f"{latency * 1e3:.1f}")
             parts.append(table)
         if self.failures:
             parts.append(
@@ -199,9 +197,9 @@ class View:
             )
         return Group(*parts)
 
-    def _front(self) -> list[tuple[int, float, float, float, bool]]:
+    def _front(self) -> list[tuple[int, float, float, float]]:
         """The non-dominated points so far, cheapest first."""
-        best: list[tuple[int, float, float, float, bool]] = []
+        best: list[tuple[int, float, float, float]] = []
         for point in sorted(self.points, key=lambda p: (p[2], p[3])):
             if not best or point[3] < best[-1][3]:
                 best.append(point)

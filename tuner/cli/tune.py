@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Flags:
     reports: str = ""
     executor: str = ""
     address: str = ""
+    verify_share: float | None = None
 
 
 def run(path: Path | None, flags: Flags, plain: bool) -> int:
@@ -99,6 +100,8 @@ def read(path: Path | None, flags: Flags) -> Any:
             raise UsageError(
                 "tune needs a study file, or --model and --trace", fix="Write one with: tuner init study.yaml"
             )
+        if flags.budget or flags.verify_share is not None:
+            over["budget"] = _budget(None, flags)
         return studyfile.resolve(Document("command line", over), Path())
     if path.is_dir():
         path = path / "study.yaml"
@@ -109,6 +112,8 @@ def read(path: Path | None, flags: Flags) -> Any:
         given = {k: v for k, v in said.items() if k not in ("python", "command")} if isinstance(said, dict) else {}
         over["engine"] = {**given, "kind": flags.engine}
         over.setdefault("name", f"{document.data.get('name') or path.stem}-{flags.engine}")
+    if flags.budget or flags.verify_share is not None:
+        over["budget"] = _budget(document.data.get("budget"), flags)
     if flags.slo and isinstance(said := document.data.get("slo", {}), dict):
         over["slo"] = {**said, **over["slo"]}
     if over:
@@ -118,7 +123,7 @@ def read(path: Path | None, flags: Flags) -> Any:
 
 def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
     over: dict[str, Any] = {}
-    for key in ("model", "budget", "objective", "sampler", "name", "parallel", "storage", "reports"):
+    for key in ("model", "objective", "sampler", "name", "parallel", "storage", "reports"):
         if getattr(flags, key):
             over[key] = getattr(flags, key)
     if flags.executor or flags.address:
@@ -142,6 +147,22 @@ def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
         if path is None and not flags.objective:
             over["objective"] = _objective(over["slo"])
     return over
+
+
+def _budget(said: Any, flags: Flags) -> dict[str, Any]:
+    """The study file's budget with the flags laid over it."""
+    from tuner.spec.studyfile import parse_budget
+
+    if flags.verify_share is not None and not 0 <= flags.verify_share < 1:
+        raise UsageError(f"--verify-share: a share from 0 to below 1, not {flags.verify_share:g}")
+    found = dict(said) if isinstance(said, dict) else {}
+    if text := flags.budget or ("" if said is None or isinstance(said, dict) else str(said)):
+        try:
+            limits = asdict(parse_budget(text))
+        except ValueError as error:
+            raise UsageError(f"--budget: {error}" if flags.budget else str(error)) from None
+        found = {**limits, "verify_share": found.get("verify_share", limits["verify_share"])}
+    return found | ({} if flags.verify_share is None else {"verify_share": flags.verify_share})
 
 
 def _objective(slos: dict[str, str]) -> dict[str, Any]:

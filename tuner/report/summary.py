@@ -120,7 +120,8 @@ def spread(value: float, interval: Interval | None, scale: float = 1.0) -> str:
         return ""
     if not math.isfinite(interval[1]):
         return f"(≥ {interval[0] * scale:,.3g})"
-    return f"±{max(value - interval[0], interval[1] - value) / value * 100:.2g} %"
+    share = max(value - interval[0], interval[1] - value) / value * 100
+    return f"±{share:.0f} %" if share >= 10 else f"±{share:.2g} %"
 
 
 def clean(data: Any) -> Any:

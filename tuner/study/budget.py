@@ -54,7 +54,9 @@ def search_is_over(study: Study, used: Spent) -> str:
     if budget.launches is not None:
         launches = max(math.floor(budget.launches * share + 1e-9), 1)
         if used.launches >= launches:
-            return f"the budget of {launches} launches is spent"
+            kept = budget.launches - launches
+            rest = f" (of the budget's {budget.launches}, {kept} are kept for verification)" if kept else ""
+            return f"the search's {launches} launches are spent{rest}"
     if budget.hours is not None and used.hours + used.launch_s / 3600 > budget.hours * share:
         rest_min = max(budget.hours * share - used.hours, 0) * 60
         takes = f"a launch takes {used.launch_s / 60:.1f}"
@@ -69,7 +71,9 @@ def left(study: Study, used: Spent) -> str:
     """What is left of the budget, for the live view."""
     budget, parts = study.budget, []
     if budget.launches is not None:
-        parts.append(f"{max(0, budget.launches - used.launches)} launches")
+        kept = budget.launches - max(math.floor(budget.launches * (1 - budget.verify_share) + 1e-9), 1)
+        of_them = f" ({kept} for verification)" if kept else ""
+        parts.append(f"{max(0, budget.launches - used.launches)} launches{of_them}")
     if budget.hours is not None:
         parts.append(f"{max(0.0, budget.hours - used.hours):.2f} h")
     if budget.usd is not None:

@@ -48,8 +48,8 @@ class Bench:
         return replace(self, on_event=of_trial(self.on_event, number))
 
 
-def of_trial(on_event: OnEvent, number: int) -> OnEvent:
-    """``on_event``, with the trial's number in every event."""
+def of_trial(on_event: OnEvent, number: int | str) -> OnEvent:
+    """``on_event``, with the trial's number (or what a launch is that is no trial) in every event."""
 
     def tell(name: str, data: Mapping[str, Any]) -> None:
         on_event(name, {"trial": number, **data})

@@ -20,7 +20,6 @@ from tuner.study import session, verifying
 from tuner.study.evaluate import Bench
 from tuner.study.store import Store
 
-ROLE = "ladder"
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
 
@@ -112,7 +111,7 @@ def _capacity(
     own, bench = Store(store.ladder_folder), Bench(ready.study, ready.engine, cancel, on_event)
     default = study.space.config(study.space.default(), study.model)
     with executor(bench) as where:
-        launch = verifying.launcher(ready, own, verifying.Nobody(), where, on_event, ROLE)
+        launch = verifying.launcher(ready, own, verifying.Nobody(), where, on_event, verifying.LADDER)
         with launch(default, "which loads are worth measuring") as rig:
 
             def holds(load: float) -> bool:

@@ -5,6 +5,8 @@ Every launch is a trial with its own role, so that a resumed study repeats none 
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from tuner.executor.protocol import Executor, Job, NodeLost, Place, Rig
 from tuner.load.trace import Trace
 from tuner.pareto.recommend import ablation
 from tuner.space.config import ServingConfig
+from tuner.spec.study import Study
 from tuner.study import budget
 from tuner.study.evaluate import Bench, of_trial, unchecked
 from tuner.study.loop import Recorder, nothing_left, unservable
@@ -34,6 +37,7 @@ from tuner.verify.verification import Done, Launcher, VerifyBudget, verify
 
 VERIFIED = "verify.json"
 ABLATED = "ablation.json"
+LADDER = "ladder"  # the role of the launch that settles the ladder: no trial of the study
 
 
 @dataclass(slots=True)
@@ -68,7 +72,7 @@ def launcher(
         checked = any(extra.get("quality", {}).get("verdict") == "passed" for extra in known)
         notes = {**ready.notes(config), "baseline": config.hash == default.hash, "role": role, "label": label}
         folder = store.start_trial(number, config, config.params, **notes)
-        inner = of_trial(on_event, number)
+        inner = of_trial(on_event, role if role == LADDER else number)
         steps: list[Step] = []
         outcome: Outcome = Aborted("interrupted")
         boot, place, machines = Boot(), Place(), False
@@ -130,8 +134,21 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
             done=_done(store, "verify"),
             known=launch_spread(records),
         )
+    if result.more:
+        result = replace(result, text=f"{result.text}\n\n{_go_on(study, store, result.more)}")
     write_json(store.folder / VERIFIED, result.to_dict())
     return result
+
+
+def _go_on(study: Study, store: Store, more: int) -> str:
+    """The command that gives verification ``more`` launches and the search none."""
+    searched, verified = store.launched("search"), store.launched("verify")
+    of = len(searched) + len(verified) + more
+    share = math.ceil((1 - len(searched) / of) * 100) / 100
+    one = budget.spent(study, verified)
+    takes = f"about {one.launch_s * more / 60:.0f} min and ${one.launch_usd * more:.2f}"
+    command = f"tuner tune {shlex.quote(str(store.folder))} --budget '{of} launches' --verify-share {share:g}"
+    return f"To settle it, {more} launches more ({takes}): {command}"
 
 
 def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, launches: int) -> Ablation:

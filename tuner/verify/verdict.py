@@ -20,7 +20,8 @@ class Verification:
     """``choice`` is the recommended arm's label (empty: nothing meets the SLOs), ``trial`` its number in the search,
     ``config`` and ``load`` what to deploy. ``survived`` is the share of the search-time gain over the default that
     was found again (middle, low, high; NaN where there was none to find). ``reason`` is :class:`Judgement`'s;
-    ``spread`` what launches differ by (log cost)."""
+    ``spread`` what launches differ by (log cost). ``more`` launches would prove what was seen, if all differs as
+    before; 0 where that is not known or launches alone would not do."""
 
     choice: str
     trial: int | None
@@ -37,6 +38,7 @@ class Verification:
     text: str
     rows: tuple[Mapping[str, Any], ...]
     spread: Spread = NO_SPREAD
+    more: int = 0
 
     @property
     def chosen(self) -> Arm | None:
@@ -91,6 +93,7 @@ def verdict(
         text=_text(judgement, arms, base, state, survived, study, launches, windows, stopped, confidence),
         rows=tuple(_row(judgement.arms[a.label], a, study.objective.latency) for a in arms),
         spread=judgement.spread,
+        more=_more(judgement.power, len(arms)),
     )
 
 
@@ -103,6 +106,12 @@ def _survived(chosen: Finalist | None, base: Finalist, state: Arm | None) -> Ran
         return UNKNOWN
     middle, low, high = state.difference
     return _gain(middle) / promised, _gain(high) / promised, _gain(low) / promised
+
+
+def _more(power: Power | None, arms: int) -> int:
+    if power is None or power.windows:
+        return 0
+    return 2 * (power.rounds or 0) if power.provable else 3 * arms
 
 
 def _gain(factor: float) -> float:
@@ -134,35 +143,41 @@ def _text(
     ]
     match judgement.reason:
         case "cheaper":
-            words.append(f"It costs {_change(state.difference)} against the default, proven at {sure}")
-            words.append(f"(p = {state.doubt:.2g}, corrected for {len(arms) - 1} finalists).")
+            words.append(f"It costs {_change(state.difference, 'less', 'more')} than the default, proven at {sure}")
+            words.append(f"(p = {state.doubt:.1g}, corrected for {len(arms) - 1} finalists).")
         case "faster":
-            words.append(f"It costs as much as the default ({_change(state.difference)}),")
-            words.append(f"and its {latency} is {_change(state.latency_difference)}, proven at {sure}.")
+            words.append(f"It costs as much as the default ({_change(state.difference, 'less', 'more')}),")
+            words.append(
+                f"and its {latency} is {_change(state.latency_difference, 'lower', 'higher')}, proven at {sure}."
+            )
         case "default-fails":
             words.append("The engine's default did not meet the SLOs on the held-out windows.")
         case _:
-            words.append(f"No finalist is proven better than the default at {sure}:")
-            words.append("what the search saw is within what launches and windows differ by anyway.")
+            words.append(f"No finalist is proven better than the default at {sure}.")
             words += _could(judgement.power)
-    words.append(f"At that load it costs {figures(state, latency)} ({sure} intervals).")
+    known = math.isfinite(state.load_cost[2]) or math.isfinite(state.latency[2])
+    words.append(f"At that load it costs {figures(state, latency)}" + (f" ({sure} intervals)." if known else "."))
     if len(arms) > 1:
-        words.append(f"Probability of being the cheapest of the {len(arms)}: {state.best * 100:.0f} %.")
+        likely = max(judgement.arms.values(), key=lambda arm: arm.best)
+        if likely.best > 0.5:
+            name = "this" if likely is state else f"{likely.label}, but not proven"
+            words.append(f"Probably the cheapest of the {len(arms)} ({likely.best * 100:.0f} %): {name}.")
     if not math.isnan(survived[0]):
-        words.append(f"{_percent(survived[0])} of the search-time gain survived")
-        words.append(f"({_percent(survived[1])} to {_percent(survived[2])}).")
+        promised = next(a.value for a in arms if a.label == state.label) / base.value
+        words.append(f"In the search it was {(1 - promised) * 100:.1f} % cheaper.")
     mine = [step for launch in launches if launch.arm == state.label for step in launch.steps if not step.untrusted]
     if not any(step.slo_misses for step in mine):
         words.append(f"The SLOs held up to load {state.capacity[0]:.3g}, the highest that was tried.")
     elif state.safe_load:
         words.append(
-            f"The SLOs just hold at load {_span(state.capacity)}; up to {state.safe_load:.3g} that is {sure} sure."
+            f"The SLOs start to fail at about load {state.capacity[0]:.3g}; "
+            f"up to load {state.safe_load:.3g} they hold with {sure} confidence."
         )
         if state.load < state.safe_load:
             words.append("There one window missed them by far: promised is the next lower load that was measured.")
     else:
         words.append(
-            f"The SLOs just hold at load {state.capacity[0]:.3g}. One launch does not say how sure that is: "
+            f"The SLOs start to fail at about load {state.capacity[0]:.3g}. One launch does not say how sure that is: "
             "promised is a load at which they held when it was measured, no more."
         )
     if windows < 2:
@@ -176,21 +191,19 @@ def _could(power: Power | None) -> list[str]:
         return []
     if not power.provable:
         return ["With one launch of each, no difference of any size could have been proven: it takes two, better four."]
-    words = [f"These launches could have proven a cost lower by about {(1 - power.provable) * 100:.0f} % or more;"]
+    least = (1 - power.provable) * 100
+    needed = f"with these launches only a difference of about {least:.0f} % or more could have been proven."
     if power.seen >= 1:
-        return [*words, f"they saw none ({power.label}: {(power.seen - 1) * 100:+.1f} %)."]
-    words.append(f"they saw {power.label} {(1 - power.seen) * 100:.1f} % cheaper.")
+        return [f"{power.label} measured {(power.seen - 1) * 100:.1f} % dearer;", needed]
+    words = [f"{power.label} measured {(1 - power.seen) * 100:.1f} % cheaper, but", needed]
     if power.rounds is None:
-        return [
-            *words,
-            "A gain that small beside such differences is out of reach of any reasonable number of launches.",
-        ]
+        return [*words, "No reasonable number of launches would prove so small a gain among such differences."]
     rounds = f"{power.rounds} more launch{'es' if power.rounds != 1 else ''} of each" if power.rounds else ""
     windows = f"{power.windows} more held-out window{'s' if power.windows != 1 else ''}" if power.windows else ""
     needed = " and ".join(filter(None, (rounds, windows)))
     if not needed:  # the arm left the race before the others
         return words
-    return [*words, f"To prove that, about {needed} would have been needed, if they differ as these did."]
+    return [*words, f"About {needed} would prove it, if they differ as these did."]
 
 
 def _row(arm: Arm, finalist: Finalist, latency: str) -> dict[str, Any]:
@@ -228,9 +241,16 @@ def _arm(data: Mapping[str, Any]) -> Arm:
     return Arm(**{name: readers.get(name, lambda value: value)(value) for name, value in data.items()})
 
 
-def _change(factor: Range) -> str:
-    middle, low, high = ((x - 1) * 100 for x in factor)
-    return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f} %)"
+def _change(factor: Range, less: str, more: str) -> str:
+    """``46.1 % less (40.4 to 51.4 %)``; both ends with their word where the interval reaches from one to the other."""
+    _, low, high = factor
+    words = [f"{abs(1 - x) * 100:.1f} % {less if x < 1 else more}" for x in factor]
+    if not math.isfinite(low + high):
+        return words[0]
+    if (low < 1) != (high < 1):
+        return f"{words[0]} ({words[1]} to {words[2]})"
+    nearer, further = sorted(abs(1 - x) * 100 for x in (low, high))
+    return f"{words[0]} ({nearer:.1f} to {further:.1f} %)"
 
 
 def figures(arm: Arm, latency: str) -> str:
@@ -239,21 +259,15 @@ def figures(arm: Arm, latency: str) -> str:
 
 
 def _usd(cost: Range) -> str:
-    return f"${cost[0]:.4g} ({_plain(cost[1])} to {_plain(cost[2])}) per million output tokens"
+    return f"${cost[0]:.3g}{_between(*cost[1:])} per million output tokens"
 
 
 def _ms(latency: Range) -> str:
     middle, low, high = (x * 1e3 for x in latency)
-    return f"{middle:.4g} ms ({_plain(low)} to {_plain(high)})"
+    return f"{middle:.3g} ms{_between(low, high)}"
 
 
-def _span(load: Range) -> str:
-    return f"{load[0]:.3g} ({_plain(load[1])} to {_plain(load[2])})"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "unknown"
-
-
-def _percent(value: float) -> str:
-    return f"{value * 100:.0f} %" if math.isfinite(value) else "unknown"
+def _between(low: float, high: float) -> str:
+    if not math.isfinite(high):
+        return f" ({low:.3g} or more)" if low > 0 else " (interval not known)"
+    return f" ({low:.3g} to {high:.3g})"
