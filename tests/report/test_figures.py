@@ -166,3 +166,4 @@ def test_any_rows_become_a_table_with_ranges_folded_in():
     names, cells = folded(rows)
     assert names == ["config", "x", "ok"]
     assert cells == [["a", "1 (0.5 to 2)", "–"], ["b", "–", "yes"]]
+    assert folded([{"x": 0.2, "x_low": 4e-5, "x_high": 592.0}])[1] == [["0.2 (could not be bounded)"]]

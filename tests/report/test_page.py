@@ -193,6 +193,7 @@ def test_a_verdict_is_shown_with_its_table(tmp_path: Path):
     _, outline = page(tmp_path, trials=12, verified=True)
     assert "verified on held-out traffic" in outline.text and "1.9 (1.8 to 2)" in outline.text
     assert "0.74 (0.7 to 0.79)" in outline.text
+    assert "probability of being the cheapest" in outline.text and "p best" not in outline.text
 
 
 def test_a_verification_that_was_not_finished_shows_what_it_measured_and_concludes_nothing(tmp_path: Path):

@@ -187,7 +187,8 @@ def _verified(s: Summary, store: Store) -> dict[str, Any] | None:
         rows = [row for row in data.get("rows", ()) if isinstance(row, Mapping)]
         return {
             "paragraphs": [part.strip() for part in str(data.get("text", "")).replace("**", "").split("\n\n") if part],
-            "table": tables.folded(rows),
+            "table": tables.folded(tables.verdict_rows(rows)),
+            "costs": True,
         }
 
 

@@ -139,6 +139,38 @@ def windows(s: Summary, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
     return found
 
 
+WORDS = {
+    "config": "configuration",
+    "load": "load to deploy at",
+    "capacity": "SLOs start to fail at load",
+    "cost_usd_per_mtok_output": "USD per M output tokens there",
+    "_vs_default": "over the default's",
+    "p_not_better": "p: no cheaper than the default",
+    "p_best": "probability of being the cheapest",
+    "slos_hold": "SLOs held",
+    "safe_load": "SLOs hold up to load (95 %)",
+}
+
+
+def verdict_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of ``verify.json`` with their columns in words."""
+
+    def word(name: str) -> str:
+        end = next((end for end in ("_low", "_high") if name.endswith(end)), "")
+        bare = name.removesuffix(end)
+        if bare.endswith("_vs_default"):
+            return f"{_metric(bare.removesuffix('_vs_default'))} {WORDS['_vs_default']}{end}"
+        if bare.endswith("_ms"):
+            return f"{_metric(bare.removesuffix('_ms'))} ms at the load to deploy at{end}"
+        return WORDS.get(bare, bare) + end
+
+    return [{word(name): value for name, value in row.items()} for row in rows]
+
+
+def _metric(name: str) -> str:
+    return name if name == "cost" else label(name)
+
+
 def folded(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Any rows as headings and cells: ``x``, ``x_low`` and ``x_high`` share a cell, columns without a value are left
     out."""
@@ -153,6 +185,8 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     text = _number(value)
     if high == math.inf:
         return f"{text} (≥ {_number(low)})"
+    if isinstance(low, float) and isinstance(high, float) and high > 10 * max(low, 0.0):
+        return f"{text} (could not be bounded)"
     return f"{text} ({_number(low)} to {_number(high)})" if low is not None or high is not None else text
 
 
