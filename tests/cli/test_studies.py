@@ -38,6 +38,8 @@ def test_a_study_is_found_again_by_the_file_it_was_begun_with_whatever_that_is_c
     for path in ("study.yaml", "reports/mine", "reports/mine/study.yaml"):
         assert "engine default" in tuner("show", path, "0", cwd=tmp_path, check=0).stdout
         assert "No trial" not in tuner("front", path, cwd=tmp_path, check=0).stdout
+    assert "engine default" in tuner("front", "mine", cwd=tmp_path, check=0).stdout  # as --name takes it
+    assert "There are reports/mine\n" in tuner("front", "reports", cwd=tmp_path, check=2).stderr
     for path in ("nonexistent", "no.yaml"):
         done = tuner("front", path, cwd=tmp_path, check=2)
         assert done.stderr == f"tuner: no such study: {path}. Give a study file, or the folder of a study\n"
@@ -94,6 +96,14 @@ def test_the_budget_from_the_command_line_keeps_what_it_does_not_name(workplace:
 def test_a_bad_budget_on_the_command_line_is_put_down_to_its_flag(workplace: Path, flags, says) -> None:
     with pytest.raises(UsageError, match=f"^{says}"):
         read(write(workplace, GOOD), Flags(**flags))
+
+
+def test_the_interpreter_named_on_the_command_line_is_that_of_the_engine_and_stays_a_link(workplace: Path, monkeypatch):
+    monkeypatch.chdir(workplace)
+    study = read(write(workplace, GOOD), Flags(python="env/bin/python"))
+    assert study.engine.python == str(workplace / "env/bin/python") and study.engine.kind == "emulator"
+    alone = read(None, Flags("./model", Path("trace.csv"), engine="emulator", python="python3"))
+    assert (alone.engine.python, alone.engine.kind) == ("python3", "emulator")
 
 
 def test_a_price_of_nothing_is_refused(workplace: Path) -> None:

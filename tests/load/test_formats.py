@@ -183,6 +183,12 @@ def test_vllm_custom_has_a_prompt_and_an_output_length(tmp_path, model):
     assert (trace.input_tokens.tolist(), trace.output_tokens.tolist()) == ([6], [9])
 
 
+def test_a_log_of_our_own_columns_is_read(tmp_path):
+    trace = formats.read(save(tmp_path, "id,arrival_s,input_tokens,output_tokens\n7,10.5,100,20\n8,11,50,5\n"))
+    assert trace.arrival_s.tolist() == [0.0, 0.5]
+    assert (trace.input_tokens.tolist(), trace.output_tokens.tolist()) == ([100, 50], [20, 5])
+
+
 def test_a_servegen_profile_is_refused_with_the_command_that_uses_it(tmp_path):
     with pytest.raises(UsageError, match="tuner trace synth OUT --rates"):
         formats.read(save(tmp_path, "0,1.3,8.6,Weibull,0.37,0.39\r\n600,0,0,,0,0\r\n"))
@@ -193,8 +199,9 @@ def test_a_servegen_profile_is_refused_with_the_command_that_uses_it(tmp_path):
     [
         (b"", "empty"),
         (b"\n\n", "not recognised"),
-        (b"a,b\n1,2\n", "not recognised"),
-        (b'{"a": 1}\n', "not recognised"),
+        (b"a,b\n1,2\n", "not recognised: its columns are a, b. Give a CSV file with a header: arrival_s, input_tokens"),
+        (b"TIMESTAMP;ContextTokens;GeneratedTokens\n1;2;3\n", "separated by ';' instead of ','"),
+        (b'{"a": 1, "b": 2}\n', "not recognised: its lines have the keys a, b. Give"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:3d\n", "git lfs pull"),
         (b"\x1f\x8b\x08\x00", "Unpack"),
         ("TIMESTAMP".encode("utf-16"), "iconv"),

@@ -65,6 +65,7 @@ def tune(
     executor: Annotated[str, typer.Option(help="Where trials run: local, or ray.")] = "",
     address: Annotated[str, typer.Option(help="The Ray cluster; auto: the one that this machine belongs to.")] = "",
     plain: Annotated[bool, typer.Option(help="Plain lines instead of the live view.")] = False,
+    python: Annotated[str, typer.Option(help="The interpreter that has the engine, if not beside tuner.")] = "",
     verify_share: Annotated[
         float | None, typer.Option(help="Share of the budget kept for verification. [default: the study's, or 0.2]")
     ] = None,
@@ -89,6 +90,7 @@ def tune(
         executor,
         address,
         verify_share,
+        python,
     )
     raise typer.Exit(command.run(study, flags, plain))
 
@@ -177,7 +179,7 @@ def export(
 
 @app.command(rich_help_panel="Deploy")
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An exported best-config.yaml.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An exported best-config.yaml, or its folder.")],
     study: Annotated[Path | None, typer.Option(help="The study's folder (default: the file's).")] = None,
     minutes: Annotated[float, typer.Option(help="How long it may take.")] = 10.0,
     json: Json = False,

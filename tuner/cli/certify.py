@@ -22,6 +22,7 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
 
     if not minutes > 0:
         raise UsageError("--minutes must be more than 0")
+    file = file / "best-config.yaml" if file.is_dir() else file
     promise = read_promise(file)
     folder = study_folder or file.parent
     if not (folder / "study.yaml").is_file():

@@ -93,7 +93,8 @@ def engine() -> Finding:
         "vLLM",
         "bad",
         "not found beside tuner, in .venv-vllm or on the path",
-        "make setup, or pip install vllm (GPU) in an environment of its own and name it as engine.python",
+        "make setup, or pip install vllm (GPU) in an environment of its own and name its interpreter: "
+        "tuner tune --python PATH (engine.python in a study file)",
     )
 
 

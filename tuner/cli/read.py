@@ -26,11 +26,18 @@ def opened(path: Path) -> tuple[Study, Store]:
     from tuner.spec import studyfile
     from tuner.study.store import Store
 
+    if not path.exists() and (named := Path("reports") / path / "study.yaml").is_file():
+        path = named.parent  # by its name
     if not path.exists():
         raise UsageError(f"no such study: {path}", fix="Give a study file, or the folder of a study")
-    folder = path if path.is_dir() else Path(studyfile.load(path).folder)
+    empty = path.is_dir() and not (path / "study.yaml").is_file()
+    folder = path if empty else Path(studyfile.load(path).folder)
     if not (folder / "study.yaml").is_file():
-        raise UsageError(f"no study in {folder}", fix=f"Run one first: tuner tune {path}")
+        inside = sorted(str(file.parent) for file in path.glob("*/study.yaml")) if empty else []
+        there = f"There are {', '.join(inside[:12])}{' ...' if len(inside) > 12 else ''}" if inside else ""
+        raise UsageError(
+            f"no study in {folder}", fix=there or f"Run one first: tuner tune {'STUDY.yaml' if empty else path}"
+        )
     return studyfile.load(folder), Store(folder)
 
 

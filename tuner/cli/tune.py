@@ -34,6 +34,7 @@ class Flags:
     executor: str = ""
     address: str = ""
     verify_share: float | None = None
+    python: str = ""
 
 
 def run(path: Path | None, flags: Flags, plain: bool) -> int:
@@ -100,9 +101,11 @@ def read(path: Path | None, flags: Flags) -> Any:
             raise UsageError(
                 "tune needs a study file, or --model and --trace", fix="Write one with: tuner init study.yaml"
             )
+        if flags.python:
+            over["engine"] = {**over.get("engine", {}), "python": _python(flags.python)}
         if flags.budget or flags.verify_share is not None:
             over["budget"] = _budget(None, flags)
-        return studyfile.resolve(Document("command line", over), Path())
+        return studyfile.resolve(Document("command line", over, None, _said(over, flags)), Path())
     if path.is_dir():
         path = path / "study.yaml"
     document = read_yaml(path, "study")
@@ -112,12 +115,15 @@ def read(path: Path | None, flags: Flags) -> Any:
         given = {k: v for k, v in said.items() if k not in ("python", "command")} if isinstance(said, dict) else {}
         over["engine"] = {**given, "kind": flags.engine}
         over.setdefault("name", f"{document.data.get('name') or path.stem}-{flags.engine}")
+    if flags.python:
+        said = over.get("engine", document.data.get("engine", {}))
+        over["engine"] = {**(said if isinstance(said, dict) else {}), "python": _python(flags.python)}
     if flags.budget or flags.verify_share is not None:
         over["budget"] = _budget(document.data.get("budget"), flags)
     if flags.slo and isinstance(said := document.data.get("slo", {}), dict):
         over["slo"] = {**said, **over["slo"]}
     if over:
-        document = Document(document.path, {**document.data, **over}, document.tree)
+        document = Document(document.path, {**document.data, **over}, document.tree, _said(over, flags))
     return studyfile.resolve(document, path.parent)
 
 
@@ -147,6 +153,21 @@ def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
         if path is None and not flags.objective:
             over["objective"] = _objective(over["slo"])
     return over
+
+
+def _said(over: dict[str, Any], flags: Flags) -> dict[tuple[str | int, ...], str]:
+    """Which flag each entry of ``over`` comes from, for errors."""
+    names = {"search_space": "--space", "price_usd_per_gpu_hour": "--gpu-price"}
+    alone = {"model", "objective", "sampler", "name", "parallel", "storage", "reports", "trace"}
+    said: dict[tuple[str | int, ...], str] = {(key,): f"--{key}" for key in alone & over.keys() if getattr(flags, key)}
+    said |= {(key,): flag for key, flag in names.items() if key in over}
+    said |= {("slo", text.partition("=")[0].strip()): "--slo" for text in flags.slo}
+    return said | ({("engine", "kind"): "--engine"} if flags.engine else {})
+
+
+def _python(path: str) -> str:
+    """As it is said here, not where the study file lies; a link stays one, an environment's interpreter is no other."""
+    return os.path.abspath(path) if os.sep in path else path
 
 
 def _budget(said: Any, flags: Flags) -> dict[str, Any]:

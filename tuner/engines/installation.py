@@ -95,7 +95,8 @@ class Installation:
             if not entries:
                 raise EnvironmentFault(
                     f"{self.python} has no {' or '.join(self.packages)}",
-                    fix=f"{self.python} -m pip install {self.packages[0]}, or name another interpreter (engine.python)",
+                    fix=f"{self.python} -m pip install {self.packages[0]}, or name another interpreter: --python PATH "
+                    "(engine.python in a study file)",
                 )
             self._found = (str(entries[0][0]), str(entries[0][1]), str(entries[0][2]))
         return self._found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,14 +28,20 @@ class Strict(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A YAML file as read: plain data, and the line on which each entry stands."""
+    """A YAML file as read: plain data, and the line on which each entry stands; ``flags`` are those of the command line
+    that entries came from instead."""
 
     path: str
     data: Mapping[str, Any]
     tree: Any = None
+    flags: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
 
     def where(self, loc: Loc = ()) -> str:
-        """``file:line`` of the entry at ``loc``, or of the nearest parent that stands in the file."""
+        """``file:line`` of the entry at ``loc``, or of the nearest parent that stands in the file; the flag that set
+        it."""
+        for n in range(len(loc), 0, -1):
+            if flag := self.flags.get(tuple(loc[:n])):
+                return flag
         node, line = self.tree, 1
         for key in loc:
             found = _line(node, key)

@@ -15,7 +15,17 @@ from tuner.load.formats.report import ReadingReport, Tally
 from tuner.load.trace import Trace
 
 Format = Literal[
-    "azure", "burstgpt", "vidur", "mooncake", "bailian", "sharegpt", "openai-chat", "vllm-custom", "jsonl", "parquet"
+    "azure",
+    "burstgpt",
+    "vidur",
+    "mooncake",
+    "bailian",
+    "sharegpt",
+    "openai-chat",
+    "vllm-custom",
+    "csv",
+    "jsonl",
+    "parquet",
 ]
 FORMATS: tuple[str, ...] = get_args(Format)
 
@@ -83,6 +93,8 @@ def _parts(path: Path, format: str, tally: Tally, tokenizer: str | None, *, unti
     from tuner.load.formats import jsonl, tables, texts
 
     match format:
+        case "csv":
+            return tables.read_table(path, tables.OWN, tally)
         case "azure":
             return tables.read_table(path, tables.AZURE, tally)
         case "burstgpt":

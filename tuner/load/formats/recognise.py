@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from tuner.load.formats import tables
 from tuner.load.formats.jsonl import first_objects
 
 _HEAD_BYTES = 1 << 16
+_TABLES = {"csv": tables.OWN, "azure": tables.AZURE, "burstgpt": tables.BURSTGPT, "vidur": tables.VIDUR_LENGTHS}
+_KNOWN = (
+    "Give a CSV file with a header: "
+    + "; ".join(f"{', '.join(filter(None, (t.time, t.input, t.output)))} ({name})" for name, t in _TABLES.items())
+    + "; or JSON lines with arrival_s, input_tokens, output_tokens. "
+    "Other formats are named by --format (in a study file: trace.format)"
+)
 _SERVEGEN_FAMILIES = {"Gamma", "Weibull", ""}
 
 
@@ -33,11 +41,7 @@ def recognise(path: Path) -> str:
     else:
         known = _table_format(text.splitlines()[0], path) if text else None
     if known is None:
-        raise UsageError(
-            "the trace format is not recognised",
-            where=str(path),
-            fix="Name it with --format; docs/traces.md lists them",
-        )
+        raise UsageError(f"the trace format is not recognised{_found(text, path)}", where=str(path), fix=_KNOWN)
     return known
 
 
@@ -74,7 +78,20 @@ def _table_format(line: str, path: Path) -> str | None:
             where=str(path),
             fix=f"Make requests from it: tuner trace synth OUT --rates {path} --profile azure-conversation",
         )
-    for name, table in (("azure", tables.AZURE), ("burstgpt", tables.BURSTGPT), ("vidur", tables.VIDUR_LENGTHS)):
-        if tables.matches(table, header):
-            return name
-    return None
+    return next((name for name, table in _TABLES.items() if tables.matches(table, header)), None)
+
+
+def _found(text: str, path: Path) -> str:
+    """The columns, or the keys of the first line, that nothing is known for."""
+    if text.startswith("{"):
+        names = sorted(next(iter(first_objects(path)), {}))
+        return f": its lines have the keys {_shown(names)}" if names else ""
+    line = text.partition("\n")[0]
+    if ";" in line and "," not in line:
+        return ": its columns are separated by ';' instead of ','"
+    header = tables.header_of(line)
+    return f": its columns are {_shown(header)}" if len(header) > 1 else ""
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(name[:40] for name in names[:8]) + (" ..." if len(names) > 8 else "")

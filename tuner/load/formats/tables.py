@@ -1,4 +1,4 @@
-"""CSV traces with a header: Azure 2023 and 2024, BurstGPT, Vidur."""
+"""CSV traces with a header: our own columns, Azure 2023 and 2024, BurstGPT, Vidur."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Table:
     timestamps: bool = False
 
 
+OWN = Table("arrival_s", "input_tokens", "output_tokens")
 AZURE = Table("TIMESTAMP", "ContextTokens", "GeneratedTokens", timestamps=True)
 BURSTGPT = Table("Timestamp", "Request tokens", "Response tokens")
 VIDUR = Table("arrived_at", "num_prefill_tokens", "num_decode_tokens")
