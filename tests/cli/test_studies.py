@@ -122,5 +122,6 @@ def test_what_of_the_trace_was_skipped_is_said_by_check_plan_and_tune(workplace:
     with View(study, True) as view:
         view.begin(session.prepare(study))
     told = capsys.readouterr()
+    assert "EMULATED: " in told.err and "as a real study takes" in told.err and "load 1 is " in told.err
     for text, times in ((told.out, 2), (told.err, 1)):
         assert " ".join(text.split()).count("1 bad lines skipped (1 wrong number of columns)") == times

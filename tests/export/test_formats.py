@@ -56,7 +56,7 @@ def test_the_comments_say_what_was_measured_on_what_and_what_each_flag_trades(ma
     lines = text.splitlines()
     above = lines[lines.index("max-num-batched-tokens: 8192") - 1]
     assert above == ("# max_num_batched_tokens (default 2048): prefill throughput against the smoothness of decoding")
-    assert "given by the study to every server" in lines[lines.index("max-model-len: 4096") - 1]
+    assert "given to every server, not tuned" in lines[lines.index("max-model-len: 4096") - 1]
 
 
 @pytest.mark.parametrize(("version", "first"), [("0.32.0", "vllm serve"), ("0.32.0+cpu", "python -m vllm")])
@@ -226,6 +226,10 @@ def test_a_local_model_is_mounted_where_it_was(tmp_path: Path):
     _, deploy, _ = yaml.safe_load_all(export(store, study, "k8s")["k8s.yaml"])
     mounts = deploy["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert {"name": "model", "mountPath": "/models/qwen"} in mounts
+    written = [next(iter(export(store, study, format).values())) for format in ("vllm", "compose", "k8s")]
+    assert all("served-model-name: qwen\n" in text for text in written)  # what clients ask for
+    assert "--served-model-name\n" in export(store, study, "helm")["values.yaml"]
+    assert "served-model-name" not in read_promise(best_config(store, study)[0]).config.flags
 
 
 def test_dollars_and_colons_reach_the_container_as_they_were_measured(made):
@@ -240,7 +244,10 @@ def test_dollars_and_colons_reach_the_container_as_they_were_measured(made):
     assert container["env"][0] == {"name": "A", "value": written}
     assert container["volumeMounts"][2]["mountPath"] == "/models/a$b:c"  # nothing is put in there
     (model,) = yaml.safe_load(containers.helm(what))["servingEngineSpec"]["modelSpec"]
-    assert model["env"] == [{"name": "A", "value": written}] and model["vllmConfig"]["extraArgs"] == ["--x", "$$(A)"]
+    assert model["env"] == [{"name": "A", "value": written}] and model["vllmConfig"]["extraArgs"][-2:] == [
+        "--x",
+        "$$(A)",
+    ]
 
 
 def test_a_variant_is_exported_as_the_folder_or_id_that_was_served(tmp_path: Path):

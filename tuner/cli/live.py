@@ -67,6 +67,8 @@ class View:
             f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} x "
             f"{len(ready.traffic.search[0])} requests" + (f"; load 1 is {rps:.3g} requests/s" if rps else "")
         )
+        if ready.engine.emulated:
+            self.say(f"EMULATED: a model of the hardware answers, nothing is measured{_slow(study)}.")
         for note in ready.traffic.notes:
             self.say(f"Trace: {note}")
         if ready.no_model:
@@ -169,7 +171,8 @@ class View:
     def __rich__(self) -> Group:
         parts: list[Any] = []
         elapsed = time.monotonic() - self.began_s
-        head = f"{self.study.name}  {self.done} trials done, {_clock(elapsed)}"
+        emulated = "  EMULATED" if self.study.engine.kind == "emulator" else ""
+        head = f"{self.study.name}{emulated}  {self.done} trials done, {_clock(elapsed)}"
         parts.append(Text(head + (f", left: {self.budget}" if self.budget else ""), style="bold"))
         for node in self.nodes:
             runs = f"trial {', '.join(map(str, node['trials']))}" if node["trials"] else "idle"
@@ -204,6 +207,15 @@ class View:
             if not best or point[3] < best[-1][3]:
                 best.append(point)
         return best[:8]
+
+
+def _slow(study: Study) -> str:
+    """What an emulated study may be told of its clock; empty where it does not wait."""
+    if study.engine.options.get("clock", "wall") == "virtual":
+        return ""
+    return (
+        ", in as much time as a real study takes (without waiting: clock: virtual in engine.options, in a study file)"
+    )
 
 
 def _gpus(node: dict[str, Any]) -> str:

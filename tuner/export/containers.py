@@ -114,7 +114,7 @@ def helm(what: Deployment) -> str:
     ``--no-enable-prefix-caching`` unless told otherwise, so that switch is always written; the rest are extra
     arguments."""
     repository, tag = image(what)
-    flags = dict(what.flags)
+    flags = {**what.served, **what.flags}
     caching = "no-enable-prefix-caching" not in flags
     for name in ("enable-prefix-caching", "no-enable-prefix-caching"):
         flags.pop(name, None)

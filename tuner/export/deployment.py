@@ -52,12 +52,24 @@ class Deployment:
     @property
     def local_model(self) -> bool:
         """Whether the model is a folder (and not an id of a hub)."""
-        return self.model.startswith(("/", "./", "../", "~")) or Path(self.model).is_dir()
+        return _is_folder(self.model)
+
+    @property
+    def served(self) -> Mapping[str, Value | None]:
+        """The name that clients ask for, where the model is a folder: else they would have to name its path."""
+        if not self.local_model or self.engine not in ("vllm", "sglang", "emulator"):
+            return {}
+        named = self.promise.config.model  # a variant's folder may stand for a hub's id
+        return {"served-model-name": Path(named).name if _is_folder(named) else named}
 
     def header(self) -> str:
         """The comment that heads every exported file; the first line of an emulated one says so."""
         lines = ["EMULATED: these figures come from a model of the hardware; nothing was measured."] * self.emulated
         return comments((*lines, *self.about)) + promise_block(self.promise)
+
+
+def _is_folder(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~")) or Path(model).is_dir()
 
 
 def deployment(store: Store, study: Study, choice: Choice | None = None) -> Deployment:
@@ -228,6 +240,6 @@ def _comments(study: Study, flags: Mapping[str, Value | None], effects: Mapping[
             default = "on" if p.default is True else "off" if p.default is False else p.default
             words.append(f"{p.name} (default {default})" + (f": {p.trades}" if p.trades else ""))
         if not parameters:
-            words.append("given by the study to every server")
+            words.append("given to every server, not tuned")
         found[flag] = "; ".join(words)
     return found

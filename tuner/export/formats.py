@@ -62,7 +62,7 @@ def exported(store: Store) -> list[tuple[str, Path]]:
 
 def _generic(what: Deployment, store: Store) -> str:
     """Flags of another engine by name; for an engine without flags (a function) the parameters."""
-    flags = {flag: True if value is None else value for flag, value in what.flags.items()}
+    flags = {flag: True if value is None else value for flag, value in {**what.served, **what.flags}.items()}
     trial = store.trial(what.promise.trial or 0)
     body = {"model": what.model, **flags} if flags or trial is None else dict(trial.params)
     return what.header() + "\n" + dump(body)

@@ -18,7 +18,7 @@ def settings(what: Deployment) -> dict[str, Any]:
     How vLLM reads it: ``true`` becomes the bare flag, a mapping becomes JSON. A ``false`` is dropped without a word by
     ``vllm serve`` (its outer parser does not know the flag), so that switches off are written as ``no-...: true``.
     """
-    return {"model": what.model} | {flag: value_of(value) for flag, value in what.flags.items()}
+    return {"model": what.model} | {flag: value_of(value) for flag, value in {**what.served, **what.flags}.items()}
 
 
 def value_of(value: Any) -> Any:
@@ -41,12 +41,13 @@ def config_text(what: Deployment) -> str:
     lines += [f"# Start:  {'; '.join(start(what))}\n"]
     lines += [f"# (without the vllm command: {_WITHOUT})\n"] * (_WITHOUT not in start(what))
     for name, value in settings(what).items():
-        words = what.comments.get(name, "")
+        words = _CLIENTS if name in what.served else what.comments.get(name, "")
         lines.append(f"\n# {comment(words)}\n" if words else "\n")
         lines.append(dump({name: value}))
     return "".join(lines)
 
 
+_CLIENTS = "the name that clients ask for; change it as you like"
 _WITHOUT = f"python -m vllm.entrypoints.openai.api_server --config {YAML_NAME}"
 
 
