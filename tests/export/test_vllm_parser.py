@@ -9,6 +9,7 @@ import pytest
 
 from tests import studies
 from tuner.export.formats import best_config
+from tuner.study.outcome import Measured
 from tuner.study.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,24 @@ def vllm_python() -> Path:
     return path
 
 
+def parsed(path: Path) -> dict:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [str(vllm_python()), "-c", PARSE, str(path)], capture_output=True, text=True, env=env, cwd=path.parent
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ARGS "))[5:])
+
+
+@pytest.mark.vllm
+def test_vllm_serves_a_folder_under_its_name(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    store.start_trial(0, studies.space().config({}, "/models/qwen"), {}, started_s=1.0)
+    store.end_trial(0, Measured((studies.step(1.0, studies.objective()),)), ended_s=2.0)
+    args = parsed(best_config(store, studies.study(tmp_path / "s"))[0])
+    assert (args["model"], args["served_model_name"]) == ("/models/qwen", ["qwen"])
+
+
 @pytest.mark.vllm
 def test_vllm_serve_takes_the_exported_file_unchanged(tmp_path: Path):
     store = Store(tmp_path / "s")
@@ -45,12 +64,7 @@ def test_vllm_serve_takes_the_exported_file_unchanged(tmp_path: Path):
     }
     studies.measured(0, (studies.step(1.0, want),), store, params=params)
     path, _ = best_config(store, studies.study(tmp_path / "s"))
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [str(vllm_python()), "-c", PARSE, str(path)], capture_output=True, text=True, env=env, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    args = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ARGS "))[5:])
+    args = parsed(path)
     assert args["model"] == "Qwen/Qwen3-8B"
     assert (args["max_num_batched_tokens"], args["max_num_seqs"], args["max_model_len"]) == (8192, 128, 4096)
     assert args["enable_prefix_caching"] is False and args["kv_cache_dtype"] == "fp8"
