@@ -160,8 +160,8 @@ def _text(
     if len(arms) > 1:
         likely = max(judgement.arms.values(), key=lambda arm: arm.best)
         if likely.best > 0.5:
-            name = "this" if likely is state else f"{likely.label}, but not proven"
-            words.append(f"Probably the cheapest of the {len(arms)} ({likely.best * 100:.0f} %): {name}.")
+            name = "" if likely is state else f": {likely.label}, but not proven"
+            words.append(f"Probably the cheapest of the {len(arms)} ({likely.best * 100:.0f} %){name}.")
     if not math.isnan(survived[0]):
         promised = next(a.value for a in arms if a.label == state.label) / base.value
         words.append(f"In the search it was {(1 - promised) * 100:.1f} % cheaper.")
