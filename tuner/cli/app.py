@@ -205,7 +205,10 @@ def ablate(
 @app.command(rich_help_panel="Deploy")
 def fleet(
     studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Studies that hold the same SLOs.")],
-    demand: Annotated[Path, typer.Option(help="Requests/s per hour (CSV or JSON), or a trace.")],
+    demand: Annotated[
+        Path,
+        typer.Option(help="Requests/s per hour (CSV with the columns hour and requests_per_s, or JSON), or a trace."),
+    ],
     scale: Annotated[float, typer.Option(help="Factor on the demand.")] = 1.0,
     peak_rps: Annotated[float | None, typer.Option(help="Requests/s of the busiest hour.")] = None,
     swing: Annotated[
@@ -220,10 +223,12 @@ def fleet(
     interruptions: Annotated[float, typer.Option(help="How often each is taken away, per hour.")] = 0.05,
     max_gpus: Annotated[list[str] | None, typer.Option(help="64, or NAME=64; may be repeated.")] = None,
     routing: Annotated[str, typer.Option(help="random, two-choices or least-loaded.")] = "random",
-    confidence: Annotated[float, typer.Option(help="Of the lower limit of a replica's capacity.")] = 0.95,
+    confidence: Annotated[
+        float, typer.Option(help="How sure it is that a replica has the capacity that is counted on.")
+    ] = 0.95,
     simulation: Annotated[str, typer.Option(help="auto, windows or requests.")] = "auto",
     seconds: Annotated[float, typer.Option(help="How long the solver may search.")] = 60.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the simulation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the simulation's random numbers.")] = 0,
     format: Annotated[str, typer.Option(help="The trace's format, where it is not recognised.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="The HTML file. [default: fleet.html in the first study's folder]")
@@ -258,8 +263,8 @@ def fleet(
 
 @app.command(rich_help_panel="Read")
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="STUDY")],
-    second: Annotated[Path, typer.Argument(metavar="STUDY")],
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="A study file, or a study folder.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The study to compare it with.")],
     json: Json = False,
 ) -> None:
     """Two studies side by side: versions, GPUs or traces, front against front."""

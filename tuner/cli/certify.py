@@ -31,7 +31,7 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
     if json:
         print(_dumped(result))
     else:
-        print(result.text)
+        print(_plain(result.text))
     return 0 if result.holds else 3
 
 
@@ -54,7 +54,7 @@ def ablate(path: Path, launches: int, json: bool) -> int:
         return result
 
     result = _session(path, work)
-    print(_dumped(result) if json else result.text)
+    print(_dumped(result) if json else _plain(result.text))
     return 0
 
 
@@ -94,6 +94,11 @@ def _side(path: Path) -> Any:
         "figures": "emulated" if study.engine.kind == "emulator" or any(t.emulated for t in trials) else "measured",
     }
     return Side(study.name, trials, study.objective, facts)
+
+
+def _plain(text: str) -> str:
+    """Without the marks of Markdown."""
+    return text.replace("**", "").replace("`", "")
 
 
 def _dumped(result: Any) -> str:

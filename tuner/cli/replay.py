@@ -44,7 +44,9 @@ def replay(
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 600.0,
     early_stop: Annotated[bool, typer.Option(help="End once the outcome is decided.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other prompts: no prefix cache finds the last.")] = 0,
-    percentile: Annotated[list[float] | None, typer.Option(help="Percentiles. [default: 50 90 95 99]")] = None,
+    percentile: Annotated[
+        list[float] | None, typer.Option(help="Percentiles to print; may be repeated. [default: 50 90 95 99]")
+    ] = None,
     records: Annotated[Path | None, typer.Option(help="Keep the records in this Parquet file.")] = None,
     recompute: Annotated[bool, typer.Option(help="No replay: the metrics again from --records.")] = False,
     format: Annotated[str, typer.Option(help="The trace's format, where it is not recognised.")] = "auto",
