@@ -118,8 +118,8 @@ def ablation(store: Store, study: Study, config: ServingConfig) -> Mapping[str, 
             "arm": None,
         }
         if arm := found.get("arm"):
-            known["arm"] = {name: as_range(arm[name]) for name in ("load_cost", "latency", "latency_difference")}
-            known["arm"]["load"] = float(arm["load"])
+            ranges = {name: as_range(arm[name]) for name in ("load_cost", "latency", "latency_difference")}
+            known["arm"] = {**ranges, "load": float(arm["load"])}
         return known if config.hash in (known["winner"], known["config"].hash) else None
 
 

@@ -211,7 +211,7 @@ class Causes:
         number of GPUs."""
         count = codes.shape[1]
         most = max([self._world.most, *self._world.log_gpus(self._served)])
-        found = TOO_MANY_GPUS * (self._world.log_gpus(codes) > most + 1e-9)
+        found = np.where(self._world.log_gpus(codes) > most + 1e-9, TOO_MANY_GPUS, 0.0)
         same = [codes[:, j, None] == self._served[None, :, j] for j in range(count)]
         for j in range(count):
             found += self._unseen[j][codes[:, j]] * ~same[j].any(1)

@@ -55,7 +55,7 @@ class TrialRecord:
         """What the quality floor said of it, in words; empty where nothing was to be checked."""
         found = (self.extra or {}).get("quality") or {}
         words = {"passed": "Quality floor held", "failed": "Below the quality floor"}
-        said = words.get(found.get("verdict"), "The quality floor was not checked")
+        said = words.get(str(found.get("verdict")), "The quality floor was not checked")
         return f"{said}: {found.get('reason')}." if found else ""
 
 

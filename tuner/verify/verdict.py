@@ -162,8 +162,9 @@ def _text(
         if likely.best > 0.5:
             name = "" if likely is state else f": {likely.label}, but not proven"
             words.append(f"Probably the cheapest of the {len(arms)} ({likely.best * 100:.0f} %){name}.")
-    if not math.isnan(survived[0]):
-        promised = next(a.value for a in arms if a.label == state.label) / base.value
+    searched = next((a.value for a in arms if a.label == state.label), None)
+    if not math.isnan(survived[0]) and searched and base.value:
+        promised = searched / base.value
         words.append(f"In the search it was {(1 - promised) * 100:.1f} % cheaper.")
     mine = [step for launch in launches if launch.arm == state.label for step in launch.steps if not step.untrusted]
     if not any(step.slo_misses for step in mine):
