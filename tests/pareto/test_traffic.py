@@ -1,4 +1,5 @@
 import io
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from tests import studies
 from tuner.export.formats import best_config
-from tuner.pareto.traffic import traffic
+from tuner.pareto.traffic import per_request, traffic
 from tuner.report.page import build
 from tuner.report.summary import summarize
 from tuner.report.terminal import front_data, front_table
@@ -36,6 +37,14 @@ def test_a_point_is_told_in_requests_per_second_tokens_and_money_a_month(made):
     assert found and (found.rps, found.trace_rps, found.requests, found.windows) == (10.0, 5.0, 300, 1)
     assert (found.input_tokens, found.output_tokens) == (1000.0, 200.0)
     assert found.month_usd == 1825 and found.default_usd == pytest.approx(3650)
+
+
+def test_tokens_per_request_are_of_the_requests_that_brought_them():
+    """Of a short window 20 requests/s had ended and 30 answers' tokens had arrived: that is no length of an answer."""
+    step = studies.step(1.0, OBJECTIVE, tokens_per_s=6000)
+    own = {"goodput_requests_per_s": 20.0, "goodput_output_tokens_per_s": 4000.0, "requests_per_s": 20.0}
+    assert per_request([replace(step, metrics={**step.metrics, **own})], "output") == 200
+    assert math.isnan(per_request([replace(step, metrics={})], "output"))
 
 
 def test_every_view_says_it_and_that_the_price_is_an_assumption(made, tmp_path: Path):

@@ -46,16 +46,6 @@ def point(step: Step, limits: Sequence[Limit]) -> Point | None:
     return Point(rate, rate * mean, step.metrics, watts)
 
 
-def tokens(steps: Sequence[Step]) -> tuple[float, float]:
-    """Output tokens and total tokens per request, means over the steps; NaN where not measured."""
-    found = []
-    for name in ("output_tokens_per_s", "total_tokens_per_s"):
-        rates = [(s.metrics.get(name, 0.0), s.metrics.get(ACHIEVED, s.metrics[OFFERED])) for s in steps if s.ok]
-        pairs = [(tokens, requests) for tokens, requests in rates if tokens > 0 and requests > 0]
-        found.append(sum(t for t, _ in pairs) / sum(r for _, r in pairs) if pairs else math.nan)
-    return found[0], found[1]
-
-
 def start_s(trials: Sequence[TrialRecord], config: ServingConfig) -> float:
     """The longest start-up of this configuration; of any configuration that served, where it has none of its own."""
     boots = [t.outcome.boot.total_s for t in trials if t.config.hash == config.hash and t.outcome.boot.total_s > 0]

@@ -19,6 +19,7 @@ from tuner.fleet.curve import Curve, Limit, curve, limits_of
 from tuner.pareto.changes import baseline_of, describe
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import recommended
+from tuner.pareto.traffic import per_request
 from tuner.search.hardware import device_of
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo
@@ -205,7 +206,7 @@ def _offer(
     folder = next((t.folder for t in trials if any(s is steps[-1] for s in t.outcome.steps)), None)  # type: ignore[union-attr]
     cv = measured.cv(folder / steps[-1].records if folder and steps[-1].records else None)
     extra = max(0.0, 1 - cv**2) if math.isfinite(cv) else 0.0
-    outputs, totals = measured.tokens(steps)
+    outputs, totals = (per_request(steps, name) for name in ("output", "total"))
     default = baseline_of(trials)
     hardware = device_of(config.gpu) or study.hardware.name
     price = next((t.price for t in trials if t.config.hash == config.hash and t.price), None)

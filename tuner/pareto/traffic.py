@@ -77,7 +77,7 @@ def traffic(
     rates: dict[str, list[float]] = {}
     for step in steps:
         rates.setdefault(step.window, []).append(step.metrics["offered_requests_per_s"] / step.load)
-    outputs, totals = (_per_request(steps, f"goodput_{name}_tokens_per_s") for name in ("output", "total"))
+    outputs, totals = (per_request(steps, name) for name in ("output", "total"))
     price = next((t.price for t in own if t.price), None)
     month_usd = per_hour(point.config, objective, price) * HOURS
     return Traffic(
@@ -99,8 +99,10 @@ def price_words(objective: Objective, gpus: int, price: float | None = None) -> 
     return text + (", assumed: --gpu-price sets yours" if objective.price_assumed else "")
 
 
-def _per_request(steps: Sequence[Step], name: str) -> float:
-    """By what the requests within SLO brought: they are counted by when they were asked for."""
-    pairs = [(s.metrics.get(name, 0.0), s.metrics.get("goodput_requests_per_s", 0.0)) for s in steps if s.ok]
+def per_request(steps: Sequence[Step], name: str) -> float:
+    """Mean tokens (``output`` or ``total``) of the requests within SLO, which are counted by when they were asked for:
+    in a short window the tokens that arrived belong to other requests than those that ended. NaN where not measured."""
+    rates = (f"goodput_{name}_tokens_per_s", "goodput_requests_per_s")
+    pairs = [tuple(s.metrics.get(rate, 0.0) for rate in rates) for s in steps if s.ok]
     pairs = [(tokens, requests) for tokens, requests in pairs if tokens > 0 and requests > 0]
     return sum(tokens for tokens, _ in pairs) / sum(requests for _, requests in pairs) if pairs else math.nan
