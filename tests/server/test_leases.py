@@ -86,6 +86,57 @@ def test_a_lease_can_be_waited_for(tmp_path):
         assert second.indices == (0,)
 
 
+def test_who_waits_has_it_before_who_comes_later_or_again(tmp_path):
+    leases = Leases(tmp_path)
+    first, got = leases.gpus((0,), "first"), []
+    waiting = threading.Thread(target=lambda: got.append(leases.gpus((0, 1), "second", wait_s=60)))
+    waiting.start()
+    while not list((tmp_path / "leases").glob("wait-*")):
+        assert waiting.is_alive()
+    leases.gpus((2,)).release()  # nobody waits for that one
+    first.release()
+    for index in (0, 1):
+        with pytest.raises(EnvironmentFault, match=r"\(second\)"):  # it has waited longer, or has it already
+            leases.gpus((index,), "first once more")
+    waiting.join()
+    assert [lease.indices for lease in got] == [(0, 1)]
+    got[0].release()
+    with leases.gpus((0, 1)):
+        assert {path.name for path in (tmp_path / "leases").iterdir()} == {"gpu-0", "gpu-1"}, "the queue is empty"
+
+
+QUEUER = """
+import sys
+sys.path[:0] = [{root!r}]
+from pathlib import Path
+from tuner.server.leases import Leases
+Leases(Path({folder!r})).gpus((0,), "who waits", wait_s=600)
+"""
+
+
+def test_a_killed_tuner_does_not_stand_in_the_queue(tmp_path):
+    first = Leases(tmp_path).gpus((0,))
+    text = QUEUER.format(root=ROOT, folder=str(tmp_path))
+    other = subprocess.Popen([sys.executable, "-c", text])
+    while not list((tmp_path / "leases").glob("wait-*")):
+        assert other.poll() is None
+    other.kill()
+    other.wait()
+    first.release()
+    Leases(tmp_path).gpus((0,)).release()
+    assert list((tmp_path / "leases").iterdir()) == []
+
+
+def test_the_machine_of_a_cpu_server_is_one_lease(tmp_path):
+    leases = Leases(tmp_path)
+    first = leases.host()
+    assert first is not None and leases.host() is None
+    threading.Timer(0.2, first.release).start()
+    second = leases.host(wait_s=30)
+    assert second is not None
+    second.release()
+
+
 def test_waiting_ends_when_it_is_cancelled(tmp_path):
     leases = Leases(tmp_path)
     cancel = threading.Event()

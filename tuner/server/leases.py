@@ -3,6 +3,9 @@
 A lease is a locked file that names its owner (pid and start time). The lock dies with its holders, so a stale lease
 needs no guessing: whoever can lock the file owns it. The guard of a server holds the same lock, so that a GPU stays
 leased while the server of a killed tuner is still going down.
+
+Who has to wait stands in a queue: a tuner that goes on to its next trial at once would else keep for its whole study
+what another looks for twice a second.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from tuner.server.runtime import runtime_root
 from tuner.server.tree import Pid
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_QUEUE = "wait-"  # then the time of arrival and the leases' names
+_LOOK_S = 0.5
 
 
 class Lease:
@@ -160,27 +165,68 @@ class Leases:
 
         Raises ``EnvironmentFault`` that names who has which.
         """
-        deadline = time.monotonic() + wait_s
-        cancel = cancel or threading.Event()
-        while True:
-            taken: dict[int, Lease] = {}
-            for index in indices:
-                lease = Lease.take(self.folder / f"gpu-{index}", label)
-                if lease is None:
-                    break
-                taken[index] = lease
-            if len(taken) == len(indices):
-                return GpuLease(taken)
-            for lease in taken.values():
-                lease.release()
-            if time.monotonic() >= deadline or cancel.wait(0.5):
-                reasons = [f"GPU {i} is leased by {owner}" for i in indices if (owner := self._owner(i))]
-                message = "; ".join(reasons) or "another tuner has the GPUs"
-                raise EnvironmentFault(message, fix="wait for it, or give the study other GPUs")
+        names = [f"gpu-{index}" for index in indices]
+        taken = self._wait(names, label, wait_s, cancel or threading.Event())
+        if taken is None:
+            reasons = [f"GPU {i} is leased by {owner}" for i in indices if (owner := self._owner(f"gpu-{i}"))]
+            reasons += [f"{self._owner(place)} has waited longer for it" for place in self._ahead(names)] * (
+                not reasons
+            )
+            message = "; ".join(reasons) or "another tuner has the GPUs"
+            raise EnvironmentFault(message, fix="wait for it, or give the study other GPUs")
+        return GpuLease(dict(zip(indices, taken, strict=True)))
 
-    def _owner(self, index: int) -> str:
+    def host(self, label: str = "", wait_s: float = 0.0, cancel: threading.Event | None = None) -> Lease | None:
+        """This machine's CPU, for a server that computes on it; None where it was not to be had within ``wait_s``, or
+        until ``cancel``."""
+        taken = self._wait(["host"], label, wait_s, cancel or threading.Event())
+        return taken[0] if taken else None
+
+    def _wait(self, names: Sequence[str], label: str, wait_s: float, cancel: threading.Event) -> list[Lease] | None:
+        """All of these leases; None where that took too long. Whoever waited for one of them before has it before."""
+        deadline, place = time.monotonic() + wait_s, None
+        try:
+            while True:
+                if not self._ahead(names, place) and (taken := self._take(names, label)):
+                    return taken
+                if time.monotonic() >= deadline:
+                    return None
+                place = place or Lease.take(self.folder / f"{_QUEUE}{time.time_ns():020} {_short(names)}", label)
+                if cancel.wait(_LOOK_S):
+                    return None
+        finally:
+            if place:
+                place.release()
+
+    def _take(self, names: Sequence[str], label: str) -> list[Lease] | None:
+        """All or none, without waiting."""
+        taken: list[Lease] = []
+        for name in names:
+            lease = Lease.take(self.folder / name, label)
+            if lease is None:
+                for other in taken:
+                    other.release()
+                return None
+            taken.append(lease)
+        return taken
+
+    def _ahead(self, names: Sequence[str], place: Lease | None = None) -> list[str]:
+        """The places in the queue, before ``place`` (None: all), of tuners that live and want one of these."""
+        found = []
+        for path in sorted(self.folder.glob(f"{_QUEUE}*")):
+            if place and path.name >= place.path.name:
+                break
+            if set(_short(names).split(",")).isdisjoint(path.name.partition(" ")[2].split(",")):
+                continue
+            if dead := Lease.take(path):
+                dead.release()
+            else:
+                found.append(path.name)
+        return found
+
+    def _owner(self, name: str) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            data = json.loads((self.folder / f"gpu-{index}").read_text(encoding="utf-8"))
+            data = json.loads((self.folder / name).read_text(encoding="utf-8"))
             return f"pid {data['pid']}{' (' + data['label'] + ')' if data['label'] else ''}"
         return ""
 
@@ -197,6 +243,11 @@ def sweep(root: Path) -> None:
     for path in (root / "leases").glob("*"):
         if lease := Lease.take(path):
             lease.release()
+
+
+def _short(names: Sequence[str]) -> str:
+    """Names of leases as part of a file's name, which may have 255 characters."""
+    return ",".join(name.removeprefix("gpu-") for name in names)
 
 
 def _still(fd: int, path: Path) -> bool:

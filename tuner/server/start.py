@@ -168,12 +168,11 @@ def _busy(why: str) -> LaunchFailed:
 
 
 def _host_lease(leases: Leases, site: Site, label: str) -> Lease:
-    told = False
-    while not (lease := Lease.take(leases.folder / "host", label)):
-        if not told:
-            site.on_event("waiting", {"for": "another tuner measures on this machine's CPU"})
-            told = True
-        if site.cancel.wait(0.5):
+    if lease := leases.host(label):
+        return lease
+    site.on_event("waiting", {"for": "another tuner measures on this machine's CPU"})
+    while not (lease := leases.host(label, _LEASE_WAIT_S, site.cancel)):
+        if site.cancel.is_set():
             raise Cancelled
     return lease
 
