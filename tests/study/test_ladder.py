@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from tests.study.fake import FakeEngine, oom
 from tuner.spec import studyfile
-from tuner.study import ladder, session, workload
+from tuner.study import ladder, session, verifying, workload
+from tuner.study.outcome import Measured
 from tuner.study.session import Prepared
+from tuner.study.store import Store
 
 AUTO = {"ladder: [1, 2, 3, 4]": "ladder: auto"}
 
@@ -110,10 +112,26 @@ def test_another_ladder_than_the_settled_one_is_another_study(runner):
 
 
 @pytest.mark.parametrize("engine", [FakeEngine(fail=oom), Limited(0.0)], ids=["does not start", "holds nowhere"])
-def test_where_the_default_cannot_say_the_usual_loads_stay_and_the_reason_is_said(runner, engine):
+def test_where_the_default_cannot_say_the_usual_loads_stay_for_good_and_the_reason_is_said(runner, engine):
     study = settle(runner, engine)
     assert study.load.ladder == studyfile.USUAL_LADDER
     assert any("The ladder stays 0.5, 1" in d["text"] for n, d in runner.events if n == "say")
+    later = Limited(2.0)
+    assert settle(runner, later).load.ladder == studyfile.USUAL_LADDER, "trials may have been measured at these loads"
+    assert later.launched == []
+
+
+def test_what_was_measured_is_kept_where_it_settles_nothing(runner):
+    settle(runner, Limited(0.0))
+    (launch,) = Store(runner.store.ladder_folder).trials()
+    assert isinstance(launch.outcome, Measured)
+    assert [step.load for step in launch.outcome.steps] == [2.0**-n for n in range(9)]
+
+
+def test_the_launch_of_the_ladder_is_shown_as_no_trial_of_the_study(runner):
+    settle(runner, Limited(2.0))
+    told = {name: data["trial"] for name, data in runner.events if "trial" in data}
+    assert {"launch", "step", "measured", "trial"} <= set(told) and set(told.values()) == {verifying.LADDER}
 
 
 def test_an_interrupt_leaves_the_ladder_to_the_next_session(runner):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.spec import studyfile
@@ -34,8 +35,9 @@ def settled(
     """``study`` with its ladder; launches the default once where the study leaves the ladder to the tuner and no
     earlier session has settled it.
 
-    Where the default does not start, where its measurements cannot be believed, or on an interrupt, the study keeps the
-    loads it has: the search says why soon enough. Raises what :func:`tuner.study.session.prepare` does.
+    Where the default does not start, or its measurements cannot be believed, the study keeps the loads it has, and for
+    good: its trials are measured at them. An interrupt leaves the ladder to the next session. Raises what
+    :func:`tuner.study.session.prepare` does.
     """
     if not study.load.auto:
         return study
@@ -48,7 +50,7 @@ def settled(
         capacity, top = _capacity(study, store, cancel, on_event, prepare)
     except (LaunchFailed, Unsettled) as failure:
         on_event("say", {"text": f"The ladder stays {_words(study.load.ladder)}: {failure}"})
-        return study
+        return _freeze(replace(study, load=replace(study.load, auto=False)), store)
     except Cancelled:
         return study
     found = rungs(capacity, top)
@@ -104,14 +106,17 @@ def _capacity(
     """(The default's capacity, the highest load that the trace can fill)."""
     from tuner.executor.build import executor
 
+    def tell(name: str, data: Mapping[str, Any]) -> None:
+        on_event(name, {**data, "trial": verifying.LADDER})  # it is no trial of the study
+
     ready = prepare(replace(study, load=replace(study.load, ladder=(LOWEST, HIGHEST))))
     on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     window = ready.traffic.search[0]
     top = min(HIGHEST, max(LOWEST, float(window.arrival_s[-1]) / study.trace.window_s))
-    own, bench = Store(store.ladder_folder), Bench(ready.study, ready.engine, cancel, on_event)
+    own, bench = Store(store.ladder_folder), Bench(ready.study, ready.engine, cancel, tell)
     default = study.space.config(study.space.default(), study.model)
     with executor(bench) as where:
-        launch = verifying.launcher(ready, own, verifying.Nobody(), where, on_event, verifying.LADDER)
+        launch = verifying.launcher(ready, own, verifying.Nobody(), where, tell, verifying.LADDER)
         with launch(default, "which loads are worth measuring") as rig:
 
             def holds(load: float) -> bool:
@@ -120,7 +125,13 @@ def _capacity(
                     raise Unsettled("; ".join(step.untrusted))
                 return step.ok
 
-            return bracket(holds, top), top
+            try:
+                found = bracket(holds, top)
+            except Unsettled as failure:
+                found = failure  # not raised yet: what was measured is kept
+    if isinstance(found, Unsettled):
+        raise found
+    return found, top
 
 
 def _freeze(study: Study, store: Store) -> Study:
