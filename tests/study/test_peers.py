@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -255,6 +256,23 @@ def test_a_tuner_that_waits_for_a_suspended_one_says_so_and_can_be_interrupted(o
         pass
     suspended.release()
     assert said == ["Another tuner of this study has had its turn for 0 s: is it suspended?"]
+
+
+def test_what_another_tuner_verified_is_taken_over_until_there_is_more_budget_to_verify_with(on_sqlite):
+    study, store = on_sqlite
+    verdict = store.folder / "verify.json"
+
+    def verify(study, launches):
+        with joined(study, store, lambda _name, _data: None) as peers, peers.verifying(threading.Event()) as hold:
+            if hold:
+                verdict.write_text(f'{{"launches": {launches}}}')
+            return hold is not None
+
+    assert verify(study, 6) and not verify(study, 6)
+    more = replace(study, budget=replace(study.budget, launches=study.budget.launches + 6))
+    assert verify(more, 12) and not verify(more, 12)
+    verdict.unlink()
+    assert not verify(more, 0) and "12" in verdict.read_text(), "the folder has what another one's launches said"
 
 
 def test_another_users_lock_file_can_be_locked_without_writing_it(tmp_path, monkeypatch):

@@ -91,13 +91,92 @@ def test_gpus_of_another_price_are_paid_at_theirs(made):
     assert within and within.seconds == pytest.approx((20 - 12.5 / 60) / 20 * 3600)
 
 
-def test_the_command_that_settles_a_verdict_gives_verification_what_it_lacks_and_the_search_nothing(tmp_path):
-    study, store = studies.write(tmp_path / "a study", trials=7)
-    for number in (7, 8, 9, 10):
-        studies.measured(number, (studies.step(1.0, studies.objective()),), store, role="verify")
-    words = shlex.split(verifying._go_on(study, store, more=6).partition(": ")[2])
+@pytest.fixture
+def settling(tmp_path, monkeypatch):
+    """A verified study whose verdict lacks six launches; ``again`` verifies with a budget and says who was launched,
+    with how many launches allowed."""
+    study, store = studies.write(tmp_path / "a study", trials=24, verified=True)
+    written = verifying.verification(store)
+    assert written
+    write_json(store.folder / verifying.VERIFIED, replace(written, more=6).to_dict())
+    step = studies.step(1.0, studies.objective())
+    params = {"default": {}} | {f"trial {t.number}": t.params for t in store.trials()}
+    for number, arm in enumerate((*written.arms, *written.arms), start=max(t.number for t in store.trials()) + 1):
+        studies.measured(number, (step,), store, params=params[arm.label], role="verify", label=arm.label)
+    monkeypatch.setattr(verifying, "executor", lambda _bench: contextlib.nullcontext())
+    ready = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=[1]))
+
+    def again(within):
+        seen = []
+
+        def verify(_study, _launch, finalists, baseline, _windows, allowed, _on_event, **more):
+            seen.append(([arm.label for arm in (baseline, *finalists)], allowed.launches, len(more["done"])))
+            return replace(written, more=0)
+
+        monkeypatch.setattr(verifying, "verify", verify)
+        ready.study = replace(study, budget=within)
+        bench = SimpleNamespace(on_event=lambda name, data: seen.append(data["text"]))
+        verifying.run(ready, store, verifying.Nobody(), bench)
+        return seen
+
+    return again, study, store, [arm.label for arm in written.arms]
+
+
+def told(study, store, more):
+    """The budget of the command that gives verification ``more`` launches."""
+    words = shlex.split(verifying._go_on(study, store, more).partition(": ")[2])
     assert words[:4] == ["tuner", "tune", str(store.folder), "--budget"]
-    again = replace(study, budget=replace(parse_budget(words[4]), verify_share=float(words[6])))
-    assert budget.search_is_over(again, budget.spent(again, store.launched("search")))
-    within = verifying.limits(SimpleNamespace(study=again, traffic=SimpleNamespace(heldout=[1])), store, ())
-    assert within.launches == 4 + 6
+    return replace(parse_budget(words[4]), verify_share=float(words[6]))
+
+
+def test_the_command_that_settles_a_verdict_gives_what_it_lacks_to_those_verified_and_the_search_nothing(settling):
+    again, study, store, labels = settling
+    within = told(study, store, 6)
+    spent = budget.spent(study, store.launched("search"))
+    assert budget.search_is_over(replace(study, budget=within), spent)
+    _text, (launched, launches, done) = again(within)
+    assert launched == labels and launches == 4 + 6 and done == 4
+    _text, (launched, *_rest) = again(told(study, store, 20))
+    assert len(launched) > len(labels), "more than it lacked: others may be the cheapest, too"
+
+
+def test_what_was_searched_since_is_verified(settling):
+    again, study, store, _labels = settling
+    number = max(t.number for t in store.trials()) + 1
+    cheap = studies.step(3.0, studies.objective(), tokens_per_s=9000)
+    studies.measured(number, (cheap,), store, params={"max_num_seqs": 512})
+    _text, (launched, *_rest) = again(told(study, store, 6))
+    assert f"trial {number}" in launched
+
+
+def test_a_launch_of_who_is_no_finalist_any_more_is_paid(settling):
+    again, study, store, _labels = settling
+    number = max(t.number for t in store.trials()) + 1
+    other = {"max_num_seqs": 64, "prefix_caching": False}
+    studies.measured(number, (studies.step(1.0, studies.objective()),), store, params=other, role="verify", label="x")
+    _text, (_launched, launches, _done) = again(told(study, store, 6))
+    assert launches == 4 + 6
+
+
+def test_the_ladders_launch_is_counted_once(settling):
+    _again, study, store, _labels = settling
+    before = told(study, store, 6)
+    step = studies.step(1.0, studies.objective())
+    studies.measured(0, (step,), Store(store.ladder_folder), role=verifying.LADDER, baseline=True)
+    after = told(study, store, 6)
+    assert after.launches == before.launches + 1
+
+
+def test_where_nothing_is_left_a_verified_study_is_not_called_unverified(settling):
+    again, study, _store, _labels = settling
+    (text,) = again(replace(study.budget, launches=4))
+    assert text.startswith("Not verified further: ")
+
+
+def test_what_is_recommended_for_its_latency_is_not_taken_apart_for_cost(ablated):
+    run, path, _study = ablated
+    written = verifying.verification(Store(path.parent))
+    write_json(path.parent / verifying.VERIFIED, replace(written, reason="faster").to_dict())
+    with pytest.raises(UsageError, match=r"recommended for its latency, .* Keep its flags"):
+        run(20)
+    assert not path.exists()

@@ -23,12 +23,12 @@ from tuner.study import mirror
 from tuner.study.database import Away, Database, Hold, Interrupted, answering
 from tuner.study.pulse import Owner, Pulse
 from tuner.study.store import Store, TrialRecord
+from tuner.study.together import LOOK_S
 from tuner.study.upkeep import CLAIM, INSTEAD, NUMBER, OWNER, Upkeep
 
 if TYPE_CHECKING:
     import optuna
 
-LOOK_S = 0.5  # how often a tuner that waits for others looks at the ledger
 VERIFIED = "verify.json"
 
 
@@ -219,7 +219,7 @@ class Peers:
         try:
             with self.turn():
                 self.upkeep.all()
-                measured = self._measured()
+                measured = [self._measured(), repr(self.study.budget)]
                 found = self.book.user_attrs.get("verified") == measured
                 found = found and mirror.get_file(self.book, self.study, self.store.folder / VERIFIED)
             if found:

@@ -72,7 +72,7 @@ def launcher(
         checked = any(extra.get("quality", {}).get("verdict") == "passed" for extra in known)
         notes = {**ready.notes(config), "baseline": config.hash == default.hash, "role": role, "label": label}
         folder = store.start_trial(number, config, config.params, **notes)
-        inner = of_trial(on_event, role if role == LADDER else number)
+        inner = of_trial(on_event, number)
         steps: list[Step] = []
         outcome: Outcome = Aborted("interrupted")
         boot, place, machines = Boot(), Place(), False
@@ -115,23 +115,31 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     listed = shortlist(records, study.objective, default, study.load.ladder)
     if not (listed.finalists or listed.baseline.value):
         return None
-    within = limits(ready, store, (listed.baseline, *listed.finalists))
+    baseline, finalists = listed.baseline, listed.finalists
+    before, done = verification(store), _done(store, "verify")
+    within = limits(ready, store, (baseline, *finalists))
     if within is None:
         if study.budget.verify_share > 0 and ready.traffic.heldout:
-            text = "Not verified: nothing of the budget is left. Raise it, and run the same command again."
+            text = "Not verified further" if before else "Not verified"
+            text += ": nothing of the budget is left. Raise it, and run the same command again."
             bench.on_event("say", {"text": text})
         return None
+    left = within.launches - _known(done, (baseline, *finalists))
+    last = [t.role for t in records if t.role in ("search", "verify")][-1]
+    if before and left <= before.more and last == "verify":  # the launches that it asked for to settle its verdict
+        finalists = [f for f in finalists if f.label in {arm.label for arm in before.arms}] or finalists
+        within = limits(ready, store, (baseline, *finalists)) or within
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
     with executor(bench) as where:
         result = verify(
             study,
             launcher(ready, store, recorder, where, bench.on_event, "verify"),
-            listed.finalists,
-            listed.baseline,
+            finalists,
+            baseline,
             ready.traffic.heldout,
             within,
             bench.on_event,
-            done=_done(store, "verify"),
+            done=done,
             known=launch_spread(records),
         )
     if result.more:
@@ -142,10 +150,10 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
 
 def _go_on(study: Study, store: Store, more: int) -> str:
     """The command that gives verification ``more`` launches and the search none."""
-    searched, verified = store.launched("search"), store.launched("verify")
-    of = len(searched) + len(verified) + more
+    searched = store.launched("search")
+    of = len(store.launched("search", "verify")) + more
     share = math.ceil((1 - len(searched) / of) * 100) / 100
-    one = budget.spent(study, verified)
+    one = budget.spent(study, [t for t in store.trials() if t.role == "verify"])
     takes = f"about {one.launch_s * more / 60:.0f} min and ${one.launch_usd * more:.2f}"
     command = f"tuner tune {shlex.quote(str(store.folder))} --budget '{of} launches' --verify-share {share:g}"
     return f"To settle it, {more} launches more ({takes}): {command}"
@@ -167,6 +175,9 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
     if before and before["winner"] == verified.config.hash and launches < before["budget"]:
         words, path = f"holds what up to {before['budget']} launches said", str(store.folder / ABLATED)
         raise UsageError(words, where=path, fix=_LAUNCHES.format(before["budget"]))
+    if verified.reason == "faster":
+        words = "it is recommended for its latency, and ablation weighs cost alone"
+        raise UsageError(words, where=str(store.folder), fix="Keep its flags as they are")
     winner = Finalist(verified.choice, verified.config, verified.load, trial=verified.trial)
     with executor(bench) as where:
         result = ablate(
@@ -220,6 +231,12 @@ def _done(store: Store, role: str) -> Sequence[Done]:
     return [Done(str((t.extra or {})["label"]), t.config.hash, t.outcome) for t in ended]
 
 
+def _known(done: Sequence[Done], arms: Sequence[Finalist]) -> int:
+    """How many launches of ``arms`` were made: they are used again and cost nothing."""
+    hashes = {arm.config.hash for arm in arms}
+    return sum(launch.config in hashes for launch in done)
+
+
 def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBudget | None:
     """What of the budget is left to verify ``arms``; None where its share is 0 or too little is left. USD last as long
     as the dearest of them can run for them: how long each will run is not known."""
@@ -230,7 +247,7 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
     used = budget.spent(study, trials)
     launches, seconds = 10_000, []
     if study.budget.launches is not None:
-        launches = study.budget.launches - used.launches + sum(t.role == "verify" for t in trials)
+        launches = study.budget.launches - used.launches + _known(_done(store, "verify"), arms)
     if study.budget.hours is not None:
         seconds.append((study.budget.hours - used.hours) * 3600)
     if study.budget.usd is not None:
