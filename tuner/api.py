@@ -111,7 +111,7 @@ class AskTell:
         return choose(self.store.trials(), self.study.objective)
 
     def _over(self, running: int) -> str:
-        used = budget.spent(self.study, self.store.trials(), running, self._guess_usd)
+        used = budget.spent(self.study, self.store.launched("search"), running, self._guess_usd)
         return budget.search_is_over(self.study, used)
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tuner.cli.read import opened
 from tuner.errors import UsageError
+from tuner.pareto.recommend import plain
 
 
 def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) -> int:
@@ -31,7 +32,7 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
     if json:
         print(_dumped(result))
     else:
-        print(_plain(result.text))
+        print(plain(result.text))
     return 0 if result.holds else 3
 
 
@@ -54,7 +55,7 @@ def ablate(path: Path, launches: int, json: bool) -> int:
         return result
 
     result = _session(path, work)
-    print(_dumped(result) if json else _plain(result.text))
+    print(_dumped(result) if json else plain(result.text))
     return 0
 
 
@@ -94,11 +95,6 @@ def _side(path: Path) -> Any:
         "figures": "emulated" if study.engine.kind == "emulator" or any(t.emulated for t in trials) else "measured",
     }
     return Side(study.name, trials, study.objective, facts)
-
-
-def _plain(text: str) -> str:
-    """Without the marks of Markdown."""
-    return text.replace("**", "").replace("`", "")
 
 
 def _dumped(result: Any) -> str:

@@ -47,6 +47,8 @@ class View:
         if not self.plain:
             self.live = live = Live(self, console=self.console, refresh_per_second=4, transient=True)
             live.start()
+        if self.study.engine.kind == "emulator":
+            self.say(f"EMULATED: a model of the hardware answers, nothing is measured{_slow(self.study)}.")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,8 +69,6 @@ class View:
             f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} x "
             f"{len(ready.traffic.search[0])} requests" + (f"; load 1 is {rps:.3g} requests/s" if rps else "")
         )
-        if ready.engine.emulated:
-            self.say(f"EMULATED: a model of the hardware answers, nothing is measured{_slow(study)}.")
         for note in ready.traffic.notes:
             self.say(f"Trace: {note}")
         if ready.no_model:

@@ -79,11 +79,11 @@ def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequen
             text = f"Recommended: {name} at load {point.load:.3g}: {chosen['label']} without the flags that "
             text += "proved nothing."
             if point.baseline:
-                return Choice(point, point, None, None, (), None, f"{text}\n\n{smaller['text']}")
+                return Choice(point, point, None, None, (), None, f"{text}\n\n{plain(smaller['text'])}")
             if cost_change:
                 text += f" It costs {cost_change} against the default."
     if smaller:
-        text += f"\n\n{smaller['text']}".replace("**", "")
+        text += f"\n\n{plain(smaller['text'])}"
     base = verdict["arms"][0]  # verification launches the default before all others
     return Choice(
         point,
@@ -94,6 +94,11 @@ def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequen
         None,
         text,
     )
+
+
+def plain(text: str) -> str:
+    """Without the marks of Markdown."""
+    return text.replace("**", "").replace("`", "")
 
 
 def ablation(store: Store, study: Study, config: ServingConfig) -> Mapping[str, Any] | None:

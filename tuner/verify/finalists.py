@@ -74,7 +74,7 @@ def shortlist(
     )
     chosen = tuple(finalist(p, f"trial {p.trial}", promise=share) for p, share in doubtful[:most])
     text = f"{len(doubtful)} of {len(others)} configurations may be the cheapest at {confidence * 100:g} %"
-    text += f"; the first {most} are verified" if len(doubtful) > most else ""
+    text += f"; at most the first {most} are verified" if len(doubtful) > most else ""
     text += "" if spread.freedom >= 3 else f" (assuming that launches differ by {LAUNCH_SPREAD * 100:g} %)"
     return Shortlist(chosen, baseline, len(doubtful), len(others), text + ".")
 
