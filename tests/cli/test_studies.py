@@ -98,6 +98,16 @@ def test_a_bad_budget_on_the_command_line_is_put_down_to_its_flag(workplace: Pat
         read(write(workplace, GOOD), Flags(**flags))
 
 
+@pytest.mark.parametrize("count", [0, -2])
+def test_no_trials_at_once_are_refused(workplace: Path, count) -> None:
+    with pytest.raises(UsageError, match=f"parallel is 1 or more, not {count}") as refused:
+        read(write(workplace, GOOD), Flags(parallel=count))
+    assert refused.value.where == "--parallel"
+    with pytest.raises(UsageError, match=r"study\.yaml:\d+: parallel is 1 or more"):
+        read(write(workplace, f"{GOOD}parallel: {count}\n"), Flags())
+    assert read(write(workplace, GOOD), Flags(parallel=2)).parallel == 2
+
+
 def test_the_interpreter_named_on_the_command_line_is_that_of_the_engine_and_stays_a_link(workplace: Path, monkeypatch):
     monkeypatch.chdir(workplace)
     study = read(write(workplace, GOOD), Flags(python="env/bin/python"))

@@ -130,8 +130,8 @@ def read(path: Path | None, flags: Flags) -> Any:
 def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
     over: dict[str, Any] = {}
     for key in ("model", "objective", "sampler", "name", "parallel", "storage", "reports"):
-        if getattr(flags, key):
-            over[key] = getattr(flags, key)
+        if (value := getattr(flags, key)) not in ("", None):
+            over[key] = value
     if flags.executor or flags.address:
         over["executor"] = {"kind": flags.executor or "ray", "address": flags.address or "auto"}
     if flags.space:
@@ -159,7 +159,9 @@ def _said(over: dict[str, Any], flags: Flags) -> dict[tuple[str | int, ...], str
     """Which flag each entry of ``over`` comes from, for errors."""
     names = {"search_space": "--space", "price_usd_per_gpu_hour": "--gpu-price"}
     alone = {"model", "objective", "sampler", "name", "parallel", "storage", "reports", "trace"}
-    said: dict[tuple[str | int, ...], str] = {(key,): f"--{key}" for key in alone & over.keys() if getattr(flags, key)}
+    said: dict[tuple[str | int, ...], str] = {
+        (key,): f"--{key}" for key in alone & over.keys() if getattr(flags, key) not in ("", None)
+    }
     said |= {(key,): flag for key, flag in names.items() if key in over}
     said |= {("slo", text.partition("=")[0].strip()): "--slo" for text in flags.slo}
     return said | ({("engine", "kind"): "--engine"} if flags.engine else {})

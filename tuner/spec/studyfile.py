@@ -81,6 +81,8 @@ def resolve(document: Document, beside: Path) -> Study:
             ("load", "warmup") if "load" in document.data else ("trace", "window"),
             "warm up for less, or measure for longer",
         )
+    if isinstance(file.parallel, int) and file.parallel < 1 and not document.begun:
+        raise document.error(f"parallel is 1 or more, not {file.parallel}", ("parallel",), "or auto: as many as fit")
     budget = _budget(file.budget, document)
     resolved = {
         "beside": str(base.resolve()),
