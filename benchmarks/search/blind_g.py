@@ -1379,8 +1379,8 @@ class scenario:
             row = row * len(values) + at
         return row
 
-    def truth_grid(self, _=None):
-        return _world(self.index, False).grid()[:4]
+    def truth_grid(self, _=None, lucky=False):
+        return _world(self.index, lucky).grid()[:4]
 
     def measure(self, params, load, _=None, rng=None):
         w = self._w
