@@ -18,8 +18,9 @@ from tuner.report.html import script_json
 from tuner.report.page import build
 from tuner.report.parallel import _short
 from tuner.report.summary import summarize
+from tuner.report.tables import unserved
 from tuner.spec.study import EngineSpec
-from tuner.study.outcome import Infeasible, Measured
+from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
 from tuner.study.store import Store, write_json
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}
@@ -152,6 +153,22 @@ def test_failures_show_their_evidence_and_fix_and_refusals_their_reason(tmp_path
     assert "oom-kv 2 × start-up" in outline.text and "3.1 GiB KV cache is needed" in outline.text
     assert "Fix: lower max-model-len or raise gpu-memory-utilization" in outline.text
     assert "3 fewer batched tokens than sequences" in outline.text
+
+
+def test_what_no_launch_says_is_said(tmp_path: Path):
+    store, study = Store(tmp_path / "s"), studies.study(tmp_path / "s")
+    step = studies.step(1.0, study.objective)
+    studies.measured(0, (step,), store, baseline=True)
+    studies.add(1, Infeasible("crash", "no"), store, params={"kv_cache_dtype": "fp8", "draft_tokens": 8})
+    studies.add(2, Infeasible("crash", "no"), store, params={"kv_cache_dtype": "fp8", "max_num_seqs": 64})
+    studies.add(3, Untrusted(("late",), (step,)), store, params={"max_num_seqs": 128})
+    studies.add(4, Aborted("interrupted"), store, params={"max_num_seqs": 512})
+    rows = {name: rest for name, *rest in unserved(summarize(store, study))}
+    assert rows["kv_cache_dtype"] == ["", "fp8 (2)"]
+    assert rows["max_num_seqs"] == ["512", "64 (1)"]
+    assert rows["draft_tokens"] == ["2, 4, 8", ""], "it applies with speculation alone"
+    assert "What no trial says" in read(build(store, study, tmp_path / "r.html")).text
+    assert unserved(summarize(Store(tmp_path / "none"), study)) == []
 
 
 def test_what_failed_launches_have_in_common_is_said(tmp_path: Path):

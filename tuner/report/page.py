@@ -56,6 +56,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         refused=_refused(store),
         hours=hours(s, Store(store.ladder_folder).trials()),
         importance=importance(s),
+        unserved=tables.unserved(s),
         errors=errors(s),
         learnt=learnt(s),
         model=s.study.predictor or "an analytic model of the hardware",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from tuner.pareto.front import COST, Point
 from tuner.report.summary import Summary, kind, label, ms, spread, why
 from tuner.search.causes import suspected
 from tuner.search.reading import cause as cause_of
-from tuner.study.outcome import Infeasible
+from tuner.study.outcome import Aborted, Infeasible
 from tuner.study.price import GOODPUT
 from tuner.study.store import TrialRecord
 
@@ -112,6 +113,22 @@ def failures(s: Summary) -> list[Failure]:
         words = f"{words} ({weight:.0%})" if weight >= STANDS_OUT else ""
         found.append(Failure(first.cause, first.message, first.stage, first.fix, words, rows))
     return found
+
+
+def unserved(s: Summary) -> list[tuple[str, str, str]]:
+    """Per parameter that has them: its values that no trial was launched with, and those that no launch served with
+    (with the number of launches), where the parameter applied. What is not known of them is not known of the front."""
+    rows = []
+    space, ended = s.study.space, [t for t in s.trials if not isinstance(t.outcome, Aborted)]
+    active = [(space.active(space.snap(t.params)), isinstance(t.outcome, Infeasible)) for t in ended]
+    for p in space.parameters if ended else ():
+        launched = Counter(applied[p.name] for applied, _ in active if p.name in applied)
+        served = {applied[p.name] for applied, crashed in active if p.name in applied and not crashed}
+        never = ", ".join(str(v) for v in p.values if v not in launched)
+        failed = ", ".join(f"{v} ({launched[v]})" for v in p.values if v in launched and v not in served)
+        if never or failed:
+            rows.append((p.name, never, failed))
+    return rows
 
 
 def windows(s: Summary, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
