@@ -11,7 +11,9 @@ from tuner.pareto.volume import hypervolume
 from tuner.search import ledger
 from tuner.search.acquisition import LaunchCost
 from tuner.search.ledger import Proposal
+from tuner.search.reading import read as read_outcome
 from tuner.search.sampler import Options, TunerSampler
+from tuner.search.scan import Scan
 from tuner.space.space import SearchSpace
 from tuner.study.outcome import Boot, Infeasible, Measured, Step, Untrusted
 
@@ -328,3 +330,29 @@ def test_a_study_of_plain_values_is_warned_of_once():
         for _ in range(3):
             told.tell(told.ask(distributions), [1.0, 1.0])
     assert len([w for w in seen if "TunerSampler" in str(w.message)]) == 1
+
+
+def test_before_the_search_ends_it_tries_what_its_model_ruled_out():
+    """The best has drafts, and the model has them eight times slower: no launch without them corrects it."""
+    one = sampler(Model(wrong=lambda p: 8.0 if p["guess"] == "ngram" else 1.0), options=Options(remeasure_every=0))
+    book = study(one)
+    reasons = []
+    while not any("before the search ends" in r for r in reasons) and len(reasons) < 25:
+        run(book, 1)
+        reasons.append(book.trials[-1].user_attrs["reason"])
+    assert reasons[-1].endswith("no server has served with guess ngram yet"), reasons
+    assert all(t.user_attrs["params"]["guess"] == "none" for t in book.trials[:-1]) and len(reasons) > 7
+    before = regret([t.user_attrs["params"] for t in book.trials[:-1]])
+    run(book, 8)
+    assert regret([t.user_attrs["params"] for t in book.trials]) < before / 3
+
+
+def test_what_no_server_served_with_is_of_parameters_without_order():
+    one = sampler()
+    book = study(one)
+    run(book, 2, crash=lambda p: p["half"])
+    trials = [read_outcome(s, objective(), LOADS) for s in ledger.read(book, space())]
+    one.beliefs.learn(trials, 0)
+    found = Scan(one.beliefs, LOADS, trials, []).unseen(range(len(one.candidates.params)))
+    assert {one.candidates.params[i]["guess"] for i in found} == {"none", "ngram"}
+    assert set(found.values()) == {"half True", "guess ngram"}

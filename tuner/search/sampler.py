@@ -19,7 +19,7 @@ import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler
 from threadpoolctl import threadpool_limits
 
-from tuner.search.acquisition import LaunchCost, draws, worth
+from tuner.search.acquisition import Front, LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
 from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability
 from tuner.search.candidates import Candidates, Key, distribution_values, spread
@@ -32,6 +32,8 @@ from tuner.search.reading import Reading
 from tuner.search.reading import read as read_outcome
 from tuner.search.scan import Scan, launch_cost
 from tuner.search.sources import Sources
+from tuner.search.stopping import Stopping
+from tuner.search.surrogate import Array
 from tuner.search.warmstart import Earlier
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 LONG = 3 * LAUNCHES  # launches of a study whose resumption leaves the model's constants alone
 DRAWN = 200  # variations of the default of which the newest is launched
 NEWS = 0.05  # log units by which a constant moves before the model is asked again
+AT_LAST = Stopping()  # what promises less than this may end the search
+SECOND_HAND = 3.0  # times that the doubt counts of a value which no server has served with
 SURE = 0.95  # probability of serving from which a proposal's reason leaves it unsaid
 SHARE_SD = 0.2  # at least, of how much of what the learnt constants change is so: the truth may lie between
 MEMORY_STEP_BYTES = 2**29  # a smaller change of the memory correction is not worth asking the model again
@@ -227,6 +231,11 @@ class TunerSampler(BaseSampler):
             if doubt is not None and doubt.score > score[best]:
                 why = f"measured again: its point is worth {doubt.stake / volume:.1%} of the front, more or less"
                 return doubt.index, Proposal(why, self.expected_gain, doubt.number, kept=kept)
+            if launched >= AT_LAST.fewest - AT_LAST.patience and (self.expected_gain or 0.0) < AT_LAST.min_gain:
+                chosen = self._unseen(scan, free, front, cost, normal, power)
+                if chosen is not None:
+                    index, why, gain, serves = chosen
+                    return index, Proposal(why, self.expected_gain, serves=serves, promised=gain / volume, kept=kept)
         promised = float(values.gain[best] / volume) if volume > 0 else None
         reason = "expected to be the first point within SLO"
         if promised is not None:
@@ -240,6 +249,32 @@ class TunerSampler(BaseSampler):
             reason = f"spread over {source}: {reason}"
             promised = None  # a prediction that no launch has corrected
         return shortlist[best], Proposal(reason, self.expected_gain, serves=serves, promised=promised, kept=kept)
+
+    def _unseen(
+        self, scan: Scan, free: Sequence[int], front: Front, cost: LaunchCost, normal: Array, power: float
+    ) -> tuple[int, str, float, float] | None:
+        """Before a search ends: the most promising candidate with a value that nothing has served with, why, what it is
+        expected to gain, and how likely it is to serve; None where no such value gives hope. What is believed of such a value
+        is what the model, rules of thumb or earlier studies say, so its doubt counts :data:`SECOND_HAND` times."""
+        if not (values := scan.unseen(free)):
+            return None
+        some = list(values)
+        rng = np.random.default_rng([self.seed, len(scan.readings), 3])
+        mean = self.beliefs.posterior(some, spread=False)
+        shortlist = scan.shortlist(some, mean, front, self.options.shortlist, rng)
+        believed = self.beliefs.posterior(shortlist)
+        wide = replace(
+            believed,
+            latency_sd=SECOND_HAND * believed.latency_sd,
+            capacity_sd=SECOND_HAND * believed.capacity_sd,
+        )
+        hoped = worth(wide, front, self.loads, cost, normal)
+        best = int(np.argmax(hoped.gain / hoped.gpu_seconds**power))
+        if hoped.gain[best] <= 0:
+            return None
+        gain = float(worth(believed, front, self.loads, cost, normal).gain[best])
+        why = f"before the search ends: no server has served with {values[shortlist[best]]} yet"
+        return shortlist[best], why, gain, round(float(believed.works[best]), 3)
 
     def _learnt_of_model(self) -> dict[str, Any] | None:
         """What a proposal says of the analytic model (:class:`tuner.search.ledger.Proposal`)."""

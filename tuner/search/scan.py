@@ -87,6 +87,22 @@ class Scan:
         found += rng.choice(len(free), size=count // 10, replace=False).tolist()
         return [free[i] for i in dict.fromkeys(found)]
 
+    def unseen(self, free: Sequence[int]) -> dict[int, str]:
+        """Those of ``free`` that have a value which no server has served with, of a parameter whose values have no
+        order (of numbers, neighbours say something), and that value in words."""
+        candidates = self.beliefs.candidates
+        served = [r.seen.params for r in self.readings if r.works is not None and r.works > 0]
+        known = candidates.codes([i for params in served if (i := self.beliefs.index(params)) is not None])
+        found: dict[int, str] = {}
+        codes = candidates.codes(free)
+        for j, p in enumerate(candidates.space.parameters):
+            if p.numeric:
+                continue
+            new = (codes[:, j] < len(p.values)) & ~np.isin(codes[:, j], known[:, j])
+            for row in np.nonzero(new)[0]:
+                found.setdefault(free[row], f"{p.name} {p.values[codes[row, j]]}")
+        return found
+
     def doubtful(self, front: Front, cost: LaunchCost, normal: Array, every: int, power: float = 1.0) -> Doubt | None:
         """The measured configuration whose repetition would say most: whose part of the front (points that a lucky run
         may have put there, loads that a narrow miss may have taken away) is the least certain, per GPU-second to the
