@@ -10,7 +10,7 @@ from tests.spec.test_studyfile import GOOD, write
 from tuner.cli import check, plan
 from tuner.cli.live import View
 from tuner.cli.tune import Flags, read
-from tuner.errors import UsageError
+from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec.study import Budget
 from tuner.study import session
 
@@ -135,3 +135,21 @@ def test_what_of_the_trace_was_skipped_is_said_by_check_plan_and_tune(workplace:
     assert "EMULATED: " in told.err and "as a real study takes" in told.err and "load 1 is " in told.err
     for text, times in ((told.out, 2), (told.err, 1)):
         assert " ".join(text.split()).count("1 bad lines skipped (1 wrong number of columns)") == times
+
+
+def test_a_study_is_looked_at_where_its_engine_is_not_installed_and_not_begun(workplace: Path, capsys) -> None:
+    """A laptop has no vLLM, and the plan is wanted before any GPU is paid."""
+    python = workplace / "bin" / "python"
+    text = GOOD.replace(
+        "engine: {kind: emulator, options: {gpu: H100-SXM}}", f"engine: {{kind: vllm, python: {python}}}"
+    )
+    path = write(workplace, text + "hardware: {gpu: H100-SXM, gpus: 1}\n")
+    check.run(path, json=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "is valid. vllm would serve" in told
+    assert f"Not checked: {python} does not exist: the flags are checked where the study runs." in told
+    plan.run(path, json=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Not checked: " in told and "Predicted front" in told
+    with pytest.raises(EnvironmentFault, match="does not exist"):
+        session.prepare(read(path, Flags()))

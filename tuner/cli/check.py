@@ -14,11 +14,11 @@ from tuner.report.console import printer
 
 
 def run(path: Path, json: bool) -> None:
-    """Validates everything up to the installed engine's flags, and prints what would run."""
+    """Validates everything, with the flags where the engine is installed, and prints what would run."""
     from tuner.study import session
 
     study = read(path, Flags())
-    ready = session.prepare(study)
+    ready = session.prepare(study, launching=False)
     data = describe(ready)
     if json:
         print(json_.dumps(data, indent=1))
@@ -26,6 +26,8 @@ def run(path: Path, json: bool) -> None:
     console = printer()
     valid = f" is valid. {data['engine']} would serve {study.model} on {data['hardware']}."
     console.print(Text.assemble((study.name, "bold"), valid))
+    if data["unchecked"]:
+        console.print(f"Not checked: {data['unchecked']}.")
     console.print(f"Trace: {data['trace']}")
     for note in data["trace_notes"]:
         console.print(f"  {note}")
@@ -81,7 +83,8 @@ def describe(ready: Any) -> dict[str, Any]:
         "name": study.name,
         "folder": study.folder,
         "model": study.model,
-        "engine": f"{study.engine.kind} {ready.engine.version()}",
+        "engine": study.engine.kind if ready.unchecked else f"{study.engine.kind} {ready.engine.version()}",
+        "unchecked": ready.unchecked,
         "hardware": f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name,
         "trace": (
             f"{len(ready.traffic.whole)} requests{_rate(ready)}; {len(ready.traffic.search)} search and "

@@ -22,7 +22,7 @@ def run(path: Path, json: bool) -> None:
     from tuner.study import session
 
     study = read(path, Flags())
-    data = plan(session.prepare(study))
+    data = plan(session.prepare(study, launching=False))
     if json:
         print(json_.dumps(data, indent=1))
         return
@@ -31,6 +31,8 @@ def run(path: Path, json: bool) -> None:
     console.print(Text.assemble((study.name, "bold"), f": {data['allowed']} of {of}"))
     for note in data["trace_notes"]:
         console.print(f"  Trace: {note}")
+    if data["unchecked"]:
+        console.print(f"  Not checked: {data['unchecked']}.")
     for reason, count in data["refused"].items():
         console.print(f"  {count} refused: {reason}")
     console.print(
@@ -75,6 +77,7 @@ def plan(ready: Any) -> dict[str, Any]:
         "hours": hours,
         "usd": hours * study.objective.price_usd_per_gpu_hour * max(1, study.hardware.gpus),
         "no_model": ready.no_model,
+        "unchecked": ready.unchecked,
         "capable": capable,
         "front": front,
     }

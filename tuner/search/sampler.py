@@ -254,8 +254,8 @@ class TunerSampler(BaseSampler):
         self, scan: Scan, free: Sequence[int], front: Front, cost: LaunchCost, normal: Array, power: float
     ) -> tuple[int, str, float, float] | None:
         """Before a search ends: the most promising candidate with a value that nothing has served with, why, what it is
-        expected to gain, and how likely it is to serve; None where no such value gives hope. What is believed of such a value
-        is what the model, rules of thumb or earlier studies say, so its doubt counts :data:`SECOND_HAND` times."""
+        expected to gain, and how likely it is to serve; None where no such value gives hope. What is believed of such a
+        value is what the model, rules of thumb or earlier studies say: its doubt counts :data:`SECOND_HAND` times."""
         if not (values := scan.unseen(free)):
             return None
         some = list(values)

@@ -57,6 +57,7 @@ class Prepared:
     traffic: workload.Workload
     predictor: AnalyticModel | OwnModel | None
     no_model: str  # why there is no model, in words
+    unchecked: str = ""  # why the flags were not checked, in words
 
     def notes(self, config: ServingConfig) -> dict[str, Any]:
         """What a trial's record says beside its config: on what it ran, and what the model predicted of it."""
@@ -108,17 +109,23 @@ class Prepared:
         return "" if fit.fits or short_by_little else fit.reason
 
 
-def prepare(study: Study) -> Prepared:
+def prepare(study: Study, *, launching: bool = True) -> Prepared:
     """Builds engine, traffic and model, and checks the space's flags against the installed version.
 
-    Raises UsageError (unknown flag, trace) or EnvironmentFault (no such engine here).
+    Raises UsageError (unknown flag, trace) or EnvironmentFault (no such engine here): where nothing is to be launched,
+    a study may be looked at on a machine that has no engine.
     """
-    engine = build.engine(study)
+    engine, unchecked = build.engine(study), ""
     with _named(study, str(study.engine.options.get("target", ""))):
-        check_flags(study, engine)
+        try:
+            check_flags(study, engine)
+        except EnvironmentFault as absent:
+            if launching:
+                raise
+            unchecked = f"{absent.message}: the flags are checked where the study runs"
     traffic = workload.read(study)
     predictor, no_model = model_of(study, traffic)
-    return Prepared(study, engine, traffic, predictor, no_model)
+    return Prepared(study, engine, traffic, predictor, no_model, unchecked)
 
 
 def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:
