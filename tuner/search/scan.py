@@ -99,7 +99,7 @@ class Scan:
             if p.numeric:
                 continue
             new = (codes[:, j] < len(p.values)) & ~np.isin(codes[:, j], known[:, j])
-            for row in np.nonzero(new)[0]:
+            for row in np.nonzero(new)[0].tolist():
                 found.setdefault(free[row], f"{p.name} {p.values[codes[row, j]]}")
         return found
 
