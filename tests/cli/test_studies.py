@@ -1,6 +1,7 @@
 """Studies by the file that they were begun with, and flags over a file."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from tuner.cli.tune import Flags, read
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec.study import Budget
 from tuner.study import session
+from tuner.study.budget import Spent, search_is_over
 
 MINE = """\
 name: mine
@@ -145,11 +147,17 @@ def test_a_study_is_looked_at_where_its_engine_is_not_installed_and_not_begun(wo
     )
     path = write(workplace, text + "hardware: {gpu: H100-SXM, gpus: 1}\n")
     check.run(path, json=False)
-    told = " ".join(capsys.readouterr().out.split())
-    assert "is valid. vllm would serve" in told
-    assert f"Not checked: {python} does not exist: the flags are checked where the study runs." in told
+    told = "".join(capsys.readouterr().out.split())  # the console may break a long path anywhere
+    assert "isvalid.vllmwouldserve" in told
+    assert f"Notchecked:{python}doesnotexist:theflagsarecheckedwherethestudyruns." in told
     plan.run(path, json=False)
-    told = " ".join(capsys.readouterr().out.split())
-    assert "Not checked: " in told and "Predicted front" in told
+    told = "".join(capsys.readouterr().out.split())
+    assert "Notchecked:" in told and "Predictedfront" in told
     with pytest.raises(EnvironmentFault, match="does not exist"):
         session.prepare(read(path, Flags()))
+
+
+def test_the_usual_budget_verifies_in_three_rounds(workplace: Path) -> None:
+    found = read(write(workplace, GOOD.replace("budget: {launches: 5}", "")), Flags()).budget
+    assert found == Budget(launches=20, verify_share=0.3)
+    assert "6 are kept for verification" in search_is_over(SimpleNamespace(budget=found), Spent(14, 0.0, 0.0, 0.0, 0.0))

@@ -67,7 +67,7 @@ def tune(
     plain: Annotated[bool, typer.Option(help="Plain lines instead of the live view.")] = False,
     python: Annotated[str, typer.Option(help="The interpreter that has the engine, if not beside tuner.")] = "",
     verify_share: Annotated[
-        float | None, typer.Option(help="Share of the budget kept for verification. [default: the study's, or 0.2]")
+        float | None, typer.Option(help="Share of the budget kept for verification. [default: the study's, or 0.3]")
     ] = None,
 ) -> None:
     """Search, launch, measure: end with a front, a best-config YAML, a report and an MLflow study."""

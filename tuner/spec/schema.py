@@ -66,7 +66,7 @@ class BudgetFile(Strict):
     launches: int | None = None
     hours: float | None = None
     usd: float | None = None
-    verify_share: float = 0.2
+    verify_share: float = 0.3
 
 
 class StorageFile(Strict):
