@@ -231,7 +231,7 @@ class TunerSampler(BaseSampler):
             if doubt is not None and doubt.score > score[best]:
                 why = f"measured again: its point is worth {doubt.stake / volume:.1%} of the front, more or less"
                 return doubt.index, Proposal(why, self.expected_gain, doubt.number, kept=kept)
-            if launched >= AT_LAST.fewest - AT_LAST.patience and (self.expected_gain or 0.0) < AT_LAST.min_gain:
+            if self._ends(scan.readings, launched):
                 chosen = self._unseen(scan, free, front, cost, normal, power)
                 if chosen is not None:
                     index, why, gain, serves = chosen
@@ -249,6 +249,14 @@ class TunerSampler(BaseSampler):
             reason = f"spread over {source}: {reason}"
             promised = None  # a prediction that no launch has corrected
         return shortlist[best], Proposal(reason, self.expected_gain, serves=serves, promised=promised, kept=kept)
+
+    def _ends(self, readings: Sequence[Reading], launched: int) -> bool:
+        """Whether this may be one of the last proposals of a search that ends by itself (one that goes on all the same
+        goes by what is promised)."""
+        little = (self.expected_gain or 0.0) < AT_LAST.min_gain
+        return (
+            little and launched >= AT_LAST.fewest - AT_LAST.patience and not AT_LAST.reason([r.seen for r in readings])
+        )
 
     def _unseen(
         self, scan: Scan, free: Sequence[int], front: Front, cost: LaunchCost, normal: Array, power: float
