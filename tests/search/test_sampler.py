@@ -356,3 +356,5 @@ def test_what_no_server_served_with_is_of_parameters_without_order():
     found = Scan(one.beliefs, LOADS, trials, []).unseen(range(len(one.candidates.params)))
     assert {one.candidates.params[i]["guess"] for i in found} == {"none", "ngram"}
     assert set(found.values()) == {"half True", "guess ngram"}
+    running = next(i for i, words in found.items() if words == "half True")
+    assert set(Scan(one.beliefs, LOADS, trials, [running]).unseen(list(found)).values()) <= {"guess ngram"}

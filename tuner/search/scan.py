@@ -88,11 +88,12 @@ class Scan:
         return [free[i] for i in dict.fromkeys(found)]
 
     def unseen(self, free: Sequence[int]) -> dict[int, str]:
-        """Those of ``free`` that have a value which no server has served with, of a parameter whose values have no
-        order (of numbers, neighbours say something), and that value in words."""
+        """Those of ``free`` that have a value which no server has served with (none is pending), of a parameter whose
+        values have no order (of numbers, neighbours say something), and that value in words."""
         candidates = self.beliefs.candidates
         served = [r.seen.params for r in self.readings if r.works is not None and r.works > 0]
-        known = candidates.codes([i for params in served if (i := self.beliefs.index(params)) is not None])
+        indices = [i for params in served if (i := self.beliefs.index(params)) is not None]
+        known = candidates.codes([*indices, *self.pending])
         found: dict[int, str] = {}
         codes = candidates.codes(free)
         for j, p in enumerate(candidates.space.parameters):

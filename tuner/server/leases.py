@@ -169,9 +169,8 @@ class Leases:
         taken = self._wait(names, label, wait_s, cancel or threading.Event())
         if taken is None:
             reasons = [f"GPU {i} is leased by {owner}" for i in indices if (owner := self._owner(f"gpu-{i}"))]
-            reasons += [f"{self._owner(place)} has waited longer for it" for place in self._ahead(names)] * (
-                not reasons
-            )
+            if not reasons:
+                reasons = [f"{self._owner(place)} has waited longer for it" for place in self._ahead(names)]
             message = "; ".join(reasons) or "another tuner has the GPUs"
             raise EnvironmentFault(message, fix="wait for it, or give the study other GPUs")
         return GpuLease(dict(zip(indices, taken, strict=True)))
@@ -187,7 +186,7 @@ class Leases:
         deadline, place = time.monotonic() + wait_s, None
         try:
             while True:
-                if not self._ahead(names, place) and (taken := self._take(names, label)):
+                if not self._ahead(names, place) and (taken := self._take(names, label)) is not None:
                     return taken
                 if time.monotonic() >= deadline:
                     return None
