@@ -51,11 +51,12 @@ SHORT = {
 
 
 class Blind:
-    """What :func:`benchmarks.search.run.search` needs of a surface; ``name``: module and scenario, as ``blind_a:0``."""
+    """What :func:`benchmarks.search.run.search` needs of a surface; ``name``: module and scenario, as ``blind_a:0``.
+    ``lucky``: each configuration's lasting luck is of the truth (:mod:`benchmarks.search.luck`)."""
 
     start_s, step_s = 90.0, 60.0
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, lucky: bool = False) -> None:
         module, scenario, *short = name.split(":")
         self.name, self.scenario = name, int(scenario)
         source: Any = importlib.import_module(f"benchmarks.search.{module}")
@@ -70,7 +71,9 @@ class Blind:
         slos = tuple(parse(f"{key[:-2]}={limit * 1e3:g}ms") for key, limit in self.source.slos(self.scenario).items())
         self.objective = Objective("blind", "tpot_p99", slos, 2.0)
         self.loads = tuple(self.source.LOADS)
-        runs, self._cost, self._latency, ok = self.source.truth_grid(self.scenario)
+        runs, self._cost, self._latency, ok = self.source.truth_grid(
+            self.scenario, **({"lucky": True} if lucky else {})
+        )
         self._holds = np.logical_and.accumulate(ok, axis=1) & runs[:, None]
         points = np.column_stack([self._cost[self._holds], self._latency[self._holds]])
         self._worst = (float(points[:, 0].max()), float(points[:, 1].max()))
@@ -90,7 +93,10 @@ class Blind:
         return OwnModel.over(theirs, f"{self.name}:{kind}", self.objective, self.loads[0])
 
     def points(self, params: Mapping[str, Any]) -> list[tuple[float, float, float]]:
-        i = self.source.grid_index(self._theirs(params))
+        return self.at(self.source.grid_index(self._theirs(params)))
+
+    def at(self, i: int) -> list[tuple[float, float, float]]:
+        """The points of the configuration at this place of the grid."""
         return [
             (load, float(self._cost[i, k]), float(self._latency[i, k]))
             for k, load in enumerate(self.loads)

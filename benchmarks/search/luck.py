@@ -14,40 +14,26 @@ import sys
 import numpy as np
 
 from benchmarks.search.blind import Blind
-from tuner.pareto.volume import hypervolume
 from tuner.search.scan import nondominated
 
 
-def left(surface: Blind, launches: int = 10) -> float:
-    """The regret; the surface's ``truth_grid`` takes ``lucky``."""
-    runs, cost, latency, ok = surface.source.truth_grid(surface.scenario, lucky=True)
-    holds = np.logical_and.accumulate(ok, axis=1) & runs[:, None]
-    points = np.column_stack([cost[holds], latency[holds]])
-    worst = (float(points[:, 0].max()), float(points[:, 1].max()))
-
-    def volume(costs: np.ndarray, latencies: np.ndarray, reference: tuple[float, float]) -> float:
-        front = nondominated(np.column_stack([costs, latencies]))
-        return hypervolume([(float(c), float(s)) for c, s in front], reference, log=True)
-
-    rows, places = np.nonzero(surface._holds)
-    front = {
-        tuple(p) for p in nondominated(np.column_stack([surface._cost[rows, places], surface._latency[rows, places]]))
-    }
-    best = sorted(
-        {r for r, k in zip(rows, places, strict=True) if (surface._cost[r, k], surface._latency[r, k]) in front}
-    )
-
-    def usual(chosen: list[int]) -> float:
-        where = surface._holds[chosen]
-        return volume(surface._cost[chosen][where], surface._latency[chosen][where], surface._worst)
-
+def left(usual: Blind, lucky: Blind, launches: int = 10) -> float:
+    """The regret on ``lucky`` of what somebody launches who knows ``usual``, the same surface without luck."""
+    rows, places = np.nonzero(usual._holds)
+    points = np.column_stack([usual._cost[rows, places], usual._latency[rows, places]])
+    front = set(map(tuple, nondominated(points)))
+    best = sorted({row for row, point in zip(rows, points, strict=True) if tuple(point) in front})
     chosen: list[int] = []
     for _ in range(min(launches, len(best))):
-        chosen.append(max((r for r in best if r not in chosen), key=lambda r: usual([*chosen, r])))
-    theirs = holds[chosen]
-    return 1 - volume(cost[chosen][theirs], latency[chosen][theirs], worst) / volume(*points.T, worst)
+        chosen.append(min((r for r in best if r not in chosen), key=lambda r: _regret(usual, [*chosen, r])))
+    return _regret(lucky, chosen)
+
+
+def _regret(surface: Blind, rows: list[int]) -> float:
+    return surface.regret([point[1:] for row in rows for point in surface.at(row)])
 
 
 if __name__ == "__main__":
     for word in sys.argv[1:]:
-        print(f"{word}: ten launches by who knows all but the luck leave {left(Blind(word)):.3f}", flush=True)
+        regret = left(Blind(word), Blind(word, lucky=True))
+        print(f"{word}: ten launches by who knows all but the luck leave {regret:.3f}", flush=True)

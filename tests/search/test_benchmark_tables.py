@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.search import effects, table
-from benchmarks.search.blind import sheet
+from benchmarks.search.blind import Blind, sheet
 from benchmarks.search.crashes import beliefs, by_causes
 from benchmarks.search.luck import left
 from benchmarks.search.run import load_surface
@@ -207,11 +207,9 @@ def test_the_lasting_luck_of_a_configuration_is_measured_and_is_not_of_the_truth
 
 
 def test_who_knows_all_but_the_luck_does_not_reach_the_front_of_lucky_configurations():
-    surface = load_surface("blind_f:3")
-    assert 0.03 < left(surface) <= left(surface, 3) < 0.3
-    truth = surface.source.truth_grid
-    surface.source.truth_grid = lambda scenario, lucky: truth(scenario)
-    assert left(surface) < 0.005, "without luck ten launches are nearly all of it"
+    surface, lucky = load_surface("blind_f:3"), Blind("blind_f:3", lucky=True)
+    assert 0.03 < left(surface, lucky) <= left(surface, lucky, 3) < 0.3
+    assert left(surface, surface) < 0.005, "without luck ten launches are nearly all of it"
 
 
 def test_of_two_conditions_that_hold_the_last_is_what_a_server_dies_of():

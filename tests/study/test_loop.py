@@ -192,7 +192,7 @@ def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verificatio
         launch = verifying.launcher(ready, store, runner.recorder, where, bench.on_event, "verify")
         with pytest.raises(EnvironmentFault, match="a disk is full"), launch(study.space.config({}, study.model), "v"):
             pass
-        assert not verifying._done(store, "verify") and not store.launched("verify")
+        assert not verifying._done(store.trials(), "verify") and not store.launched("verify")
 
 
 LEFT = "trial 0 left something behind: pid 4711 VLLM::Worker"

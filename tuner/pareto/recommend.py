@@ -53,7 +53,7 @@ def _all_refused(store: Store) -> str:
 
 def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequence[TrialRecord]) -> Choice:
     """What ``verify.json`` says, with its ablation."""
-    text = str(verdict["text"]).replace("**", "")
+    text = plain(str(verdict["text"]))
     arms = {arm["label"]: arm for arm in verdict["arms"]}
     chosen = arms.get(verdict["choice"])
     if chosen is None or not verdict["config"]:

@@ -17,6 +17,7 @@ from tuner.export import vllm
 from tuner.export.deployment import deployment
 from tuner.export.text import dump
 from tuner.pareto.choice import Change
+from tuner.pareto.recommend import plain
 from tuner.pareto.traffic import HOURS, price_words
 from tuner.record.secrets import HIDDEN, is_secret
 from tuner.report import charts, html, tables
@@ -131,7 +132,7 @@ def _choice(s: Summary, store: Store) -> dict[str, Any]:
     """The recommendation's figures and words."""
     choice, point = s.choice, s.choice.point
     # ablation's text is a list: a paragraph each
-    paragraphs = [part.strip().removeprefix("- ").replace("`", "") for part in choice.text.split("\n") if part.strip()]
+    paragraphs = [part.strip().removeprefix("- ") for part in choice.text.split("\n") if part.strip()]
     if point is None:
         return {"point": None, "paragraphs": paragraphs, "flags": []}
     return {
@@ -187,7 +188,7 @@ def _verified(s: Summary, store: Store) -> dict[str, Any] | None:
     with AsWritten(path):
         rows = [row for row in data.get("rows", ()) if isinstance(row, Mapping)]
         return {
-            "paragraphs": [part.strip() for part in str(data.get("text", "")).replace("**", "").split("\n\n") if part],
+            "paragraphs": [part.strip() for part in plain(str(data.get("text", ""))).split("\n\n") if part],
             "table": tables.folded(tables.verdict_rows(rows)),
             "costs": True,
         }
@@ -198,7 +199,7 @@ def _certified(store: Store) -> list[tuple[str, str, list[str]]]:
     found = []
     for event in reversed(Store(store.folder / "certify").events()):
         if event["event"] == "certified":
-            verdict, *lines = event["text"].replace("**", "").splitlines()
+            verdict, *lines = plain(event["text"]).splitlines()
             found.append((f"{_minute(event['at_s'])} UTC", verdict, [line.removeprefix("- ") for line in lines]))
     return found
 

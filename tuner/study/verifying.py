@@ -26,7 +26,7 @@ from tuner.study.loop import Recorder, nothing_left, unservable
 from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.price import per_hour
 from tuner.study.session import Prepared
-from tuner.study.store import AsWritten, Store, read_json, write_json
+from tuner.study.store import AsWritten, Store, TrialRecord, read_json, write_json
 from tuner.verify.ablation import Ablation, AblationBudget, ablate
 from tuner.verify.arm import Finalist
 from tuner.verify.certify import Certificate, recertify
@@ -115,37 +115,43 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     listed = shortlist(records, study.objective, default, study.load.ladder)
     if not (listed.finalists or listed.baseline.value):
         return None
-    baseline, finalists = listed.baseline, listed.finalists
-    before, done = verification(store), _done(store, "verify")
-    within = limits(ready, store, (baseline, *finalists))
+    before = verification(store)
+    finalists = _to_settle(study, store, before) if before else ()
+    finalists = [f for f in listed.finalists if f.label in finalists] or listed.finalists
+    within = limits(ready, store, (listed.baseline, *finalists))
     if within is None:
         if study.budget.verify_share > 0 and ready.traffic.heldout:
             text = "Not verified further" if before else "Not verified"
             text += ": nothing of the budget is left. Raise it, and run the same command again."
             bench.on_event("say", {"text": text})
         return None
-    left = within.launches - _known(done, (baseline, *finalists))
-    last = [t.role for t in records if t.role in ("search", "verify")][-1]
-    if before and left <= before.more and last == "verify":  # the launches that it asked for to settle its verdict
-        finalists = [f for f in finalists if f.label in {arm.label for arm in before.arms}] or finalists
-        within = limits(ready, store, (baseline, *finalists)) or within
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
     with executor(bench) as where:
         result = verify(
             study,
             launcher(ready, store, recorder, where, bench.on_event, "verify"),
             finalists,
-            baseline,
+            listed.baseline,
             ready.traffic.heldout,
             within,
             bench.on_event,
-            done=done,
+            done=_done(records, "verify"),
             known=launch_spread(records),
         )
     if result.more:
         result = replace(result, text=f"{result.text}\n\n{_go_on(study, store, result.more)}")
     write_json(store.folder / VERIFIED, result.to_dict())
     return result
+
+
+def _to_settle(study: Study, store: Store, before: Verification) -> Sequence[str]:
+    """The labels of what was verified, where the launches that are left are those that its verdict lacks; of none
+    where more are left, or where something was searched since."""
+    paid, allowed = store.launched("search", "verify"), study.budget.launches
+    last = [t.role for t in paid if t.role != LADDER][-1]
+    if allowed is None or last != "verify" or allowed - budget.spent(study, paid).launches > before.more:
+        return ()
+    return [arm.label for arm in before.arms]
 
 
 def _go_on(study: Study, store: Store, more: int) -> str:
@@ -187,7 +193,7 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
             ready.traffic.heldout,
             allowed,
             bench.on_event,
-            done=_done(store, "ablate"),
+            done=_done(store.trials(), "ablate"),
         )
     write_json(store.folder / ABLATED, result.to_dict())
     return result
@@ -224,10 +230,8 @@ class Nobody:
         """MLflow holds studies, not spot checks."""
 
 
-def _done(store: Store, role: str) -> Sequence[Done]:
-    ended = [
-        t for t in store.trials() if t.role == role and not t.again and isinstance(t.outcome, Measured | Infeasible)
-    ]
+def _done(trials: Sequence[TrialRecord], role: str) -> Sequence[Done]:
+    ended = [t for t in trials if t.role == role and not t.again and isinstance(t.outcome, Measured | Infeasible)]
     return [Done(str((t.extra or {})["label"]), t.config.hash, t.outcome) for t in ended]
 
 
@@ -247,7 +251,7 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
     used = budget.spent(study, trials)
     launches, seconds = 10_000, []
     if study.budget.launches is not None:
-        launches = study.budget.launches - used.launches + _known(_done(store, "verify"), arms)
+        launches = study.budget.launches - used.launches + _known(_done(trials, "verify"), arms)
     if study.budget.hours is not None:
         seconds.append((study.budget.hours - used.hours) * 3600)
     if study.budget.usd is not None:
