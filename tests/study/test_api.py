@@ -49,6 +49,20 @@ def test_ask_and_tell_end_with_the_budget_and_choose_the_cheapest_within_slo(stu
         assert point.cost == pytest.approx(3.6 / 3600 / (best * 2) * 1e6)
 
 
+def test_launches_of_a_verification_are_not_taken_from_what_is_asked(study):
+    with AskTell(study) as search:
+        first = search.ask()
+        search.tell(first, {1.0: measure(first.params, 1.0)})
+        for number in range(100, 104):
+            search.store.start_trial(number, first.config, first.params, role="verify")
+            search.store.end_trial(number, search.store.trial(0).outcome)
+        asked = 1
+        while (proposal := search.ask()) is not None:
+            search.tell(proposal, {1.0: measure(proposal.params, 1.0)})
+            asked += 1
+        assert asked == 6
+
+
 def test_a_refusal_is_told_and_never_asked_again(study):
     with AskTell(study) as search:
         first = search.ask()
