@@ -16,6 +16,8 @@ from typing import Any
 import pandas as pd
 
 from tuner.pareto.front import points
+from tuner.server import telemetry as server_telemetry
+from tuner.server.gpu import GpuSample
 from tuner.space.config import ServingConfig
 from tuner.space.space import Emission, Parameter, Rule, SearchSpace
 from tuner.spec.objective import Objective
@@ -236,14 +238,16 @@ def outcome_of(index: int, config: ServingConfig, want: Objective, rng: random.R
 
 def telemetry(folder: Path, seconds: int = 30) -> None:
     """``telemetry.parquet``, as the sampler of GPU and host writes it."""
-    rows = range(seconds)
-    table = {
-        "timestamp_s": [START_S + s for s in rows],
-        "gpu0_power_w": [320.0 + 40 * math.sin(s / 5) for s in rows],
-        "gpu0_memory_bytes": [61.5e9 for _ in rows],
-        "host_cpu_percent": [35.0 for _ in rows],
-    }
-    pd.DataFrame(table).to_parquet(folder / "telemetry.parquet")
+    samples = [
+        server_telemetry.Sample(
+            START_S + s,
+            1.0,
+            server_telemetry.HostSample(0.35, 40 * 2**30, 1.5, 6 * 2**30),
+            (GpuSample(0, 61_500_000_000, 80 * 2**30, 320.0 + 40 * math.sin(s / 5), 320.0 * s, 0.9, 60.0, 1800.0),),
+        )
+        for s in range(seconds)
+    ]
+    server_telemetry.write(samples, folder / "telemetry.parquet")
 
 
 def write(

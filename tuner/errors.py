@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +64,17 @@ _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) n
 def printable(text: str) -> str:
     """``text`` without what would steer a terminal: a server, or a function, may say anything."""
     return text.translate(_CONTROL)
+
+
+def alike(counts: Mapping[str, int]) -> dict[str, int]:
+    """Texts with their counts, the commonest first. Those that differ in their figures alone count as one, which the
+    first of them stands for."""
+    kinds = {text: re.sub(r"\d+(\.\d+)?", "#", text) for text in counts}
+    example: dict[str, str] = {}
+    found: Counter[str] = Counter()
+    for text, count in counts.items():
+        found[example.setdefault(kinds[text], text)] += count
+    return dict(found.most_common())
 
 
 def encodable(text: str) -> str:

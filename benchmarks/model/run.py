@@ -1,7 +1,7 @@
 """How far the analytic model is from measured serving tables.
 
 python benchmarks/model/run.py                      the errors with the constants that ship
-python benchmarks/model/run.py --cross-validate     the same, each model, system and engine predicted with
+python benchmarks/model/run.py --leave-out model    the same, each model (or system, engine) predicted with
                                                     constants fitted to the others (minutes)
 python benchmarks/model/run.py --fit                the constants that fit best
 --table FILE --shapes FOLDER --gpus FILE            another table, config.json files, hardware rows

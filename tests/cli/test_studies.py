@@ -11,7 +11,7 @@ from tests.spec.test_studyfile import GOOD, write
 from tuner.cli import check, plan
 from tuner.cli.live import View
 from tuner.cli.tune import Flags, read
-from tuner.errors import EnvironmentFault, UsageError
+from tuner.errors import EnvironmentFault, UsageError, alike
 from tuner.spec.study import Budget
 from tuner.study import session
 from tuner.study.budget import Spent, search_is_over
@@ -155,6 +155,37 @@ def test_a_study_is_looked_at_where_its_engine_is_not_installed_and_not_begun(wo
     assert "Notchecked:" in told and "Predictedfront" in told
     with pytest.raises(EnvironmentFault, match="does not exist"):
         session.prepare(read(path, Flags()))
+
+
+def test_a_space_too_large_to_be_tried_is_not_said_to_allow_nothing(workplace: Path, capsys) -> None:
+    path = write(workplace, GOOD.replace("vllm/quick", "vllm/full"))
+    check.run(path, json=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "combinations, too many to try each: `tuner plan` looks at some thousands." in told and "None" not in told
+
+
+def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Path, capsys) -> None:
+    (workplace / "mine.py").write_text(
+        "def evaluate(config, load):\n    return {'tpot_p99': .01, 'output_tokens_per_s': 1.0}\n"
+    )
+    path = write(workplace, MINE, "mine.yaml")
+    plan.run(path, json=False)
+    told = capsys.readouterr().out
+    assert "2 launches at most; how long one takes is the function's affair." in told and "USD at most" not in told
+    check.run(path, json=False)
+    assert "the function mine.py:evaluate, called with" in " ".join(capsys.readouterr().out.split())
+
+
+def test_reasons_that_differ_in_their_figures_are_told_once() -> None:
+    assert alike({"3.5 GiB short": 1, "an odd size": 2, "65 GiB short": 4}) == {"3.5 GiB short": 5, "an odd size": 2}
+
+
+def test_variables_that_servers_do_not_get_are_named_once(workplace: Path, capsys) -> None:
+    view = View(read(write(workplace, GOOD), Flags()), plain=True)
+    for _ in range(2):
+        view.on_event("not_passed", {"variables": ("OMP_NUM_THREADS", "VLLM_FOO"), "trial": 1})
+    told = capsys.readouterr().err
+    assert told.count("Not handed on to servers from your shell: OMP_NUM_THREADS, VLLM_FOO.") == 1
 
 
 def test_the_usual_budget_verifies_in_three_rounds(workplace: Path) -> None:

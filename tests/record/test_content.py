@@ -2,11 +2,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from tests import studies
 from tuner.record.content import content, flag_values, legal, status
+from tuner.server import telemetry
+from tuner.server.gpu import GpuSample
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
 from tuner.study.store import Store
@@ -117,14 +118,22 @@ def test_what_the_loop_noted_does_not_overwrite_our_own_tags(tmp_path: Path):
 def test_gpu_series_are_thinned_but_keep_their_own_times(one):
     store, study = one
     folder = store.trials()[0].folder
-    rows = 2000
-    table = {"timestamp_s": [1000.0 + i for i in range(rows)], "gpu0_power_w": [float(i) for i in range(rows)]}
-    table["gpu0_power_w"][4] = math.nan
-    pd.DataFrame({**table, "name": ["x"] * rows}).to_parquet(folder / "telemetry.parquet")
-    series = [s for s in content(store.trials()[0], study).samples if s.name == "system/gpu0_power_w"]
-    assert len(series) == 499  # every fourth row, less the gap
+
+    def gpu(index: int, power_w: float) -> GpuSample:
+        return GpuSample(index, 1, 2, power_w, 0.0, 0.5, 60.0, 1800.0, ("power cap",))
+
+    looks = [
+        telemetry.Sample(1000.0 + i, 1.0, telemetry.HostSample(0.5, 3, 1.0, 2), (gpu(0, power), gpu(1, 7.0)))
+        for i, power in enumerate(math.nan if i == 4 else float(i) for i in range(2000))
+    ]
+    telemetry.write(looks, folder / "telemetry.parquet")
+    samples = [s for s in content(store.trials()[0], study).samples if s.name.startswith("system/")]
+    series = [s for s in samples if s.name == "system/gpu0_power_w"]
+    assert len(series) == 499  # every fourth look, less the gap
     assert (series[1].at_ms, series[1].value) == (1_008_000, 8.0)
-    assert not any(s.name == "system/name" for s in content(store.trials()[0], study).samples)
+    assert {s.value for s in samples if s.name == "system/gpu1_power_w"} == {7.0}
+    assert len([s for s in samples if s.name == "system/host_cpu"]) == 500  # once per look, however many GPUs
+    assert not any("throttled" in s.name or "index" in s.name for s in samples)
 
 
 def test_the_trials_files_are_its_artifacts(one):

@@ -56,6 +56,18 @@ def test_a_broken_server_is_refused_and_one_that_cannot_be_asked_is_said(floor):
     assert [text.partition(":")[0] for text in floor.said] == ["The quality floor was not checked"]
 
 
+def test_where_there_is_no_server_to_ask_the_floor_is_said_to_be_unchecked(floor):
+    """A simulated clock has no server, and a function none at all."""
+    folder = floor.store.trial_folder(0)
+    fp8 = floor.guard.study.space.config(
+        {**floor.guard.study.space.default(), "quantization": "fp8"}, floor.guard.study.model
+    )
+    assert floor.guard(SimpleNamespace(endpoint=None), floor.default, folder) is None and not floor.said
+    assert floor.guard(SimpleNamespace(endpoint=None), fp8, folder) is None
+    assert read_json(folder / "quality.json")["verdict"] == "unknown"
+    assert floor.said == ["The quality floor was not checked: there is no server to ask."]
+
+
 def test_a_default_without_finite_log_probabilities_is_compared_with_nobody(floor):
     broken = language(0.0).logprobs.copy()
     broken[:, :] = -math.inf

@@ -47,7 +47,7 @@ def tune(
     study: Annotated[
         Path | None, typer.Argument(metavar="[STUDY]", help="A study file; run it again to resume.")
     ] = None,
-    model: Annotated[str, typer.Option(help="A model folder or id (instead of a study file).")] = "",
+    model: Annotated[str, typer.Option(help="A model folder or id: instead of a study file, or over its own.")] = "",
     trace: Annotated[Path | None, typer.Option(help="The traffic to tune for.")] = None,
     slo: Annotated[list[str] | None, typer.Option(help="An SLO, for example ttft_p99=500ms; may be repeated.")] = None,
     gpu_price: Annotated[float | None, typer.Option(help="USD per GPU-hour (per server-hour on CPUs).")] = None,
@@ -59,7 +59,7 @@ def tune(
     name: Annotated[str, typer.Option(help="The study's name; its folder is reports/NAME.")] = "",
     parallel: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
     storage: Annotated[
-        str, typer.Option(help="A database that several tuners share, as a URL. [default: $TUNER_STORAGE]")
+        str, typer.Option(help="A database that several tuners share, as a URL (default: $TUNER_STORAGE).")
     ] = "",
     reports: Annotated[str, typer.Option(help="Where study folders are kept.")] = "",
     executor: Annotated[str, typer.Option(help="Where trials run: local, or ray.")] = "",
@@ -67,7 +67,7 @@ def tune(
     plain: Annotated[bool, typer.Option(help="Plain lines instead of the live view.")] = False,
     python: Annotated[str, typer.Option(help="The interpreter that has the engine, if not beside tuner.")] = "",
     verify_share: Annotated[
-        float | None, typer.Option(help="Share of the budget kept for verification. [default: the study's, or 0.3]")
+        float | None, typer.Option(help="Share of the budget kept for verification (default: the study's, or 0.3).")
     ] = None,
 ) -> None:
     """Search, launch, measure: end with a front, a best-config YAML, a report and an MLflow study."""
@@ -212,7 +212,7 @@ def fleet(
     scale: Annotated[float, typer.Option(help="Factor on the demand.")] = 1.0,
     peak_rps: Annotated[float | None, typer.Option(help="Requests/s of the busiest hour.")] = None,
     swing: Annotated[
-        float | None, typer.Option(help="How much the rate varies within an hour: 0.1 is 10 %. [default: the trace's]")
+        float | None, typer.Option(help="How much the rate varies within an hour: 0.1 is 10 % (default: the trace's).")
     ] = None,
     spare: Annotated[int, typer.Option(help="Replicas that may be lost at any time.")] = 1,
     lead: Annotated[str, typer.Option(help="How long ahead scaling knows what it needs: 90s, 5min, known.")] = "known",
@@ -231,7 +231,7 @@ def fleet(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the simulation's random numbers.")] = 0,
     format: Annotated[str, typer.Option(help="The trace's format, where it is not recognised.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="The HTML file. [default: fleet.html in the first study's folder]")
+        Path | None, typer.Option(help="The HTML file (default: fleet.html in the first study's folder).")
     ] = None,
     json: Json = False,
 ) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner.cli.tune import Flags, read
+from tuner.errors import alike
 from tuner.report.console import printer
 
 
@@ -45,8 +46,12 @@ def run(path: Path, json: bool) -> None:
     for row in data["parameters"]:
         table.add_row(row["name"], ", ".join(map(str, row["values"])), str(row["default"]), row["trades"])
     console.print(table)
-    console.print(f"{data['allowed']} of {data['combinations']} combinations may be launched.")
-    for reason, count in data["refused"].items():
+    if data["allowed"] is None:
+        more = "too many to try each: `tuner plan` looks at some thousands"
+        console.print(f"{data['combinations']} combinations, {more}.")
+    else:
+        console.print(f"{data['allowed']} of {data['combinations']} combinations may be launched.")
+    for reason, count in alike(data["refused"]).items():
         console.print(f"  {count} refused: {reason}")
     console.print(f"First launch, the engine's default: {data['default_command']}", soft_wrap=True)
 
@@ -59,6 +64,18 @@ def _filled(ready: Any) -> str:
 def _rate(ready: Any) -> str:
     rps = ready.traffic.rps
     return f", {rps:.3g}/s at load 1" if rps else ""
+
+
+def _starts(study: Any) -> list[str]:
+    """The words that start a server, before its flags."""
+    kind = study.engine.kind
+    starts = {
+        "sglang": ["python", "-m", "sglang.launch_server", "--model-path", study.model],
+        "command": list(study.engine.command),
+        "function": [f"the function {study.engine.options.get('target', '')}, called with"],
+        "attach": [f"the server at {study.engine.options.get('url', '')}, taken as it is"],
+    }
+    return starts.get(kind, [kind, "serve", study.model])
 
 
 def describe(ready: Any) -> dict[str, Any]:
@@ -78,7 +95,6 @@ def describe(ready: Any) -> dict[str, Any]:
     budget = study.budget
     limits = {"launches": budget.launches, "hours": budget.hours, "usd": budget.usd}
     default = space.config(space.default(), study.model)
-    model = ["--model-path", study.model] if study.engine.kind == "sglang" else [study.model]
     return {
         "name": study.name,
         "folder": study.folder,
@@ -105,5 +121,5 @@ def describe(ready: Any) -> dict[str, Any]:
         "combinations": len(grid) or space.size(),
         "allowed": len(grid) - sum(refused.values()) if grid else None,
         "refused": dict(refused),
-        "default_command": " ".join([study.engine.kind, "serve", *model, *default.args()]),
+        "default_command": " ".join([*_starts(study), *default.args()]),
     }

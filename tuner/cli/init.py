@@ -9,7 +9,7 @@ from tuner.errors import UsageError
 
 TEMPLATE = """\
 # A tuner study. Check it with `tuner check {file}`, run it with `tuner tune {file}` (again to resume).
-# Relative paths are relative to this file.
+# Relative paths are relative to this file (`reports`: to the current folder).
 name: {name}
 
 model: {model} # a model folder, or a Hugging Face id

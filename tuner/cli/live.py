@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tuner.errors import printable
+from tuner.errors import alike, printable
 from tuner.pareto.changes import describe
 from tuner.report.console import printer
 from tuner.study.outcome import Infeasible, Measured
@@ -37,6 +37,7 @@ class View:
         self.running: dict[Trial, dict[str, Any]] = {}
         self.points: list[tuple[int, float, float, float]] = []
         self.failures: Counter[str] = Counter()
+        self.not_passed: set[str] = set()
         self.nodes: list[dict[str, Any]] = []
         self.refused = ""
         self.budget = ""
@@ -85,11 +86,17 @@ class View:
         self.refused = f"{sum(reasons.values())} of {data['of']} combinations refused before any launch"
         if reasons:
             self.say(self.refused)
-            for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+            for reason, count in alike(reasons).items():
                 self.say(f"  {count} x {reason}")
 
     def _on_say(self, _: int, data: Any) -> None:
         self.say(data["text"])
+
+    def _on_not_passed(self, _: int, data: Any) -> None:
+        new = [name for name in data["variables"] if name not in self.not_passed]
+        self.not_passed.update(new)
+        if new:
+            self.say(f"Not handed on to servers from your shell: {', '.join(new)}. engine.env in the study does.")
 
     def _on_budget(self, _: int, data: Any) -> None:
         self.budget = data["left"]

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner.cli.tune import Flags, read
+from tuner.errors import alike
 from tuner.report.console import printer
 
 MOST = 5_000  # configurations that are predicted; a larger space is sampled
@@ -33,12 +34,15 @@ def run(path: Path, json: bool) -> None:
         console.print(f"  Trace: {note}")
     if data["unchecked"]:
         console.print(f"  Not checked: {data['unchecked']}.")
-    for reason, count in data["refused"].items():
+    for reason, count in alike(data["refused"]).items():
         console.print(f"  {count} refused: {reason}")
-    console.print(
-        f"About {data['launch_seconds'] / 60:.1f} minutes a launch; {data['launches']} launches: "
-        f"{data['hours']:.1f} h and {data['usd']:.2f} USD at most."
-    )
+    if study.engine.kind == "function":
+        console.print(f"{data['launches']} launches at most; how long one takes is the function's affair.")
+    else:
+        console.print(
+            f"About {data['launch_seconds'] / 60:.1f} minutes a launch; {data['launches']} launches: "
+            f"{data['hours']:.1f} h and {data['usd']:.2f} USD at most."
+        )
     if data["no_model"]:
         console.print(f"No prediction: {data['no_model']}.")
         return

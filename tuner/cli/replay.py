@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.errors import UsageError
+from tuner.errors import UsageError, alike
 
 if TYPE_CHECKING:
     from tuner.load.records import Records
@@ -159,10 +158,7 @@ def _again(records: Path | None, slos: tuple[Slo, ...], quantiles: tuple[float, 
 def _failures(records: Records) -> dict[str, int]:
     """How requests failed, those of warm-up and tail included: an error's words and how many had it, the commonest
     first. Those that differ in their figures alone count as one."""
-    errors = [str(error) for error in records.columns["error"] if error not in ("", "stopped")]
-    alike = Counter(re.sub(r"\d+", "#", error) for error in errors)
-    example = {re.sub(r"\d+", "#", error): error for error in reversed(errors)}
-    return {example[kind]: count for kind, count in alike.most_common()}
+    return alike(Counter(str(error) for error in records.columns["error"] if error not in ("", "stopped")))
 
 
 def _slos(texts: list[str] | tuple[str, ...]) -> tuple[Slo, ...]:

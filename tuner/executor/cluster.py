@@ -15,7 +15,7 @@ from tuner.search import hardware
 from tuner.spec.study import Study
 
 TYPE = "accelerator_type:"  # Ray's own resource for the type of a node's accelerator
-_INSTALL = 'pip install "tuner[ray]"'
+_INSTALL = 'pip install -e ".[ray]" in tuner\'s checkout'
 _CONNECT_S = 5.0
 _LOST_S = 10.0  # without a word of Ray's head; Ray ends the whole process after 60
 _LOOK_S = 1.0  # how old what is known of the nodes may be

@@ -86,7 +86,7 @@ def deployment(store: Store, study: Study, choice: Choice | None = None) -> Depl
     noted = trial.extra or {}
     flags = {flag: value for flag, value in config.flags.items() if flag not in LAUNCHERS_FLAGS}
     env = {name: value for name, value in config.env.items() if not is_secret(name)}
-    version = str(study.space.facts.get("engine_version") or noted.get("engine_version") or "")
+    version = str(noted.get("engine_version") or "")
     model = _model(store, study, config, str(noted.get("model_folder") or config.model))
     promise = _promise(store, study, trial, point, replace(config, flags=dict(flags), env=env), model, version)
     if study.engine.trust_remote_code:  # not in the promise: there the engine decides

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tuner.errors import alike
 from tuner.pareto.choice import Change, Choice, choose
 from tuner.pareto.front import Interval, Point
 from tuner.space.config import ServingConfig
@@ -45,10 +46,10 @@ def _recommended(store: Store, study: Study, trials: Sequence[TrialRecord]) -> C
 def _all_refused(store: Store) -> str:
     """What a search without a launch says, where it has ended; else nothing."""
     ended = [event.get("why") for event in store.events() if event.get("event") == "ended"]
-    reasons = [str(row["reason"]) for row in store.refused()]
+    reasons = {str(row["reason"]): 1 for row in store.refused()}
     if EXHAUSTED not in ended[-1:] or not reasons:
         return ""
-    return f"Every configuration of the space is refused before a launch: {'; '.join(dict.fromkeys(reasons))}."
+    return f"Every configuration of the space is refused before a launch: {'; '.join(alike(reasons))}."
 
 
 def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequence[TrialRecord]) -> Choice:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuner.pareto.front import COST
 from tuner.record.secrets import HIDDEN, hide, is_secret
@@ -17,6 +17,9 @@ from tuner.space.space import Parameter
 from tuner.spec.study import Study
 from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Untrusted
 from tuner.study.store import TrialRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PARAM_CHARACTERS, TAG_CHARACTERS, NAME_CHARACTERS = 6000, 5000, 250
 SYSTEM_POINTS = 500  # per telemetry series: enough for a chart, and a trial of hours stays a small request
@@ -204,17 +207,26 @@ def _theirs(name: str) -> str:
 
 
 def _system(path: Path) -> Iterator[Sample]:
-    """GPU and host series: every numeric column, thinned evenly, at its own time."""
+    """Host and GPU series (what :func:`tuner.server.telemetry.write` wrote: a row per look and GPU): every figure,
+    thinned evenly, at its own time; ``system/gpu0_power_w`` is the first GPU's."""
     if not path.exists():
         return
     import pandas as pd
 
     table = pd.read_parquet(path).select_dtypes("number")
-    if "timestamp_s" not in table:
-        return
+    of_gpus = [column for column in table if column.startswith("gpu_")]
+    yield from _series(table.drop(columns=of_gpus).drop_duplicates("at_s"), "system/")
+    for gpu, rows in table.groupby("gpu_index"):
+        named = {column: column.removeprefix("gpu_") for column in of_gpus}
+        yield from _series(
+            rows[["at_s", *of_gpus]].drop(columns="gpu_index").rename(columns=named), f"system/gpu{gpu:g}_"
+        )
+
+
+def _series(table: pd.DataFrame, prefix: str) -> Iterator[Sample]:
     table = table.iloc[:: max(1, math.ceil(len(table) / SYSTEM_POINTS))]
-    at_ms = [int(at_s * 1000) for at_s in table["timestamp_s"]]
-    for column in table.columns.drop("timestamp_s"):
+    at_ms = [int(at_s * 1000) for at_s in table["at_s"]]
+    for column in table.columns.drop("at_s"):
         for step, (at, value) in enumerate(zip(at_ms, table[column].tolist(), strict=True)):
             if math.isfinite(value):  # a gap in the telemetry is a gap in the chart, not a tag per second
-                yield Sample(legal(f"system/{column}"), float(value), step, at)
+                yield Sample(legal(f"{prefix}{column}"), float(value), step, at)

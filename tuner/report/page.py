@@ -98,7 +98,7 @@ def _figures(s: Summary) -> dict[str, Figure]:
 def _head(s: Summary, store: Store) -> list[tuple[str, str]]:
     study, trials = s.study, s.trials
     noted = next((t.extra for t in trials if t.extra), None) or {}
-    version = noted.get("engine_version") or study.space.facts.get("engine_version") or ""
+    version = noted.get("engine_version") or ""
     gpus = f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name
     return [
         ("Model", study.model),

@@ -20,7 +20,6 @@ FACTS: Mapping[str, str] = {
     "cpu_cores": "cores this process may use",
     "memory_gib": "the host's memory",
     "native_dtype": "bfloat16; float32 on a CPU without AVX-512, where bfloat16 is emulated, some 20 times slower",
-    "engine_version": "the engine's version, as text",
     "max_model_len": "longest request the servers take, in tokens",
     "num_heads": "attention heads",
     "num_kv_heads": "KV heads",

@@ -85,9 +85,8 @@ class Database:
             raise UsageError(f"storage is no database's URL: {self.shown!r}") from None
         except ImportError as error:
             extra = _EXTRAS.get(url.get_backend_name(), "postgres")
-            raise EnvironmentFault(
-                f"no driver for {self.shown} is installed ({error})", fix=f'pip install "tuner[{extra}]"'
-            ) from None
+            fix = f'pip install -e ".[{extra}]" in tuner\'s checkout'
+            raise EnvironmentFault(f"no driver for {self.shown} is installed ({error})", fix=fix) from None
         self._folder = Path(url.database or ".").resolve().parent
         with self.starting(), answering(), self.turn("open"):  # tables that two tuners make at once are an error
             self.storage = self._open(url.render_as_string(hide_password=False))

@@ -36,7 +36,11 @@ class QualityGuard:
 
     def __call__(self, server: Server, config: ServingConfig, folder: Path) -> Infeasible | None:
         """Why ``server``, launched as the trial in ``folder``, falls below the floor; None where it does not."""
-        if server.endpoint is None or not self._limited():
+        if not self._limited():
+            return None
+        if server.endpoint is None:
+            if self._alters(config):
+                self._note(config, folder, "unknown", "there is no server to ask")
             return None
         if not config.params or config.hash == self._baseline():
             self._ask_baseline(server, config)
@@ -49,14 +53,17 @@ class QualityGuard:
             weights = bool(self.study.space.facts.get("dummy_weights"))
             result = quality.check(server.endpoint, base, self.study.objective.quality, random_weights=weights)
             verdict, reason = result.verdict, result.reason
-        write_json(folder / CHECKED, {"verdict": verdict, "reason": reason})
-        self.store.log("quality", config=config.hash, verdict=verdict, reason=reason)
-        if verdict == "unknown":
-            self.on_event("say", {"text": f"The quality floor was not checked: {reason}."})
+        self._note(config, folder, verdict, reason)
         if verdict != "failed":
             return None
         fix = "take the value out of the search space, or lower the objective's quality floor"
         return Infeasible("quality", reason, evidence=reason, fix=fix, stage="quality")
+
+    def _note(self, config: ServingConfig, folder: Path, verdict: str, reason: str) -> None:
+        write_json(folder / CHECKED, {"verdict": verdict, "reason": reason})
+        self.store.log("quality", config=config.hash, verdict=verdict, reason=reason)
+        if verdict == "unknown":
+            self.on_event("say", {"text": f"The quality floor was not checked: {reason}."})
 
     def _limited(self) -> bool:
         floor = self.study.objective.quality
