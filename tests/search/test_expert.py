@@ -131,6 +131,29 @@ def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
         ("enable_prefix_caching", True, False),
         ("attention_backend", "FLASHINFER", "TRITON_ATTN"),
         ("num_scheduler_steps", 4, 1),
+        ("qformat", "fp8", "none"),
+        ("--model-format", "awq", "hf"),
+        ("gguf", "Q4_K_M", "Q8_0"),
+        ("quantization", "q4f16_1", "q0f16"),
+        ("--num-shard", 4, 2),
+        ("instance_count", 2, 1),
+        ("numReplicas", 2, 1),
+        ("gpus", 4, 1),
+        ("--cuda-graphs", "1,2,4,8", "0"),
+        ("--flash-attn", "on", "off"),
+        ("use_paged_context_fmha", "enable", "disable"),
+        ("--n-cpu-moe", 0, 16),
+        ("cpu_offload_gb", 2, 8),
+        ("n_gpu_layers", 99, 20),
+        ("--backend", "turbomind", "pytorch"),
+        ("disable_custom_all_reduce", False, True),
+        ("enable_torch_compile", True, False),
+        ("speculative_decoding_mode", "lookahead_decoding", "none"),
+        ("speculative_mode", "small_draft", "disable"),
+        ("enable_kv_cache_reuse", True, False),
+        ("--cache-reuse", 256, 0),
+        ("PREFIX_CACHING", 1, 0),
+        ("prefix_cache_mode", "radix", "disable"),
     ],
 )
 def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
@@ -156,11 +179,52 @@ def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
         ("tp_size", 2, 1),
         ("pipeline_parallel_size", 2, 1),
         ("dp", 2, 1),
+        ("max_batch_total_tokens", 65536, 32768),
+        ("--ctx-size", 65536, 32768),
+        ("--parallel", 16, 4),
+        ("OLLAMA_NUM_PARALLEL", 16, 4),
+        ("max_num_sequence", 16, 4),
+        ("max_ragged_sequence_count", 64, 8),
+        ("max_ragged_batch_size", 4096, 512),
+        ("num_tokens_per_iter", 4096, 512),
+        ("max_prefill_token_num", 8192, 2048),
+        ("cache_max_entry_count", 0.9, 0.5),
+        ("--quant-policy", 8, 0),
+        ("--cache-type-k", "q8_0", "f16"),
+        ("enable_attention_dp", True, False),
+        ("continuous_batching", "on", "off"),
     ],
 )
 def test_capacity_is_foreseen_under_the_names_of_several_engines(name: str, more: Any, less: Any):
     table = effects(SearchSpace("one", "emulator", (knob(name, more, less, default=less),)))[0]
     assert table[0, 1] > table[1, 1]
+
+
+def test_where_0_means_that_the_engine_chooses_it_is_like_the_others():
+    for name in ("num_tokens_per_iter", "max_num_seqs", "max_total_tokens"):
+        table = effects(SearchSpace("one", "lmdeploy", (knob(name, 0, 1024, 4096, default=0),)))[0]
+        assert table[1, 1] < table[0, 1] < table[2, 1]
+
+
+def test_a_model_that_needs_more_gpus_gains_more_by_twice_as_many():
+    def twice(*sizes: int) -> float:
+        table = effects(SearchSpace("one", "vllm", (knob("tensor_parallel_size", *sizes, default=sizes[0]),)))[0]
+        return float(table[-3, 0] - table[-2, 0])
+
+    assert twice(4, 8) > twice(1, 2, 4, 8) > 0
+
+
+def test_sizes_that_lie_within_others_take_no_more_gpus():
+    """SGLang's DP attention divides the GPUs of tensor parallelism; without experts its replicas take their own."""
+    sizes = (knob("tp_size", 4, 8, default=8), knob("dp_size", 1, 2, 4, default=1))
+    replicas, inside = (
+        SearchSpace("s", "sglang", sizes),
+        SearchSpace("s", "sglang", (*sizes, knob("ep_size", 1, 8, default=1))),
+    )
+    assert sorted(World.of(replicas).sizes) == [0, 1] and sorted(World.of(inside).sizes) == [0]
+    assert effects(inside)[1][1, 1] < effects(replicas)[1][1, 1]
+    whole = SearchSpace("s", "mine", (knob("gpus", 1, 2, 4, default=1), *sizes))
+    assert sorted(World.of(whole).sizes) == [0]
 
 
 def test_kernels_that_have_to_be_installed_are_feared():
@@ -178,7 +242,6 @@ def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_batch_total_tokens", (16000, 64000)),  # the KV cache's room
         ("cuda_graph_max_bs", (8, 64)),
         ("cuda_graph_max_batch_size", (8, 64)),
         ("kv_cache_layout", ("NHD", "HND")),
@@ -186,10 +249,13 @@ def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory
         ("schedule_policy", ("fcfs", "lpm")),
         ("dtype", ("float16", "bfloat16")),
         ("kv_cache_gib", (8, 16)),
-        ("enable_attention_dp", (False, True)),
         ("moe_tensor_parallel_size", (1, 2)),
         ("data_parallel_size", (0, 2)),
         ("http_timeout", (1, 2)),
+        ("speculative_eagle_topk", (1, 8)),
+        ("long_prefill_token_threshold", (512, 4096)),
+        ("kv_offloading_size", (0, 8)),
+        ("np", (1, 4)),
     ],
 )
 def test_a_name_or_value_that_only_looks_like_a_known_one_has_no_effect(name: str, values: Any):

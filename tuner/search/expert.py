@@ -24,16 +24,20 @@ from tuner.space.config import Value
 from tuner.space.space import Parameter, SearchSpace
 
 # how the words of a value begin: eight bits; floats of four; four; drafts by a model; by what was said before
-HALF = r"_((mx)?fp8|float8|int8|w8|q8|e4m3|e5m2|8_?bits?_)"
+HALF = r"_((mx)?fp8|float8|int8|w8|i?q[5-8]|e4m3|e5m2|eetq|[5-8]_?bits?_)"
 FLOAT4 = r"_((mx|nv)?fp4|float4)"
-QUARTER = r"_(int4|nf4|w4|q4|4_?bits?_|awq|gptq)"
-MODEL = r"_(eagle|mtp|nextn|draft|medusa|true_)"
-LOOKUP = r"_(n_?gram|(prompt_)?lookup|suffix)"
+QUARTER = r"_(int4|nf4|w4|i?q[2-4]|exl[23]|[2-4]_?bits?_|awq|gptq)"
+MODEL = r"_(eagle|mtp|nextn|draft|small_draft|medusa|true_)"
+LOOKUP = r"_(n_?gram|(prompt_)?look_?(up|ahead)|suffix)"
 ON, OFF = r"_true_", r"_false_"
-SAME = {"on": "true", "yes": "true", "enabled": "true", "off": "false", "no": "false", "disabled": "false"}
+SAME = {
+    **{word: "true" for word in ("on", "yes", "enable", "enabled")},
+    **{word: "false" for word in ("off", "no", "disable", "disabled")},
+}
+SWITCH = {"_0_": "_false_", "_1_": "_true_"}
 OPPOSITE = {"_true_": "_false_", "_false_": "_true_"}
 ACCEPTED, DRAFT_COST = 0.7, 0.06  # tokens that are accepted, and what drafting one costs, in decode steps
-NOTHING, NO_GRAPHS = (0.0, 0.0, 0.0), (0.3, -0.1, 0.0)
+NOTHING, NO_GRAPHS, REUSE = (0.0, 0.0, 0.0), (0.3, -0.1, 0.0), (-0.15, 0.5, 0.0)
 Effect = tuple[float, float, float]  # on log latency, on log capacity; expected crashes
 
 
@@ -41,13 +45,16 @@ def effects(space: SearchSpace) -> list[Array]:
     """Per parameter a table (values + 1, 3): the rules' effects on log latency and log capacity, and expected crashes.
     The last row stands for "does not apply"."""
     counted = any(p.counts_gpus for p in space.parameters)  # then what GPUs do is a prior mean of its own
-    found = []
+    experts, found = _experts(space), []
     for p in space.parameters:
-        parallel = _parallel(p)
+        parallel = _parallel(p, experts)
         if p.counts_gpus or (parallel and counted):
             known = [NOTHING] * len(p.values)
+        elif parallel:
+            least = math.sqrt(min(map(float, p.values)))  # a model that needs more GPUs gains by more of them
+            known = [parallel(float(v) / least) for v in p.values]
         else:
-            known = [parallel(float(v)) for v in p.values] if parallel else _effects(p)
+            known = _effects(p, experts)
         found.append(np.array([*known, NOTHING]))
     return found
 
@@ -86,7 +93,9 @@ class World:
     @classmethod
     def of(cls, space: SearchSpace) -> World:
         named = {} if any(p.counts_gpus for p in space.parameters) else dict(enumerate(space.parameters))
-        sizes = {j: np.log([*map(float, p.values), 1.0]) for j, p in named.items() if _parallel(p)}
+        named = {j: p for j, p in named.items() if re.search(GPUS, _plain(p.name))} or named
+        experts = _experts(space)
+        sizes = {j: np.log([*map(float, p.values), 1.0]) for j, p in named.items() if _parallel(p, experts)}
         there = math.log(max(float(space.facts.get("gpus") or 1), 1.0))
         return cls(sizes, max([there, *(of.max() for of in sizes.values())]))
 
@@ -102,10 +111,24 @@ def _memory(_: Parameter, n: float) -> Effect:
     return (0.0, 2.0 * n, 0.5 if n > 0.92 else 0.0) if n <= 1 else NOTHING
 
 
+def _pool(p: Parameter, n: float) -> Effect:
+    usual = _number(p.default) or n  # tokens, which the memory has to hold
+    return 0.0, 0.1 * math.log2(max(n, 1)), 0.15 * max(math.log2(max(n, 1) / max(usual, 1)), 0.0)
+
+
+def _layers(_: Parameter, n: float) -> Effect:
+    return -0.01 * min(max(n, 0), 80), 0.01 * min(max(n, 0), 80), 0.0  # of a model, on the GPU
+
+
+def _offload(_: Parameter, n: float) -> Effect:
+    n = math.log2(1 + max(n, 0))
+    return 0.15 * n, -0.1 * n, 0.0  # weights that are read over the bus, or computed by the CPU
+
+
 def _draft(p: Parameter, n: float) -> Effect:
     switch = any(v == 0 or isinstance(v, str) for v in p.values)  # no drafts: its own
     n = max(n, 0.0)  # -1: as the engine likes
-    return (-speculation(n) if switch else speculation(2) - speculation(n)), 0.0, 0.06 * n
+    return (-speculation(n) if switch else speculation(2) - speculation(n)), 0.0, 0.06 * min(n, 8)
 
 
 def _sequences(_: Parameter, n: float) -> Effect:
@@ -136,42 +159,76 @@ def _pipeline(n: float) -> Effect:
     return -0.25 * math.log2(n), 0.6 * math.log2(n), 0.0
 
 
+def _attention(_: Parameter, n: float) -> Effect:
+    return 0.05 * math.log2(max(n, 1)), 0.1 * math.log2(max(n, 1)), 0.0  # no KV cache is held twice; more to wait for
+
+
 def _replicas(n: float) -> Effect:
     return -0.15 * math.log2(n), 0.55 * math.log2(n), 0.0
 
 
+DP_INSIDE = r"^_dp_size_$|dp_attention_size"
+GPUS = r"^_(num_|n_)?gpus_(count_)?$"  # all of a server's
 # sizes of parallelism, whose product is the number of GPUs: what a name has -> the effect of a size
 PARALLEL: Sequence[tuple[str, Callable[[float], Effect]]] = (
-    (r"_(tensor_parallel|n?tp_)", _tensor),
+    (r"_(tensor_parallel|n?tp_|num_shards?_)", _tensor),
+    (GPUS, lambda n: (-0.4 * (1 - n**-0.9), 0.4 * math.log2(n), 0.0)),
     (r"_(pipeline_parallel|pp_)", _pipeline),
-    (r"_(data_parallel|dp_)", _replicas),
+    (r"_(data_parallel|dp_|(num_|n_)?(replicas?|instances?)_(num_|count_)?$)", _replicas),
 )
 
 # what a name has, of which the first that fits decides -> the effect of a number
 NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
     (r"graph", _graphs),
-    (r"(block|page)_size|per_(block|page)_", _block),
+    (r"(block|page)_size|per_(block|page)_|block_seq_len", _block),
     (r"scheduler_steps|decode_steps|multi_?step", _steps),
-    (r"memory|_mem_|_gpu_util|vram", _memory),
+    (r"offload|cpu_moe", _offload),
+    (r"gpu_layers|_ngl_", _layers),
+    (r"memory|_mem_|_gpu_util|vram|cache_(max_entry|percent|fraction)", _memory),
     (r"_mtp|draft|specul|_spec_", _draft),
-    (r"batch(ed)?_tokens|num_tokens|tokens?_budget|tokens_per_step|prefill_(size|tokens|chunk)|chunk_size", _budget),
-    (r"_seqs_|sequences|running_req|max_req|max_concurren|batch_size|max_batch_$", _sequences),
+    (r"total_(tokens|seq)|max_total|_ctx_size|_num_ctx|kv_blocks|kv_tokens", _pool),
+    (
+        r"batch(ed)?_tokens|num_tokens|tokens?_budget|tokens_per_(step|iter)|prefill_(size|tokens?|chunk)|chunk_size"
+        r"|_u_?batch_|ragged_batch_size|_num_batch_",
+        _budget,
+    ),
+    (
+        r"_seqs_|_sequences?_(?!len)|running_req|ongoing_req|max_req|max_concurren|batch_size|max_batch_$|_n_?seq_"
+        r"|^_(n_|num_|ollama_num_)?parallel_$|_slots_",
+        _sequences,
+    ),
 )
+SIZES = (_budget, _sequences, _pool)  # of which 0 or -1 means: as the engine likes
 # what a name has -> what a value has, and its effect: fewer bytes to read and to hold, and of floats of four bits
 # faster tensor cores; more tokens per step; launch overheads without CUDA graphs; decode steps that wait for whole
 # prompts; experts' tokens that are sent to everybody, or by kernels made for it, which have to be installed
 WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
-    (r"_kv|cache_d?type", ((HALF, (0.0, 0.2, 0.2)),)),
+    (r"prefix_?cach|radix|(cache|block|kv|prompt)_re_?use|prompt_cach", ((r"_(false|none|0)_", NOTHING), ("", REUSE))),
     (
-        r"quant|weight|_dtype_|precision",
+        r"_kv|cache_d?type|quant_policy",
+        ((HALF, (0.0, 0.2, 0.2)), (rf"{FLOAT4}|{QUARTER}", (0.05, 0.3, 0.2))),
+    ),
+    (r"gguf|_ftype_", ((QUARTER, (-0.5, 0.2, 0.0)), (HALF, (-0.3, 0.1, 0.0)))),
+    (
+        r"quant|q_?format|model_format|weight|_dtype_|precision",
         ((FLOAT4, (-0.55, 0.45, 0.2)), (QUARTER, (-0.5, 0.1, 0.2)), (HALF, (-0.4, 0.4, 0.08))),
     ),
     (r"specul|draft|_mtp|_spec_", ((MODEL, (-0.6, 0.1, 0.2)), (LOOKUP, (-0.2, 0.0, 0.06)))),
     (r"eager", ((rf"{ON}|_eager_", NO_GRAPHS),)),
-    (r"graph|compil", ((rf"{OFF}|_eager_|_none_", NO_GRAPHS), (r"^(?!.*_full_).*_piecewise_", (0.08, 0.0, 0.0)))),
+    (r"torch_compile", ((OFF, (0.05, -0.03, 0.0)),)),
+    (
+        r"graph|compil",
+        ((rf"{OFF}|_eager_|_none_|^_0_$", NO_GRAPHS), (r"^(?!.*_full_).*_piecewise_", (0.08, 0.0, 0.0))),
+    ),
     (r"chunked", ((OFF, (0.2, -0.1, 0.0)),)),
-    (r"prefix_cach|radix", ((ON, (-0.15, 0.5, 0.0)),)),
-    (r"attention|attn", ((r"_triton_", (0.12, -0.1, 0.0)),)),
+    (r"dp_attention|attention_dp", ((ON, (0.05, 0.2, 0.05)),)),
+    (
+        r"attention|attn|_fmha",
+        ((r"_triton_", (0.12, -0.1, 0.0)), (r"^_(false|native|torch|sdpa|eager|math)_", (0.12, -0.1, 0.0))),
+    ),
+    (r"offload|cpu_moe", ((ON, (0.6, -0.4, 0.0)),)),
+    (r"(cont|inflight|continuous)_batch", ((OFF, (0.0, -1.0, 0.0)),)),
+    (r"all_?reduce", ((OFF, (0.05, -0.03, 0.0)),)),
     (
         r"_all_?(2|to)_?all|_a2a_",
         (
@@ -184,35 +241,51 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
     ),
     (r"async", ((rf"{OFF}|_sync_", (0.05, -0.05, 0.0)),)),
     (r"schedul", ((rf"{ON}|_async_", (-0.05, 0.05, 0.0)),)),
+    (r"_(backend|engine|runtime)_$", ((r"^_(py)?torch_|^_transformers_", (0.12, -0.12, 0.0)),)),
 )
 
 
-def _parallel(p: Parameter) -> Callable[[float], Effect] | None:
-    """The effect of a size of parallelism, where the name tells one (not of a draft model, nor of experts)."""
+def _experts(space: SearchSpace) -> bool:
+    """Whether a parameter is about a mixture's experts."""
+    return any(re.search(r"_(moe|ep|experts?)_|_a2a_", _plain(p.name)) for p in space.parameters)
+
+
+def _parallel(p: Parameter, experts: bool) -> Callable[[float], Effect] | None:
+    """The effect of a size of parallelism, where the name tells one (not of a draft model, nor of experts).
+    SGLang's ``dp-size`` divides the GPUs of ``tp-size`` where there are ``experts``: it takes no more of them."""
     name = _plain(p.name)
+    if experts and re.search(DP_INSIDE, name):
+        return None
     if re.search(r"draft|spec|expert|moe|attention", name) or any((_number(v) or 0) < 1 for v in p.values):
         return None
     return next((effect for has, effect in PARALLEL if re.search(has, name)), None)
 
 
-def _effects(p: Parameter) -> list[Effect]:
+def _effects(p: Parameter, experts: bool) -> list[Effect]:
     """What the rules say of each value. Where they know numbers alone, a word is no drafts, or like the mean of the
     numbers ("auto")."""
     name = _plain(p.name)
-    if "parallel" in name:  # a draft model's own parallel size is no draft length
+    rule = next((rule for has, rule in NUMBERS if re.search(has, name)), None)
+    if experts and re.search(DP_INSIDE, name):
+        rule = _attention
+    no_length = "parallel" in name and rule is not _sequences  # a draft model's own parallel size
+    if no_length or re.search(r"top_?k|lookup_m(ax|in)|_min_|threshold|kv_.*offload", name):
         return [NOTHING] * len(p.values)
-    negated = re.search(r"_disable_|_false_", name) is not None
-    rule = None if negated else next((rule for has, rule in NUMBERS if re.search(has, name)), None)
+    negated = "_false_" in name
+    rule = None if negated else rule
     known = next((values for has, values in WORDS if re.search(has, name)), ())
     numbers = [n for v in p.values if (n := _number(v)) is not None]
-    if rule is not None and numbers:
-        of = {n: rule(p, n) for n in numbers}
+    if rule is not None and any(n > 0 for n in numbers):
+        of = {n: rule(p, n) for n in numbers if n > 0 or rule not in SIZES}
         latency, capacity, _ = np.mean(list(of.values()), axis=0).tolist()
         word = rule(p, 0) if rule is _draft else (latency, capacity, 0.0)
-        return [word if (n := _number(v)) is None else of[n] for v in p.values]
+        return [word if (n := _number(v)) is None else of.get(n, word) for v in p.values]
     found = []
+    bits = re.search("bits|quant_policy", name)
     for value in p.values:
-        text = _plain(f"{value} bits" if _number(value) is not None and "bits" in name else value)
+        text = _plain(value)
+        if _number(value) is not None:  # a switch, where nothing but 0 and 1 is said
+            text = _plain(f"{value} bits") if bits else SWITCH.get(text, text) if set(numbers) <= {0, 1} else text
         text = OPPOSITE.get(text, text) if negated else text
         found.append(next((effect for has, effect in known if re.search(has, text)), NOTHING))
     return found
