@@ -6,8 +6,8 @@ invented names, a simulation of queues), and searched as a user's function is: n
 
 ``blind_c`` (vLLM), ``blind_d`` (TensorRT-LLM), ``blind_e`` (SGLang), ``blind_g`` (all of these) and ``blind_h``
 (LMDeploy, TGI and llama.cpp, too) bring a model along, which its author made wrong (``--models 30% badly``), as a
-user's own model is brought. ``blind_f``, ``blind_g`` and ``blind_h`` have six scenarios, each with a space of its own. What a surface is
-like:
+user's own model is brought. ``blind_f``, ``blind_g`` and ``blind_h`` have six scenarios, each with a space of its own.
+What a surface is like:
 
     python -m benchmarks.search.blind blind_c:0 blind_d:2
 
