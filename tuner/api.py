@@ -25,7 +25,7 @@ from tuner.engines.function import checked
 from tuner.errors import Infeasible as Refused
 from tuner.errors import UsageError
 from tuner.pareto.choice import Choice, choose
-from tuner.pareto.front import Point, front, points
+from tuner.pareto.front import Point, front, points, searched
 from tuner.spec import studyfile
 from tuner.spec.study import Study
 from tuner.spec.text import Document
@@ -104,7 +104,7 @@ class AskTell:
 
     def front(self) -> list[Point]:
         """The non-dominated points of cost against latency so far."""
-        return front(points(self.store.trials(), self.study.objective))
+        return front(points(searched(self.store.trials()), self.study.objective))
 
     def choice(self) -> Choice:
         """What to deploy by what was told so far, in words and figures."""

@@ -18,7 +18,9 @@ QUIET = Noise(launch=0.004, drift=0.004, stalls=0.0)
 WINDOWS = [window(90 + i, name=f"heldout-{i}") for i in range(3)]
 
 
-def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load=3.0, unserved="", done=None):
+def quiet(
+    speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load=3.0, unserved="", done=None, wrap=None
+):
     """An ablation on a machine with little noise, so that every test is about the rule, not about luck. ``done`` are
     launches made before; those made now are added."""
     before = tuple(done or ())
@@ -30,7 +32,7 @@ def quiet(speed, launches=60, flags=FLAGS, fails=None, scenario=THROUGHPUT, load
         if fails and fails(config):
             raise LaunchFailed(Infeasible("oom", "out of memory"))
         with machine.launch(config, label) as rig:
-            kept = Keeping(Unserved(rig, "heldout-1") if label == unserved else rig)
+            kept = Keeping(Unserved(rig, "heldout-1") if label == unserved else wrap(rig, config) if wrap else rig)
             yield kept
         if done is not None:
             done.append(Done(label, config.hash, Measured(tuple(kept.steps))))
@@ -50,6 +52,27 @@ def test_of_six_flags_the_two_that_matter_are_kept_with_their_effects():
     assert found.cost_change[0] == pytest.approx(1.0, abs=0.02)
     assert found.arm and found.arm.holds and f"At load {found.arm.load:.3g} it costs $" in found.text
     assert found.arm.load_cost[1] < found.arm.load_cost[0] < found.arm.load_cost[2] < math.inf
+
+
+def test_a_flag_that_pays_in_latency_alone_is_kept_and_says_so():
+    """The capacity is bounded by something else: only the time per token is worse without c."""
+    key = study(LATENCY, ("v0",), 1, 100).objective.latency_key
+
+    class Slower:
+        def __init__(self, rig, config):
+            self.rig, self.config = rig, config
+
+        def measure(self, *at):
+            step = self.rig.measure(*at)
+            factor = 0.1 if on(self.config, "c") else 0.2  # far below its limit with either
+            return dataclasses.replace(step, metrics={**step.metrics, key: factor * step.metrics[key]})
+
+    found, _ = quiet(two_of_six, wrap=Slower)
+    effects = {e.parameter: e for e in found.effects}
+    assert effects["c"].kept and effects["c"].why == "its effect on latency is proven"
+    assert effects["c"].latency_without[1] > 1.6 and abs(effects["c"].cost_without[0] - 1) < 0.02
+    assert not effects["a"].kept and "latency" not in effects["a"].why
+    assert "against the winner's" in found.text
 
 
 def test_flags_that_stand_in_for_each_other_are_not_both_dropped():

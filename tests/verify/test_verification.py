@@ -13,7 +13,7 @@ from tuner.errors import UsageError
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
-from tuner.verify.capacity import margin_at
+from tuner.verify.capacity import cost_at, margin_at
 from tuner.verify.judge import Table, judge
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification
@@ -182,12 +182,12 @@ def test_a_bracket_begins_where_other_windows_arms_and_rounds_expect_it():
 
 def _cells(capacities, *, rise=1.0, slow=0.0, launches=2, arm="default"):
     """Launches that hold 2 % below each window's capacity and miss 2 % above it. The margin rises by ``rise`` per
-    log load; where it is infinite the server saturates. Every second launch is ``slow`` slower."""
+    log load; where it is infinite the server saturates. Every second launch is ``slow`` slower, and dearer."""
 
-    def step(load, limit, name):
+    def step(load, limit, name, dearer):
         beyond = load > limit
         ttft_s = 10 * (load / limit) ** (1.0 if math.isinf(rise[name]) else rise[name])
-        metrics = {"ttft_p99_s": ttft_s, "output_tokens_per_s": 100 * min(load, limit), COST: 1 / min(load, limit)}
+        metrics = {"ttft_p99_s": ttft_s, "output_tokens_per_s": 100 * min(load, limit), COST: dearer / min(load, limit)}
         if beyond and math.isinf(rise[name]):
             metrics |= {COST: 50.0}
         stopped = "saturated" if beyond and math.isinf(rise[name]) else ""
@@ -199,12 +199,13 @@ def _cells(capacities, *, rise=1.0, slow=0.0, launches=2, arm="default"):
             arm,
             number + 1,
             tuple(
-                step(limit * (1 - slow * (number % 2)) * share, limit * (1 - slow * (number % 2)), name)
+                step(limit * (1 - less) * share, limit * (1 - less), name, 1 + less)
                 for name, limit in capacities.items()
                 for share in (0.98, 1.02)
             ),
         )
         for number in range(launches)
+        for less in (slow * (number % 2),)
     ]
 
 
@@ -252,6 +253,36 @@ def test_what_others_do_beyond_their_capacity_is_no_part_of_an_interval():
     arm = _judged(launches, ("default", "v1"))[0].arms["v1"]
     width, own = (math.log(a.load_cost[2] / a.load_cost[1]) for a in (arm, alone.arms["default"]))
     assert width < own
+
+
+def test_a_default_that_holds_below_the_ladders_first_load_is_compared_and_not_said_to_fail():
+    """Verification measures down to half of the ladder's first load: what held there is a point like others."""
+    first = min(Bench({"v0": 1.0}, LATENCY).study.load.ladder)
+    below, above = dict.fromkeys("abc", 0.9 * first), dict.fromkeys("abc", 1.2 * first)
+    dear = [
+        replace(x, steps=tuple(replace(s, metrics={**s.metrics, COST: 3 * s.metrics[COST]}) for s in x.steps))
+        for x in _cells(above, slow=0.01, launches=3, arm="v1")
+    ]
+    found, _ = _judged([*_cells(below, slow=0.01, launches=3), *dear], ("default", "v1"))
+    assert found.choice == "default" and found.reason == "nothing-proven" and found.arms["default"].holds
+    assert found.arms["default"].capacity[0] == pytest.approx(0.9 * first, rel=0.02)
+
+
+def test_below_every_measured_load_a_server_puts_out_what_is_asked_of_it():
+    """A function engine counts no goodput by what was asked for: at half the load it earns half as much."""
+    steps = [Step(8.0, "a", {COST: 2.0, "output_tokens_per_s": 800.0, "ttft_p99_s": 0.1})]
+    assert cost_at(steps, 8.0) == pytest.approx(2.0) and cost_at(steps, 4.0) == pytest.approx(4.0)
+
+
+def test_launches_known_from_before_do_not_buy_new_ones():
+    """A default that was launched five times for other finalists is no licence for five more of the new ones."""
+    bench = Bench({"v0": 1.0, "v1": 1.02, "v2": 1.02})
+    bench.verify("v1", launches=8)
+    done = [d for d in bench.done if d.label.endswith("default")]
+    assert len(done) == 4
+    bench.machine.labels.clear()
+    found = bench.verify("v2", launches=4 + 2, fresh=2, done=done)
+    assert len(bench.machine.labels) == 2 and found.launches == 4, "two rounds, of which the default's were known"
 
 
 def test_it_never_launches_more_than_the_budget():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.errors import UsageError, alike
+from tuner.errors import UsageError
 
 if TYPE_CHECKING:
-    from tuner.load.records import Records
     from tuner.spec.slo import Slo
     from tuner.study.outcome import Step
 
@@ -136,7 +134,7 @@ def _run(
                     concurrency=closed_loop,
                     shards=processes,
                 )
-                return step, _failures(read(plan.records))
+                return step, read(plan.records).failures()
             except (Cancelled, KeyboardInterrupt) as end:
                 begun = "" if isinstance(end, Cancelled) else ", if the replay had begun,"
                 where = f"; the records until then{begun} are in {records}" if records else ""
@@ -152,13 +150,7 @@ def _again(records: Path | None, slos: tuple[Slo, ...], quantiles: tuple[float, 
     if records is None:
         raise UsageError("--recompute needs --records FILE")
     kept = read(records)
-    return judge(kept, slos, quantiles), _failures(kept)
-
-
-def _failures(records: Records) -> dict[str, int]:
-    """How requests failed, those of warm-up and tail included: an error's words and how many had it, the commonest
-    first. Those that differ in their figures alone count as one."""
-    return alike(Counter(str(error) for error in records.columns["error"] if error not in ("", "stopped")))
+    return judge(kept, slos, quantiles), kept.failures()
 
 
 def _slos(texts: list[str] | tuple[str, ...]) -> tuple[Slo, ...]:

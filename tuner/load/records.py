@@ -11,12 +11,13 @@ import json
 import os
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.errors import UsageError, naming
+from tuner.errors import UsageError, alike, naming
 from tuner.load import columns as arrow
 
 if TYPE_CHECKING:
@@ -163,6 +164,11 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.columns["request"])
+
+    def failures(self) -> dict[str, int]:
+        """How requests failed, those of warm-up and tail included: an error's words and how many had it, the commonest
+        first. Those that differ in their figures alone count as one."""
+        return alike(Counter(str(error) for error in self.columns["error"] if error not in ("", "stopped")))
 
     def tokens(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Row group by row group: the rows, ``token_ns`` of all of them end to end, and (rows + 1,) offsets into it."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tuner.engines.protocol import Cancelled, Endpoint, StepPlan
-from tuner.errors import UsageError
+from tuner.errors import UsageError, printable
 from tuner.load.flight import Tower
 from tuner.load.probe import Found, probe
 from tuner.load.prompts import token_ids
@@ -33,6 +33,7 @@ _ALIVE_S = 0.5
 _EARLY_S = 1.0
 _FEW = 16  # prompts are made so many at once
 
+TOLD = 200  # characters of an error
 CLIENT_DIED = "a client process died"
 CLIENT_BEHIND = "the client could not keep up with what it received"
 
@@ -253,7 +254,7 @@ def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> 
         window=str(records.meta["window"]),
         metrics=metrics,
         intervals=intervals,
-        slo_misses=() if reasons else misses(metrics, slos, stopped),
+        slo_misses=() if reasons else _and_why(misses(metrics, slos, stopped), records),
         untrusted=(*untrusted(metrics, slos), *reasons),
         stopped_early=stopped,
         records=records.path.name,
@@ -266,6 +267,14 @@ def misses(metrics: Mapping[str, float], slos: Sequence[Slo], stopped: str) -> t
     missed = tuple(miss for slo in slos if (miss := slo.miss(metrics)))
     ended = stopped and stopped not in (CLIENT_DIED, CLIENT_BEHIND) and any(slo.latency for slo in slos)
     return missed or ((stopped,) if ended else ())
+
+
+def _and_why(missed: tuple[str, ...], records: Records) -> tuple[str, ...]:
+    """The misses, and after them what most of the requests that failed had: an SLO is not missed by load alone."""
+    if not missed or not (failed := records.failures()):
+        return missed
+    words = printable(" ".join(next(iter(failed)).split()))[:TOLD]
+    return (*missed, f"{sum(failed.values())} of {len(records)} requests failed, most with: {words}")
 
 
 def undecided(meta: Mapping[str, Any], slos: Sequence[Slo]) -> tuple[Slo, ...]:

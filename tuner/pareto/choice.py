@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from tuner.errors import NothingFeasible, UsageError
 from tuner.pareto.changes import baseline_of, changes, describe
-from tuner.pareto.front import Interval, Point, overlap, points, trusted_steps
+from tuner.pareto.front import Interval, Point, overlap, points, searched, trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Aborted, Infeasible, Step, Untrusted
@@ -83,7 +83,7 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     flags off the default (so the default itself wins a draw). Verification has a verdict of its own: see
     :func:`tuner.pareto.recommend.recommended`.
     """
-    trials = [t for t in trials if t.role == "search"]
+    trials = searched(trials)
     contenders = _cheapest_each([p for p in points(trials, objective) if p.ok])
     if not contenders:
         near = nearest(trials, objective)
@@ -105,17 +105,24 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
 def of_trial(trials: Sequence[TrialRecord], objective: Objective, number: int) -> Choice:
     """Not the recommendation but what the user picks: the cheapest step within SLO of trial ``number``.
 
-    Raises UsageError where there is no such trial, NothingFeasible where it met the SLOs at no load.
+    Raises UsageError where there is no such trial, or it is none of the search (its loads were each measured on windows
+    of their own, so that none stands for all), NothingFeasible where it met the SLOs at no load.
     """
-    if number not in {t.number for t in trials}:
-        raise UsageError(f"there is no trial {number}", fix="tuner front lists the trials of the front")
-    good = [p for p in points(trials, objective) if p.ok]
+    fix = "tuner front lists the trials of the front"
+    picked = next((t for t in trials if t.number == number), None)
+    if picked is None:
+        raise UsageError(f"there is no trial {number}", fix=fix)
+    if picked.role != "search":
+        same = [t.number for t in searched(trials) if t.config.hash == picked.config.hash]
+        fix = f"Trial {same[0]} is the same configuration in the search" if same else fix
+        of = {"verify": "verification", "ablate": "ablation"}.get(picked.role, picked.role)
+        raise UsageError(f"trial {number} is a launch of the {of}, not of the search", fix=fix)
+    good = [p for p in points(searched(trials), objective) if p.ok]
     own = [p for p in good if number in p.trials]  # repeats of one configuration at one load are one point
     if not own:
         raise NothingFeasible(f"Trial {number} met the SLOs at no load (tuner show says which it missed).")
     point = replace(min(own, key=lambda p: (p.cost, p.latency)), trial=number)
-    searched = [p for p in good if p.role == "search"]  # the cheapest of many repetitions would be the luckiest
-    base = next((p for p in _cheapest_each(searched) if p.baseline), None)
+    base = next((p for p in _cheapest_each(good) if p.baseline), None)
     text = f"Trial {number} was picked by hand; it need not be the recommendation."
     return Choice(point, base, *_against(point, base), (), None, text, by_hand=True)
 
@@ -138,8 +145,8 @@ def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:
     if best is None:
         return None
     default = baseline_of(trials)
-    misses = [slo.miss(best.step.metrics) for slo in objective.slos]
-    words = "; ".join([miss for miss in misses if miss] or best.step.slo_misses)
+    misses = [miss for slo in objective.slos if (miss := slo.miss(best.step.metrics))]
+    words = "; ".join(best.step.slo_misses or misses)
     name = describe(best.config, default.config if default else None)
     if words:
         amount = f"{best.excess * 100:.0f} % over" if math.isfinite(best.excess) else "no finite latency"

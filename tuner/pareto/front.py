@@ -60,6 +60,12 @@ def trusted_steps(trials: Iterable[TrialRecord]) -> list[tuple[TrialRecord, Step
     return [(t, step) for t in (real or measured) for step in t.outcome.steps if not step.untrusted]
 
 
+def searched(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """The trials of the search: what verification and ablation measured again, on other windows and chosen for what
+    the search said, is no point beside them."""
+    return [t for t in trials if t.role == "search"]
+
+
 def points(trials: Iterable[TrialRecord], objective: Objective) -> list[Point]:
     """Every trusted step of the trials that served that has a cost and a latency, by trial and load.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tuner.export import vllm
 from tuner.export.deployment import deployment
 from tuner.pareto.changes import baseline_of, describe
-from tuner.pareto.front import front, points
+from tuner.pareto.front import front, points, searched
 from tuner.pareto.recommend import recommended
 from tuner.spec.study import Study
 from tuner.study.store import Store
@@ -32,7 +32,7 @@ def markdown(store: Store, study: Study) -> str:
         if start := vllm.start(deployment(store, study, choice)):
             lines += ["```sh", *start, "```", ""]
             lines += [f"As a deployment: `tuner export {store.folder} --format compose` (or `k8s`, `helm`).", ""]
-    best = front(points([t for t in trials if t.role == "search"], objective))
+    best = front(points(searched(trials), objective))
     rows = []
     for p in best:
         name = describe(p.config, default.config if default else None).replace("|", "\\|")

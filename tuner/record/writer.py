@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuner.pareto.front import COST, points
+from tuner.pareto.front import COST, points, searched
 from tuner.record.content import TAG_CHARACTERS, Content, content, legal
 from tuner.record.ledger import Ledger, Sent, note_file
 from tuner.record.place import Place
@@ -200,7 +200,7 @@ class _Connection:
 
     def _progress(self, trial: TrialRecord, trials: Sequence[TrialRecord]) -> None:
         """On the parent: the lowest cost within SLO so far, after each trial."""
-        known = points([t for t in trials if t.number <= trial.number], self.study.objective)
+        known = points(searched(t for t in trials if t.number <= trial.number), self.study.objective)
         costs = [p.cost for p in known if p.ok]
         if costs:
             at_ms = int(trial.ended_s * 1000)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tuner.pareto.changes import baseline_of, changes, describe, words
 from tuner.pareto.choice import Choice
-from tuner.pareto.front import Interval, Point, front, points
+from tuner.pareto.front import Interval, Point, front, points, searched
 from tuner.pareto.recommend import recommended
 from tuner.pareto.traffic import Traffic, traffic
 from tuner.record.secrets import hide, secrets
@@ -60,7 +60,7 @@ class Summary:
 def summarize(store: Store, study: Study) -> Summary:
     """Reads the study folder once."""
     trials = store.trials()
-    search = [t for t in trials if t.role == "search"]
+    search = searched(trials)
     found = points(search, study.objective)
     choice = recommended(store, study)
     return Summary(

@@ -240,7 +240,13 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
         ),
     ),
     (r"async", ((rf"{OFF}|_sync_", (0.05, -0.05, 0.0)),)),
-    (r"schedul", ((rf"{ON}|_async_", (-0.05, 0.05, 0.0)),)),
+    (
+        r"schedul",
+        (
+            (rf"{ON}|_async_", (-0.05, 0.05, 0.0)),
+            (r"_lpm_|_longest_prefix|_max_util", (-0.03, 0.05, 0.0)),  # shared prefixes together; no reserve
+        ),
+    ),
     (r"_(backend|engine|runtime)_$", ((r"^_(py)?torch_|^_transformers_", (0.12, -0.12, 0.0)),)),
 )
 

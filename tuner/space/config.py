@@ -9,11 +9,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 Value = bool | int | float | str
+UNITS = {unit: base**power for base, units in ((1000, "kmgt"), (1024, "KMGT")) for power, unit in enumerate(units, 1)}
 
 
 def same(a: Value, b: Value) -> bool:
     """Whether two values are one: ``True`` is not 1, though Python has them equal."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def number(value: object) -> float | None:
+    """A number as engines read one: 2048, "2048", and vLLM's "2k" (2,000) and "2K" (2,048). None for anything else, and
+    for what no server can mean."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    text = str(value).strip()
+    unit = UNITS.get(text[-1:], 1)
+    try:
+        found = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        return None
+    return found if abs(found) < 2**53 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tuner.errors import UsageError
 from tuner.server.gpu import Gpus
+from tuner.space.config import number
 
 FACTS: Mapping[str, str] = {
     "platform": "cuda or cpu",
@@ -61,8 +62,9 @@ def of_model(model: str, args: Mapping[str, Any]) -> dict[str, Any]:
         facts["moe"] = facts.get("num_experts", 0) > 1
         facts["quantized"] = bool(config.get("quantization_config") or text.get("quantization_config"))
     for name in ("max-model-len", "context-length"):  # vLLM's name and SGLang's
-        if isinstance(args.get(name), int):
-            facts["max_model_len"] = args[name]
+        length = number(args.get(name))
+        if length is not None and length > 0:  # -1 and auto: the engine's affair
+            facts["max_model_len"] = int(length)
     return facts
 
 

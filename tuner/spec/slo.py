@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+EXACT = 1 + 1e-9  # a limit that is met to the last bit but one is met
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm_latency")
 _NAME = re.compile(rf"^({'|'.join(LATENCIES)})_(p\d{{1,2}}(?:\.\d+)?|mean|max)$")
 _LIMIT = re.compile(r"^\s*([0-9.]+(?:e-?[0-9]+)?)\s*(us|ms|s|min|%)?\s*$")
@@ -41,20 +42,21 @@ class Slo:
         value = metrics.get(self.key)
         if value is None:
             return f"{self.metric} was not measured"
-        return "" if value <= self.limit else f"{self.metric} {self.show(value)} > {self.show(self.limit)}"
+        return "" if value <= self.limit * EXACT else f"{self.metric} {self.show(value)} > {self.show(self.limit)}"
 
     def gap(self, metrics: Mapping[str, float]) -> float:
         """``log(value / limit)``, negative where the SLO holds; infinite where the value is not finite or was not
         measured. No errors at all are far from any limit, and a limit of no errors is far off with the first one."""
         value = metrics.get(self.key, math.inf)
-        return math.log(max(value, 1e-12) / max(self.limit, 1e-9)) if math.isfinite(value) else math.inf
+        found = math.log(max(value, 1e-12) / max(self.limit, 1e-9)) if math.isfinite(value) else math.inf
+        return found if value > self.limit * EXACT else min(found, 0.0)
 
     def show(self, value: float) -> str:
         """``value`` as the user reads it: milliseconds, or per cent."""
         if self.metric == "error_rate":
             return f"{value * 100:.3g} %"
         if math.isinf(value):
-            return "without end (requests went unanswered)"
+            return "without end (requests failed or went unanswered)"
         return f"{value * 1e3:,.4g} ms" if abs(value) < 1 else f"{round(value * 1e3):,} ms"
 
     def __str__(self) -> str:

@@ -412,6 +412,11 @@ def _objective(
     if not document.begun and not all(0 < usd < math.inf for usd in (price, *prices.values())):
         raise document.error("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
     floor = QualityFloor(**spec.quality.model_dump())
+    for name, most in (("kl_max", math.inf), ("top1_min", 1.0), ("greedy_min", 1.0)):
+        value = getattr(floor, name)
+        if value is not None and not (0 <= value <= most and value < math.inf) and not document.begun:
+            kind = "a share from 0 to 1" if most == 1 else "nats per token, 0 or more"
+            raise source.error(f"quality.{name} is {kind}, not {value:g}", (*prefix, "quality", name))
     return Objective(spec.name, spec.latency, tuple(slos), float(price), floor, prices, assumed)
 
 

@@ -322,7 +322,7 @@ def _search(
     on_event: OnEvent,
     peers: Peers | None,
 ) -> str:
-    from tuner.pareto.front import front, points
+    from tuner.pareto.front import front, points, searched
     from tuner.search.ledger import read
     from tuner.search.stopping import Stopping
     from tuner.verify import racing
@@ -341,7 +341,7 @@ def _search(
         return worth.reason(read(proposals.book, study.space), used.launch_usd)
 
     def beaten(steps: Sequence[Step]) -> str:
-        found = front(points(store.trials(), study.objective))
+        found = front(points(searched(store.trials()), study.objective))
         return racing.should_stop(steps, found, study.load.ladder, study.objective) if study.load.early_stop else ""
 
     quality = guard(ready, store, on_event)

@@ -249,9 +249,10 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
         return None
     trials = store.launched("search", "verify")
     used = budget.spent(study, trials)
-    launches, seconds = 10_000, []
+    launches, fresh, seconds = 10_000, None, []
     if study.budget.launches is not None:
-        launches = study.budget.launches - used.launches + _known(_done(trials, "verify"), arms)
+        fresh = study.budget.launches - used.launches
+        launches = fresh + _known(_done(trials, "verify"), arms)
     if study.budget.hours is not None:
         seconds.append((study.budget.hours - used.hours) * 3600)
     if study.budget.usd is not None:
@@ -260,4 +261,4 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
         seconds.append((study.budget.usd - used.usd) / dearest * 3600)
     if launches < 2 or (seconds and min(seconds) <= 0):
         return None
-    return VerifyBudget(launches=launches, seconds=min(seconds) if seconds else None)
+    return VerifyBudget(launches=launches, seconds=min(seconds) if seconds else None, fresh=fresh)

@@ -8,7 +8,7 @@ returns, until nothing is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,14 +30,15 @@ NOT_MEASURED = "not measured"  # how the reason begins why a parameter is kept o
 @dataclass(frozen=True, slots=True)
 class AblationBudget:
     """At most ``launches`` in all: up to ``alone`` rounds of the winner and every flag set back alone, ``together``
-    rounds of the winner and the smallest config. ``worth`` is the smallest effect that earns a flag its place; flags
-    return when it is ``sure`` that the config without them costs more than that."""
+    rounds of the winner and the smallest config. ``worth`` is the smallest effect on cost that earns a flag its place,
+    ``slower`` the smallest on latency; flags return when it is ``sure`` that the config without them costs more."""
 
     launches: int
     alone: int = 4
     together: int = 3
     confidence: float = 0.95
     worth: float = 0.01
+    slower: float = 0.05
     sure: float = 0.9
 
     @property
@@ -55,8 +56,9 @@ class AblationBudget:
 @dataclass(frozen=True, slots=True)
 class Effect:
     """One parameter of the winner. ``cost_without`` is the cost without it over the cost with it (middle, low, high;
-    1.08: 8 % more without); ``doubt`` the p-value, corrected for all of them, of "it is worth nothing". ``why`` says
-    in words why it was kept or not."""
+    1.08: 8 % more without); ``doubt`` the p-value, corrected for all of them, of "it is worth nothing".
+    ``latency_without`` is the same of the latency, both at the lower of the two capacities. ``why`` says in words why
+    it was kept or not."""
 
     parameter: str
     value: Value
@@ -65,6 +67,7 @@ class Effect:
     cost_without: Range
     doubt: float
     why: str
+    latency_without: Range = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,11 @@ def ablate(
     bench = _Bench(study, winner, budget, rounds)
     tested = list(params)[: budget.tests]
     effects, lost = bench.each(params, tested) if tested else ({}, {})
+    delays = bench.delays(effects)
     allowed = (1 - budget.confidence) / 2
-    p_values = {name: _doubt(e, budget.worth) for name, e in effects.items()}
-    doubts = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    proven = {name for name, doubt in doubts.items() if doubt < allowed} | lost.keys()
+    doubts = _corrected(effects, budget.worth)
+    slower = {name for name, doubt in _corrected(delays, budget.slower).items() if doubt < allowed}
+    proven = {name for name, doubt in doubts.items() if doubt < allowed} | lost.keys() | slower
     kept = proven | (params.keys() - set(tested))
     change, returned, arm = UNKNOWN, set[str](), None
     while dropped := [name for name in params if name not in kept]:
@@ -139,7 +143,7 @@ def ablate(
         if name not in tested:
             return f"{NOT_MEASURED}: too few launches were set aside"
         if name in proven:
-            return "its effect is proven"
+            return "its effect is proven" if doubts[name] < allowed else "its effect on latency is proven"
         return "needed together with others" if name in returned else "no effect is proven"
 
     rows = tuple(
@@ -151,6 +155,7 @@ def ablate(
             ratio(effects[name], budget.confidence) if name in effects else UNKNOWN,
             doubts.get(name, 1.0),
             why(name),
+            ratio(delays[name], budget.confidence) if name in delays else UNKNOWN,
         )
         for name, value in params.items()
     )
@@ -172,7 +177,7 @@ class _Bench:
 
     def each(self, params: Mapping[str, Value], tested: Sequence[str]) -> tuple[dict[str, Estimate], dict[str, str]]:
         """Effects (log cost without the parameter less with it), and why where the server cannot do without it."""
-        arms = {name: self._arm(f"without {name}", {k: v for k, v in params.items() if k != name}) for name in tested}
+        arms = {name: self._arm(_without(name), {k: v for k, v in params.items() if k != name}) for name in tested}
         active, lost = dict(arms), dict[str, str]()
         kept_back = 2 * self.budget.together
         strict = (1 - self.budget.confidence) / 2 / len(tested)  # the strictest of Holm's limits
@@ -204,6 +209,18 @@ class _Bench:
             if not served:
                 lost[name] = f"{NOT_MEASURED}: the winner itself {unserved[self.winner.label][-1]}"
         return effects, lost
+
+    def delays(self, names: Iterable[str]) -> dict[str, Estimate]:
+        """The log latency without each of these parameters less with it, both at the load that either holds."""
+        table, base, key = self._table(), self.winner.label, self.study.objective.latency_key
+        held = Repeats(table.capacities())
+        found = {}
+        for name, label in ((name, _without(name)) for name in names):
+            common = math.exp(min(held.estimate(arm).mean for arm in (base, label)))
+            values = Repeats(table.values_at({base: common, label: common}, key), None, table.within(key))
+            if label in values.linked(base):
+                found[name] = values.difference(label, base)
+        return found
 
     def together(self, params: Mapping[str, Value], kept: Set[str]) -> Estimate | None:
         """Log cost of the config with only ``kept`` less the winner's; None where there are no launches left for it."""
@@ -250,16 +267,25 @@ class _Bench:
         return Repeats(self._table().costs())
 
     def _standing(self) -> set[str]:
-        """The arms that were measured and meet the SLOs at some load of the ladder, in every launch."""
-        table, lowest = self._table(), math.log(min(self.study.load.ladder)) - 1e-9
-        found = Repeats(table.capacities())
-        return {a for a in found.arms if found.estimate(a).mean >= lowest} - table.unserved().keys()
+        """The arms that were measured, and meet the SLOs at some load in every launch."""
+        table = self._table()
+        arms = {arm for arm, _, _ in table.cells}
+        return {arm for arm in arms if table.promised(arm, 0.0)} - table.unserved().keys()
 
     def _table(self) -> Table:
         return Table(self.rounds.launches, self.study.objective.slos)
 
     def _arm(self, label: str, params: Mapping[str, Value]) -> Finalist:
         return Finalist(label, self.study.space.config(params, self.study.model), self.winner.load)
+
+
+def _without(name: str) -> str:
+    return f"without {name}"
+
+
+def _corrected(effects: Mapping[str, Estimate], worth: float) -> dict[str, float]:
+    p_values = [_doubt(effect, worth) for effect in effects.values()]
+    return dict(zip(effects, holm(p_values), strict=True))
 
 
 def _doubt(effect: Estimate, worth: float) -> float:
@@ -295,6 +321,9 @@ def _text(
         if not math.isnan(e.cost_without[0]):
             middle, low, high = ((x - 1) * 100 for x in e.cost_without)
             figure = f"cost without it {middle:+.1f} % ({low:+.1f} to {high:+.1f} %); "
+        if not math.isnan(e.latency_without[0]) and abs(e.latency_without[0] - 1) >= budget.slower:
+            middle, low, high = ((x - 1) * 100 for x in e.latency_without)
+            figure += f"{latency} {middle:+.0f} % ({low:+.0f} to {high:+.0f} %); "
         lines.append(f"- `{e.parameter}` = {e.value}: {'kept' if e.kept else 'set back'}; {figure}{e.why}")
     if not math.isnan(change[0]):
         middle, low, high = ((x - 1) * 100 for x in change)
@@ -304,4 +333,7 @@ def _text(
         )
     if arm:
         lines[-1] += f" At load {arm.load:.3g} it costs {figures(arm, latency)}."
+        if not math.isnan(arm.latency_difference[0]):
+            middle, low, high = ((x - 1) * 100 for x in arm.latency_difference)
+            lines[-1] += f" Its {latency} is {middle:+.0f} % ({low:+.0f} to {high:+.0f} %) against the winner's."
     return "\n".join(lines)

@@ -103,12 +103,12 @@ def expected(steps: Sequence[Step], slos: Sequence[Slo]) -> float:
 def cost_at(steps: Sequence[Step], load: float) -> float:
     """USD per million output tokens at ``load``: the cost at the nearest measured load that is not above it, times how
     much more the server puts out at ``load`` (late requests above capacity would otherwise count against it). Where
-    goodput was counted by what was asked for, that is as much more as the load is."""
+    goodput was counted by what was asked for, and below every measured load, that is as much more as the load is."""
     known = [s for s in _trusted(steps) if 0 < s.metrics.get(COST, math.nan) < math.inf]
     if not known:
         return math.nan
     near = next((s for s in reversed(known) if s.load <= load * (1 + 1e-9)), known[0])
-    if "goodput_window_s" in near.metrics:
+    if "goodput_window_s" in near.metrics or load < near.load:  # a server that kept up with more puts out what is asked
         return near.metrics[COST] * near.load / load
     here, there = near.metrics.get(THROUGHPUT, math.nan), value_at(known, load, THROUGHPUT)
     return near.metrics[COST] * (here / there if here > 0 and there > 0 else 1.0)

@@ -23,6 +23,7 @@ from tuner.verify.repeats import Spread
 from tuner.verify.rounds import Launcher
 from tuner.verify.statistics import Estimate, pool
 
+SAME = 1e-6  # log units: as good as promised, whatever is said of spreads
 ASSUMED_SPREAD = Spread(0.03**2, 10.0)  # of launches (log cost), where the promise does not say
 
 
@@ -127,7 +128,7 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
         # the promise is itself an estimate: both errors count
         both = (*now.parts, *_promised(promised, logs, promise))
         worse = Estimate(math.log(promised[0]) - now.mean, both)
-        holds = worse.doubt() > 1 - promise.confidence
+        holds = worse.doubt() > 1 - promise.confidence or -worse.mean < SAME
         low, high = now.interval(promise.confidence)
         measured = (math.exp(now.mean), math.exp(low), math.exp(high))
         change = math.expm1(now.mean - math.log(promised[0])) * 100

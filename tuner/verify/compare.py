@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from tuner.pareto.front import front, points
+from tuner.pareto.front import front, points, searched
 from tuner.spec.objective import Objective
 from tuner.study.store import TrialRecord
 from tuner.verify.finalists import launch_spread
@@ -61,7 +61,7 @@ class _Cloud:
 
     @classmethod
     def of(cls, side: Side) -> _Cloud:
-        found = [p for p in points(side.trials, side.objective) if p.ok]
+        found = [p for p in points(searched(side.trials), side.objective) if p.ok]
         seen = launch_spread(side.trials)
         spread = math.sqrt(seen.variance) if seen.freedom >= 3 else LAUNCH_SPREAD
         latency = np.array([p.latency for p in found])

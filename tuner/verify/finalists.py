@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.pareto.front import COST, Point, points
+from tuner.pareto.front import COST, Point, points, searched
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Measured
@@ -50,7 +50,7 @@ def shortlist(
     ``default`` is the engine's own configuration; where the search measured it within SLO at no load, the lowest load
     of ``ladder`` is verified.
     """
-    found = [p for p in points([t for t in trials if t.role == "search"], objective) if p.ok]
+    found = [p for p in points(searched(trials), objective) if p.ok]
     spread = launch_spread(trials)
     sd = math.sqrt(spread.variance) if spread.freedom >= 3 else LAUNCH_SPREAD
     best: dict[str, Point] = {}

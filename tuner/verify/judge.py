@@ -95,9 +95,7 @@ def judge(
     capacities = Repeats(table.capacities())
     middle = {label: exp(capacities.estimate(label).mean) for label in capacities.arms}
     safe = {label: exp(capacities.estimate(label).between(1 - confidence, 1 - confidence)[0]) for label in middle}
-    lowest = min(ladder) * (1 - 1e-9)
-    promised = {label: table.promised(label, safe[label]) for label, load in middle.items() if load >= lowest}
-    promised = {label: load for label, load in promised.items() if load}
+    promised = {label: load for label in middle if (load := table.promised(label, safe[label]))}
     # each arm at a load that it holds: by what an overloaded one's launches differ says nothing of the others
     costs = Repeats({c: cost for c, cost in table.costs().items() if c[0] in promised}, known, table.within(COST))
     load_costs = Repeats(table.costs(promised), known, table.within(COST))

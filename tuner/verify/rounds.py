@@ -64,6 +64,7 @@ class Rounds:
     word: str = "verify"
     launches: list[Launched] = field(default_factory=list)
     number: int = 0
+    made: int = 0  # of the launches, those that were not made before
     _order: list[str] = field(default_factory=list)
 
     def play(self, arms: Sequence[Finalist]) -> None:
@@ -77,15 +78,25 @@ class Rounds:
         for label in self._order:
             self.launches.append(self._once(next(a for a in arms if a.label == label)))
 
+    def known(self, arms: Sequence[Finalist]) -> int:
+        """How many of ``arms`` have been launched for the next round already."""
+        return sum(self._before(arm, self.number + 1) is not None for arm in arms)
+
+    def _before(self, arm: Finalist, number: int) -> Outcome | None:
+        return self.done.get((self._label(arm, number), arm.config.hash))
+
+    def _label(self, arm: Finalist, number: int) -> str:
+        return f"{self.word} {number} {arm.label}"
+
     def _once(self, arm: Finalist) -> Launched:
         """One launch, bracketed on every window; every second round takes the windows in reverse."""
         number = self.number
-        label = f"{self.word} {number} {arm.label}"
-        known = self.done.get((label, arm.config.hash))
+        label, known = self._label(arm, number), self._before(arm, number)
         if isinstance(known, Infeasible):
             return Launched(arm.label, number, known.steps, known)
         if isinstance(known, Measured):
             return Launched(arm.label, number, known.steps)
+        self.made += 1
         self.on_event("verify-launch", {"label": label, "launched": len(self.launches), "of": self.of})
         try:
             return self._measure(arm, label)

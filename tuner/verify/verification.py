@@ -26,15 +26,17 @@ LITTLE_HOPE = 0.1  # a finalist less probable than this to be the cheapest is no
 
 @dataclass(frozen=True, slots=True)
 class VerifyBudget:
-    """When to stop repeating: after ``launches`` in all (those done before a resume included), after ``seconds`` of
-    this call, or when the intervals of the choice's cost and of its difference to the default are at most ``width``
-    wide (a share of the value). At least ``minimum`` rounds are done before the width may stop it.
+    """When to stop repeating: after ``launches`` in all (those done before a resume included), of which at most
+    ``fresh`` are made now (None: all may be), after ``seconds`` of this call, or when the intervals of the choice's
+    cost and of its difference to the default are at most ``width`` wide (a share of the value). At least ``minimum``
+    rounds are done before the width may stop it.
 
     ``worth`` is the share of the cost below which a difference is not worth a flag.
     """
 
     launches: int
     seconds: float | None = None
+    fresh: int | None = None
     width: float = 0.08
     minimum: int = 3
     confidence: float = 0.95
@@ -106,12 +108,13 @@ class _Race:
 
     def _stop(self, rounds: int, seconds: float) -> str:
         """Takes arms out of the race where that is decided, and says why to end it (empty: go on)."""
-        left = self.budget.launches - len(self.rounds.launches)
+        left = self._left()
         if rounds:
             found = self.judge(explain=False)
             self.active = [a for a in self.active if not found.arms[a.label].failure]
             if rounds > 1:
                 self._drop(found, left)
+                left = self._left()
             if all(a.baseline for a in self.active) and rounds >= self.budget.minimum:
                 return "no finalist is left beside the default"
             if rounds >= self.budget.minimum and _narrow(found, self.budget.width):
@@ -121,6 +124,13 @@ class _Race:
         if self.budget.seconds is not None and rounds and seconds >= self.budget.seconds:
             return "the time set aside is spent"
         return ""
+
+    def _left(self) -> int:
+        """How many arms the next round may have: those launched before cost nothing."""
+        left = self.budget.launches - len(self.rounds.launches)
+        if self.budget.fresh is None:
+            return left
+        return min(left, self.budget.fresh - self.rounds.made + self.rounds.known(self.active))
 
     def _drop(self, found: Judgement, left: int) -> None:
         """Finalists without hope leave the race, and the least promising ones where not all can be launched again."""

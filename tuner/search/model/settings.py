@@ -11,7 +11,7 @@ from tuner.search.hardware import Hardware
 from tuner.search.model import precision as precisions
 from tuner.search.model.precision import Precision
 from tuner.search.model.shape import ModelShape
-from tuner.space.config import ServingConfig, Value
+from tuner.space.config import ServingConfig, Value, number
 
 _GIB = 2**30
 # Chance that one draft token is accepted, before anything was measured. n-gram prompts hit rarely outside of
@@ -172,7 +172,7 @@ def _speculation(flags: Mapping[str, Value | None]) -> Speculation | None:
         return None
     if not isinstance(body, Mapping):
         return None
-    tokens = int(body.get("num_speculative_tokens") or 1)
+    tokens = int(number(body.get("num_speculative_tokens")) or 1)
     name = str(body.get("method") or ("draft_model" if body.get("model") else "ngram"))
     method = "mtp" if "mtp" in name else "eagle" if "eagle" in name else "ngram" if "ngram" in name else name
     rates = body.get("synthetic_acceptance_rates")
@@ -197,15 +197,9 @@ def _int(flags: Mapping[str, Value | None], default: int, *names: str) -> int:
 
 def _float(flags: Mapping[str, Value | None], default: float, *names: str) -> float:
     for name in names:
-        value = flags.get(name)
-        if value is None or isinstance(value, bool):
-            continue
-        try:
-            number = float(str(value).lower().replace("k", "e3"))
-        except ValueError:
-            continue
-        if number > 0:
-            return number
+        found = number(flags.get(name))
+        if found is not None and found > 0:
+            return found
     return default
 
 
