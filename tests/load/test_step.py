@@ -97,6 +97,15 @@ def test_a_step_that_was_ended_as_saturated_holds_no_latency(tmp_path, slos, mis
     assert judge(made, tuple(parse(slo) for slo in slos), (0.5,)).slo_misses == missed
 
 
+def test_a_missed_slo_says_why_requests_failed(tmp_path):
+    rows = [request(t / 10, [t / 10 + 0.05, t / 10 + 0.06]) for t in range(30)]
+    rows += [request(3 + t / 10, [], error=f"HTTP 400: {2001 + t} tokens are too many") for t in range(10)]
+    made = records(tmp_path, rows)
+    step = judge(made, (parse("error_rate=1%"),), (0.5,))
+    assert step.slo_misses[1:] == ("10 of 40 requests failed, most with: HTTP 400: 2001 tokens are too many",)
+    assert judge(made, (parse("ttft_p50=1s"),), (0.5,)).slo_misses == (), "it held: no reason to say anything"
+
+
 LOST = {"stopped": "ttft_p90 cannot hold 100 ms: 5 misses, 4 are allowed among 40", "slos": {"ttft_p90": 0.1}}
 
 

@@ -47,6 +47,18 @@ def test_a_trial_picked_by_hand_stands_with_its_cheapest_step_within_slo(tmp_pat
         of_trial(store.trials(), OBJECTIVE, 7)
 
 
+def test_a_launch_of_the_verification_is_not_picked_for_it_stands_for_one_window(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000), store, baseline=True)
+    studies.measured(1, served(2000), store, params=FASTER)
+    studies.measured(2, served(9000, load=9.0), store, params=FASTER, role="verify")
+    with pytest.raises(UsageError, match="trial 2 is a launch of the verification, not of the search") as refused:
+        of_trial(store.trials(), OBJECTIVE, 2)
+    assert refused.value.fix == "Trial 1 is the same configuration in the search"
+    picked = of_trial(store.trials(), OBJECTIVE, 1)
+    assert picked.cost_change and picked.cost_change.value == pytest.approx(-0.5)
+
+
 def test_of_equally_cheap_configurations_the_faster_is_chosen(tmp_path: Path):
     store = Store(tmp_path)
     studies.measured(0, served(500), store, baseline=True)

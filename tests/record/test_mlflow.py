@@ -102,6 +102,17 @@ def test_a_study_is_a_parent_run_with_a_child_per_trial(made):
     assert {"study.yaml"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
 
 
+def test_the_lowest_cost_so_far_is_that_of_the_search(made):
+    study, store = made
+    cheap = studies.step(1.0, study.objective, tokens_per_s=1e6)
+    studies.measured(8, (cheap,), store, role="verify")
+    assert record(study, store) == ""
+    client, (parent,), _ = runs_of(study)
+    told = client.get_metric_history(parent.info.run_id, "best_cost_usd_per_mtok_output")
+    costs = [m.value for m in sorted(told, key=lambda m: m.step)]
+    assert costs == sorted(costs, reverse=True) and costs[-1] > cheap.metrics["cost_usd_per_mtok_output"]
+
+
 def test_a_resumed_study_goes_on_in_the_same_parent_and_logs_no_trial_twice(made):
     study, store = made
     assert record(study, store, finish=False) == ""

@@ -7,6 +7,8 @@ from tests.spec.test_studyfile import GOOD, write
 from tuner.errors import UsageError
 from tuner.spec import studyfile
 
+FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
+
 
 @pytest.mark.parametrize(
     ("old", "new", "says"),
@@ -32,6 +34,10 @@ from tuner.spec import studyfile
         ("trace.csv", "y" * 300, "no such trace file"),
         ("objective: chat", f"objective: {'z' * 300}", "no objective named"),
         ("vllm/quick", "q" * 300, "no search space named"),
+        ("objective: chat", FLOOR % "top1_min: 95", "quality.top1_min is a share from 0 to 1, not 95"),
+        ("objective: chat", FLOOR % "greedy_min: -1", "quality.greedy_min is a share from 0 to 1, not -1"),
+        ("objective: chat", FLOOR % "kl_max: .nan", "quality.kl_max is nats per token, 0 or more, not nan"),
+        ("objective: chat", FLOOR % "kl_max: .inf", "quality.kl_max is nats per token, 0 or more, not inf"),
         ("{launches: 5}", "-3", "bad budget '-3'"),
         ("", "warm_start: [../gone]\n", ":9: warm_start: no study in ../gone"),
     ],

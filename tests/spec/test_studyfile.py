@@ -26,6 +26,17 @@ def write(folder, text, name="study.yaml"):
     return path
 
 
+@pytest.mark.parametrize(
+    ("said", "tokens"),
+    [("2048", 2048), ("'2048'", 2048), ("2k", 2000), ("2K", 2048), (".inf", None), ("-1", None), ("auto", None)],
+)
+def test_the_longest_request_is_read_as_the_engine_reads_it(workplace, said, tokens):
+    """A length that is not understood would cut no request of the trace, and every long one would be refused."""
+    usual = studyfile.load(write(workplace, GOOD)).space.facts["max_model_len"]
+    args = GOOD.replace("kind: emulator,", f"kind: emulator, args: {{max-model-len: {said}}},")
+    assert studyfile.load(write(workplace, args)).space.facts["max_model_len"] == (tokens or usual)
+
+
 def test_a_study_file_is_resolved_to_the_last_name(workplace):
     study = studyfile.load(write(workplace, GOOD, "mine.yaml"))
     assert study.name == "mine"

@@ -38,6 +38,14 @@ def test_the_same_study_twice_is_not_told_apart():
     assert "Nothing else differs" in found.text
 
 
+def test_what_verification_measured_again_is_no_point_of_the_front():
+    """One easy window of it would be the cheapest of all, and prove one of two equal searches cheaper."""
+    trials = (trial(0, 2048, 1000, tpot_s=0.02), trial(1, 4096, 1500, tpot_s=0.03))
+    easy = trial(2, 4096, 4000, tpot_s=0.02, role="verify")
+    found = compare(side("a", *trials, easy), side("b", *trials))
+    assert {level.winner for level in found.levels} == {0}
+
+
 def test_the_larger_of_two_studies_of_equal_truth_is_not_called_cheaper():
     proven = 0
     for seed in range(10):

@@ -138,7 +138,8 @@ def check_flags(study: Study, engine: Engine) -> None:
     known = engine.flags()
     if known is None:
         return
-    used = {flag.partition(".")[0]: "engine.args" for flag in study.space.fixed}  # a pinned parameter's flags, too
+    fixed = {flag.partition(".")[0] for flag in study.space.fixed}  # a pinned parameter's flags, too
+    used = {flag: "engine.args" if flag in study.engine.args else f"fixed in {study.space.name}" for flag in fixed}
     for parameter in study.space.parameters:
         for emission in parameter.emissions:
             used |= {flag.partition(".")[0]: f"parameter {parameter.name}" for flag in emission.flags}

@@ -122,7 +122,9 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     if within is None:
         if study.budget.verify_share > 0 and ready.traffic.heldout:
             text = "Not verified further" if before else "Not verified"
-            text += ": nothing of the budget is left. Raise it, and run the same command again."
+            left = "less than two launches" if study.budget.launches is not None else "nothing"
+            text += f": {left} of the budget is left, and it takes one of the default and one of a finalist at least."
+            text += " Raise the budget, and run the same command again."
             bench.on_event("say", {"text": text})
         return None
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
