@@ -131,16 +131,19 @@ def test_a_cheaper_or_faster_machine_keeps_it():
 
 
 def test_a_rounding_bit_breaks_nothing_where_nothing_varies():
-    quiet = Machine(lambda _config: 1.0, STUDY.objective, 3, Noise(launch=0.0, drift=0.0, stalls=0.0))
-    one = WINDOWS[:1]
-    with quiet.launch(promised().config, "x") as rig:
-        metrics = rig.measure(0.8, one[0], one[0].name).metrics
-    exact = [dict.fromkeys(range(3), metrics[key] * (1 - 1e-15)) for key in ("cost_usd_per_mtok_output", "ttft_p99_s")]
-    same = dataclasses.replace(
-        promised(), cost=tuple(exact[0].values()), latency=tuple(exact[1].values()), spread=Spread(0.0, 10)
-    )
-    found = recertify(same, quiet.launch, one, MARK)
-    assert found.holds, found.text
+    with machine(1.0).launch(promised().config, "x") as rig:
+        step = rig.measure(0.8, WINDOWS[0], WINDOWS[0].name)
+
+    class Always:
+        def measure(self, load, trace, window):
+            return dataclasses.replace(step, window=window)
+
+    cost, ttft = (step.metrics[key] * (1 - 1e-15) for key in ("cost_usd_per_mtok_output", "ttft_p99_s"))
+    exact = dataclasses.replace(promised(), cost=(cost,) * 3, latency=(ttft,) * 3, spread=Spread(0.0, 10))
+    found = recertify(exact, lambda _config, _label: contextlib.nullcontext(Always()), WINDOWS, MARK)
+    assert found.holds and "broken would be" not in found.text
+    slower = dataclasses.replace(exact, cost=(cost * 0.99,) * 3)
+    assert not recertify(slower, lambda _config, _label: contextlib.nullcontext(Always()), WINDOWS, MARK).holds
 
 
 def test_what_launches_differ_by_does_not_break_a_promise():

@@ -128,12 +128,13 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
         # the promise is itself an estimate: both errors count
         both = (*now.parts, *_promised(promised, logs, promise))
         worse = Estimate(math.log(promised[0]) - now.mean, both)
-        holds = worse.doubt() > 1 - promise.confidence or -worse.mean < SAME
+        same = abs(worse.mean) < SAME
+        holds = same or worse.doubt() > 1 - promise.confidence
         low, high = now.interval(promise.confidence)
         measured = (math.exp(now.mean), math.exp(low), math.exp(high))
         change = math.expm1(now.mean - math.log(promised[0])) * 100
         text = f"{name} {measured[0] * scale:.4g} {unit}, promised {promised[0] * scale:.4g} ({change:+.1f} %)"
-        if holds and change > 0:
+        if holds and change > 0 and not same:
             shown = math.expm1(worse.reach(1 - promise.confidence)) * 100
             text += f"; broken would be {shown:+.0f} % or more, by what this and the promise leave open"
         checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", measured, holds, text))
