@@ -136,6 +136,9 @@ def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
         ("gguf", "Q4_K_M", "Q8_0"),
         ("quantization", "q4f16_1", "q0f16"),
         ("--num-shard", 4, 2),
+        ("deploy.gpus_per_replica", 4, 2),
+        ("--hf-repo", "x/Qwen3-14B-GGUF:Q4_K_M", "x/Qwen3-14B-GGUF:F16"),
+        ("model", "Qwen/Qwen3-30B-A3B-FP8", "Qwen/Qwen3-30B-A3B"),
         ("instance_count", 2, 1),
         ("numReplicas", 2, 1),
         ("gpus", 4, 1),
@@ -193,6 +196,7 @@ def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
         ("--cache-type-k", "q8_0", "f16"),
         ("enable_attention_dp", True, False),
         ("continuous_batching", "on", "off"),
+        ("schedule_policy", "lpm", "fcfs"),
     ],
 )
 def test_capacity_is_foreseen_under_the_names_of_several_engines(name: str, more: Any, less: Any):
@@ -246,7 +250,7 @@ def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory
         ("cuda_graph_max_batch_size", (8, 64)),
         ("kv_cache_layout", ("NHD", "HND")),
         ("speculative_disable_by_batch_size", (16, 64)),
-        ("schedule_policy", ("fcfs", "lpm")),
+        ("scheduling_policy", ("fcfs", "priority")),
         ("dtype", ("float16", "bfloat16")),
         ("kv_cache_gib", (8, 16)),
         ("moe_tensor_parallel_size", (1, 2)),
@@ -255,6 +259,8 @@ def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory
         ("speculative_eagle_topk", (1, 8)),
         ("long_prefill_token_threshold", (512, 4096)),
         ("kv_offloading_size", (0, 8)),
+        ("cache.host_offload_gib", (0, 64)),
+        ("max_model_len", (4096, 8192)),
         ("np", (1, 4)),
     ],
 )

@@ -111,6 +111,10 @@ def _memory(_: Parameter, n: float) -> Effect:
     return (0.0, 2.0 * n, 0.5 if n > 0.92 else 0.0) if n <= 1 else NOTHING
 
 
+def _share_of_free(_: Parameter, n: float) -> Effect:
+    return (0.0, 0.4 * n, 0.3 if n > 0.92 else 0.0) if n <= 1 else NOTHING  # of the memory that weights leave
+
+
 def _pool(p: Parameter, n: float) -> Effect:
     usual = _number(p.default) or n  # tokens, which the memory has to hold
     return 0.0, 0.1 * math.log2(max(n, 1)), 0.15 * max(math.log2(max(n, 1) / max(usual, 1)), 0.0)
@@ -168,10 +172,11 @@ def _replicas(n: float) -> Effect:
 
 
 DP_INSIDE = r"^_dp_size_$|dp_attention_size"
+WEIGHTS_AWAY = r"cpu_offload|offload_(weights|layers|param)|weights?_offload|cpu_moe"
 GPUS = r"^_(num_|n_)?gpus_(count_)?$"  # all of a server's
 # sizes of parallelism, whose product is the number of GPUs: what a name has -> the effect of a size
 PARALLEL: Sequence[tuple[str, Callable[[float], Effect]]] = (
-    (r"_(tensor_parallel|n?tp_|num_shards?_)", _tensor),
+    (r"_(tensor_parallel|n?tp_|num_shards?_|gpus_per_)", _tensor),
     (GPUS, lambda n: (-0.4 * (1 - n**-0.9), 0.4 * math.log2(n), 0.0)),
     (r"_(pipeline_parallel|pp_)", _pipeline),
     (r"_(data_parallel|dp_|(num_|n_)?(replicas?|instances?)_(num_|count_)?$)", _replicas),
@@ -182,16 +187,18 @@ NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
     (r"graph", _graphs),
     (r"(block|page)_size|per_(block|page)_|block_seq_len", _block),
     (r"scheduler_steps|decode_steps|multi_?step", _steps),
-    (r"offload|cpu_moe", _offload),
+    (WEIGHTS_AWAY, _offload),
     (r"gpu_layers|_ngl_", _layers),
-    (r"memory|_mem_|_gpu_util|vram|cache_(max_entry|percent|fraction)", _memory),
+    (r"cache_(max_entry|percent|fraction)", _share_of_free),
+    (r"memory|_mem_|_gpu_util|vram", _memory),
     (r"_mtp|draft|specul|_spec_", _draft),
     (r"total_(tokens|seq)|max_total|_ctx_size|_num_ctx|kv_blocks|kv_tokens", _pool),
     (
         r"batch(ed)?_tokens|num_tokens|tokens?_budget|tokens_per_(step|iter)|prefill_(size|tokens?|chunk)|chunk_size"
-        r"|_u_?batch_|ragged_batch_size|_num_batch_",
+        r"|ragged_batch_size|_num_batch_",
         _budget,
     ),
+    (r"_u_?batch_", lambda p, n: _budget(p, 4 * n)),  # what a device computes at once, of a batch
     (
         r"_seqs_|_sequences?_(?!len)|running_req|ongoing_req|max_req|max_concurren|batch_size|max_batch_$|_n_?seq_"
         r"|^_(n_|num_|ollama_num_)?parallel_$|_slots_",
@@ -210,7 +217,7 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
     ),
     (r"gguf|_ftype_", ((QUARTER, (-0.5, 0.2, 0.0)), (HALF, (-0.3, 0.1, 0.0)))),
     (
-        r"quant|q_?format|model_format|weight|_dtype_|precision",
+        r"quant|q_?format|model_format|weight|_dtype_|precision|^_(model|model_(path|id)|hf_repo|checkpoint)_$",
         ((FLOAT4, (-0.55, 0.45, 0.2)), (QUARTER, (-0.5, 0.1, 0.2)), (HALF, (-0.4, 0.4, 0.08))),
     ),
     (r"specul|draft|_mtp|_spec_", ((MODEL, (-0.6, 0.1, 0.2)), (LOOKUP, (-0.2, 0.0, 0.06)))),
@@ -226,7 +233,7 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
         r"attention|attn|_fmha",
         ((r"_triton_", (0.12, -0.1, 0.0)), (r"^_(false|native|torch|sdpa|eager|math)_", (0.12, -0.1, 0.0))),
     ),
-    (r"offload|cpu_moe", ((ON, (0.6, -0.4, 0.0)),)),
+    (WEIGHTS_AWAY, ((ON, (0.6, -0.4, 0.0)),)),
     (r"(cont|inflight|continuous)_batch", ((OFF, (0.0, -1.0, 0.0)),)),
     (r"all_?reduce", ((OFF, (0.05, -0.03, 0.0)),)),
     (
@@ -244,7 +251,7 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
         r"schedul",
         (
             (rf"{ON}|_async_", (-0.05, 0.05, 0.0)),
-            (r"_lpm_|_longest_prefix|_max_util", (-0.03, 0.05, 0.0)),  # shared prefixes together; no reserve
+            (r"_lpm_|_longest_prefix", (0.0, 0.05, 0.0)),  # requests that share a prefix, one after the other
         ),
     ),
     (r"_(backend|engine|runtime)_$", ((r"^_(py)?torch_|^_transformers_", (0.12, -0.12, 0.0)),)),
@@ -275,7 +282,7 @@ def _effects(p: Parameter, experts: bool) -> list[Effect]:
     if experts and re.search(DP_INSIDE, name):
         rule = _attention
     no_length = "parallel" in name and rule is not _sequences  # a draft model's own parallel size
-    if no_length or re.search(r"top_?k|lookup_m(ax|in)|_min_|threshold|kv_.*offload", name):
+    if no_length or re.search(r"top_?k|lookup_m(ax|in)|_min_|threshold", name):
         return [NOTHING] * len(p.values)
     negated = "_false_" in name
     rule = None if negated else rule
