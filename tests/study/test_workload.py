@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.spec.conftest import workplace as workplace
 from tests.spec.test_studyfile import GOOD, write
 from tuner.spec import studyfile
@@ -60,6 +62,17 @@ def test_a_trace_that_runs_out_of_requests_says_up_to_which_load_it_fills_a_step
     assert "after 7.5 s of the 30 s of a step at load 4, and fill a step up to load 1 only" in found["30s"].notes[-1]
     assert found["15s"].notes
     assert not found["7s"].notes
+
+
+@pytest.mark.parametrize(
+    ("slo", "said"),
+    [("{ttft_p99: 1s}", True), ("{e2e_p99: 5s}", True), ("{e2e_p99: 500ms}", False), ("{tpot_p99: 50ms}", False)],
+)
+def test_where_no_slo_bounds_a_response_it_is_said_what_its_cost_counts(workplace, slo, said):
+    """Two servers that both keep up were "proven" 10 % apart by what was still on its way at a window's end."""
+    text = GOOD.replace("objective: chat\nslo: {ttft_p99: 300ms}", f"objective: {{latency: ttft_p99, slo: {slo}}}")
+    notes = workload.read(studyfile.load(write(workplace, text))).notes
+    assert any("cost counts what arrives in the 10 s of a step" in note for note in notes) == said
 
 
 def test_a_sparse_trace_is_not_called_too_short(workplace):

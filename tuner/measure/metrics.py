@@ -16,7 +16,7 @@ import numpy as np
 from tuner.load.records import ABSENT, Records, read
 from tuner.measure import quantile
 from tuner.measure.window import Window, warm_end_ns, window
-from tuner.spec.slo import Slo
+from tuner.spec.slo import Slo, bound_responses
 
 _BATCHES = 20
 _T_19 = 2.093024054408263  # Student's t, 19 degrees of freedom, two-sided 95 %
@@ -284,13 +284,9 @@ def goodputs(records: Records, span: Window, good: np.ndarray) -> tuple[dict[str
 
 
 def _promptly(records: Records, slos: Sequence[Slo], span: Window) -> bool:
-    """Whether a good request cannot have been served long after the window: the SLOs bound how long its tokens take
-    (by the token, or by an end-to-end limit that is short beside the window), and arrivals did not wait for it."""
-    bounded = any(
-        slo.latency in ("tpot", "itl", "norm_latency") or (slo.latency == "e2e" and slo.limit <= span.duration_s / 10)
-        for slo in slos
-    )
-    return bounded and "closed_loop_concurrency" not in records.meta.get("client", {})
+    """Whether a good request cannot have been served long after the window: the SLOs bound how long its tokens take,
+    and arrivals did not wait for it."""
+    return bound_responses(slos, span.duration_s) and "closed_loop_concurrency" not in records.meta.get("client", {})
 
 
 def _prompts(records: Records) -> np.ndarray:

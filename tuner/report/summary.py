@@ -121,7 +121,7 @@ def spread(value: float, interval: Interval | None, scale: float = 1.0) -> str:
     if not math.isfinite(interval[1]):
         return f"(≥ {interval[0] * scale:,.3g})"
     share = max(value - interval[0], interval[1] - value) / value * 100
-    return f"±{share:.0f} %" if share >= 10 else f"±{share:.2g} %"
+    return f"±{share:.0f} %" if share >= 10 or share < 0.01 else f"±{share:.2g} %"
 
 
 def clean(data: Any) -> Any:

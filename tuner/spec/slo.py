@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 EXACT = 1 + 1e-9  # a limit that is met to the last bit but one is met
@@ -61,6 +61,15 @@ class Slo:
 
     def __str__(self) -> str:
         return f"{self.metric}={self.show(self.limit).replace(' ', '').replace(',', '')}"
+
+
+def bound_responses(slos: Iterable[Slo], window_s: float) -> bool:
+    """Whether ``slos`` bound how long a response takes: by the token, or by an end-to-end limit that is short beside
+    the window. Where none does, goodput counts what arrives in the window (docs/measurement.md)."""
+    return any(
+        slo.latency in ("tpot", "itl", "norm_latency") or (slo.latency == "e2e" and slo.limit <= window_s / 10)
+        for slo in slos
+    )
 
 
 def check_metric(name: str) -> str:

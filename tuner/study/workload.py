@@ -10,6 +10,7 @@ import numpy as np
 
 from tuner.load import formats, windows
 from tuner.load.trace import Trace, texts_lost, with_lengths
+from tuner.spec.slo import bound_responses
 from tuner.spec.study import Study
 from tuner.verify.capacity import BEYOND
 
@@ -19,8 +20,8 @@ FULL = 0.9  # share of a step that the last arrivals of a trace must span
 @dataclass(frozen=True, slots=True)
 class Workload:
     """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths. ``notes`` say
-    what of the file is not in it as it stood, and which loads it is too short for; ``fills`` is the highest load at
-    which every window lasts as long as a step is to."""
+    what of the file is not in it as it stood, which loads it is too short for, and what its windows cannot say;
+    ``fills`` is the highest load at which every window lasts as long as a step is to."""
 
     whole: Trace
     search: tuple[Trace, ...]
@@ -68,6 +69,12 @@ def read(study: Study) -> Workload:
             f"too short: its windows have no more requests after {shortest_s / top:.3g} s of the "
             f"{spec.window_s:g} s of a step at load {top:g}, and fill a step up to load {fills:.2g} only. "
             "Take a longer trace, a shorter trace.window, fewer windows or lower loads"
+        )
+    if not bound_responses(study.objective.slos, spec.window_s):
+        notes.append(
+            "no SLO bounds how long a response takes, so cost counts what arrives in the "
+            f"{spec.window_s:g} s of a step, and two servers that both keep up differ by what is still on its way "
+            "at its end. Take a trace.window of many responses' length, or add an SLO on tpot"
         )
     return Workload(trace, search, parts.held_out, tuple(notes), fills)
 
