@@ -4,10 +4,10 @@ invented names, a simulation of queues), and searched as a user's function is: n
 
     python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
 
-``blind_c`` (vLLM), ``blind_d`` (TensorRT-LLM), ``blind_e`` (SGLang), ``blind_g`` (all of these) and ``blind_h``
-(LMDeploy, TGI and llama.cpp, too) bring a model along, which its author made wrong (``--models 30% badly``), as a
-user's own model is brought. ``blind_f``, ``blind_g`` and ``blind_h`` have six scenarios, each with a space of its own.
-What a surface is like:
+``blind_c`` (vLLM), ``blind_d`` (TensorRT-LLM), ``blind_e`` (SGLang), ``blind_g`` (all of these), ``blind_h`` and
+``blind_i`` (LMDeploy, TGI, llama.cpp and a launcher on Ray Serve, too) bring a model along, which its author made wrong
+(``--models 30% badly``), as a user's own model is brought. ``blind_f`` to ``blind_i`` have six scenarios, each with a
+space of its own. What a surface is like:
 
     python -m benchmarks.search.blind blind_c:0 blind_d:2
 
