@@ -34,6 +34,11 @@ FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
         ("trace.csv", "y" * 300, "no such trace file"),
         ("objective: chat", f"objective: {'z' * 300}", "no objective named"),
         ("vllm/quick", "q" * 300, "no search space named"),
+        (
+            "kind: emulator,",
+            "kind: emulator, args: {max-num-seqs: .inf},",
+            "engine.args.max-num-seqs: no server takes inf",
+        ),
         ("objective: chat", FLOOR % "top1_min: 95", "quality.top1_min is a share from 0 to 1, not 95"),
         ("objective: chat", FLOOR % "greedy_min: -1", "quality.greedy_min is a share from 0 to 1, not -1"),
         ("objective: chat", FLOOR % "kl_max: .nan", "quality.kl_max is nats per token, 0 or more, not nan"),

@@ -225,6 +225,9 @@ def _engine(file: EngineFile, base: Path) -> EngineSpec:
     command = tuple(file.command.split()) if isinstance(file.command, str) else tuple(file.command or ())
     python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
     args = {name.lstrip("-").replace("_", "-"): value for name, value in file.args.items()}
+    for name, value in file.args.items():
+        if isinstance(value, float) and not math.isfinite(value) and not document.begun:
+            raise document.error(f"engine.args.{name}: no server takes {value:g}", ("engine", "args", name))
     env = {name: str(value) for name, value in file.env.items()}
     said = {key: value for key in ("target", "url", "gpu") if (value := getattr(file, key))}
     return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, {**said, **file.options})
