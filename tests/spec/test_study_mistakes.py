@@ -37,7 +37,7 @@ FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
         (
             "kind: emulator,",
             "kind: emulator, args: {max-num-seqs: .inf},",
-            "engine.args.max-num-seqs: no server takes inf",
+            "--max-num-seqs: no server takes inf",
         ),
         ("objective: chat", FLOOR % "top1_min: 95", "quality.top1_min is a share from 0 to 1, not 95"),
         ("objective: chat", FLOOR % "greedy_min: -1", "quality.greedy_min is a share from 0 to 1, not -1"),

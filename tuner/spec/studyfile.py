@@ -225,9 +225,6 @@ def _engine(file: EngineFile, base: Path) -> EngineSpec:
     command = tuple(file.command.split()) if isinstance(file.command, str) else tuple(file.command or ())
     python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
     args = {name.lstrip("-").replace("_", "-"): value for name, value in file.args.items()}
-    for name, value in file.args.items():
-        if isinstance(value, float) and not math.isfinite(value) and not document.begun:
-            raise document.error(f"engine.args.{name}: no server takes {value:g}", ("engine", "args", name))
     env = {name: str(value) for name, value in file.env.items()}
     said = {key: value for key in ("target", "url", "gpu") if (value := getattr(file, key))}
     return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, {**said, **file.options})
@@ -356,6 +353,8 @@ def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> Se
     """The space with the study's own flags and environment on every server."""
     given = {name: None if value is True else value for name, value in engine.args.items() if value is not False}
     for flag, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value) and not document.begun:
+            raise document.error(f"--{flag}: no server takes {value:g}", ("engine", "args", flag))
         if isinstance(value, str) and value.startswith("$"):
             if value[1:] not in space.facts:
                 fix = suggest(value[1:], space.facts)
