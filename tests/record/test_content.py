@@ -136,6 +136,14 @@ def test_gpu_series_are_thinned_but_keep_their_own_times(one):
     assert not any("throttled" in s.name or "index" in s.name for s in samples)
 
 
+def test_a_machine_without_gpus_has_series_too(one):
+    store, study = one
+    looks = [telemetry.Sample(1000.0 + i, 1.0, telemetry.HostSample(0.5, 3, 1.0, 2), ()) for i in range(5)]
+    telemetry.write(looks, store.trials()[0].folder / "telemetry.parquet")
+    names = {s.name for s in content(store.trials()[0], study).samples if s.name.startswith("system/")}
+    assert "system/host_cpu" in names and not any("gpu" in name for name in names)
+
+
 def test_the_trials_files_are_its_artifacts(one):
     store, study = one
     folder = store.trials()[0].folder

@@ -148,6 +148,7 @@ def test_half_size_weights_lower_the_latency_and_raise_the_capacity():
         ("--n-cpu-moe", 0, 16),
         ("cpu_offload_gb", 2, 8),
         ("n_gpu_layers", 99, 20),
+        ("n_gpu_layers", -1, 20),
         ("--backend", "turbomind", "pytorch"),
         ("disable_custom_all_reduce", False, True),
         ("enable_torch_compile", True, False),
@@ -205,7 +206,7 @@ def test_capacity_is_foreseen_under_the_names_of_several_engines(name: str, more
 
 
 def test_where_0_means_that_the_engine_chooses_it_is_like_the_others():
-    for name in ("num_tokens_per_iter", "max_num_seqs", "max_total_tokens"):
+    for name in ("num_tokens_per_iter", "max_num_seqs", "max_total_tokens", "ubatch_size"):
         table = effects(SearchSpace("one", "lmdeploy", (knob(name, 0, 1024, 4096, default=0),)))[0]
         assert table[1, 1] < table[0, 1] < table[2, 1]
 
@@ -229,6 +230,8 @@ def test_sizes_that_lie_within_others_take_no_more_gpus():
     assert effects(inside)[1][1, 1] < effects(replicas)[1][1, 1]
     whole = SearchSpace("s", "mine", (knob("gpus", 1, 2, 4, default=1), *sizes))
     assert sorted(World.of(whole).sizes) == [0]
+    none = SearchSpace("s", "mine", (knob("gpus", 0, 2, 4, default=0), *sizes))
+    assert sorted(World.of(none).sizes) == [1, 2], "what may be 0 counts no GPUs"
 
 
 def test_kernels_that_have_to_be_installed_are_feared():
@@ -260,6 +263,12 @@ def test_a_word_among_numbers_is_like_their_mean_and_not_like_none_of_the_memory
         ("long_prefill_token_threshold", (512, 4096)),
         ("kv_offloading_size", (0, 8)),
         ("cache.host_offload_gib", (0, 64)),
+        ("kv_cpu_offload_gb", (0, 10)),
+        ("prefix_caching_hash_algo", ("sha256", "builtin")),
+        ("radix_eviction_policy", ("lru", "lfu")),
+        ("disable_cascade_attn", (False, True)),
+        ("attention_dp_enable_balance", (False, True)),
+        ("lora_dtype", ("auto", "fp8")),
         ("max_model_len", (4096, 8192)),
         ("np", (1, 4)),
     ],

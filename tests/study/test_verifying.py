@@ -106,12 +106,12 @@ def settling(tmp_path, monkeypatch):
     monkeypatch.setattr(verifying, "executor", lambda _bench: contextlib.nullcontext())
     ready = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=[1]))
 
-    def again(within):
+    def again(within, made=4):
         seen = []
 
         def verify(_study, _launch, finalists, baseline, _windows, allowed, _on_event, **more):
             seen.append(([arm.label for arm in (baseline, *finalists)], allowed.launches, len(more["done"])))
-            return replace(written, more=0)
+            return replace(written, more=0, launches=made)
 
         monkeypatch.setattr(verifying, "verify", verify)
         ready.study = replace(study, budget=within)
@@ -171,6 +171,21 @@ def test_where_nothing_is_left_a_verified_study_is_not_called_unverified(settlin
     again, study, _store, _labels = settling
     (text,) = again(replace(study.budget, launches=4))
     assert text.startswith("Not verified further: ")
+
+
+def test_a_verification_that_could_launch_nothing_does_not_replace_what_was_proven(settling):
+    again, study, store, _labels = settling
+    before = (store.folder / verifying.VERIFIED).read_text()
+    *_, text = again(told(study, store, 6), made=0)
+    assert text.startswith("Not verified further: ")
+    assert (store.folder / verifying.VERIFIED).read_text() == before
+
+
+def test_a_budget_below_what_was_spent_pays_nothing_and_keeps_the_launches_that_are_known(settling):
+    again, study, store, _labels = settling
+    spent = budget.spent(study, store.launched("search", "verify")).launches
+    _text, (_launched, launches, done) = again(replace(study.budget, launches=spent - 1))
+    assert launches == done == 4
 
 
 def test_what_is_recommended_for_its_latency_is_not_taken_apart_for_cost(ablated):

@@ -272,6 +272,8 @@ def test_below_every_measured_load_a_server_puts_out_what_is_asked_of_it():
     """A function engine counts no goodput by what was asked for: at half the load it earns half as much."""
     steps = [Step(8.0, "a", {COST: 2.0, "output_tokens_per_s": 800.0, "ttft_p99_s": 0.1})]
     assert cost_at(steps, 8.0) == pytest.approx(2.0) and cost_at(steps, 4.0) == pytest.approx(4.0)
+    late = [replace(steps[0], slo_misses=("ttft_p99",))]  # its cost is of an overloaded server already
+    assert cost_at(late, 4.0) == pytest.approx(2.0)
 
 
 def test_launches_known_from_before_do_not_buy_new_ones():
@@ -283,6 +285,18 @@ def test_launches_known_from_before_do_not_buy_new_ones():
     bench.machine.labels.clear()
     found = bench.verify("v2", launches=4 + 2, fresh=2, done=done)
     assert len(bench.machine.labels) == 2 and found.launches == 4, "two rounds, of which the default's were known"
+
+
+def test_with_too_few_new_launches_for_all_the_most_promising_finalist_is_verified():
+    bench = Bench({"v0": 1.0, "v1": 1.02, "v2": 1.02})
+    bench.verify(launches=2, minimum=5)
+    assert [d.label for d in bench.done] == ["verify 1 default", "verify 2 default"]
+    bench.machine.labels.clear()
+    found = bench.verify("v1", "v2", launches=9, fresh=1, done=list(bench.done))
+    assert bench.machine.labels == ["verify 1 v1"] and found.launches == 2
+    bench.machine.labels.clear()
+    nothing = bench.verify("v1", launches=4, fresh=0, done=bench.done[:2])
+    assert nothing.launches == 0 and not bench.machine.labels, "which the caller keeps to himself"
 
 
 def test_it_never_launches_more_than_the_budget():

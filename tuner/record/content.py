@@ -214,9 +214,11 @@ def _system(path: Path) -> Iterator[Sample]:
     import pandas as pd
 
     table = pd.read_parquet(path).select_dtypes("number")
+    if "at_s" not in table:
+        return
     of_gpus = [column for column in table if column.startswith("gpu_")]
     yield from _series(table.drop(columns=of_gpus).drop_duplicates("at_s"), "system/")
-    for gpu, rows in table.groupby("gpu_index"):
+    for gpu, rows in table.groupby("gpu_index") if "gpu_index" in table else ():
         named = {column: column.removeprefix("gpu_") for column in of_gpus}
         yield from _series(
             rows[["at_s", *of_gpus]].drop(columns="gpu_index").rename(columns=named), f"system/gpu{gpu:g}_"

@@ -93,9 +93,10 @@ class World:
     @classmethod
     def of(cls, space: SearchSpace) -> World:
         named = {} if any(p.counts_gpus for p in space.parameters) else dict(enumerate(space.parameters))
-        named = {j: p for j, p in named.items() if re.search(GPUS, _plain(p.name))} or named
         experts = _experts(space)
-        sizes = {j: np.log([*map(float, p.values), 1.0]) for j, p in named.items() if _parallel(p, experts)}
+        named = {j: p for j, p in named.items() if _parallel(p, experts)}
+        named = {j: p for j, p in named.items() if re.search(GPUS, _plain(p.name))} or named
+        sizes = {j: np.log([*map(float, p.values), 1.0]) for j, p in named.items()}
         there = math.log(max(float(space.facts.get("gpus") or 1), 1.0))
         return cls(sizes, max([there, *(of.max() for of in sizes.values())]))
 
@@ -121,11 +122,12 @@ def _pool(p: Parameter, n: float) -> Effect:
 
 
 def _layers(_: Parameter, n: float) -> Effect:
-    return -0.01 * min(max(n, 0), 80), 0.01 * min(max(n, 0), 80), 0.0  # of a model, on the GPU
+    n = min(n, 80) if n >= 0 else 80  # of a model, on the GPU; -1: all
+    return -0.01 * n, 0.01 * n, 0.0
 
 
 def _offload(_: Parameter, n: float) -> Effect:
-    n = math.log2(1 + max(n, 0))
+    n = math.log2(1 + min(max(n, 0), 1024))
     return 0.15 * n, -0.1 * n, 0.0  # weights that are read over the bus, or computed by the CPU
 
 
@@ -141,6 +143,10 @@ def _sequences(_: Parameter, n: float) -> Effect:
 
 def _budget(_: Parameter, n: float) -> Effect:
     return 0.04 * math.log2(max(n, 1)), -0.5 * (512 / max(n, 1)) ** 0.7, 0.2 if n >= 16384 else 0.0
+
+
+def _part(p: Parameter, n: float) -> Effect:
+    return _budget(p, 4 * n)  # of a batch, what a device computes at once
 
 
 def _graphs(_: Parameter, n: float) -> Effect:
@@ -172,6 +178,8 @@ def _replicas(n: float) -> Effect:
 
 
 DP_INSIDE = r"^_dp_size_$|dp_attention_size"
+# names that have a known one's words, and mean something about it
+ABOUT = r"top_?k|lookup_m(ax|in)|_min_|threshold|_hash|evict|cascade|balance|_lora|_kv.*offload"
 WEIGHTS_AWAY = r"cpu_offload|offload_(weights|layers|param)|weights?_offload|cpu_moe"
 GPUS = r"^_(num_|n_)?gpus_(count_)?$"  # all of a server's
 # sizes of parallelism, whose product is the number of GPUs: what a name has -> the effect of a size
@@ -198,14 +206,14 @@ NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
         r"|ragged_batch_size|_num_batch_",
         _budget,
     ),
-    (r"_u_?batch_", lambda p, n: _budget(p, 4 * n)),  # what a device computes at once, of a batch
+    (r"_u_?batch_", _part),
     (
         r"_seqs_|_sequences?_(?!len)|running_req|ongoing_req|max_req|max_concurren|batch_size|max_batch_$|_n_?seq_"
         r"|^_(n_|num_|ollama_num_)?parallel_$|_slots_",
         _sequences,
     ),
 )
-SIZES = (_budget, _sequences, _pool)  # of which 0 or -1 means: as the engine likes
+SIZES = (_budget, _part, _sequences, _pool)  # of which 0 or -1 means: as the engine likes
 # what a name has -> what a value has, and its effect: fewer bytes to read and to hold, and of floats of four bits
 # faster tensor cores; more tokens per step; launch overheads without CUDA graphs; decode steps that wait for whole
 # prompts; experts' tokens that are sent to everybody, or by kernels made for it, which have to be installed
@@ -282,7 +290,7 @@ def _effects(p: Parameter, experts: bool) -> list[Effect]:
     if experts and re.search(DP_INSIDE, name):
         rule = _attention
     no_length = "parallel" in name and rule is not _sequences  # a draft model's own parallel size
-    if no_length or re.search(r"top_?k|lookup_m(ax|in)|_min_|threshold", name):
+    if no_length or re.search(ABOUT, name):
         return [NOTHING] * len(p.values)
     negated = "_false_" in name
     rule = None if negated else rule

@@ -22,9 +22,9 @@ def number(value: object) -> float | None:
     for what no server can mean."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    text = str(value).strip()
-    unit = UNITS.get(text[-1:], 1)
     try:
+        text = str(value).strip()
+        unit = UNITS.get(text[-1:], 1)
         found = float(text[:-1] if unit > 1 else text) * unit
     except ValueError:
         return None

@@ -49,7 +49,7 @@ class Slo:
         measured. No errors at all are far from any limit, and a limit of no errors is far off with the first one."""
         value = metrics.get(self.key, math.inf)
         found = math.log(max(value, 1e-12) / max(self.limit, 1e-9)) if math.isfinite(value) else math.inf
-        return found if value > self.limit * EXACT else min(found, 0.0)
+        return max(found, 1e-9) if value > self.limit * EXACT else min(found, 0.0)
 
     def show(self, value: float) -> str:
         """``value`` as the user reads it: milliseconds, or per cent."""

@@ -139,7 +139,8 @@ def check_flags(study: Study, engine: Engine) -> None:
     if known is None:
         return
     fixed = {flag.partition(".")[0] for flag in study.space.fixed}  # a pinned parameter's flags, too
-    used = {flag: "engine.args" if flag in study.engine.args else f"fixed in {study.space.name}" for flag in fixed}
+    args = {flag.partition(".")[0] for flag in study.engine.args}
+    used = {flag: "engine.args" if flag in args else f"fixed in {study.space.name}" for flag in fixed}
     for parameter in study.space.parameters:
         for emission in parameter.emissions:
             used |= {flag.partition(".")[0]: f"parameter {parameter.name}" for flag in emission.flags}

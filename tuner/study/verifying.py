@@ -122,10 +122,7 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     if within is None:
         if study.budget.verify_share > 0 and ready.traffic.heldout:
             text = "Not verified further" if before else "Not verified"
-            left = "less than two launches" if study.budget.launches is not None else "nothing"
-            text += f": {left} of the budget is left, and it takes one of the default and one of a finalist at least."
-            text += " Raise the budget, and run the same command again."
-            bench.on_event("say", {"text": text})
+            bench.on_event("say", {"text": f"{text}: {_TOO_LITTLE}"})
         return None
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
     with executor(bench) as where:
@@ -140,6 +137,9 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
             done=_done(records, "verify"),
             known=launch_spread(records),
         )
+    if not result.launches:
+        bench.on_event("say", {"text": f"Not verified{' further' if before else ''}: {_TOO_LITTLE}"})
+        return None
     if result.more:
         result = replace(result, text=f"{result.text}\n\n{_go_on(study, store, result.more)}")
     write_json(store.folder / VERIFIED, result.to_dict())
@@ -184,7 +184,7 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
         words, path = f"holds what up to {before['budget']} launches said", str(store.folder / ABLATED)
         raise UsageError(words, where=path, fix=_LAUNCHES.format(before["budget"]))
     if verified.reason == "faster":
-        words = "it is recommended for its latency, and ablation weighs cost alone"
+        words = "it is recommended for its latency, of which ablation sees large effects only"
         raise UsageError(words, where=str(store.folder), fix="Keep its flags as they are")
     winner = Finalist(verified.choice, verified.config, verified.load, trial=verified.trial)
     with executor(bench) as where:
@@ -223,6 +223,10 @@ def verification(store: Store) -> Verification | None:
         return Verification.from_dict(read_json(path))
 
 
+_TOO_LITTLE = (
+    "too little of the budget is left for a launch of the default and one of a finalist. "
+    "Raise it, and run the same command again."
+)
 _LAUNCHES = "Give --launches {} or more."
 _VERIFY = "Run the study with budget.verify_share above 0 first."
 
@@ -253,8 +257,11 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
     used = budget.spent(study, trials)
     launches, fresh, seconds = 10_000, None, []
     if study.budget.launches is not None:
-        fresh = study.budget.launches - used.launches
-        launches = fresh + _known(_done(trials, "verify"), arms)
+        known, left = _known(_done(trials, "verify"), arms), study.budget.launches - used.launches
+        if known + left < 2:
+            return None
+        fresh = max(left, 0)
+        launches = known + fresh
     if study.budget.hours is not None:
         seconds.append((study.budget.hours - used.hours) * 3600)
     if study.budget.usd is not None:

@@ -108,7 +108,8 @@ def cost_at(steps: Sequence[Step], load: float) -> float:
     if not known:
         return math.nan
     near = next((s for s in reversed(known) if s.load <= load * (1 + 1e-9)), known[0])
-    if "goodput_window_s" in near.metrics or load < near.load:  # a server that kept up with more puts out what is asked
+    kept_up = load < near.load and not near.slo_misses  # with more: it puts out what is asked of it
+    if "goodput_window_s" in near.metrics or kept_up:
         return near.metrics[COST] * near.load / load
     here, there = near.metrics.get(THROUGHPUT, math.nan), value_at(known, load, THROUGHPUT)
     return near.metrics[COST] * (here / there if here > 0 and there > 0 else 1.0)

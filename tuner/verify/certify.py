@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from scipy import special
 
 from tuner.engines.protocol import LaunchFailed, OnEvent
-from tuner.errors import UsageError
+from tuner.errors import UsageError, alike
 from tuner.load.trace import Trace
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Range, margin
@@ -104,7 +105,8 @@ def recertify(
 def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, ...]:
     every = [step for group in steps for step in group]
     gap = float(np.mean([margin(step, promise.slos) for step in every]))
-    missed = sorted({miss for step in every for miss in step.slo_misses})
+    told = alike(Counter(miss for step in every for miss in step.slo_misses))
+    missed = sorted(told, key=lambda miss: miss[0].isdigit())  # last, why requests failed
     limits = ", ".join(map(str, promise.slos)) or "none"
     words = "the SLOs hold" if gap <= 0 else f"SLOs missed at load {promise.load:.3g}: {'; '.join(missed[:3])}"
     unserved = [step for step in every if served_nothing(step)]

@@ -67,6 +67,8 @@ def verify(
     arms = [baseline, *finalists][: max(budget.launches // 3, 2)]
     before = {(d.label, d.config): d.outcome for d in done}
     rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches)
+    while budget.fresh is not None and budget.fresh + rounds.known(arms) < len(arms) > 2:
+        arms.pop()  # the least promising
     race = _Race(study, arms, rounds, budget, known)
     stopped = race.run(clock)
     return verdict(
