@@ -213,7 +213,7 @@ def _judged(launches, labels=("default",)):
     bench = Bench({"v0": 1.0, "v1": 1.0}, LATENCY)
     arms = [bench.finalist("v0"), bench.finalist("v1")][: len(labels)]
     slos = bench.study.objective.slos
-    return judge(arms, launches, slos, "ttft_p99_s", bench.study.load.ladder), Table(launches, slos)
+    return judge(arms, launches, slos, "ttft_p99_s"), Table(launches, slos)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_configurations_never_measured_in_one_round_are_not_compared(price):
             metrics = {"cost_usd_per_mtok_output": price * (1 + 0.001 * number), "ttft_p99_s": 0.1}
             steps = tuple(Step(1.0, w.name, metrics, untrusted=late if w is WINDOWS[0] else ()) for w in WINDOWS)
             launches.append(Launched(arm.label, number, steps))
-    found = judge(arms, launches, (), "ttft_p99_s", [1.0])
+    found = judge(arms, launches, (), "ttft_p99_s")
     assert (found.choice, found.reason) == ("default", "nothing-proven")
     assert math.isnan(found.arms["v1"].difference[0]) and found.arms["v1"].best == pytest.approx(0.5, abs=0.05)
 

@@ -245,14 +245,13 @@ class _Bench:
     def beside_the_winner(self, small: Finalist) -> Arm:
         """What every launch says of ``small``, its differences being to the winner."""
         arms = [replace(self.winner, baseline=True), small]
-        objective, ladder = self.study.objective, self.study.load.ladder
+        objective = self.study.objective
         confidence = self.budget.confidence
         found = judge(
             arms,
             self.rounds.launches,
             objective.slos,
             objective.latency_key,
-            ladder,
             confidence=confidence,
             explain=False,
         )

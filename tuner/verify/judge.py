@@ -71,7 +71,6 @@ def judge(
     launches: Sequence[Launched],
     slos: Sequence[Slo],
     latency_key: str,
-    ladder: Sequence[float],
     *,
     confidence: float = 0.95,
     worth: float = 0.01,

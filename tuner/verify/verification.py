@@ -99,7 +99,6 @@ class _Race:
             self.rounds.launches,
             self.study.objective.slos,
             self.study.objective.latency_key,
-            self.study.load.ladder,
             confidence=self.budget.confidence,
             worth=self.budget.worth,
             known=self.known,
