@@ -63,9 +63,9 @@ class Server:
         self._run("initdb", "-D", self.folder / "data", *flags, "-E", "UTF8", "--locale=C")
 
     def _run(self, program: str, *words: object) -> None:
-        subprocess.run(
+        done = subprocess.run(
             [str(self.bin / program), *map(str, words)],
-            check=True,
+            check=False,
             user=self.user,
             group=self.user and pwd.getpwnam(self.user).pw_gid,
             extra_groups=[] if self.user else None,
@@ -73,6 +73,8 @@ class Server:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE if program != "pg_ctl" else subprocess.DEVNULL,
         )
+        if done.returncode:
+            raise RuntimeError(f"{program} ended with {done.returncode}: {(done.stderr or b'').decode()[-500:]}")
 
 
 @contextmanager
