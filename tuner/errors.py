@@ -69,11 +69,10 @@ def printable(text: str) -> str:
 def alike(counts: Mapping[str, int]) -> dict[str, int]:
     """Texts with their counts, the commonest first. Those that differ in their figures alone count as one, which the
     first of them stands for."""
-    kinds = {text: re.sub(r"\d+(\.\d+)?", "#", text) for text in counts}
     example: dict[str, str] = {}
     found: Counter[str] = Counter()
     for text, count in counts.items():
-        found[example.setdefault(kinds[text], text)] += count
+        found[example.setdefault(re.sub(r"\d+(\.\d+)?", "#", text), text)] += count
     return dict(found.most_common())
 
 

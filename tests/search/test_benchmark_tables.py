@@ -183,7 +183,7 @@ def test_a_blind_surface_brings_its_wrong_model_along(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["blind_a:2", "blind_c:1", "blind_d:2", "blind_e:0", "blind_f:3", "blind_g:4", "blind_h:5"]
+    "name", ["blind_a:2", "blind_c:1", "blind_d:2", "blind_e:0", "blind_f:3", "blind_g:4", "blind_h:5", "blind_i:3"]
 )
 def test_the_sheet_of_a_surface_says_how_its_models_rank_and_that_it_measures_its_truth(name: str):
     first, _, *models, last = sheet(load_surface(name), count=80)

@@ -165,10 +165,15 @@ class Records:
     def __len__(self) -> int:
         return len(self.columns["request"])
 
+    def failed(self) -> np.ndarray:
+        """(n,) bool: ended with an error, a refusal or the timeout. Being cut off by an early stop is no failure."""
+        error = self.columns["error"]
+        return (error != "") & (error != "stopped")
+
     def failures(self) -> dict[str, int]:
         """How requests failed, those of warm-up and tail included: an error's words and how many had it, the commonest
         first. Those that differ in their figures alone count as one."""
-        return alike(Counter(str(error) for error in self.columns["error"] if error not in ("", "stopped")))
+        return alike(Counter(map(str, self.columns["error"][self.failed()])))
 
     def tokens(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Row group by row group: the rows, ``token_ns`` of all of them end to end, and (rows + 1,) offsets into it."""

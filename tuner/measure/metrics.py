@@ -86,12 +86,6 @@ def is_measured(records: Records, span: Window) -> np.ndarray:
     return (intended >= span.start_ns) & (intended <= span.end_ns) & ~records.columns["warmup"]
 
 
-def failed(records: Records) -> np.ndarray:
-    """(n,) bool: ended with an error, a refusal or the timeout. Being cut off by an early stop is no failure."""
-    error = records.columns["error"]
-    return (error != "") & (error != "stopped")
-
-
 def censored_requests(records: Records, measured: np.ndarray) -> int:
     """Measured requests of which the end was not seen: timed out, or cut off by an early stop."""
     error = records.columns["error"]
@@ -128,13 +122,13 @@ def tpot_s(records: Records, limit_s: float = math.inf) -> np.ndarray:
     gaps = c["output_tokens"] - 1
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where(gaps > 0, (c["last_token_ns"] - c["first_token_ns"]) / 1e9 / gaps, np.nan)
-    return np.where(failed(records), np.inf, np.where(_whole(records), values, np.nan))
+    return np.where(records.failed(), np.inf, np.where(_whole(records), values, np.nan))
 
 
 def norm_latency_s(records: Records, limit_s: float = math.inf) -> np.ndarray:
     """End-to-end latency divided by the output tokens."""
     tokens = np.maximum(records.columns["output_tokens"], 1)
-    return np.where(failed(records), np.inf, np.where(_whole(records), e2e_s(records) / tokens, np.nan))
+    return np.where(records.failed(), np.inf, np.where(_whole(records), e2e_s(records) / tokens, np.nan))
 
 
 REQUEST_LATENCIES: Mapping[str, Callable[[Records, float], np.ndarray]] = {
@@ -160,7 +154,7 @@ def _latency(records: Records, until_ns: np.ndarray, limit_s: float) -> np.ndarr
     values = np.where(cut_off, np.where(waited_s > limit_s, np.inf, waited_s), values)
     # a response without a single token, though it ended well, answered nothing
     empty = (c["error"] == "") & (c["output_tokens"] == 0)
-    return np.where(failed(records) | empty, np.inf, values)
+    return np.where(records.failed() | empty, np.inf, values)
 
 
 def send_lag_s(records: Records) -> np.ndarray:
@@ -177,7 +171,7 @@ class Gaps:
 
     def __init__(self, records: Records, chosen: np.ndarray) -> None:
         self._records, self._chosen = records, chosen
-        self.infinite = int((failed(records) & chosen).sum())
+        self.infinite = int((records.failed() & chosen).sum())
         self._held: list[tuple[np.ndarray, np.ndarray]] | None = None
         tokens = records.columns["output_tokens"][chosen]
         if int(tokens.sum()) <= _HOLD_GAPS:
@@ -209,7 +203,7 @@ class Gaps:
 
 def error_rate(records: Records, measured: np.ndarray) -> float:
     """Share of the measured requests that failed."""
-    return float(failed(records)[measured].mean())
+    return float(records.failed()[measured].mean())
 
 
 def offered_requests_per_s(records: Records, span: Window) -> float:

@@ -219,10 +219,8 @@ def _system(path: Path) -> Iterator[Sample]:
     of_gpus = [column for column in table if column.startswith("gpu_")]
     yield from _series(table.drop(columns=of_gpus).drop_duplicates("at_s"), "system/")
     for gpu, rows in table.groupby("gpu_index") if "gpu_index" in table else ():
-        named = {column: column.removeprefix("gpu_") for column in of_gpus}
-        yield from _series(
-            rows[["at_s", *of_gpus]].drop(columns="gpu_index").rename(columns=named), f"system/gpu{gpu:g}_"
-        )
+        own = rows[["at_s", *of_gpus]].drop(columns="gpu_index")
+        yield from _series(own.rename(columns=lambda name: name.removeprefix("gpu_")), f"system/gpu{gpu:g}_")
 
 
 def _series(table: pd.DataFrame, prefix: str) -> Iterator[Sample]:

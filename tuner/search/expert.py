@@ -286,17 +286,15 @@ def _effects(p: Parameter, experts: bool) -> list[Effect]:
     """What the rules say of each value. Where they know numbers alone, a word is no drafts, or like the mean of the
     numbers ("auto")."""
     name = _plain(p.name)
-    rule = next((rule for has, rule in NUMBERS if re.search(has, name)), None)
-    if experts and re.search(DP_INSIDE, name):
-        rule = _attention
+    inside = experts and re.search(DP_INSIDE, name)
+    rule = _attention if inside else next((rule for has, rule in NUMBERS if re.search(has, name)), None)
     no_length = "parallel" in name and rule is not _sequences  # a draft model's own parallel size
     if no_length or re.search(ABOUT, name):
         return [NOTHING] * len(p.values)
     negated = "_false_" in name
-    rule = None if negated else rule
     known = next((values for has, values in WORDS if re.search(has, name)), ())
     numbers = [n for v in p.values if (n := _number(v)) is not None]
-    if rule is not None and any(n > 0 for n in numbers):
+    if rule is not None and not negated and any(n > 0 for n in numbers):
         of = {n: rule(p, n) for n in numbers if n > 0 or rule not in SIZES}
         latency, capacity, _ = np.mean(list(of.values()), axis=0).tolist()
         word = rule(p, 0) if rule is _draft else (latency, capacity, 0.0)

@@ -17,15 +17,19 @@ def same(a: Value, b: Value) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
+def readable(value: object) -> float:
+    """A number as vLLM reads one: 2048, "2048", "2k" (2,000), "2K" (2,048). Raises ``ValueError`` for anything else."""
+    text = str(value).strip()
+    unit = UNITS.get(text[-1:], 1)
+    return float(text[:-1] if unit > 1 else text) * unit
+
+
 def number(value: object) -> float | None:
-    """A number as engines read one: 2048, "2048", and vLLM's "2k" (2,000) and "2K" (2,048). None for anything else, and
-    for what no server can mean."""
+    """:func:`readable`; None for what is no number, and for what no server can mean."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
-        text = str(value).strip()
-        unit = UNITS.get(text[-1:], 1)
-        found = float(text[:-1] if unit > 1 else text) * unit
+        found = readable(value)
     except ValueError:
         return None
     return found if abs(found) < 2**53 else None

@@ -116,13 +116,13 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     if not (listed.finalists or listed.baseline.value):
         return None
     before = verification(store)
+    too_little = f"Not verified{' further' if before else ''}: {_TOO_LITTLE}"
     finalists = _to_settle(study, store, before) if before else ()
     finalists = [f for f in listed.finalists if f.label in finalists] or listed.finalists
     within = limits(ready, store, (listed.baseline, *finalists))
     if within is None:
         if study.budget.verify_share > 0 and ready.traffic.heldout:
-            text = "Not verified further" if before else "Not verified"
-            bench.on_event("say", {"text": f"{text}: {_TOO_LITTLE}"})
+            bench.on_event("say", {"text": too_little})
         return None
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
     with executor(bench) as where:
@@ -138,7 +138,7 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
             known=launch_spread(records),
         )
     if not result.launches:
-        bench.on_event("say", {"text": f"Not verified{' further' if before else ''}: {_TOO_LITTLE}"})
+        bench.on_event("say", {"text": too_little})
         return None
     if result.more:
         result = replace(result, text=f"{result.text}\n\n{_go_on(study, store, result.more)}")

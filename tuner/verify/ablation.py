@@ -301,6 +301,11 @@ def _lost(rounds: Rounds, arms: Mapping[str, Finalist]) -> dict[str, str]:
     }
 
 
+def _percent(factor: Range, digits: int = 1, sure: str = "") -> str:
+    middle, low, high = (f"{(x - 1) * 100:+.{digits}f}" for x in factor)
+    return f"{middle} % ({low} to {high} %{sure})"
+
+
 def _text(
     effects: Sequence[Effect], change: Range, arm: Arm | None, launches: int, latency: str, budget: AblationBudget
 ) -> str:
@@ -318,21 +323,15 @@ def _text(
     for e in effects:
         figure = ""
         if not math.isnan(e.cost_without[0]):
-            middle, low, high = ((x - 1) * 100 for x in e.cost_without)
-            figure = f"cost without it {middle:+.1f} % ({low:+.1f} to {high:+.1f} %); "
+            figure = f"cost without it {_percent(e.cost_without)}; "
         if not math.isnan(e.latency_without[0]) and abs(e.latency_without[0] - 1) >= budget.slower:
-            middle, low, high = ((x - 1) * 100 for x in e.latency_without)
-            figure += f"{latency} {middle:+.0f} % ({low:+.0f} to {high:+.0f} %); "
+            figure += f"{latency} {_percent(e.latency_without, 0)}; "
         lines.append(f"- `{e.parameter}` = {e.value}: {'kept' if e.kept else 'set back'}; {figure}{e.why}")
     if not math.isnan(change[0]):
-        middle, low, high = ((x - 1) * 100 for x in change)
         sure = f"{budget.confidence * 100:g} %"
-        lines.append(
-            f"The smallest config costs {middle:+.1f} % ({low:+.1f} to {high:+.1f} %, {sure}) against the winner."
-        )
+        lines.append(f"The smallest config costs {_percent(change, sure=f', {sure}')} against the winner.")
     if arm:
         lines[-1] += f" At load {arm.load:.3g} it costs {figures(arm, latency)}."
         if not math.isnan(arm.latency_difference[0]):
-            middle, low, high = ((x - 1) * 100 for x in arm.latency_difference)
-            lines[-1] += f" Its {latency} is {middle:+.0f} % ({low:+.0f} to {high:+.0f} %) against the winner's."
+            lines[-1] += f" Its {latency} is {_percent(arm.latency_difference, 0)} against the winner's."
     return "\n".join(lines)

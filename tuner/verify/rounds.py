@@ -52,7 +52,8 @@ class Rounds:
     The order is counterbalanced (ABBA): odd rounds take the arms in a seeded random order, even rounds in the reverse
     of the round before, so that a machine that slowly warms up or fills up favours nobody. ``done`` maps labels and
     config hashes of launches made before to their outcomes: those are not repeated (under one label another winner's
-    launches may be there, with another config). ``word`` begins every label.
+    launches may be there, with another config). ``of`` launches are allowed in all, ``fresh`` of them now (None: all).
+    ``word`` begins every label.
     """
 
     study: Study
@@ -62,6 +63,7 @@ class Rounds:
     done: Mapping[tuple[str, str], Outcome]
     of: int
     word: str = "verify"
+    fresh: int | None = None
     launches: list[Launched] = field(default_factory=list)
     number: int = 0
     made: int = 0  # of the launches, those that were not made before
@@ -78,9 +80,13 @@ class Rounds:
         for label in self._order:
             self.launches.append(self._once(next(a for a in arms if a.label == label)))
 
-    def known(self, arms: Sequence[Finalist]) -> int:
-        """How many of ``arms`` have been launched for the next round already."""
-        return sum(self._before(arm, self.number + 1) is not None for arm in arms)
+    def left(self, arms: Sequence[Finalist]) -> int:
+        """How many of ``arms`` the next round may have: those launched for it before cost nothing."""
+        left = self.of - len(self.launches)
+        if self.fresh is None:
+            return left
+        known = sum(self._before(arm, self.number + 1) is not None for arm in arms)
+        return min(left, self.fresh - self.made + known)
 
     def _before(self, arm: Finalist, number: int) -> Outcome | None:
         return self.done.get((self._label(arm, number), arm.config.hash))

@@ -66,8 +66,8 @@ def verify(
         raise UsageError("there is no held-out window to verify on", fix="Set trace.heldout_windows to 3 or more.")
     arms = [baseline, *finalists][: max(budget.launches // 3, 2)]
     before = {(d.label, d.config): d.outcome for d in done}
-    rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches)
-    while budget.fresh is not None and budget.fresh + rounds.known(arms) < len(arms) > 2:
+    rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches, fresh=budget.fresh)
+    while rounds.left(arms) < len(arms) > 2:
         arms.pop()  # the least promising
     race = _Race(study, arms, rounds, budget, known)
     stopped = race.run(clock)
@@ -109,13 +109,13 @@ class _Race:
 
     def _stop(self, rounds: int, seconds: float) -> str:
         """Takes arms out of the race where that is decided, and says why to end it (empty: go on)."""
-        left = self._left()
+        left = self.rounds.left(self.active)
         if rounds:
             found = self.judge(explain=False)
             self.active = [a for a in self.active if not found.arms[a.label].failure]
             if rounds > 1:
                 self._drop(found, left)
-                left = self._left()
+                left = self.rounds.left(self.active)
             if all(a.baseline for a in self.active) and rounds >= self.budget.minimum:
                 return "no finalist is left beside the default"
             if rounds >= self.budget.minimum and _narrow(found, self.budget.width):
@@ -125,13 +125,6 @@ class _Race:
         if self.budget.seconds is not None and rounds and seconds >= self.budget.seconds:
             return "the time set aside is spent"
         return ""
-
-    def _left(self) -> int:
-        """How many arms the next round may have: those launched before cost nothing."""
-        left = self.budget.launches - len(self.rounds.launches)
-        if self.budget.fresh is None:
-            return left
-        return min(left, self.budget.fresh - self.rounds.made + self.rounds.known(self.active))
 
     def _drop(self, found: Judgement, left: int) -> None:
         """Finalists without hope leave the race, and the least promising ones where not all can be launched again."""

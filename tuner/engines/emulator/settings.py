@@ -10,6 +10,7 @@ from typing import Any
 
 from tuner.engines.emulator.hardware import GIB, Gpu
 from tuner.engines.emulator.shape import Shape, read_shape
+from tuner.space.config import readable
 
 
 class Refused(ValueError):
@@ -262,6 +263,4 @@ def _length(value: Any, default: int) -> int:
     """vLLM's human-readable integers: ``4k``, ``4K`` (binary), ``-1`` or ``auto`` for the model's own."""
     if value in (None, "auto", "-1", -1):
         return default
-    text = str(value)
-    factor = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1], 1)
-    return int(float(text[:-1] if factor > 1 else text) * factor)
+    return int(readable(value))
