@@ -10,7 +10,7 @@ from rich.console import Console
 from tests import studies
 from tuner.errors import UsageError
 from tuner.report.console import printer
-from tuner.report.summary import summarize
+from tuner.report.summary import spread, summarize
 from tuner.report.terminal import front_data, front_table, trial_data, trial_view
 from tuner.study.outcome import Infeasible
 from tuner.study.store import Store
@@ -22,6 +22,11 @@ def shown(view, width: int = 80) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(view)
     return console.export_text()
+
+
+def test_an_interval_of_a_rounding_bit_is_none():
+    assert spread(1.36, (1.36 * (1 - 1e-15), 1.36)) == "±0 %"
+    assert spread(1.36, (1.35, 1.37)) == "±0.74 %"
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def test_launches_of_a_verification_are_not_taken_from_what_is_asked(study):
             search.tell(proposal, {1.0: measure(proposal.params, 1.0)})
             asked += 1
         assert asked == 6
+        assert {point.role for point in search.front()} == {"search"}
 
 
 def test_a_refusal_is_told_and_never_asked_again(study):

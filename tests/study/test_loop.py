@@ -263,6 +263,8 @@ def test_a_pinned_parameters_part_of_a_json_flag_is_known_by_the_flags_own_name(
     assert "speculative-config.num_speculative_tokens" in study.space.fixed
     flags = {flag.partition(".")[0] for p in study.space.parameters for e in p.emissions for flag in e.flags}
     session.check_flags(study, FakeEngine(known=frozenset(flags | {"speculative-config"})))
+    with pytest.raises(UsageError, match=r"knows no flag --speculative-config \(fixed in "):
+        session.check_flags(study, FakeEngine(known=frozenset(flags - {"speculative-config"})))
 
 
 def test_a_study_in_which_every_launch_crashes_in_the_same_way_is_given_up(runner):

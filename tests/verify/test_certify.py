@@ -146,6 +146,21 @@ def test_a_rounding_bit_breaks_nothing_where_nothing_varies():
     assert not recertify(slower, lambda _config, _label: contextlib.nullcontext(Always()), WINDOWS, MARK).holds
 
 
+def test_the_slo_that_broke_is_named_before_why_requests_failed():
+    with machine(1.0).launch(promised().config, "x") as rig:
+        step = rig.measure(0.8, WINDOWS[0], WINDOWS[0].name)
+
+    class Failing:
+        def measure(self, load, trace, window):
+            misses = ("ttft_p99 9 s > 1 s", f"{len(window)} of 400 requests failed, most with: HTTP 500")
+            return dataclasses.replace(
+                step, window=window, metrics={**step.metrics, "ttft_p99_s": 99.0}, slo_misses=misses
+            )
+
+    found = recertify(promised(), lambda _config, _label: contextlib.nullcontext(Failing()), WINDOWS, MARK)
+    assert "SLOs missed at load 0.8: ttft_p99 9 s > 1 s; " in found.text and found.text.count("requests failed") == 1
+
+
 def test_what_launches_differ_by_does_not_break_a_promise():
     """Twenty machines as fast as promised: hardly any is accused."""
     broken = 0
