@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from tests.measure.made import records, request
+from tuner.cli import signals
 from tuner.cli.app import main
-from tuner.cli.replay import _interrupt
 from tuner.load.probe import Found
 from tuner.load.wire import Dialect
 
@@ -47,10 +47,11 @@ def test_records_that_can_be_written_leave_nothing_before_the_replay(replay, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_asks_the_replay_to_end_and_the_second_ends_it(number):
+def test_the_first_signal_asks_a_command_to_end_and_the_second_ends_it(number, monkeypatch):
+    monkeypatch.setattr(signals, "AGAIN_S", 0.0)
     asked, usual = threading.Event(), signal.signal(number, signal.SIG_DFL)  # whatever these tests are run under
     try:
-        with _interrupt(asked):
+        with signals.stopping(asked):
             os.kill(os.getpid(), number)
             assert asked.wait(10)
             with pytest.raises(KeyboardInterrupt):
@@ -64,7 +65,7 @@ def test_the_first_signal_asks_the_replay_to_end_and_the_second_ends_it(number):
 def test_a_replay_under_nohup_outlives_its_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _interrupt(threading.Event()):
+        with signals.stopping(threading.Event()):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

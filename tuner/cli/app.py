@@ -11,6 +11,7 @@ import typer
 
 from tuner.cli import replay as replay_command
 from tuner.cli import trace as trace_command
+from tuner.cli.signals import as_interrupts
 from tuner.errors import EnvironmentFault, TunerError, UsageError, printable
 
 app = typer.Typer(
@@ -305,6 +306,7 @@ def main() -> None:
     """Entry point: one clear line and the right exit code instead of a traceback; a bug keeps its traceback."""
     code: object = 0
     try:
+        as_interrupts()
         code = app(standalone_mode=False)
     except TunerError as error:
         print(f"tuner: {printable(str(error))}", file=sys.stderr)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json as json_
-import signal
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tuner.cli.read import opened
+from tuner.cli.signals import STOPPING, stopping
 from tuner.errors import UsageError
 from tuner.pareto.recommend import plain
 
@@ -112,13 +113,14 @@ def _session(path: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
 
     study, _ = opened(path)
     cancel = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
     try:
-        with session.opened(study) as store, View(study, not sys.stderr.isatty()) as view:
+        with (
+            session.opened(study) as store,
+            View(study, not sys.stderr.isatty()) as view,
+            stopping(cancel, partial(view.say, STOPPING)),
+        ):
             ready = session.prepare(study)
             guard = session.guard(ready, store, view.on_event)
             return work(ready, store, Bench(study, ready.engine, cancel, view.on_event, guard))
     except Cancelled:
         raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -118,7 +118,6 @@ def ui(path: Path | None, port: int) -> int:
 def _served(command: list[str]) -> int:
     """Runs MLflow's server, which has children of its own, until SIGINT or SIGTERM. Raises EnvironmentFault where it
     ends by itself."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = subprocess.Popen(command, start_new_session=True)
     try:
         code = server.wait()
@@ -128,7 +127,6 @@ def _served(command: list[str]) -> int:
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
-        signal.signal(signal.SIGTERM, before)
     raise EnvironmentFault(f"MLflow's server ended (exit code {code})", fix="It says why above")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner.cli.signals import stopping
 from tuner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _run(
             quantiles=quantiles,
             on_event=_Progress(quiet),
         )
-        with _interrupt(plan.cancel):
+        with stopping(plan.cancel):
             try:
                 step = measure(
                     Endpoint(url, model, checked_key(api_key, "--api-key"), tokenizer),
@@ -182,33 +183,6 @@ class _Progress:
             end = "" if data["done"] < data["total"] else "\r\x1b[K"
             text = f"{data['done']:,} of {data['total']:,} requests, {data['elapsed_s']:.0f} s"
             print(f"\r\x1b[K{text}, about {data['remaining_s']:.0f} s left{end}", end="", file=sys.stderr, flush=True)
-
-
-class _interrupt:
-    """Ctrl-C, SIGTERM or SIGHUP (a closed terminal) set the event, once; the second one raises KeyboardInterrupt."""
-
-    def __init__(self, cancel: Any) -> None:
-        self._cancel = cancel
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        import signal
-
-        def first(*_: object) -> None:
-            self._cancel.set()
-            for number in self._before:
-                signal.signal(number, signal.default_int_handler)
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                self._before[number] = signal.getsignal(number)
-                signal.signal(number, first)
-
-    def __exit__(self, *_: object) -> None:
-        import signal
-
-        for number, before in self._before.items():
-            signal.signal(number, before)
 
 
 def _plain(step: Step) -> dict[str, Any]:

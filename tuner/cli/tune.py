@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tuner.cli.signals import STOPPING, stopping
 from tuner.errors import NothingFeasible, UsageError
 
 
@@ -48,24 +48,21 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     again = resume_command(path, sys.argv[1:])
     interrupted = f"Interrupted; everything measured is kept. Resume: {again}"
     with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study, view.say) as store:
-        previous = {s: signal.signal(s, _stopper(cancel, view)) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            view.study = study = ladder.settled(study, store, cancel, view.on_event)
-            ready = session.prepare(study)
-            with (
-                joined(study, store, view.on_event, cancel=cancel) as peers,
-                finish.recorder(study, store, view.say, peers) as recorder,
-            ):
-                view.begin(ready)
-                ended = session.search(ready, store, recorder, cancel, view.on_event, peers)
-                store.log("ended", why=ended)
-                result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event, peers)
+            with stopping(cancel, partial(view.say, STOPPING)):
+                view.study = study = ladder.settled(study, store, cancel, view.on_event)
+                ready = session.prepare(study)
+                with (
+                    joined(study, store, view.on_event, cancel=cancel) as peers,
+                    finish.recorder(study, store, view.say, peers) as recorder,
+                ):
+                    view.begin(ready)
+                    ended = session.search(ready, store, recorder, cancel, view.on_event, peers)
+                    store.log("ended", why=ended)
+                    result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event, peers)
         except KeyboardInterrupt:
             view.say(interrupted)
             raise
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
     finish.show(study, store, result)
     if cancel.is_set():
         print(interrupted, file=sys.stderr)
@@ -201,18 +198,3 @@ def resume_command(path: Path | None, words: list[str]) -> str:
     from tuner.spec.storage import masked
 
     return "tuner " + " ".join(shlex.quote(masked(word)) for word in words) if words else f"tuner tune {path}"
-
-
-def _stopper(cancel: threading.Event, view: Any) -> Any:
-    asked_s: list[float] = []
-
-    def handle(_signal: int, _frame: object) -> None:
-        now = time.monotonic()
-        if asked_s and now - asked_s[0] > 1.0:
-            raise KeyboardInterrupt
-        if not asked_s:
-            asked_s.append(now)
-            cancel.set()
-            view.say("Stopping: the running server is shut down first. Again to leave at once.")
-
-    return handle

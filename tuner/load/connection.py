@@ -38,6 +38,7 @@ class Connection:
 
     __slots__ = (
         "_connected",
+        "_farewell",
         "_framing",
         "_head",
         "_need",
@@ -88,6 +89,7 @@ class Connection:
         self.kept: list = []
         self.stream: Stream = (self.sock.recvmsg, self.kept.extend)
         self._connected = False
+        self._farewell = False  # whether TLS said that nothing more comes; the TCP connection may stay open for long
         self._unsent = memoryview(b"")
         self._waiting = b""  # a request that waits for the TLS handshake
         self._tls = None
@@ -198,7 +200,7 @@ class Connection:
                 if not pieces:
                     raise BlockingIOError from None
             except ssl.SSLZeroReturnError:
-                pass  # the end of the stream, politely
+                self._farewell = True
         elif not pieces:
             raise BlockingIOError
         return b"".join(pieces)
@@ -218,7 +220,7 @@ class Connection:
             self._need -= len(data)
             return self._need <= 0
         if self._framing == "close":
-            return False
+            return self._farewell
         self._head += data
         end = self._head.find(b"\r\n\r\n")
         if end < 0:

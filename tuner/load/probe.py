@@ -6,7 +6,7 @@ import http.client
 import json
 import ssl
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.engines.protocol import Endpoint
 from tuner.errors import EnvironmentFault, Unreachable, UsageError
@@ -74,6 +74,8 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
                 status, answer = _ask(where, Writer(where, dialect, endpoint.api_key), size, timeout_s)
                 _check(endpoint, status, answer.error)
                 if status == 200 and not answer.error and _counts(answer, counting):
+                    if counting == "total" and answer.output_tokens is None:
+                        dialect = replace(dialect, counting="chunks")
                     return Found(dialect, size, special, known is None)
                 refusal = refusal or answer.error
                 if answer.error == CUT_OFF:
@@ -85,13 +87,12 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
 
 
 def _counts(answer: Response, counting: str) -> bool:
-    """Whether the tokens could be counted in this way."""
-    counted = sum(count for _, count in answer.tokens)
+    """Whether the tokens could be counted in this way, chunk by chunk (``seen``: before totals made up for any)."""
     if counting == "usage":
-        return counted == answer.output_tokens and len(answer.tokens) > 1
+        return answer.seen == answer.output_tokens and len(answer.times) > 1
     if counting == "ids":
-        return counted > 0 and answer.output_tokens in (None, counted)
-    return bool(answer.tokens)
+        return answer.seen > 0 and not answer.by_chunk and answer.output_tokens in (None, answer.seen)
+    return bool(answer.times)
 
 
 def _ask(where: Target, writer: Writer, vocab_size: int, timeout_s: float) -> tuple[int, Response]:

@@ -19,6 +19,7 @@ _MOST_TOKENS = 9_999_999  # beyond which a count is none
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\r\n\n|\n\r\n")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 CUT_OFF = "response cut off"
+BROKEN_OFF = ("abort", "error")  # reasons to finish that are none: vLLM's and SGLang's
 _MANY = 5  # reads, for which it pays to look at them together first
 _MAX_HEAD_BYTES = 65_536
 _MAX_ERROR_BYTES = 4_096
@@ -33,7 +34,8 @@ class Response:
     that completed their event); ``tokens`` has both, as ``[time, count]``. ``status`` is 0 before the head; ``error``
     is empty, or what went wrong in words; ``complete`` is true once the body has ended by its own framing; ``done``
     once the server said that nothing more comes.
-    ``seen`` is their number until now. ``prompt_tokens`` and ``output_tokens`` are the server's own counts, None where
+    ``seen`` is their number until now; ``by_chunk`` is true where ids were asked for and a chunk that had none counted
+    as one token. ``prompt_tokens`` and ``output_tokens`` are the server's own counts, None where
     it gave none.
     """
 
@@ -45,6 +47,7 @@ class Response:
         "_plain",
         "_stage",
         "_time",
+        "by_chunk",
         "complete",
         "counting",
         "counts",
@@ -74,6 +77,7 @@ class Response:
         self._buffer = b""  # bytes of the transfer coding not yet understood
         self._events = b""  # the beginning of an event whose end has not come
         self.seen = 0
+        self.by_chunk = False
         self._time = 0
 
     @property
@@ -250,9 +254,10 @@ class Response:
                 total = int(match.group(1))
                 if data.startswith(NO_CHOICES, max(0, data.find(b'"choices"'))):
                     self._totals(data, total)
-                elif total > self.seen:
+                    return
+                if total > self.seen:
                     self._came(time, total - self.seen)
-                return
+                    return
         self._slow(time, data)
 
     def _slow(self, time: int, data: bytes) -> None:
@@ -264,15 +269,20 @@ class Response:
             return
         if not isinstance(event, dict):
             return
-        if event.get("error"):
-            self.error = self.error or _message(event["error"])
+        if event.get("error") or "error" in (event.get("object"), event.get("type")):
+            self.error = self.error or _message(event.get("error") or event)
             return
         count, choices = 0, event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
-                ids = choice.get("token_ids")
-                count += len(ids) if isinstance(ids, list) and self.counting == "ids" else _has_text(choice)
-                self.done = self.done or bool(choice.get("finish_reason"))
+                ids = choice.get("token_ids") if self.counting == "ids" else None
+                told = isinstance(ids, list)
+                came = len(ids) if told else _has_text(choice)
+                self.by_chunk |= self.counting == "ids" and not told and came > 0
+                count += came
+                if (reason := choice.get("finish_reason")) in BROKEN_OFF:
+                    self.error = self.error or f"the server broke the answer off: finish_reason {reason}"
+                self.done = self.done or bool(reason)
         if count and self.counting != "usage":
             self._came(time, count)
         usage = event.get("usage")
@@ -299,7 +309,7 @@ class Response:
                 self.error = "no token came" if self.done else "the response is no event stream"
             elif not self.done:
                 self.error = CUT_OFF  # by what stands before the server, which ended it properly
-        if self.counting == "usage" and self.output_tokens and self.times:
+        if self.counting in ("usage", "ids") and self.output_tokens and self.times:
             self.counts[-1] += max(0, self.output_tokens - self.seen)  # tokens that no chunk told of
         if self.counting == "total" and self.output_tokens and self.times:
             self.times, self.counts = map(list, zip(*spread(self.times, self.output_tokens), strict=True))

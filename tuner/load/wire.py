@@ -95,8 +95,8 @@ class Dialect:
 
     ``route``: ``completions`` or ``chat``. ``prompt``: ``ids`` (exact prompts) or ``text``. ``counting`` says how
     tokens are told apart from chunks: ``usage`` (every chunk carries the running count), ``ids`` (every chunk carries
-    its token ids), ``total`` (only the last chunk tells how many there were). ``forced`` is false where the server
-    refuses ``ignore_eos`` and ``min_tokens``, so that output lengths are the model's own.
+    its token ids), ``total`` (only the last chunk tells how many there were), ``chunks`` (nothing does). ``forced`` is
+    false where the server refuses ``ignore_eos`` and ``min_tokens``, so that output lengths are the model's own.
     """
 
     model: str
@@ -114,6 +114,8 @@ class Dialect:
             notes.append("the server takes no token ids: prompts are text, their length is the server's count")
         if self.counting == "total":
             notes.append("the server tells only the total of tokens: they are spread evenly over the chunks")
+        if self.counting == "chunks":
+            notes.append("the server tells no number of tokens: each chunk is counted as one, however many it holds")
         if not self.forced:
             notes.append("the server takes no ignore_eos: output lengths are the model's own")
         return tuple(notes)

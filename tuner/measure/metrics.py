@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from tuner.measure import quantile
 from tuner.measure.window import Window, warm_end_ns, window
 from tuner.spec.slo import Slo, bound_responses
 
+BURST_S = 1.0
 _BATCHES = 20
 _T_19 = 2.093024054408263  # Student's t, 19 degrees of freedom, two-sided 95 %
 _HOLD_GAPS = 20_000_000
@@ -68,7 +68,7 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
         good = is_good(records, slos)
         came, good_came = throughputs(records, span, np.ones(len(records), dtype=bool), good)
         _rates("", came, span.duration_s, metrics, intervals)
-        asked = replace(span, start_ns=min(warm_end_ns(records), span.start_ns))
+        asked = _asked(records, span)
         if _promptly(records, slos, asked):
             counts, metrics["goodput_window_s"] = goodputs(records, asked, good)
             _rates("goodput_", counts, metrics["goodput_window_s"], metrics, intervals)
@@ -207,20 +207,20 @@ def error_rate(records: Records, measured: np.ndarray) -> float:
 
 
 def offered_requests_per_s(records: Records, span: Window) -> float:
-    """Requests intended in the window / its duration."""
-    return _offered(is_measured(records, span), span.duration_s)
+    """Requests intended in the window / the time from its beginning to the last of them."""
+    return _offered(is_measured(records, span), span.asked_s)
 
 
 def sent_requests_per_s(records: Records, measured: np.ndarray, span: Window) -> float:
-    """What was really offered: the measured requests / the time in which they left (the window's duration, longer by as
-    much as the last left later than intended, shorter by as much as the first did)."""
+    """What was really offered: the measured requests / the time in which they left (that of ``offered_requests_per_s``,
+    longer by as much as the last left later than intended, shorter by as much as the first did)."""
     if not measured.any():
         return math.nan
     c = records.columns
     late_ns = (c["sent_ns"][measured].max() - c["intended_ns"][measured].max()) - (
         c["sent_ns"][measured].min() - c["intended_ns"][measured].min()
     )
-    return _offered(measured, span.duration_s + float(late_ns) / 1e9)
+    return _offered(measured, span.asked_s + float(late_ns) / 1e9)
 
 
 def output_share(records: Records, measured: np.ndarray) -> float:
@@ -275,6 +275,14 @@ def goodputs(records: Records, span: Window, good: np.ndarray) -> tuple[dict[str
     brought = (np.ones(len(asked)), c["output_tokens"][chosen].astype(float), _prompts(records)[chosen])
     counts = _named(*(np.histogram(asked, edges, weights=each)[0] for each in brought))
     return counts, span.duration_s + max(grown - 0.05 * span.duration_s, 0.0)
+
+
+def _asked(records: Records, span: Window) -> Window:
+    """The window of what was asked for: from the end of the warm-up to the last intended send, however long its answers
+    take; to the last response where all is asked for within :data:`BURST_S`, and nothing but the answers takes time."""
+    start_ns = min(warm_end_ns(records), span.start_ns)
+    burst = span.asked_ns - start_ns <= BURST_S * 1e9
+    return Window(start_ns, span.end_ns if burst else span.asked_ns, span.asked_ns)
 
 
 def _promptly(records: Records, slos: Sequence[Slo], span: Window) -> bool:

@@ -4,7 +4,6 @@ records."""
 from __future__ import annotations
 
 import contextlib
-import http.client
 import re
 import threading
 import time
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.errors import naming
+from tuner.errors import EnvironmentFault, naming
 from tuner.load import columns
+from tuner.load.probe import asked
 from tuner.load.wire import Target
 
 # column -> vLLM's metric, and how several engines of one server add up
@@ -62,8 +62,7 @@ class Sampler:
     """Samples on a thread of its own until stopped; a server without such metrics is asked once and left alone."""
 
     def __init__(self, target: Target, api_key: str = "", every_s: float = 1.0) -> None:
-        self._target, self._every_s = target, every_s
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._target, self._api_key, self._every_s = target, api_key, every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="server-metrics", daemon=True)
         self.samples: list[Sample] = []
@@ -105,12 +104,9 @@ class Sampler:
             next_s = max(next_s + self._every_s, time.monotonic())
 
     def _look(self) -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            with contextlib.closing(self._target.connection(_TIMEOUT_S)) as connection:
-                connection.request("GET", f"{self._target.path}/metrics", headers=self._headers)
-                answer = connection.getresponse()
-                text = answer.read().decode("utf-8", "replace")
-                row = parse(text) if answer.status == 200 else {}
+        with contextlib.suppress(EnvironmentFault, ValueError):
+            status, page = asked(self._target, "/metrics", self._api_key, _TIMEOUT_S)
+            row = parse(page.decode("utf-8", "replace")) if status == 200 else {}
             if row:
                 self.samples.append(Sample(time.monotonic_ns(), row))
 

@@ -17,14 +17,21 @@ RAMP_CAP = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The measured window in nanoseconds after the replay's start, both ends included."""
+    """The measured window in nanoseconds after the replay's start, both ends included; ``asked_ns`` is the last
+    intended send."""
 
     start_ns: int
     end_ns: int
+    asked_ns: int
 
     @property
     def duration_s(self) -> float:
         return (self.end_ns - self.start_ns) / 1e9
+
+    @property
+    def asked_s(self) -> float:
+        """For how long there were requests: what the trace asks for does not depend on how fast the server answers."""
+        return (self.asked_ns - self.start_ns) / 1e9
 
 
 def window(records: Records) -> Window:
@@ -38,16 +45,16 @@ def window(records: Records) -> Window:
     """
     c = records.columns
     if not len(records):
-        return Window(0, 0)
-    last_ns = int(c["intended_ns"].max())
+        return Window(0, 0, 0)
+    end_ns = last_ns = int(c["intended_ns"].max())
     warm_ns = min(warm_end_ns(records), last_ns)
     start_ns = _ramp_end(c["intended_ns"], c["end_ns"], warm_ns, last_ns)
     ended = c["end_ns"] != ABSENT
     whole = ended & (c["error"] == "")
     mean_ns = float((c["end_ns"] - c["intended_ns"])[whole].mean()) if whole.any() else 0.0
     if last_ns - start_ns <= mean_ns:
-        last_ns = max(last_ns, int(c["end_ns"][ended].max()) if ended.any() else last_ns)
-    return Window(start_ns, last_ns)
+        end_ns = max(last_ns, int(c["end_ns"][ended].max()))
+    return Window(start_ns, end_ns, last_ns)
 
 
 def warm_end_ns(records: Records) -> int:

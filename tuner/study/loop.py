@@ -143,14 +143,3 @@ def nothing_left(number: int, left: Sequence[str]) -> None:
 ALIKE = 8  # launches that fail in the same words, before the study gives up
 #: Failures that say nothing of the configuration. What does not fit, or a refusal in words, is part of the search.
 CRASHES = frozenset({"crash", "hang", "unhealthy", "too-slow-to-start"})
-
-
-def cancel_on(event: threading.Event) -> Callable[[int, object], None]:
-    """A signal handler that sets ``event``; a second signal is not swallowed (it raises KeyboardInterrupt)."""
-
-    def handle(_signal: int, _frame: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    return handle

@@ -15,7 +15,7 @@ from typing import Any
 from tuner.errors import EnvironmentFault, naming
 from tuner.space.config import ServingConfig
 from tuner.spec.storage import sqlite_url
-from tuner.study.outcome import ENVIRONMENT_CAUSES, Outcome, from_dict, to_dict
+from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Outcome, from_dict, to_dict
 
 CHECKED = "quality.json"  # in a trial's folder: how its answers compare with the default's
 EXHAUSTED = "every configuration of the space has been tried"  # why a search ended
@@ -98,9 +98,9 @@ class Store:
 
     def launched(self, *roles: str) -> list[TrialRecord]:
         """What the budget has paid for: trials of these roles, and the launch that settled the ladder. Those that are
-        made again for the machine's fault cost nothing."""
+        made again for the machine's fault, or since somebody interrupted them, cost nothing."""
         trials = [t for t in self.trials() if t.role in roles] + Store(self.ladder_folder).trials()
-        return [t for t in trials if not (t.again and getattr(t.outcome, "cause", "") in ENVIRONMENT_CAUSES)]
+        return [t for t in trials if not (t.again and _free(t.outcome))]
 
     def trial_folder(self, number: int) -> Path:
         """``trials/0007``; created when asked for."""
@@ -255,6 +255,10 @@ def finite(data: Any) -> Any:
 
 
 _VERBATIM = {"params", "flags", "env", "reason", "reasons", "message", "evidence", "fix"}  # whose ``inf`` is a word
+
+
+def _free(outcome: Outcome) -> bool:
+    return isinstance(outcome, Aborted) or getattr(outcome, "cause", "") in ENVIRONMENT_CAUSES
 
 
 def _infinite(data: Any) -> Any:

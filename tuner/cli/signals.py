@@ -1,0 +1,49 @@
+"""What asks a command to end: Ctrl-C, SIGTERM (a container's end, a scheduler), SIGHUP (a closed terminal)."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+STOPPING = "Stopping: the running server is shut down first. Again to leave at once."
+AGAIN_S = 1.0  # one Ctrl-C may come twice: from the terminal, and from what runs the command
+
+
+def _ending() -> list[signal.Signals]:
+    """None of them outside the main thread, which alone hears signals; a SIGHUP under nohup is meant to be ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if nohup else [signal.SIGHUP])]
+
+
+def as_interrupts() -> None:
+    """From now on each of them raises KeyboardInterrupt, as Ctrl-C does."""
+    for number in _ending():
+        signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Within it the first of them sets ``cancel`` and calls ``first``; another, a second later at the earliest, raises
+    KeyboardInterrupt."""
+    asked_s: list[float] = []
+
+    def handle(*_: object) -> None:
+        now = time.monotonic()
+        if asked_s and now - asked_s[0] >= AGAIN_S:
+            raise KeyboardInterrupt
+        if not asked_s:
+            asked_s.append(now)
+            cancel.set()
+            first()
+
+    before = {number: signal.signal(number, handle) for number in _ending()}
+    try:
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
