@@ -1,9 +1,11 @@
 """The replay client against servers of known timing and known faults, each in a process of its own."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -19,6 +21,7 @@ from tests.load.replays import endpoint, plan, poisson, quantile, seconds, trace
 from tests.load.stub import stub
 from tuner.engines.protocol import Cancelled, Endpoint
 from tuner.errors import EnvironmentFault, UsageError
+from tuner.load.connection import Connection
 from tuner.load.probe import probe
 from tuner.load.records import read
 from tuner.load.shards import resolve
@@ -350,13 +353,51 @@ def test_an_address_that_this_machine_cannot_reach_is_passed_over(monkeypatch):
         assert resolve(where) == [(socket.AF_INET, ("127.0.0.1", where.port))]
 
 
-def test_tls_is_spoken_and_timed_alike(tmp_path, monkeypatch):
+@pytest.fixture
+def certified(tmp_path):
+    """A certificate of localhost's, and its key."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
     try:
         subprocess.run([*make.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no openssl to make a certificate with")
+    return certificate, key
+
+
+def test_a_body_ends_when_tls_says_farewell_though_the_connection_stays_open(certified):
+    serving, asking = (
+        ssl.create_default_context(purpose) for purpose in (ssl.Purpose.CLIENT_AUTH, ssl.Purpose.SERVER_AUTH)
+    )
+    serving.load_cert_chain(*certified)
+    asking.load_verify_locations(certified[0])
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        connection = Connection(listening.getsockname(), socket.AF_INET, asking, "localhost")
+        connection.assign(0, b"GET / HTTP/1.1\r\n\r\n")
+        peer, _ = listening.accept()
+        came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = serving.wrap_bio(came, goes, server_side=True)
+        ended, until_s = False, time.monotonic() + 10
+        steps = iter((tls.do_handshake, tls.read, lambda: tls.write(b"HTTP/1.1 200 OK\r\n\r\nthe end"), tls.unwrap))
+        step = next(steps)
+        with peer, contextlib.closing(connection):
+            peer.setblocking(False)
+            while not ended and time.monotonic() < until_s:
+                with contextlib.suppress(BlockingIOError):
+                    connection.write()
+                    ended = connection.ended(connection.read()[0])
+                with contextlib.suppress(BlockingIOError):
+                    came.write(peer.recv(65_536))
+                with contextlib.suppress(ssl.SSLWantReadError, StopIteration):
+                    while True:
+                        step()
+                        step = next(steps)
+                peer.send(goes.read())  # the farewell with the last data
+    assert ended
+
+
+def test_tls_is_spoken_and_timed_alike(tmp_path, certified, monkeypatch):
+    certificate, key = certified
     with stub(first_s=0.1, gap_s=0.02, tls=[str(certificate), str(key)]) as (_, url):
         where = endpoint(url.replace("http://127.0.0.1", "https://localhost"))
         with pytest.raises(EnvironmentFault, match="no TLS"):

@@ -123,6 +123,18 @@ def test_token_ids_count_where_no_total_says_otherwise():
             assert probe(Endpoint(url, "m")).dialect.counting == way
 
 
+def test_chunks_without_ids_are_not_ids_and_what_tells_no_number_is_said_to_tell_none():
+    def plain(total):
+        events = [{"choices": [{"text": "a"}]}, {"choices": [{"text": "b", "finish_reason": "length"}]}]
+        usage = [{"choices": [], "usage": {"completion_tokens": total}}] if total else []
+        return 200, "".join(f"data: {event}\n\n" for event in (*map(json.dumps, events + usage), "[DONE]"))
+
+    for total, way, words in ((2, "total", "tells only the total"), (None, "chunks", "tells no number of tokens")):
+        with server(complete=lambda _, total=total: plain(total)) as (url, _):
+            found = probe(Endpoint(url, "m"))
+        assert found.dialect.counting == way and words in found.notes[0]
+
+
 def test_a_chat_server_that_knows_the_new_name_of_the_token_limit_alone_is_asked_by_it():
     def complete(body):
         return stream(1, 2, total=2) if "max_completion_tokens" in body and "messages" in body else (400, "{}")

@@ -223,6 +223,14 @@ def test_tokens_that_no_chunk_told_of_come_with_the_last_chunk():
         (b'HTTP/1.1 404 Not Found\r\nContent-Length: 22\r\n\r\n{"detail":"Not Found"}', "HTTP 404: Not Found"),
         # an error in the middle of a stream that began well
         (HEAD + chunked(event(completion("a", 1)), event({"error": {"message": "engine died"}})), "engine died"),
+        # in vLLM's older form
+        (HEAD + chunked(event(completion("a", 1)), event({"object": "error", "message": "dead"})), "dead"),
+        (HEAD + chunked(event(completion("a", 1)), event({"type": "error", "message": "dead"})), "dead"),
+        # an answer that the engine gave up
+        (
+            HEAD + chunked(event(completion("a", 1)), event({"choices": [{"text": "", "finish_reason": "abort"}]})),
+            "broke the answer off: finish_reason abort",
+        ),
         # the server went away
         (HEAD + b"5\r\ndata", "response cut off"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5_000 + b"\r\n\r\n", "response cut off"),

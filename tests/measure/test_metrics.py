@@ -85,6 +85,23 @@ def test_goodput_of_servers_that_keep_up_is_what_they_were_asked_for_however_fas
     assert came["slow"] < 0.8 * came["fast"]
 
 
+def test_goodput_does_not_jump_where_a_response_takes_as_long_as_the_window(tmp_path):
+    """41 requests of a hundred tokens within four seconds; a response takes 2.85 s, or 3.05 s."""
+    good = []
+    for pace in (0.0285, 0.0305):
+        rows = [request(0.1 * k, 0.1 * k + 0.05 + pace * np.arange(100)) for k in range(41)]
+        values, _ = compute(records(tmp_path, rows), PROMPT, Q)
+        good.append(values["goodput_output_tokens_per_s"])
+        assert values["offered_requests_per_s"] == pytest.approx(31 / 3.0)
+    assert good == pytest.approx([4100 / 4.0] * 2)
+
+
+def test_goodput_of_a_burst_is_over_the_time_that_it_takes(tmp_path):
+    rows = [request(0.0, [1.0 + k / 10, 2.0 + k / 10]) for k in range(21)]
+    values, _ = compute(records(tmp_path, rows), (parse("ttft_p99=9s"), parse("tpot_p99=2s")), Q)
+    assert values["goodput_output_tokens_per_s"] == pytest.approx(42 / 5.9)
+
+
 @pytest.mark.parametrize("slos", ["ttft_p99=3600s tpot_p99=1s", "tpot_p99=1s"])
 def test_goodput_of_an_overload_is_the_servers_where_the_slos_let_requests_wait(tmp_path, slos):
     """The queue grows by a second per second: half of what was asked for is served per second."""

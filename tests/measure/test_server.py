@@ -1,6 +1,8 @@
 """What a server says of itself."""
 
+import contextlib
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuner.load.wire import target
+from tuner.measure import server as measure_server
 from tuner.measure.server import Sample, Sampler, beside, fold, parse, write
 
 PAGE = """\
@@ -100,6 +103,29 @@ def test_the_sampler_looks_until_the_server_has_counted_everything():
         sampler.settle(len(sampler.samples) * 1000 + 2000)
         assert sampler.samples[-1].row["output_tokens"] - first >= len(sampler.samples) * 1000 - 1000
         server.shutdown()
+
+
+def test_a_page_that_never_ends_holds_nothing_up(monkeypatch):
+    monkeypatch.setattr(measure_server, "_TIMEOUT_S", 0.5)
+    ended = threading.Event()
+
+    class Dripping(Page):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while not ended.wait(0.05):
+                    self.wfile.write(b"#")
+
+    with HTTPServer(("127.0.0.1", 0), Dripping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        begun_s = time.monotonic()
+        with Sampler(target(f"http://127.0.0.1:{server.server_port}")) as sampler:
+            pass
+        took_s = time.monotonic() - begun_s
+        ended.set()
+        server.shutdown()
+    assert took_s < 10 and sampler.samples == []
 
 
 def test_a_server_without_metrics_is_asked_once():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tuner.measure.trust import untrusted
+from tuner.measure.trust import ended_before_their_length, untrusted
 from tuner.spec.slo import parse
 
 CLEAN = {
@@ -23,6 +23,19 @@ CLEAN = {
     "server_prefix_hit_rate": 0.30,
     "trace_prefix_share": 0.31,
 }
+
+
+def test_answers_shorter_than_their_forced_length_are_no_speed():
+    forced = {"output": "forced", "dialect": {"forced": True}}
+    assert "only 21.0% of the output tokens" in ended_before_their_length(forced, {"output_share": 0.21})[0]
+    for meta in (
+        {"output": "free", "dialect": {"forced": True}},
+        {"output": "forced", "dialect": {"forced": False}},
+        {},
+    ):
+        assert not ended_before_their_length(meta, {"output_share": 0.21})
+    assert not ended_before_their_length(forced, {"output_share": 0.995})
+    assert not ended_before_their_length(forced, {"output_share": 0.0, "error_rate": 1.0})  # of none that came
 
 
 def test_a_clean_measurement_is_believed():

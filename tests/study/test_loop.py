@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -195,6 +196,14 @@ def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verificatio
         assert not verifying._done(store.trials(), "verify") and not store.launched("verify")
 
 
+def test_who_interrupts_a_launch_has_not_spent_it(runner):
+    store, config = Store(Path(runner.study().folder)), runner.study().space.config({}, "m")
+    for number, (outcome, again) in enumerate(((Aborted("interrupted"), True), (Aborted("cannot beat"), False))):
+        store.start_trial(number, config, config.params, role="search")
+        store.end_trial(number, outcome, 60.0, again=again)
+    assert [t.number for t in store.launched("search")] == [1]
+
+
 LEFT = "trial 0 left something behind: pid 4711 VLLM::Worker"
 
 
@@ -328,7 +337,7 @@ def test_resuming_after_an_interrupt_measures_the_interrupted_configuration_agai
     runner.run(second, replace={"launches: 6": "launches: 8"})
     assert second.launched[0] == first.launched[2]
     assert not set(first.launched[:2]) & set(second.launched)
-    assert len(runner.store.trials()) == 8
+    assert len(runner.store.launched("search")) == 8 == len(runner.store.trials()) - 1  # an interrupt spends none
 
 
 class Killed(BaseException):

@@ -196,11 +196,10 @@ class Connection:
             try:
                 while piece := tls.read(READ_BYTES):
                     pieces.append(piece)
+                self._farewell = True
             except ssl.SSLWantReadError:
                 if not pieces:
                     raise BlockingIOError from None
-            except ssl.SSLZeroReturnError:
-                self._farewell = True
         elif not pieces:
             raise BlockingIOError
         return b"".join(pieces)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tuner.spec.slo import Slo
 
@@ -53,6 +54,19 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
         reasons.append(f"a client process used {core_share:.0%} of a core, at most {CORE_SHARE:.0%} is allowed")
     reasons += _disagreements(metrics)
     return tuple(reasons)
+
+
+def ended_before_their_length(meta: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
+    """Where answers that did not fail were shorter than the server was told to make them: less work passes for speed.
+    ``meta`` is the records'."""
+    forced = meta.get("output") == "forced" and meta.get("dialect", {}).get("forced")
+    share = metrics.get("output_share", 1.0)
+    if not forced or share >= 1 - TOKENS_OFF or metrics.get("error_rate") == 1:  # a share of nothing
+        return []
+    return [
+        f"only {share:.1%} of the output tokens came that were asked for, though ignore_eos was sent: "
+        "does the server heed it? (--free-output, in a study trace.output: free, lets it end its answers)"
+    ]
 
 
 def _disagreements(metrics: Mapping[str, float]) -> list[str]:
