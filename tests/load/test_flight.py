@@ -61,6 +61,21 @@ def test_a_request_for_which_the_client_had_no_socket_is_not_the_servers_failure
     assert tower.facts()["client_failures"] == faults
 
 
+def test_a_request_that_found_nobody_does_not_go_out_again():
+    told = []
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = nobody.getsockname()
+        where = [(int(socket.AF_INET), address)]
+        loop = client.Client(
+            target(f"http://127.0.0.1:{address[1]}"), where, None, lambda _: b"POST", told.extend, 10**10
+        )
+        loop.run(OpenLoop(range(3), [0] * 3, time.monotonic_ns()), 3, lambda: "")
+        loop.close()
+    ended = [event for event in told if event[0] == client.ENDED]
+    assert [("refused" in error, again) for _, _, _, error, again in ended] == [(True, False)] * 3
+
+
 def test_what_a_shard_has_not_told_yet_is_no_delay_of_the_server():
     """The early stop looks at a time until which every shard was heard, not at the clock on the wall."""
     tower = Tower(1_000, "usage", np.full(2, 8), np.full(2, 4), 0, lambda record: None, shards=2)
@@ -165,6 +180,28 @@ def test_reads_of_one_response_are_told_together_and_keep_their_own_times():
     times, facts = heard((20, 15, 21, HEAD + tokens(1, 1)), *first)
     assert times == [20 * k for k in range(1, 40)]
     assert facts["read_lag_p99_s"] == pytest.approx(0.002, rel=1 / 32) and facts["stamp_error_p99_s"] == 0
+
+
+def test_what_the_servers_counters_are_compared_with_counts_from_the_send_and_leaves_out_refusals():
+    records = []
+    tower = Tower(0, "usage", np.full(1, 8), np.full(1, 100), 0, records.append)
+    for first in (HEAD + tokens(1, 1), b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\n\r\nno"):
+        read = told((10, 9, 11, first), (30, 21, 31, tokens(2, 2)))
+        tower.take([(client.SENT, 0, 0, 4 * 10**6), read, (client.ENDED, 0, 10**9, "stopped", False)])
+    facts = tower.facts()
+    assert facts["client_ttft_mean_s"] == pytest.approx(0.006) and facts["cut_off_requests"] == 1
+    assert records[0].read_lag_ns == 10 * 10**6  # of the earlier of two tokens, since the last look
+
+
+def test_a_prompt_is_work_until_its_first_token_and_an_answer_until_its_last(tmp_path, monkeypatch):
+    replayed, backlogs = trace(np.zeros(1), input_tokens=16, output_tokens=10), []
+    tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
+    watch = Watch(plan(tmp_path, replayed), np.zeros(1, dtype=np.int64), True)
+    monkeypatch.setattr(watch._queue, "verdict", lambda now_s, backlog: backlogs.append(backlog) or "")
+    for event in ((client.SENT, 0, 0, 0), told((10, 5, 11, HEAD + tokens(1, 3)))):
+        tower.take([event, (client.TICK, 2 * 10**9, 10**9, 0, 0, 71)])
+        watch.verdict(tower)
+    assert backlogs == [26, 7]
 
 
 def test_what_was_sent_after_the_time_until_which_all_is_known_is_no_backlog(tmp_path, monkeypatch):

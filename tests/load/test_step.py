@@ -149,6 +149,13 @@ def test_a_step_that_holds_is_not_ended_early(tmp_path):
     assert step.stopped_early == "" and step.ok and len(read(asked.records)) == 60
 
 
+def test_a_lost_slo_does_not_end_a_step_that_is_to_be_measured_whole(tmp_path):
+    with stub(first_s=0.2, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(60) / 20), "ttft_p90=100ms")
+        step = measure(endpoint(url), asked)
+    assert step.stopped_early == "" and step.slo_misses and len(read(asked.records)) == 60
+
+
 def test_progress_is_told(tmp_path):
     told: list[dict] = []
 

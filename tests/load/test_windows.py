@@ -139,6 +139,11 @@ def test_kinds_are_spread_over_the_trace_and_search_comes_first():
     assert kinds == ["search", "search", "search", "held-out"]
 
 
+def test_a_window_ends_before_its_seconds_are_over():
+    windows = split(trace_of([float(i) for i in range(8)]), max_seconds=2.0).windows
+    assert [(window.first, window.stop) for window in windows] == [(0, 2), (4, 6)]
+
+
 @pytest.mark.parametrize(("search", "held_out"), [(0, 1), (1, 0), (-1, 2)])
 def test_a_split_without_windows_of_each_kind_is_refused(search, held_out):
     with pytest.raises(UsageError, match="at least 1 of each"):

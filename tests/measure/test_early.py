@@ -80,12 +80,30 @@ def test_a_slow_stream_loses_its_tpot_while_it_runs():
     assert watch(100, "tpot_max=100ms", wanted=11, forced=False).verdict(ns(60), stream) == ""
 
 
+def test_an_output_that_may_end_with_any_token_has_lasted_until_its_last_one():
+    stream = [Running(50, ns(50), ns(50.5), ns(50.9), 3)]
+    assert watch(100, "e2e_max=1s").verdict(ns(51.1), stream)
+    assert watch(100, "e2e_max=1s", forced=False).verdict(ns(51.1), stream) == ""
+
+
 def test_gaps_over_the_limit_lose_an_itl_slo():
     slo = watch(100, "itl_p99=50ms", wanted=11)  # 1,000 gaps, 10 may miss
     slo.done(request(50, [51 + 0.1 * k for k in range(11)]))
     assert slo.verdict(ns(60), []) == ""
     slo.done(request(51, [52, 52.2]))
     assert "itl_p99" in slo.verdict(ns(60), [])
+
+
+def test_a_request_that_failed_brings_a_gap_more_that_may_miss(tmp_path):
+    """Of 200 requests of one gap each three failed after it: 203 gaps, of which 101 may miss."""
+    slo = watch(200, "itl_p50=50ms", wanted=2)
+    failed = [request(60 + k, [61 + k, 61.01 + k], error="boom") for k in range(3)]
+    slow = [request(70 + k, [71 + k, 71.1 + k]) for k in range(98)]
+    fast = [request(k, [1 + k, 1.01 + k]) for k in (*range(60), *range(63, 70), *range(168, 200))]
+    for row in (*failed, *slow):
+        slo.done(row)
+    values, _ = compute(records(tmp_path, [*failed, *slow, *fast]), (parse("itl_p50=50ms"),), ())
+    assert values["itl_p50_s"] < 0.05 and slo.verdict(ns(190), []) == ""
 
 
 @settings(max_examples=30, deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.measure.made import records, request
 from tuner.measure import metrics as m
 from tuner.measure.metrics import compute
-from tuner.measure.window import window
+from tuner.measure.window import Window, window
 from tuner.spec.slo import parse
 
 Q = (0.5, 0.9, 0.99)
@@ -36,6 +36,16 @@ def test_every_latency_counts_from_the_intended_send(tmp_path):
     assert values["ttft_p50_s"] == pytest.approx(1.0) and values["e2e_p50_s"] == pytest.approx(1.5)
     assert values["norm_latency_p50_s"] == pytest.approx(0.75)
     assert values["send_lag_p99_s"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("first_s", "last_s", "seconds"), [(0.0, 0.0, 4.0), (0.05, 0.0, 3.95), (0.0, 0.4, 4.4)])
+def test_requests_are_sent_in_the_time_in_which_they_really_left(tmp_path, first_s, last_s, seconds):
+    """41 requests in 4 s, of which the first and the last left so much later."""
+    late_s = {0: first_s, 40: last_s}
+    rows = [request(t / 10, [t / 10 + 1.0], sent_s=t / 10 + late_s.get(t, 0.0)) for t in range(41)]
+    made = records(tmp_path, rows)
+    found = m.sent_requests_per_s(made, np.ones(41, dtype=bool), Window(0, 4 * 10**9, 4 * 10**9))
+    assert found == pytest.approx(41 / seconds)
 
 
 def test_throughput_counts_what_arrived_in_the_window(tmp_path):
@@ -109,6 +119,12 @@ def test_goodput_of_an_overload_is_the_servers_where_the_slos_let_requests_wait(
     values, _ = compute(records(tmp_path, rows), [parse(x) for x in slos.split()], Q)
     asked = sum(row.output_tokens for row in rows) / 60
     assert values["goodput_output_tokens_per_s"] == pytest.approx(asked / 2, rel=0.06)
+
+
+@pytest.mark.parametrize(("growth", "seconds"), [(0.04, 10.0), (0.1, 10.5)])
+def test_goodput_bears_a_wait_that_grows_by_a_twentieth_of_the_window(tmp_path, growth, seconds):
+    values, _ = compute(records(tmp_path, poisson(lambda n, t: (0.1 + growth * t, 0.001))), PROMPT, Q)
+    assert values["goodput_window_s"] == pytest.approx(seconds, rel=0.02)
 
 
 def test_goodput_of_late_responses_counts_in_the_window_where_no_slo_bounds_a_token(tmp_path):

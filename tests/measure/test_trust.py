@@ -76,6 +76,8 @@ def test_a_clean_measurement_is_believed():
         ({"client_ttft_mean_s": 0.5}, (), ""),
         ({"server_prefix_hit_rate": 0.6}, (), "seen these prompts"),
         ({"server_prefix_hit_rate": 0.1}, (), ""),
+        # a request that was preempted finds its own blocks
+        ({"server_prefix_hit_rate": 0.6, "server_preemptions": 2.0}, (), ""),
     ],
 )
 def test_the_rules(change, slos, words):

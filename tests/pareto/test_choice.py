@@ -150,6 +150,11 @@ def test_the_interval_of_a_change_covers_the_truth_about_95_times_in_100():
     assert 930 <= covered <= 970
 
 
+def test_a_change_is_lowest_where_the_one_is_low_and_the_other_high():
+    assert compare(1.0, (0.8, 1.0), 1.0, (1.0, 1.0)).interval == pytest.approx((-0.2, 0.0))
+    assert compare(1.0, (1.0, 1.0), 1.0, (0.8, 1.0)).interval == pytest.approx((0.0, 0.25))
+
+
 def test_where_slos_hold_and_figures_are_none_no_slo_is_blamed(tmp_path: Path):
     store = Store(tmp_path)
     studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=-0.01),), store)

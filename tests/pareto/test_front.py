@@ -147,6 +147,14 @@ def test_repeats_that_disagree_widen_the_interval(tmp_path: Path):
     assert low < 0.0202 and high > 0.0297
 
 
+def test_repeats_of_which_the_intervals_reach_down_only_do_so_together(tmp_path: Path):
+    store, step = Store(tmp_path), studies.step(1.0, OBJECTIVE, tpot_s=0.02)
+    for number in range(2):
+        studies.measured(number, (replace(step, intervals={"tpot_p99_s": (0.01, 0.02)}),), store)
+    (found,) = points(store.trials(), OBJECTIVE)
+    assert found.latency_interval == pytest.approx((0.02 * 2 ** -(0.5**0.5), 0.02))
+
+
 def test_a_lucky_run_does_not_outvote_its_own_miss(tmp_path: Path):
     # "feasible if any one repeat passed" is a peer's rule
     store = Store(tmp_path)

@@ -45,6 +45,15 @@ def test_a_verdict_for_the_default_overrules_the_search(tmp_path: Path):
     assert found.point and found.point.baseline and found.point.trial == 0 and found.cost_change is None
 
 
+def test_a_default_that_held_nowhere_on_the_held_out_windows_is_nothing_to_compare_with(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=10)
+    data = studies.verification(study, store).to_dict()
+    data["arms"][0]["holds"] = False
+    write_json(store.folder / "verify.json", data)
+    found = recommended(store, study)
+    assert found.point and found.baseline is None
+
+
 def test_where_nothing_held_on_the_held_out_windows_nothing_is_recommended(tmp_path: Path):
     study, store = studies.write(tmp_path / "s", trials=10)
     write_json(store.folder / "verify.json", studies.verification(study, store, winner=-1).to_dict())

@@ -43,7 +43,10 @@ def test_tokens_per_request_are_of_the_requests_that_brought_them():
     """Of a short window 20 requests/s had ended and 30 answers' tokens had arrived: that is no length of an answer."""
     step = studies.step(1.0, OBJECTIVE, tokens_per_s=6000)
     own = {"goodput_requests_per_s": 20.0, "goodput_output_tokens_per_s": 4000.0, "requests_per_s": 20.0}
-    assert per_request([replace(step, metrics={**step.metrics, **own})], "output") == 200
+    good = replace(step, metrics={**step.metrics, **own})
+    assert per_request([good], "output") == 200
+    few = good.metrics | {"goodput_output_tokens_per_s": 400.0}  # of an overload the short answers are within SLO
+    assert per_request([good, replace(good, metrics=few, slo_misses=("late",))], "output") == 200
     assert math.isnan(per_request([replace(step, metrics={})], "output"))
 
 

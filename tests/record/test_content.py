@@ -6,6 +6,7 @@ import pytest
 
 from tests import studies
 from tuner.record.content import content, flag_values, legal, status
+from tuner.record.secrets import HIDDEN
 from tuner.server import telemetry
 from tuner.server.gpu import GpuSample
 from tuner.space.config import ServingConfig
@@ -57,6 +58,13 @@ def test_parameters_stand_under_the_engines_own_flag_names_also_at_their_default
     assert params["enable-prefix-caching"] == "false"
     assert params["max-num-seqs"] == "256"  # at its default, so not on the command line
     assert params["env.HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_secret_flag_is_hidden_by_its_name_however_short_it_is(one):
+    store, study = one
+    trial = store.trials()[0]
+    config = replace(trial.config, flags={**trial.config.flags, "api-key": "1234"})
+    assert content(replace(trial, config=config), study).params["api-key"] == HIDDEN
 
 
 def test_a_json_flag_is_taken_apart_and_a_switch_is_true_or_false():

@@ -106,11 +106,29 @@ def test_the_lowest_cost_so_far_is_that_of_the_search(made):
     study, store = made
     cheap = studies.step(1.0, study.objective, tokens_per_s=1e6)
     studies.measured(8, (cheap,), store, role="verify")
+    studies.measured(9, (studies.step(1.0, study.objective, tokens_per_s=5000),), store, params={"max_num_seqs": 512})
     assert record(study, store) == ""
     client, (parent,), _ = runs_of(study)
     told = client.get_metric_history(parent.info.run_id, "best_cost_usd_per_mtok_output")
     costs = [m.value for m in sorted(told, key=lambda m: m.step)]
     assert costs == sorted(costs, reverse=True) and costs[-1] > cheap.metrics["cost_usd_per_mtok_output"]
+    assert costs[0] > costs[-1]  # of the first trials alone
+
+
+def test_a_trial_of_another_tuner_is_left_to_that_one_until_the_study_ends(made):
+    study, store = made
+    studies.measured(8, (studies.step(1.0, study.objective),), store, elsewhere="another-host")
+    for finish in (False, True):
+        assert record(study, store, finish) == "" and (8 in runs_of(study)[2]) == finish
+
+
+def test_a_finished_study_of_which_a_file_changed_is_closed_with_it_once_more(made):
+    study, store = made
+    record(study, store)
+    (store.folder / "report.html").write_text("another")
+    sync(study, store, env=NOWHERE)
+    client, (parent,), _ = runs_of(study)
+    assert Path(client.download_artifacts(parent.info.run_id, "report.html")).read_text() == "another"
 
 
 def test_a_resumed_study_goes_on_in_the_same_parent_and_logs_no_trial_twice(made):

@@ -14,8 +14,9 @@ from tuner.search.causes import INNER, UNSEEN, Causes
 from tuner.search.ledger import Seen
 from tuner.search.reading import read
 from tuner.search.sampler import TunerSampler
+from tuner.search.scan import Scan
 from tuner.space.space import SearchSpace
-from tuner.study.outcome import Infeasible, Outcome
+from tuner.study.outcome import Infeasible, Measured, Outcome
 
 SPACE = replace(space(), rules=())
 DEFAULT: dict[str, Any] = SPACE.snap(SPACE.default())
@@ -60,6 +61,31 @@ def test_what_is_short_of_a_little_is_less_hopeless_than_what_is_short_of_much()
         learn(one, ({}, SERVED), ({"batch": 128}, Infeasible("oom-kv", "", short_bytes=gib * GIB)))
         found.append(works(one, {"batch": 128})[0])
     assert found[0] > found[1] + 0.02 > found[2] + 0.04
+
+
+def test_what_runs_is_taken_for_measured_as_it_is_believed_and_what_was_measured_stays():
+    one, params = beliefs(), ({"batch": 128}, {}, {"batch": 64})
+    learn(one, *((p, launch({**DEFAULT, **p})) for p in params[1:]))
+    indices = [i for p in params if (i := one.index(SPACE.snap({**DEFAULT, **p}))) is not None]
+    before = one.posterior(indices)
+    one.believe(indices[:1])
+    after = one.posterior(indices)
+    for name in ("cost", "latency", "capacity"):
+        assert getattr(after, name) == pytest.approx(getattr(before, name), abs=0.02)
+        less = getattr(after, f"{name}_sd") / getattr(before, f"{name}_sd")
+        assert less[0].max() < 0.8 and less[1:].max() < 1.001, name
+
+
+def test_the_front_has_the_loads_that_every_repeat_held_and_those_that_what_runs_is_believed_to_hold():
+    one = beliefs()
+    assert isinstance(SERVED, Measured)
+    again = Measured((SERVED.steps[0], replace(SERVED.steps[1], slo_misses=("late",))))
+    both = [read(Seen(n, DEFAULT, outcome), objective(), LOADS) for n, outcome in enumerate((SERVED, again))]
+    one.learn(both, 0)
+    running = one.index(SPACE.snap({**DEFAULT, "gpus": 4}))
+    assert running is not None
+    sizes = [len(Scan(one, LOADS, r, p).front(None).points) for r, p in ((both[:1], []), (both, []), (both, [running]))]
+    assert sizes[:2] == [2, 1] and sizes[2] > 1
 
 
 def test_nothing_is_said_of_memory_before_a_server_was_short_of_it():

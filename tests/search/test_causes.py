@@ -307,7 +307,7 @@ def test_recorded_launches_are_read_and_what_says_nothing_is_left_out():
     many, messages = launched(1, 60, too_many)
     told = [Infeasible("x", m) if m else Measured(()) for m in messages]
     noise = [
-        (SPACE.snap(SPACE.default()), Infeasible("x", GPUS, transient=True)),
+        (SPACE.snap(SPACE.default()), Infeasible("x", "the port is taken", transient=True)),
         (SPACE.snap(SPACE.default()), Untrusted(("lag",))),
         ({**SPACE.default(), "format": "gone"}, Infeasible("x", GPUS)),
         ({**SPACE.default(), "tensor": 64}, Infeasible("x", "no value of the grid any more")),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from tests.search.problem import LOADS, launch, objective, space, study
 from tuner.search import choose, ledger
-from tuner.search.ledger import CRASH_VIOLATION, Seen, answered, repeat, values
+from tuner.search.ledger import CRASH_VIOLATION, answered, values
 from tuner.study.outcome import Aborted, Infeasible, Measured, Step, Untrusted
 
 
@@ -35,6 +36,7 @@ def test_a_measured_outcome_is_its_lowest_cost_and_lowest_latency_within_slo():
         Aborted("interrupted"),
         Measured((Step(1.0, "w", {"ttft_p99_s": 9.0, "tpot_p99_s": math.inf}, slo_misses=("ttft",)),)),
         Measured((Step(1.0, "w", {"ttft_p99_s": 0.1, "tpot_p99_s": 0.01, "cost_usd_per_mtok_output": math.inf}),)),
+        Measured((replace(good().steps[0], untrusted=("client lag",)),)),
     ],
 )
 def test_whatever_has_no_point_is_told_as_violated_with_finite_penalties(outcome):
@@ -71,15 +73,6 @@ def test_what_was_told_is_read_back():
     first, second = ledger.read(book, space())
     assert (first.params, first.outcome, first.seconds, first.free) == (params, good(), 60.0, False)
     assert (second.number, second.params, second.outcome) == (running.number, other, None)
-
-
-def test_a_repeat_is_known_by_its_snapped_parameters():
-    base = {"gpus": 2, "batch": 32, "half": True, "guess": "none", "length": 0}
-    seen = [Seen(0, space().snap(base), good()), Seen(1, space().snap({**base, "gpus": 4}), Untrusted(("lag",)))]
-    assert repeat(seen, space(), {**base, "length": 8}) is seen[0]  # a length without guessing changes nothing
-    assert repeat(seen, space(), {**base, "batch": 33}) is seen[0]  # snapped to 32
-    assert repeat(seen, space(), {**base, "gpus": 4}) is None  # that measurement was at fault
-    assert repeat(seen, space(), {**base, "half": False}) is None
 
 
 def test_what_answers_for_a_configuration():

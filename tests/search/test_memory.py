@@ -216,6 +216,17 @@ def test_an_oom_where_it_should_have_fitted_is_refused_the_next_time() -> None:
     assert fit("qwen3-32b", "H100-SXM", {**flags, "tensor-parallel-size": 2}, learned).fits
 
 
+def test_an_oom_under_load_takes_from_every_later_cache_what_was_missing() -> None:
+    flags: dict[str, Value | None] = {"max-model-len": 8192}
+    first, learned = fit("llama-3.1-8b", "H100-SXM", flags), None
+    for _ in range(2):
+        learned = learn(first, Infeasible("oom-activations", "", stage="under load", short_bytes=2 * GIB), learned)
+    missing = (first.kv_tokens - fit("llama-3.1-8b", "H100-SXM", flags, learned).kv_tokens) * first.parts[
+        "kv_per_token"
+    ]
+    assert missing == pytest.approx(4 * GIB, rel=0.01)
+
+
 def test_a_crash_that_was_not_memory_teaches_nothing_about_memory() -> None:
     first = fit("llama-3.1-8b", "H100-SXM", {"max-model-len": 8192})
     assert learn(first, Infeasible("unknown-flag", "no such flag")) == MemoryCorrection()

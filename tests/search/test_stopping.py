@@ -26,6 +26,7 @@ def test_three_promises_in_a_row_below_the_threshold_end_the_search():
         trials(0.001, 0.001, 0.001),  # too few launches for the promise to be believed
         trials(*[None] * 30),  # a sampler that does not say what it expects
         [*trials(*[0.2] * 12), *trials(0.0, 0.0, 0.0, free=True)],  # refusals are no launches
+        [*trials(0.001, 0.001, 0.001), *trials(*[None] * 9, free=True)],  # nor do they make few launches more
     ],
 )
 def test_otherwise_it_goes_on(seen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,16 @@ def test_measured_points_are_reproduced_and_others_are_less_certain():
     mean, sd = predict(s, codes)
     assert np.abs(mean[0:60:5] - y[0:60:5]).max() < 0.1
     assert sd[1:60:5].min() > sd[0:60:5].max()
+
+
+def test_measured_loads_are_reproduced_with_and_without_the_spread():
+    _, codes = everything()
+    load, y = np.array([0.2, 0.6, 1.2]), np.array([-1.0, -0.5, 1.0])
+    known = replace(rows([tuple(codes[0])] * 3, y.tolist()), load=load)
+    s = fit(correlations(space()), known, Prior(noise=1e-6, noise_spread=0.01))
+    for spread in (True, False):
+        mean, _ = s.predict(codes[:1], load[None, :], np.zeros((1, 3, 0)), spread=spread)
+        assert mean[0] == pytest.approx(y, abs=0.02)
 
 
 def test_effects_that_add_up_are_learnt_from_a_sixth_of_the_grid():
@@ -135,6 +146,23 @@ def test_the_worst_slo_decides_the_margin_and_an_absent_metric_is_a_miss():
     assert margin({"ttft_p99_s": 0.01}, slos) > 1
 
 
+def test_a_step_that_was_ended_as_saturated_says_nothing_of_cost_and_latency():
+    """Its latencies are those of the beginning, within their limits."""
+    outcome = launch(space().default())
+    assert isinstance(outcome, Measured)
+    early = replace(outcome.steps[0], load=LOADS[-1], slo_misses=("saturated",), stopped_early="saturated: it grows")
+    reading = read(Seen(0, space().default(), Measured((outcome.steps[0], early))), objective(), LOADS)
+    assert [place for place, *_ in reading.steps] == [0]
+
+
+def test_a_step_that_was_ended_for_an_slo_bounds_the_capacity_whatever_it_measured():
+    outcome = launch(space().default())
+    assert isinstance(outcome, Measured)
+    lost = replace(outcome.steps[1], slo_misses=("ttft_p99 cannot hold 500 ms",))
+    found = read(Seen(0, space().default(), Measured((outcome.steps[0], lost))), objective(), LOADS).capacity
+    assert found is not None and math.log(LOADS[0]) < found < math.log(LOADS[1])
+
+
 def test_a_memory_crash_is_a_margin_and_another_crash_a_plain_no_with_its_cause():
     def reading(outcome):
         return read(Seen(0, space().default(), outcome), objective(), LOADS)
@@ -165,6 +193,8 @@ def test_the_gain_is_the_area_that_a_ladders_points_add():
     found = worth(posterior(1e-6, math.log(1.2)), front, LOADS, LaunchCost(60, 30), draws(0))
     assert found.gain[0] == pytest.approx(expected, rel=0.06)
     assert found.gpu_seconds[0] == pytest.approx(60 + 3 * 30)  # two loads within SLO and the one that misses
+    risky = worth(posterior(1e-6, math.log(1.2), works=0.5), front, LOADS, LaunchCost(60, 30), draws(0))
+    assert risky.gpu_seconds[0] == pytest.approx(60 + 3 * 30 / 2)  # a crash measures no load
 
 
 def test_a_new_cheapest_point_gains_the_area_up_to_the_next_one():

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,14 @@ def test_who_waits_has_it_before_who_comes_later_or_again(tmp_path):
     got[0].release()
     with leases.gpus((0, 1)):
         assert {path.name for path in (tmp_path / "leases").iterdir()} == {"gpu-0", "gpu-1"}, "the queue is empty"
+
+
+def test_who_came_later_is_not_waited_for(tmp_path):
+    leases = Leases(tmp_path)
+    later = Lease.take(leases.folder / f"wait-{time.time_ns() + 10**15:020} 0")
+    assert later is not None
+    leases.gpus((0,), wait_s=5.0).release()
+    later.release()
 
 
 QUEUER = """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tuner.server.leases import Lease
 from tuner.server.process import Process, Program, StartFailed
 from tuner.server.runtime import Ownership, reap, runtime_root
 from tuner.server.tree import MARKER, Pid, members
@@ -113,6 +114,10 @@ process = Process(Program({words!r}, {{"PATH": os.environ["PATH"]}}, folder, fol
 owned.started(process.guard, process.server)
 while not any(b"--child" in Path(f"/proc/{{p.pid}}/cmdline").read_bytes().split(b"\\0") for p in process.members()):
     time.sleep(0.05)
+if {child} and os.fork() == 0:
+    while not (folder / "over").exists():
+        time.sleep(0.05)
+    os._exit(0)
 print(json.dumps([process.guard.pid, process.server.pid, *[p.pid for p in process.members()]]), flush=True)
 time.sleep(600)
 """
@@ -123,8 +128,8 @@ def run_tuner(tmp_path):
     """Starts a tuner with one server in a process of its own: (it, [guard, server, strays])."""
     tuners: list[subprocess.Popen] = []
 
-    def run(launch_id: str, *words: str) -> tuple[subprocess.Popen, list[Pid]]:
-        text = TUNER.format(root=ROOT, folder=str(tmp_path), launch_id=launch_id, words=fake(*words))
+    def run(launch_id: str, *words: str, child: bool = False) -> tuple[subprocess.Popen, list[Pid]]:
+        text = TUNER.format(root=ROOT, folder=str(tmp_path), launch_id=launch_id, words=fake(*words), child=child)
         tuner = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
         tuners.append(tuner)
         assert tuner.stdout is not None
@@ -146,6 +151,16 @@ def test_a_tuner_killed_with_9_takes_its_servers_and_their_strays_with_it(tmp_pa
     cleaned = reap(tmp_path)  # only files were left
     assert any("a1" * 8 in line for line in cleaned)
     assert list((tmp_path / "launches").iterdir()) == [] and not list(tmp_path.glob("t-*"))
+
+
+def test_a_tuner_killed_with_9_takes_its_server_with_it_though_a_child_holds_its_pipes(tmp_path, run_tuner):
+    tuner, pids = run_tuner("a2" * 8, "--stray", "session", "--hang", child=True)
+    tuner.kill()
+    tuner.wait()
+    try:
+        assert eventually(lambda: not any(pid.alive for pid in pids), 30.0)
+    finally:
+        (tmp_path / "over").touch()
 
 
 def test_what_a_tuner_and_its_guard_leave_when_both_are_killed_is_reaped_by_its_marker(tmp_path, run_tuner):
@@ -211,6 +226,42 @@ def test_members_knows_a_process_by_its_marker_alone(tmp_path):
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_recycled_process_number_makes_nobody_a_member(tmp_path):
+    child = subprocess.Popen(fake("--child"), env={"PATH": os.environ["PATH"]}, start_new_session=True)
+    try:
+        own, me = Pid.of(child.pid), Pid.of(os.getpid())
+        assert own and me and own in members("e7" * 8, leader=own) and own in members("e7" * 8, root=me)
+        assert members("e7" * 8, leader=Pid(own.pid, own.start - 1), root=Pid(me.pid, me.start - 1)) == set()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_shared_memory_goes_with_the_server_that_was_killed_in_it(tmp_path):
+    path = Path("/dev/shm") / f"tuner-test-{os.getpid()}-{time.monotonic_ns()}"
+    code = f"file = open({str(path)!r}, 'w'); import time; time.sleep(600)"
+    program = Program([sys.executable, "-c", code], {"PATH": os.environ["PATH"]}, tmp_path, tmp_path / "server.log")
+    process = Process(program)
+    assert eventually(path.exists)
+    os.kill(process.server.pid, signal.SIGSTOP)
+    process.stop(0.2)
+    assert not path.exists()
+
+
+def test_a_lock_is_held_by_the_guard_and_not_by_the_server(tmp_path):
+    with Lease(tmp_path / "gpu-0", os.open(tmp_path / "gpu-0", os.O_RDWR | os.O_CREAT)) as lease:
+        program = Program(fake("--hang"), {"PATH": os.environ["PATH"]}, tmp_path, tmp_path / "server.log", [lease.fd])
+        process = Process(program)
+        try:
+            assert process.guard is not None
+            held = [
+                {os.readlink(f) for f in Path(f"/proc/{p.pid}/fd").iterdir()} for p in (process.guard, process.server)
+            ]
+        finally:
+            process.stop(60)
+    assert [str(lease.path) in files for files in held] == [True, False]
 
 
 def _is_child(process: Pid) -> bool:

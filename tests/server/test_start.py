@@ -6,17 +6,20 @@ import re
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.server.test_process import eventually, fake
 from tuner.engines.protocol import Cancelled, LaunchFailed, Site
+from tuner.errors import EnvironmentFault
 from tuner.server import probe
-from tuner.server.bootlog import Dialect, Fact
+from tuner.server.bootlog import BootLog, Dialect, Fact
+from tuner.server.gpu import Gpus
 from tuner.server.leases import Leases
 from tuner.server.limits import History, Limits
-from tuner.server.start import Binding, Recipe, start
+from tuner.server.start import Binding, Recipe, _late, start
 from tuner.server.tree import PROC, Pid
 
 DIALECT = Dialect(
@@ -142,6 +145,17 @@ def test_a_hang_is_recognised_in_its_phase(stage, phase, words):
     assert f"phase {phase}" in outcome.message
 
 
+def test_a_phase_that_still_writes_to_its_log_does_not_hang():
+    log, limits = BootLog(DIALECT, 0.0), Limits(silent_s=60.0, fixed_s={"imports": 100.0})
+    log.feed(["still importing"], 170.0)
+    assert _late(log, limits, 220.0) == "" and "hang: phase imports" in _late(log, limits, 240.0)
+
+
+def test_a_server_that_is_not_healthy_is_not_ready(stage):
+    recipe = stage.recipe(health="/locked", limits=Limits(total_s=1.5))  # which the stand-in answers with 401
+    assert failure(stage, recipe).cause == "too-slow-to-start"
+
+
 def test_a_server_that_never_gets_ready_is_too_slow(stage):
     assert failure(stage, stage.recipe("--hang", limits=Limits(total_s=0.8))).cause == "too-slow-to-start"
 
@@ -207,7 +221,8 @@ def test_the_environment_is_what_was_asked_for_and_little_more(stage, monkeypatc
     assert "VLLM_ATTENTION_BACKEND" not in env and "SECRET_OF_MINE" not in env
     assert env["CUDA_VISIBLE_DEVICES"] == "" and env["PATH"]
     assert stage.binding is not None and env["TMPDIR"] == str(stage.binding.temporary)
-    assert ("not_passed", {"variables": ("VLLM_ATTENTION_BACKEND",)}) in stage.events
+    told = [name for event, data in stage.events if event == "not_passed" for name in data["variables"]]
+    assert "VLLM_ATTENTION_BACKEND" in told and "SECRET_OF_MINE" not in told
 
 
 def test_cpu_servers_run_one_at_a_time_on_a_machine(stage, tmp_path):
@@ -240,6 +255,57 @@ def test_gpus_are_leased_for_the_life_of_the_server(stage):
     running.stop()
     Leases(stage.root).gpus((0, 1)).release()
     assert stage.clean()
+
+
+class Held(Gpus):
+    """GPUs that somebody is on: ``used`` bytes of each."""
+
+    def __init__(self, used: int, why: str = "") -> None:
+        super().__init__(object())
+        self.used, self.why = used, why
+
+    def __len__(self) -> int:
+        return 1
+
+    def memory_used(self, index: int) -> int:
+        return self.used
+
+    def why_not(self, index: int) -> str:
+        return self.why
+
+
+@pytest.mark.parametrize(("more", "left"), [(0, ()), (10 * 2**30, ("GPU 0: 10.0 GiB are still held",))])
+def test_memory_that_was_in_use_before_is_nothing_that_the_server_left(stage, monkeypatch, more, left):
+    monkeypatch.setattr("tuner.server.running._GPU_BACK_S", 0.5)
+    gpus = Held(20 * 2**30)
+    running = start(stage.recipe(gpus=gpus), replace(stage.site, gpus=(0,)), stage.root)
+    gpus.used += more
+    assert running.stop().left_over == left
+
+
+def test_gpus_are_given_back_where_the_wait_for_who_is_on_them_is_cancelled(stage):
+    threading.Timer(0.3, stage.site.cancel.set).start()
+    with pytest.raises(Cancelled):
+        start(stage.recipe(gpus=Held(0, "in use by pid 7")), replace(stage.site, gpus=(0,)), stage.root)
+    assert stage.clean()
+
+
+def test_gpus_are_given_back_where_there_is_no_port(stage, monkeypatch):
+    def none(*_: object) -> None:
+        raise EnvironmentFault("every port tried is in use")
+
+    monkeypatch.setattr(Leases, "port", none)
+    with pytest.raises(EnvironmentFault):
+        start(stage.recipe(), replace(stage.site, gpus=(0,)), stage.root)
+    assert stage.clean()
+
+
+def test_what_could_not_be_ended_is_left_to_be_reaped(stage, monkeypatch):
+    running = start(stage.recipe(), stage.site, stage.root)
+    assert running.process is not None
+    stop = running.process.stop
+    monkeypatch.setattr(running.process, "stop", lambda wait_s: replace(stop(wait_s), left=("pid 7 (stuck)",)))
+    assert running.stop().left_over == ("pid 7 (stuck)",) and running.ownership.path.exists()
 
 
 def test_this_machines_history_is_written_after_a_start_and_foretells_the_next(stage, tmp_path):

@@ -41,6 +41,12 @@ def test_a_parameter_off_its_default_adds_its_flag():
     assert config.args() == ["--max-num-batched-tokens", "4096"]
 
 
+def test_every_kind_of_parallelism_multiplies_the_gpus():
+    tensor, data = (parameter(name, [1, 2, 4], 1, numeric=True, counts_gpus=True) for name in ("tp", "dp"))
+    config = SearchSpace("s", "vllm", (tensor, data)).config({"tp": 2, "dp": 4}, "m")
+    assert config.gpus == 8
+
+
 def test_keys_inside_a_json_flag_are_merged_into_one_value():
     config = SPACE.config({"speculation": "ngram", "draft_length": 2}, "m")
     assert json.loads(config.flags["speculative-config"]) == {"method": "ngram", "num_speculative_tokens": 2}
@@ -83,6 +89,7 @@ def test_the_hash_covers_flags_and_environment_but_not_the_names_of_parameters()
     config = SPACE.config({"max_num_seqs": 512}, "m")
     assert config.hash != SPACE.config(SPACE.default(), "m").hash
     assert config.hash == type(config)(**{**config.to_dict(), "params": {}}).hash
+    assert config.hash != type(config)(**{**config.to_dict(), "gpu": "L40S"}).hash
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,8 @@ def test_the_hash_covers_flags_and_environment_but_not_the_names_of_parameters()
         ({"share": {"multiple_of": 8}}, False),  # not a number, though Python would fill it in
         ({"share": {"not_multiple_of": 8}}, False),
         ({"huge": {"multiple_of": 0.5}}, False),
+        ({"none": {"ne": 1}}, False),  # nor is what is known to be none
     ],
 )
 def test_conditions_are_data(condition, expected):
-    assert holds(condition, {"a": 1, "b": 3, "share": "50%", "huge": 10**400}) is expected
+    assert holds(condition, {"a": 1, "b": 3, "share": "50%", "huge": 10**400, "none": None}) is expected

@@ -56,6 +56,13 @@ def test_a_broken_server_is_refused_and_one_that_cannot_be_asked_is_said(floor):
     assert [text.partition(":")[0] for text in floor.said] == ["The quality floor was not checked"]
 
 
+def test_a_configuration_that_leaves_the_answers_alone_is_not_compared_nor_taken_for_the_default(floor):
+    study = floor.guard.study
+    config = study.space.config({**study.space.default(), "max_num_seqs": 512}, study.model)
+    assert config.hash != floor.default.hash
+    assert floor.ask(0.0, config) == (None, None) and floor.guard.awaited()
+
+
 def test_where_there_is_no_server_to_ask_the_floor_is_said_to_be_unchecked(floor):
     """A simulated clock has no server, and a function none at all."""
     folder = floor.store.trial_folder(0)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.study.fake import FakeEngine, oom
+from tests.study.fake import FakeEngine, FakeServer, oom
 from tuner.engines.protocol import LaunchFailed, Teardown
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
@@ -19,10 +19,10 @@ from tuner.spec import studyfile
 from tuner.spec.storage import sqlite_file
 from tuner.spec.study import Budget
 from tuner.study import budget, queue, session, verifying, workload
-from tuner.study.evaluate import Bench
+from tuner.study.evaluate import Bench, evaluate
 from tuner.study.outcome import Aborted, Infeasible, Measured
 from tuner.study.session import Prepared
-from tuner.study.store import Store
+from tuner.study.store import Store, read_json, write_json
 from tuner.verify.promise import Promise
 
 # no quality floor: other trials start beside the default, whose answers nothing is compared with
@@ -109,6 +109,41 @@ def test_a_passing_failure_is_tried_once_more_and_a_lasting_one_never(runner):
     assert {n for (again, n) in counts if not again} == {1}
 
 
+def test_a_configuration_that_is_launched_once_more_meets_another_window(runner):
+    engine, many = FakeEngine(), {"trace: {": "trace: {search_windows: 2, ", "window: 10s": "window: 1s"}
+    engine.fail = lambda _c: Infeasible("port-in-use", "", transient=True) if len(engine.launched) == 1 else None
+    runner.run(engine, replace={"launches: 6": "launches: 2", "load: {": "load: {warmup: 0s, ", **many})
+    assert {step.window for step in runner.store.trial(1).outcome.steps} == {"trace/search-1"}
+
+
+def test_a_step_that_cannot_be_believed_is_measured_once_more_with_other_prompts(runner):
+    """At load 1 the second measurement is believed, at load 2 none."""
+    seeds, late = [], ("records-1", "records-2", "records-2-again")
+
+    class Late(FakeServer):
+        def measure(self, plan):
+            seeds.append(plan.seed)
+            step = super().measure(plan)
+            return replace(step, untrusted=("late",)) if plan.records.stem in late else step
+
+    engine = FakeEngine()
+    launch = engine.launch
+    engine.launch = lambda config, site: Late(engine, launch(config, site).config)
+    runner.run(engine, replace={"launches: 6": "launches: 1"})
+    steps = runner.store.trial(0).outcome.steps
+    assert [(step.load, step.untrusted) for step in steps] == [(1.0, ()), (2.0, ("late",))]
+    assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_a_server_that_is_refused_for_its_answers_keeps_what_its_log_said(runner):
+    study = runner.study()
+    moved = Infeasible("quality", "its answers moved", stage="quality")
+    bench = Bench(study, FakeEngine(), threading.Event(), lambda *_: None, lambda *_: moved)
+    window = workload.read(study).search[0]
+    outcome, _ = evaluate(bench, study.space.config({}, study.model), runner.folder, (), window)
+    assert outcome.boot.facts == {"kv_cache_tokens": 1000.0}
+
+
 def test_a_passing_failure_of_the_last_trial_that_runs_has_its_second_launch_too(runner):
     """Nothing was left to propose while it ran; its own second launch is."""
     engine = FakeEngine()
@@ -144,6 +179,7 @@ def test_a_default_that_fails_for_want_of_a_gpu_ends_the_study_as_the_environmen
     with pytest.raises(EnvironmentFault, match="no CUDA device"):
         runner.run(FakeEngine(fail=lambda _c: none))
     assert runner.store.trial(0).outcome.cause == "no-gpu"  # kept all the same
+    assert runner.store.trial(0).outcome.transient  # for it says nothing of the configuration
 
 
 def test_what_the_machine_was_at_fault_for_is_made_again_before_all_others_and_costs_no_launch(runner):
@@ -213,6 +249,20 @@ def test_something_left_behind_stops_the_study_and_says_what(runner):
         runner.run(engine)
     assert isinstance(runner.store.trial(0).outcome, Measured)  # kept all the same
     assert len(engine.launched) == 1 == len(runner.store.trials())
+
+
+def test_what_ablation_put_together_may_be_at_fault_itself_and_the_default_is_not(runner):
+    study = runner.study()
+    engine = FakeEngine(fail=lambda _c: Infeasible("disk-full", "a disk is full"))
+    ready = Prepared(study, engine, workload.read(study), None, "none in this test")
+    with (
+        session.opened(study) as store,
+        executor(bench := Bench(study, engine, threading.Event(), lambda *_: None)) as where,
+    ):
+        launch = verifying.launcher(ready, store, runner.recorder, where, bench.on_event, "ablate")
+        for params, error in (({"quantization": "fp8"}, LaunchFailed), ({}, EnvironmentFault)):
+            with pytest.raises(error), launch(study.space.config(params, study.model), "ablate 1"):
+                pass
 
 
 def test_something_that_a_failed_launch_left_behind_stops_the_study_too(runner):
@@ -356,6 +406,22 @@ def test_a_queued_trial_is_not_lost_where_the_tuner_is_killed_before_its_folder_
     assert [t.baseline for t in runner.store.trials()] == [True, False]
 
 
+def test_a_trial_that_ended_before_the_kill_but_was_not_told_is_told_and_not_launched_again(runner, monkeypatch):
+    import optuna
+
+    def killed(*_args, **_more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(queue.ledger, "tell", killed)
+        runner.run()
+    (first,), engine = runner.store.trials(), FakeEngine()
+    runner.run(engine, replace={"launches: 6": "launches: 2"})
+    assert len(engine.launched) == 1 and first.config.hash not in engine.launched
+    told = optuna.load_study(study_name="s", storage=runner.store.database).trials[0]
+    assert told.state.name == "COMPLETE" and "free" not in told.user_attrs
+
+
 def test_a_remeasurement_that_a_kill_cut_off_is_one_when_it_is_queued_again(runner):
     import optuna
 
@@ -399,13 +465,20 @@ def test_a_line_of_events_that_a_kill_cut_short_spoils_no_other(tmp_path):
     assert [event["event"] for event in store.events()] == ["first", "third", "fourth"]
 
 
+def test_a_word_that_reads_like_no_finite_number_stays_a_word(tmp_path):
+    data = {"params": {"scale": "inf"}, "metrics": {"ttft_p99_s": math.inf}}
+    write_json(tmp_path / "config.json", data)
+    assert read_json(tmp_path / "config.json") == data
+
+
 def test_a_study_that_changed_is_not_continued_silently(runner):
     runner.run()
     with pytest.raises(UsageError, match="begun with another load"):
         runner.run(replace={"[1, 2, 3, 4]": "[1, 2]"})
 
 
-def test_held_out_windows_may_become_more_until_something_was_measured_on_them(runner):
+@pytest.mark.parametrize("role", ["verify", "ablate"])
+def test_held_out_windows_may_become_more_until_something_was_measured_on_them(runner, role):
     runner.text = runner.text.replace("window: 10s", "window: 1s").replace("load: {", "load: {warmup: 0s, ")
     runner.run()
     more = {"trace: {": "trace: {heldout_windows: 4, "}
@@ -413,7 +486,7 @@ def test_held_out_windows_may_become_more_until_something_was_measured_on_them(r
         assert studyfile.load(store.folder).trace.heldout_windows == 4
         assert studyfile.load(store.folder).frozen["frozen"] == runner.study().frozen["frozen"]
         config = store.trials()[0].config
-        store.start_trial(9, config, config.params, role="verify", label="verify 1 default")
+        store.start_trial(9, config, config.params, role=role, label=f"{role} 1 default")
         store.end_trial(9, store.trials()[0].outcome)
     with pytest.raises(UsageError, match="heldout_windows of this study is 4: something was already measured on them"):
         runner.run()
@@ -602,7 +675,8 @@ def test_what_a_launch_waited_for_is_not_charged(runner):
     assert [trial.ended_s - trial.started_s < 1 for trial in runner.store.trials()] == [True, True]
 
 
-def test_a_trial_that_cannot_beat_the_front_any_more_is_stopped_and_its_points_kept(runner):
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_trial_that_cannot_beat_the_front_any_more_is_stopped_and_its_points_kept(runner, early_stop):
     def slow_down(config, plan):  # every configuration but the default is ten times slower
         if config.flags:
             plan.records.touch()
@@ -625,9 +699,23 @@ def test_a_trial_that_cannot_beat_the_front_any_more_is_stopped_and_its_points_k
     engine = FakeEngine(during=slow_down)
     launch = engine.launch
     engine.launch = lambda config, site: Slow(engine, launch(config, site).config)
-    runner.run(engine, replace={"launches: 6": "launches: 3"})
+    whole = {} if early_stop else {"load: {": "load: {early_stop: false, "}
+    runner.run(engine, replace={"launches: 6": "launches: 3", **whole})
     stopped = [t.outcome for t in runner.store.trials()[1:]]
+    if not early_stop:
+        assert [len(o.steps) for o in stopped] == [4, 4]
+        return
     assert all(isinstance(o, Aborted) and "cannot beat the front" in o.reason and len(o.steps) == 1 for o in stopped)
+
+
+def test_a_launch_of_the_verification_stops_no_trial_of_the_search_and_takes_none_from_it(runner):
+    runner.run(replace={"launches: 6": "launches: 1"})
+    store, (first,) = runner.store, runner.store.trials()
+    cheap = [replace(s, metrics={k: v / 100 for k, v in s.metrics.items()}, slo_misses=()) for s in first.outcome.steps]
+    store.start_trial(9, first.config, first.params, role="verify", label="verify 1 default")
+    store.end_trial(9, Measured(tuple(cheap)))
+    runner.run(replace={"launches: 6": "launches: 3"})
+    assert [type(t.outcome) for t in store.trials() if t.role == "search"] == [Measured] * 3
 
 
 def test_no_launch_sees_a_prompt_twice_and_all_configurations_see_the_same(runner):

@@ -36,6 +36,13 @@ def test_a_verification_lasts_as_long_as_its_dearest_configuration_can_be_paid(m
         assert within and within.seconds == pytest.approx(left_usd / (2.5 * gpus) * 3600)
 
 
+def test_a_verification_has_the_hours_that_the_search_left(made):
+    ready, store = made
+    ready.study = replace(ready.study, budget=Budget(launches=None, hours=0.5, usd=None, verify_share=0.2))
+    within = verifying.limits(ready, store, [arm(ready.study, 1)])
+    assert within and within.seconds == pytest.approx(1800 - 60)
+
+
 @pytest.fixture
 def ablated(tmp_path, monkeypatch):
     """``tuner ablate`` on a verified study, with what is launched made up; says how it ended."""

@@ -10,9 +10,10 @@ from benchmarks.verify.small_study import LATENCY, THROUGHPUT, study
 from tests.verify.test_verification import Keeping, Unserved
 from tuner.engines.protocol import LaunchFailed
 from tuner.study.outcome import Infeasible, Measured
-from tuner.verify.ablation import AblationBudget, ablate
+from tuner.verify.ablation import AblationBudget, _corrected, ablate
 from tuner.verify.arm import Finalist
 from tuner.verify.rounds import Done
+from tuner.verify.statistics import Estimate
 
 QUIET = Noise(launch=0.004, drift=0.004, stalls=0.0)
 WINDOWS = [window(90 + i, name=f"heldout-{i}") for i in range(3)]
@@ -97,6 +98,21 @@ def test_a_flag_without_which_the_slos_hold_nowhere_is_kept_and_says_so():
     found, _ = quiet(lambda config: 1.0 if on(config, "d") else 0.1, scenario=LATENCY, load=1.0)
     assert list(found.params) == ["d"]
     assert "hold at no load" in next(e.why for e in found.effects if e.parameter == "d")
+
+
+def test_what_crashed_in_one_of_its_launches_is_not_what_is_left():
+    tries = []
+
+    def fails(config):
+        tries.append(not any(on(config, flag) for flag in FLAGS))
+        return tries[-1] and sum(tries) == 2
+
+    assert quiet(lambda _config: 1.0, fails=fails)[0].params
+
+
+def test_an_effect_that_is_not_worth_a_flag_is_no_reason_to_keep_it():
+    doubts = _corrected({name: Estimate(gain, ((1e-6, 30.0),)) for name, gain in (("a", 0.02), ("b", 0.005))}, 0.01)
+    assert doubts["a"] < 0.001 and doubts["b"] > 0.99
 
 
 def test_a_flag_without_which_a_launch_served_nothing_is_kept_and_says_so():

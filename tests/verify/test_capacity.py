@@ -52,6 +52,11 @@ def test_where_no_load_held_the_capacity_is_at_most_the_lowest_measured():
     assert math.isnan(capacity([step(1.0, 0.1, untrusted=("client lag",))], [SLO]))
 
 
+def test_a_miss_below_a_load_that_held_does_not_bound_the_capacity():
+    missed_first = [step(2.0, 1.2), step(3.0, 0.5), step(4.0, 2.0)]
+    assert capacity(missed_first, [SLO]) == pytest.approx(math.sqrt(3 * 4))
+
+
 def test_untrusted_steps_do_not_count():
     assert capacity([step(2.0, 0.5), step(4.0, 0.5, untrusted=("client lag",)), step(3.0, 2.0)], [SLO]) < 3.0
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from tests.studies import objective, space
-from tests.verify.test_verification import WINDOWS, Bench
+from tests.verify.test_verification import WINDOWS
 from tuner.errors import UsageError
 from tuner.verify.fingerprint import Fingerprint, driver, model_hash, trace_hash
-from tuner.verify.promise import Promise, promise_block, promise_of, read_promise
+from tuner.verify.promise import Promise, promise_block, read_promise
 
 MARK = Fingerprint("vllm", "0.32.0", "570.1", "H100", "m", "aaa", "t.csv", "bbb", "2026-11-23")
 
@@ -107,17 +107,6 @@ def test_what_no_check_could_be_made_with_is_refused_at_its_line(tmp_path, name,
     with pytest.raises(UsageError, match=f"the promise cannot be read: {name}: ") as caught:
         read_promise(path)
     assert caught.value.where == f"{path}:{number + 2}"
-
-
-def test_what_a_verification_recommends_becomes_the_promise():
-    found = Bench({"v0": 1.0, "v1": 1.25}).verify("v1")
-    made = promise_of(found, "chat", objective().slos, "ttft_p99", MARK, windows=3)
-    assert made.config == found.config and made.load == found.chosen.load and made.cost == found.chosen.load_cost
-    assert made.spread.freedom > 0
-    nothing = Bench({"v0": 0.2, "v1": 0.2}).verify(launches=2)
-    if nothing.chosen is None:
-        with pytest.raises(ValueError):
-            promise_of(nothing, "chat", (), "ttft_p99", MARK)
 
 
 def test_a_fingerprint_names_what_changed_and_not_the_date():

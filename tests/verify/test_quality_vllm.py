@@ -120,8 +120,6 @@ def test_eight_bits_are_accepted_and_two_bits_are_refused_with_the_figure(server
         finally:
             running.stop()
     print({bits: (r.kl, r.covered, r.kl_drawn, r.kl_drawn_error, r.top1, r.greedy) for bits, r in results.items()})
-    assert results[8].verdict == "passed" and results[8].infeasible() is None
-    refused = results[2].infeasible()
-    assert refused is not None and refused.stage == "quality"
-    assert "nats per token" in refused.evidence or "most probable token" in refused.evidence
+    assert (results[8].verdict, results[2].verdict) == ("passed", "failed")
+    assert "nats per token" in results[2].reason or "most probable token" in results[2].reason
     assert results[2].kl > 10 * results[8].kl

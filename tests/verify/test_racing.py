@@ -43,6 +43,21 @@ def test_what_is_within_the_noise_of_launches_does_not_stop_a_trial():
     assert should_stop(steps(1.0, 0.04), [point(0.245, 0.02)], LADDER, WANT, spread=0.001) != ""
 
 
+@pytest.mark.parametrize("unsure", ["", "own cost", "own latency", "its cost", "its latency"])
+def test_every_figure_counts_at_the_end_that_spares_the_trial(unsure):
+    """Beaten by 4 % in both axes: enough where all four figures are exact, not where one is off by up to 10 %."""
+
+    def around(value, name):
+        off = 0.1 if name == unsure else 1e-6
+        return (value * (1 - off), value * (1 + off))
+
+    between = {"cost_usd_per_mtok_output": around(1.0, "own cost"), "tpot_p99_s": around(0.02, "own latency")}
+    its = {"cost_interval": around(0.24, "its cost"), "latency_interval": around(0.0192, "its latency")}
+    mine, rival = dataclasses.replace(steps(1.0, 0.02)[0], intervals=between), point(0.24, 0.0192)
+    why = should_stop([mine], [dataclasses.replace(rival, **its)], (1.0, 4.0), WANT, spread=1e-6)
+    assert bool(why) == (not unsure)
+
+
 def test_one_load_that_can_still_win_is_enough_to_go_on():
     """Load 2 is beaten by the cheap point, load 4 would be cheaper than all."""
     front = [point(0.4, 0.02), point(0.3, 0.03)]

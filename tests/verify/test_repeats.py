@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from tuner.verify.power import power
-from tuner.verify.repeats import Repeats, Spread
+from tuner.verify.repeats import BLOCKS, Repeats, Spread
 
 WINDOWS = ("w0", "w1", "w2")
 
@@ -51,6 +51,12 @@ def test_a_difference_that_changes_from_window_to_window_is_less_sure():
         for shift, name in zip((-0.1, 0.0, 0.1), WINDOWS, strict=True):
             values["b", number, name] += shift
     assert Repeats(values).difference("b", "a").error > 3 * sure
+
+
+def test_a_difference_is_as_sure_as_the_windows_say_where_launches_are_all_alike():
+    shifts = dict(zip(WINDOWS, (-0.1, 0.0, 0.1), strict=True))
+    values = {(arm, n, w): shifts[w] * (arm == "b") for arm in "ab" for n in range(4) for w in WINDOWS}
+    assert Repeats(values).difference("b", "a").error == pytest.approx(stats.sem([*shifts.values()]))
 
 
 def test_arms_that_left_the_race_early_still_count_with_what_they_have():
@@ -113,6 +119,7 @@ def test_windows_that_look_alike_by_chance_count_as_different_as_their_own_traff
     stated = Repeats(values, None, dict.fromkeys(values, 0.05**2)).estimate("a")
     assert sure < 0.002
     assert stated.error == pytest.approx(0.05 / math.sqrt(3), rel=0.02)
+    assert stated.parts[1][1] == len(WINDOWS) - 1 + BLOCKS * len(WINDOWS)  # surer than three windows alone make it
     wide = table(np.random.default_rng(10), {"a": 0.0}, 4, window=0.3)
     assert Repeats(wide, None, dict.fromkeys(wide, 0.05**2)).estimate("a") == Repeats(wide).estimate("a")
 

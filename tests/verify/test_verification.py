@@ -10,14 +10,15 @@ from benchmarks.verify.machine import Machine, window
 from benchmarks.verify.small_study import LATENCY, THROUGHPUT, run, study, truth
 from tuner.engines.protocol import Cancelled, LaunchFailed
 from tuner.errors import UsageError
+from tuner.executor.protocol import NodeLost
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
 from tuner.verify.capacity import cost_at, margin_at
-from tuner.verify.judge import Table, judge
+from tuner.verify.judge import Arm, Judgement, Table, judge
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification
-from tuner.verify.verification import VerifyBudget, verify
+from tuner.verify.verification import VerifyBudget, _narrow, verify
 
 WINDOWS = [window(70 + i, name=f"heldout-{i}") for i in range(3)]
 
@@ -147,6 +148,19 @@ def test_a_server_that_holds_at_every_load_is_said_to_hold_up_to_the_highest_tri
     bench.study = replace(bench.study, trace=replace(bench.study.trace, window_s=10.0))
     bench.launch = lambda config, label: contextlib.nullcontext(Holds(lambda _name: 99.0, []))
     assert "The SLOs held up to load 3.6, the highest that was tried." in bench.verify(load=1.6).text
+
+
+def test_within_the_ladder_a_server_is_followed_though_more_load_does_not_cost_less():
+    bench, tried = Bench({"v0": 1.0}, LATENCY), []
+
+    class Level(Holds):
+        def measure(self, load, trace, name):
+            step = super().measure(load, trace, name)
+            return replace(step, metrics={"ttft_p99_s": 0.1, "error_rate": 0.0, COST: 1.0})
+
+    bench.launch = lambda config, label: contextlib.nullcontext(Level(lambda _name: 99.0, tried))
+    bench.verify(load=0.8)
+    assert max(load for _, load in tried) == max(bench.study.load.ladder)
 
 
 def test_a_bracket_begins_where_other_windows_arms_and_rounds_expect_it():
@@ -392,6 +406,58 @@ def test_configurations_never_measured_in_one_round_are_not_compared(price):
     found = judge(arms, launches, (), "ttft_p99_s")
     assert (found.choice, found.reason) == ("default", "nothing-proven")
     assert math.isnan(found.arms["v1"].difference[0]) and found.arms["v1"].best == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(("cost", "choice", "reason"), [(1.0, "v1", "faster"), (1.1, "default", "nothing-proven")])
+def test_half_the_latency_is_recommended_where_it_costs_no_more(cost, choice, reason):
+    arms = [Bench({"v0": 1.0, "v1": 1.0}).finalist(variant) for variant in ("v0", "v1")]
+    metrics = {"default": {COST: 1.0, "ttft_p99_s": 0.2}, "v1": {COST: cost, "ttft_p99_s": 0.1}}
+    launches = [
+        Launched(label, number, tuple(Step(1.0, w.name, told) for w in WINDOWS))
+        for number in (1, 2, 3)
+        for label, told in metrics.items()
+    ]
+    found = judge(arms, launches, (), "ttft_p99_s")
+    assert (found.choice, found.reason) == (choice, reason)
+
+
+def test_the_interval_of_the_chosen_one_leaves_more_room_where_it_may_flatter_itself():
+    """The cheapest of three: more likely too cheap than too dear, and to hold less than more."""
+    bench = Bench(dict.fromkeys(("v0", "v1", "v2", "v3"), 1.0))
+    costs = {"default": 1.0, "v1": 0.5, "v2": 0.8, "v3": 0.9}
+    launches = [
+        Launched(label, n, (Step(1.0 + 0.01 * (n % 2), "a", {COST: cost * (1 + 0.01 * (n % 2)), "ttft_p99_s": 0.1}),))
+        for n in (1, 2, 3, 4)
+        for label, cost in costs.items()
+    ]
+    found = judge([bench.finalist(v) for v in ("v0", "v1", "v2", "v3")], launches, (), "ttft_p99_s")
+    middle, low, high = found.arms["v1"].cost
+    assert found.choice == "v1" and high * low > 1.0001 * middle**2
+    middle, low, high = found.arms["v1"].capacity
+    assert high * low < 0.9999 * middle**2
+
+
+@pytest.mark.parametrize(("low", "settled"), [(0.95, False), (0.97, True)])
+def test_the_default_is_not_settled_for_while_another_may_be_cheaper(low, settled):
+    rival = Arm("v1", 4, True, difference=(0.98, low, 1.01), best=0.6)
+    arms = {"default": Arm("default", 4, True, cost=(1.0, 0.99, 1.01)), "v1": rival}
+    assert _narrow(Judgement("default", "nothing-proven", arms), 0.08) == settled
+
+
+def test_a_launch_of_which_the_node_was_lost_is_made_once_more():
+    bench, lost = Bench({"v0": 1.0, "v1": 1.25}), []
+    original = bench.launch
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        if label == "verify 1 v1" and not lost:
+            lost.append(label)
+            raise NodeLost("gone")
+        with original(config, label) as rig:
+            yield rig
+
+    bench.launch = launch
+    assert bench.verify("v1").choice == "v1" and lost
 
 
 def test_launches_too_few_for_all_go_to_the_most_promising():

@@ -28,7 +28,7 @@ def compose(what: Deployment) -> str:
     env = {name: _literal(value) for name, value in what.env.items()} | {"VLLM_API_KEY": "${VLLM_API_KEY:-}"}
     service: dict[str, Any] = {
         "image": f"{repository}:{tag}",
-        "entrypoint": command(what, CONFIG),
+        "entrypoint": command(CONFIG),
         "configs": [{"source": "serving", "target": CONFIG}],
         "environment": env,
         "ports": ["127.0.0.1:8000:8000"],
@@ -82,7 +82,7 @@ def kubernetes(what: Deployment) -> str:
     container: dict[str, Any] = {
         "name": "vllm",
         "image": f"{repository}:{tag}",
-        "command": command(what, CONFIG),
+        "command": command(CONFIG),
         "env": env,
         "ports": [{"name": "http", "containerPort": 8000}],
         "startupProbe": probe | {"failureThreshold": math.ceil(start_limit_s(what) / 10)},

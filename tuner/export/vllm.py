@@ -67,6 +67,6 @@ def env_text(what: Deployment) -> str:
     return "".join([*lines, *(f"{name}={shlex.quote(value)}\n" for name, value in what.env.items())])
 
 
-def command(what: Deployment, config: str) -> list[str]:
+def command(config: str) -> list[str]:
     """What a container runs; it is reached from outside the container, so it listens on every address in it."""
     return ["vllm", "serve", "--config", config, "--host", "0.0.0.0", "--port", "8000"]

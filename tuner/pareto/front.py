@@ -17,7 +17,6 @@ from tuner.study.outcome import Aborted, Measured, Step
 from tuner.study.store import TrialRecord
 
 COST = "cost_usd_per_mtok_output"
-COST_TOTAL = "cost_usd_per_mtok_total"
 Interval = tuple[float, float]
 
 

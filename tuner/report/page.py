@@ -46,8 +46,8 @@ def build(store: Store, study: Study, out: Path) -> Path:
         shown=set(figures),
         curves=[(name, figures[name]["title"]) for name in figures if name.startswith("curve")],
         still=front_svg(s) if s.points else "",
-        head=_head(s, store),
-        choice=_choice(s, store),
+        head=_head(s),
+        choice=_choice(s),
         config=_config(s, store),
         front=[tables.point_row(s, p) for p in (*s.front, *([s.verified] if s.verified and s.front else []))],
         apart=APART,
@@ -95,7 +95,7 @@ def _figures(s: Summary) -> dict[str, Figure]:
     return {name: figure for name, figure in found.items() if figure}
 
 
-def _head(s: Summary, store: Store) -> list[tuple[str, str]]:
+def _head(s: Summary) -> list[tuple[str, str]]:
     study, trials = s.study, s.trials
     noted = next((t.extra for t in trials if t.extra), None) or {}
     version = noted.get("engine_version") or ""
@@ -128,7 +128,7 @@ def _minute(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M")
 
 
-def _choice(s: Summary, store: Store) -> dict[str, Any]:
+def _choice(s: Summary) -> dict[str, Any]:
     """The recommendation's figures and words."""
     choice, point = s.choice, s.choice.point
     # ablation's text is a list: a paragraph each

@@ -64,11 +64,6 @@ class Beliefs:
     def foresight(self) -> Foresight:
         return self.sources.foresight
 
-    @property
-    def noise_sd(self) -> float:
-        """Noise of one measured latency, in logarithms; believed .04 before anything was measured."""
-        return self.fitted["latency"].noise_sd if "latency" in self.fitted else 0.04
-
     def learn(self, readings: Sequence[Reading], seed: int) -> None:
         """Fits every quantity to the launches so far; first decides of what the model is believed."""
         known = self._known(readings)

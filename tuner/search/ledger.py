@@ -9,7 +9,7 @@ them and would be proposed again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -180,12 +180,6 @@ def read(study: Study, space: SearchSpace) -> list[Seen]:
             )
         )
     return found
-
-
-def repeat(seen: Sequence[Seen], space: SearchSpace, params: Mapping[str, Any]) -> Seen | None:
-    """The earlier trial that already answered for ``params`` (compared snapped): measured, or known not to work."""
-    key = space.snap(params)
-    return next((s for s in seen if s.params == key and answered(s.outcome)), None)
 
 
 def answered(outcome: Outcome | None) -> bool:

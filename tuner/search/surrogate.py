@@ -84,10 +84,6 @@ class Surrogate:
     inverse: Array = field(default_factory=lambda: np.zeros((0, 0)))
     weights: Array = field(default_factory=lambda: np.zeros(0))
 
-    @property
-    def noise_sd(self) -> float:
-        return math.sqrt(self.variances[-1])
-
     def evidence(self) -> float:
         """Log likelihood of the rows, the weights and the effects integrated out, up to a constant per row."""
         if not len(self.rows.y):

@@ -59,7 +59,7 @@ def resolve(document: Document, beside: Path) -> Study:
         else _model(file.model, document, base, must_exist=not frozen)
     )
     facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace)
-    hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(file.hardware, document, engine, facts)
+    hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(facts)
     space = _with_args(_space(file, document, base, facts), engine, document)
     if space.engine != engine.kind and engine.kind in ("vllm", "sglang"):
         raise document.error(
@@ -312,7 +312,7 @@ def gpu_facts(
     return {"platform": "cuda", "gpus": gpus, "gpu_name": row.name, "gpu_memory_gib": memory_gib, **known}
 
 
-def _hardware(file: HardwareFile, document: Document, engine: EngineSpec, facts: Mapping[str, Any]) -> HardwareSpec:
+def _hardware(facts: Mapping[str, Any]) -> HardwareSpec:
     memory = int(facts.get("gpu_memory_gib", facts.get("memory_gib", 0)) * 2**30)
     return HardwareSpec(str(facts["gpu_name"]), int(facts["gpus"]), memory)
 

@@ -65,10 +65,11 @@ class Queue:
         self.space = study.space
         self.baseline_hash = self.space.config(self.space.default(), study.model).hash
         records = store.trials()
+        searched = [record for record in records if record.role == "search"]  # others say nothing of what to launch
         self._known: dict[str, TrialRecord | None] = {}
-        for record in records:
-            self._remember(record.config.hash, record, again=bool((record.extra or {}).get("again")))
-        self._launches = Counter(record.config.hash for record in records)
+        for record in searched:
+            self._remember(record.config.hash, record, again=record.again)
+        self._launches = Counter(record.config.hash for record in searched)
         self._next = max((record.number for record in records), default=-1) + 1
         self._refused = {str(sorted(entry["params"].items())) for entry in store.refused()}
         if peers is None:
@@ -98,8 +99,8 @@ class Queue:
         """What other tuners measured since the last time, now known here, and what runs. Needs the turn, and peers."""
         assert self.peers is not None
         look = self.peers.upkeep.all()
-        for record in look.copied:
-            self._remember(record.config.hash, record, again=bool((record.extra or {}).get("again")))
+        for record in (record for record in look.copied if record.role == "search"):
+            self._remember(record.config.hash, record, again=record.again)
             self._launches[record.config.hash] += 1
         now = {key for key, owner in look.running.items() if owner != self.peers.owner.to_dict()}
         for key in self._busy_elsewhere - now:
@@ -261,7 +262,7 @@ class Queue:
                 waiting.append(params)
                 self.book.enqueue_trial(params, user_attrs=self._as_before(frozen))
         for record in records:
-            lost = (record.extra or {}).get("again") and record.config.hash not in self._known
+            lost = record.role == "search" and record.again and record.config.hash not in self._known
             if lost and dict(record.params) not in waiting:
                 waiting.append(dict(record.params))
                 self.book.enqueue_trial(

@@ -19,7 +19,6 @@ from tuner.spec.slo import Slo, check_metric, parse_limit
 from tuner.verify.arm import Range, as_range
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.repeats import NO_SPREAD, Spread
-from tuner.verify.verdict import Verification
 
 PREFIX = "# tuner: "
 VERSION = 1
@@ -43,34 +42,6 @@ class Promise:
     spread: Spread = NO_SPREAD
     confidence: float = 0.95
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-def promise_of(
-    verification: Verification,
-    study: str,
-    slos: tuple[Slo, ...],
-    latency: str,
-    fingerprint: Fingerprint,
-    **details: Any,
-) -> Promise:
-    """The promise of what a verification recommends. Raises ``ValueError`` where it recommends nothing."""
-    chosen = verification.chosen
-    if chosen is None or verification.config is None:
-        raise ValueError("nothing was recommended, so there is nothing to promise")
-    return Promise(
-        study,
-        verification.trial,
-        verification.config,
-        chosen.load,
-        slos,
-        chosen.load_cost,
-        latency,
-        chosen.latency,
-        fingerprint,
-        verification.spread,
-        verification.confidence,
-        details,
-    )
 
 
 def promise_block(promise: Promise) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 
 from tuner.engines.protocol import Endpoint
 from tuner.spec.objective import QualityFloor
-from tuner.study.outcome import Infeasible
 from tuner.verify.completions import Completions, Scores, Unanswered
 from tuner.verify.statistics import Estimate, mean
 
@@ -83,13 +82,6 @@ class QualityResult:
     verdict: str
     reason: str
     tokens: int = 0
-
-    def infeasible(self) -> Infeasible | None:
-        """The outcome of a configuration that fell below the floor; None otherwise."""
-        if self.verdict != "failed":
-            return None
-        fix = "Take a milder quantization, or lower the quality floor in the objective."
-        return Infeasible("quality-floor", "the answers moved too far from the baseline's", self.reason, fix, "quality")
 
 
 def profile(

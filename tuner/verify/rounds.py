@@ -76,7 +76,9 @@ class Rounds:
             rng = np.random.default_rng([self.study.seed, self.number])
             self._order = [arms[i].label for i in rng.permutation(len(arms))]
         else:
-            self._order = [label for label in reversed(self._order) if any(a.label == label for a in arms)]
+            labels = [arm.label for arm in arms]
+            known = [label for label in reversed(self._order) if label in labels]
+            self._order = known + [label for label in labels if label not in known]
         for label in self._order:
             self.launches.append(self._once(next(a for a in arms if a.label == label)))
 

@@ -99,14 +99,14 @@ class Service:
             return
         stream, choice, wanted = entry
         self.generated += count
-        if self._fault_under_load(stream):
+        if self._fault_under_load():
             return
         finish = ("length" if job.output >= wanted else "stop") if last else ""
         if last:
             del self.streams[job.id]
         stream.deliver(choice, count, finish)
 
-    def _fault_under_load(self, stream: Stream) -> bool:
+    def _fault_under_load(self) -> bool:
         """Whether a fault that waits for tokens strikes now."""
         if not self.faults.args:
             return False

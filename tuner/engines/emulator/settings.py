@@ -88,7 +88,6 @@ class Settings:
     async_scheduling: bool
     priority: bool
     frontends: int
-    stream_interval: int
     draft: Draft | None = None
     kv_bytes: int = 0
     kv_blocks: int = 0
@@ -159,7 +158,6 @@ def resolve(
         async_scheduling="no-async-scheduling" not in flags and not gpu.is_cpu,
         priority=flags.get("scheduling-policy") == "priority",
         frontends=max(_int(flags, "api-server-count", 1), 1),
-        stream_interval=max(_int(flags, "stream-interval", 1), 1),
         draft=draft,
         kv_bytes=_length(flags.get("kv-cache-memory-bytes"), 0) or int(env.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB,
         kv_blocks=_int(flags, "num-gpu-blocks-override", 0),

@@ -45,7 +45,6 @@ class Served:
     work: Work
     tokens_s: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    queued_s: float = 0.0
     cached_tokens: int = 0
     preemptions: int = 0
 
@@ -157,7 +156,6 @@ class Simulator:
                 one.tokens_s.append(delivery.at_s)
                 one.counts.append(delivery.count)
                 if delivery.last:
-                    one.queued_s = delivery.job.started_s - delivery.job.arrived_s
                     one.cached_tokens, one.preemptions = delivery.job.cached, delivery.job.preemptions
         return served
 

@@ -28,7 +28,6 @@ class StepCost:
         paging = 0.66 + 0.14 * min(math.log2(max(s.block_size, 8) / 8) / 3, 1.0)
         self._attention_rate = gpu.memory_bytes_per_s * (0.6 if gpu.is_cpu else paging)
         self._attention_flops = gpu.peak(16) * (0.50 if s.kv_bits == 16 else 0.56)
-        self._kv_layers = shape.full_layers + shape.window_layers
 
     def seconds(self, prefill: list[tuple[int, int]], decodes: int, context: int, windowed: int, queries: int) -> float:
         """One step: ``prefill`` has (chunk, context before it) per sequence; ``decodes`` sequences with a summed
@@ -38,7 +37,7 @@ class StepCost:
         tokens = chunked + queries
         sampled = queries + len(prefill)
         graph = not self.s.eager and tokens <= self.s.graph_tokens
-        forward = self.dense(tokens) + self.attention(prefill, decodes, context, windowed, queries, tokens)
+        forward = self.dense(tokens) + self.attention(prefill, decodes, context, windowed, queries)
         kernels = self.shape.layers * (11 + (5 if self.shape.experts else 0)) + 12
         gaps = kernels * (self.gpu.kernel_s if graph else self.gpu.launch_s)
         # Without a graph the CPU launches while the GPU computes: the slower of the two counts, not the sum.
@@ -106,7 +105,7 @@ class StepCost:
         return 6e-6 + 1.2e-6 * tp + 2 * (tp - 1) / tp * size / (self.gpu.link_bytes_per_s * 0.7)
 
     def attention(
-        self, prefill: list[tuple[int, int]], decodes: int, context: int, windowed: int, queries: int, tokens: int
+        self, prefill: list[tuple[int, int]], decodes: int, context: int, windowed: int, queries: int
     ) -> float:
         """All attention layers: prefill bound by FLOPs, decode by the KV cache's bytes."""
         sh, s = self.shape, self.s
