@@ -82,7 +82,8 @@ class AskTell:
         Metrics have the names of :class:`tuner.study.outcome.Step`, latencies in seconds. A cost is added from the
         goodput where none is given, and the goodput from the output; UsageError where there is none of the three,
         where the objective's latency is absent, for what is no number, and for a proposal that was told already or
-        asked by another session. An SLO whose metric is absent counts as missed.
+        asked by another session. An SLO whose metric is absent counts as missed, and loads above the first that missed
+        one as not measured, as in a ladder.
         """
         if self._open.get(proposal.number, ("",))[0] != proposal.config.hash:
             what = f"proposal {proposal.number} was told already, or was not asked in this session"
@@ -93,7 +94,9 @@ class AskTell:
             steps = [self._step(proposal, load, metrics) for load, metrics in outcome.items()]
             if not steps:
                 raise UsageError("no load was told", fix="tell {1.0: metrics, 2.0: metrics}")
-            outcome = Measured(tuple(sorted(steps, key=lambda step: step.load)))
+            steps.sort(key=lambda step: step.load)
+            last = next((k for k, step in enumerate(steps) if step.slo_misses), len(steps))
+            outcome = Measured(tuple(steps[: last + 1]))
         elif not isinstance(outcome, get_args(Outcome)):
             raise UsageError(
                 f"{type(outcome).__name__} is no outcome", fix="tell {load: metrics}, or tuner.Infeasible(reason)"

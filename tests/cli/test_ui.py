@@ -25,7 +25,8 @@ def test_the_ui_needs_a_free_port_and_leaves_no_server_behind(tmp_path, capsys, 
     with pytest.raises(EnvironmentFault, match=r"ended \(exit code 3\)"):
         read._served([sys.executable, "-c", "raise SystemExit(3)"])
     child = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
-    code = f"import sys; from tuner.cli import read; sys.exit(read._served([sys.executable, '-c', {child!r}]))"
+    served = f"read._served([sys.executable, '-c', {child!r}])"
+    code = f"import sys; from tuner.cli import read, signals; signals.as_interrupts(); sys.exit({served})"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as ui:
         pid = int(ui.stdout.readline())
         ui.terminate()

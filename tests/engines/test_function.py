@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,31 @@ def test_a_bug_in_the_callable_is_that_trials_crash_with_file_and_line(tmp_path:
 def test_an_answer_that_says_nothing_is_refused(body: str, says: str, tmp_path: Path, site: Site) -> None:
     with pytest.raises(UsageError, match=says):
         measure(engine(tmp_path, body), site)
+
+
+def test_where_an_slo_is_missed_there_may_be_no_tokens(tmp_path: Path, site: Site) -> None:
+    body = "return {'ttft_p99_s': 99.0, 'tpot_p99_s': 0.01, 'output_tokens_per_s': 0}"
+    assert measure(engine(tmp_path, body), site).slo_misses
+
+
+def test_what_a_callable_prints_is_no_data_of_ours(tmp_path: Path, site: Site, capsys: pytest.CaptureFixture) -> None:
+    """Two at once, the first of which ends first."""
+    both, first = threading.Barrier(2, timeout=10), threading.Event()
+    body = "print('loud'); hook(load); return {'ttft_p99_s': 1, 'tpot_p99_s': 0.01, 'output_tokens_per_s': 5}"
+    made = engine(tmp_path, body)
+
+    def hook(load: float) -> None:
+        both.wait()
+        assert load == 1.0 or first.wait(10)
+
+    vars(sys.modules[made.evaluate().__module__])["hook"] = hook
+    with ThreadPoolExecutor(2) as pool:
+        steps = [pool.submit(measure, made, site, load) for load in (1.0, 2.0)]
+        assert steps[0].result().ok
+        first.set()
+        assert steps[1].result().ok
+    print("data")
+    assert capsys.readouterr() == ("data\n", "loud\nloud\n")
 
 
 def test_an_endless_latency_is_a_latency(tmp_path: Path, site: Site) -> None:
@@ -185,6 +213,10 @@ NO_NUMBER = "class Odd:\n        __float__ = __repr__ = lambda self: {}['x']\n  
         ("return {'error_rate': 1.5}", "returned error_rate=1.5, which is a share: 1 at most"),
         (NO_NUMBER, r"returned tpot_p99_s=\(Odd without a text: KeyError\), which is not a number"),
         ("return {'error_rate': -0.1}", "returned error_rate=-0.1, which cannot be negative"),
+        ("return {'cost_usd_per_mtok_output': 0}", "returned cost_usd_per_mtok_output=0: what configurations are"),
+        ("return {'tpot_p99_s': 0}", "returned tpot_p99_s=0: what configurations are ranked by is above zero"),
+        ("return {'output_tokens_per_s': float('inf')}", "output_tokens_per_s=inf: only a latency may be endless"),
+        ("return {'tpot_p99_s': 0.01, 'ttft_p99_s': 0, 'output_tokens_per_s': 0}", "no tokens where every SLO is met"),
     ],
 )
 def test_an_answer_that_cannot_be_one_is_refused_in_one_line(tmp_path: Path, site: Site, body: str, says: str) -> None:

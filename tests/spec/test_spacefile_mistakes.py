@@ -63,6 +63,28 @@ def test_the_space_that_these_tests_break_is_a_good_one(workplace):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (("range: [8, 64]\n      scale: log2", "range: [0.8, 0.95]"), "9: seqs: a range of [0.8, 0.95] needs a step"),
+        (("range: [8, 64]\n      scale: log2", "values: [8, 8.0]"), "9: seqs lists a value twice: 1, 1.0 and true"),
+        (("only: {le: 64}", "when: {weights: int8}"), ""),
+        (
+            ("default: none\n", "default: none\n      when: {seqs: 8}\n", "only: {le: 64}", "when: {weights: int8}"),
+            "11: seqs applies only where seqs does",
+        ),
+    ],
+)
+def test_what_could_never_vary_as_it_is_written_is_refused(workplace, change, says):
+    text = OWN
+    for old, new in zip(change[::2], change[1::2], strict=True):
+        text = text.replace(old, new)
+    if says:
+        assert refusal(workplace, text).startswith(says)
+    else:
+        load(workplace, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
         (("only: {le: 64}", "only: {lte: 64}"), "11: search_space.parameters.seqs.only: value: unknown operator 'lte'"),
         (
             ("only: {le: 64}", "only: {le: $cpu_coers}"),

@@ -49,6 +49,15 @@ def test_ask_and_tell_end_with_the_budget_and_choose_the_cheapest_within_slo(stu
         assert point.cost == pytest.approx(3.6 / 3600 / (best * 2) * 1e6)
 
 
+def test_loads_above_the_first_that_missed_an_slo_are_not_measured(study):
+    with AskTell(study) as search:
+        proposal = search.ask()
+        missed = {"tpot_p99_s": 0.2, "goodput_output_tokens_per_s": 9.0}
+        search.tell(proposal, {2.0: measure(proposal.params, 2.0), 1.0: missed})
+        assert [step.load for step in search.store.trial(0).outcome.steps] == [1.0]
+        assert not search.front()
+
+
 def test_launches_of_a_verification_are_not_taken_from_what_is_asked(study):
     with AskTell(study) as search:
         first = search.ask()

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner.cli.tune import Flags, read
-from tuner.errors import alike
+from tuner.errors import UsageError, alike
 from tuner.report.console import printer
 
 
@@ -53,6 +53,8 @@ def run(path: Path, json: bool) -> None:
         console.print(f"{data['allowed']} of {data['combinations']} combinations may be launched.")
     for reason, count in alike(data["refused"]).items():
         console.print(f"  {count} refused: {reason}")
+    if data["allowed"] == 0:
+        raise UsageError("no combination may be launched", where=study.source, fix="Widen the space, or mend its rules")
     console.print(f"First launch, the engine's default: {data['default_command']}", soft_wrap=True)
 
 

@@ -9,8 +9,10 @@ import math
 import os
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +24,7 @@ from tuner.space.config import ServingConfig, Value
 from tuner.spec.objective import Objective
 from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
-from tuner.study.price import told
+from tuner.study.price import COST, GOODPUT, told
 
 _NEVER_NEGATIVE = re.compile(r"(ttft|tpot|itl|e2e|cost)_|error_rate$|.*_per_s$")  # other names are the function's own
 
@@ -105,21 +107,24 @@ class FunctionServer:
         if plan.cancel.is_set():
             raise Cancelled
         try:
-            answer = self._evaluate(dict(self._config.params), plan.load)
+            with printing_aside():
+                answer = self._evaluate(dict(self._config.params), plan.load)
         except SaysInfeasible as error:
             reason = error.reason or "infeasible"
             raise LaunchFailed(Infeasible("infeasible", reason, evidence=f"Infeasible: {reason}")) from None
         except (Exception, SystemExit, GeneratorExit) as error:
-            raise LaunchFailed(_crash(error)) from error
+            raise LaunchFailed(_crash(error, plan.load)) from error
         finally:
             os.chdir(self._engine.home)
         try:
             metrics = checked(answer, self._engine.target, self._engine.required)
+            misses = tuple(miss for slo in plan.slos if (miss := slo.miss(metrics)))
+            if not misses and not metrics.get(COST, metrics.get(GOODPUT, 0.0)):
+                raise UsageError(f"{self._engine.target} returned no tokens where every SLO is met: there is no cost")
         except UsageError as error:
             if self._engine.default in (None, self._config.params):
                 raise  # the study's first launch: nothing will come of it
             raise LaunchFailed(_wrong(error)) from error
-        misses = tuple(miss for slo in plan.slos if (miss := slo.miss(metrics)))
         return Step(load=plan.load, window=plan.window, metrics=metrics, slo_misses=misses)
 
     def stop(self) -> Teardown:
@@ -127,9 +132,28 @@ class FunctionServer:
         return Teardown()
 
 
+_aside_lock = threading.Lock()
+_aside: list[Any] = []  # what stdout was, once for each callable that runs
+
+
+@contextmanager
+def printing_aside() -> Iterator[None]:
+    """What is printed within goes to stderr: stdout is for data. Several threads may be within at once."""
+    with _aside_lock:
+        _aside.append(_aside[0] if _aside else sys.stdout)
+        sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        with _aside_lock:
+            before = _aside.pop()
+            if not _aside:
+                sys.stdout = before
+
+
 def checked(answer: Any, target: str, required: Sequence[str] = ()) -> dict[str, float]:
     """What the callable ``target`` answered, as metrics that are complete. Raises ``UsageError`` where it is not a
-    mapping of numbers, or lacks one of the ``required`` names or a cost."""
+    mapping of numbers, or lacks one of the ``required`` names or a cost; the first of those names ranks."""
     if not isinstance(answer, Mapping):
         raise UsageError(
             f"{target} returned {type(answer).__name__}, not a mapping of metrics",
@@ -151,6 +175,10 @@ def checked(answer: Any, target: str, required: Sequence[str] = ()) -> dict[str,
             raise UsageError(f"{target} returned {name}=nan", fix="leave out what was not measured")
         if metrics[name] < 0 and _NEVER_NEGATIVE.match(name):
             raise UsageError(f"{target} returned {name}={metrics[name]:g}, which cannot be negative")
+        if name in (COST, *required[:1]) and not metrics[name]:
+            raise UsageError(f"{target} returned {name}=0: what configurations are ranked by is above zero")
+        if name.endswith("_per_s") and math.isinf(metrics[name]):
+            raise UsageError(f"{target} returned {name}=inf: only a latency may be endless")
         if name == "error_rate" and metrics[name] > 1:
             raise UsageError(f"{target} returned {name}={metrics[name]:g}, which is a share: 1 at most")
     missing = [name for name in required if name not in metrics]
@@ -168,9 +196,9 @@ def beside(study: Study) -> Path:
 
 
 def needed(objective: Objective) -> tuple[str, ...]:
-    """The metrics that an answer must have: the objective's latency, and what has an SLO."""
-    keys = {objective.latency_key, *(slo.key for slo in objective.slos)} - {"error_rate"}
-    return tuple(sorted(keys))
+    """The metrics that an answer must have: the objective's latency first, and what has an SLO."""
+    others = {slo.key for slo in objective.slos} - {"error_rate", objective.latency_key}
+    return (objective.latency_key, *sorted(others))
 
 
 def load_target(target: str, folder: Path) -> Evaluate:
@@ -182,7 +210,8 @@ def load_target(target: str, folder: Path) -> Evaluate:
     if not where or not name:
         raise UsageError(f"bad target {target!r}", fix="write package.module:callable")
     try:
-        module = _from_file(folder / where) if where.endswith(".py") else _from_name(where, folder)
+        with printing_aside():
+            module = _from_file(folder / where) if where.endswith(".py") else _from_name(where, folder)
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
@@ -225,12 +254,12 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def _crash(error: BaseException) -> Infeasible:
+def _crash(error: BaseException, load: float) -> Infeasible:
     return Infeasible(
         "crash",
-        encodable(f"the function raised {type(error).__name__}: {_text(error)}"),
+        encodable(f"the function raised {type(error).__name__} at load {load:g}: {_text(error)}"),
         evidence=raised_in(error),
-        fix="correct the function, or raise tuner.Infeasible(reason) for what cannot serve",
+        fix="correct it (verification asks for loads between the ladder's), or raise tuner.Infeasible(reason)",
         stage="under load",
     )
 

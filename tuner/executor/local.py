@@ -22,7 +22,7 @@ from tuner.study.outcome import Boot, Infeasible, Outcome, Step
 
 class LocalExecutor:
     """Implements :class:`tuner.executor.protocol.Executor`. ``study.parallel`` bounds the trials at once (0: as many
-    as the GPUs carry); servers without GPUs run one at a time, because they measure each other."""
+    as the GPUs carry); servers without GPUs run one at a time, because they measure each other (functions do not)."""
 
     def __init__(self, bench: Bench) -> None:
         study = bench.study
@@ -31,6 +31,7 @@ class LocalExecutor:
         self._bench = self._watch.bench
         self._gpus = _gpus(bench)
         self._parallel = study.parallel or max(1, len(self._gpus))
+        self._alone = study.engine.kind != "function"
         self._running: dict[Future[tuple[Outcome, Teardown]], tuple[Job, tuple[int, ...]]] = {}
         self._next: Job | None = None
         self._place = Place("", study.hardware.name, study.objective.price_usd_per_gpu_hour)
@@ -97,7 +98,7 @@ class LocalExecutor:
         busy = {gpu for _, gpus in self._running.values() for gpu in gpus}
         free = [gpu for gpu in self._gpus if gpu not in busy]
         job = self._next
-        if job is None or job.config.gpus > len(free) or (job.config.gpus == 0 and self._running):
+        if job is None or job.config.gpus > len(free) or (job.config.gpus == 0 and self._running and self._alone):
             return
         gpus, self._next = tuple(free[: job.config.gpus]), None
         self._watch.start(job.number)

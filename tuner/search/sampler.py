@@ -376,7 +376,8 @@ class TunerSampler(BaseSampler):
         if len(taken) >= len(self.candidates.params):
             return None, ""
         if default is not None and (index := self._off(default, taken, rng)) is not None:
-            return index, f"{self.options.near} parameters off the default, those that were varied least"
+            off = sum(a != b for a, b in zip(self.candidates.keys[index], self.candidates.keys[default], strict=True))
+            return index, f"{off} parameter{'s' * (off > 1)} off the default, of those that were varied least"
         left = [i for i in range(len(self.candidates.params)) if i not in taken]
         few = rng.choice(left, size=min(8, len(left)), replace=False).tolist()  # the farthest of all is a corner
         index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), few)

@@ -101,6 +101,9 @@ def build(
         _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
     for name, spec in file.parameters.items() if not document.begun else ():
         _check_facts(spec, facts, document, (*prefix, "parameters", name, "values"))
+        if _waits_for(name, name, file, set()) and not document.begun:
+            at = (*prefix, "parameters", name, "when")
+            raise document.error(f"{name} applies only where {name} does: nothing ever makes it apply", at)
     rules = []
     for index, rule in enumerate(file.rules):
         _check_condition(rule.deny, known, document, (*prefix, "rules", index, "deny"))
@@ -122,6 +125,15 @@ def _check_parameter(spec: ParameterFile, known: set[str], document: Document, a
     _check_condition(spec.when, known, document, (*at, "when"))
     for index, case in enumerate(spec.default if isinstance(spec.default, list) else ()):
         _check_condition(case.when, known, document, (*at, "default", index, "when"))
+
+
+def _waits_for(name: str, wanted: str, file: SpaceFile, seen: set[str]) -> bool:
+    """Whether what makes ``name`` apply needs, in the end, that ``wanted`` does."""
+    seen.add(name)
+    for other in condition.names(file.parameters[name].when) & set(file.parameters):
+        if other == wanted or (other not in seen and _waits_for(other, wanted, file, seen)):
+            return True
+    return False
 
 
 def _check_condition(spec: Mapping[str, Any], known: set[str], document: Document, at: tuple[str | int, ...]) -> None:
@@ -232,8 +244,8 @@ def _grid(
                 f"{name} has no flag", at, "write flag: max-num-seqs, or values with flags of their own"
             )
         emissions = [_emit(spec.flag, value) for value in values]
-    if len(set(map(repr, values))) < len(values):
-        raise document.error(f"{name} lists a value twice", (*at, "values"))
+    if (how := _twice(values)) is not None and not document.begun:
+        raise document.error(f"{name} lists a value twice{how}", (*at, "values"))
     pairs = [
         pair
         for pair in zip(values, emissions, strict=True)
@@ -267,6 +279,9 @@ def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ..
             values.append(int(value) if float(value).is_integer() else value)
             value *= 2
         return values
+    whole = isinstance(low, int) and isinstance(high, int)
+    if spec.step is None and not whole and not document.begun:
+        raise document.error(f"{name}: a range of {spec.range} needs a step", at, "add for example step: 0.05")
     if step <= 0:
         raise document.error(f"{name}: the step must be above zero, not {step}", at)
     if high - low >= MOST_VALUES * step:
@@ -278,6 +293,16 @@ def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ..
     count = int((high - low) / step + 1e-9) + 1
     exact = [round(low + i * step, 10) for i in range(count)]
     return [int(v) if isinstance(low, int) and isinstance(step, int) else v for v in exact]
+
+
+def _twice(values: Sequence[Any]) -> str | None:
+    """Where a value is listed twice, what makes it one, in words where it is not written alike; None where none is."""
+    if len(set(map(repr, values))) < len(values):
+        return ""
+    hashable = [value for value in values if isinstance(value, (bool, int, float, str))]
+    return (
+        ": 1, 1.0 and true are one value, and so are 0, 0.0 and false" if len(set(hashable)) < len(hashable) else None
+    )
 
 
 def _emit(flag: str, value: Value) -> Emission:
@@ -305,8 +330,8 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     at = ("parameters", parameter.name)
     if not wanted:
         raise document.error(f"{parameter.name} has no value left", at, "name one or more of its values")
-    if len(set(map(repr, wanted))) < len(wanted) and not document.begun:
-        raise document.error(f"{parameter.name} lists a value twice", at)
+    if (how := _twice(wanted)) is not None and not document.begun:
+        raise document.error(f"{parameter.name} lists a value twice{how}", at)
     for value in wanted:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value not in parameter.values and not (parameter.numeric and number):

@@ -63,7 +63,7 @@ def search_is_over(study: Study, used: Spent) -> str:
         return f"{rest_min:.0f} minutes of {budget.hours * share:g} h are left, and {takes}"
     if budget.usd is not None and used.launches and used.usd + used.launch_usd > budget.usd * share:
         rest = max(budget.usd * share - used.usd, 0)
-        return f"{rest:.2f} of {budget.usd * share:.2f} USD are left, and a launch costs {used.launch_usd:.2f}"
+        return f"{_usd(rest)} of {_usd(budget.usd * share)} USD are left, and a launch costs {_usd(used.launch_usd)}"
     return ""
 
 
@@ -77,5 +77,9 @@ def left(study: Study, used: Spent) -> str:
     if budget.hours is not None:
         parts.append(f"{max(0.0, budget.hours - used.hours):.2f} h")
     if budget.usd is not None:
-        parts.append(f"{max(0.0, budget.usd - used.usd):.2f} USD")
+        parts.append(f"{_usd(max(0.0, budget.usd - used.usd))} USD")
     return ", ".join(parts) or "no limit"
+
+
+def _usd(amount: float) -> str:
+    return f"{amount:.2f}" if amount >= 0.1 or not amount else f"{amount:.2g}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuner.engines.function import beside, checked, load_target, needed, raised_in
+from tuner.engines.function import beside, checked, load_target, needed, printing_aside, raised_in
 from tuner.errors import Infeasible, UsageError
 from tuner.search.prediction import Prediction
 from tuner.space.config import ServingConfig
@@ -65,7 +65,8 @@ class OwnModel:
 
     def _predict(self, config: ServingConfig, load: float) -> Prediction:
         try:
-            answer = self.foresee(dict(config.params), load, **self.constants)
+            with printing_aside():
+                answer = self.foresee(dict(config.params), load, **self.constants)
         except Infeasible as error:
             return Prediction(False, reason=error.reason or "infeasible")
         except (Exception, SystemExit) as error:
@@ -73,7 +74,10 @@ class OwnModel:
                 f"the predictor {self.target} failed on {dict(config.params)}: {raised_in(error)}",
                 fix="return metrics, or raise tuner.Infeasible(reason) for what cannot run",
             ) from error
-        told = checked(answer, self.target, self.needed)
+        try:
+            told = checked(answer, self.target, self.needed)
+        except UsageError as error:
+            raise UsageError(f"{error.message}, for {dict(config.params)}", fix=error.fix) from error
         metrics = {name: FAR if value == math.inf else value for name, value in told.items()}
         return Prediction(True, priced(Step(load, "predicted", metrics), config, self.objective).metrics)
 

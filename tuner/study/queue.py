@@ -277,7 +277,10 @@ class Queue:
         """What a trial that a kill cut off is queued again with: why, and of which trial it is another measurement."""
         told = frozen.user_attrs
         if "trial" in told:
-            return {"why": "again: the tuner was killed", **{k: told[k] for k in ("remeasure_of",) if k in told}}
+            return {
+                "why": "again: its session ended before it did",
+                **{k: told[k] for k in ("remeasure_of",) if k in told},
+            }
         return {key: told[key] for key in ("why", "reason", "remeasure_of") if key in told}
 
     def _unfinished(self, records: list[TrialRecord]) -> set[int]:

@@ -332,8 +332,10 @@ def _search(
     study = ready.study
     proposals = queue.Queue(study, store, book(ready, store, peers), ready.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
+    _tell_warm_start(study, on_event)
 
     worth, guess_usd = Stopping(), launch_usd(ready)
+    races = study.load.early_stop and study.engine.kind != "function"  # whose figures need not be a server's
 
     def stop_reason(running: int) -> str:
         used = budget.spent(study, store.launched("search"), running, guess_usd)
@@ -344,7 +346,7 @@ def _search(
 
     def beaten(steps: Sequence[Step]) -> str:
         found = front(points(searched(store.trials()), study.objective))
-        return racing.should_stop(steps, found, study.load.ladder, study.objective) if study.load.early_stop else ""
+        return racing.should_stop(steps, found, study.load.ladder, study.objective) if races else ""
 
     quality = guard(ready, store, on_event)
     proposals.awaited = quality.awaited
@@ -395,7 +397,7 @@ def book(ready: Prepared, store: Store, peers: Peers | None = None) -> optuna.St
         model=study.model,
         seed=study.seed + later,
         cost=LaunchCost(start_s=60.0, step_s=step_seconds(ready)),
-        earlier=_earlier(study),
+        earlier=[one for one in _earlier(study) if one is not None],
     )
     return optuna.create_study(
         storage=peers.database.storage if peers else storage(store),
@@ -432,8 +434,20 @@ def launch_usd(ready: Prepared) -> float:
     return launch_seconds(ready) / 3600 * per_hour(default, study.objective)
 
 
-def _earlier(study: Study) -> list[Earlier]:
-    """The earlier studies named in ``warm_start``. Raises UsageError for a folder that holds none."""
+def _tell_warm_start(study: Study, on_event: OnEvent) -> None:
+    """Which of the earlier studies say nothing here."""
+    if study.sampler != "auto" and study.warm_start:
+        on_event("say", {"text": f"warm_start is not used: the sampler {study.sampler} learns from no earlier study"})
+        return
+    for folder, found in zip(study.warm_start, _earlier(study), strict=True):
+        if found is None:
+            text = f"warm_start: {folder} is not used: too few of its launches were measured, or it shares too little"
+            on_event("say", {"text": text})
+
+
+def _earlier(study: Study) -> list[Earlier | None]:
+    """The earlier studies named in ``warm_start``, None for one that says nothing of this space. Raises UsageError for
+    a folder that holds none."""
     from tuner.search.warmstart import earlier
 
     found = []
@@ -443,7 +457,7 @@ def _earlier(study: Study) -> list[Earlier]:
             raise UsageError(f"warm_start: no study in {folder}", where=study.source, fix="Name a study folder")
         trials = [(t.params, t.outcome) for t in Store(path).trials() if t.role == "search"]
         found.append(earlier(path.name, trials, study.space, study.objective, study.load.ladder))
-    return [one for one in found if one is not None]
+    return found
 
 
 def _tell_refusals(study: Study, store: Store, proposals: queue.Queue, on_event: OnEvent) -> None:
