@@ -4,14 +4,15 @@ invented names, a simulation of queues), and searched as a user's function is: n
 
     python -m benchmarks.search.run --surfaces blind_a:{0,1,2} blind_b:{0,1,2} --models none --methods ours tpe random
 
-``blind_c`` (vLLM), ``blind_d`` (TensorRT-LLM), ``blind_e`` (SGLang), ``blind_g`` (all of these), ``blind_h`` and
-``blind_i`` (LMDeploy, TGI, llama.cpp and a launcher on Ray Serve, too) bring a model along, which its author made wrong
-(``--models 30% badly``), as a user's own model is brought. ``blind_f`` to ``blind_i`` have six scenarios, each with a
-space of its own. What a surface is like:
+``blind_c`` (vLLM), ``blind_d`` (TensorRT-LLM), ``blind_e`` (SGLang), ``blind_g`` (all of these), ``blind_h`` to
+``blind_j`` (LMDeploy, TGI, llama.cpp and launchers of somebody's own, too) bring a model along, which its author made
+wrong (``--models 30% badly``), as a user's own model is brought. ``blind_f`` to ``blind_j`` have six scenarios, each
+with a space of its own. What a surface is like:
 
     python -m benchmarks.search.blind blind_c:0 blind_d:2
 
-``blind_a:0:short`` is the first scenario of ``blind_a`` under names that users make up (``max_seqs``, ``kv_dtype``).
+``blind_a:0:short`` is the first scenario of ``blind_a`` under names that users make up (``max_seqs``, ``kv_dtype``),
+``blind_a:0:anon`` under names that say nothing (``p0``, ``p1``; crashes say what they say).
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ class Blind:
         source: Any = importlib.import_module(f"benchmarks.search.{module}")
         self.source: Any = source.scenario(self.scenario) if hasattr(source, "scenario") else source
         default = self.source.default(self.scenario)
-        if short not in ([], ["short"]):
-            raise ValueError(f"{name} is no surface: only {module}:{scenario} and {module}:{scenario}:short")
+        if short not in ([], ["short"], ["anon"]):
+            raise ValueError(f"{name} is no surface: {module}:{scenario} is, and with :short or :anon after it")
         values: dict[str, Sequence[Any]] = self.source.space()
-        self._names = {SHORT.get(n, n) if short else n: n for n in values}  # shown -> the source's
+        called = {"short": lambda k, n: SHORT.get(n, n), "anon": lambda k, n: f"p{k}"}.get("".join(short))
+        self._names = {called(k, n) if called else n: n for k, n in enumerate(values)}  # shown -> the source's
         made = tuple(_parameter(shown, values[n], default[n]) for shown, n in self._names.items())
         self.space = SearchSpace(self.name, "function", made)
         slos = tuple(parse(f"{key[:-2]}={limit * 1e3:g}ms") for key, limit in self.source.slos(self.scenario).items())

@@ -158,7 +158,7 @@ def test_a_blind_surface_under_short_names_is_the_same_surface():
     assert outcomes[0] == outcomes[1]
     names = [table.surface_of({"surface": s}) for s in ("blind_a:1", "blind_a:1:short", "experts:said", "silicon:3")]
     assert names == ["blind_a", "blind_a:short", "experts:said", "silicon"]
-    with pytest.raises(ValueError, match="blind_a:1 and blind_a:1:short"):
+    with pytest.raises(ValueError, match="blind_a:1 is, and with :short or :anon"):
         load_surface("blind_a:1:said")
 
 
@@ -183,7 +183,18 @@ def test_a_blind_surface_brings_its_wrong_model_along(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["blind_a:2", "blind_c:1", "blind_d:2", "blind_e:0", "blind_f:3", "blind_g:4", "blind_h:5", "blind_i:3"]
+    "name",
+    [
+        "blind_a:2",
+        "blind_c:1",
+        "blind_d:2",
+        "blind_e:0",
+        "blind_f:3",
+        "blind_g:4",
+        "blind_h:5",
+        "blind_i:3",
+        "blind_j:1",
+    ],
 )
 def test_the_sheet_of_a_surface_says_how_its_models_rank_and_that_it_measures_its_truth(name: str):
     first, _, *models, last = sheet(load_surface(name), count=80)

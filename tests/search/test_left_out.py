@@ -13,6 +13,7 @@ from tuner.search import ledger
 from tuner.search.candidates import Candidates, distribution_values
 from tuner.search.foresight import Foresight
 from tuner.search.prediction import Prediction
+from tuner.search.reading import read
 from tuner.search.sampler import TunerSampler
 from tuner.space.config import ServingConfig
 from tuner.space.space import Rule, SearchSpace
@@ -172,3 +173,19 @@ def test_usual_is_what_served_first_where_the_default_did_not():
     assert {params[p.name] for p in ODD} == {"h"}
     alike = [p for p in one.candidates.params if all(p[odd.name] == "h" for odd in ODD)]
     assert len(alike) > 10, "not its neighbours alone"
+
+
+def test_after_ten_launches_more_of_a_model_may_be_wrong_than_before():
+    """Launches that the model explains to the digit, none of which has the shade: what it may do is doubted again."""
+    doubts = []
+    for count in (9, 10):
+        one, seen = ruled(Terse()).beliefs, []
+        grid = [p for p in RULED.grid() if p["shade"] == "red" and p["method"] == "none"]
+        for number, params in enumerate(grid[:count]):
+            steps = tuple(Step(x, "w", Terse().predict(RULED.config(params, "m"), x).metrics) for x in LOADS)
+            seen.append(ledger.Seen(number, params, Measured(steps, Boot())))
+        one.learn([read(each, objective(), LOADS) for each in seen], 0)
+        other = one.index({**grid[0], "shade": "blue"})
+        assert other is not None and not one.sources.lost
+        doubts.append(float(one.posterior([other]).latency_sd.min()))
+    assert doubts[1] > 1.5 * doubts[0]

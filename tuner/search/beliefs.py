@@ -27,6 +27,7 @@ ROOM = Prior(
 )
 ROOM_AT_FIRST, ROOM_DOUBT = 1.0, 0.5
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
+FOLLOWED = 10  # launches; what a model leaves out is not seen where it is followed, so more may be wrong afterwards
 JUDGES = 16  # launches that say whether the model is believed
 
 
@@ -68,8 +69,9 @@ class Beliefs:
         """Fits every quantity to the launches so far; first decides of what the model is believed."""
         known = self._known(readings)
         self.sources.lost = self._lost(known, seed)
+        doubted = len(known) >= FOLLOWED and self.sources.ruled
         for name in QUANTITIES:  # the capacity first: the others are seen by how much of it a load takes
-            self.fitted[name] = self._fit(name, known, seed, self.fitted.get(name))
+            self.fitted[name] = self._fit(name, known, seed, self.fitted.get(name), doubted)
         self.fitted.pop("room", None)
         if any(r.works is not None and r.works < 0 and r.cause is None for r in known):
             self.fitted["room"] = self._fit("room", known, seed, None)
@@ -116,10 +118,12 @@ class Beliefs:
         self.fitted = before
         return lost if together > 0 else frozenset(QUANTITIES)
 
-    def _fit(self, name: str, known: Sequence[Reading], seed: int, last: Surrogate | None) -> Surrogate:
-        """One quantity, from the variances of the ``last`` fit."""
+    def _fit(
+        self, name: str, known: Sequence[Reading], seed: int, last: Surrogate | None, doubted: bool = False
+    ) -> Surrogate:
+        """One quantity, from the variances of the ``last`` fit; ``doubted``: variances as without a model."""
         rows, sources = self._rows(name, known)
-        informed = self.sources.modelled(name) or self.sources.earlier
+        informed = (self.sources.modelled(name) or self.sources.earlier) and not doubted
         return fit(
             self.tables,
             rows,
