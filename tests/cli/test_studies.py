@@ -1,5 +1,6 @@
 """Studies by the file that they were begun with, and flags over a file."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,3 +193,47 @@ def test_the_usual_budget_verifies_in_three_rounds(workplace: Path) -> None:
     found = read(write(workplace, GOOD.replace("budget: {launches: 5}", "")), Flags()).budget
     assert found == Budget(launches=20, verify_share=0.3)
     assert "6 are kept for verification" in search_is_over(SimpleNamespace(budget=found), Spent(14, 0.0, 0.0, 0.0, 0.0))
+
+
+ODD = """\
+import threading
+met = threading.Barrier(2, timeout=20)
+def evaluate(config, load):
+    print("a function talks")
+    if load == 1 and config["batch"] > 8:
+        met.wait()  # two at once, or neither
+    cheap = config["batch"] == 16
+    cost = {1: 11, 2: 8, 4: 0.01}[load] if cheap else 5 / load
+    return {"tpot_p99_s": 0.03 if cheap else 0.02, "cost_usd_per_mtok_output": cost}
+"""
+
+
+def test_functions_run_side_by_side_and_to_the_end_whatever_their_costs(tmp_path: Path) -> None:
+    """A cost that falls faster than the load rises, which no server's does, is found; and all that is said is so."""
+    (tmp_path / "mine.py").write_text(ODD)
+    text = MINE.replace("[8, 16]", "[8, 16, 32]").replace("ladder: [1]", "ladder: [1, 2, 4]")
+    text = text.replace("launches: 2", "launches: 3") + "parallel: 2\nsampler: grid\nwarm_start: [reports/before]\n"
+    (tmp_path / "before.yaml").write_text(MINE.replace("name: mine\nengine", "name: before\nengine"))
+    (tmp_path / "study.yaml").write_text(text)
+    checked = tuner("check", "before.yaml", "--json", cwd=tmp_path, check=0)
+    assert json.loads(checked.stdout)["combinations"] == 2 and "talks" not in checked.stdout
+    tuner("tune", "before.yaml", cwd=tmp_path)
+    done = tuner("tune", "study.yaml", cwd=tmp_path, check=0)
+    assert "warm_start is not used: the sampler grid learns from no earlier study" in done.stderr
+    assert "talks" in done.stderr and "talks" not in done.stdout
+    front = json.loads(tuner("front", "reports/mine", "--json", cwd=tmp_path, check=0).stdout)
+    assert min(point["cost_usd_per_mtok_output"] for point in front["front"]) == 0.01
+
+
+def test_a_space_of_which_nothing_may_be_launched_is_not_called_valid(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(ODD)
+    rule = "  rules: [{deny: {batch: {ge: 1}}, because: never}]\nobjective"
+    (tmp_path / "study.yaml").write_text(MINE.replace("objective", rule, 1))
+    done = tuner("check", "study.yaml", cwd=tmp_path, check=2)
+    assert "no combination may be launched" in done.stderr
+
+
+def test_small_amounts_of_money_are_not_rounded_to_nothing() -> None:
+    assert "0.012 of 0.02 USD are left, and a launch costs 0.015" in search_is_over(
+        SimpleNamespace(budget=Budget(usd=0.02, verify_share=0.0)), Spent(1, 0.1, 0.008, 60.0, 0.015)
+    )

@@ -193,7 +193,7 @@ def test_a_blind_surface_brings_its_wrong_model_along(name: str):
         "blind_g:4",
         "blind_h:5",
         "blind_i:3",
-        "blind_j:1",
+        "blind_j:0",
     ],
 )
 def test_the_sheet_of_a_surface_says_how_its_models_rank_and_that_it_measures_its_truth(name: str):
