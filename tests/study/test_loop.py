@@ -1,5 +1,6 @@
 """The loop: what is launched, what is told, and what survives."""
 
+import contextlib
 import math
 import threading
 import time
@@ -218,7 +219,8 @@ def test_a_study_in_which_nothing_was_measured_is_begun_anew_with_another_file(r
         pass
 
 
-def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verification(runner):
+@contextlib.contextmanager
+def launching_on_a_full_disk(runner, role):
     study = runner.study()
     engine = FakeEngine(fail=lambda _c: Infeasible("disk-full", "a disk is full"))
     ready = Prepared(study, engine, workload.read(study), None, "none in this test")
@@ -226,7 +228,11 @@ def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verificatio
         session.opened(study) as store,
         executor(bench := Bench(study, engine, threading.Event(), lambda *_: None)) as where,
     ):
-        launch = verifying.launcher(ready, store, runner.recorder, where, bench.on_event, "verify")
+        yield study, store, verifying.launcher(ready, store, runner.recorder, where, bench.on_event, role)
+
+
+def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verification(runner):
+    with launching_on_a_full_disk(runner, "verify") as (study, store, launch):
         with pytest.raises(EnvironmentFault, match="a disk is full"), launch(study.space.config({}, study.model), "v"):
             pass
         assert not verifying._done(store.trials(), "verify") and not store.launched("verify")
@@ -252,14 +258,7 @@ def test_something_left_behind_stops_the_study_and_says_what(runner):
 
 
 def test_what_ablation_put_together_may_be_at_fault_itself_and_the_default_is_not(runner):
-    study = runner.study()
-    engine = FakeEngine(fail=lambda _c: Infeasible("disk-full", "a disk is full"))
-    ready = Prepared(study, engine, workload.read(study), None, "none in this test")
-    with (
-        session.opened(study) as store,
-        executor(bench := Bench(study, engine, threading.Event(), lambda *_: None)) as where,
-    ):
-        launch = verifying.launcher(ready, store, runner.recorder, where, bench.on_event, "ablate")
+    with launching_on_a_full_disk(runner, "ablate") as (study, _, launch):
         for params, error in (({"quantization": "fp8"}, LaunchFailed), ({}, EnvironmentFault)):
             with pytest.raises(error), launch(study.space.config(params, study.model), "ablate 1"):
                 pass
