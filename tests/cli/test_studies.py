@@ -229,8 +229,10 @@ def test_a_space_of_which_nothing_may_be_launched_is_not_called_valid(tmp_path: 
     (tmp_path / "mine.py").write_text(ODD)
     rule = "  rules: [{deny: {batch: {ge: 1}}, because: never}]\nobjective"
     (tmp_path / "study.yaml").write_text(MINE.replace("objective", rule, 1))
-    done = tuner("check", "study.yaml", cwd=tmp_path, check=2)
-    assert "no combination may be launched" in done.stderr
+    for words in ((), ("--json",)):
+        done = tuner("check", "study.yaml", *words, cwd=tmp_path, check=2)
+        assert "no combination may be launched" in done.stderr
+    assert json.loads(done.stdout)["allowed"] == 0
 
 
 def test_small_amounts_of_money_are_not_rounded_to_nothing() -> None:

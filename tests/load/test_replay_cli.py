@@ -1,7 +1,9 @@
 """`tuner replay` as a user meets it: what cannot be is one line and exit code 2 before anything is sent."""
 
 import os
+import pty
 import signal
+import subprocess
 import sys
 import threading
 
@@ -60,6 +62,39 @@ def test_the_first_signal_asks_a_command_to_end_and_the_second_ends_it(number, m
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, usual)
+
+
+CLOSED = """\
+import os, sys, threading, time
+from tuner.cli import signals
+ended = threading.Event()
+if sys.argv[1] == "asked":
+    with signals.stopping(ended, lambda: print("stopping", flush=True)):
+        print("ready", flush=True)
+        ended.wait(20)
+else:
+    signals.as_interrupts()
+    try:
+        print("ready", flush=True)
+        time.sleep(20)
+    except KeyboardInterrupt:
+        ended.set()
+print("the end", flush=True)
+print("the end", file=sys.stderr, flush=True)
+os._exit(7 if ended.is_set() else 1)
+"""
+
+
+@pytest.mark.parametrize("how", ["asked", "interrupted"])
+def test_a_closed_terminal_ends_a_command_in_peace(how):
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-c", CLOSED, how]
+    with subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as command:
+        os.close(theirs)
+        assert os.read(ours, 100).startswith(b"ready")
+        os.close(ours)
+        command.send_signal(signal.SIGHUP)
+        assert command.wait(20) == 7
 
 
 def test_a_replay_under_nohup_outlives_its_terminal():

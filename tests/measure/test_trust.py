@@ -25,6 +25,12 @@ CLEAN = {
 }
 
 
+def test_a_burst_that_left_within_milliseconds_of_its_plan_is_the_load_that_was_wanted():
+    late = {**CLEAN, "sent_requests_per_s": 19.5}
+    assert untrusted({**late, "measured_requests": 2.0}, ()) == ()  # 3 ms later than they were to
+    assert "19.5 requests/s were sent" in untrusted({**late, "measured_requests": 20.0}, ())[0]
+
+
 def test_answers_shorter_than_their_forced_length_are_no_speed():
     forced = {"output": "forced", "dialect": {"forced": True}}
     assert "only 21.0% of the output tokens" in ended_before_their_length(forced, {"output_share": 0.21})[0]
@@ -35,7 +41,9 @@ def test_answers_shorter_than_their_forced_length_are_no_speed():
     ):
         assert not ended_before_their_length(meta, {"output_share": 0.21})
     assert not ended_before_their_length(forced, {"output_share": 0.995})
-    assert not ended_before_their_length(forced, {"output_share": 0.0, "error_rate": 1.0})  # of none that came
+    assert not ended_before_their_length(forced, {"error_rate": 1.0})  # none came
+    chunks = {"output": "forced", "dialect": {"forced": True, "counting": "chunks"}}
+    assert "its chunks hold several" in ended_before_their_length(chunks, {"output_share": 0.21})[0]
 
 
 def test_a_clean_measurement_is_believed():

@@ -23,7 +23,13 @@ def run(path: Path, json: bool) -> None:
     data = describe(ready)
     if json:
         print(json_.dumps(data, indent=1))
-        return
+    else:
+        _show(study, ready, data)
+    if data["allowed"] == 0:
+        raise UsageError("no combination may be launched", where=study.source, fix="Widen the space, or mend its rules")
+
+
+def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
     console = printer()
     valid = f" is valid. {data['engine']} would serve {study.model} on {data['hardware']}."
     console.print(Text.assemble((study.name, "bold"), valid))
@@ -53,8 +59,6 @@ def run(path: Path, json: bool) -> None:
         console.print(f"{data['allowed']} of {data['combinations']} combinations may be launched.")
     for reason, count in alike(data["refused"]).items():
         console.print(f"  {count} refused: {reason}")
-    if data["allowed"] == 0:
-        raise UsageError("no combination may be launched", where=study.source, fix="Widen the space, or mend its rules")
     console.print(f"First launch, the engine's default: {data['default_command']}", soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -20,10 +21,28 @@ def _ending() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *([] if nohup else [signal.SIGHUP])]
 
 
+def _hang_up(terminals: list[int]) -> None:
+    """What is said to a terminal that is gone is said to nobody; to write to it is an error."""
+    with open(os.devnull, "w") as nobody:
+        for descriptor in terminals:
+            os.dup2(nobody.fileno(), descriptor)
+
+
+def _terminals() -> list[int]:
+    return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+
 def as_interrupts() -> None:
     """From now on each of them raises KeyboardInterrupt, as Ctrl-C does."""
+    terminals = _terminals()
+
+    def handle(number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            _hang_up(terminals)
+        raise KeyboardInterrupt
+
     for number in _ending():
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, handle)
 
 
 @contextmanager
@@ -31,9 +50,12 @@ def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None
     """Within it the first of them sets ``cancel`` and calls ``first``; another, a second later at the earliest, raises
     KeyboardInterrupt."""
     asked_s: list[float] = []
+    terminals = _terminals()
 
-    def handle(*_: object) -> None:
+    def handle(number: int, _: object) -> None:
         now = time.monotonic()
+        if number == signal.SIGHUP:
+            _hang_up(terminals)
         if asked_s and now - asked_s[0] >= AGAIN_S:
             raise KeyboardInterrupt
         if not asked_s:

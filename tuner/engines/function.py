@@ -257,8 +257,8 @@ def _from_file(path: Path) -> ModuleType:
 def _crash(error: BaseException, load: float) -> Infeasible:
     return Infeasible(
         "crash",
-        encodable(f"the function raised {type(error).__name__} at load {load:g}: {_text(error)}"),
-        evidence=raised_in(error),
+        encodable(f"the function raised {type(error).__name__}: {_text(error)}"),
+        evidence=f"{raised_in(error)} (at load {load:g})",
         fix="correct it (verification asks for loads between the ladder's), or raise tuner.Infeasible(reason)",
         stage="under load",
     )

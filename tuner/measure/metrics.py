@@ -17,7 +17,6 @@ from tuner.measure import quantile
 from tuner.measure.window import Window, warm_end_ns, window
 from tuner.spec.slo import Slo, bound_responses
 
-BURST_S = 1.0
 _BATCHES = 20
 _T_19 = 2.093024054408263  # Student's t, 19 degrees of freedom, two-sided 95 %
 _HOLD_GAPS = 20_000_000
@@ -55,7 +54,8 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     metrics["send_lag_p99_s"] = quantile.summary(send_lag_s(records)[measured], 0.99)[0]
     metrics["offered_requests_per_s"] = offered_requests_per_s(records, span)
     metrics["sent_requests_per_s"] = sent_requests_per_s(records, measured, span)
-    metrics["output_share"] = output_share(records, measured)
+    if (measured & _whole(records)).any():
+        metrics["output_share"] = output_share(records, measured)
     limits = {name: min((s.limit for s in slos if s.latency == name), default=math.inf) for name in REQUEST_LATENCIES}
     for name, latency in REQUEST_LATENCIES.items():
         if name == "itl":
@@ -68,7 +68,7 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
         good = is_good(records, slos)
         came, good_came = throughputs(records, span, np.ones(len(records), dtype=bool), good)
         _rates("", came, span.duration_s, metrics, intervals)
-        asked = _asked(records, span)
+        asked = Window(min(warm_end_ns(records), span.start_ns), span.asked_ns, span.asked_ns)
         if _promptly(records, slos, asked):
             counts, metrics["goodput_window_s"] = goodputs(records, asked, good)
             _rates("goodput_", counts, metrics["goodput_window_s"], metrics, intervals)
@@ -207,7 +207,8 @@ def error_rate(records: Records, measured: np.ndarray) -> float:
 
 
 def offered_requests_per_s(records: Records, span: Window) -> float:
-    """Requests intended in the window / the time from its beginning to the last of them."""
+    """Requests intended in the window / the time from its beginning to the last of them (to one mean response at the
+    least)."""
     return _offered(is_measured(records, span), span.asked_s)
 
 
@@ -275,14 +276,6 @@ def goodputs(records: Records, span: Window, good: np.ndarray) -> tuple[dict[str
     brought = (np.ones(len(asked)), c["output_tokens"][chosen].astype(float), _prompts(records)[chosen])
     counts = _named(*(np.histogram(asked, edges, weights=each)[0] for each in brought))
     return counts, span.duration_s + max(grown - 0.05 * span.duration_s, 0.0)
-
-
-def _asked(records: Records, span: Window) -> Window:
-    """The window of what was asked for: from the end of the warm-up to the last intended send, however long its answers
-    take; to the last response where all is asked for within :data:`BURST_S`, and nothing but the answers takes time."""
-    start_ns = min(warm_end_ns(records), span.start_ns)
-    burst = span.asked_ns - start_ns <= BURST_S * 1e9
-    return Window(start_ns, span.end_ns if burst else span.asked_ns, span.asked_ns)
 
 
 def _promptly(records: Records, slos: Sequence[Slo], span: Window) -> bool:

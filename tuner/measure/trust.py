@@ -39,7 +39,8 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
             f"at most {_ms(allowed_s)} is allowed"
         )
     offered, sent = metrics.get("offered_requests_per_s", math.nan), metrics.get("sent_requests_per_s", math.nan)
-    if offered > 0 and abs(sent - offered) > OFFERED_OFF * offered:
+    longer_s = abs(1 / sent - 1 / offered) * metrics.get("measured_requests", math.inf) if offered > 0 < sent else 0.0
+    if abs(sent - offered) > OFFERED_OFF * offered and longer_s > SEND_LAG_S:
         reasons.append(f"{sent:.4g} requests/s were sent where the trace wants {offered:.4g}")
     if never_sent := metrics.get("client_failures", 0.0):
         reasons.append(
@@ -61,8 +62,10 @@ def ended_before_their_length(meta: Mapping[str, Any], metrics: Mapping[str, flo
     ``meta`` is the records'."""
     forced = meta.get("output") == "forced" and meta.get("dialect", {}).get("forced")
     share = metrics.get("output_share", 1.0)
-    if not forced or share >= 1 - TOKENS_OFF or metrics.get("error_rate") == 1:  # a share of nothing
+    if not forced or share >= 1 - TOKENS_OFF:
         return []
+    if meta["dialect"].get("counting") == "chunks":
+        return [f"the server tells no number of tokens, and its chunks hold several: {share:.1%} of them were counted"]
     return [
         f"only {share:.1%} of the output tokens came that were asked for, though ignore_eos was sent: "
         "does the server heed it? (--free-output, in a study trace.output: free, lets it end its answers)"

@@ -18,7 +18,7 @@ RAMP_CAP = 0.25
 @dataclass(frozen=True, slots=True)
 class Window:
     """The measured window in nanoseconds after the replay's start, both ends included; ``asked_ns`` is the last
-    intended send."""
+    intended send, one mean response after the start at the earliest."""
 
     start_ns: int
     end_ns: int
@@ -30,7 +30,7 @@ class Window:
 
     @property
     def asked_s(self) -> float:
-        """For how long there were requests: what the trace asks for does not depend on how fast the server answers."""
+        """For how long something was asked for: not by how fast a server is, unless its answers outlast the traffic."""
         return (self.asked_ns - self.start_ns) / 1e9
 
 
@@ -52,9 +52,9 @@ def window(records: Records) -> Window:
     ended = c["end_ns"] != ABSENT
     whole = ended & (c["error"] == "")
     mean_ns = float((c["end_ns"] - c["intended_ns"])[whole].mean()) if whole.any() else 0.0
-    if last_ns - start_ns <= mean_ns:
+    if last_ns - start_ns <= mean_ns and ended.any():
         end_ns = max(last_ns, int(c["end_ns"][ended].max()))
-    return Window(start_ns, end_ns, last_ns)
+    return Window(start_ns, end_ns, max(last_ns, start_ns + int(mean_ns)))
 
 
 def warm_end_ns(records: Records) -> int:

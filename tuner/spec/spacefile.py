@@ -101,7 +101,7 @@ def build(
         _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
     for name, spec in file.parameters.items() if not document.begun else ():
         _check_facts(spec, facts, document, (*prefix, "parameters", name, "values"))
-        if _waits_for(name, name, file, set()) and not document.begun:
+        if _waits_for(name, name, file, set()):
             at = (*prefix, "parameters", name, "when")
             raise document.error(f"{name} applies only where {name} does: nothing ever makes it apply", at)
     rules = []
