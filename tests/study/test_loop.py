@@ -238,6 +238,16 @@ def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verificatio
         assert not verifying._done(store.trials(), "verify") and not store.launched("verify")
 
 
+def test_what_a_kill_left_of_a_launch_is_not_taken_for_the_next_ones(runner):
+    with launching_on_a_full_disk(runner, "ablate") as (study, store, launch):
+        store.trial_folder(0)
+        (store.folder / "trials" / "0000" / "quality.json").write_text('{"verdict": "passed"}')
+        with pytest.raises(EnvironmentFault), launch(study.space.config({}, study.model), "v"):
+            pass
+        assert "quality" not in (store.trial(0).extra or {})
+        assert [path.name for path in (store.folder / "interrupted").glob("*/*")] == ["quality.json"]
+
+
 def test_who_interrupts_a_launch_has_not_spent_it(runner):
     store, config = Store(Path(runner.study().folder)), runner.study().space.config({}, "m")
     for number, (outcome, again) in enumerate(((Aborted("interrupted"), True), (Aborted("cannot beat"), False))):

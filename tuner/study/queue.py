@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -145,7 +143,7 @@ class Queue:
 
     def withdraw(self, proposal: Proposal) -> None:
         """Takes back a proposal that was never launched; its number is free again."""
-        self._shelve(proposal.number)
+        self.store.shelve(proposal.number)
         if self.peers is not None:
             self.peers.give_back(proposal.trial, proposal.params, proposal.why)
             return
@@ -236,7 +234,7 @@ class Queue:
         """The first look at a ledger that others may be using: only what this folder's last tuner left is given up."""
         assert self.peers is not None
         for number in self._unfinished(records):
-            self._shelve(number)
+            self.store.shelve(number)
         self.peers.rejoin()
         self.catch_up()
         if not self.book.get_trials(deepcopy=False):
@@ -269,7 +267,7 @@ class Queue:
                     dict(record.params), user_attrs={"why": "again after " + _short(record.outcome)}
                 )
         for number in self._unfinished(records):
-            self._shelve(number)
+            self.store.shelve(number)
         if not records and not self.book.get_trials(deepcopy=False):
             self.book.enqueue_trial(self.space.default(), user_attrs={"why": "the engine's default"})
 
@@ -285,14 +283,6 @@ class Queue:
 
     def _unfinished(self, records: list[TrialRecord]) -> set[int]:
         return set(self.store.numbers()) - {record.number for record in records}
-
-    def _shelve(self, number: int) -> None:
-        """Moves the folder of a trial that never ended to ``interrupted/``."""
-        folder = self.store.folder / "trials" / f"{number:04d}"
-        if folder.exists():
-            target = self.store.folder / "interrupted" / f"{number:04d}-{int(time.time())}"
-            target.parent.mkdir(exist_ok=True)
-            shutil.move(folder, target)
 
 
 def refusals(

@@ -96,6 +96,14 @@ class Store:
                 path.rename(aside / path.name)
         return aside
 
+    def shelve(self, number: int) -> None:
+        """Moves the folder of a trial that never ended, if there is one, to ``interrupted/``."""
+        folder = self._trial(number)
+        if folder.exists():
+            target = self.folder / "interrupted" / f"{number:04d}-{time.time_ns()}"
+            target.parent.mkdir(exist_ok=True)
+            folder.rename(target)
+
     def launched(self, *roles: str) -> list[TrialRecord]:
         """What the budget has paid for: trials of these roles, and the launch that settled the ladder. Those that are
         made again for the machine's fault, or since somebody interrupted them, cost nothing."""

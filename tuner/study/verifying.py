@@ -71,6 +71,7 @@ def launcher(
         known = [t.extra or {} for t in before if t.config.hash == config.hash]
         checked = any(extra.get("quality", {}).get("verdict") == "passed" for extra in known)
         notes = {**ready.notes(config), "baseline": config.hash == default.hash, "role": role, "label": label}
+        store.shelve(number)  # what a kill left there is of another launch
         folder = store.start_trial(number, config, config.params, **notes)
         inner = of_trial(on_event, number)
         steps: list[Step] = []
