@@ -99,7 +99,7 @@ def test_a_machine_that_cannot_write_is_an_environment_fault_that_names_the_file
             patch.setattr(Store, "end_trial", fail(number, says))
             code, (line,) = run("tune", "s.yaml", "--plain")
         assert code == 4
-        again = "Mend that and run the same command again: everything measured is kept"
+        again = "Mend that and run the same command again: every outcome that was written is kept"
         assert line == f"tuner: trials/3: {says}. {again}"
     assert run("tune", "s.yaml", "--plain")[0] == 0
     assert len(Store(Path("reports/s")).trials()) == 4

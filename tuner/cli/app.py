@@ -336,7 +336,7 @@ _BAD_PATH = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errn
 
 def _fault(error: Exception) -> TunerError | None:
     """What the machine came up with (a full disk, a busy database) in one line; None for a bug of ours."""
-    kept = ": everything measured is kept" if sys.argv[1:2] in (["tune"], ["ablate"]) else ""
+    kept = ": every outcome that was written is kept" if sys.argv[1:2] in (["tune"], ["ablate"]) else ""
     again = f"Mend that and run the same command again{kept}"
     if isinstance(error, OSError) and (error.errno or error.filename):  # else (a TimeoutError) nobody's but ours
         where = str(error.filename2 or error.filename or "")
