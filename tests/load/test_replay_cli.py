@@ -1,5 +1,6 @@
 """`tuner replay` as a user meets it: what cannot be is one line and exit code 2 before anything is sent."""
 
+import io
 import os
 import pty
 import signal
@@ -95,6 +96,26 @@ def test_a_closed_terminal_ends_a_command_in_peace(how):
         os.close(ours)
         command.send_signal(signal.SIGHUP)
         assert command.wait(20) == 7
+
+
+def test_a_signal_in_the_middle_of_a_word_is_heard_though_nothing_can_be_said():
+    asked = threading.Event()
+
+    class Slow(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> int:
+            if not asked.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
+                asked.wait(10)
+            return len(data)
+
+    said = io.BufferedWriter(Slow())
+    with signals.stopping(asked, lambda: said.write(b"stopping")):
+        said.write(b"a word")
+        said.flush()
+    assert asked.is_set()
 
 
 def test_a_replay_under_nohup_outlives_its_terminal():

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 STOPPING = "Stopping: the running server is shut down first. Again to leave at once."
 AGAIN_S = 1.0  # one Ctrl-C may come twice: from the terminal, and from what runs the command
@@ -61,7 +61,8 @@ def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None
         if not asked_s:
             asked_s.append(now)
             cancel.set()
-            first()
+            with suppress(RuntimeError):  # in the middle of another word: Python's streams take no second one
+                first()
 
     before = {number: signal.signal(number, handle) for number in _ending()}
     try:
