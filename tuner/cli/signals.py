@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 STOPPING = "Stopping: the running server is shut down first. Again to leave at once."
 AGAIN_S = 1.0  # one Ctrl-C may come twice: from the terminal, and from what runs the command
@@ -21,28 +22,28 @@ def _ending() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *([] if nohup else [signal.SIGHUP])]
 
 
-def _hang_up(terminals: list[int]) -> None:
-    """What is said to a terminal that is gone is said to nobody; to write to it is an error."""
-    with open(os.devnull, "w") as nobody:
-        for descriptor in terminals:
-            os.dup2(nobody.fileno(), descriptor)
+def _hear(asked: Callable[[], object]) -> dict[signal.Signals, Any]:
+    """Calls ``asked`` at each of them; returns what was done at it before. What is said to a terminal that is gone is
+    said to nobody: to write to it is an error."""
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def handle(number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            with open(os.devnull, "w") as nobody:
+                for descriptor in terminals:
+                    os.dup2(nobody.fileno(), descriptor)
+        asked()
+
+    return {number: signal.signal(number, handle) for number in _ending()}
 
 
-def _terminals() -> list[int]:
-    return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def as_interrupts() -> None:
     """From now on each of them raises KeyboardInterrupt, as Ctrl-C does."""
-    terminals = _terminals()
-
-    def handle(number: int, _: object) -> None:
-        if number == signal.SIGHUP:
-            _hang_up(terminals)
-        raise KeyboardInterrupt
-
-    for number in _ending():
-        signal.signal(number, handle)
+    _hear(_interrupt)
 
 
 @contextmanager
@@ -50,12 +51,9 @@ def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None
     """Within it the first of them sets ``cancel`` and calls ``first``; another, a second later at the earliest, raises
     KeyboardInterrupt."""
     asked_s: list[float] = []
-    terminals = _terminals()
 
-    def handle(number: int, _: object) -> None:
+    def asked() -> None:
         now = time.monotonic()
-        if number == signal.SIGHUP:
-            _hang_up(terminals)
         if asked_s and now - asked_s[0] >= AGAIN_S:
             raise KeyboardInterrupt
         if not asked_s:
@@ -64,7 +62,7 @@ def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None
             with suppress(RuntimeError):  # in the middle of another word: Python's streams take no second one
                 first()
 
-    before = {number: signal.signal(number, handle) for number in _ending()}
+    before = _hear(asked)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tuner.pareto.front import searched
 from tuner.search import ledger
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
@@ -63,11 +64,11 @@ class Queue:
         self.space = study.space
         self.baseline_hash = self.space.config(self.space.default(), study.model).hash
         records = store.trials()
-        searched = [record for record in records if record.role == "search"]  # others say nothing of what to launch
+        known = searched(records)  # others say nothing of what to launch
         self._known: dict[str, TrialRecord | None] = {}
-        for record in searched:
+        for record in known:
             self._remember(record.config.hash, record, again=record.again)
-        self._launches = Counter(record.config.hash for record in searched)
+        self._launches = Counter(record.config.hash for record in known)
         self._next = max((record.number for record in records), default=-1) + 1
         self._refused = {str(sorted(entry["params"].items())) for entry in store.refused()}
         if peers is None:
@@ -97,7 +98,7 @@ class Queue:
         """What other tuners measured since the last time, now known here, and what runs. Needs the turn, and peers."""
         assert self.peers is not None
         look = self.peers.upkeep.all()
-        for record in (record for record in look.copied if record.role == "search"):
+        for record in searched(look.copied):
             self._remember(record.config.hash, record, again=record.again)
             self._launches[record.config.hash] += 1
         now = {key for key, owner in look.running.items() if owner != self.peers.owner.to_dict()}
@@ -259,8 +260,8 @@ class Queue:
             if params and params not in waiting:  # else the kill came before the sampler had an answer
                 waiting.append(params)
                 self.book.enqueue_trial(params, user_attrs=self._as_before(frozen))
-        for record in records:
-            lost = record.role == "search" and record.again and record.config.hash not in self._known
+        for record in searched(records):
+            lost = record.again and record.config.hash not in self._known
             if lost and dict(record.params) not in waiting:
                 waiting.append(dict(record.params))
                 self.book.enqueue_trial(

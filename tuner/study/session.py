@@ -330,9 +330,8 @@ def _search(
     from tuner.verify import racing
 
     study = ready.study
-    proposals = queue.Queue(study, store, book(ready, store, peers), ready.why_not, ready.notes, peers)
+    proposals = queue.Queue(study, store, book(ready, store, peers, on_event), ready.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
-    _tell_warm_start(study, on_event)
 
     worth, guess_usd = Stopping(), launch_usd(ready)
     races = study.load.early_stop and study.engine.kind != "function"  # whose figures need not be a server's
@@ -376,7 +375,9 @@ def _ledger(where: str, private: bool) -> Iterator[None]:
         raise EnvironmentFault(said[0], where=where, fix=fix) from error
 
 
-def book(ready: Prepared, store: Store, peers: Peers | None = None) -> optuna.Study:
+def book(
+    ready: Prepared, store: Store, peers: Peers | None = None, on_event: OnEvent = lambda *_: None
+) -> optuna.Study:
     """Optuna's study, opened or made, with the sampler of the user's choice. Tuners that share a study draw different
     random numbers."""
     import optuna
@@ -397,7 +398,7 @@ def book(ready: Prepared, store: Store, peers: Peers | None = None) -> optuna.St
         model=study.model,
         seed=study.seed + later,
         cost=LaunchCost(start_s=60.0, step_s=step_seconds(ready)),
-        earlier=[one for one in _earlier(study) if one is not None],
+        earlier=_earlier(study, on_event),
     )
     return optuna.create_study(
         storage=peers.database.storage if peers else storage(store),
@@ -434,29 +435,25 @@ def launch_usd(ready: Prepared) -> float:
     return launch_seconds(ready) / 3600 * per_hour(default, study.objective)
 
 
-def _tell_warm_start(study: Study, on_event: OnEvent) -> None:
-    """Which of the earlier studies say nothing here."""
-    if study.sampler != "auto" and study.warm_start:
-        on_event("say", {"text": f"warm_start is not used: the sampler {study.sampler} learns from no earlier study"})
-        return
-    for folder, found in zip(study.warm_start, _earlier(study), strict=True):
-        if found is None:
-            text = f"warm_start: {folder} is not used: too few of its launches were measured, or it shares too little"
-            on_event("say", {"text": text})
-
-
-def _earlier(study: Study) -> list[Earlier | None]:
-    """The earlier studies named in ``warm_start``, None for one that says nothing of this space. Raises UsageError for
-    a folder that holds none."""
+def _earlier(study: Study, on_event: OnEvent) -> list[Earlier]:
+    """The earlier studies named in ``warm_start``; tells which of them say nothing here. Raises UsageError for a folder
+    that holds none."""
+    from tuner.pareto.front import searched
     from tuner.search.warmstart import earlier
 
-    found = []
+    learns, found = study.sampler == "auto", []
+    if study.warm_start and not learns:
+        on_event("say", {"text": f"warm_start is not used: the sampler {study.sampler} learns from no earlier study"})
     for folder in study.warm_start:
         path = Path(str(study.frozen["frozen"]["beside"])) / folder
         if not (path / "study.yaml").is_file():
             raise UsageError(f"warm_start: no study in {folder}", where=study.source, fix="Name a study folder")
-        trials = [(t.params, t.outcome) for t in Store(path).trials() if t.role == "search"]
-        found.append(earlier(path.name, trials, study.space, study.objective, study.load.ladder))
+        trials = [(t.params, t.outcome) for t in searched(Store(path).trials())]
+        if one := earlier(path.name, trials, study.space, study.objective, study.load.ladder):
+            found.append(one)
+        elif learns:
+            text = f"warm_start: {folder} is not used: too few of its launches were measured, or it shares too little"
+            on_event("say", {"text": text})
     return found
 
 
