@@ -193,6 +193,41 @@ def test_what_the_servers_counters_are_compared_with_counts_from_the_send_and_le
     assert records[0].read_lag_ns == 10 * 10**6  # of the earlier of two tokens, since the last look
 
 
+@pytest.mark.parametrize(
+    ("error", "kept"), [("timeout", True), ("stopped", True), ("cancelled", True), ("reset", False)]
+)
+def test_what_the_client_did_to_a_request_is_not_hidden_by_an_error_that_the_server_had_told(error, kept):
+    records = []
+    tower = Tower(0, "usage", np.full(1, 8), np.full(1, 100), 0, records.append)
+    event = b'data: {"error": {"message": "engine died"}}\n\n'
+    body = HEAD + tokens(1, 1) + b"%x\r\n%s\r\n" % (len(event), event)
+    tower.take([(client.SENT, 0, 0, 0), told((10, 9, 11, body)), (client.ENDED, 0, 10**9, error, False)])
+    assert (records[0].error == error) == kept and (kept or "engine died" in records[0].error)
+
+
+def test_the_timeout_counts_from_when_a_request_was_to_be_sent():
+    """A client whose requests leave late does not give the server's answers more time."""
+    events, held_ns, timeout_ns = [], 10**9, 12 * 10**8
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        begun_ns = time.monotonic_ns()
+        loop = client.Client(
+            target(f"http://127.0.0.1:{silent.getsockname()[1]}"),
+            [(int(socket.AF_INET), silent.getsockname())],
+            None,
+            lambda _: b"POST" if time.monotonic_ns() > begun_ns + held_ns else None,
+            events.extend,
+            timeout_ns,
+        )
+        loop.run(OpenLoop(range(1), [0], begun_ns), 1, lambda: "")
+        loop.close()
+    (sent_ns,) = [event[3] for event in events if event[0] == client.SENT]
+    ((_, _, ended_ns, error, _),) = [event for event in events if event[0] == client.ENDED]
+    assert error == "timeout" and sent_ns - begun_ns >= held_ns
+    assert ended_ns - sent_ns < timeout_ns
+
+
 def test_a_prompt_is_work_until_its_first_token_and_an_answer_until_its_last(tmp_path, monkeypatch):
     replayed, backlogs = trace(np.zeros(1), input_tokens=16, output_tokens=10), []
     tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)

@@ -18,7 +18,7 @@ from tuner.executor.build import executor
 from tuner.record.place import place
 from tuner.spec import studyfile
 from tuner.spec.storage import sqlite_file
-from tuner.spec.study import Budget
+from tuner.spec.study import Budget, ExecutorSpec
 from tuner.study import budget, queue, session, verifying, workload
 from tuner.study.evaluate import Bench, evaluate
 from tuner.study.outcome import Aborted, Infeasible, Measured
@@ -304,6 +304,16 @@ def test_what_wants_more_gpus_than_the_study_has_is_refused_before_any_launch(ru
     assert [(r["params"], r["reason"]) for r in runner.store.refused()] == [
         ({"tp": 4}, "it wants 4 GPUs, the study has 2")
     ]
+
+
+def test_a_cluster_may_get_a_node_that_is_larger_than_those_it_has(runner):
+    study = runner.study()
+    config = replace(study.space.config(study.space.default(), study.model), gpus=4)
+    for kind, why in (("local", "it wants 4 GPUs, the study has 2"), ("ray", "")):
+        ready = Prepared(
+            replace(study, executor=ExecutorSpec(kind)), FakeEngine(), workload.read(study), None, "none in this test"
+        )
+        assert ready.why_not(config) == why
 
 
 def test_an_unknown_flag_is_refused_before_the_study_starts_with_the_nearest_name(runner):

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from tests import studies
+from tuner.engines.protocol import Cancelled
 from tuner.errors import UsageError
+from tuner.executor.protocol import NodeLost, Place
 from tuner.spec.study import Budget
 from tuner.spec.studyfile import parse_budget
 from tuner.study import budget, verifying
+from tuner.study.outcome import Boot
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.arm import Finalist
 
@@ -41,6 +44,19 @@ def test_a_verification_has_the_hours_that_the_search_left(made):
     ready.study = replace(ready.study, budget=Budget(launches=None, hours=0.5, usd=None, verify_share=0.2))
     within = verifying.limits(ready, store, [arm(ready.study, 1)])
     assert within and within.seconds == pytest.approx(1800 - 60)
+
+
+@pytest.mark.parametrize("fault", [Cancelled, lambda: NodeLost("node 2 is gone")])
+def test_a_launch_of_verification_that_was_broken_off_costs_no_launch(tmp_path, fault):
+    study, store = studies.write(tmp_path / "s", trials=3)
+    rig = SimpleNamespace(boot=Boot(), place=Place())
+    where = SimpleNamespace(rig=lambda _job: contextlib.nullcontext(rig), seconds=lambda _number: 3.0, left_over=())
+    ready = SimpleNamespace(study=study, notes=lambda _config: {})
+    launch = verifying.launcher(ready, store, verifying.Nobody(), where, lambda _name, _data: None, "verify")
+    before = store.launched("verify")
+    with contextlib.suppress(Cancelled, NodeLost), launch(study.space.config({}, study.model), "default"):
+        raise fault()
+    assert store.trials()[-1].again and store.launched("verify") == before
 
 
 @pytest.fixture
