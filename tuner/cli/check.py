@@ -12,6 +12,7 @@ from rich.text import Text
 from tuner.cli.tune import Flags, read
 from tuner.errors import UsageError, alike
 from tuner.report.console import printer
+from tuner.words import figure
 
 
 def run(path: Path, json: bool) -> None:
@@ -69,7 +70,7 @@ def _filled(ready: Any) -> str:
 
 def _rate(ready: Any) -> str:
     rps = ready.traffic.rps
-    return f", {rps:.3g}/s at load 1" if rps else ""
+    return f", {figure(rps)}/s at load 1" if rps else ""
 
 
 def _starts(study: Any) -> list[str]:

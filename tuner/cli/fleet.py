@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import UsageError
+from tuner.words import figure
 
 if TYPE_CHECKING:
     from tuner.fleet.account import Account
@@ -173,8 +174,8 @@ def _offers(fleet: Fleet) -> Any:
     for o in fleet.offers:
         gpus = f"{o.gpus} x {o.gpu}" if o.gpus else o.gpu
         middle, low, high = o.capacity
-        capacity = f"{middle:.3g} ({low:.3g} to {high:.3g})"
-        table.add_row(o.name, gpus, f"{o.usd_per_hour:.4g}", capacity, f"{o.start_s:.0f}", o.flags)
+        capacity = f"{figure(middle)} ({figure(low)} to {figure(high)})"
+        table.add_row(o.name, gpus, figure(o.usd_per_hour, 4), capacity, f"{o.start_s:.0f}", o.flags)
     return table
 
 

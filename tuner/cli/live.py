@@ -17,6 +17,7 @@ from tuner.pareto.changes import describe
 from tuner.report.console import printer
 from tuner.study.outcome import Infeasible, Measured
 from tuner.study.price import COST
+from tuner.words import figure
 
 if TYPE_CHECKING:
     from tuner.spec.study import Study
@@ -68,7 +69,7 @@ class View:
         self.say(
             f"Study {study.name}: {study.engine.kind} {ready.engine.version()} on {study.hardware.name}, "
             f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} x "
-            f"{len(ready.traffic.search[0])} requests" + (f"; load 1 is {rps:.3g} requests/s" if rps else "")
+            f"{len(ready.traffic.search[0])} requests" + (f"; load 1 is {figure(rps)} requests/s" if rps else "")
         )
         for note in ready.traffic.notes:
             self.say(f"Trace: {note}")
@@ -130,7 +131,7 @@ class View:
 
     def _on_step(self, trial: Trial, data: Any) -> None:
         place = f"{data['index']}/{data['of']} " if data["of"] else ""
-        phase = f"replaying {place}at load {data['load']:.3g}"
+        phase = f"replaying {place}at load {figure(data['load'])}"
         self.running.get(trial, {}).update(phase=phase)
         if self.plain:
             self.say(f"[{trial}] {phase}")
@@ -141,7 +142,7 @@ class View:
     def _on_measured(self, trial: Trial, data: Any) -> None:
         if self.plain:
             bad = [*data["misses"], *data["untrusted"]]
-            self.say(f"[{trial}] load {data['load']:.3g}: {'; '.join(bad) if bad else 'within SLO'}")
+            self.say(f"[{trial}] load {figure(data['load'])}: {'; '.join(bad) if bad else 'within SLO'}")
 
     def _on_trial(self, trial: Trial, data: Any) -> None:
         self.running.pop(trial, None)
@@ -171,7 +172,7 @@ class View:
         latency = best.metrics.get(self.study.objective.latency_key, float("nan"))
         cost = best.metrics.get(COST, float("nan"))
         return (
-            f"capacity {max(step.load for step in good):.3g}, {cost:.3g} USD/M output tokens, "
+            f"capacity {figure(max(step.load for step in good))}, {figure(cost)} USD/M output tokens, "
             f"{self.study.objective.latency} {latency * 1e3:.1f} ms"
         )
 
@@ -199,7 +200,7 @@ class View:
             for title in ("  front: trial", "load", "USD/M output tokens", f"{self.study.objective.latency} ms"):
                 table.add_column(title, justify="right")
             for trial, load, cost, latency in front:
-                table.add_row(str(trial), f"{load:.3g}", f"{cost:.3g}", f"{latency * 1e3:.1f}")
+                table.add_row(str(trial), figure(load), figure(cost), f"{latency * 1e3:.1f}")
             parts.append(table)
         if self.failures:
             parts.append(

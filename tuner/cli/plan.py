@@ -14,6 +14,7 @@ from rich.text import Text
 from tuner.cli.tune import Flags, read
 from tuner.errors import alike
 from tuner.report.console import printer
+from tuner.words import figure
 
 MOST = 5_000  # configurations that are predicted; a larger space is sampled
 
@@ -52,7 +53,10 @@ def run(path: Path, json: bool) -> None:
         table.add_column(title, justify="right" if title != "flags" else "left")
     for row in data["front"]:
         table.add_row(
-            f"{row['load']:g}", f"{row['cost_usd_per_mtok_output']:.4g}", f"{row['latency_s'] * 1e3:.1f}", row["flags"]
+            f"{row['load']:g}",
+            figure(row["cost_usd_per_mtok_output"], 4),
+            f"{row['latency_s'] * 1e3:.1f}",
+            row["flags"],
         )
     console.print(table)
 

@@ -23,6 +23,7 @@ from tuner.study.store import AsWritten, Store, TrialRecord, read_json
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.promise import Promise, promise_block
 from tuner.verify.repeats import NO_SPREAD, Spread
+from tuner.words import figure
 
 #: The launcher's own (an address, a random name, a key of one launch) and secrets: no part of a configuration.
 LAUNCHERS_FLAGS = frozenset({"host", "port", "api-key", "hf-token", "served-model-name"})
@@ -176,11 +177,12 @@ def _about(
     repeats = f", {len(point.trials)} measurements" if len(point.trials) > 1 else ""
     lines = [
         f"{title} of study {study.name!r}: trial {point.trial}, {on.date}, by tuner.",
-        f"Measured on {on.engine} {on.engine_version}, {machine}, with {on.trace} at load {point.load:.4g}{repeats}"
+        f"Measured on {on.engine} {on.engine_version}, {machine}, with {on.trace} at "
+        f"load {figure(point.load, 4)}{repeats}"
         + (" (held-out windows)." if point.role == "verify" else " (search windows: not verified yet)."),
-        f"Cost {point.cost:.4g} USD per million output tokens within SLO{_between(point.cost_interval)}, at "
+        f"Cost {figure(point.cost, 4)} USD per million output tokens within SLO{_between(point.cost_interval)}, at "
         f"{price_words(objective, point.config.gpus)}.",
-        f"{objective.latency} {point.latency * 1e3:.4g} ms{_between(point.latency_interval, 1e3)}. "
+        f"{objective.latency} {figure(point.latency * 1e3, 4)} ms{_between(point.latency_interval, 1e3)}. "
         f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.",
     ]
     if point.role == "verify" and point.latency_interval is None:
@@ -223,7 +225,7 @@ def _effects(store: Store, study: Study, config: ServingConfig) -> dict[str, str
 def _between(interval: Interval | None, scale: float = 1.0) -> str:
     if interval is None:
         return ""
-    low, high = (f"{x * scale:.4g}" for x in interval)
+    low, high = (figure(x * scale, 4) for x in interval)
     return f" (95 %: {low} to {high})" if math.isfinite(interval[1]) else f" (95 %: at least {low})"
 
 

@@ -19,6 +19,7 @@ from tuner.verify.finalists import launch_spread
 from tuner.verify.judge import Arm, Table
 from tuner.verify.racing import LAUNCH_SPREAD
 from tuner.verify.repeats import Repeats
+from tuner.words import figure
 
 RATES = "A fleet is planned from requests per second: tune an engine that replays a trace"
 
@@ -61,7 +62,7 @@ def kept(
     per_load = statistics.fmean(seen)
     middle, _, high = (x * per_load for x in arm.capacity)
     safe = arm.safe_load * per_load or middle * math.exp(-stats.norm.ppf(confidence) * LAUNCH_SPREAD)
-    return (middle, safe, high), f"verified: the safe load that the verdict kept (95 %), {arm.safe_load:.3g}"
+    return (middle, safe, high), f"verified: the safe load that the verdict kept (95 %), {figure(arm.safe_load)}"
 
 
 def _launches(trials: Iterable[TrialRecord]) -> list[Launched]:

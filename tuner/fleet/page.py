@@ -12,6 +12,7 @@ from tuner.fleet.account import Account, account
 from tuner.fleet.fleet import Fleet
 from tuner.report import html
 from tuner.report.style import Figure, frame, rule
+from tuner.words import figure
 
 TICKS = 12  # labels under a plot
 COLORS = ("$accent", "$series2", "$series3", "$series1", "$series0", "$series4")
@@ -57,10 +58,16 @@ def _head(fleet: Fleet) -> list[tuple[str, str]]:
 def _numbers(found: Account) -> list[tuple[str, str, str]]:
     rows = [(f"${found.usd_per_day:,.0f}", "a day", f"${found.level_usd_per_day:,.0f} with the dearest hour all day")]
     if found.usd_per_mtok_output > 0:
-        total = f"${found.usd_per_mtok_total:.3g} per million total tokens" if found.usd_per_mtok_total > 0 else ""
-        rows.append((f"${found.usd_per_mtok_output:.3g}", "per million output tokens", total))
+        total = f"${figure(found.usd_per_mtok_total)} per million total tokens" if found.usd_per_mtok_total > 0 else ""
+        rows.append((f"${figure(found.usd_per_mtok_output)}", "per million output tokens", total))
     if found.kwh_per_day is not None:
-        rows.append((f"{found.kwh_per_day:,.4g} kWh", "of GPU energy a day", f"{found.j_per_output_token:.3g} J/token"))
+        rows.append(
+            (
+                f"{figure(found.kwh_per_day, 4)} kWh",
+                "of GPU energy a day",
+                f"{figure(found.j_per_output_token)} J/token",
+            )
+        )
     return rows
 
 
@@ -70,7 +77,7 @@ def capacity_chart(fleet: Fleet) -> Figure:
     data = _stacked(
         fleet,
         (plan.ready * plan.allowed_rps * [[p.available] for p in plan.pools]).tolist(),
-        [[f"{n:,} ready, {rps:,.4g} requests/s" for n, rps in zip(*pair, strict=True)] for pair in _ready(fleet)],
+        [[f"{n:,} ready, {figure(rps, 4)} requests/s" for n, rps in zip(*pair, strict=True)] for pair in _ready(fleet)],
     )
     line = {"shape": "hvh", "color": "$chosen", "width": 2}
     demand = {"type": "scatter", "mode": "lines", "name": "demand", "x": labels, "line": line}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tuner.fleet.fleet import Fleet
 from tuner.fleet.headroom import ROUTINGS
+from tuner.words import figure
 
 if TYPE_CHECKING:
     from tuner.fleet.account import Account
@@ -55,7 +56,7 @@ def worst(fleet: Fleet, hour: int) -> str:
 def totals(found: Account) -> tuple[str, ...]:
     """Cost and energy of the day."""
     per = [
-        f"{usd:.4g} USD per million {name} tokens"
+        f"{figure(usd, 4)} USD per million {name} tokens"
         for usd, name in ((found.usd_per_mtok_output, "output"), (found.usd_per_mtok_total, "total"))
         if math.isfinite(usd)
     ]
@@ -67,7 +68,9 @@ def totals(found: Account) -> tuple[str, ...]:
     if found.kwh_per_day is None or found.j_per_output_token is None:
         lines.append("GPU energy: not known, because not every kind in use has its power measured.")
     else:
-        lines.append(f"GPU energy: {found.kwh_per_day:,.4g} kWh a day, {found.j_per_output_token:.3g} J/output token.")
+        lines.append(
+            f"GPU energy: {figure(found.kwh_per_day, 4)} kWh a day, {figure(found.j_per_output_token)} J/output token."
+        )
     return tuple(lines)
 
 

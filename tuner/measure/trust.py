@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuner.spec.slo import Slo
+from tuner.words import figure
 
 SEND_LAG_S = 0.005
 READ_LAG_S = 0.002
@@ -41,7 +42,7 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
     offered, sent = metrics.get("offered_requests_per_s", math.nan), metrics.get("sent_requests_per_s", math.nan)
     longer_s = abs(1 / sent - 1 / offered) * metrics.get("measured_requests", math.inf) if offered > 0 < sent else 0.0
     if abs(sent - offered) > OFFERED_OFF * offered and longer_s > SEND_LAG_S:
-        reasons.append(f"{sent:.4g} requests/s were sent where the trace wants {offered:.4g}")
+        reasons.append(f"{figure(sent, 4)} requests/s were sent where the trace wants {figure(offered, 4)}")
     if never_sent := metrics.get("client_failures", 0.0):
         reasons.append(
             f"{never_sent:,.0f} requests could not be sent: the client's machine is out of sockets or memory"
@@ -105,4 +106,4 @@ def _reference(metrics: Mapping[str, float], slos: Sequence[Slo], latencies: Seq
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{figure(seconds * 1e3)} ms"

@@ -15,6 +15,7 @@ from tuner.spec.objective import Objective
 from tuner.study.outcome import Aborted, Infeasible, Step, Untrusted
 from tuner.study.price import COST
 from tuner.study.store import TrialRecord
+from tuner.words import figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,7 @@ def _explain(
     name = objective.latency.replace("_", " ").upper().replace(" P", " p")
     words = [
         f"Trial {point.trial} ({describe(point.config, default.config if default else None)}) at load {point.load:g}: "
-        f"${point.cost:.3g} per million output tokens within SLO, {name} {point.latency * 1e3:.4g} ms."
+        f"${figure(point.cost)} per million output tokens within SLO, {name} {figure(point.latency * 1e3, 4)} ms."
     ]
     if point.baseline:
         words.append("That is the engine's default: nothing measured is proven to be better.")

@@ -15,6 +15,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.store import EXHAUSTED, AsWritten, Store, TrialRecord, read_json
 from tuner.verify.arm import as_range
+from tuner.words import figure
 
 
 def recommended(store: Store, study: Study) -> Choice:
@@ -77,7 +78,7 @@ def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequen
             point = replace(_point(own, small, None, trials, small.hash == default.hash), trials=again)
             latency_change = _further(latency_change, own["latency_difference"])
             name = "the default" if point.baseline else f"trial {point.trial}"
-            text = f"Recommended: {name} at load {point.load:.3g}: {chosen['label']} without the flags that "
+            text = f"Recommended: {name} at load {figure(point.load)}: {chosen['label']} without the flags that "
             text += "proved nothing."
             if point.baseline:
                 return Choice(point, point, None, None, (), None, f"{text}\n\n{plain(smaller['text'])}")

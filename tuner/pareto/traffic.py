@@ -13,6 +13,7 @@ from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
 from tuner.study.price import per_hour
 from tuner.study.store import TrialRecord
+from tuner.words import figure
 
 HOURS = 730  # of a month
 
@@ -54,8 +55,8 @@ class Traffic:
 
     def __str__(self) -> str:
         text = (
-            f"At load {self.load:.3g} one replica takes {self.rps:.3g} requests/s "
-            f"({self.load:.3g} x {self.trace_rps:.3g}; measured with {self.measured}) and costs "
+            f"At load {figure(self.load)} one replica takes {figure(self.rps)} requests/s "
+            f"({figure(self.load)} x {figure(self.trace_rps)}; measured with {self.measured}) and costs "
             f"${self.month_usd:,.0f} a month ({HOURS} h at {self.price})."
         )
         if math.isfinite(self.default_usd):

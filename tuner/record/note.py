@@ -9,6 +9,7 @@ from tuner.pareto.front import front, points, searched
 from tuner.pareto.recommend import recommended
 from tuner.spec.study import Study
 from tuner.study.store import Store
+from tuner.words import figure
 
 CHARACTERS = 4500  # MLflow shows a note of at most 5,000
 
@@ -36,7 +37,7 @@ def markdown(store: Store, study: Study) -> str:
     rows = []
     for p in best:
         name = describe(p.config, default.config if default else None).replace("|", "\\|")
-        rows.append(f"| {p.cost:.3g} | {p.latency * 1e3:.4g} | {p.load:g} | {p.trial} | `{name}` |")
+        rows.append(f"| {figure(p.cost)} | {figure(p.latency * 1e3, 4)} | {p.load:g} | {p.trial} | `{name}` |")
     if rows:
         lines += [
             "## Front",

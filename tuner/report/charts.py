@@ -16,6 +16,7 @@ from tuner.report.summary import Summary, label, spread
 from tuner.study.outcome import Step
 from tuner.study.price import GOODPUT
 from tuner.study.store import TrialRecord
+from tuner.words import figure
 
 CROWD = 30  # above so many lines each is drawn paler
 NAMED = 5  # how many configurations the curves name besides default and recommendation
@@ -105,7 +106,7 @@ def error_chart(found: Sequence[Error]) -> Figure | None:
                 "jitter": 0.5,
                 "pointpos": 0,
                 "hovertext": [
-                    f"trial {trial}, load {load:g}: predicted {predicted:.4g}, measured {measured:.4g}"
+                    f"trial {trial}, load {load:g}: predicted {figure(predicted, 4)}, measured {figure(measured, 4)}"
                     for predicted, measured, trial, load in error.pairs
                 ],
                 "hoverinfo": "text",
@@ -156,7 +157,7 @@ def _curves(s: Summary, metric: str) -> Figure:
     layout["shapes"] = shapes
     if limit is not None and data:
         shapes.append(rule("y", limit))
-        words = note(0, math.log10(limit), f"SLO {limit:,.4g} ms", "$chosen", anchor="left", shift=4)
+        words = note(0, math.log10(limit), f"SLO {figure(limit, 4)} ms", "$chosen", anchor="left", shift=4)
         layout["annotations"] = [words | {"xref": "paper", "yanchor": "bottom"}]
     return {"data": data, "layout": layout, "title": f"{label(metric)} against load"}
 
@@ -169,7 +170,8 @@ def _curve(s: Summary, metric: str, steps: Sequence[tuple[TrialRecord, Step]]) -
         "x": [step.load for _, step in steps],
         "y": values,
         "hovertext": [
-            f"<b>trial {t.number}</b>, load {step.load:g}<br>{label(metric)} {y:,.4g} ms<br>{wrap(s.name(t.config))}"
+            f"<b>trial {t.number}</b>, load {step.load:g}<br>"
+            f"{label(metric)} {figure(y, 4)} ms<br>{wrap(s.name(t.config))}"
             for (t, step), y in zip(steps, values, strict=True)
         ],
         "hoverinfo": "text",
@@ -199,9 +201,9 @@ def _places(found: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def _hover(s: Summary, p: Point) -> str:
-    lines = [f"<b>trial {p.trial}</b>" + (", verified" if p.role == "verify" else "") + f", load {p.load:.3g}"]
-    lines.append(f"${p.cost:.3g} per M output tokens {spread(p.cost, p.cost_interval)}")
-    latency = f"{p.latency * 1e3:,.4g} ms {spread(p.latency, p.latency_interval, 1e3)}"
+    lines = [f"<b>trial {p.trial}</b>" + (", verified" if p.role == "verify" else "") + f", load {figure(p.load)}"]
+    lines.append(f"${figure(p.cost)} per M output tokens {spread(p.cost, p.cost_interval)}")
+    latency = f"{figure(p.latency * 1e3, 4)} ms {spread(p.latency, p.latency_interval, 1e3)}"
     lines.append(f"{label(s.study.objective.latency)} {latency}")
     if GOODPUT in p.metrics:
         lines.append(f"{p.metrics[GOODPUT]:,.0f} output tokens/s within SLO")

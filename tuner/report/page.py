@@ -30,6 +30,7 @@ from tuner.report.style import Figure
 from tuner.report.summary import APART, Summary, label, ms, summarize
 from tuner.spec.study import Study
 from tuner.study.store import AsWritten, Store, read_json
+from tuner.words import figure
 
 
 def build(store: Store, study: Study, out: Path) -> Path:
@@ -114,7 +115,7 @@ def _head(s: Summary) -> list[tuple[str, str]]:
 
 def _trace(s: Summary) -> str:
     name = Path(s.study.trace.file).name
-    return f"{name}: {s.traffic.trace_rps:.3g} requests/s at load 1; {s.traffic.measured}" if s.traffic else name
+    return f"{name}: {figure(s.traffic.trace_rps)} requests/s at load 1; {s.traffic.measured}" if s.traffic else name
 
 
 def _dates(s: Summary) -> str:
@@ -138,13 +139,13 @@ def _choice(s: Summary) -> dict[str, Any]:
     return {
         "point": point,
         "paragraphs": paragraphs,
-        "cost": f"{point.cost:.3g}",
+        "cost": figure(point.cost),
         "cost_range": _range(point.cost_interval),
         "cost_change": _change(choice.cost_change),
         "latency": ms(point.latency),
         "latency_range": _range(point.latency_interval, 1e3),
         "latency_change": _change(choice.latency_change),
-        "load": f"{point.load:.3g}",
+        "load": figure(point.load),
         "flags": s.flags(point.config),
     }
 
@@ -152,7 +153,7 @@ def _choice(s: Summary) -> dict[str, Any]:
 def _range(interval: tuple[float, float] | None, scale: float = 1.0) -> str:
     if interval is None:
         return ""
-    low, high = (f"{x * scale:,.3g}" for x in interval)
+    low, high = (figure(x * scale) for x in interval)
     return f"{low} to {high}" if math.isfinite(interval[1]) else f"≥ {low}"
 
 

@@ -10,6 +10,7 @@ from tuner.report.style import Figure, frame, note, vertical, wrap
 from tuner.report.summary import Summary
 from tuner.space.space import Parameter
 from tuner.study.store import TrialRecord
+from tuner.words import figure
 
 
 def parallel_chart(s: Summary) -> Figure | None:
@@ -33,7 +34,7 @@ def parallel_chart(s: Summary) -> Figure | None:
     last = len(varied)
     notes.append(note(last, -0.1, "lowest cost<br>within SLO", "$ink"))
     ends = ((0.0, low), (1.0, high)) if high > low else ((0.0, low),) if best else ()
-    notes += [note(last, height, f"${cost:.3g}", "$muted", anchor="left", shift=5) for height, cost in ends]
+    notes += [note(last, height, f"${figure(cost)}", "$muted", anchor="left", shift=5) for height, cost in ends]
     lines = []
     for trial in trials:
         cost = best.get(trial.config.hash)
@@ -57,7 +58,7 @@ def _line(s: Summary, trial: TrialRecord, y: list[float | None], cost: float | N
         color, width, opacity = "$ink", 2.2, 1.0
     if chosen and chosen.config.hash == trial.config.hash:
         color, width, opacity = "$chosen", 3.0, 1.0
-    tail = f"${cost:.3g} at best" if cost is not None else "within the SLOs at no load"
+    tail = f"${figure(cost)} at best" if cost is not None else "within the SLOs at no load"
     return {
         "type": "scatter",
         "mode": "lines+markers",

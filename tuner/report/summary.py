@@ -18,6 +18,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Untrusted
 from tuner.study.store import Store, TrialRecord
+from tuner.words import figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ APART = (
 
 
 def ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.4g}" if math.isfinite(seconds) else "-"
+    return figure(seconds * 1e3, 4) if math.isfinite(seconds) else "-"
 
 
 def spread(value: float, interval: Interval | None, scale: float = 1.0) -> str:
@@ -119,7 +120,7 @@ def spread(value: float, interval: Interval | None, scale: float = 1.0) -> str:
     if interval is None or not value or not math.isfinite(interval[0]):
         return ""
     if not math.isfinite(interval[1]):
-        return f"(≥ {interval[0] * scale:,.3g})"
+        return f"(≥ {figure(interval[0] * scale)})"
     share = max(value - interval[0], interval[1] - value) / value * 100
     return f"±{share:.0f} %" if share >= 10 or share < 0.01 else f"±{share:.2g} %"
 

@@ -15,6 +15,7 @@ from tuner.search.reading import cause as cause_of
 from tuner.study.outcome import Aborted, Infeasible
 from tuner.study.price import GOODPUT
 from tuner.study.store import TrialRecord
+from tuner.words import figure
 
 Table = tuple[list[str], list[list[str]]]
 STANDS_OUT = 0.25  # probability from which a condition is said
@@ -55,11 +56,11 @@ class Failure:
 def point_row(s: Summary, p: Point) -> dict[str, Any]:
     chosen = s.choice.point
     return {
-        "cost": f"{p.cost:.3g}",
+        "cost": figure(p.cost),
         "cost_spread": spread(p.cost, p.cost_interval),
         "latency": ms(p.latency),
         "latency_spread": spread(p.latency, p.latency_interval, 1e3),
-        "load": f"{p.load:.3g}",
+        "load": figure(p.load),
         "tokens": f"{p.metrics[GOODPUT]:,.0f}" if GOODPUT in p.metrics else "-",
         "trial": p.trial,
         "ties": ", ".join(str(trial) for trial in dict.fromkeys(trial for trial, _ in p.ties)),
@@ -84,7 +85,7 @@ def trial_row(s: Summary, trial: Any) -> TrialRow:
         baseline=trial.baseline,
         chosen=bool(chosen and chosen.config.hash == trial.config.hash),
         capacity=f"{max(p.load for p in good):g}" if good else "-",
-        cost=f"{min(p.cost for p in good):.3g}" if good else "-",
+        cost=figure(min(p.cost for p in good)) if good else "-",
         latency=ms(min(p.latency for p in good)) if good else "-",
         boot=f"{trial.outcome.boot.total_s:.0f}",
         phases=tuple((name, seconds, seconds / longest_s, colors.index(name)) for name, seconds in phases),
@@ -151,7 +152,7 @@ def windows(s: Summary, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
                     row |= zip(
                         (f"{name}_low", f"{name}_high"), (x * scale for x in held.intervals[metric]), strict=True
                     )
-            row["missed at"] = f"{above.load:.3g}: {'; '.join(above.slo_misses)}" if above else ""
+            row["missed at"] = f"{figure(above.load)}: {'; '.join(above.slo_misses)}" if above else ""
             found.append(row)
     return found
 
@@ -212,4 +213,4 @@ def _number(value: Any) -> str:
         return "yes" if value else "no"
     if value is None or value == "":
         return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return figure(value) if isinstance(value, float) else str(value)

@@ -15,6 +15,7 @@ from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Step, to_dict
 from tuner.study.price import GOODPUT, OUTPUT
 from tuner.study.store import Store, TrialRecord
+from tuner.words import figure
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -158,9 +159,9 @@ def _row(s: Summary, p: Point) -> tuple[str, ...]:
     ties = list(dict.fromkeys(trial for trial, _ in p.ties))
     return (
         "→" if _chosen(s, p) else "",
-        f"{p.cost:.3g} {spread(p.cost, p.cost_interval)}".strip(),
+        f"{figure(p.cost)} {spread(p.cost, p.cost_interval)}".strip(),
         f"{ms(p.latency)} {spread(p.latency, p.latency_interval, 1e3)}".strip(),
-        f"{p.load:.3g}",
+        figure(p.load),
         f"{p.metrics[GOODPUT]:,.0f}" if GOODPUT in p.metrics else "-",
         str(p.trial),
         ", ".join(map(str, ties[:3])) + (" ..." if len(ties) > 3 else ""),
@@ -171,8 +172,8 @@ def _step_row(step: Step, latencies: list[str]) -> tuple[str, ...]:
     cost = step.metrics.get(COST)
     verdict = "; ".join((*step.untrusted, *step.slo_misses)) or "met"
     return (
-        f"{step.load:.4g}",
-        f"{cost:.3g}" if cost is not None else "-",
+        figure(step.load, 4),
+        figure(cost) if cost is not None else "-",
         *(ms(step.metrics.get(f"{metric}_s", float("nan"))) for metric in latencies),
         f"{step.metrics[GOODPUT]:,.0f}" if GOODPUT in step.metrics else "-",
         verdict,
@@ -233,9 +234,9 @@ def comparison_table(found: Comparison, latency: str) -> RenderableType:
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("proven\ncheaper", overflow="fold")
     for level in found.levels:
-        costs = [f"{cost:.4g}" if math.isfinite(cost) else "none" for cost in (level.first, level.second)]
+        costs = [figure(cost, 4) if math.isfinite(cost) else "none" for cost in (level.first, level.second)]
         middle, low, high = level.ratio
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})" if low > 0 and high < math.inf else "-"
         winner = ("", found.first, found.second)[level.winner]
-        table.add_row(f"{level.latency_s * 1e3:.4g}", *costs, ratio, winner)
+        table.add_row(figure(level.latency_s * 1e3, 4), *costs, ratio, winner)
     return table

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from tuner.words import figure
+
 EXACT = 1 + 1e-9  # a limit that is met to the last bit but one is met
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm_latency")
 _NAME = re.compile(rf"^({'|'.join(LATENCIES)})_(p\d{{1,2}}(?:\.\d+)?|mean|max)$")
@@ -57,7 +59,7 @@ class Slo:
             return f"{value * 100:.3g} %"
         if math.isinf(value):
             return "without end (requests failed or went unanswered)"
-        return f"{value * 1e3:,.4g} ms" if abs(value) < 1 else f"{round(value * 1e3):,} ms"
+        return f"{figure(value * 1e3, 4)} ms"
 
     def __str__(self) -> str:
         return f"{self.metric}={self.show(self.limit).replace(' ', '').replace(',', '')}"

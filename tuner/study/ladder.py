@@ -20,6 +20,7 @@ from tuner.spec.study import Study
 from tuner.study import session, verifying
 from tuner.study.evaluate import Bench
 from tuner.study.store import Store
+from tuner.words import figure
 
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
@@ -54,8 +55,8 @@ def settled(
     except Cancelled:
         return study
     found = rungs(capacity, top)
-    most = f" (the trace fills no more than {top:.3g})" if max(SHAPE) * capacity > top else ""
-    text = f"The default holds its SLOs up to load {capacity:.3g}{most}; the ladder is {_words(found)}."
+    most = f" (the trace fills no more than {figure(top)})" if max(SHAPE) * capacity > top else ""
+    text = f"The default holds its SLOs up to load {figure(capacity)}{most}; the ladder is {_words(found)}."
     on_event("say", {"text": text})
     store.log("ladder", capacity=capacity, ladder=found)
     return _freeze(replace(study, load=replace(study.load, ladder=found, auto=False)), store)

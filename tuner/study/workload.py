@@ -13,6 +13,7 @@ from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.slo import bound_responses
 from tuner.spec.study import Study
 from tuner.verify.capacity import BEYOND
+from tuner.words import figure
 
 FULL = 0.9  # share of a step that the last arrivals of a trace must span
 
@@ -66,7 +67,7 @@ def read(study: Study) -> Workload:
     fills = shortest_s / spec.window_s
     if fills < top:
         notes.append(
-            f"too short: its windows have no more requests after {shortest_s / top:.3g} s of the "
+            f"too short: its windows have no more requests after {figure(shortest_s / top)} s of the "
             f"{spec.window_s:g} s of a step at load {top:g}, and fill a step up to load {fills:.2g} only. "
             "Take a longer trace, a shorter trace.window, fewer windows or lower loads"
         )

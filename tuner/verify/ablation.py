@@ -23,6 +23,7 @@ from tuner.verify.repeats import Repeats
 from tuner.verify.rounds import Done, Launcher, Rounds
 from tuner.verify.statistics import Estimate, holm, ratio
 from tuner.verify.verdict import figures
+from tuner.words import figure
 
 NOT_MEASURED = "not measured"  # how the reason begins why a parameter is kept of which nothing is known
 
@@ -321,17 +322,17 @@ def _text(
     if budget.tests < len(effects):
         lines[0] += f" To test all of them takes --launches {budget.least + 2 * (len(effects) - 1)}."
     for e in effects:
-        figure = ""
+        cost = ""
         if not math.isnan(e.cost_without[0]):
-            figure = f"cost without it {_percent(e.cost_without)}; "
+            cost = f"cost without it {_percent(e.cost_without)}; "
         if not math.isnan(e.latency_without[0]) and abs(e.latency_without[0] - 1) >= budget.slower:
-            figure += f"{latency} {_percent(e.latency_without, 0)}; "
-        lines.append(f"- `{e.parameter}` = {e.value}: {'kept' if e.kept else 'set back'}; {figure}{e.why}")
+            cost += f"{latency} {_percent(e.latency_without, 0)}; "
+        lines.append(f"- `{e.parameter}` = {e.value}: {'kept' if e.kept else 'set back'}; {cost}{e.why}")
     if not math.isnan(change[0]):
         sure = f"{budget.confidence * 100:g} %"
         lines.append(f"The smallest config costs {_percent(change, sure=f', {sure}')} against the winner.")
     if arm:
-        lines[-1] += f" At load {arm.load:.3g} it costs {figures(arm, latency)}."
+        lines[-1] += f" At load {figure(arm.load)} it costs {figures(arm, latency)}."
         if not math.isnan(arm.latency_difference[0]):
             lines[-1] += f" Its {latency} is {_percent(arm.latency_difference, 0)} against the winner's."
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from tuner.verify.promise import Promise
 from tuner.verify.repeats import Spread
 from tuner.verify.rounds import Launcher
 from tuner.verify.statistics import Estimate, pool
+from tuner.words import figure
 
 SAME = 1e-6  # log units: as good as promised, whatever is said of spreads
 ASSUMED_SPREAD = Spread(0.03**2, 10.0)  # of launches (log cost), where the promise does not say
@@ -108,11 +109,11 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
     told = alike(Counter(miss for step in every for miss in step.slo_misses))
     missed = sorted(told, key=lambda miss: miss[0].isdigit())  # last, why requests failed
     limits = ", ".join(map(str, promise.slos)) or "none"
-    words = "the SLOs hold" if gap <= 0 else f"SLOs missed at load {promise.load:.3g}: {'; '.join(missed[:3])}"
+    words = "the SLOs hold" if gap <= 0 else f"SLOs missed at load {figure(promise.load)}: {'; '.join(missed[:3])}"
     unserved = [step for step in every if served_nothing(step)]
     if unserved:  # no mean over windows can hold that: it has no cost and no latency
         where = ", ".join(sorted({step.window for step in unserved}))
-        words = f"nothing was served within the SLOs at load {promise.load:.3g} on window {where}"
+        words = f"nothing was served within the SLOs at load {figure(promise.load)} on window {where}"
     checks = [Check("slos", limits, (gap, gap, gap), gap <= 0 and not unserved, words)]
     figures = (("cost", COST, promise.cost, "USD per million output tokens", 1.0),)
     figures += ((promise.latency_metric, f"{promise.latency_metric}_s", promise.latency, "ms", 1e3),)
@@ -124,7 +125,7 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
         lacking = sorted({step.window for step in unserved if not _logs([step], key)})
         if lacking or not logs:
             text = f"{name} was not measured" + (f" on window {', '.join(lacking)}" if lacking else "")
-            checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", _NOTHING, False, text))
+            checks.append(Check(name, f"{figure(promised[0] * scale, 4)} {unit}", _NOTHING, False, text))
             continue
         now = _now(logs, promise)
         # the promise is itself an estimate: both errors count
@@ -135,11 +136,12 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
         low, high = now.interval(promise.confidence)
         measured = (math.exp(now.mean), math.exp(low), math.exp(high))
         change = math.expm1(now.mean - math.log(promised[0])) * 100
-        text = f"{name} {measured[0] * scale:.4g} {unit}, promised {promised[0] * scale:.4g} ({change:+.1f} %)"
+        now_words, then_words = (figure(x[0] * scale, 4) for x in (measured, promised))
+        text = f"{name} {now_words} {unit}, promised {then_words} ({change:+.1f} %)"
         if holds and change > 0 and not same:
             shown = math.expm1(worse.reach(1 - promise.confidence)) * 100
             text += f"; broken would be {shown:+.0f} % or more, by what this and the promise leave open"
-        checks.append(Check(name, f"{promised[0] * scale:.4g} {unit}", measured, holds, text))
+        checks.append(Check(name, f"{figure(promised[0] * scale, 4)} {unit}", measured, holds, text))
     return tuple(checks)
 
 
@@ -179,7 +181,7 @@ _NOTHING: Range = (math.nan, math.nan, math.nan)
 def _text(
     promise: Promise, checks: Sequence[Check], changes: Sequence[str], holds: bool, launches: int, windows: int
 ) -> str:
-    lines = [f"**The promise {'holds' if holds else 'does not hold'}** at load {promise.load:.3g}."]
+    lines = [f"**The promise {'holds' if holds else 'does not hold'}** at load {figure(promise.load)}."]
     lines += [f"- {'ok' if check.holds else 'BROKEN'}: {check.text}" for check in checks]
     before = promise.fingerprint.date or "an unknown date"
     counted = f"{launches} launch{'es' if launches != 1 else ''} on {windows} window{'s' if windows != 1 else ''}"

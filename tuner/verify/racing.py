@@ -10,6 +10,7 @@ from scipy import special
 from tuner.pareto.front import COST, Interval, Point
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
+from tuner.words import figure
 
 LAUNCH_SPREAD = 0.03
 """What launches of one configuration differ by (standard deviation of log cost and log latency) before a study has
@@ -52,8 +53,8 @@ def should_stop(
     by = beaten_by[-1]
     return (
         f"cannot beat the front at {confidence * 100:g} %: at load {left[-1]:g} it would cost at best "
-        f"${best_cost * last.load / left[-1]:.3g} at {objective.latency} {best_latency * 1e3:.3g} ms, "
-        f"trial {by.trial} has ${by.cost:.3g} at {by.latency * 1e3:.3g} ms"
+        f"${figure(best_cost * last.load / left[-1])} at {objective.latency} {figure(best_latency * 1e3)} ms, "
+        f"trial {by.trial} has ${figure(by.cost)} at {figure(by.latency * 1e3)} ms"
     )
 
 

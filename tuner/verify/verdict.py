@@ -13,6 +13,7 @@ from tuner.verify.arm import Finalist, Launched, Range, as_range
 from tuner.verify.judge import UNKNOWN, Arm, Judgement
 from tuner.verify.power import Power
 from tuner.verify.repeats import NO_SPREAD, Spread
+from tuner.words import figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def _text(
         return f"**Nothing is recommended**: no configuration met the SLOs on the held-out windows.\n\n{how}"
     latency = study.objective.latency
     words = [
-        f"**Recommended: {'the default' if state.label == base.label else state.label}** at load {state.load:.3g}."
+        f"**Recommended: {'the default' if state.label == base.label else state.label}** at load {figure(state.load)}."
     ]
     match judgement.reason:
         case "cheaper":
@@ -168,18 +169,18 @@ def _text(
         words.append(f"In the search it was {(1 - promised) * 100:.1f} % cheaper.")
     mine = [step for launch in launches if launch.arm == state.label for step in launch.steps if not step.untrusted]
     if not any(step.slo_misses for step in mine):
-        words.append(f"The SLOs held up to load {state.capacity[0]:.3g}, the highest that was tried.")
+        words.append(f"The SLOs held up to load {figure(state.capacity[0])}, the highest that was tried.")
     elif state.safe_load:
         words.append(
-            f"The SLOs start to fail at about load {state.capacity[0]:.3g}; "
-            f"up to load {state.safe_load:.3g} they hold with {sure} confidence."
+            f"The SLOs start to fail at about load {figure(state.capacity[0])}; "
+            f"up to load {figure(state.safe_load)} they hold with {sure} confidence."
         )
         if state.load < state.safe_load:
             words.append("There one window missed them by far: promised is the next lower load that was measured.")
     else:
         words.append(
-            f"The SLOs start to fail at about load {state.capacity[0]:.3g}. One launch does not say how sure that is: "
-            "promised is a load at which they held when it was measured, no more."
+            f"The SLOs start to fail at about load {figure(state.capacity[0])}. One launch does not say how sure that "
+            "is: promised is a load at which they held when it was measured, no more."
         )
     if windows < 2:
         words.append("One held-out window: the intervals say nothing about other stretches of traffic.")
@@ -260,15 +261,15 @@ def figures(arm: Arm, latency: str) -> str:
 
 
 def _usd(cost: Range) -> str:
-    return f"${cost[0]:.3g}{_between(*cost[1:])} per million output tokens"
+    return f"${figure(cost[0])}{_between(*cost[1:])} per million output tokens"
 
 
 def _ms(latency: Range) -> str:
     middle, low, high = (x * 1e3 for x in latency)
-    return f"{middle:.3g} ms{_between(low, high)}"
+    return f"{figure(middle)} ms{_between(low, high)}"
 
 
 def _between(low: float, high: float) -> str:
     if not math.isfinite(high):
-        return f" ({low:.3g} or more)" if low > 0 else " (interval not known)"
-    return f" ({low:.3g} to {high:.3g})"
+        return f" ({figure(low)} or more)" if low > 0 else " (interval not known)"
+    return f" ({figure(low)} to {figure(high)})"
