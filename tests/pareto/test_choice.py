@@ -7,7 +7,8 @@ import pytest
 from tests import studies
 from tuner.errors import NothingFeasible, UsageError
 from tuner.pareto.choice import Change, choose, compare, nearest, of_trial
-from tuner.study.outcome import Infeasible, Measured
+from tuner.study.outcome import Infeasible, Measured, Step
+from tuner.study.price import COST
 from tuner.study.store import Store
 
 OBJECTIVE = studies.objective()
@@ -76,6 +77,24 @@ def test_what_cannot_be_told_apart_falls_to_the_default(tmp_path: Path):
     choice = choose(store.trials(), OBJECTIVE)
     assert choice.point and choice.point.baseline and "nothing measured is proven to be better" in choice.text
     assert choice.cost_change is None and choice.latency_change is None
+
+
+def test_what_another_beats_at_its_own_price_is_not_chosen(tmp_path: Path):
+    """Trial 1 is the fastest of those whose cost cannot be told apart, each at its cheapest load; trial 2 is as cheap
+    and faster at the same load. Their latencies have no upper ends, as those of few requests have none."""
+    store = Store(tmp_path)
+
+    def step(load: float, usd: float, tpot_s: float):
+        ends = {"tpot_p99_s": (tpot_s * 0.96, math.inf), COST: (usd * 0.7, usd * 1.4)}
+        metrics = {COST: usd, "tpot_p99_s": tpot_s, "ttft_p99_s": 0.1}
+        return Step(load, "w", metrics, ends)
+
+    studies.measured(0, (step(1.0, 0.3, 0.045),), store, baseline=True)
+    studies.measured(1, (step(4.2, 0.124, 0.0356),), store, params=FASTER)
+    faster = (step(4.2, 0.124, 0.0236), step(5.6, 0.0994, 0.040))
+    studies.measured(2, faster, store, params={"max_num_seqs": 512, "kv_cache_dtype": "fp8", **FASTER})
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and (choice.point.trial, choice.point.load) == (2, 5.6)
 
 
 def test_without_intervals_a_cent_decides(tmp_path: Path):

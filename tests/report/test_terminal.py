@@ -10,6 +10,7 @@ from rich.console import Console
 from tests import studies
 from tuner.errors import UsageError
 from tuner.report.console import printer
+from tuner.report.page import build
 from tuner.report.summary import spread, summarize
 from tuner.report.terminal import front_data, front_table, trial_data, trial_view
 from tuner.study.outcome import Infeasible
@@ -61,6 +62,26 @@ def test_a_verified_recommendation_stands_below_the_front_that_it_is_not_on(tmp_
         ("0.47", str(summarize(store, study).choice.point.trial))
     ]
     assert "it need not lie on the front" in " ".join(text.split())
+    (chosen,) = [row for row in rows if row[1].startswith("0")]
+    found = summarize(store, study)
+    own = next(p for p in found.points if p.config.hash == found.choice.point.config.hash)
+    tokens_per_usd = own.cost * own.metrics["goodput_output_tokens_per_s"]
+    assert float(chosen[-2].replace(",", "")) == pytest.approx(tokens_per_usd / found.choice.point.cost, rel=1e-3)
+
+
+def test_a_recommendation_that_is_not_on_the_front_has_a_row_of_its_own(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    studies.measured(0, (studies.step(1.0, OBJECTIVE, tokens_per_s=1000, tpot_s=0.0202),), store, baseline=True)
+    other = (studies.step(1.0, OBJECTIVE, tokens_per_s=1010, tpot_s=0.02),)
+    studies.measured(1, other, store, params={"max_num_batched_tokens": 8192})
+    study = studies.study(tmp_path / "s")
+    found = summarize(store, study)
+    assert [p.trial for p in found.front] == [1] and found.off_front is found.choice.point
+    text = shown(front_table(store, study), 120)
+    row = next(line.split() for line in text.splitlines() if line.strip().startswith("→"))
+    assert row[-2:] == ["1,000", "0"] and "cannot be told apart from a point of the front" in " ".join(text.split())
+    page = build(store, study, tmp_path / "report.html").read_text()
+    assert page.count("recommended; off the front") == 1
 
 
 def test_the_data_is_strict_json_and_carries_intervals(made):

@@ -80,12 +80,14 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     """The cheapest step of the search that meets every SLO.
 
     Each configuration stands with its cheapest step within SLO. Of those whose cost interval overlaps the cheapest
-    one's the lowest latency wins; of those whose latency cannot be told apart from that, the one with the fewest
-    flags off the default (so the default itself wins a draw). Verification has a verdict of its own: see
+    one's the lowest latency wins (not counting what a step as cheap clearly beats); of those whose latency cannot be
+    told apart from that, the one with the fewest flags off the default (so the default itself wins a draw).
+    Verification has a verdict of its own: see
     :func:`tuner.pareto.recommend.recommended`.
     """
     trials = searched(trials)
-    contenders = _cheapest_each([p for p in points(trials, objective) if p.ok])
+    good = [p for p in points(trials, objective) if p.ok]
+    contenders = _cheapest_each(good)
     if not contenders:
         near = nearest(trials, objective)
         return Choice(None, None, None, None, (), near, near.text if near else _nothing_measured(trials))
@@ -93,8 +95,9 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     default_config = default.config if default else None
     cheapest = contenders[0]
     level = [p for p in contenders if overlap(p.cost, p.cost_interval, cheapest.cost, cheapest.cost_interval)]
-    fastest = min(level, key=lambda p: (p.latency, p.cost))
-    last = [p for p in level if overlap(p.latency, p.latency_interval, fastest.latency, fastest.latency_interval)]
+    unbeaten = [p for p in level if not any(_beats(other, p) for other in good)]
+    fastest = min(unbeaten, key=lambda p: (p.latency, p.cost))
+    last = [p for p in unbeaten if overlap(p.latency, p.latency_interval, fastest.latency, fastest.latency_interval)]
     point = min(last, key=lambda p: (len(changes(p.config, default_config)), p.latency, p.cost, p.trial))
     base = next((p for p in contenders if p.baseline), None)
     cost, latency = _against(point, base)
@@ -176,6 +179,13 @@ def compare(a: float, a_interval: Interval | None, b: float, b_interval: Interva
     down = math.hypot(math.log(a / a_interval[0]), math.log(b_interval[1] / b))
     up = math.hypot(math.log(a_interval[1] / a), math.log(b / b_interval[0]))
     return Change(math.expm1(ratio), (math.expm1(ratio - down), math.expm1(ratio + up)))
+
+
+def _beats(one: Point, other: Point) -> bool:
+    """Whether ``one`` is as cheap as ``other`` at least, and faster than ``other`` may be (the interval of a percentile
+    of few requests has no upper end, so that no two of them would ever be apart)."""
+    low_s = other.latency_interval[0] if other.latency_interval else other.latency
+    return one.cost <= other.cost and one.latency < low_s
 
 
 def _cheapest_each(good: Sequence[Point]) -> list[Point]:

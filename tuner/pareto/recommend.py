@@ -10,9 +10,10 @@ from typing import Any
 
 from tuner.errors import alike
 from tuner.pareto.choice import Change, Choice, choose
-from tuner.pareto.front import Interval, Point
+from tuner.pareto.front import Interval, Point, trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
+from tuner.study.price import COST, GOODPUT
 from tuner.study.store import EXHAUSTED, AsWritten, Store, TrialRecord, read_json
 from tuner.verify.arm import as_range
 from tuner.words import figure
@@ -186,7 +187,18 @@ def _point(
         config=config,
         role="verify",
         trials=again,
+        metrics=_served(cost[0], [t for t in trials if t.config.hash == config.hash]),
     )
+
+
+def _served(cost: float, trials: Sequence[TrialRecord]) -> Mapping[str, float]:
+    """Tokens per second within SLO at ``cost``: both together are the price of a second, wherever it was measured. None
+    where the launches do not agree on that (an engine that tells costs of its own)."""
+    steps = [step.metrics for _, step in trusted_steps(trials)]
+    prices = [m[COST] * m[GOODPUT] for m in steps if COST in m and GOODPUT in m]
+    if not prices or not cost > 0 or max(prices) > min(prices) * 1.001:
+        return {}
+    return {GOODPUT: prices[0] / cost}
 
 
 def _interval(values: Sequence[float]) -> Interval | None:

@@ -27,7 +27,7 @@ from tuner.report.importance import importance
 from tuner.report.modelerror import errors, learnt
 from tuner.report.parallel import parallel_chart
 from tuner.report.style import Figure
-from tuner.report.summary import APART, Summary, label, ms, summarize
+from tuner.report.summary import Summary, label, ms, summarize
 from tuner.spec.study import Study
 from tuner.study.store import AsWritten, Store, read_json
 from tuner.words import figure
@@ -50,8 +50,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         head=_head(s),
         choice=_choice(s),
         config=_config(s, store),
-        front=[tables.point_row(s, p) for p in (*s.front, *([s.verified] if s.verified and s.front else []))],
-        apart=APART,
+        front=[tables.point_row(s, p) for p in (*s.front, *([s.off_front] if s.off_front and s.front else []))],
         trials=[tables.trial_row(s, t) for t in s.trials],
         phases=tables.phase_names(s),
         failures=tables.failures(s),

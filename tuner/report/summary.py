@@ -44,6 +44,27 @@ class Summary:
         point = self.choice.point
         return point if point and point.role == "verify" else None
 
+    @property
+    def off_front(self) -> Point | None:
+        """The recommendation where it is no point of the front: measured again, or not told apart from one."""
+        point = self.choice.point
+        return point if point and (self.verified or point.key not in {p.key for p in self.front}) else None
+
+    @property
+    def apart(self) -> str:
+        """Why the recommendation does not lie on the front."""
+        if self.verified:
+            return (
+                "The front is of the search's window. What is recommended was measured again on held-out windows, at "
+                "loads of its own: it need not lie on the front."
+            )
+        return "What is recommended cannot be told apart from a point of the front and is nearer to the default."
+
+    def chosen(self, point: Point) -> bool:
+        """Whether ``point`` is the recommendation."""
+        best = self.choice.point
+        return best is not None and (point is best if self.off_front else point.key == best.key)
+
     def name(self, config: ServingConfig) -> str:
         """The config as its difference to the engine's default."""
         return hide(describe(config, self.default.config if self.default else None), self.secrets)
@@ -102,12 +123,6 @@ def label(metric: str) -> str:
     head, _, stat = metric.rpartition("_")
     words = {"norm_latency": "latency per token", "e2e": "end-to-end", "error_rate": "error rate"}
     return f"{words.get(head, head.upper())} {stat}" if head and metric != "error_rate" else words.get(metric, metric)
-
-
-APART = (
-    "The front is of the search's window. What is recommended was measured again on held-out windows, at loads of its "
-    "own: it need not lie on the front."
-)
 
 
 def ms(seconds: float) -> str:

@@ -54,7 +54,6 @@ class Failure:
 
 
 def point_row(s: Summary, p: Point) -> dict[str, Any]:
-    chosen = s.choice.point
     return {
         "cost": figure(p.cost),
         "cost_spread": spread(p.cost, p.cost_interval),
@@ -65,9 +64,9 @@ def point_row(s: Summary, p: Point) -> dict[str, Any]:
         "trial": p.trial,
         "ties": ", ".join(str(trial) for trial in dict.fromkeys(trial for trial, _ in p.ties)),
         "flags": s.flags(p.config),
-        "chosen": p is s.verified if s.verified else bool(chosen and chosen.config.hash == p.config.hash),
+        "chosen": s.chosen(p),
         "baseline": p.baseline,
-        "verified": p is s.verified,
+        "off_front": p is s.off_front,
     }
 
 

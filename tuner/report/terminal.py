@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tuner.errors import UsageError
 from tuner.pareto.changes import changes
 from tuner.pareto.front import COST, Point
-from tuner.report.summary import APART, Summary, clean, kind, label, ms, spread, summarize, why
+from tuner.report.summary import Summary, clean, kind, label, ms, spread, summarize, why
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Step, to_dict
 from tuner.study.price import GOODPUT, OUTPUT
@@ -64,18 +64,18 @@ def front_table(store: Store, study: Study) -> RenderableType:
         latency = f"{label(study.objective.latency)}\nms"
         for name in ("$ per M\nout tokens", latency, "load", "good out\ntokens/s", "trial", "not told\napart from"):
             table.add_column(name, justify="right", no_wrap=True)
-        shown = [*s.front, *([s.verified] if s.verified else [])]
+        shown = [*s.front, *([s.off_front] if s.off_front else [])]
         names = {p.trial: s.name(p.config) for p in reversed(shown)}  # an ablated one has its trial's number
         defaults = [p for p in s.points if p.baseline and p.ok]
         if defaults and not any(p.baseline for p in shown):
             shown.append(min(defaults, key=lambda p: p.cost))
             names[shown[-1].trial] = "engine default, for comparison: off the front"
         for p in shown:
-            style = "bold" if _chosen(s, p) else "dim" if p not in s.front else None
+            style = "bold" if s.chosen(p) else "dim" if p not in s.front else None
             table.add_row(*_row(s, p), style=style)
         parts.append(table)
-        if s.verified:
-            parts += [Text(f"→ {APART}", style="dim"), Text("")]
+        if s.off_front:
+            parts += [Text(f"→ {s.apart}", style="dim"), Text("")]
         legend = Table.grid(padding=(0, 2))
         legend.add_column(justify="right")
         legend.add_column(overflow="fold")
@@ -158,7 +158,7 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
 def _row(s: Summary, p: Point) -> tuple[str, ...]:
     ties = list(dict.fromkeys(trial for trial, _ in p.ties))
     return (
-        "→" if _chosen(s, p) else "",
+        "→" if s.chosen(p) else "",
         f"{figure(p.cost)} {spread(p.cost, p.cost_interval)}".strip(),
         f"{ms(p.latency)} {spread(p.latency, p.latency_interval, 1e3)}".strip(),
         figure(p.load),
@@ -178,11 +178,6 @@ def _step_row(step: Step, latencies: list[str]) -> tuple[str, ...]:
         f"{step.metrics[GOODPUT]:,.0f}" if GOODPUT in step.metrics else "-",
         verdict,
     )
-
-
-def _chosen(s: Summary, p: Point) -> bool:
-    best = s.choice.point
-    return best is not None and (p is best if s.verified else best.key == p.key)
 
 
 def _point_data(s: Summary, p: Point) -> dict[str, Any]:
