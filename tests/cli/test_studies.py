@@ -1,6 +1,7 @@
 """Studies by the file that they were begun with, and flags over a file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from tuner.errors import EnvironmentFault, UsageError, alike
 from tuner.spec.study import Budget
 from tuner.study import session
 from tuner.study.budget import Spent, search_is_over
+from tuner.study.outcome import Aborted, Measured, Step
 
 MINE = """\
 name: mine
@@ -187,6 +189,29 @@ def test_variables_that_servers_do_not_get_are_named_once(workplace: Path, capsy
         view.on_event("not_passed", {"variables": ("OMP_NUM_THREADS", "VLLM_FOO"), "trial": 1})
     told = capsys.readouterr().err
     assert told.count("Not handed on to servers from your shell: OMP_NUM_THREADS, VLLM_FOO.") == 1
+
+
+def test_a_launch_on_several_windows_or_stopped_is_not_said_to_have_a_capacity(workplace: Path, capsys) -> None:
+    view = View(read(write(workplace, GOOD), Flags()), plain=True)
+    metrics = {"cost_usd_per_mtok_output": 0.2, view.study.objective.latency_key: 0.02}
+    steps = [
+        Step(load, window, metrics, slo_misses=misses)
+        for window, load, misses in (("a", 3.5, ()), ("b", 2.0, ()), ("b", 2.3, ("tpot_p99 80 ms > 50 ms",)))
+    ]
+    for trial, outcome, role in (
+        (0, Measured(tuple(steps[:1])), "search"),
+        (1, Aborted("cannot beat trial 0", tuple(steps[:1])), "search"),
+        (2, Measured(tuple(steps)), "verify"),
+        (3, Measured((*steps, replace(steps[2], window="c"))), "verify"),
+    ):
+        view.on_event("trial", {"trial": trial, "outcome": outcome, "baseline": False, "role": role})
+    assert capsys.readouterr().err.splitlines()[-4:] == [
+        "[0] capacity 3.5, 0.2 USD/M output tokens, tpot_p99 20.0 ms",
+        "[1] stopped (cannot beat trial 0); held up to load 3.5, 0.2 USD/M output tokens, tpot_p99 20.0 ms",
+        "[2] held up to load 2 to 3.5 on 2 windows",
+        "[3] held up to load 2 to 3.5 on 3 windows, at none on 1",
+    ]
+    assert {trial for trial, *_ in view.points} == {0, 1}
 
 
 def test_the_usual_budget_verifies_in_three_rounds(workplace: Path) -> None:

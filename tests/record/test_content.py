@@ -51,6 +51,19 @@ def test_capacity_and_best_values_count_only_the_loads_within_slo(one):
     assert found["best_tpot_p99_s"] == 0.02
 
 
+def test_what_every_window_held_is_the_capacity_of_a_launch_on_several_and_a_stopped_one_has_none(tmp_path: Path):
+    store, study = Store(tmp_path / "s"), studies.study(tmp_path / "s")
+    steps = [
+        replace(studies.step(load, OBJECTIVE, tpot_s=tpot_s), window=window)
+        for window, load, tpot_s in (("a", 3.5, 0.02), ("b", 2.0, 0.02), ("b", 2.3, 0.08))
+    ]
+    studies.measured(0, tuple(steps), store, role="verify")
+    studies.add(1, Aborted("cannot beat the front", (steps[0],)), store)
+    several, stopped = ({s.name: s.value for s in content(t, study).samples} for t in store.trials())
+    assert several["capacity_load"] == 2.0 and "best_tpot_p99_s" not in several
+    assert "capacity_load" not in stopped and stopped["best_tpot_p99_s"] == 0.02
+
+
 def test_parameters_stand_under_the_engines_own_flag_names_also_at_their_default(one):
     store, study = one
     params = content(store.trials()[0], study).params

@@ -12,8 +12,9 @@ from tuner.errors import UsageError
 from tuner.report.console import printer
 from tuner.report.page import build
 from tuner.report.summary import spread, summarize
+from tuner.report.tables import trial_row
 from tuner.report.terminal import front_data, front_table, trial_data, trial_view
-from tuner.study.outcome import Infeasible
+from tuner.study.outcome import Aborted, Infeasible
 from tuner.study.store import Store
 
 OBJECTIVE = studies.objective()
@@ -82,6 +83,17 @@ def test_a_recommendation_that_is_not_on_the_front_has_a_row_of_its_own(tmp_path
     assert row[-2:] == ["1,000", "0"] and "cannot be told apart from a point of the front" in " ".join(text.split())
     page = build(store, study, tmp_path / "report.html").read_text()
     assert page.count("recommended; off the front") == 1
+
+
+def test_a_trials_row_has_the_latency_of_its_cheapest_load_and_the_load_that_every_window_held(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    steps = [studies.step(1.0, OBJECTIVE, tpot_s=0.01), studies.step(2.0, OBJECTIVE, tokens_per_s=2000, tpot_s=0.03)]
+    studies.measured(0, tuple(steps), store, baseline=True)
+    studies.add(1, Aborted("cannot beat trial 0", tuple(steps)), store, params={"max_num_batched_tokens": 8192})
+    studies.measured(2, (*steps, replace(steps[0], window="other")), store, role="verify")
+    found = summarize(store, studies.study(tmp_path / "s"))
+    rows = [trial_row(found, trial) for trial in store.trials()]
+    assert [(row.capacity, row.latency) for row in rows] == [("2", "30"), ("≥ 2", "30"), ("1", "-")]
 
 
 def test_the_data_is_strict_json_and_carries_intervals(made):

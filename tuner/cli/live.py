@@ -15,7 +15,7 @@ from rich.text import Text
 from tuner.errors import alike, printable
 from tuner.pareto.changes import describe
 from tuner.report.console import printer
-from tuner.study.outcome import Infeasible, Measured
+from tuner.study.outcome import Aborted, Infeasible, Measured, Step, held
 from tuner.study.price import COST
 from tuner.words import figure
 
@@ -68,8 +68,9 @@ class View:
         study, rps = self.study, ready.traffic.rps
         self.say(
             f"Study {study.name}: {study.engine.kind} {ready.engine.version()} on {study.hardware.name}, "
-            f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} x "
-            f"{len(ready.traffic.search[0])} requests" + (f"; load 1 is {figure(rps)} requests/s" if rps else "")
+            f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} with "
+            f"up to {len(ready.traffic.search[0])} requests each"
+            + (f"; load 1 is {figure(rps)} requests/s" if rps else "")
         )
         for note in ready.traffic.notes:
             self.say(f"Trace: {note}")
@@ -151,13 +152,14 @@ class View:
         key = self.study.objective.latency_key
         if isinstance(trial, int):
             self.done += 1
+        if isinstance(trial, int) and data["role"] == "search":
             self.points += [
                 (trial, step.load, step.metrics.get(COST, float("inf")), step.metrics.get(key, 0.0)) for step in good
             ]
         where = f" (another tuner, on {data['elsewhere']})" if data.get("elsewhere") else ""
         self.say(f"[{trial}] {self._told(outcome, good)}{where}")
 
-    def _told(self, outcome: Any, good: list[Any]) -> str:
+    def _told(self, outcome: Any, good: list[Step]) -> str:
         if isinstance(outcome, Infeasible):
             self.failures[outcome.cause] += 1
             return f"cannot serve ({outcome.cause}): {outcome.message}"
@@ -168,11 +170,17 @@ class View:
         if not good:
             self.failures["slo missed"] += 1
             return f"no load within SLO: {'; '.join(outcome.steps[-1].slo_misses)}"
+        windows = held(outcome.steps)
+        loads = sorted(step.load for step in windows.values() if step)
+        if len(windows) > 1:  # each was measured at loads of its own
+            nowhere = f", at none on {len(windows) - len(loads)}" if len(loads) < len(windows) else ""
+            return f"held up to load {_ends(loads)} on {len(windows)} windows{nowhere}"
         best = min(good, key=lambda step: step.metrics.get(COST, float("inf")))
         latency = best.metrics.get(self.study.objective.latency_key, float("nan"))
         cost = best.metrics.get(COST, float("nan"))
-        return (
-            f"capacity {figure(max(step.load for step in good))}, {figure(cost)} USD/M output tokens, "
+        stopped = isinstance(outcome, Aborted)
+        return (f"stopped ({outcome.reason}); held up to load " if stopped else "capacity ") + (
+            f"{figure(loads[-1])}, {figure(cost)} USD/M output tokens, "
             f"{self.study.objective.latency} {latency * 1e3:.1f} ms"
         )
 
@@ -197,8 +205,9 @@ class View:
         front = self._front()
         if front:
             table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-            for title in ("  front: trial", "load", "USD/M output tokens", f"{self.study.objective.latency} ms"):
+            for title in ("trial", "load", "USD/M output tokens", f"{self.study.objective.latency} ms"):
                 table.add_column(title, justify="right")
+            parts.append(Text("  front of the search", style="dim"))
             for trial, load, cost, latency in front:
                 table.add_row(str(trial), figure(load), figure(cost), f"{latency * 1e3:.1f}")
             parts.append(table)
@@ -215,6 +224,11 @@ class View:
             if not best or point[3] < best[-1][3]:
                 best.append(point)
         return best[:8]
+
+
+def _ends(loads: list[float]) -> str:
+    low, high = (figure(loads[i]) for i in (0, -1))
+    return low if low == high else f"{low} to {high}"
 
 
 def _slow(study: Study) -> str:

@@ -29,6 +29,7 @@ class Traffic:
     trace_rps: float
     windows: int
     requests: int
+    loads: tuple[float, float]
     input_tokens: float
     output_tokens: float
     month_usd: float
@@ -51,7 +52,9 @@ class Traffic:
     def measured(self) -> str:
         """What it was measured on, in words."""
         many = f"{self.windows} windows" if self.windows > 1 else "one window"
-        return ", ".join(filter(None, (f"{self.requests:,} requests on {many}", self.lengths)))
+        low, high = map(figure, self.loads)
+        at = f"load {low}" if low == high else f"loads of {low} to {high}"
+        return ", ".join(filter(None, (f"{self.requests:,} requests at {at} on {many}", self.lengths)))
 
     def __str__(self) -> str:
         text = (
@@ -86,6 +89,7 @@ def traffic(
         trace_rps=fmean(fmean(found) for found in rates.values()),
         windows=len(rates),
         requests=round(sum(s.metrics.get("measured_requests", 0) for s in steps)),
+        loads=(min(s.load for s in steps), max(s.load for s in steps)),
         input_tokens=totals - outputs,
         output_tokens=outputs,
         month_usd=month_usd,

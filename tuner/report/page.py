@@ -68,6 +68,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         command=f"tuner tune {shlex.quote(study.source)}",
         again=f"tuner report {shlex.quote(str(store.folder))}",
         hours_a_month=HOURS,
+        amount=figure,
         label=label,
         ms=ms,
     )
@@ -114,7 +115,9 @@ def _head(s: Summary) -> list[tuple[str, str]]:
 
 def _trace(s: Summary) -> str:
     name = Path(s.study.trace.file).name
-    return f"{name}: {figure(s.traffic.trace_rps)} requests/s at load 1; {s.traffic.measured}" if s.traffic else name
+    if not s.traffic:
+        return name
+    return f"{name}; the recommendation: {s.traffic.measured}, with {figure(s.traffic.trace_rps)} requests/s at load 1"
 
 
 def _dates(s: Summary) -> str:
@@ -180,17 +183,19 @@ def _verified(s: Summary, store: Store) -> dict[str, Any] | None:
     it was not finished."""
     path = store.folder / "verify.json"
     data = read_json(path) if path.exists() else None
+    launches = [t for t in s.trials if t.role == "verify"]
+    each = tables.folded(tables.windows(s, launches)) if launches else None
     if not isinstance(data, Mapping):
-        launches = [t for t in s.trials if t.role == "verify"]
         words = f"Not finished: {len(launches)} launches so far, and nothing is concluded from them. "
         words += "The same tuner tune goes on."
-        return {"paragraphs": [words], "table": tables.folded(tables.windows(s, launches))} if launches else None
+        return {"paragraphs": [words], "table": None, "launches": each} if launches else None
     with AsWritten(path):
         rows = [row for row in data.get("rows", ()) if isinstance(row, Mapping)]
         return {
             "paragraphs": [part.strip() for part in plain(str(data.get("text", ""))).split("\n\n") if part],
             "table": tables.folded(tables.verdict_rows(rows)),
-            "costs": True,
+            "tested": any(row.get("p_not_better") is not None for row in rows),
+            "launches": each,
         }
 
 

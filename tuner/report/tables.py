@@ -12,7 +12,7 @@ from tuner.pareto.front import COST, Point
 from tuner.report.summary import Summary, kind, label, ms, spread, why
 from tuner.search.causes import suspected
 from tuner.search.reading import cause as cause_of
-from tuner.study.outcome import Aborted, Infeasible
+from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, held
 from tuner.study.price import GOODPUT
 from tuner.study.store import TrialRecord
 from tuner.words import figure
@@ -72,6 +72,7 @@ def point_row(s: Summary, p: Point) -> dict[str, Any]:
 
 def trial_row(s: Summary, trial: Any) -> TrialRow:
     good = [p for p in s.points if trial.number in p.trials and p.ok]
+    cheapest = min(good, key=lambda p: (p.cost, p.latency), default=None)
     longest_s = max((sum(t.outcome.boot.phases_s.values()) for t in s.trials), default=0.0) or 1.0
     colors = phase_names(s)
     phases = trial.outcome.boot.phases_s.items()
@@ -83,14 +84,22 @@ def trial_row(s: Summary, trial: Any) -> TrialRow:
         flags=s.flags(trial.config),
         baseline=trial.baseline,
         chosen=bool(chosen and chosen.config.hash == trial.config.hash),
-        capacity=f"{max(p.load for p in good):g}" if good else "-",
-        cost=figure(min(p.cost for p in good)) if good else "-",
-        latency=ms(min(p.latency for p in good)) if good else "-",
+        capacity=_capacity(trial.outcome),
+        cost=figure(cheapest.cost) if cheapest else "-",
+        latency=ms(cheapest.latency) if cheapest else "-",
         boot=f"{trial.outcome.boot.total_s:.0f}",
         phases=tuple((name, seconds, seconds / longest_s, colors.index(name)) for name, seconds in phases),
         minutes=f"{(trial.ended_s - trial.started_s) / 60:.1f}",
         why=why(trial.outcome),
     )
+
+
+def _capacity(outcome: Outcome) -> str:
+    """The load that every window held."""
+    loads = [step.load if step else 0.0 for step in held(outcome.steps).values()]
+    if not isinstance(outcome, Measured | Aborted) or not loads or not min(loads):
+        return "-"
+    return f"{'≥ ' if isinstance(outcome, Aborted) else ''}{min(loads):g}"
 
 
 def phase_names(s: Summary) -> list[str]:
@@ -137,19 +146,18 @@ def windows(s: Summary, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
     latency = (f"{label(s.study.objective.latency)} ms", s.study.objective.latency_key, 1e3)
     found: list[dict[str, Any]] = []
     for trial in trials:
-        steps = sorted((x for x in trial.outcome.steps if not x.untrusted), key=lambda x: x.load)
-        for window in sorted({x.window for x in steps}):
-            here = [x for x in steps if x.window == window]
-            held = next((x for x in reversed(here) if not x.slo_misses), None)
-            above = next((x for x in here if x.slo_misses and (held is None or x.load > held.load)), None)
+        missed = sorted((x for x in trial.outcome.steps if x.slo_misses and not x.untrusted), key=lambda x: x.load)
+        for window, step in sorted(held(trial.outcome.steps).items()):
+            beyond = step.load if step else 0.0
+            above = next((x for x in missed if x.window == window and x.load > beyond), None)
             row: dict[str, Any] = {"configuration": s.name(trial.config), "trial": trial.number}
             row["window"] = window.rpartition("/")[2]
-            row["load within SLO"] = held.load if held else "none"
+            row["load within SLO"] = step.load if step else "none"
             for name, metric, scale in (("USD per M output tokens", COST, 1.0), latency):
-                row[name] = held.metrics[metric] * scale if held else None
-                if held and metric in held.intervals:
+                row[name] = step.metrics[metric] * scale if step else None
+                if step and metric in step.intervals:
                     row |= zip(
-                        (f"{name}_low", f"{name}_high"), (x * scale for x in held.intervals[metric]), strict=True
+                        (f"{name}_low", f"{name}_high"), (x * scale for x in step.intervals[metric]), strict=True
                     )
             row["missed at"] = f"{figure(above.load)}: {'; '.join(above.slo_misses)}" if above else ""
             found.append(row)
@@ -162,7 +170,7 @@ WORDS = {
     "capacity": "SLOs start to fail at load",
     "cost_usd_per_mtok_output": "USD per M output tokens there",
     "_vs_default": "over the default's",
-    "p_not_better": "p: no cheaper than the default",
+    "p_not_better": "p: at most 1 % cheaper than the default",
     "p_best": "probability of being the cheapest",
     "slos_hold": "SLOs held",
     "safe_load": "SLOs hold up to load (95 %)",

@@ -100,7 +100,8 @@ class Loop:
         self.store.end_trial(proposal.number, outcome, end.seconds, again=again, **notes, **end.place.notes())
         self.queue.tell(proposal, outcome, again)
         self.recorder.trial_finished(proposal.number)
-        self.on_event("trial", {"trial": proposal.number, "outcome": outcome, "baseline": proposal.baseline})
+        told = {"trial": proposal.number, "outcome": outcome, "baseline": proposal.baseline, "role": "search"}
+        self.on_event("trial", told)
         nothing_left(proposal.number, teardown.left_over)
         if fault:
             raise fault

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,6 +48,15 @@ class Step:
     def saturated(self) -> bool:
         """Whether it was ended because its queue grew without bound: its latencies are those of the beginning."""
         return self.stopped_early.startswith("saturated")
+
+
+def held(steps: Iterable[Step]) -> dict[str, Step | None]:
+    """Of every window the highest load within SLO (None: at none). Steps that are not believed do not count."""
+    found: dict[str, Step | None] = {}
+    for step in sorted(steps, key=lambda step: step.load):
+        if not step.untrusted:
+            found[step.window] = step if step.ok else found.get(step.window)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

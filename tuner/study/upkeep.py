@@ -223,7 +223,7 @@ class Upkeep:
         self.claims[notes[CLAIM]] = number
         record = self.store.trial(number)
         if record is not None:
-            told = {"trial": number, "outcome": record.outcome, "baseline": record.baseline}
+            told = {"trial": number, "outcome": record.outcome, "baseline": record.baseline, "role": record.role}
             self.on_event("trial", {**told, "elsewhere": notes[OWNER]["host"]})
         return record
 

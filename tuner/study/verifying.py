@@ -99,7 +99,7 @@ def launcher(
             again = machines or isinstance(outcome, Aborted)
             store.end_trial(number, outcome, where.seconds(number), again=again, **place.notes())
             recorder.trial_finished(number)
-            inner("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"]})
+            inner("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"], "role": role})
             nothing_left(number, where.left_over)
 
     return launch

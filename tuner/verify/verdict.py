@@ -145,7 +145,8 @@ def _text(
     match judgement.reason:
         case "cheaper":
             words.append(f"It costs {_change(state.difference, 'less', 'more')} than the default, proven at {sure}")
-            words.append(f"(p = {state.doubt:.1g}, corrected for {len(arms) - 1} finalists).")
+            corrected = f", corrected for {len(arms) - 1} finalists" if len(arms) > 2 else ""
+            words.append(f"(p = {state.doubt:.1g}{corrected}).")
         case "faster":
             words.append(f"It costs as much as the default ({_change(state.difference, 'less', 'more')}),")
             words.append(
@@ -162,7 +163,8 @@ def _text(
         likely = max(judgement.arms.values(), key=lambda arm: arm.best)
         if likely.best > 0.5:
             name = "" if likely is state else f": {likely.label}, but not proven"
-            words.append(f"Probably the cheapest of the {len(arms)} ({likely.best * 100:.0f} %){name}.")
+            share = f"{likely.best * 100:.0f} %" if likely.best < 0.995 else "over 99 %"
+            words.append(f"Probably the cheapest of the {len(arms)} ({share}){name}.")
     searched = next((a.value for a in arms if a.label == state.label), None)
     if not math.isnan(survived[0]) and searched and base.value:
         promised = searched / base.value
