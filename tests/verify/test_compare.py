@@ -4,10 +4,12 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from tests.studies import objective, space, step
 from tests.verify.test_finalists import trial
+from tuner.errors import UsageError
 from tuner.report.terminal import comparison_table
 from tuner.study.outcome import Measured
 from tuner.study.store import TrialRecord
@@ -70,6 +72,20 @@ def test_a_side_that_offers_nothing_at_a_latency_loses_it():
     found = compare(first, second)
     assert math.isinf(found.levels[0].first) and found.levels[0].winner == 2
     assert found.rows[0]["cost slow"] is None
+    assert (found.rows[0]["proven"], found.rows[0]["alone"]) == ("", "fast")
+    assert "**fast** alone is within its SLOs at 1 of 2 latencies" in found.text and "cheaper at 1" not in found.text
+
+
+def test_nothing_is_cheaper_than_a_study_without_a_point():
+    found = compare(side("empty"), side("new", trial(0, 2048, 1000, tpot_s=0.01)))
+    assert "proven" not in found.text.replace("is either proven cheaper", "")
+    assert "**new** alone is within its SLOs at 1 of 1 latencies" in found.text
+
+
+def test_latencies_that_are_not_the_same_thing_are_not_compared():
+    other = Side("b", (), replace(WANT, latency="e2e_p99"), {})
+    with pytest.raises(UsageError, match="a has tpot_p99, b has e2e_p99"):
+        compare(side("a"), other)
 
 
 def test_fronts_that_cross_are_each_named_where_they_win():
@@ -90,7 +106,11 @@ def test_figures_that_were_emulated_on_both_sides_are_called_so():
     emulated = compare(side("a", figures="emulated"), side("b", figures="emulated"))
     assert "Both are emulated" in emulated.text and emulated.differences == ()
     mixed = compare(side("a", figures="emulated"), side("b", figures="measured"))
-    assert "Both are emulated" not in mixed.text and mixed.differences == ("figures: emulated / measured",)
+    assert (
+        "Both are emulated" not in mixed.text
+        and "**a is emulated**" in mixed.text
+        and mixed.differences == ("figures: emulated / measured",)
+    )
 
 
 def test_the_table_shows_at_each_latency_what_either_offers():

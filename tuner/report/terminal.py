@@ -232,6 +232,6 @@ def comparison_table(found: Comparison, latency: str) -> RenderableType:
         costs = [figure(cost, 4) if math.isfinite(cost) else "none" for cost in (level.first, level.second)]
         middle, low, high = level.ratio
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})" if low > 0 and high < math.inf else "-"
-        winner = ("", found.first, found.second)[level.winner]
+        winner = ("only " if level.alone else "") + ("", found.first, found.second)[level.winner]
         table.add_row(figure(level.latency_s * 1e3, 4), *costs, ratio, winner)
     return table

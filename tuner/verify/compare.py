@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from tuner.errors import UsageError
 from tuner.pareto.front import front, points, searched
 from tuner.spec.objective import Objective
 from tuner.study.store import TrialRecord
@@ -45,6 +46,11 @@ class Level:
         """1 or 2 where the interval leaves out "equal", else 0."""
         _, low, high = self.ratio
         return 2 if high < 1 else 1 if low > 1 else 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether the winner is the only side that keeps this latency, so that no cost was compared."""
+        return bool(self.winner) and math.isinf(max(self.first, self.second))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,14 @@ def compare(first: Side, second: Side, *, most: int = 12) -> Comparison:
     One side is proven cheaper where one of its points, which keeps the latency for sure, is cheaper than every point of
     the other that may keep it. The limit is corrected for how many points of that side may be its cheapest: the lowest
     of many looks lower than it is, and a study of more trials has more of them.
+
+    Raises UsageError where their latency axes are not the same.
     """
+    if first.objective.latency != second.objective.latency:
+        axes = f"{first.name} has {first.objective.latency}, {second.name} has {second.objective.latency}"
+        raise UsageError(
+            f"the studies' latencies are not the same thing: {axes}", fix="Compare studies of one objective"
+        )
     sides = (first, second)
     clouds = [_Cloud.of(side) for side in sides]
     differences = _differences(first, second)
@@ -165,8 +178,6 @@ def _differences(first: Side, second: Side) -> tuple[str, ...]:
     a, b = first.objective, second.objective
     if a.slos != b.slos:
         found.append(f"SLOs: {', '.join(map(str, a.slos))} / {', '.join(map(str, b.slos))}")
-    if a.latency != b.latency:
-        found.append(f"latency axis: {a.latency} / {b.latency} (the levels below are not the same thing)")
     if a.price_usd_per_gpu_hour != b.price_usd_per_gpu_hour:
         found.append(f"price: ${a.price_usd_per_gpu_hour:g} / ${b.price_usd_per_gpu_hour:g} per GPU-hour")
     return tuple(found)
@@ -174,7 +185,8 @@ def _differences(first: Side, second: Side) -> tuple[str, ...]:
 
 def _text(first: Side, second: Side, levels: Sequence[Level], differences: Sequence[str]) -> str:
     names = {1: first.name, 2: second.name}
-    won = {side: sum(level.winner == side for level in levels) for side in (0, 1, 2)}
+    won = {side: sum(level.winner == side and not level.alone for level in levels) for side in (0, 1, 2)}
+    alone = {side: sum(level.winner == side and level.alone for level in levels) for side in (1, 2)}
     if not levels:
         verdict = "Neither study has a point within its SLOs."
     elif won[1] and won[2]:
@@ -186,8 +198,13 @@ def _text(first: Side, second: Side, levels: Sequence[Level], differences: Seque
         verdict += "; at the others they cannot be told apart." if won[0] else "."
     else:
         verdict = f"At none of {len(levels)} latencies is either proven cheaper at 95 %."
-    if first.facts.get("figures") == second.facts.get("figures") == "emulated":
-        verdict += " **Both are emulated**: these figures come from a model of the hardware; nothing was measured."
+    for side in (1, 2):
+        if alone[side]:
+            verdict += f" **{names[side]}** alone is within its SLOs at {alone[side]} of {len(levels)} latencies."
+    if emulated := [s.name for s in (first, second) if s.facts.get("figures") == "emulated"]:
+        verdict += " **Both are emulated**" if len(emulated) == 2 else f" **{emulated[0]} is emulated**"
+        verdict += ": its" if len(emulated) == 1 else ": these"
+        verdict += " figures come from a model of the hardware; nothing was measured."
     what = f" They differ in {'; '.join(differences)}." if differences else " Nothing else differs between them."
     return verdict + what
 
@@ -203,5 +220,6 @@ def _row(level: Level, first: Side, second: Side) -> dict[str, Any]:
         "ratio": number(level.ratio[0]),
         "ratio_low": number(level.ratio[1]),
         "ratio_high": number(level.ratio[2]),
-        "proven": ("", first.name, second.name)[level.winner],
+        "proven": "" if level.alone else ("", first.name, second.name)[level.winner],
+        "alone": ("", first.name, second.name)[level.winner] if level.alone else "",
     }
