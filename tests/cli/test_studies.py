@@ -79,6 +79,20 @@ def test_an_engine_of_one_word_is_said_to_be_no_mapping(workplace: Path) -> None
     assert read(path, Flags(engine="emulator")).engine.kind == "emulator"
 
 
+def test_a_rehearsal_keeps_what_the_emulator_knows_of_the_engine_and_says_what_it_leaves_out(workplace: Path) -> None:
+    engine = "{kind: vllm, python: elsewhere, url: x, options: {fast_start: 'off', start_limit_s: 1800.0}}"
+    path = write(workplace, GOOD.replace("{kind: emulator, options: {gpu: H100-SXM}}", engine))
+    said: list[str] = []
+    study = read(path, Flags(engine="emulator"), said.append)
+    assert study.engine.kind == "emulator" and study.engine.options == {"start_limit_s": 1800.0}
+    assert said == ["Left out of engine.options, which emulator does not have: url, fast_start."]
+    session.prepare(study)
+    assert read(path, Flags(engine="vllm"), said.append).engine.python == "elsewhere" and len(said) == 1
+    assert read(write(workplace, GOOD), Flags(engine="emulator")).engine.options == {"gpu": "H100-SXM"}
+    with pytest.raises(UsageError, match="--engine: "):
+        read(path, Flags(engine="vlm"))
+
+
 @pytest.mark.parametrize(
     ("said", "flags", "budget"),
     [
