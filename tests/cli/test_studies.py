@@ -125,6 +125,19 @@ def test_no_trials_at_once_are_refused(workplace: Path, count) -> None:
     assert read(write(workplace, GOOD), Flags(parallel=2)).parallel == 2
 
 
+def test_as_many_trials_at_once_as_fit_may_be_asked_for_on_the_command_line(workplace: Path) -> None:
+    path = write(workplace, GOOD)
+    taken = tuner("tune", str(path), "--parallel", "auto", "--name", "a/b", check=2)
+    assert "--name" in taken.stderr  # the next flag is what is refused
+    assert (
+        read(path, Flags(parallel="auto")).parallel
+        == read(write(workplace, f"{GOOD}parallel: auto\n"), Flags()).parallel
+    )
+    assert read(path, Flags(parallel="2")).parallel == 2
+    with pytest.raises(UsageError, match="^--parallel: parallel: .* integer"):
+        read(path, Flags(parallel="some"))
+
+
 def test_the_interpreter_named_on_the_command_line_is_that_of_the_engine_and_stays_a_link(workplace: Path, monkeypatch):
     monkeypatch.chdir(workplace)
     study = read(write(workplace, GOOD), Flags(python="env/bin/python"))

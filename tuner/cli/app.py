@@ -58,7 +58,7 @@ def tune(
     sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2, random or grid.")] = "",
     engine: Annotated[str, typer.Option(help="vllm, sglang, command, attach, function or emulator.")] = "",
     name: Annotated[str, typer.Option(help="The study's name; its folder is reports/NAME.")] = "",
-    parallel: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
+    parallel: Annotated[str, typer.Option(help="Trials at once, or auto: as many as fit.")] = "",
     storage: Annotated[
         str, typer.Option(help="A database that several tuners share, as a URL (default: $TUNER_STORAGE).")
     ] = "",

@@ -31,7 +31,7 @@ class Flags:
     sampler: str = ""
     engine: str = ""
     name: str = ""
-    parallel: int | None = None
+    parallel: int | str = ""
     storage: str = ""
     reports: str = ""
     executor: str = ""
