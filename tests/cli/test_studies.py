@@ -134,7 +134,7 @@ def test_as_many_trials_at_once_as_fit_may_be_asked_for_on_the_command_line(work
         == read(write(workplace, f"{GOOD}parallel: auto\n"), Flags()).parallel
     )
     assert read(path, Flags(parallel="2")).parallel == 2
-    with pytest.raises(UsageError, match="^--parallel: parallel: .* integer"):
+    with pytest.raises(UsageError, match=r"^--parallel: parallel: .* integer"):
         read(path, Flags(parallel="some"))
 
 

@@ -197,7 +197,7 @@ def ablate(
     launches: Annotated[int, typer.Option(help="Launches it may take, at least 10.")] = 12,
     json: Json = False,
 ) -> None:
-    """Set back each flag of the recommendation and keep only those that earn their place."""
+    """Set back each flag of the recommendation, and recommend only those proven to earn their place."""
     from tuner.cli import certify as command
 
     raise typer.Exit(command.ablate(study, launches, json))
