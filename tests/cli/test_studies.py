@@ -192,6 +192,26 @@ def test_a_space_too_large_to_be_tried_is_not_said_to_allow_nothing(workplace: P
     assert "combinations, too many to try each: `tuner plan` looks at some thousands." in told and "None" not in told
 
 
+def test_check_and_plan_count_the_same_combinations_and_no_name_is_cut(workplace: Path, capsys, monkeypatch) -> None:
+    """A parameter that does not apply is at its default, so that not every product of values is a server of its own."""
+    monkeypatch.setenv("COLUMNS", "72")
+    pins = (
+        "{gpu_memory_utilization: [0.9, 0.92], max_num_batched_tokens: [2048, 8192], max_num_seqs: 256, block_size: 16}"
+    )
+    path = write(workplace, GOOD.replace("vllm/quick", "vllm/standard") + f"parameters: {pins}\n")
+    check.run(path, json=False)
+    told = capsys.readouterr().out
+    study = read(path, Flags())
+    assert all(parameter.name in told for parameter in study.space.parameters)
+    plan.run(path, json=False)
+    planned = " ".join(capsys.readouterr().out.split())
+    assert "Emulated: no GPU is used or paid;" in planned
+    ready = session.prepare(study)
+    found = check.describe(ready)["combinations"]
+    assert found == plan.plan(ready)["combinations"] < study.space.size()
+    assert f"combinations looked at may be launched ({found} in the space)" in planned
+
+
 def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Path, capsys) -> None:
     (workplace / "mine.py").write_text(
         "def evaluate(config, load):\n    return {'tpot_p99': .01, 'output_tokens_per_s': 1.0}\n"
