@@ -182,7 +182,7 @@ def export(
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An exported best-config.yaml, or its folder.")],
     study: Annotated[Path | None, typer.Option(help="The study's folder (default: the file's).")] = None,
-    minutes: Annotated[float, typer.Option(help="How long it may take.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="A second launch only in the first half of this time.")] = 10.0,
     json: Json = False,
 ) -> None:
     """Launch an exported configuration and say whether its promise still holds (exit code 3 where not)."""
