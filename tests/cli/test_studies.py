@@ -81,6 +81,20 @@ def test_an_engine_of_one_word_is_said_to_be_no_mapping(workplace: Path) -> None
     assert read(path, Flags(engine="emulator")).engine.kind == "emulator"
 
 
+def test_a_rehearsal_keeps_what_the_emulator_knows_of_the_engine_and_says_what_it_leaves_out(workplace: Path) -> None:
+    engine = "{kind: vllm, python: elsewhere, url: x, options: {fast_start: 'off', start_limit_s: 1800.0}}"
+    path = write(workplace, GOOD.replace("{kind: emulator, options: {gpu: H100-SXM}}", engine))
+    said: list[str] = []
+    study = read(path, Flags(engine="emulator"), said.append)
+    assert study.engine.kind == "emulator" and study.engine.options == {"start_limit_s": 1800.0}
+    assert said == ["Left out of engine.options, which emulator does not have: url, fast_start."]
+    session.prepare(study)
+    assert read(path, Flags(engine="vllm"), said.append).engine.python == "elsewhere" and len(said) == 1
+    assert read(write(workplace, GOOD), Flags(engine="emulator")).engine.options == {"gpu": "H100-SXM"}
+    with pytest.raises(UsageError, match="--engine: "):
+        read(path, Flags(engine="vlm"))
+
+
 @pytest.mark.parametrize(
     ("said", "flags", "budget"),
     [
@@ -111,6 +125,19 @@ def test_no_trials_at_once_are_refused(workplace: Path, count) -> None:
     with pytest.raises(UsageError, match=r"study\.yaml:\d+: parallel is 1 or more"):
         read(write(workplace, f"{GOOD}parallel: {count}\n"), Flags())
     assert read(write(workplace, GOOD), Flags(parallel=2)).parallel == 2
+
+
+def test_as_many_trials_at_once_as_fit_may_be_asked_for_on_the_command_line(workplace: Path) -> None:
+    path = write(workplace, GOOD)
+    taken = tuner("tune", str(path), "--parallel", "auto", "--name", "a/b", check=2)
+    assert "--name" in taken.stderr  # the next flag is what is refused
+    assert (
+        read(path, Flags(parallel="auto")).parallel
+        == read(write(workplace, f"{GOOD}parallel: auto\n"), Flags()).parallel
+    )
+    assert read(path, Flags(parallel="2")).parallel == 2
+    with pytest.raises(UsageError, match=r"^--parallel: parallel: .* integer"):
+        read(path, Flags(parallel="some"))
 
 
 def test_the_interpreter_named_on_the_command_line_is_that_of_the_engine_and_stays_a_link(workplace: Path, monkeypatch):
@@ -165,6 +192,26 @@ def test_a_space_too_large_to_be_tried_is_not_said_to_allow_nothing(workplace: P
     check.run(path, json=False)
     told = " ".join(capsys.readouterr().out.split())
     assert "combinations, too many to try each: `tuner plan` looks at some thousands." in told and "None" not in told
+
+
+def test_check_and_plan_count_the_same_combinations_and_no_name_is_cut(workplace: Path, capsys, monkeypatch) -> None:
+    """A parameter that does not apply is at its default, so that not every product of values is a server of its own."""
+    monkeypatch.setenv("COLUMNS", "72")
+    pins = (
+        "{gpu_memory_utilization: [0.9, 0.92], max_num_batched_tokens: [2048, 8192], max_num_seqs: 256, block_size: 16}"
+    )
+    path = write(workplace, GOOD.replace("vllm/quick", "vllm/standard") + f"parameters: {pins}\n")
+    check.run(path, json=False)
+    told = capsys.readouterr().out
+    study = read(path, Flags())
+    assert all(parameter.name in told for parameter in study.space.parameters)
+    plan.run(path, json=False)
+    planned = " ".join(capsys.readouterr().out.split())
+    assert "Emulated: no GPU is used or paid;" in planned
+    ready = session.prepare(study)
+    found = check.describe(ready)["combinations"]
+    assert found == plan.plan(ready)["combinations"] < study.space.size()
+    assert f"combinations looked at may be launched ({found} in the space)" in planned
 
 
 def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Path, capsys) -> None:

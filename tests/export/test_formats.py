@@ -16,6 +16,7 @@ from tuner.export.formats import FORMATS, best_config, export
 from tuner.export.text import dump
 from tuner.export.vllm import config_text
 from tuner.pareto.choice import of_trial
+from tuner.space.config import ServingConfig
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Measured
 from tuner.study.store import Store, write_json
@@ -298,6 +299,26 @@ def test_an_unknown_format_and_a_container_of_another_engine_are_refused_in_word
     other = studies.study(tmp_path / "s", engine=EngineSpec("sglang"))
     with pytest.raises(UsageError, match="engine is sglang"):
         export(store, other, "k8s")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [("command", {}), ("attach", {}), ("function", {"max_num_seqs": 256})],
+)
+def test_a_default_without_flags_is_the_model_alone_and_of_a_function_its_parameters(tmp_path: Path, kind, body):
+    store = Store(tmp_path / "s")
+    env = {"A": "{folder}/a", "B": "{b", "C": "{gpus=0}"}
+    config = ServingConfig("org/model", {"max_num_seqs": 256}, {}, env)
+    store.start_trial(0, config, {"max_num_seqs": 256}, started_s=1.0, baseline=True)
+    store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
+    files = export(store, studies.study(tmp_path / "s", engine=EngineSpec(kind)))
+    assert yaml.safe_load(files["best-config.yaml"]) == {"model": "org/model", **body}
+    given = [line for line in files["best-config.env"].splitlines() if "=" in line and not line.startswith("#")]
+    if kind == "command":  # places that every launch fills
+        assert given == ["B='{b'"] and "# A was {folder}/a, filled at each launch: set it" in files["best-config.env"]
+        assert "C was {gpus=0}, filled" in files["best-config.env"]
+    else:
+        assert len(given) == 3
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z-]{1,8}", fullmatch=True), st.text(max_size=12), max_size=4))

@@ -8,6 +8,8 @@ import pytest
 from tuner.errors import UsageError
 from tuner.fleet.demand import read
 
+LOCAL = ("2026-11-29T01:00:00+01:00", "2026-11-29T01:00:00Z")
+
 
 def written(folder, text, name="day.csv"):
     path = folder / name
@@ -22,6 +24,8 @@ def written(folder, text, name="day.csv"):
         ("day.csv", "note;rps;hour\nx;5;mon 0\ny;7.5;mon 1\n", ("mon 0", "mon 1")),  # other columns, another order
         ("day.csv", "0,5\n1,7.5\n", ("0", "1")),  # no header
         ("day.csv", "# from the gateway\nrps\n5\n\n7.5\n", ("0", "1")),  # no hours; comments, blank lines
+        ("day.csv", "hour,rps\n23:20,5\n0:20,7.5\n", ("23:20", "0:20")),
+        ("day.csv", "at,rps\n2026-11-29T01:00:00+01:00,5\n2026-11-29T01:00:00Z,7.5\n", LOCAL),  # an hour apart
         ("day.json", "[5, 7.5]", ("0", "1")),
         ("day.json", '{"hours": [{"hour": "a", "requests_per_s": 5}, {"hour": "b", "rps": 7.5}]}', ("a", "b")),
     ],
@@ -86,6 +90,16 @@ def test_the_swing_is_what_a_rate_varies_by_beyond_independent_requests(tmp_path
         ("day.csv", "hour,rps\n0,5\n1,1e9\n", "day.csv:3: ", "more than 1e+07"),
         ("day.csv", "hour,rps\n0,5\n0,6\n", "day.csv:3: ", "was there before (line 2)"),
         ("day.csv", "hour,rps\n0,5\n2,6\n", "day.csv:3: ", "hour 2 follows hour 0"),  # a hole
+        ("day.csv", "hour,rps\n00:00,5\n02:00,6\n", "day.csv:3: ", "hour 02:00 follows hour 00:00"),
+        ("day.csv", "hour,rps\n05:00,5\n03:00,6\n", "day.csv:3: ", "hour 03:00 follows hour 05:00"),
+        ("day.csv", "hour,rps\n05:00,5\n05:30,6\n", "day.csv:3: ", "hour 05:30 follows hour 05:00"),
+        ("day.csv", "at,rps\n2026-11-28T23:00,5\n2026-11-29T01:00,6\n", "day.csv:3: ", "follows hour 2026-11-28T23:00"),
+        (
+            "day.json",
+            '[{"at": "23:00", "rps": 5},\n{"at": "01:00", "rps": 6}]',
+            "day.json:2: ",
+            "01:00 follows hour 23",
+        ),
         ("day.csv", "hour,visitors\n0,5\n", "day.csv:1: ", "no column of rates"),
         ("day.csv", "hour,rps\n0,0\n1,0\n", "day.csv: ", "no hour has any demand"),
         ("day.csv", "a,b,c\n1,2,3\n", "day.csv: ", "neither a file of hours nor a trace"),

@@ -32,6 +32,7 @@ class Bench:
         self.broken = broken or {}
         self.done: list[Done] = []
         self.events: list[str] = []
+        self.said: list[str] = []
 
     def finalist(self, variant, load=3.0, **more):
         config = self.study.space.config({"variant": variant}, "m")
@@ -60,9 +61,13 @@ class Bench:
             base,
             WINDOWS,
             budget,
-            lambda name, _data: self.events.append(name),
+            self.heard,
             done=done,
         )
+
+    def heard(self, name, data):
+        self.events.append(name)
+        self.said += [data["text"]] if name == "say" else []
 
 
 class Keeping:
@@ -101,6 +106,17 @@ def test_the_order_of_launches_is_reversed_from_round_to_round():
     rounds = [[label.split(" ", 2)[2] for label in bench.machine.labels if label.split()[1] == n] for n in ("1", "2")]
     assert sorted(rounds[0]) == ["default", "v1", "v2"]
     assert rounds[1] == rounds[0][::-1]
+
+
+def test_finalists_that_the_launches_do_not_reach_are_counted_in_words():
+    bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0, "v3": 1.0})
+    bench.verify("v1", "v2", "v3", launches=8)
+    assert {label.split(" ", 2)[2] for label in bench.machine.labels} == {"default", "v1"}
+    assert bench.said == [
+        "8 launches verify 1 of the 3 finalists beside the default; 12 would verify all (--verify-share, --budget)."
+    ]
+    bench.verify("v1", "v2", "v3", launches=12)
+    assert len(bench.said) == 1
 
 
 def test_every_launch_measures_every_window_and_half_of_them_backwards():

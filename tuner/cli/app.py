@@ -58,7 +58,7 @@ def tune(
     sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2, random or grid.")] = "",
     engine: Annotated[str, typer.Option(help="vllm, sglang, command, attach, function or emulator.")] = "",
     name: Annotated[str, typer.Option(help="The study's name; its folder is reports/NAME.")] = "",
-    parallel: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
+    parallel: Annotated[str, typer.Option(help="Trials at once, or auto: as many as fit.")] = "",
     storage: Annotated[
         str, typer.Option(help="A database that several tuners share, as a URL (default: $TUNER_STORAGE).")
     ] = "",
@@ -182,7 +182,7 @@ def export(
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An exported best-config.yaml, or its folder.")],
     study: Annotated[Path | None, typer.Option(help="The study's folder (default: the file's).")] = None,
-    minutes: Annotated[float, typer.Option(help="How long it may take.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="A second launch only in the first half of this time.")] = 10.0,
     json: Json = False,
 ) -> None:
     """Launch an exported configuration and say whether its promise still holds (exit code 3 where not)."""
@@ -197,7 +197,7 @@ def ablate(
     launches: Annotated[int, typer.Option(help="Launches it may take, at least 10.")] = 12,
     json: Json = False,
 ) -> None:
-    """Set back each flag of the recommendation and keep only those that earn their place."""
+    """Set back each flag of the recommendation, and recommend only those proven to earn their place."""
     from tuner.cli import certify as command
 
     raise typer.Exit(command.ablate(study, launches, json))

@@ -57,6 +57,9 @@ def ablate(path: Path, launches: int, json: bool) -> int:
 
     result = _session(path, work)
     print(_dumped(result) if json else plain(result.text))
+    if result.config.hash != result.winner:
+        back = f"move {opened(path)[1].folder / 'ablation.json'} away, then: tuner export {path}; tuner report {path}"
+        print(f"The smaller configuration is recommended now. Back to the verified one: {back}", file=sys.stderr)
     return 0
 
 

@@ -49,13 +49,13 @@ def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
     )
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("parameter", "values", "default", "trades"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=title == "parameter", overflow="fold")
     for row in data["parameters"]:
         table.add_row(row["name"], ", ".join(map(str, row["values"])), str(row["default"]), row["trades"])
     console.print(table)
     if data["allowed"] is None:
         more = "too many to try each: `tuner plan` looks at some thousands"
-        console.print(f"{data['combinations']} combinations, {more}.")
+        console.print(f"Up to {data['combinations']} combinations, {more}.")
     else:
         console.print(f"{data['allowed']} of {data['combinations']} combinations may be launched.")
     for reason, count in alike(data["refused"]).items():
@@ -85,6 +85,11 @@ def _starts(study: Any) -> list[str]:
     return starts.get(kind, [kind, "serve", study.model])
 
 
+def combinations(space: Any) -> list[Any]:
+    """Every combination of the space, none twice; empty where they are too many to try each."""
+    return list(space.grid()) if space.size() <= 20_000 else []
+
+
 def describe(ready: Any) -> dict[str, Any]:
     """The study in words and figures, as ``--json`` prints it."""
     from tuner.pareto.traffic import price_words
@@ -92,7 +97,7 @@ def describe(ready: Any) -> dict[str, Any]:
     from tuner.study.session import step_seconds
 
     study, space = ready.study, ready.study.space
-    grid = list(space.grid()) if space.size() <= 20_000 else []
+    grid = combinations(space)
 
     def why_not(params: Any) -> str:
         return space.denied(params) or ready.why_not(space.config(params, study.model))

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from tuner.cli.check import combinations
 from tuner.cli.tune import Flags, read
 from tuner.errors import alike
 from tuner.report.console import printer
@@ -29,7 +30,7 @@ def run(path: Path, json: bool) -> None:
         print(json_.dumps(data, indent=1))
         return
     console = printer()
-    of = f"{data['looked_at']} configurations looked at may be launched ({data['combinations']} in the space)."
+    of = f"{data['looked_at']} combinations looked at may be launched ({data['combinations']} in the space)."
     console.print(Text.assemble((study.name, "bold"), f": {data['allowed']} of {of}"))
     for note in data["trace_notes"]:
         console.print(f"  Trace: {note}")
@@ -44,13 +45,18 @@ def run(path: Path, json: bool) -> None:
             f"About {data['launch_seconds'] / 60:.1f} minutes a launch; {data['launches']} launches: "
             f"{data['hours']:.1f} h and {data['usd']:.2f} USD at most."
         )
+    if study.engine.kind == "emulator":
+        console.print(
+            "Emulated: no GPU is used or paid; hours and USD are those of the real study. "
+            "With clock: virtual in engine.options it takes minutes."
+        )
     if data["no_model"]:
         console.print(f"No prediction: {data['no_model']}.")
         return
     console.print(f"{data['capable']} of them are predicted to meet the SLOs at some load of the ladder.")
     table = Table(title="Predicted front (not measured)", title_justify="left", box=None, header_style="dim")
     for title in ("load", "USD/M output tokens", f"{study.objective.latency} ms", "flags"):
-        table.add_column(title, justify="right" if title != "flags" else "left")
+        table.add_column(title, justify="right" if title != "flags" else "left", overflow="fold")
     for row in data["front"]:
         table.add_row(
             f"{row['load']:g}",
@@ -66,7 +72,8 @@ def plan(ready: Any) -> dict[str, Any]:
     from tuner.study.session import launch_seconds
 
     study, space = ready.study, ready.study.space
-    candidates = _candidates(study)
+    grid = combinations(space)
+    candidates = _candidates(study, grid)
     # asked once: a user's own model may be slow
     reasons = [space.denied(params) or ready.why_not(space.config(params, study.model)) for params in candidates]
     allowed = [params for params, reason in zip(candidates, reasons, strict=True) if not reason]
@@ -75,7 +82,7 @@ def plan(ready: Any) -> dict[str, Any]:
     front, capable = _front(ready, allowed) if ready.predictor else ([], 0)
     return {
         "name": study.name,
-        "combinations": space.size(),
+        "combinations": len(grid) or space.size(),
         "looked_at": len(candidates),
         "allowed": len(allowed),
         "refused": dict(Counter(filter(None, reasons))),
@@ -91,12 +98,10 @@ def plan(ready: Any) -> dict[str, Any]:
     }
 
 
-def _candidates(study: Any) -> list[Any]:
-    space = study.space
-    if space.size() <= 20_000:
-        grid = list(space.grid())
-        return grid if len(grid) <= MOST else random.Random(study.seed).sample(grid, MOST)
-    rng = random.Random(study.seed)
+def _candidates(study: Any, grid: list[Any]) -> list[Any]:
+    space, rng = study.space, random.Random(study.seed)
+    if grid:
+        return grid if len(grid) <= MOST else rng.sample(grid, MOST)
     drawn = ({p.name: rng.choice(p.values) for p in space.parameters} for _ in range(MOST))
     return [space.default(), *({str(sorted(s.items())): s for s in map(space.snap, drawn)}.values())]
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ class Flags:
     sampler: str = ""
     engine: str = ""
     name: str = ""
-    parallel: int | None = None
+    parallel: int | str = ""
     storage: str = ""
     reports: str = ""
     executor: str = ""
@@ -43,7 +46,7 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     from tuner.study import finish, ladder, session
     from tuner.study.peers import joined
 
-    study = _shared(path, flags, read(path, flags))
+    study = _shared(path, flags, read(path, flags, lambda text: print(text, file=sys.stderr)))
     cancel = threading.Event()
     again = resume_command(path, sys.argv[1:])
     interrupted = f"Interrupted; everything measured is kept. Resume: {again}"
@@ -86,8 +89,8 @@ def _shared(path: Path | None, flags: Flags, study: Any) -> Any:
     return read(path, replace(flags, storage=url))
 
 
-def read(path: Path | None, flags: Flags) -> Any:
-    """The study of a file with the flags laid over it, or of the flags alone."""
+def read(path: Path | None, flags: Flags, say: Callable[[str], None] = lambda _text: None) -> Any:
+    """The study of a file with the flags laid over it, or of the flags alone; ``say`` hears what was left out."""
     from tuner.spec import studyfile
     from tuner.spec.text import Document
     from tuner.spec.text import read as read_yaml
@@ -107,10 +110,7 @@ def read(path: Path | None, flags: Flags) -> Any:
         path = path / "study.yaml"
     document = read_yaml(path, "study")
     if flags.engine:
-        # another engine keeps the study's flags, but not where the first one is installed
-        said = document.data.get("engine")
-        given = {k: v for k, v in said.items() if k not in ("python", "command")} if isinstance(said, dict) else {}
-        over["engine"] = {**given, "kind": flags.engine}
+        over["engine"] = _another(document.data.get("engine"), flags.engine, say)
         over.setdefault("name", f"{document.data.get('name') or path.stem}-{flags.engine}")
     if flags.python:
         said = over.get("engine", document.data.get("engine", {}))
@@ -122,6 +122,26 @@ def read(path: Path | None, flags: Flags) -> Any:
     if over:
         document = Document(document.path, {**document.data, **over}, document.tree, _said(over, flags))
     return studyfile.resolve(document, path.parent)
+
+
+def _another(said: Any, kind: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """The study's engine as another kind: with its flags and the options that both know, but not with the place where
+    the first one is installed."""
+    from tuner.engines import build
+
+    said = said if isinstance(said, dict) else {}
+    if said.get("kind", "vllm") == kind or kind not in build._CLASSES:
+        return {**said, "kind": kind}
+    module, name = build._CLASSES[kind]
+    known = signature(getattr(import_module(module), name)).parameters
+    left = [key for key in ("target", "url", "gpu") if key in said and key not in known]
+    kept = {key: value for key, value in said.items() if key not in ("python", "command", *left)}
+    if isinstance(options := said.get("options"), dict):
+        left += [key for key in options if key not in known]
+        kept["options"] = {key: value for key, value in options.items() if key in known}
+    if left:
+        say(f"Left out of engine.options, which {kind} does not have: {', '.join(map(str, left))}.")
+    return {**kept, "kind": kind}
 
 
 def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def export(store: Store, study: Study, format: str = "vllm", *, choice: Choice |
     if what.engine not in ("vllm", "emulator"):
         raise UsageError(
             f"--format {format} is made for vLLM, this study's engine is {what.engine}",
-            fix="Use --format vllm: its flags are in best-config.yaml.",
+            fix="Leave --format out: best-config.yaml has what was measured.",
         )
     name, make = _CONTAINERS[format]
     return {name: make(what)}
@@ -61,8 +61,8 @@ def exported(store: Store) -> list[tuple[str, Path]]:
 
 
 def _generic(what: Deployment, store: Store) -> str:
-    """Flags of another engine by name; for an engine without flags (a function) the parameters."""
+    """Flags of another engine by name; of a function without any the parameters."""
     flags = {flag: True if value is None else value for flag, value in {**what.served, **what.flags}.items()}
-    trial = store.trial(what.promise.trial or 0)
-    body = {"model": what.model, **flags} if flags or trial is None else dict(trial.params)
-    return what.header() + "\n" + dump(body)
+    if what.engine == "function" and not flags and (trial := store.trial(what.promise.trial or 0)):
+        flags = dict(trial.params)
+    return what.header() + "\n" + dump({"model": what.model, **flags})

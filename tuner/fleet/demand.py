@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ MOST_RPS = 1e7
 MOST_HOURS = 8784  # a leap year
 RATES = ("requests_per_s", "requests/s", "rps", "qps", "rate", "rate_per_s", "demand")
 HOURS = ("hour", "time", "timestamp", "start", "at")
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,16 +195,34 @@ def _item_lines(text: str, count: int) -> list[int]:
 
 
 def _in_order(labels: Sequence[str], path: Path, lines: Sequence[int]) -> None:
-    """Numbered hours must follow each other: a hole would be planned as if it were not there."""
-    numbers = [_number(label) for label in labels]
-    known = [n for n in numbers if n is not None]
-    if len(known) < len(labels) or len(known) < 2:
+    """Hours that can be read must follow each other: a hole would be planned as if it were not there."""
+    hours = [hour for hour in map(_hour, labels) if hour is not None]
+    if len(hours) < len(labels):
         return
-    for before, after, line in zip(known, known[1:], lines[1:], strict=False):
-        if after != before + 1:
+    for i, (before, after) in enumerate(pairwise(hours), 1):
+        step = after - before
+        if _CLOCK.fullmatch(labels[i]):  # without a date midnight follows 23:00
+            step %= 24
+        if not math.isclose(step, 1, abs_tol=1e-6):
             raise UsageError(
-                f"hour {after:g} follows hour {before:g}", where=f"{path}:{line}", fix="Give every hour once, in order"
+                f"hour {labels[i]} follows hour {labels[i - 1]}",
+                where=f"{path}:{lines[i]}",
+                fix="Give every hour once, in order",
             )
+
+
+def _hour(label: str) -> float | None:
+    """A number, a time (05:00) or an ISO date and time as a number of hours; None for other names."""
+    if (number := _number(label)) is not None:
+        return number
+    if clock := _CLOCK.fullmatch(label):
+        hours, minutes, seconds = (int(part or 0) for part in clock.groups())
+        return hours + minutes / 60 + seconds / HOUR_S
+    try:
+        time = datetime.fromisoformat(label)
+    except ValueError:
+        return None
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() / HOUR_S
 
 
 def _rate(value: Any, where: str) -> float:

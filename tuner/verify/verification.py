@@ -65,6 +65,9 @@ def verify(
     if not windows:
         raise UsageError("there is no held-out window to verify on", fix="Set trace.heldout_windows to 3 or more.")
     arms = [baseline, *finalists][: max(budget.launches // 3, 2)]
+    if len(arms) <= len(finalists):
+        text = f"{budget.launches} launches verify {len(arms) - 1} of the {len(finalists)} finalists beside the default"
+        on_event("say", {"text": f"{text}; {3 * len(finalists) + 3} would verify all (--verify-share, --budget)."})
     before = {(d.label, d.config): d.outcome for d in done}
     rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches, fresh=budget.fresh)
     while rounds.left(arms) < len(arms) > 2:
