@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from tests.search.problem import LOADS, knob, objective, study
 from tuner.search import ledger
 from tuner.search.candidates import Candidates
-from tuner.search.expert import World, effects, gpu_counts, speculation
+from tuner.search.expert import SOME_SIZE, World, by_looks, effects, gpu_counts, speculation
 from tuner.search.foresight import Foresight
 from tuner.search.prediction import Prediction
 from tuner.search.reading import read
@@ -331,6 +332,51 @@ def test_a_parameter_that_no_rule_knows_and_one_that_counts_gpus_have_no_effect(
     assert not any(t.any() for t in effects(UNNAMED))
     of_the_draft = knob("speculative-draft-tensor-parallel-size", 1, 2, default=1, numeric=True)
     assert not effects(SearchSpace("one", "emulator", (of_the_draft,)))[0].any()
+
+
+LOOKS = [
+    ((1, 2, 4), SOME_SIZE),
+    ((2, 4, 8, 16), SOME_SIZE),
+    ((1, 2, 3, 4, 6), ""),
+    ((0, 2, 4), "num_speculative_tokens"),
+    ((0, 1), ""),
+    ((0.8, 0.9, 0.95), "gpu_memory_utilization"),
+    ((0.1, 0.2), ""),
+    ((16, 64), ""),
+    ((32, 256, 512), "max_num_seqs"),
+    ((2048, 8192), "max_num_batched_tokens"),
+    (("none", "fp8", "awq_marlin"), "quantization"),
+    ((None, "fp8"), "quantization"),
+    (("auto", "fp8_e4m3"), "kv_cache_dtype"),
+    (("fp8", "auto"), "kv_cache_dtype"),
+    (("none", "ngram", "eagle3"), "speculative_method"),
+    ((True, False), ""),
+    (("fcfs", "lpm"), ""),
+]
+
+
+@pytest.mark.parametrize(("values", "name"), LOOKS)
+def test_what_has_no_name_is_known_by_its_values(values, name):
+    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    unnamed = SearchSpace("one", "function", (knob("p0", *values, default=values[0], numeric=numeric),))
+    looks = by_looks(unnamed)
+    assert looks is not None and looks.parameters[0].name == (name or "p0")
+    assert any(table.any() for table in effects(looks)) == bool(name)
+    assert bool(World.of(looks).sizes) == (name == SOME_SIZE)
+
+
+def test_values_are_looked_at_only_where_nothing_says_more():
+    p0 = knob("p0", 1, 2, 4, default=1, numeric=True)
+    assert by_looks(NAMED) is None and by_looks(UNNAMED) is None
+    assert by_looks(SearchSpace("one", "function", (p0, knob("max_num_seqs", 64, 256, default=64)))) is None
+    space = SearchSpace("one", "function", (p0,))
+    candidates = Candidates.of(space, 0)
+    guessed = Sources(candidates, Foresight(candidates, objective(), LOADS, None, "m"))
+    table = effects(by_looks(space))[0]
+    assert guessed.guessed and guessed.rules[0] == pytest.approx(0.7 * table)
+    assert "by what the values look like" in guessed.words
+    asked = Sources(candidates, Foresight(candidates, objective(), LOADS, SimpleNamespace(), "m"))
+    assert not asked.guessed and not asked.rules[0].any() and not asked.world.sizes
 
 
 def test_a_few_drafted_tokens_are_worth_more_than_one_and_many_no_more_than_a_few():

@@ -278,8 +278,8 @@ def test_measured_steps_are_believed_over_the_estimate_of_a_launchs_seconds():
 
 
 def nameless() -> SearchSpace:
-    """Eight parameters of which no rule of thumb knows anything."""
-    knobs = (knob(f"k{i}", 1, 2, 4, 8, default=2, numeric=True, log=True) for i in range(8))
+    """Eight parameters of which no rule of thumb knows anything, and whose values look like nothing."""
+    knobs = (knob(f"k{i}", 1, 3, 6, 9, default=3, numeric=True, log=True) for i in range(8))
     return SearchSpace("test", "emulator", tuple(knobs), ())
 
 
@@ -320,6 +320,34 @@ def test_beside_a_default_that_does_not_serve_nothing_is_varied():
     tried = tell_all(one, 4, lambda p: p != default)
     assert all("least like" in reason for _, reason, _ in tried[1:])
     assert min(off_nearest(p, [default]) for p, _, _ in tried[1:]) > 3
+
+
+def test_what_values_look_like_says_where_to_look_first_and_few_are_changed_at_a_time():
+    """The names say nothing; the values are those of a size of parallelism, of sequences and of quantization."""
+    others = (knob(f"x{i}", "a", "b", "c", default="a") for i in range(5))
+    made = SearchSpace(
+        "test",
+        "emulator",
+        (
+            knob("k0", 1, 2, 4, 8, default=1, numeric=True, log=True),
+            knob("k1", 64, 256, 1024, default=64, numeric=True, log=True),
+            knob("k2", "none", "fp8", "awq", default="none"),
+            *others,
+        ),
+    )
+    tried = []
+    book = study(TunerSampler(made, objective(), LOADS, model="m", cost=LaunchCost(60, 30)))
+    for _ in range(8):
+        trial, params = ledger.ask(book, made)
+        speed = params["k0"] ** 0.6 * (1.5 if params["k2"] != "none" else 1.0)
+        usd = params["k0"] / speed
+        metrics = {"ttft_p99_s": 0.1, "tpot_p99_s": 0.03 / speed, "cost_usd_per_mtok_output": usd}
+        outcome = Measured((Step(1.0, "search-0", metrics),), Boot(30.0))
+        ledger.tell(book, trial, made, objective(), outcome, started_s=0.0, ended_s=90.0)
+        tried.append(params)
+        assert len(tried) == 1 or 1 <= off_nearest(params, tried[:-1]) <= 3
+    assert "by what the values look like" in book.trials[1].user_attrs["reason"]
+    assert max(p["k0"] for p in tried[:4]) == 8 and any(p["k2"] != "none" for p in tried[:4])
 
 
 def test_a_study_of_plain_values_is_warned_of_once():

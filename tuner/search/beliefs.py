@@ -59,7 +59,7 @@ class Beliefs:
 
     def __post_init__(self) -> None:
         self.tables = correlations(self.candidates.space)
-        self.causes = Causes(self.candidates.space)
+        self.causes = Causes(self.candidates.space, self.sources.rules, self.sources.world)
 
     @property
     def foresight(self) -> Foresight:

@@ -98,17 +98,18 @@ class Suspects:
 
 
 class Causes:
-    """Learns from the launches of one space; ``words`` says what is suspected."""
+    """Learns from the launches of one space; ``words`` says what is suspected. ``rules`` and ``world``: what rules of
+    thumb say (by the names of the space, where they are not given)."""
 
-    def __init__(self, space: SearchSpace) -> None:
+    def __init__(self, space: SearchSpace, rules: Sequence[Array] = (), world: World | None = None) -> None:
         self.tests = [*_tests(space)]
         self._about = np.zeros((len(self.tests) + 1, len(space.parameters)), np.int64)  # tests, parameters
         for row, test in zip(self._about, self.tests, strict=False):
             row[[test.first, test.second]] = 1
-        self._unseen = [UNSEEN + rules[:, 2] for rules in effects(space)]
+        self._unseen = [UNSEEN + table[:, 2] for table in rules or effects(space)]
         self._shape = np.array([OF_TWO * test.of_two + INNER * test.inner for test in self.tests])
         self._prior = self._shape + [self._feared(test) for test in self.tests]
-        self._world = World.of(space)
+        self._world = world or World.of(space)
         self._served: Codes = np.zeros((0, len(space.parameters)), np.int64)
         self._suspects: dict[str, list[Suspects]] = {}
 

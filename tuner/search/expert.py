@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,12 @@ FLOAT4 = r"_((mx|nv)?fp4|float4)"
 QUARTER = r"_(int4|nf4|w4|i?q[2-4]|exl[23]|[2-4]_?bits?_|awq|gptq)"
 MODEL = r"_(eagle|mtp|nextn|draft|small_draft|medusa|true_)"
 LOOKUP = r"_(n_?gram|(prompt_)?look_?(up|ahead)|suffix)"
+LOOKS = (  # what words among the values have -> the name of what has such values
+    (rf"{LOOKUP}|_(eagle|mtp|nextn|small_draft|medusa)", "speculative_method"),
+    (rf"{QUARTER}|{FLOAT4}", "quantization"),
+    (rf"_auto_.*{HALF}|{HALF}.*_auto_", "kv_cache_dtype"),
+    (HALF, "quantization"),
+)
 ON, OFF = r"_true_", r"_false_"
 SAME = {
     **{word: "true" for word in ("on", "yes", "enable", "enabled")},
@@ -57,6 +63,33 @@ def effects(space: SearchSpace) -> list[Array]:
             known = _effects(p, experts)
         found.append(np.array([*known, NOTHING]))
     return found
+
+
+def by_looks(space: SearchSpace) -> SearchSpace | None:
+    """The space under names that its values suggest, for rules to read; None where rules know a name already, or the
+    space says what counts GPUs."""
+    if any(p.counts_gpus for p in space.parameters) or any(table.any() for table in effects(space)):
+        return None
+    return replace(space, parameters=tuple(replace(p, name=_looks(p) or p.name) for p in space.parameters))
+
+
+def _looks(p: Parameter) -> str:
+    """The name of what the values look like; empty where they look like nothing. Of small powers of two most are sizes
+    of parallelism, of which kind they do not say."""
+    numbers = [n for v in p.values if (n := _number(v)) is not None]
+    if len(numbers) < len(p.values):
+        texts = " ".join(_plain(v) for v in p.values if not isinstance(v, bool))
+        return next((name for has, name in LOOKS if re.search(has, texts)), "")
+    low, high = min(numbers), max(numbers)
+    if not all(n.is_integer() for n in numbers):
+        return "gpu_memory_utilization" if low >= 0.3 and 0.7 <= high < 1 else ""
+    if low == 0 and 1 < high <= 10:
+        return "num_speculative_tokens"
+    if low >= 1 and 1 < high <= 16 and all(math.log2(n).is_integer() for n in numbers):
+        return SOME_SIZE
+    if low >= 1 and 128 <= high <= 1024:
+        return "max_num_seqs"
+    return "max_num_batched_tokens" if low >= 256 and high >= 2048 else ""
 
 
 def gpu_counts(space: SearchSpace) -> list[tuple[dict[str, Value], str]]:
@@ -182,11 +215,13 @@ DP_INSIDE = r"^_dp_size_$|dp_attention_size"
 ABOUT = r"top_?k|lookup_m(ax|in)|_min_|threshold|_hash|evict|cascade|balance|_lora|_kv.*offload"
 WEIGHTS_AWAY = r"cpu_offload|offload_(weights|layers|param)|weights?_offload|cpu_moe"
 GPUS = r"^_(num_|n_)?gpus_(count_)?$"  # all of a server's
+SOME_SIZE = "some_size_of_parallelism"  # no name that anybody uses
 # sizes of parallelism, whose product is the number of GPUs: what a name has -> the effect of a size
 PARALLEL: Sequence[tuple[str, Callable[[float], Effect]]] = (
     (r"_(tensor_parallel|n?tp_|num_shards?_|gpus_per_)", _tensor),
     (GPUS, lambda n: (-0.4 * (1 - n**-0.9), 0.4 * math.log2(n), 0.0)),
     (r"_(pipeline_parallel|pp_)", _pipeline),
+    (SOME_SIZE, lambda n: (-0.25 * math.log2(n), 0.5 * math.log2(n), 0.0)),
     (r"_(data_parallel|dp_|(num_|n_)?(replicas?|instances?)_(num_|count_)?$)", _replicas),
 )
 

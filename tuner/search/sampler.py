@@ -66,8 +66,9 @@ class Options:
     ``by_gain`` launches are chosen by gain alone: while little is known, gain per GPU-second tries one small server
     after another and leaves whole parts of the front untried; afterwards gain counts per GPU-second to the ``power``.
     ``shortlist`` candidates get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring a
-    point again may take one launch in ``remeasure_every`` (0: never). Where nothing is known of any parameter, the
-    first ``near_until`` launches differ in at most ``near`` parameters (0: in any) from one that served."""
+    point again may take one launch in ``remeasure_every`` (0: never). Where nothing is known of any parameter but
+    what its values look like, the first ``near_until`` launches differ in at most ``near`` parameters (0: in any) from
+    one that served."""
 
     first: int = 4
     shortlist: int = 160
@@ -203,7 +204,7 @@ class TunerSampler(BaseSampler):
         if not self.candidates.whole:
             self._grow_near(readings, rng)
         free = self._admitted(taken)
-        if blind and len(launched) + len(pending) < self.options.near_until:
+        if (blind or self.beliefs.sources.guessed) and len(launched) + len(pending) < self.options.near_until:
             free = self._near(free, [i for i, found in works if found > 0]) or free
         return self._best(Scan(self.beliefs, self.loads, readings, pending), free, early, number)
 
