@@ -207,7 +207,9 @@ def _count_only(when: str, **options: object) -> None:
     """UsageError for an option that was given and would change nothing."""
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"--{name.replace('_', '-')} only counts {when}", fix="Leave it out, or say which you mean")
+            raise UsageError(
+                f"--{name.replace('_', '-')} only counts {when}", fix="Leave it out, or give what it needs"
+            )
 
 
 def _read(
