@@ -49,6 +49,11 @@ def test_flags_are_appended_and_places_filled(site: Site) -> None:
     ]
 
 
+def test_the_host_is_this_machine_alone(site: Site) -> None:
+    """A server under test, and the random key of it, are nobody else's."""
+    assert words(["server", "--host={host}", "{port}"], CONFIG, site)[1] == "--host=127.0.0.1"
+
+
 def test_a_flag_with_a_place_goes_there_and_nowhere_else(site: Site) -> None:
     command = ["server", "--port={port}", "-c", "{ctx-size=4096}", "{flags}", "--gpus", "device={gpus}"]
 

@@ -56,6 +56,19 @@ def test_the_process_and_the_virtual_clock_tell_the_same_story(config: ServingCo
     assert wall.metrics["ttft_p50_s"] >= quiet.metrics["ttft_p50_s"] - 0.002
 
 
+@pytest.mark.parametrize("options", [{"clock": "virtual"}, {"time_scale": 4.0, "boot_scale": 0}])
+def test_a_step_of_which_all_is_warm_up_is_no_measurement_on_either_clock(
+    config: ServingConfig, site: Site, options: dict
+) -> None:
+    server = EmulatorEngine(**options).launch(config, site)
+    try:
+        step = server.measure(plan(site, 1.0, trace(4, 20.0, 30, 5), warmup_s=2.0))
+    finally:
+        server.stop()
+    assert (step.slo_misses, step.ok) == ((), False)
+    assert "no request lies after the warm-up" in step.untrusted[0]
+
+
 @pytest.mark.parametrize("clock", ["virtual", "wall"])
 def test_a_model_in_the_cache_is_found_by_its_id_and_one_that_is_nowhere_is_told_what_to_fetch(
     config: ServingConfig, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: str
@@ -115,8 +128,10 @@ def test_rescaled_records_are_on_the_emulated_clock_and_so_are_the_clients_lags(
         for i in range(20)
     ]
     wall = site.folder / "wall.parquet"
-    write(wall, records, {"load": 40.0, "warmup_s": 0.0, "client": {"stamp_error_p99_s": 0.0005, "shards": 1}})
     scaled = plan(site, 4.0)
+    lost = {"stopped": "tpot_p99 cannot hold 100 ms: 9 misses", "slos": {"tpot_p99": 0.1}}
+    client = {"stamp_error_p99_s": 0.0005, "shards": 1}
+    write(wall, records, {"load": 40.0, "window": "w0", "warmup_s": 0.0, "client": client, **lost})
     rescale(wall, scaled.records, scaled, 10.0)
     step, columns = step_from_records(scaled), read(scaled.records).columns
 
@@ -128,6 +143,7 @@ def test_rescaled_records_are_on_the_emulated_clock_and_so_are_the_clients_lags(
     assert step.metrics["shards"] == 1
     assert columns["read_lag_ns"].max() == 10**6
     assert columns["output_tokens"].tolist() == [9] * 20
+    assert (step.load, step.slo_misses, step.untrusted) == (4.0, (lost["stopped"],), ())
 
 
 def test_a_share_of_the_configs_fails_and_always_the_same_ones(model: str, site: Site) -> None:

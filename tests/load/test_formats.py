@@ -355,6 +355,17 @@ def test_a_damaged_parquet_file_is_refused_by_its_checksum(tmp_path):
         formats.read(path)
 
 
+def test_a_parquet_file_with_a_block_that_has_no_number_is_refused(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    table = pa.table({"arrival_s": [1.0], "input_tokens": [32], "output_tokens": [1], "block_ids": [[0, None]]})
+    parquet.write_table(table.replace_schema_metadata({"tuner.block_tokens": "16"}), path)
+    with pytest.raises(UsageError, match="block_ids lacks a value"):
+        formats.read(path)
+
+
 def test_a_parquet_file_of_another_kind_names_the_missing_columns(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet

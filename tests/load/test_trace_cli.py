@@ -189,6 +189,33 @@ def test_cut_without_one_clear_window_says_how_to_give_it(tmp_path, arguments):
         run("cut", tmp_path / "t", tmp_path / "o.jsonl", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["cut", "t", "o.jsonl", "--first", "0", "--max-requests", "3"], "--max-requests only counts with --search"),
+        (["cut", "t", "o.jsonl", "--to-s", "9", "--max-seconds", "3"], "--max-seconds only counts with --search"),
+        (["cut", "t", "o.jsonl", "--to-s", "9", "--by", "time"], "--by only counts with --search"),
+        (["synth", "o.jsonl", "--profile", "p", "--lengths", "foo"], "--lengths only counts with --fit"),
+        (["synth", "o.jsonl", "--profile", "p", "--format", "csv"], "--format only counts with --fit"),
+        (["synth", "o.jsonl", "--profile", "p", "--from-s", "0"], "--from-s only counts with --rates"),
+        (["synth", "o.jsonl", "--profile", "p", "--rates", "r", "--duration-s", "9"], "only counts without --rates"),
+        (["synth", "o.jsonl", "--profile", "p", "--prefix-groups", "5"], "--prefix-groups only counts with --share"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(words, says):
+    with pytest.raises(UsageError, match=says):
+        run(*words)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-1"])
+def test_windows_of_no_length_are_refused(tmp_path, seconds):
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"arrival_s": 0, "input_tokens": 1, "output_tokens": 1}\n' * 9)
+    with pytest.raises(UsageError, match="is no window's length"):
+        run("cut", trace, tmp_path / "windows", "--search", 1, "--max-seconds", seconds)
+    assert CliRunner().invoke(app, ["cut", str(trace), "o.jsonl", "--first", "-5", "--count", "10"]).exit_code == 2
+
+
 def test_synth_makes_a_trace_from_a_profile_and_says_where_it_is(tmp_path):
     out = tmp_path / "made.parquet"
     arguments = ("synth", out, "--profile", "azure-conversation", "--requests", 500, "--max-input-tokens", 512)

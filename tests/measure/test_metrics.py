@@ -331,3 +331,15 @@ def test_metrics_agree_with_plain_loops(tmp_path_factory, rows):
         ]
         came = [t for row in good for t in row.token_ns if span.start_ns <= t <= span.end_ns]
         assert values["goodput_output_tokens_per_s"] * span.duration_s == pytest.approx(len(came))
+
+
+@pytest.mark.parametrize("n", [1, 50])
+@pytest.mark.parametrize("error", ["status 503", "stopped"])
+@pytest.mark.parametrize("ended_s", [0.0, 3.0])
+def test_goodput_of_a_burst_of_which_nothing_ends_well_is_none(tmp_path, n, error, ended_s):
+    """All arrive at once, and no answer says how long one takes: there is no length to divide by."""
+    rows = [request(0.0, [], error=error, end_s=ended_s) for _ in range(n)]
+    values, _ = compute(records(tmp_path, rows), PROMPT, Q)
+    assert values.get("goodput_output_tokens_per_s", 0.0) == 0
+    assert ("goodput_output_tokens_per_s" in values) == (ended_s > 0)
+    assert values["ttft_p99_s"] == (math.inf if error == "status 503" or ended_s > 2 else ended_s)

@@ -33,6 +33,16 @@ def test_points_that_missed_their_slos_or_lie_beyond_the_reference_count_for_not
     assert hypervolume([point(0, 1, 2)], (4.0, 4.0)) == 6.0
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_what_is_no_finite_number_takes_nothing_from_the_others(odd, log):
+    pairs = [(2.0, 1.0), (1.0, 2.0)]
+    for wrong in ((odd, 1.0), (1.0, odd)):
+        for place in range(3):
+            mixed = [*pairs[:place], wrong, *pairs[place:]]
+            assert hypervolume(mixed, (3.0, 3.0), log=log) == hypervolume(pairs, (3.0, 3.0), log=log)
+
+
 def test_a_zero_has_no_logarithm():
     with pytest.raises(ValueError, match="above zero"):
         hypervolume([(0.0, 1.0)], (4.0, 4.0), log=True)

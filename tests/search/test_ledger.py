@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.search.problem import LOADS, launch, objective, space, study
-from tuner.search import choose, ledger
+from tuner.search import choose, ledger, reading
 from tuner.search.ledger import CRASH_VIOLATION, answered, values
 from tuner.study.outcome import Aborted, Infeasible, Measured, Step, Untrusted
 
@@ -34,6 +34,8 @@ def test_a_measured_outcome_is_its_lowest_cost_and_lowest_latency_within_slo():
         Infeasible("died", "died under load", stage="under load", steps=good().steps),
         Untrusted(("client lag",), steps=good().steps),
         Aborted("interrupted"),
+        Aborted("interrupted", steps=good().steps),  # launched again, and told then
+        Aborted("cannot beat the front"),
         Measured((Step(1.0, "w", {"ttft_p99_s": 9.0, "tpot_p99_s": math.inf}, slo_misses=("ttft",)),)),
         Measured((Step(1.0, "w", {"ttft_p99_s": 0.1, "tpot_p99_s": 0.01, "cost_usd_per_mtok_output": math.inf}),)),
         Measured((replace(good().steps[0], untrusted=("client lag",)),)),
@@ -43,6 +45,15 @@ def test_whatever_has_no_point_is_told_as_violated_with_finite_penalties(outcome
     cost, latency, violation = values(outcome, objective(), worst=(7.0, 0.5))
     assert (cost, latency) == (7.0, 0.5)
     assert violation > 0 and math.isfinite(violation)
+
+
+def test_what_racing_stopped_is_told_with_the_points_that_it_served():
+    """Its steps are on the front: told as violated, the samplers would avoid what is best there."""
+    stopped = Aborted("cannot beat the front", steps=good().steps[:1])
+    first = stopped.steps[0]
+    told = (first.metrics["cost_usd_per_mtok_output"], first.metrics["tpot_p99_s"], 0)
+    assert first.ok and values(stopped, objective(), worst=(7.0, 0.5)) == told
+    assert reading.read(ledger.Seen(0, {}, stopped), objective(), LOADS).good == (0,)
 
 
 def test_a_near_miss_is_violated_less_than_a_far_one_and_a_crash_most():

@@ -11,6 +11,7 @@ from tuner.search import hardware as table
 from tuner.search.model import settings
 from tuner.search.model.settings import Settings
 from tuner.search.model.shape import ModelShape
+from tuner.space import memory
 from tuner.space.config import ServingConfig, Value
 
 SHAPES = Path(__file__).with_name("shapes")
@@ -78,6 +79,15 @@ def test_a_variant_s_name_decides_its_precision() -> None:
 def test_cpu_cache_space_is_in_gib() -> None:
     assert read({}, "cpu-avx512", VLLM_CPU_KVCACHE_SPACE="4").kv_bytes == 4 * 2**30
     assert read({}, "cpu-avx512").kv_bytes is None
+
+
+@pytest.mark.parametrize("space", ["1.5", "4GiB", ""])
+def test_a_cache_space_that_vllm_cannot_read_is_refused_before_a_launch(space: str) -> None:
+    found = read({}, "cpu-avx512", VLLM_CPU_KVCACHE_SPACE=space)
+    fit = memory.fits_settings(ModelShape.from_folder(SHAPES / "llama-3.1-8b.json"), table.table()["cpu-avx512"], found)
+    assert (fit.fits, fit.short_bytes) == (False, 0)
+    assert fit.reason == f"VLLM_CPU_KVCACHE_SPACE is {space!r}: vLLM takes a whole number of GiB"
+    assert read({}, VLLM_CPU_KVCACHE_SPACE=space).refused == "", "on GPUs nobody reads it"
 
 
 def test_drafts_yield_the_sum_of_their_chances() -> None:

@@ -251,6 +251,7 @@ def test_a_grid_too_large_to_hold_is_searched_by_samples_and_neighbours():
     )
     one = TunerSampler(wide, objective(), LOADS, None, "m")
     assert not one.candidates.whole
+    assert all({c[p.name] for c in one.candidates.params} >= {*p.values} for p in wide.parameters)
     book = study(one)
     before = len(one.candidates.params)
     for _ in range(8):

@@ -6,6 +6,7 @@ import pytest
 
 from tests.spec.conftest import workplace as workplace
 from tests.spec.test_studyfile import GOOD, write
+from tuner.errors import UsageError
 from tuner.spec import studyfile
 from tuner.study import workload
 
@@ -78,5 +79,62 @@ def test_where_no_slo_bounds_a_response_it_is_said_what_its_cost_counts(workplac
 def test_a_sparse_trace_is_not_called_too_short(workplace):
     rows = [f"2023-11-16 {18 + i // 60:02}:{i % 60:02}:00.0000000,100,10" for i in range(300)]  # one a minute
     write(workplace, "\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]), "trace.csv")
-    found = workload.read(studyfile.load(write(workplace, GOOD)))
+    found = workload.read(studyfile.load(write(workplace, GOOD.replace("4]", "4], warmup: 0s"))))
     assert found.fills >= 4 and not any("too short" in note for note in found.notes)
+
+
+def of_arrivals(folder, seconds, ladder="[1, 2, 4]", warmup="5s"):
+    """The workload of a trace with arrivals at ``seconds``, of which the latter half is the held-out window."""
+    rows = [json.dumps({"arrival_s": at, "input_tokens": 9, "output_tokens": 5}) + "\n" for at in seconds]
+    write(folder, "".join(rows), "trace.jsonl")
+    text = STUDY.replace("window: 10s", "window: 10s, heldout_windows: 1").replace("ttft_p99", "tpot_p99")
+    text = text.replace("[1, 2, 4]", f"{ladder}, warmup: {warmup}") + f"name: mine\nreports: {folder}/reports\n"
+    return workload.read(studyfile.load(write(folder, text)))
+
+
+def steady(begin_s, requests, rate=5.0):
+    return [begin_s + k / rate for k in range(requests)]
+
+
+PING = [0.0, *steady(30, 499)]  # and half a minute before the traffic
+HOLE = [0.0, 6.0, *steady(30, 498)]  # nothing from the tenth to the twentieth second, which load 2 measures
+HELD_OUT = [*steady(0, 250), 60.0, *steady(100, 249)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ladder", "found"),
+    [
+        (PING, "[1, 2, 4]", "search-0 .* at load 1\\."),
+        (PING, "auto", "search-0 .* at load 1\\."),
+        (HOLE, "[1, 2, 4]", "search-0 .* at load 2\\."),
+        (HELD_OUT, "[1, 2, 4]", "held-out-0 .* at load 1\\."),
+    ],
+)
+def test_a_window_of_which_a_load_measures_nothing_is_refused_before_any_launch(workplace, seconds, ladder, found):
+    """Every launch would be paid for, and end as a measurement that cannot be believed."""
+    with pytest.raises(UsageError, match=f"nothing to measure: window {found}") as refused:
+        of_arrivals(workplace, seconds, ladder)
+    assert refused.value.where.endswith("study.yaml")
+
+
+def test_no_window_is_refused_that_nobody_is_known_to_measure_or_that_was_measured(workplace):
+    assert of_arrivals(workplace, HELD_OUT, "auto")  # at which loads is settled by the default
+    assert of_arrivals(workplace, PING, "[1, 2, 4]", "0s")
+    (workplace / "reports" / "mine" / "trials").mkdir(parents=True)
+    [note] = of_arrivals(workplace, PING).notes
+    assert note.startswith("uneven: at load 1 the trace has 3.85 requests/s, but search-0 0/s.")
+
+
+def test_windows_whose_rate_is_not_the_traces_are_said_at_the_lowest_such_load(workplace):
+    quiet = [*steady(0, 20, 2), *steady(10, 400, 10)]
+    [note] = [n for n in of_arrivals(workplace, quiet).notes if "the trace has" in n]
+    assert note.startswith("uneven: at load 1 the trace has 8.4 requests/s, but search-0 2/s. Take")
+    assert not of_arrivals(workplace, steady(0, 500)).notes
+
+
+def test_a_higher_load_that_brings_hardly_more_requests_is_said(workplace):
+    pause = [*steady(0, 50), 21.0, *steady(21.2, 449)]  # load 2 has the first ten seconds in five, and little more
+    assert (
+        "uneven: in search-0 load 2 has hardly more requests/s than load 1"
+        in of_arrivals(workplace, pause, warmup="0s").notes
+    )

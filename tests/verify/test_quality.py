@@ -123,6 +123,13 @@ def test_a_server_without_prompt_log_probabilities_is_unknown_not_passed(base):
     assert found.verdict == "unknown" and "prompt_logprobs" in found.reason
 
 
+def test_a_comparison_of_nothing_is_unknown_not_passed(base):
+    nothing = dataclasses.replace(base, sequences=())
+    for empty in (nothing, Profile.from_dict(nothing.to_dict())):
+        found = checked(empty, 0.0)
+        assert found.verdict == "unknown" and "no token to compare" in found.reason and math.isnan(found.kl)
+
+
 def test_a_server_that_is_gone_is_unknown(base):
     assert check(Endpoint("http://127.0.0.1:9", "m"), base, FLOOR).verdict == "unknown"
 

@@ -79,11 +79,13 @@ def cut(
     out: Annotated[Path, typer.Argument(help="The file to write; a folder with --search and --held-out.")],
     from_s: Annotated[float | None, typer.Option(help="Window by time: its start, in seconds.")] = None,
     to_s: Annotated[float | None, typer.Option(help="Window by time: its end, in seconds (not included).")] = None,
-    first: Annotated[int | None, typer.Option(help="Window by count: its first request, from 0.")] = None,
+    first: Annotated[int | None, typer.Option(min=0, help="Window by count: its first request, from 0.")] = None,
     count: Annotated[int | None, typer.Option(help="Window by count: how many requests.")] = None,
     search: Annotated[int | None, typer.Option(help="Split: how many windows to search with.")] = None,
     held_out: Annotated[int | None, typer.Option(help="Split: how many windows to verify with.")] = None,
-    by: Annotated[str, typer.Option(help="Split into equal parts of requests (count) or of time (time).")] = "count",
+    by: Annotated[
+        str | None, typer.Option(help="Split into equal parts of requests (count) or of time (time). [default: count]")
+    ] = None,
     max_requests: Annotated[int | None, typer.Option(help="Split: at most so many requests per window.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Split: at most so many seconds per window.")] = None,
     format: FormatName = "auto",
@@ -102,6 +104,8 @@ def cut(
             "say which window to cut",
             fix="Give --from-s and --to-s, or --first and --count, or --search and --held-out",
         )
+    if not splits:
+        _count_only("with --search or --held-out", by=by, max_requests=max_requests, max_seconds=max_seconds)
     trace, _ = _read(file, format, max_bad, arrivals, tokenizer, seed)
     if by_time:
         _write(windows.cut_time(trace, from_s or 0.0, float("inf") if to_s is None else to_s), out)
@@ -109,6 +113,7 @@ def cut(
         start = first or 0
         _write(windows.cut(trace, start, len(trace) if count is None else start + count), out)
     else:
+        by = by or "count"
         if by not in ("count", "time"):
             raise UsageError(f"cannot split by {by!r}", fix="Use --by count or --by time")
         parts = windows.split(
@@ -130,7 +135,7 @@ def synth(
     profile: Annotated[str | None, typer.Option(help="Built-in: azure-conversation or azure-code.")] = None,
     fit: Annotated[Path | None, typer.Option(help="A trace to fit the synthesis to.")] = None,
     rates: Annotated[Path | None, typer.Option(help="A ServeGen rate profile for the arrivals.")] = None,
-    from_s: Annotated[float, typer.Option(help="With --rates: start of the part to take, in seconds.")] = 0.0,
+    from_s: Annotated[float | None, typer.Option(help="With --rates: start of the part to take, in seconds.")] = None,
     to_s: Annotated[float | None, typer.Option(help="With --rates: its end, in seconds.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="How many requests.")] = None,
     duration_s: Annotated[float | None, typer.Option(help="Or: for how many seconds.")] = None,
@@ -138,10 +143,16 @@ def synth(
         str | None,
         typer.Option(help="poisson:RATE, gamma:RATE:CV, diurnal:RATE:SWING:PERIOD_S; with --fit also the bare names."),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="With --fit: empirical or lognormal.")] = "empirical",
+    lengths: Annotated[
+        str | None, typer.Option(help="With --fit: empirical or lognormal. [default: empirical]")
+    ] = None,
     share: Annotated[float | None, typer.Option(help="Share of prompt tokens in shared prefixes, 0 to 1.")] = None,
-    prefix_groups: Annotated[int, typer.Option(help="How many different shared prefixes.")] = 20,
-    prefix_block_tokens: Annotated[int, typer.Option(help="Tokens per block of a shared prefix.")] = 16,
+    prefix_groups: Annotated[
+        int | None, typer.Option(help="With --share: how many different shared prefixes. [default: 20]")
+    ] = None,
+    prefix_block_tokens: Annotated[
+        int | None, typer.Option(help="With --share: tokens per block of a shared prefix. [default: 16]")
+    ] = None,
     seed: Seed = 0,
     length_factor: LengthFactor = 1.0,
     rate_factor: RateFactor = 1.0,
@@ -163,23 +174,42 @@ def synth(
     bare = arrivals in ("poisson", "gamma", "diurnal")
     if (profile is None) == (fit is None):
         raise UsageError("say what the trace should be like", fix="Give either --profile or --fit TRACE")
+    if fit is None:
+        _count_only("with --fit", lengths=lengths, tokenizer=tokenizer, format=None if format == "auto" else format)
+    if rates is None:
+        _count_only("with --rates", from_s=from_s, to_s=to_s)
+    else:
+        _count_only("without --rates, which takes --from-s and --to-s", duration_s=duration_s)
+    if share is None:
+        _count_only("with --share", prefix_groups=prefix_groups, prefix_block_tokens=prefix_block_tokens)
     chosen: Profile
     if fit is not None:
         process = arrivals if arrivals is not None and not bare else None
         source, _ = _read(fit, format, max_bad, process, tokenizer, seed)
-        chosen = synthesis.fit(source, how=lengths, kind=arrivals if bare and arrivals else "gamma")
+        chosen = synthesis.fit(source, how=lengths or "empirical", kind=arrivals if bare and arrivals else "gamma")
     else:
         chosen = synthesis.profile(profile or "")
     if arrivals is not None and not (bare and fit is not None):
         chosen = replace(chosen, arrivals=Arrivals.parse(arrivals))
     if share is not None:
-        chosen = replace(chosen, prefixes=synthesis.Prefixes(share, prefix_groups, prefix_block_tokens))
+        groups = 20 if prefix_groups is None else prefix_groups
+        block_tokens = 16 if prefix_block_tokens is None else prefix_block_tokens
+        chosen = replace(chosen, prefixes=synthesis.Prefixes(share, groups, block_tokens))
     if rates is not None:
-        part = read_rates(rates, max_bad=max_bad).between(from_s, float("inf") if to_s is None else to_s)
+        part = read_rates(rates, max_bad=max_bad).between(from_s or 0.0, float("inf") if to_s is None else to_s)
         trace = synthesis.with_arrivals(chosen, part.times(np.random.default_rng(seed))[:requests], seed=seed)
     else:
         trace = synthesis.synthesise(chosen, requests=requests, duration_s=duration_s, seed=seed)
     _write(_scaled(trace, length_factor, rate_factor, max_input_tokens, max_output_tokens), out)
+
+
+def _count_only(when: str, **options: object) -> None:
+    """UsageError for an option that was given and would change nothing."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} only counts {when}", fix="Leave it out, or give what it needs"
+            )
 
 
 def _read(

@@ -100,7 +100,10 @@ def read_parquet(path: Path, tally: Tally) -> Parts:
             width = (table.schema.metadata or {}).get(b"tuner.block_tokens", b"")
             parts.block_tokens = values.tokens(width.decode("ascii", errors="replace"))
             lists = table["block_ids"].combine_chunks()
-            parts.block_ids = np.asarray(lists.flatten().cast(pa.int64()).to_numpy(zero_copy_only=False))
+            ids = lists.flatten()
+            if ids.null_count:
+                raise UsageError("block_ids lacks a value", where=str(path))
+            parts.block_ids = np.asarray(ids.cast(pa.int64()).to_numpy(zero_copy_only=False))
             parts.block_counts = np.asarray(lists.value_lengths().fill_null(0).cast(pa.int64()).to_numpy())
         if "text" in table.column_names:
             texts = table["text"].to_pylist()

@@ -105,12 +105,15 @@ def split(
     which starts with the part and is limited to ``max_requests`` requests and to ``max_seconds`` from its first
     arrival (exclusive). Kinds are spread evenly over the trace, so that a drift over the day meets both, and a search
     window comes first.
-    Raises UsageError unless there is at least one window of each kind and a request for every window.
+    Raises UsageError unless there is at least one window of each kind and a request for every window, and where a
+    window is to last no time.
     """
     if search < 1 or held_out < 1:
         raise UsageError(
             f"a split needs search and held-out windows, not {search} and {held_out}", fix="Ask for at least 1 of each"
         )
+    if max_seconds is not None and not max_seconds > 0:
+        raise UsageError(f"{max_seconds:g} s is no window's length", fix="Give seconds above 0")
     parts = search + held_out
     edges = _edges(trace, parts, by)
     kinds = _spread(search, held_out)

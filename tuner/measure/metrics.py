@@ -34,7 +34,11 @@ def metrics_from_records(path: Path, slos: Sequence[Slo], quantiles: Sequence[fl
 
 
 def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> tuple[Metrics, Intervals]:
-    """As :func:`metrics_from_records`, from records that have been read."""
+    """As :func:`metrics_from_records`, from records that have been read.
+
+    Of a burst (or a single request) of which nothing ended well it is not known for how long it was asked for: its
+    goodput is 0 over the time until the last of it ended, and no figure at all where that is none.
+    """
     span = window(records)
     measured = is_measured(records, span)
     n = int(measured.sum())
@@ -69,7 +73,7 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
         came, good_came = throughputs(records, span, np.ones(len(records), dtype=bool), good)
         _rates("", came, span.duration_s, metrics, intervals)
         asked = Window(min(warm_end_ns(records), span.start_ns), span.asked_ns, span.asked_ns)
-        if _promptly(records, slos, asked):
+        if asked.duration_s > 0 and _promptly(records, slos, asked):
             counts, metrics["goodput_window_s"] = goodputs(records, asked, good)
             _rates("goodput_", counts, metrics["goodput_window_s"], metrics, intervals)
         else:

@@ -1,7 +1,7 @@
 """The front: the (config, load) points that no other point beats in both cost and latency, with their uncertainty.
 
-A point comes only from a load step that a server really served: an outcome that is not Measured has none, so a crash
-can never look fast or cheap.
+A point comes only from a load step that a server really served: an outcome that is neither Measured nor Aborted has
+none, so a crash can never look fast or cheap.
 """
 
 from __future__ import annotations

@@ -143,9 +143,11 @@ def violation(outcome: Outcome, objective: Objective) -> float:
 
 
 def good_steps(outcome: Outcome, objective: Objective) -> list[Step]:
-    """The steps that are points of the front: every SLO met, believed, both axes finite. As for the front itself, an
-    outcome that is not Measured has none."""
-    if not isinstance(outcome, Measured):
+    """The steps that are points of the front: every SLO met, believed, both axes finite. As on the front itself, a
+    launch that was stopped early has those that it served; but what was interrupted is launched again, and counts by
+    that."""
+    interrupted = isinstance(outcome, Aborted) and outcome.reason == "interrupted"
+    if not isinstance(outcome, Measured | Aborted) or interrupted:
         return []
     keys = (COST_KEY, objective.latency_key)
     return [s for s in outcome.steps if s.ok and all(0 < s.metrics.get(k, math.inf) < math.inf for k in keys)]

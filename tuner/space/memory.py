@@ -218,7 +218,7 @@ def _impossible(shape: ModelShape, settings: Settings) -> str:
         return f"{shape.heads} attention heads cannot be split over {settings.tp} GPUs (tensor-parallel-size)"
     if settings.pp > shape.layers:
         return f"{shape.layers} layers cannot be split into {settings.pp} pipeline stages"
-    return ""
+    return settings.refused
 
 
 def _resident(room: float, per_token: float, fixed: float, settings: Settings) -> float:

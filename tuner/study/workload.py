@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from tuner.errors import UsageError
 from tuner.load import formats, windows
 from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.slo import bound_responses
 from tuner.spec.study import Study
+from tuner.study.store import Store
 from tuner.verify.capacity import BEYOND
 from tuner.words import figure
 
 FULL = 0.9  # share of a step that the last arrivals of a trace must span
+UNEVEN = 2.0  # by how many times a window's rate may be off the trace's unsaid
+FLAT = 0.25  # a load that is higher by 2 has at least 2 ** FLAT times the requests per second
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths. ``notes`` say
-    what of the file is not in it as it stood, which loads it is too short for, and what its windows cannot say;
-    ``fills`` is the highest load at which every window lasts as long as a step is to."""
+    what of the file is not in it as it stood, which loads it is too short for, where its windows have another rate
+    than it has, and what they cannot say; ``fills`` is the highest load at which every window lasts as long as a step
+    is to."""
 
     whole: Trace
     search: tuple[Trace, ...]
@@ -38,7 +44,8 @@ class Workload:
 
 
 def read(study: Study) -> Workload:
-    """Reads the study's trace. Raises UsageError where it is too short for the windows asked for.
+    """Reads the study's trace. Raises UsageError where it is too short for the windows asked for, and where a study
+    that has not begun would measure a window of which no request is left after the warm-up.
 
     A search window holds what the highest load replays in ``window_s`` seconds (or what the trace has), a held-out
     window what verification may replay above that; :func:`at_load` cuts what a lower load needs from its beginning.
@@ -77,7 +84,69 @@ def read(study: Study) -> Workload:
             f"{spec.window_s:g} s of a step, and two servers that both keep up differ by what is still on its way "
             "at its end. Take a trace.window of many responses' length, or add an SLO on tpot"
         )
-    return Workload(trace, search, parts.held_out, tuple(notes), fills)
+    found = Workload(trace, search, parts.held_out, fills=fills)
+    _refuse_empty(study, found)
+    return replace(found, notes=(*notes, *_uneven(study, found)))
+
+
+def _measured(study: Study, window: Trace, load: float) -> int:
+    """How many requests of ``window`` a step at ``load`` measures: those that it replays after its warm-up."""
+    begin, end = np.searchsorted(window.arrival_s, [study.load.warmup_s * load, study.trace.window_s * load])
+    return int(end - begin)
+
+
+def _refuse_empty(study: Study, traffic: Workload) -> None:
+    """UsageError where a step would have nothing to measure, at the lowest load or one that the trace fills. Of a
+    ladder that is not settled only the beginning is known: load 1, or what the trace fills, on the first window."""
+    several, ladder = (*traffic.search, *traffic.heldout), study.load.ladder
+    loads = [load for load in ladder if load <= max(traffic.fills, min(ladder))]
+    if study.load.auto:
+        several, loads = several[:1], [min(1.0, float(several[0].arrival_s[-1]) / study.trace.window_s) or 1.0]
+    empty = [(window, load) for window in several for load in loads if not _measured(study, window, load)]
+    if empty and not Store(Path(study.folder)).begun():
+        window, load = empty[0]
+        raise UsageError(
+            f"nothing to measure: window {_short(window)} of the trace has no request after the first "
+            f"{study.load.warmup_s:g} s (load.warmup) of the {study.trace.window_s:g} s of a step at load {load:.3g}",
+            where=study.source,
+            fix="Take a longer trace.window, a shorter load.warmup or another part of the trace (tuner trace cut)",
+        )
+
+
+def _uneven(study: Study, traffic: Workload) -> list[str]:
+    """Where a window's rate is not the trace's (at the lowest such load), and where a higher load brings no more
+    requests; of the loads that the trace fills."""
+    loads = [load for load in study.load.ladder if load <= traffic.fills]
+    lasts_s = study.trace.window_s - study.load.warmup_s
+    if not traffic.rps or lasts_s <= 0:
+        return []
+    rates = {
+        _short(window): [_measured(study, window, load) / lasts_s for load in loads]
+        for window in (*traffic.search, *traffic.heldout)
+    }
+    notes = []
+    for at, load in enumerate(loads):
+        usual = traffic.rps * load
+        off = {name: own[at] for name, own in rates.items() if not usual / UNEVEN <= own[at] <= usual * UNEVEN}
+        if off:
+            said = ", ".join(f"{name} {figure(rate)}/s" for name, rate in off.items())
+            notes.append(
+                f"uneven: at load {load:g} the trace has {figure(usual)} requests/s, but {said}. "
+                "Take a longer trace.window or a steadier part of the trace"
+            )
+            break
+    for name, own in rates.items():
+        steps = pairwise(zip(loads, own, strict=True))
+        flat = [(low, high) for (low, few), (high, more) in steps if more < few * (high / low) ** FLAT]
+        if flat:
+            low, high = flat[0]
+            notes.append(f"uneven: in {name} load {high:g} has hardly more requests/s than load {low:g}")
+            break
+    return notes
+
+
+def _short(window: Trace) -> str:
+    return window.name.rpartition("/")[2]
 
 
 def _lasts_s(trace: Trace, window: windows.Window) -> float:

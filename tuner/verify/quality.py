@@ -148,6 +148,8 @@ def check(
             agreed.append(
                 _agreement(sequence.greedy, server.greedy(sequence.tokens[: sequence.given], len(sequence.greedy)))
             )
+        if not kls:
+            raise Unanswered("the default's have no token to compare")
     except Unanswered as failure:
         reason = f"the answers could not be compared: {failure}"
         return QualityResult(*[math.nan] * 6, verdict="unknown", reason=reason)

@@ -189,7 +189,7 @@ class EmulatorServer:
                 if wall.exists():
                     rescale(wall, plan.records, plan, self._scale)
                     wall.unlink()
-            step = step_from_records(plan, fast.stopped_early)
+            step = step_from_records(plan)
             system = {name: value for name, value in fast.metrics.items() if name.startswith("system_")}
             step = replace(step, metrics={**system, **step.metrics})
         return self._with_lateness(step, plan)

@@ -33,7 +33,7 @@ def hastened(plan: StepPlan, scale: float, records: Path) -> StepPlan:
 
 def rescale(source: Path, target: Path, plan: StepPlan, scale: float) -> None:
     """Writes the records in ``source`` to ``target`` with every time multiplied by ``scale``, and with ``plan``'s own
-    load and durations among the file's facts."""
+    load, limits and durations among the file's facts."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -56,6 +56,7 @@ def rescale(source: Path, target: Path, plan: StepPlan, scale: float) -> None:
         "load": plan.load,
         "warmup_s": plan.warmup_s,
         "request_timeout_s": plan.request_timeout_s,
+        "slos": {slo.metric: slo.limit for slo in plan.slos},
         "time_scale": scale,
         "client": client,
     }
@@ -65,23 +66,12 @@ def rescale(source: Path, target: Path, plan: StepPlan, scale: float) -> None:
     os.replace(half, target)
 
 
-def step_from_records(plan: StepPlan, stopped: str = "") -> Step:
+def step_from_records(plan: StepPlan) -> Step:
     """The step that ``plan.records`` shows, as the replay itself would report it."""
-    from tuner.load.step import misses
-    from tuner.measure.metrics import metrics_from_records
-    from tuner.measure.trust import untrusted
+    from tuner.load.records import read
+    from tuner.load.step import judge
 
-    metrics, intervals = metrics_from_records(plan.records, plan.slos, plan.quantiles)
-    return Step(
-        load=plan.load,
-        window=plan.window,
-        metrics=metrics,
-        intervals=intervals,
-        slo_misses=misses(metrics, plan.slos, stopped),
-        untrusted=untrusted(metrics, plan.slos),
-        stopped_early=stopped,
-        records=plan.records.name,
-    )
+    return judge(read(plan.records), plan.slos, plan.quantiles)
 
 
 def _stretched(column: object, scale: float) -> object:

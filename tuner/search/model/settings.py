@@ -43,7 +43,8 @@ class Speculation:
 @dataclass(frozen=True, slots=True)
 class Settings:
     """One server's settings, every default resolved. ``prefill_first``: the scheduler stops decoding while there are
-    prompts (SGLang's default), instead of mixing both in one step."""
+    prompts (SGLang's default), instead of mixing both in one step. ``refused`` is what the server does not take of its
+    environment, in words."""
 
     tp: int
     pp: int
@@ -62,6 +63,7 @@ class Settings:
     speculation: Speculation | None = None
     prefill_first: bool = False
     engine: str = "vllm"
+    refused: str = ""
 
     @property
     def gpus(self) -> int:
@@ -80,9 +82,9 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     if engine == "sglang" and speculation:
         seqs = 48  # what SGLang lowers its default to (server_args.py)
     on_cpu = hardware.kind == "cpu"
-    space_gib = config.env.get("VLLM_CPU_KVCACHE_SPACE", "")
+    space_gib, refused = _space_gib(config.env) if on_cpu and engine == "vllm" else (None, "")
     explicit_kv = flags.get("kv-cache-memory-bytes")
-    kv_bytes = float(space_gib) * _GIB if on_cpu and space_gib.replace(".", "", 1).isdigit() else None
+    kv_bytes = None if space_gib is None else float(space_gib) * _GIB
     if isinstance(explicit_kv, int) and not isinstance(explicit_kv, bool):
         kv_bytes = float(explicit_kv)
     model_len = _int(flags, shape.max_model_len, "max-model-len", "context-length")
@@ -108,7 +110,17 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
         speculation=speculation,
         prefill_first=engine == "sglang" and "enable-mixed-chunk" not in flags,
         engine=engine,
+        refused=refused,
     )
+
+
+def _space_gib(env: Mapping[str, str]) -> tuple[int | None, str]:
+    """vLLM's room for the KV cache on CPUs, as vLLM reads it; or in words why it cannot."""
+    name = "VLLM_CPU_KVCACHE_SPACE"
+    try:
+        return (int(env[name]) if name in env else None), ""
+    except ValueError:
+        return None, f"{name} is {env[name]!r}: vLLM takes a whole number of GiB"
 
 
 def batch_defaults(hardware: Hardware, world_size: int, engine: str = "vllm") -> tuple[int, int]:
