@@ -294,11 +294,10 @@ def _hold_out(study: Study, before: Study, store: Store) -> None:
 
 def write_study(document: Mapping[str, Any], store: Store) -> None:
     """``study.yaml``, atomically."""
-    from ruamel.yaml import YAML
+    from tuner.export.text import dump
 
     temporary = store.study_file.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        YAML().dump(dict(document), file)
+    temporary.write_text(dump(document), encoding="utf-8")
     temporary.replace(store.study_file)
 
 
