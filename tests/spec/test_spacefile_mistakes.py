@@ -198,6 +198,59 @@ def test_facts_are_filled_in_whether_a_value_is_tuned_pinned_or_fixed(workplace)
     assert flags["draft.model"] == str(workplace / "draft") and flags["max-len"] == tuned["max-len"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("fixed: {swap-space: 4}", "fixed: {x: false}", "5: --x: false adds no flag"),
+        ("int8: {requires: dummy_weights, flags: {", "int8: {flags: {x: false, ", "16: --x: false adds no flag"),
+        ("fixed: {swap-space: 4}", "fixed: {x: 1, --x: 2}", "5: --x is given twice"),
+        ("fixed: {swap-space: 4}", "env: {A-B: 1}", "5: 'A-B' is no name of an environment variable"),
+        ("fixed: {swap-space: 4}", "env: {AB: 010}", "5: AB: 010 would be passed on as 10"),
+        ("fixed: {swap-space: 4}", "env: {AB: true}", "5: search_space.env.AB: true is no text"),
+    ],
+)
+def test_flags_and_variables_that_would_not_arrive_are_refused(workplace, old, new, says):
+    assert refusal(workplace, OWN.replace(old, new)).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "says"),
+    [
+        ("args: {max-len: 512}", "fixed: {max-len: 256}", "engine.args says max-len 512, the search space or a pinned"),
+        ("args: {no-eager: true}", "fixed: {eager: true}", "engine.args says no-eager, "),
+        ("env: {A: 1}", "env: {A: 2}", "engine.env says A 1, "),
+        ("args: {max-len: 512}", "fixed: {max-len: 512}", ""),
+        ("args: {max-len: $max_model_len}", "fixed: {max-len: 4096}", ""),
+        ("env: {A: 1}", "env: {A: '1'}", ""),
+    ],
+)
+def test_what_study_and_space_give_every_server_must_agree(workplace, mine, its, says):
+    text = OWN.replace("kind: emulator,", f"kind: emulator, {mine},").replace("fixed: {swap-space: 4}", its)
+    if says:
+        assert refusal(workplace, text).startswith(f"2: {says}")
+    else:
+        load(workplace, text)
+
+
+def test_a_pinned_parameter_and_the_studys_flags_must_agree(workplace):
+    text = GOOD.replace("kind: emulator,", "kind: emulator, args: {max-num-seqs: 128},") + "parameters: {max_num_seqs: "
+    assert load(workplace, text + "128}\n").space.fixed == {"max-num-seqs": 128}
+    assert refusal(workplace, text + "64}\n").startswith("2: engine.args says max-num-seqs 128, the search space")
+
+
+@pytest.mark.parametrize(("flag", "tokens"), [("512", 512), ("$max_total_tokens", 172), ("auto", 4096)])
+def test_the_longest_request_is_what_the_spaces_own_flags_say(workplace, flag, tokens):
+    text = OWN.replace("swap-space: 4", f"max-model-len: {flag}, load-format: dummy")
+    study = load(workplace, text.replace("only: {le: 64}", "only: {le: $max_model_len}"))
+    assert study.space.facts["max_model_len"] == study.frozen["frozen"]["facts"]["max_model_len"] == tokens
+    assert study.space["weights"].values == ("none", "int8")  # which needs dummy weights
+
+
+def test_a_pinned_length_is_the_longest_request(workplace):
+    text = OWN.replace("flag: max-num-seqs", "flag: max-model-len") + "parameters: {seqs: 64}\n"
+    assert load(workplace, text).space.facts["max_model_len"] == 64
+
+
 def test_a_study_that_was_begun_is_read_whatever_is_refused_now(workplace, tmp_path):
     """It was measured: its report and its front are worth more than a rule that came later."""
     study = load(workplace, OWN)

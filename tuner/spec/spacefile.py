@@ -5,21 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tuner.space import condition
 from tuner.space.config import Value, same
 from tuner.space.space import Emission, Parameter, Rule, SearchSpace
 from tuner.spec.facts import FACTS
-from tuner.spec.text import Document, Strict, suggest, validate
+from tuner.spec.text import NUMERIC, TEXT, Document, Strict, check_env, check_flags, suggest, validate
 
 Scalar = bool | int | float | str
+Number = Annotated[float | int, NUMERIC]
+Word = Annotated[str | int, TEXT]
 MOST_VALUES = 10_000
+NO_SWITCH = "false adds no flag, and the engine's own default would be measured"
 
 
 class EmissionFile(Strict):
     flags: dict[str, bool | int | float | str | None] = {}
-    env: dict[str, str | int] = {}
+    env: dict[str, Word] = {}
     model_variant: str = ""
     gpu: str = ""  # the type of GPU it runs on, on a cluster that has several
     requires: str = ""
@@ -34,9 +37,9 @@ class ParameterFile(Strict):
     flag: str = ""
     type: Literal["", "switch"] = ""
     values: list[Scalar] | dict[str, EmissionFile | None] | None = None
-    range: list[float | int] | None = None
+    range: list[Number] | None = None
     scale: Literal["linear", "log2"] = "linear"
-    step: float | int | None = None
+    step: Number | None = None
     default: Scalar | list[DefaultCase]
     only: dict[str, Any] = {}
     when: dict[str, Any] = {}
@@ -57,7 +60,7 @@ class SpaceFile(Strict):
     engine: str = "vllm"
     checked_with: list[str] = []
     fixed: dict[str, bool | int | float | str | None] = {}
-    env: dict[str, str | int] = {}
+    env: dict[str, Word] = {}
     parameters: dict[str, ParameterFile]
     rules: list[RuleFile] = []
 
@@ -99,6 +102,7 @@ def build(
         raise document.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
     if not document.begun:
         _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
+        check_env(file.env, document, (*prefix, "env"))
     for name, spec in file.parameters.items() if not document.begun else ():
         _check_facts(spec, facts, document, (*prefix, "parameters", name, "values"))
         if _waits_for(name, name, file, set()):
@@ -150,7 +154,10 @@ def _check_condition(spec: Mapping[str, Any], known: set[str], document: Documen
 def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
     """A fact that this machine does not have is no mistake: whoever writes ``$draft_model`` need not have one."""
     known = {*FACTS, *facts}
+    check_flags(flags, lambda name: name.lstrip("-"), document, at)
     for flag, value in flags.items():
+        if value is False:
+            raise document.error(f"--{flag.lstrip('-')}: {NO_SWITCH}", (*at, flag), off(flag.lstrip("-")))
         if isinstance(value, str) and value.startswith("$") and value[1:] not in known:
             fix = suggest(value[1:], known)
             raise document.error(f"--{flag.lstrip('-')}: no such fact: {value[1:]}", (*at, flag), fix)
@@ -158,13 +165,14 @@ def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: D
 
 def _check_facts(spec: ParameterFile, facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
     """What the values of a parameter say of facts: ``requires`` and ``$name``."""
-    for value in spec.values if isinstance(spec.values, list) else ():
+    for value in (v for v in spec.values if isinstance(v, str)) if isinstance(spec.values, list) else ():
         _check_flags({spec.flag: value}, facts, document, at)
     for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
         if emission and emission.requires and emission.requires not in (known := {*FACTS, *facts}):
             fix = suggest(emission.requires, known)
             raise document.error(f"requires: no such fact: {emission.requires}", (*at, key, "requires"), fix)
         _check_flags(emission.flags if emission else {}, facts, document, (*at, key, "flags"))
+        check_env(emission.env if emission else {}, document, (*at, key, "env"))
 
 
 def _check_values(name: str, values: Sequence[Any], counts_gpus: bool, document: Document, at: tuple[str, ...]) -> None:
@@ -312,8 +320,24 @@ def _emit(flag: str, value: Value) -> Emission:
 
 
 def _flags(flags: Mapping[str, Any]) -> dict[str, Value | None]:
-    """``true`` is a switch without a value; ``false`` leaves the flag out."""
+    """``true`` is a switch without a value; ``false``, in a study that was begun with one, leaves the flag out."""
     return {name.lstrip("-"): None if value is True else value for name, value in flags.items() if value is not False}
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else "null" if value is None else str(value)
+
+
+def _nearest(value: Any, values: Sequence[Value]) -> str:
+    """Which of ``values`` is meant."""
+    if str(value) in map(str, values):
+        return f"write {value} without quotes" if isinstance(value, str) else f'write "{value}", in quotes'
+    return suggest(str(value), map(str, values))
+
+
+def off(flag: str) -> str:
+    """How to say that a switch is off."""
+    return f"write {flag.removeprefix('no-') if flag.startswith('no-') else f'no-{flag}'}: true, or leave it out"
 
 
 def _scalar(key: str) -> Value:
@@ -335,9 +359,8 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     for value in wanted:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value not in parameter.values and not (parameter.numeric and number):
-            shown = repr(value) if isinstance(value, str) else "null" if value is None else value
             raise document.error(
-                f"{parameter.name} has no value {shown}", at, suggest(str(value), map(str, parameter.values))
+                f"{parameter.name} has no value {_shown(value)}", at, _nearest(value, parameter.values)
             )
     chosen = [v for v in parameter.values if v in wanted]
     pairs = [(v, parameter.emissions[parameter.values.index(v)]) for v in chosen]
