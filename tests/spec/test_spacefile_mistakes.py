@@ -213,6 +213,70 @@ def test_flags_and_variables_that_would_not_arrive_are_refused(workplace, old, n
     assert refusal(workplace, OWN.replace(old, new)).startswith(says)
 
 
+def _with(condition):
+    """A space with numbers, words, a switch and machine-specific defaults, and one condition in a place of each kind."""
+    return GOOD.replace(
+        "search_space: vllm/quick\n",
+        f"""\
+search_space:
+  engine: vllm
+  parameters:
+    m: {{flag: m, values: [1, 2], default: [{{value: 9, when: {{gpus: {{ge: 99}}}}}}, {{value: 1}}]}}
+    w: {{values: {{a: {{}}, b: {{requires: draft_model}}, 64: {{}}}}, default: a}}
+    s: {{type: switch, flag: s, default: true}}
+    x: {{flag: x, values: [u, v], default: u, when: {condition}}}
+  rules: [{{deny: {condition}, because: so}}]
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ('{m: "2"}', "m has no value '2'. Write 2 without quotes"),
+        ("{m: [1, 3]}", "m has no value 3. Known: 1, 2, 9"),
+        ('{m: {ge: "2"}}', "m has no value '2'. Write 2 without quotes"),
+        ("{m: {ne: null}}", "m has no value null"),
+        ("{w: B}", "w has no value 'B'. "),
+        ("{w: aa}", "w has no value 'aa'. Did you mean 'a'?"),
+        ("{w: {not_in: [c]}}", "w has no value 'c'. Known: "),
+        ('{w: "64"}', "w has no value '64'. Write 64 without quotes"),
+        ("{s: off}", "s has no value 'off'. Known: false, true"),
+        ("{w: {in: ab}}", "w: in takes a list of values, not 'ab'"),
+        ("{gpu_name: {not_in: H100}}", "gpu_name: not_in takes a list of values, not 'H100'"),
+        *((good, "") for good in ("{m: 2}", "{m: {ge: 1.5}}", "{m: 9}", "{m: $gpus}", "{w: [a, b]}", "{w: 64}")),
+        *((good, "") for good in ("{s: false}", "{w: {ge: 1}}", "{gpu_name: none-such}", "{m: {divides: $num_heads}}")),
+    ],
+)
+def test_what_a_parameter_can_never_be_is_no_condition(workplace, condition, says):
+    if says:
+        assert f"search_space.parameters.x.when: {says}".lower() in refusal(workplace, _with(condition)).lower()
+        rule = _with(condition).replace(f"when: {condition}", "when: {m: 1}")
+        assert f"search_space.rules.0.deny: {says}".lower() in refusal(workplace, rule).lower()
+    else:
+        load(workplace, _with(condition))
+
+
+def test_a_condition_may_name_what_the_study_adds_to_a_grid(workplace):
+    assert load(workplace, _with("{m: 3}") + "parameters: {m: [1, 3]}\n").space["m"].values == (1, 3)
+
+
+def test_a_value_that_is_allowed_must_be_one(workplace):
+    text = OWN.replace("only: {le: 64}", "only: {in: [8, 65]}")
+    assert refusal(workplace, text).startswith("11: search_space.parameters.seqs.only: seqs has no value 65. ")
+
+
+@pytest.mark.parametrize("said", ["{w: B}", '{m: {ge: "2"}}', "{w: {in: ab}}"])
+def test_a_begun_studys_conditions_are_read_as_they_were(workplace, tmp_path, said):
+    frozen = copy.deepcopy(dict(load(workplace, _with("{m: 1}")).frozen))
+    condition = YAML(typ="safe").load(said)
+    frozen["search_space"]["parameters"]["x"]["when"] = frozen["search_space"]["rules"][0]["deny"] = condition
+    (tmp_path / "begun").mkdir()
+    with (tmp_path / "begun" / "study.yaml").open("w") as file:
+        YAML().dump(frozen, file)
+    assert studyfile.load(tmp_path / "begun").space["x"].when == condition
+
+
 @pytest.mark.parametrize(
     ("mine", "its", "says"),
     [

@@ -10,7 +10,8 @@ from typing import Any
 
 def dump(data: Any) -> str:
     """``data`` as YAML in block style. A string that YAML 1.1 would read as something else (``on``, ``1:30``, ``1e3``)
-    is quoted, and a number has the dot that it needs there (``1.0e-06``); text of several lines is a literal block, or quoted where a block would not give it back."""
+    is quoted, and a number has the dot that it needs there (``1.0e-06``); text of several lines is a literal block, or
+    quoted where a block would not give it back."""
     from ruamel.yaml import YAML
 
     yaml = YAML()

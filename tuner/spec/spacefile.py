@@ -96,6 +96,7 @@ def build(
             facts[name] = parameter.values[0]
         else:
             parameters.append(parameter)
+    grids = {name: _ever(name, spec, document, prefix, limits) for name, spec in file.parameters.items()}
     unknown = set(limits) - set(file.parameters)
     if unknown:
         worst = sorted(unknown)[0]
@@ -104,13 +105,18 @@ def build(
         _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
         check_env(file.env, document, (*prefix, "env"))
     for name, spec in file.parameters.items() if not document.begun else ():
-        _check_facts(spec, facts, document, (*prefix, "parameters", name, "values"))
+        at = (*prefix, "parameters", name)
+        _check_facts(spec, facts, document, (*at, "values"))
+        _check_literals({"value": spec.only}, {"value": grids[name]}, document, (*at, "only"))
+        _check_literals(spec.when, grids, document, (*at, "when"))
         if _waits_for(name, name, file, set()):
-            at = (*prefix, "parameters", name, "when")
-            raise document.error(f"{name} applies only where {name} does: nothing ever makes it apply", at)
+            raise document.error(f"{name} applies only where {name} does: nothing ever makes it apply", (*at, "when"))
     rules = []
     for index, rule in enumerate(file.rules):
-        _check_condition(rule.deny, known, document, (*prefix, "rules", index, "deny"))
+        if not document.begun:
+            at = (*prefix, "rules", index, "deny")
+            _check_condition(rule.deny, known, document, at)
+            _check_literals(rule.deny, grids, document, at)
         rules.append(Rule(rule.deny, rule.because, rule.name))
     return SearchSpace(
         name=file.name,
@@ -149,6 +155,39 @@ def _check_condition(spec: Mapping[str, Any], known: set[str], document: Documen
         if name not in FACTS:
             fix = suggest(name, known | set(FACTS))
             raise document.error(f"{place}: {name!r} is neither a parameter nor a known fact", at, fix)
+
+
+def _check_literals(
+    spec: Mapping[str, Any], grids: Mapping[str, Sequence[Any]], document: Document, at: tuple[str | int, ...]
+) -> None:
+    """Refuses what a condition compares a parameter with that is none of its values, or cannot be compared with any."""
+    for name in [name for name in spec if name in grids]:
+        for op, operand in condition.literals(spec[name]):
+            if op in ("eq", "ne", "in", "not_in"):
+                wrong = operand not in grids[name]
+            else:
+                wrong = _kind(operand) not in map(_kind, grids[name])
+            if wrong:
+                shown = at[-2] if at[-1] == "only" else name
+                raise document.error(
+                    f"{'.'.join(map(str, at))}: {shown} has no value {_shown(operand)}",
+                    at,
+                    _nearest(operand, grids[name]),
+                )
+
+
+def _kind(value: Any) -> type:
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def _ever(
+    name: str, spec: ParameterFile, document: Document, prefix: tuple[str, ...], limits: Mapping[str, Any]
+) -> list[Any]:
+    """Every value that a parameter has on some machine, or by the study's word."""
+    defaults = [case.value for case in spec.default] if isinstance(spec.default, list) else [spec.default]
+    said = limits.get(name, [])
+    said = said if isinstance(said, list) else [said]
+    return [*_values(name, spec, document, (*prefix, "parameters", name)), *defaults, *said]
 
 
 def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
@@ -231,22 +270,13 @@ def _grid(
         keep = {
             k: e or EmissionFile() for k, e in spec.values.items() if not e or not e.requires or facts.get(e.requires)
         }
-        values: list[Value] = [_scalar(key) for key in keep]
+        values = [_scalar(key) for key in keep]
         emissions = [
             Emission(_flags(e.flags), {k: str(v) for k, v in e.env.items()}, e.model_variant, e.gpu)
             for e in keep.values()
         ]
     else:
-        if spec.type == "switch":
-            if not spec.flag:
-                raise document.error(f"{name}: a switch needs its flag", at, "write flag: enable-prefix-caching")
-            values = [True, False]
-        elif spec.values is not None:
-            values = list(spec.values)
-        elif spec.range is not None:
-            values = _range(name, spec, document, at)
-        else:
-            raise document.error(f"{name} has neither values nor a range", at, "add values: [..] or range: [low, high]")
+        values = _values(name, spec, document, at)
         if not spec.flag:
             raise document.error(
                 f"{name} has no flag", at, "write flag: max-num-seqs, or values with flags of their own"
@@ -264,6 +294,21 @@ def _grid(
             f"{name} has no value left on this machine", at, f"only: {spec.only} excludes all of {values}"
         )
     return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
+def _values(name: str, spec: ParameterFile, document: Document, at: tuple[str, ...]) -> list[Value]:
+    """The grid as it is written."""
+    if isinstance(spec.values, dict):
+        return [_scalar(key) for key in spec.values]
+    if spec.type == "switch":
+        if not spec.flag:
+            raise document.error(f"{name}: a switch needs its flag", at, "write flag: enable-prefix-caching")
+        return [True, False]
+    if spec.values is not None:
+        return list(spec.values)
+    if spec.range is not None:
+        return _range(name, spec, document, at)
+    raise document.error(f"{name} has neither values nor a range", at, "add values: [..] or range: [low, high]")
 
 
 def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ...]) -> list[Value]:
@@ -324,15 +369,21 @@ def _flags(flags: Mapping[str, Any]) -> dict[str, Value | None]:
     return {name.lstrip("-"): None if value is True else value for name, value in flags.items() if value is not False}
 
 
+def _word(value: Any) -> str:
+    """As YAML has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else "null" if value is None else str(value)
+    return repr(value) if isinstance(value, str) else _word(value)
 
 
 def _nearest(value: Any, values: Sequence[Value]) -> str:
     """Which of ``values`` is meant."""
-    if str(value) in map(str, values):
-        return f"write {value} without quotes" if isinstance(value, str) else f'write "{value}", in quotes'
-    return suggest(str(value), map(str, values))
+    word, words = _word(value), set(map(_word, values))
+    if word in words:
+        return f"write {word} without quotes" if isinstance(value, str) else f'write "{word}", in quotes'
+    return suggest(word, words)
 
 
 def off(flag: str) -> str:
