@@ -214,7 +214,7 @@ def test_flags_and_variables_that_would_not_arrive_are_refused(workplace, old, n
 
 
 def _with(condition):
-    """A space with numbers, words, a switch and machine-specific defaults, and one condition in a place of each kind."""
+    """A space with numbers, words, a switch a default for each machine, and one condition in each kind of place."""
     return GOOD.replace(
         "search_space: vllm/quick\n",
         f"""\
