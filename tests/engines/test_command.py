@@ -253,6 +253,30 @@ def test_an_option_that_cannot_have_its_value_is_named_with_its_line(tmp_path: P
         build.engine(studyfile.load(file))
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("start_limit: 5", "8: command has no engine.options.start_limit. Did you mean 'start_limit_s'?"),
+        ("command: [x]", "8: engine.options.command is said elsewhere. take it out of engine.options"),
+    ],
+)
+def test_an_option_that_there_is_none_of_is_named_with_its_line(
+    tmp_path: Path, model: str, option: str, says: str
+) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(_STUDY.format(model=model, option=option))
+    with pytest.raises(UsageError) as error:
+        build.engine(studyfile.load(file))
+    assert str(error.value).startswith(f"{file}:{says}")
+
+
+def test_what_an_engine_refuses_of_its_options_has_their_line(tmp_path: Path, model: str) -> None:
+    text = _STUDY.format(model=model, option="time_scale: 0.0").replace('version: "1"', "clock: wall")
+    (file := tmp_path / "s.yaml").write_text(text.replace("kind: command", "kind: emulator"))
+    with pytest.raises(UsageError, match=r"s\.yaml:8: engine\.options\.time_scale must be above zero"):
+        build.engine(studyfile.load(file))
+
+
 def test_options_with_values_that_they_may_have_are_taken(tmp_path: Path, model: str) -> None:
     engine = CommandEngine(command=["s", "{port}"], phase_limit_s={"start": 5}, start_limit_s=60)
     assert (engine.start_limit_s, engine.phase_limit_s) == (60, {"start": 5})

@@ -358,3 +358,8 @@ def test_names_of_several_lines_stay_in_their_comments(made, tmp_path: Path, for
 )
 def test_words_that_yaml_1_1_reads_as_something_else_are_quoted(word):
     assert yaml.safe_load(dump({"a": word})) == {"a": word}
+
+
+@pytest.mark.parametrize("number", [1e-06, 1e20, -1e-05, 2.5e-07, 1e16, 0.1, 3.0])
+def test_numbers_with_an_exponent_are_numbers_to_a_yaml_1_1_reader(number):
+    assert yaml.safe_load(dump({"a": {"b": [number]}})) == {"a": {"b": [number]}}

@@ -198,6 +198,123 @@ def test_facts_are_filled_in_whether_a_value_is_tuned_pinned_or_fixed(workplace)
     assert flags["draft.model"] == str(workplace / "draft") and flags["max-len"] == tuned["max-len"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("fixed: {swap-space: 4}", "fixed: {x: false}", "5: --x: false adds no flag"),
+        ("int8: {requires: dummy_weights, flags: {", "int8: {flags: {x: false, ", "16: --x: false adds no flag"),
+        ("fixed: {swap-space: 4}", "fixed: {x: 1, --x: 2}", "5: --x is given twice"),
+        ("fixed: {swap-space: 4}", "env: {A-B: 1}", "5: 'A-B' is no name of an environment variable"),
+        ("fixed: {swap-space: 4}", "env: {AB: 010}", "5: AB: 010 would be passed on as 10"),
+        ("fixed: {swap-space: 4}", "env: {AB: true}", "5: search_space.env.AB: true is no text"),
+    ],
+)
+def test_flags_and_variables_that_would_not_arrive_are_refused(workplace, old, new, says):
+    assert refusal(workplace, OWN.replace(old, new)).startswith(says)
+
+
+def _with(condition):
+    """A space with numbers, words, a switch a default for each machine, and one condition in each kind of place."""
+    return GOOD.replace(
+        "search_space: vllm/quick\n",
+        f"""\
+search_space:
+  engine: vllm
+  parameters:
+    m: {{flag: m, values: [1, 2], default: [{{value: 9, when: {{gpus: {{ge: 99}}}}}}, {{value: 1}}]}}
+    w: {{values: {{a: {{}}, b: {{requires: draft_model}}, 64: {{}}}}, default: a}}
+    s: {{type: switch, flag: s, default: true}}
+    x: {{flag: x, values: [u, v], default: u, when: {condition}}}
+  rules: [{{deny: {condition}, because: so}}]
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ('{m: "2"}', "m has no value '2'. Write 2 without quotes"),
+        ("{m: [1, 3]}", "m has no value 3. Known: 1, 2, 9"),
+        ('{m: {ge: "2"}}', "m has no value '2'. Write 2 without quotes"),
+        ("{m: {ne: null}}", "m has no value null"),
+        ("{w: B}", "w has no value 'B'. "),
+        ("{w: aa}", "w has no value 'aa'. Did you mean 'a'?"),
+        ("{w: {not_in: [c]}}", "w has no value 'c'. Known: "),
+        ('{w: "64"}', "w has no value '64'. Write 64 without quotes"),
+        ("{s: off}", "s has no value 'off'. Known: false, true"),
+        ("{w: {in: ab}}", "w: in takes a list of values, not 'ab'"),
+        ("{gpu_name: {not_in: H100}}", "gpu_name: not_in takes a list of values, not 'H100'"),
+        *((good, "") for good in ("{m: 2}", "{m: {ge: 1.5}}", "{m: 9}", "{m: $gpus}", "{w: [a, b]}", "{w: 64}")),
+        *((good, "") for good in ("{s: false}", "{w: {ge: 1}}", "{gpu_name: none-such}", "{m: {divides: $num_heads}}")),
+    ],
+)
+def test_what_a_parameter_can_never_be_is_no_condition(workplace, condition, says):
+    if says:
+        assert f"search_space.parameters.x.when: {says}".lower() in refusal(workplace, _with(condition)).lower()
+        rule = _with(condition).replace(f"when: {condition}", "when: {m: 1}")
+        assert f"search_space.rules.0.deny: {says}".lower() in refusal(workplace, rule).lower()
+    else:
+        load(workplace, _with(condition))
+
+
+def test_a_condition_may_name_what_the_study_adds_to_a_grid(workplace):
+    assert load(workplace, _with("{m: 3}") + "parameters: {m: [1, 3]}\n").space["m"].values == (1, 3)
+
+
+def test_a_value_that_is_allowed_must_be_one(workplace):
+    text = OWN.replace("only: {le: 64}", "only: {in: [8, 65]}")
+    assert refusal(workplace, text).startswith("11: search_space.parameters.seqs.only: seqs has no value 65. ")
+
+
+@pytest.mark.parametrize("said", ["{w: B}", '{m: {ge: "2"}}', "{w: {in: ab}}"])
+def test_a_begun_studys_conditions_are_read_as_they_were(workplace, tmp_path, said):
+    frozen = copy.deepcopy(dict(load(workplace, _with("{m: 1}")).frozen))
+    condition = YAML(typ="safe").load(said)
+    frozen["search_space"]["parameters"]["x"]["when"] = frozen["search_space"]["rules"][0]["deny"] = condition
+    (tmp_path / "begun").mkdir()
+    with (tmp_path / "begun" / "study.yaml").open("w") as file:
+        YAML().dump(frozen, file)
+    assert studyfile.load(tmp_path / "begun").space["x"].when == condition
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "says"),
+    [
+        ("args: {max-len: 512}", "fixed: {max-len: 256}", "engine.args says max-len 512, the search space or a pinned"),
+        ("args: {no-eager: true}", "fixed: {eager: true}", "engine.args says no-eager, "),
+        ("env: {A: 1}", "env: {A: 2}", "engine.env says A 1, "),
+        ("args: {max-len: 512}", "fixed: {max-len: 512}", ""),
+        ("args: {max-len: $max_model_len}", "fixed: {max-len: 4096}", ""),
+        ("env: {A: 1}", "env: {A: '1'}", ""),
+    ],
+)
+def test_what_study_and_space_give_every_server_must_agree(workplace, mine, its, says):
+    text = OWN.replace("kind: emulator,", f"kind: emulator, {mine},").replace("fixed: {swap-space: 4}", its)
+    if says:
+        assert refusal(workplace, text).startswith(f"2: {says}")
+    else:
+        load(workplace, text)
+
+
+def test_a_pinned_parameter_and_the_studys_flags_must_agree(workplace):
+    text = GOOD.replace("kind: emulator,", "kind: emulator, args: {max-num-seqs: 128},") + "parameters: {max_num_seqs: "
+    assert load(workplace, text + "128}\n").space.fixed == {"max-num-seqs": 128}
+    assert refusal(workplace, text + "64}\n").startswith("2: engine.args says max-num-seqs 128, the search space")
+
+
+@pytest.mark.parametrize(("flag", "tokens"), [("512", 512), ("$max_total_tokens", 172), ("auto", 4096)])
+def test_the_longest_request_is_what_the_spaces_own_flags_say(workplace, flag, tokens):
+    text = OWN.replace("swap-space: 4", f"max-model-len: {flag}, load-format: dummy")
+    study = load(workplace, text.replace("only: {le: 64}", "only: {le: $max_model_len}"))
+    assert study.space.facts["max_model_len"] == study.frozen["frozen"]["facts"]["max_model_len"] == tokens
+    assert study.space["weights"].values == ("none", "int8")  # which needs dummy weights
+
+
+def test_a_pinned_length_is_the_longest_request(workplace):
+    text = OWN.replace("flag: max-num-seqs", "flag: max-model-len") + "parameters: {seqs: 64}\n"
+    assert load(workplace, text).space.facts["max_model_len"] == 64
+
+
 def test_a_study_that_was_begun_is_read_whatever_is_refused_now(workplace, tmp_path):
     """It was measured: its report and its front are worth more than a rule that came later."""
     study = load(workplace, OWN)

@@ -45,6 +45,14 @@ FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
         ("objective: chat", FLOOR % "kl_max: .inf", "quality.kl_max is nats per token, 0 or more, not inf"),
         ("{launches: 5}", "-3", "bad budget '-3'"),
         ("", "warm_start: [../gone]\n", ":9: warm_start: no study in ../gone"),
+        ("{launches: 5}", "nan usd", ":8: bad budget 'nan usd'"),
+        ("{launches: 5}", "inf usd", ":8: bad budget 'inf usd'"),
+        ("{launches: 5}", "'1.5'", ":8: bad budget '1.5'"),
+        ("window: 10s", "window: 1.2.3s", ":6: trace.window: bad duration '1.2.3s'"),
+        ("ttft_p99: 300ms", "ttft_p99: 1.2.3ms", ":5: bad limit '1.2.3ms'"),
+        ("objective: chat", "objective: {latency: tpot_p9, slo: {}}", ":4: tpot_p9 lets 91 % of the requests"),
+        ("", "price_usd_per_gpu_hour: {L4: 1, l4: 2}\n", ":9: l4: L4 has a price already"),
+        ("", "parameters: {max_num_seqs: '64'}\n", ":9: max_num_seqs has no value '64'. write 64 without quotes"),
     ],
 )
 def test_what_would_spoil_a_study_is_refused_with_its_place(workplace, old, new, says):
@@ -54,8 +62,98 @@ def test_what_would_spoil_a_study_is_refused_with_its_place(workplace, old, new,
     assert says in str(error.value) and str(error.value).startswith(str(workplace / "study.yaml"))
 
 
-def test_a_number_alone_is_a_budget_of_launches(workplace):
-    assert studyfile.load(write(workplace, GOOD.replace("{launches: 5}", "20"))).budget.launches == 20
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("objective: chat", FLOOR % "kl_max: false", "4: objective.quality.kl_max: false"),
+        ("{launches: 5}", "true", "8: budget: true"),
+        ("{launches: 5}", "{hours: true}", "8: budget.hours: true"),
+        ("[1, 2, 4]", "[true]", "7: load.ladder.0: true"),
+        ("ttft_p99: 300ms", "error_rate: false", "5: slo.error_rate: false"),
+        ("window: 10s", "window: true", "6: trace.window: true"),
+        ("objective: chat", "price_usd_per_gpu_hour: true", "4: price_usd_per_gpu_hour: true"),
+        ("objective: chat", "hardware: {gpus: true}", "4: hardware.gpus: true"),
+        ("objective: chat", "parallel: true", "4: parallel: true"),
+        ("objective: chat", "seed: false", "4: seed: false"),
+    ],
+)
+def test_true_and_false_are_no_numbers(workplace, old, new, place):
+    with pytest.raises(UsageError) as error:
+        studyfile.load(write(workplace, GOOD.replace(old, new)))
+    assert str(error.value).startswith(f"{workplace}/study.yaml:{place} is no number: write one")
+
+
+def test_a_study_that_was_begun_with_such_values_can_still_be_read(workplace, tmp_path):
+    frozen = dict(studyfile.load(write(workplace, GOOD)).frozen)
+    engine = {**frozen["engine"], "args": {"enforce-eager": False, "max-num-seqs": 1.0}, "env": {"A.B": True}}
+    objective = {**frozen["objective"], "latency": "tpot_p9", "quality": {"kl_max": False}}
+    space = {**frozen["search_space"], "fixed": {"max-num-seqs": 8, "x": False}, "parameters": {}, "rules": []}
+    more = {"engine": engine, "objective": objective, "search_space": space, "budget": "nan usd"}
+    (tmp_path / "begun").mkdir()
+    with (tmp_path / "begun" / "study.yaml").open("w") as file:
+        YAML().dump({**frozen, **more}, file)
+    study = studyfile.load(tmp_path / "begun")
+    assert (study.space.fixed, study.space.env) == ({"max-num-seqs": 8}, {"A.B": "1"})
+    assert study.objective.quality.kl_max == 0 and study.budget.usd is None
+
+
+@pytest.mark.parametrize("said", ["20", "20.0", "'20'", "'20.0'", "20 launches"])
+def test_a_number_alone_is_a_budget_of_launches(workplace, said):
+    assert studyfile.load(write(workplace, GOOD.replace("{launches: 5}", said))).budget.launches == 20
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ("args: {max_model_len: 2048, max-model-len: 1024}", "--max-model-len is given twice"),
+        ("args: {enable-prefix-caching: false}", "--enable-prefix-caching: false adds no flag"),
+        ("args: {max-model-len: 1e3}", "max-model-len: 1e3 would be passed on as 1000.0"),
+        ("args: {revision: 0123456}", "revision: 0123456 would be passed on as 123456"),
+        ("env: {A=B: x}", "'A=B' is no name of an environment variable"),
+        ("env: {X: 010}", 'X: 010 would be passed on as 10. quote it: "010"'),
+        ("env: {X: 1.10}", 'X: 1.10 would be passed on as 1.1. quote it: "1.10"'),
+        ("env: {X: true}", "engine.env.X: true is no text: quote it"),
+        ('env: {X: "a\\0b"}', "X: no environment variable holds a NUL"),
+    ],
+)
+def test_what_no_server_would_get_as_it_stands_is_refused(workplace, said, says):
+    with pytest.raises(UsageError) as error:
+        studyfile.load(write(workplace, GOOD.replace("kind: emulator,", f"kind: emulator, {said},")))
+    assert str(error.value).startswith(f"{workplace}/study.yaml:2: {says}")
+
+
+def test_numbers_are_passed_on_as_they_are_meant(workplace):
+    said = "args: {gpu-memory-utilization: 0.90, x: 1e-5, on: &on true, off: *on}, env: {X: 1.5, Y: '010', Z: 3}"
+    engine = studyfile.load(write(workplace, GOOD.replace("kind: emulator,", f"kind: emulator, {said},"))).space
+    assert engine.fixed == {"gpu-memory-utilization": 0.9, "x": 1e-5, "on": None, "off": None}
+    assert engine.env == {"X": "1.5", "Y": "010", "Z": "3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"model: a\nname: \xe9\n", "2: this study file is not UTF-8 text. save it as UTF-8"),
+        (b"model: a\nname: \0\n", "2: this is not valid YAML: special characters are not allowed"),
+        (b"model: a\nload: {1: a, '1': b}\n", "2: this is not valid YAML: the key '1' is there twice"),
+    ],
+)
+def test_what_is_no_text_is_told_with_its_line(tmp_path, text, says):
+    (path := tmp_path / "study.yaml").write_bytes(text)
+    with pytest.raises(UsageError) as error:
+        studyfile.load(path)
+    assert str(error.value) == f"{path}:{says}"
+
+
+def test_aliases_of_aliases_are_not_written_out(tmp_path):
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))]
+    with pytest.raises(UsageError, match="more than 200,000 entries"):
+        studyfile.load(write(tmp_path, "\n".join(lines)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_anchor_may_be_defined_anew(workplace):
+    text = GOOD.replace("{launches: 5}", "{launches: &n 5}\nseed: &n 7\nparallel: *n")
+    assert studyfile.load(write(workplace, text)).parallel == 7
 
 
 def test_a_study_that_was_begun_with_all_warm_up_can_still_be_read(workplace, tmp_path):

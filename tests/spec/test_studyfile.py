@@ -7,6 +7,8 @@ from ruamel.yaml import YAML
 
 from tuner.errors import UsageError
 from tuner.spec import shipped, studyfile
+from tuner.study import session
+from tuner.study.store import Store
 
 GOOD = """\
 model: ./model
@@ -205,3 +207,14 @@ def test_a_model_is_quantized_where_its_config_says_how(workplace, more, quantiz
     path = workplace / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     assert studyfile.load(write(workplace, GOOD.replace("emulator", "vllm"))).space.facts["quantized"] is quantized
+
+
+@pytest.mark.parametrize("note", ["x" * 40 + "  " + "y" * 40 + " z", "a\x85b", " a\n\nb ", "1e3"])
+def test_the_study_folders_file_gives_back_every_text(workplace, tmp_path, note):
+    text = GOOD.replace("kind: emulator,", f"kind: emulator, env: {{NOTE: {json.dumps(note)}}},")
+    study = studyfile.load(write(workplace, text))
+    store = Store(tmp_path / "begun")
+    store.folder.mkdir()
+    session.write_study(study.frozen, store)
+    again = studyfile.load(store.folder)
+    assert again.engine.env == {"NOTE": note} and studyfile.differences(again, study) == []

@@ -13,6 +13,8 @@ import pytest
 
 from tests.study.fake import FakeEngine, FakeServer, oom
 from tuner.engines.protocol import LaunchFailed, Teardown
+from tuner.engines.sglang import SglangEngine
+from tuner.engines.vllm import VllmEngine
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
 from tuner.record.place import place
@@ -333,6 +335,17 @@ def test_an_unknown_flag_of_the_study_file_is_named_with_its_line(runner):
         )
     line = int(str(error.value).split(":")[1])
     assert "max-modellen" in (runner.folder / "s.yaml").read_text().splitlines()[line - 1]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("flag", ["port: 9000", "model: x", "trust-remote-code: true"])
+def test_a_flag_that_the_launcher_decides_is_refused_before_the_study_starts(runner, kind, flag):
+    study = runner.study(replace={"kind: vllm": f"kind: vllm, command: [docker], args:\n    {{{flag}}}"})
+    engine = (VllmEngine if kind == "vllm" else SglangEngine)(command=["docker"])
+    with pytest.raises(UsageError, match=rf"s\.yaml:\d+: --{flag.partition(':')[0]} is ") as error:
+        session.check_flags(study, engine)
+    line = int(str(error.value).split(":")[1])
+    assert flag in (runner.folder / "s.yaml").read_text().splitlines()[line - 1]
 
 
 def test_a_pinned_parameters_part_of_a_json_flag_is_known_by_the_flags_own_name(runner):

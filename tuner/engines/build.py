@@ -32,11 +32,25 @@ def engine(study: Study) -> Engine:
     hints = get_type_hints(kind.__init__)
     for option, value in options.items():
         if option in hints and (wrong := _wrong(option, value, hints[option])):
-            raise UsageError(f"engine.options.{option}: {wrong}, not {value!r}", where=_where(study, option))
+            raise UsageError(f"engine.options.{option}: {wrong}, not {value!r}", where=place(study, "options", option))
+        if option not in hints:
+            fix = text.suggest(option, hints.keys() - {"return"} - options.keys())
+            raise UsageError(
+                f"{study.engine.kind} has no engine.options.{option}", where=place(study, "options", option), fix=fix
+            )
     try:
         return kind.from_study(study)
-    except TypeError as error:
-        raise UsageError(f"engine.options: {error}", where=study.source, fix=f"given: {', '.join(options)}") from None
+    except TypeError as error:  # what the study says of the engine elsewhere is no option as well
+        said = next((option for option in options if repr(option) in str(error)), "")
+        raise UsageError(
+            f"engine.options.{said} is said elsewhere" if said else f"engine.options: {error}",
+            where=place(study, "options", said),
+            fix=f"take it out of engine.options: {', '.join(options)}",
+        ) from None
+    except UsageError as error:
+        said = next((option for option in options if option in error.message), "")
+        error.where = error.where or place(study, "options", said)
+        raise
 
 
 def _wrong(option: str, value: Any, hint: Any) -> str:
@@ -57,7 +71,7 @@ def _wrong(option: str, value: Any, hint: Any) -> str:
     return "a time cannot be negative" if option.endswith("_s") and any(n < 0 for n in numbers) else ""
 
 
-def _where(study: Study, option: str) -> str:
-    """``file:line`` of an option, the file alone where there is none."""
+def place(study: Study, *loc: str) -> str:
+    """``file:line`` of an entry of the engine's, the file alone where there is none."""
     path = Path(study.source)
-    return text.read(path, "study").where(("engine", "options", option)) if path.is_file() else study.source
+    return text.read(path, "study").where(("engine", *loc)) if path.is_file() else study.source

@@ -90,6 +90,13 @@ class SglangEngine:
         """See the protocol; None for a command whose interpreter is not known (a container)."""
         return self.installation.flags() if self.python else None
 
+    def check_flag(self, flag: str) -> None:
+        """Raises ``UsageError`` for a flag that the launcher decides."""
+        if flag in RESERVED:
+            raise UsageError(f"--{flag} is set by the launcher", fix="take it out of engine.args and the space")
+        if flag == "trust-remote-code" and not self.trust_remote_code:
+            raise UsageError("--trust-remote-code is not a parameter", fix="set engine.trust_remote_code: true instead")
+
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol."""
         recipe = self.recipe(config, site)
@@ -99,10 +106,8 @@ class SglangEngine:
 
     def recipe(self, config: ServingConfig, site: Site) -> Recipe:
         """How this config is started. Raises ``UsageError`` for what the launcher decides."""
-        if taken := RESERVED & set(config.flags):
-            raise UsageError(f"--{min(taken)} is set by the launcher", fix="take it out of engine.args and the space")
-        if "trust-remote-code" in config.flags and not self.trust_remote_code:
-            raise UsageError("--trust-remote-code is not a parameter", fix="set engine.trust_remote_code: true instead")
+        for flag in config.flags:
+            self.check_flag(flag)
         if config.model_variant:
             raise UsageError(
                 f"the sglang engine writes no model variants ({config.model_variant})", fix="name a quantized model"

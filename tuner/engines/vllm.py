@@ -99,6 +99,13 @@ class VllmEngine:
         """See the protocol; None for a command whose interpreter is not known (a container)."""
         return self.installation.flags() if self.python else None
 
+    def check_flag(self, flag: str) -> None:
+        """Raises ``UsageError`` for a flag that the launcher decides."""
+        if flag in RESERVED:
+            raise UsageError(f"--{flag} is set by the launcher", fix="take it out of engine.args and the search space")
+        if flag == "trust-remote-code" and not self.trust_remote_code:
+            raise UsageError("--trust-remote-code is not a parameter", fix="set engine.trust_remote_code: true instead")
+
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol."""
         recipe = self.recipe(config, site)
@@ -114,12 +121,8 @@ class VllmEngine:
     def recipe(self, config: ServingConfig, site: Site) -> Recipe:
         """How this config is started. Raises ``UsageError`` for a flag that the launcher decides, and
         :class:`LaunchFailed` for a model variant that does not exist."""
-        if taken := RESERVED & set(config.flags):
-            raise UsageError(
-                f"--{min(taken)} is set by the launcher", fix="take it out of engine.args and the search space"
-            )
-        if "trust-remote-code" in config.flags and not self.trust_remote_code:
-            raise UsageError("--trust-remote-code is not a parameter", fix="set engine.trust_remote_code: true instead")
+        for flag in config.flags:
+            self.check_flag(flag)
         model = self.served_model(config, site.folder / "models")
         version = self.version() if self.python else "unknown"
         history = History(self.cache / "startup.json", f"vllm {version} {Path(config.model).name}")

@@ -10,15 +10,31 @@ from typing import Any
 
 def dump(data: Any) -> str:
     """``data`` as YAML in block style. A string that YAML 1.1 would read as something else (``on``, ``1:30``, ``1e3``)
-    is quoted; text of several lines is a literal block, or quoted where a block would not give it back."""
+    is quoted, and a number has the dot that it needs there (``1.0e-06``); text of several lines is a literal block, or
+    quoted where a block would not give it back."""
     from ruamel.yaml import YAML
 
     yaml = YAML()
+    yaml.Representer = _representer()
     yaml.width = 1_000_000
     yaml.indent(mapping=2, sequence=4, offset=2)
     out = io.StringIO()
     yaml.dump(_plain(data), out)
     return out.getvalue()
+
+
+def _representer() -> Any:
+    from ruamel.yaml.representer import RoundTripRepresenter
+
+    class Representer(RoundTripRepresenter):
+        def represent_float(self, data: float) -> Any:
+            node = super().represent_float(data)
+            if "." not in node.value:
+                node.value = node.value.replace("e", ".0e")
+            return node
+
+    Representer.add_representer(float, Representer.represent_float)
+    return Representer
 
 
 def _plain(data: Any) -> Any:

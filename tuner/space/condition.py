@@ -7,7 +7,7 @@ All entries must hold. A name that is neither a parameter in force nor a known f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Condition = Mapping[str, Any]
@@ -40,7 +40,26 @@ def problems(condition: Any) -> list[str]:
                 for op in wanted
                 if op not in OPERATORS
             ]
+            found += [
+                f"{name}: {op} takes a list of values, not {operand!r}"
+                for op, operand in wanted.items()
+                if op in ("in", "not_in") and not (isinstance(operand, list | tuple) or str(operand).startswith("$"))
+            ]
     return found
+
+
+def literals(wanted: Any) -> Iterator[tuple[str, Any]]:
+    """What one entry of a condition compares with, by operator; what ``$`` names is left out."""
+    tests = (
+        wanted.items()
+        if isinstance(wanted, Mapping)
+        else [("in" if isinstance(wanted, list | tuple) else "eq", wanted)]
+    )
+    for op, operand in tests:
+        if isinstance(operand, list | tuple):
+            yield from ((op, one) for one in operand)
+        elif not (isinstance(operand, str) and operand.startswith("$")):
+            yield op, operand
 
 
 def names(condition: Condition) -> set[str]:

@@ -39,9 +39,9 @@ FACTS: Mapping[str, str] = {
 }
 
 
-def of_model(model: str, args: Mapping[str, Any]) -> dict[str, Any]:
+def of_model(model: str) -> dict[str, Any]:
     """Facts from the model folder's ``config.json``; fewer where the model is an id that is not on this machine."""
-    facts: dict[str, Any] = {"dummy_weights": args.get("load-format") == "dummy"}
+    facts: dict[str, Any] = {}
     config = model_config(model)
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) and nested else config
@@ -61,8 +61,15 @@ def of_model(model: str, args: Mapping[str, Any]) -> dict[str, Any]:
     if config:
         facts["moe"] = facts.get("num_experts", 0) > 1
         facts["quantized"] = bool(config.get("quantization_config") or text.get("quantization_config"))
+    return facts
+
+
+def of_flags(flags: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts that the flags of every server settle; ``known`` are the facts that a flag may name (``$...``)."""
+    said = {name: known.get(v[1:]) if isinstance(v, str) and v.startswith("$") else v for name, v in flags.items()}
+    facts: dict[str, Any] = {"dummy_weights": said.get("load-format") == "dummy"}
     for name in ("max-model-len", "context-length"):  # vLLM's name and SGLang's
-        length = number(args.get(name))
+        length = number(said.get(name))
         if length is not None and length > 0:  # -1 and auto: the engine's affair
             facts["max_model_len"] = int(length)
     return facts

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from tuner.spec.text import Strict
+from tuner.spec.text import NUMERIC, TEXT, Strict
+
+Number = Annotated[float, NUMERIC]
+Whole = Annotated[int, NUMERIC]
+Duration = Annotated[str | float, NUMERIC]
+Limit = Annotated[str | float | int, NUMERIC]
 
 
 class EngineFile(Strict):
@@ -15,7 +20,7 @@ class EngineFile(Strict):
     command: list[str] | str | None = None
     python: str = ""
     args: dict[str, bool | int | float | str] = {}
-    env: dict[str, str | int | float] = {}
+    env: dict[str, Annotated[str | int | float, TEXT]] = {}
     trust_remote_code: bool = False
     target: str = ""  # of the function engine
     url: str = ""  # of attach
@@ -27,29 +32,29 @@ class ExecutorFile(Strict):
     kind: Literal["local", "ray"] = "local"
     address: str = "auto"
     store: str = ""  # any fsspec path: where large records go on their way home
-    cpus: float = 1.0  # CPUs that a trial asks Ray for beside its GPUs
+    cpus: Number = 1.0  # CPUs that a trial asks Ray for beside its GPUs
 
 
 class HardwareFile(Strict):
     gpu: str = "auto"
-    gpus: int | Literal["auto"] = "auto"
+    gpus: Annotated[int | Literal["auto"], NUMERIC] = "auto"
 
 
 class TraceFile(Strict):
     file: str
     format: str = "auto"
-    window: str | float = "60s"
-    search_windows: int = 1
-    heldout_windows: int = 3
-    max_input_tokens: int | None = None
-    max_output_tokens: int | None = None
+    window: Duration = "60s"
+    search_windows: Whole = 1
+    heldout_windows: Whole = 3
+    max_input_tokens: Whole | None = None
+    max_output_tokens: Whole | None = None
     output: Literal["forced", "free"] = "forced"
 
 
 class LoadFile(Strict):
-    ladder: list[float] | Literal["auto"] = "auto"
-    warmup: str | float = "5s"
-    request_timeout: str | float = "10min"
+    ladder: list[Number] | Literal["auto"] = "auto"
+    warmup: Duration = "5s"
+    request_timeout: Duration = "10min"
     early_stop: bool = True
 
     @field_validator("ladder")
@@ -63,29 +68,29 @@ class LoadFile(Strict):
 
 
 class BudgetFile(Strict):
-    launches: int | None = None
-    hours: float | None = None
-    usd: float | None = None
-    verify_share: float = 0.3
+    launches: Whole | None = None
+    hours: Number | None = None
+    usd: Number | None = None
+    verify_share: Number = 0.3
 
 
 class StorageFile(Strict):
     url: str
-    heartbeat: str | float = "30s"
-    grace: str | float = "2min"
+    heartbeat: Duration = "30s"
+    grace: Duration = "2min"
 
 
 class QualityFile(Strict):
-    kl_max: float | None = None
-    top1_min: float | None = None
-    greedy_min: float | None = None
+    kl_max: Number | None = None
+    top1_min: Number | None = None
+    greedy_min: Number | None = None
 
 
 class ObjectiveFile(Strict):
     name: str = ""
     latency: str
-    slo: dict[str, str | float | int]
-    price_usd_per_gpu_hour: float | None = None
+    slo: dict[str, Limit]
+    price_usd_per_gpu_hour: Number | None = None
     quality: QualityFile = QualityFile()
 
 
@@ -99,15 +104,15 @@ class StudyFile(Strict):
     search_space: str | dict[str, Any] = ""
     parameters: dict[str, Any] = {}
     objective: str | dict[str, Any] = "chat"
-    slo: dict[str, str | float | int] = {}
-    price_usd_per_gpu_hour: float | dict[str, float] | None = None
+    slo: dict[str, Limit] = {}
+    price_usd_per_gpu_hour: Annotated[float | dict[str, Number] | None, NUMERIC] = None
     trace: TraceFile | str = ""
     load: LoadFile = LoadFile()
-    budget: BudgetFile | str | int = BudgetFile()
+    budget: Annotated[BudgetFile | str | int, NUMERIC] = BudgetFile()
     predictor: str = ""  # package.module:callable: a model of one's own in place of the analytic one
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
-    seed: int = Field(0, ge=0, lt=2**32)
-    parallel: int | Literal["auto"] | None = None  # None: 1 here, as many as fit on a cluster
+    seed: Whole = Field(0, ge=0, lt=2**32)
+    parallel: Annotated[int | Literal["auto"] | None, NUMERIC] = None  # None: 1 here, as many as fit on a cluster
     executor: ExecutorFile | Literal["local", "ray"] = ExecutorFile()
     warm_start: list[str] = []
     reports: str = "reports"

@@ -12,7 +12,7 @@ from tuner.words import figure
 EXACT = 1 + 1e-9  # a limit that is met to the last bit but one is met
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm_latency")
 _NAME = re.compile(rf"^({'|'.join(LATENCIES)})_(p\d{{1,2}}(?:\.\d+)?|mean|max)$")
-_LIMIT = re.compile(r"^\s*([0-9.]+(?:e-?[0-9]+)?)\s*(us|ms|s|min|%)?\s*$")
+_LIMIT = re.compile(r"^\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)\s*(us|ms|s|min|%)?\s*$")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 
 

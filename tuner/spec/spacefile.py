@@ -5,21 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tuner.space import condition
 from tuner.space.config import Value, same
 from tuner.space.space import Emission, Parameter, Rule, SearchSpace
 from tuner.spec.facts import FACTS
-from tuner.spec.text import Document, Strict, suggest, validate
+from tuner.spec.text import NUMERIC, TEXT, Document, Strict, check_env, check_flags, suggest, validate
 
 Scalar = bool | int | float | str
+Number = Annotated[float | int, NUMERIC]
+Word = Annotated[str | int, TEXT]
 MOST_VALUES = 10_000
+NO_SWITCH = "false adds no flag, and the engine's own default would be measured"
 
 
 class EmissionFile(Strict):
     flags: dict[str, bool | int | float | str | None] = {}
-    env: dict[str, str | int] = {}
+    env: dict[str, Word] = {}
     model_variant: str = ""
     gpu: str = ""  # the type of GPU it runs on, on a cluster that has several
     requires: str = ""
@@ -34,9 +37,9 @@ class ParameterFile(Strict):
     flag: str = ""
     type: Literal["", "switch"] = ""
     values: list[Scalar] | dict[str, EmissionFile | None] | None = None
-    range: list[float | int] | None = None
+    range: list[Number] | None = None
     scale: Literal["linear", "log2"] = "linear"
-    step: float | int | None = None
+    step: Number | None = None
     default: Scalar | list[DefaultCase]
     only: dict[str, Any] = {}
     when: dict[str, Any] = {}
@@ -57,7 +60,7 @@ class SpaceFile(Strict):
     engine: str = "vllm"
     checked_with: list[str] = []
     fixed: dict[str, bool | int | float | str | None] = {}
-    env: dict[str, str | int] = {}
+    env: dict[str, Word] = {}
     parameters: dict[str, ParameterFile]
     rules: list[RuleFile] = []
 
@@ -93,20 +96,27 @@ def build(
             facts[name] = parameter.values[0]
         else:
             parameters.append(parameter)
+    grids = {name: _ever(name, spec, document, prefix, limits) for name, spec in file.parameters.items()}
     unknown = set(limits) - set(file.parameters)
     if unknown:
         worst = sorted(unknown)[0]
         raise document.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
     if not document.begun:
         _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
+        check_env(file.env, document, (*prefix, "env"))
     for name, spec in file.parameters.items() if not document.begun else ():
-        _check_facts(spec, facts, document, (*prefix, "parameters", name, "values"))
+        at = (*prefix, "parameters", name)
+        _check_facts(spec, facts, document, (*at, "values"))
+        _check_literals({"value": spec.only}, {"value": grids[name]}, document, (*at, "only"))
+        _check_literals(spec.when, grids, document, (*at, "when"))
         if _waits_for(name, name, file, set()):
-            at = (*prefix, "parameters", name, "when")
-            raise document.error(f"{name} applies only where {name} does: nothing ever makes it apply", at)
+            raise document.error(f"{name} applies only where {name} does: nothing ever makes it apply", (*at, "when"))
     rules = []
     for index, rule in enumerate(file.rules):
-        _check_condition(rule.deny, known, document, (*prefix, "rules", index, "deny"))
+        if not document.begun:
+            at = (*prefix, "rules", index, "deny")
+            _check_condition(rule.deny, known, document, at)
+            _check_literals(rule.deny, grids, document, at)
         rules.append(Rule(rule.deny, rule.because, rule.name))
     return SearchSpace(
         name=file.name,
@@ -147,10 +157,46 @@ def _check_condition(spec: Mapping[str, Any], known: set[str], document: Documen
             raise document.error(f"{place}: {name!r} is neither a parameter nor a known fact", at, fix)
 
 
+def _check_literals(
+    spec: Mapping[str, Any], grids: Mapping[str, Sequence[Any]], document: Document, at: tuple[str | int, ...]
+) -> None:
+    """Refuses what a condition compares a parameter with that is none of its values, or cannot be compared with any."""
+    for name in [name for name in spec if name in grids]:
+        for op, operand in condition.literals(spec[name]):
+            if op in ("eq", "ne", "in", "not_in"):
+                wrong = operand not in grids[name]
+            else:
+                wrong = _kind(operand) not in map(_kind, grids[name])
+            if wrong:
+                shown = at[-2] if at[-1] == "only" else name
+                raise document.error(
+                    f"{'.'.join(map(str, at))}: {shown} has no value {_shown(operand)}",
+                    at,
+                    _nearest(operand, grids[name]),
+                )
+
+
+def _kind(value: Any) -> type:
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def _ever(
+    name: str, spec: ParameterFile, document: Document, prefix: tuple[str, ...], limits: Mapping[str, Any]
+) -> list[Any]:
+    """Every value that a parameter has on some machine, or by the study's word."""
+    defaults = [case.value for case in spec.default] if isinstance(spec.default, list) else [spec.default]
+    said = limits.get(name, [])
+    said = said if isinstance(said, list) else [said]
+    return [*_values(name, spec, document, (*prefix, "parameters", name)), *defaults, *said]
+
+
 def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
     """A fact that this machine does not have is no mistake: whoever writes ``$draft_model`` need not have one."""
     known = {*FACTS, *facts}
+    check_flags(flags, lambda name: name.lstrip("-"), document, at)
     for flag, value in flags.items():
+        if value is False:
+            raise document.error(f"--{flag.lstrip('-')}: {NO_SWITCH}", (*at, flag), off(flag.lstrip("-")))
         if isinstance(value, str) and value.startswith("$") and value[1:] not in known:
             fix = suggest(value[1:], known)
             raise document.error(f"--{flag.lstrip('-')}: no such fact: {value[1:]}", (*at, flag), fix)
@@ -158,13 +204,14 @@ def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: D
 
 def _check_facts(spec: ParameterFile, facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
     """What the values of a parameter say of facts: ``requires`` and ``$name``."""
-    for value in spec.values if isinstance(spec.values, list) else ():
+    for value in (v for v in spec.values if isinstance(v, str)) if isinstance(spec.values, list) else ():
         _check_flags({spec.flag: value}, facts, document, at)
     for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
         if emission and emission.requires and emission.requires not in (known := {*FACTS, *facts}):
             fix = suggest(emission.requires, known)
             raise document.error(f"requires: no such fact: {emission.requires}", (*at, key, "requires"), fix)
         _check_flags(emission.flags if emission else {}, facts, document, (*at, key, "flags"))
+        check_env(emission.env if emission else {}, document, (*at, key, "env"))
 
 
 def _check_values(name: str, values: Sequence[Any], counts_gpus: bool, document: Document, at: tuple[str, ...]) -> None:
@@ -223,22 +270,13 @@ def _grid(
         keep = {
             k: e or EmissionFile() for k, e in spec.values.items() if not e or not e.requires or facts.get(e.requires)
         }
-        values: list[Value] = [_scalar(key) for key in keep]
+        values = [_scalar(key) for key in keep]
         emissions = [
             Emission(_flags(e.flags), {k: str(v) for k, v in e.env.items()}, e.model_variant, e.gpu)
             for e in keep.values()
         ]
     else:
-        if spec.type == "switch":
-            if not spec.flag:
-                raise document.error(f"{name}: a switch needs its flag", at, "write flag: enable-prefix-caching")
-            values = [True, False]
-        elif spec.values is not None:
-            values = list(spec.values)
-        elif spec.range is not None:
-            values = _range(name, spec, document, at)
-        else:
-            raise document.error(f"{name} has neither values nor a range", at, "add values: [..] or range: [low, high]")
+        values = _values(name, spec, document, at)
         if not spec.flag:
             raise document.error(
                 f"{name} has no flag", at, "write flag: max-num-seqs, or values with flags of their own"
@@ -256,6 +294,21 @@ def _grid(
             f"{name} has no value left on this machine", at, f"only: {spec.only} excludes all of {values}"
         )
     return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
+def _values(name: str, spec: ParameterFile, document: Document, at: tuple[str, ...]) -> list[Value]:
+    """The grid as it is written."""
+    if isinstance(spec.values, dict):
+        return [_scalar(key) for key in spec.values]
+    if spec.type == "switch":
+        if not spec.flag:
+            raise document.error(f"{name}: a switch needs its flag", at, "write flag: enable-prefix-caching")
+        return [True, False]
+    if spec.values is not None:
+        return list(spec.values)
+    if spec.range is not None:
+        return _range(name, spec, document, at)
+    raise document.error(f"{name} has neither values nor a range", at, "add values: [..] or range: [low, high]")
 
 
 def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ...]) -> list[Value]:
@@ -312,8 +365,30 @@ def _emit(flag: str, value: Value) -> Emission:
 
 
 def _flags(flags: Mapping[str, Any]) -> dict[str, Value | None]:
-    """``true`` is a switch without a value; ``false`` leaves the flag out."""
+    """``true`` is a switch without a value; ``false``, in a study that was begun with one, leaves the flag out."""
     return {name.lstrip("-"): None if value is True else value for name, value in flags.items() if value is not False}
+
+
+def _word(value: Any) -> str:
+    """As YAML has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else _word(value)
+
+
+def _nearest(value: Any, values: Sequence[Value]) -> str:
+    """Which of ``values`` is meant."""
+    word, words = _word(value), set(map(_word, values))
+    if word in words:
+        return f"write {word} without quotes" if isinstance(value, str) else f'write "{word}", in quotes'
+    return suggest(word, words)
+
+
+def off(flag: str) -> str:
+    """How to say that a switch is off."""
+    return f"write {flag.removeprefix('no-') if flag.startswith('no-') else f'no-{flag}'}: true, or leave it out"
 
 
 def _scalar(key: str) -> Value:
@@ -335,9 +410,8 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     for value in wanted:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value not in parameter.values and not (parameter.numeric and number):
-            shown = repr(value) if isinstance(value, str) else "null" if value is None else value
             raise document.error(
-                f"{parameter.name} has no value {shown}", at, suggest(str(value), map(str, parameter.values))
+                f"{parameter.name} has no value {_shown(value)}", at, _nearest(value, parameter.values)
             )
     chosen = [v for v in parameter.values if v in wanted]
     pairs = [(v, parameter.emissions[parameter.values.index(v)]) for v in chosen]

@@ -17,20 +17,20 @@ from tuner.spec import shipped, slo
 from tuner.spec import storage as storage_
 from tuner.spec.objective import Objective, QualityFloor
 from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StorageFile, StudyFile, TraceFile
-from tuner.spec.spacefile import build
+from tuner.spec.spacefile import NO_SWITCH, build, off
 from tuner.spec.study import Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
-from tuner.spec.text import Document, read, suggest, validate
+from tuner.spec.text import Document, check_env, check_flags, read, suggest, twice, validate
 
 MOST_WINDOWS, MOST_TOKENS = 1_000, 10_000_000
 USUAL_LADDER = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # until the ladder is settled, or where nobody can ask
-_DURATION = re.compile(r"^\s*([0-9.]+)\s*(s|min|m|h|d)?\s*$")
+_DURATION = re.compile(r"^\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(s|min|m|h|d)?\s*$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
 
 def seconds(text: str | float | int) -> float:
     """``90s``, ``5min``, ``4h`` or a number of seconds. Raises ``ValueError``."""
     match = _DURATION.match(str(text))
-    if not match or float(match.group(1)) <= 0:
+    if not match or not 0 < float(match.group(1)) < math.inf:
         raise ValueError(f"bad duration {text!r}: write for example 30s, 5min or 4h")
     return float(match.group(1)) * _SECONDS[match.group(2)]
 
@@ -52,7 +52,7 @@ def resolve(document: Document, beside: Path) -> Study:
         )
     base = Path(frozen.get("beside", beside)).resolve()
     trace = _trace(file.trace, document, base, file.engine.kind, must_exist=not frozen)
-    engine = _engine(file.engine, base)
+    engine = _engine(file.engine, document, base)
     model = (
         ""
         if not file.model and engine.kind == "function"
@@ -61,6 +61,10 @@ def resolve(document: Document, beside: Path) -> Study:
     facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace)
     hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(facts)
     space = _with_args(_space(file, document, base, facts), engine, document)
+    settled = facts if frozen else {**facts, **facts_.of_flags(space.fixed, facts)}
+    if settled != facts:  # by the space's own flags: its conditions are to see that
+        facts = settled
+        space = _with_args(_space(file, document, base, facts), engine, document)
     if space.engine != engine.kind and engine.kind in ("vllm", "sglang"):
         raise document.error(
             f"the search space {space.name!r} is for {space.engine}, the study's engine is {engine.kind}",
@@ -147,6 +151,8 @@ def _budget(file: BudgetFile | str | int, document: Document) -> Budget:
         try:
             return parse_budget(str(file))
         except ValueError as error:
+            if document.begun:
+                return Budget()  # of nan or inf: it limits nothing
             raise document.error(str(error), ("budget",)) from None
     for key in ("launches", "hours", "usd"):
         value = getattr(file, key)
@@ -166,10 +172,10 @@ def parse_budget(text: str) -> Budget:
             word, kind = word.removesuffix(ending).strip(), key
             break
     else:
-        kind = "launches" if word.isdigit() else "hours"
+        kind = "launches" if re.fullmatch(r"[0-9.]+", word) else "hours"
     try:
         value = seconds(word) / 3600 if kind == "hours" else float(word)
-        if value <= 0 or (kind == "launches" and not value.is_integer()):
+        if not 0 < value < math.inf or (kind == "launches" and not value.is_integer()):
             raise ValueError
     except ValueError:
         raise ValueError(f"bad budget {text!r}: write for example 4h, '20 launches' or 15usd") from None
@@ -221,13 +227,20 @@ def _parallel(file: StudyFile) -> int:
     return max(1, file.parallel or 1)
 
 
-def _engine(file: EngineFile, base: Path) -> EngineSpec:
+def _engine(file: EngineFile, document: Document, base: Path) -> EngineSpec:
     command = tuple(file.command.split()) if isinstance(file.command, str) else tuple(file.command or ())
     python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
-    args = {name.lstrip("-").replace("_", "-"): value for name, value in file.args.items()}
+    if not document.begun:
+        check_flags(file.args, _flag, document, ("engine", "args"))
+        check_env(file.env, document, ("engine", "env"))
+    args = {_flag(name): value for name, value in file.args.items()}
     env = {name: str(value) for name, value in file.env.items()}
     said = {key: value for key in ("target", "url", "gpu") if (value := getattr(file, key))}
     return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, {**said, **file.options})
+
+
+def _flag(name: str) -> str:
+    return name.lstrip("-").replace("_", "-")
 
 
 def _model(model: str, document: Document, base: Path, must_exist: bool, at: str = "model") -> str:
@@ -257,7 +270,7 @@ def _facts(
     """Facts of machine, model and trace as they are now."""
     from tuner.load import formats
 
-    facts = {**facts_.of_machine(), **facts_.of_model(model, engine.args)}
+    facts = {**facts_.of_machine(), **facts_.of_model(model)}
     for key in ("draft_model", "eagle_model"):
         given = getattr(file, key)
         if given:
@@ -265,7 +278,8 @@ def _facts(
     if trace.file:
         whole = formats.read(Path(trace.file), trace.format)
         facts |= facts_.of_trace(whole.input_tokens, whole.output_tokens)
-    return facts | gpu_facts(file.hardware, document, engine, _executor(file))
+    facts |= gpu_facts(file.hardware, document, engine, _executor(file))
+    return facts | facts_.of_flags(engine.args, facts)
 
 
 def gpu_facts(
@@ -351,6 +365,8 @@ def _inline(file: StudyFile, document: Document, base: Path, facts: Mapping[str,
 
 def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> SearchSpace:
     """The space with the study's own flags and environment on every server."""
+    for flag in () if document.begun else (name for name, value in engine.args.items() if value is False):
+        raise document.error(f"--{flag}: {NO_SWITCH}", ("engine", "args", flag), off(flag))
     given = {name: None if value is True else value for name, value in engine.args.items() if value is not False}
     for flag, value in given.items():
         if isinstance(value, float) and not math.isfinite(value) and not document.begun:
@@ -368,7 +384,26 @@ def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> Se
                 ("engine", "args", flag),
                 f"remove it there, or pin it with parameters: {{{parameter.name}: {given[flag]}}}",
             )
+    if not document.begun:
+        _check_both(given, space, "args", document)
+        _check_both(engine.env, space, "env", document)
     return replace(space, fixed={**given, **space.fixed}, env={**engine.env, **space.env})
+
+
+def _check_both(given: Mapping[str, Any], space: SearchSpace, part: str, document: Document) -> None:
+    """Refuses what the study gives every server, and its search space (or a pinned parameter) gives them otherwise."""
+    theirs = space.env if part == "env" else space.fixed
+    for name, value in given.items():
+        for other in {name, f"no-{name}", name.removeprefix("no-")} & set(theirs):
+            said = theirs[other]
+            said = space.facts.get(said[1:], said) if isinstance(said, str) and said.startswith("$") else said
+            if other != name or str(said) != str(value):
+                mine, its = (text if v is None else f"{text} {v}" for text, v in ((name, value), (other, said)))
+                raise document.error(
+                    f"engine.{part} says {mine}, the search space or a pinned parameter says {its}",
+                    ("engine", part, name),
+                    "keep one of the two",
+                )
 
 
 def _objective_data(
@@ -392,6 +427,8 @@ def _objective(
         slo.check_metric(spec.latency)
         if spec.latency == "error_rate":
             raise ValueError("the latency axis is a latency, not error_rate")
+        if not document.begun:
+            slo.check_binds(slo.Slo(spec.latency, math.inf), "")
     except ValueError as error:
         raise source.error(str(error), (*prefix, "latency")) from None
     said = file.price_usd_per_gpu_hour
@@ -403,6 +440,10 @@ def _objective(
     if prices:
         from tuner.search.hardware import device_of
 
+        again = twice(prices, device_of)
+        if again is not None and not document.begun:
+            at = ("price_usd_per_gpu_hour", again)
+            raise document.error(f"{again}: {device_of(again)} has a price already", at, "keep one of them")
         prices = {device_of(name): usd for name, usd in prices.items()}
         assumed = assumed and hardware.name not in prices
         price = prices.get(hardware.name, price)

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, StringMark, YAMLError
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from tuner.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
 Loc = Sequence[str | int]
+MOST_ENTRIES = 200_000
+
+
+def _no_switch(why: str) -> BeforeValidator:
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not (info.context or {}).get("begun"):
+            raise ValueError(f"{str(value).lower()} is {why}")
+        return value
+
+    return BeforeValidator(check)
+
+
+NUMERIC = _no_switch("no number: write one, or leave the entry out")  # though to Python true is 1
+TEXT = _no_switch("no text: quote it")
 
 
 class Strict(BaseModel):
@@ -51,6 +69,16 @@ class Document:
             node = node[key]
         return f"{self.path}:{line}" if self.tree is not None else self.path
 
+    def word(self, loc: Loc) -> str:
+        """The plain scalar at ``loc`` as it stands in the file; empty where that cannot be told (an alias, a flag)."""
+        node = self.tree
+        for key in loc[:-1]:
+            node = node[key] if isinstance(node, CommentedMap) and key in node else None
+        place = (node.lc.data or {}).get(loc[-1]) if isinstance(node, CommentedMap) else None
+        lines = _lines(self.path) if place else []
+        found = _WORD.match(lines[place[2]], place[3]) if place and place[2] < len(lines) else None
+        return found[0] if found else ""
+
     @property
     def begun(self) -> bool:
         """Whether this is a study folder's own file: what was measured with it is worth more than a later rule."""
@@ -58,6 +86,16 @@ class Document:
 
     def error(self, message: str, loc: Loc = (), fix: str = "") -> UsageError:
         return UsageError(message, where=self.where(loc), fix=fix)
+
+
+_WORD = re.compile(r"[0-9.+-][^\s,\]}#]*")
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 def _line(node: Any, key: str | int) -> int | None:
@@ -77,16 +115,26 @@ def read(path: Path, kind: str) -> Document:
     except FileNotFoundError:
         near = suggest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise UsageError(f"no such {kind} file", where=shown, fix=near) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UsageError(f"cannot read this {kind} file ({error})", where=shown) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"this {kind} file is not UTF-8 text", where=f"{shown}:{line}", fix="save it as UTF-8"
+        ) from None
     try:
-        tree = YAML(typ="rt").load(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML allows it
+            tree = YAML(typ="rt").load(text)
         data = plain(tree)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         problem = error.problem or error.context or "not YAML"
         raise UsageError(f"this is not valid YAML: {problem}", where=f"{shown}:{line}") from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UsageError(f"this is not valid YAML: {error.reason}", where=f"{shown}:{line}") from None
     except (YAMLError, ValueError) as error:
         raise UsageError(f"this is not valid YAML: {str(error).splitlines()[0]}", where=shown) from None
     except RecursionError:
@@ -97,11 +145,25 @@ def read(path: Path, kind: str) -> Document:
 
 
 def plain(node: Any) -> Any:
-    """ruamel's round-trip containers as plain dicts, lists and scalars."""
+    """ruamel's round-trip containers as plain dicts, lists and scalars. Raises ``YAMLError`` for two keys that are one
+    word (``1`` and ``"1"``), and for more entries, by aliases of aliases, than anybody writes."""
+    return _plain(node, itertools.count(1))
+
+
+def _plain(node: Any, entries: Iterator[int]) -> Any:
+    if next(entries) > MOST_ENTRIES:
+        raise YAMLError(f"it has more than {MOST_ENTRIES:,} entries, aliases counted")
     if isinstance(node, Mapping):
-        return {str(key): plain(value) for key, value in node.items()}
+        if (again := twice(node, str)) is not None:
+            line = (_line(node, again) or 1) - 1
+            raise MarkedYAMLError(
+                problem=f"the key {str(again)!r} is there twice", problem_mark=StringMark("", 0, line, 0, None, 0)
+            )
+        return {str(key): _plain(value, entries) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return [plain(value) for value in node]
+        return [_plain(value, entries) for value in node]
+    if isinstance(node, ScalarBoolean):  # one with an anchor
+        return bool(node)
     for scalar in (bool, int, float, str):
         if isinstance(node, scalar):
             return scalar(node)
@@ -111,7 +173,7 @@ def plain(node: Any) -> Any:
 def validate(model: type[M], document: Document, data: Any = None, prefix: Loc = ()) -> M:
     """``data`` (by default the whole document) as ``model``; the first fault becomes a UsageError with file:line."""
     try:
-        return model.model_validate(document.data if data is None else data)
+        return model.model_validate(document.data if data is None else data, context={"begun": document.begun})
     except ValidationError as error:
         first = error.errors()[0]
         loc = [*prefix, *_keys(first["loc"], document.data if data is None else data, first["type"] == "missing")]
@@ -160,3 +222,39 @@ def suggest(word: str, known: Iterable[str]) -> str:
     if near:
         return f"Did you mean {near[0]!r}?"
     return f"Known: {', '.join(known)}" if known else ""
+
+
+def twice(names: Iterable[Any], normal: Callable[[Any], Any]) -> Any:
+    """The first of ``names`` that is, in its normal form, one of those before it; None where none is."""
+    seen: set[Any] = set()
+    for name in names:
+        if (found := normal(name)) in seen:
+            return name
+        seen.add(found)
+    return None
+
+
+def check_flags(flags: Mapping[str, Any], normal: Callable[[str], str], document: Document, at: Loc) -> None:
+    """Refuses flags that are given twice under their ``normal`` name, and numbers that a command line would show
+    otherwise than the file does."""
+    if (again := twice(flags, normal)) is not None:
+        raise document.error(f"--{normal(again)} is given twice", (*at, again), "keep one of the two")
+    for name, value in flags.items():
+        word = document.word((*at, name)) if isinstance(value, int | float) else ""
+        if re.match(r"[-+]?0[0-9]", word) or (isinstance(value, float) and value.is_integer() and "e" in word.lower()):
+            raise document.error(
+                f"{name}: {word} would be passed on as {value}", (*at, name), "write it out, or quote it"
+            )
+
+
+def check_env(env: Mapping[str, Any], document: Document, at: Loc) -> None:
+    """Refuses what is no name of an environment variable, and numbers that would not be passed on as they stand."""
+    for name, value in env.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            fix = "use letters, digits and '_'"
+            raise document.error(f"{name!r} is no name of an environment variable", (*at, name), fix)
+        if "\0" in str(value):
+            raise document.error(f"{name}: no environment variable holds a NUL", (*at, name))
+        word = "" if isinstance(value, str) else document.word((*at, name))
+        if word and word != str(value):
+            raise document.error(f"{name}: {word} would be passed on as {value}", (*at, name), f'quote it: "{word}"')

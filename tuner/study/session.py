@@ -134,21 +134,25 @@ def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:
 
 
 def check_flags(study: Study, engine: Engine) -> None:
-    """Raises UsageError with the nearest name where the space uses a flag that the installed version does not know."""
-    known = engine.flags()
-    if known is None:
-        return
+    """Raises UsageError where the study uses a flag that the launcher decides, and with the nearest name where it uses
+    one that the installed version does not know."""
+    check = getattr(engine, "check_flag", None)
     fixed = {flag.partition(".")[0] for flag in study.space.fixed}  # a pinned parameter's flags, too
     args = {flag.partition(".")[0] for flag in study.engine.args}
     used = {flag: "engine.args" if flag in args else f"fixed in {study.space.name}" for flag in fixed}
     for parameter in study.space.parameters:
         for emission in parameter.emissions:
             used |= {flag.partition(".")[0]: f"parameter {parameter.name}" for flag in emission.flags}
+    for flag in used if check else ():
+        with _named(study, flag):
+            check(flag)
+    if (known := engine.flags()) is None:
+        return
     for flag, where in used.items():
         if flag not in known and flag.removeprefix("no-") not in known:
             raise UsageError(
                 f"{study.engine.kind} {engine.version()} knows no flag --{flag} ({where})",
-                where=_place(study.source, flag),
+                where=_place(study, flag),
                 fix=suggest(flag, known) if len(suggest(flag, known)) < 100 else "choose another space or version",
             )
 
@@ -159,12 +163,15 @@ def _named(study: Study, text: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        error.where = error.where or (_place(study.source, text) if text else "")
+        error.where = error.where or (_place(study, text) if text else "")
         raise
 
 
-def _place(source: str, flag: str) -> str:
+def _place(study: Study, flag: str) -> str:
     """``file:line`` where the study file names the flag (or a target); the file alone where only its space does."""
+    source = study.source
+    if flag in study.engine.args:
+        return build.place(study, "args", flag)
     with suppress(OSError):
         for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
             if re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", line.partition("#")[0]):
@@ -294,11 +301,10 @@ def _hold_out(study: Study, before: Study, store: Store) -> None:
 
 def write_study(document: Mapping[str, Any], store: Store) -> None:
     """``study.yaml``, atomically."""
-    from ruamel.yaml import YAML
+    from tuner.export.text import dump
 
     temporary = store.study_file.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        YAML().dump(dict(document), file)
+    temporary.write_text(dump(document), encoding="utf-8")
     temporary.replace(store.study_file)
 
 
