@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.study.fake import FakeEngine, oom
@@ -46,6 +46,7 @@ def settle(runner, engine, cancel=None, **changes):
 
 
 @given(st.floats(0.01, 100), st.floats(0.5, 200))
+@example(1.0, 1.0625)  # nothing of two digits lies between
 def test_the_capacity_is_found_to_a_factor_of_1_5_with_one_probe_per_doubling(capacity, top):
     asked = []
 

@@ -94,7 +94,7 @@ def bracket(holds: Callable[[float], bool], top: float, lowest: float = LOWEST) 
         if load < lowest:
             raise Unsettled(f"the engine's default misses its SLOs even at load {higher:g}")
     between = float(f"{(load * higher) ** 0.5:.2g}")
-    return between if holds(between) else load
+    return between if load < between < higher and holds(between) else load
 
 
 def _capacity(
