@@ -7,6 +7,7 @@ from statistics import fmean
 import pytest
 
 from benchmarks.verify.machine import Machine, window
+from benchmarks.verify.promised import promised
 from benchmarks.verify.small_study import LATENCY, THROUGHPUT, run, study, truth
 from tuner.engines.protocol import Cancelled, LaunchFailed
 from tuner.errors import UsageError
@@ -207,7 +208,31 @@ def test_a_bracket_begins_where_other_windows_arms_and_rounds_expect_it():
         for name, capacity in capacities.items():
             limit = capacity * factor[label.split(" ", 2)[2]]
             assert begun[label][name] == max(load for w, load in before if w == name and load <= limit)
-    assert sum(len(tried[label]) for label in again) < len(tried[first]) + len(tried[second])
+    promised = {load for label in again for _, load in tried[label] if [x for _, x in tried[label]].count(load) == 3}
+    brackets = [load for label in again for _, load in tried[label] if load not in promised]
+    assert len(brackets) < len(tried[first]) + len(tried[second])
+
+
+def test_what_is_promised_is_measured_at_its_load_before_it_is_promised():
+    """Brackets lie around each window's own capacity, the promised load below all of them: with what was measured
+    there alone the latency is too high (.17 on these seeds)."""
+    off, held, _ = zip(*(promised(seed) for seed in range(16)), strict=True)
+    assert abs(fmean(off)) < 0.12 and all(held)
+
+
+def test_a_latency_is_followed_down_as_it_rises_where_both_loads_were_measured():
+    def step(window, load, seconds):
+        return Step(load, window, {"ttft_p99_s": seconds, COST: 1.0}, {})
+
+    first = [step("a", 4.0, 0.4), step("a", 5.0, 0.5), step("b", 5.0, 0.6)]
+    second = [step("a", 2.0, 0.2), step("a", 4.0, 0.4), step("b", 2.0, 0.3), step("b", 4.0, 0.6)]
+    above = Table([Launched("x", 1, tuple(first))], ())
+    both = Table([Launched("x", 1, tuple(first)), Launched("x", 2, tuple(second))], ())
+    assert not above.measured_as_low("x", 2.0) and both.measured_as_low("x", 2.0)
+    assert above.values_at({"x": 2.0}, "ttft_p99_s")["x", 1, "a"] == pytest.approx(math.log(0.4))
+    values = both.values_at({"x": 2.0}, "ttft_p99_s")
+    assert values["x", 1, "a"] == pytest.approx(math.log(0.2)) and values["x", 2, "b"] == pytest.approx(math.log(0.3))
+    assert values["x", 1, "b"] == pytest.approx(math.log(0.6 * 2 / 5))
 
 
 def _cells(capacities, *, rise=1.0, slow=0.0, launches=2, arm="default"):

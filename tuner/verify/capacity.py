@@ -20,6 +20,7 @@ from tuner.verify.arm import COST, margin
 UP = (1.06, 1.2, 1.5, 2.0)
 DOWN = tuple(1 / up for up in UP)
 THROUGHPUT = "output_tokens_per_s"
+NEAR = 0.99  # of a load: what lies above that is taken for the load itself
 BEYOND = 2.0  # how far above the ladder's top a launch is followed that holds there
 
 
@@ -115,11 +116,24 @@ def cost_at(steps: Sequence[Step], load: float) -> float:
     return near.metrics[COST] * (here / there if here > 0 and there > 0 else 1.0)
 
 
-def value_at(steps: Sequence[Step], load: float, key: str) -> float:
-    """``key`` at ``load``, on the straight line between the neighbouring measured loads in logarithms; beyond them the
-    nearest measured value. NaN where it was not measured."""
-    known = [(s.load, math.log(s.metrics[key])) for s in _trusted(steps) if 0 < s.metrics.get(key, math.nan) < math.inf]
-    return math.exp(_between(known, load))
+def value_at(steps: Sequence[Step], load: float, key: str, slope: float = 0.0) -> float:
+    """``key`` at ``load``, on the straight line between the neighbouring measured loads in logarithms; below them along
+    ``slope`` (0: the lowest load's value), above them the highest load's value. NaN where it was not measured."""
+    known = _known(steps, key)
+    below = math.log(load / known[0][0]) if known and load < known[0][0] else 0.0
+    return math.exp(_between(known, load) + slope * below)
+
+
+def slope_below(steps: Sequence[Step], load: float, key: str) -> float | None:
+    """How ``key`` rises from the measured load next to ``load``, at most that, to the one after it, both in logarithms
+    (at least 0); None where no load as low was measured, or none above."""
+    known = _known(steps, key)
+    pair = next(((a, b) for a, b in reversed([*_pairs(known)]) if a[0] * NEAR <= load), None)
+    return None if pair is None else max((pair[1][1] - pair[0][1]) / math.log(pair[1][0] / pair[0][0]), 0.0)
+
+
+def _known(steps: Sequence[Step], key: str) -> list[tuple[float, float]]:
+    return [(s.load, math.log(s.metrics[key])) for s in _trusted(steps) if 0 < s.metrics.get(key, math.nan) < math.inf]
 
 
 def margin_at(steps: Sequence[Step], load: float, slos: Sequence[Slo]) -> float:

@@ -10,7 +10,7 @@ from statistics import fmean
 from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Finalist, Launched, Range
-from tuner.verify.capacity import THROUGHPUT, capacity, cost_at, held, margin_at, value_at
+from tuner.verify.capacity import NEAR, THROUGHPUT, capacity, cost_at, held, margin_at, slope_below, value_at
 from tuner.verify.power import Power, power
 from tuner.verify.repeats import NO_SPREAD, Repeats, Spread
 from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_best
@@ -33,6 +33,7 @@ class Arm:
     cheaper), ``latency_difference`` latency over the default's, both at ``common_load``.
     ``doubt`` is the p-value, corrected for several finalists, of "not cheaper than the default by what is worth it",
     ``latency_doubt`` of "not as cheap, or not faster". ``best`` is the probability of being the cheapest arm.
+    ``at_most``: no load as low as ``load`` was measured, and ``latency`` is that of a higher one.
     """
 
     label: str
@@ -51,6 +52,7 @@ class Arm:
     latency_doubt: float = math.nan
     best: float = 0.0
     failure: str = ""
+    at_most: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ def judge(
             latency_doubt=latency_doubts.get(label, math.nan),
             best=ahead.get(label, 0.0),
             failure=failures.get(label, ""),
+            at_most=label in promised and not table.measured_as_low(label, promised[label]),
         )
     hope = min(gains, key=lambda label: gains[label].mean, default=None)
     could = None
@@ -213,8 +216,21 @@ class Table:
         return found
 
     def values_at(self, loads: Mapping[str, float], key: str) -> dict[Cell, float]:
-        """Log of a metric of every arm of ``loads`` at its load there."""
-        return _logs({c: value_at(steps, loads[c[0]], key) for c, steps in self.cells.items() if c[0] in loads})
+        """Log of a metric of every arm of ``loads`` at its load there. What was measured above that load alone is
+        followed down as it rises where others of the arm's launches measured both; where none did it stays as it is,
+        and is too high (:meth:`measured_as_low`)."""
+        slopes = {arm: self._slope(arm, load, key) for arm, load in loads.items()}
+        cells = {c: steps for c, steps in self.cells.items() if c[0] in loads}
+        return _logs({c: value_at(steps, loads[c[0]], key, slopes[c[0]]) for c, steps in cells.items()})
+
+    def measured_as_low(self, arm: str, load: float) -> bool:
+        """Whether any launch of ``arm`` measured a load as low as this."""
+        return any(s.load * NEAR <= load for c, steps in self.cells.items() if c[0] == arm for s in steps)
+
+    def _slope(self, arm: str, load: float, key: str) -> float:
+        found = [slope_below(steps, load, key) for c, steps in self.cells.items() if c[0] == arm]
+        known = [slope for slope in found if slope is not None]
+        return fmean(known) if known else 0.0
 
 
 def _logs(values: Mapping[Cell, float]) -> dict[Cell, float]:

@@ -18,7 +18,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.verify.arm import Finalist, Launched
-from tuner.verify.capacity import held, highest_load, loads, still_pays
+from tuner.verify.capacity import NEAR, held, highest_load, loads, still_pays
 from tuner.verify.judge import Table
 
 
@@ -53,7 +53,8 @@ class Rounds:
     of the round before, so that a machine that slowly warms up or fills up favours nobody. ``done`` maps labels and
     config hashes of launches made before to their outcomes: those are not repeated (under one label another winner's
     launches may be there, with another config). ``of`` launches are allowed in all, ``fresh`` of them now (None: all).
-    ``word`` begins every label.
+    ``word`` begins every label. ``below`` are loads, by an arm's label, that its later launches measure as well where
+    their brackets lie above: what is promised at a load is then measured there.
     """
 
     study: Study
@@ -67,6 +68,7 @@ class Rounds:
     launches: list[Launched] = field(default_factory=list)
     number: int = 0
     made: int = 0  # of the launches, those that were not made before
+    below: Mapping[str, float] = field(default_factory=dict)
     _order: list[str] = field(default_factory=list)
 
     def play(self, arms: Sequence[Finalist]) -> None:
@@ -131,6 +133,9 @@ class Rounds:
             if load > max(ladder) and not still_pays(steps):
                 break
             steps.append(rig.measure(load, window, window.name))
+        promised = self.below.get(arm.label, math.inf)
+        if promised < min(s.load for s in steps) * NEAR:
+            steps.append(rig.measure(promised, window, window.name))
         return steps
 
     def _start(self, arm: Finalist, window: Trace, before: Sequence[Step]) -> float:

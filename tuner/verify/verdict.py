@@ -259,7 +259,7 @@ def _change(factor: Range, less: str, more: str) -> str:
 
 def figures(arm: Arm, latency: str) -> str:
     """In words what ``arm`` costs at the load to deploy it at, and its ``latency`` there."""
-    return f"{_usd(arm.load_cost)}, {latency} {_ms(arm.latency)}"
+    return f"{_usd(arm.load_cost)}, {latency} {'at most ' if arm.at_most else ''}{_ms(arm.latency)}"
 
 
 def _usd(cost: Range) -> str:

@@ -115,6 +115,10 @@ class _Race:
         left = self.rounds.left(self.active)
         if rounds:
             found = self.judge(explain=False)
+            hopes = {found.choice, max(found.arms, key=lambda label: found.arms[label].best)}
+            self.rounds.below = {
+                label: arm.load for label, arm in found.arms.items() if label in hopes and arm.load > 0
+            }
             self.active = [a for a in self.active if not found.arms[a.label].failure]
             if rounds > 1:
                 self._drop(found, left)
