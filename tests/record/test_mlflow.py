@@ -109,10 +109,26 @@ def test_the_lowest_cost_so_far_is_that_of_the_search(made):
     studies.measured(9, (studies.step(1.0, study.objective, tokens_per_s=5000),), store, params={"max_num_seqs": 512})
     assert record(study, store) == ""
     client, (parent,), _ = runs_of(study)
-    told = client.get_metric_history(parent.info.run_id, "best_cost_usd_per_mtok_output")
+    told = client.get_metric_history(parent.info.run_id, "search_best_cost_usd_per_mtok_output")
     costs = [m.value for m in sorted(told, key=lambda m: m.step)]
     assert costs == sorted(costs, reverse=True) and costs[-1] > cheap.metrics["cost_usd_per_mtok_output"]
     assert costs[0] > costs[-1]  # of the first trials alone
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_the_recommendation_is_the_reports_and_not_the_cheapest_of_the_search(tmp_path, database, verified):
+    (tmp_path / "mlflow.db").write_bytes(database.read_bytes())
+    study, store = studies.write(tmp_path / "s", trials=12, verified=verified)
+    assert record(study, store) == ""
+    _, (parent,), _ = runs_of(study)
+    point = recommended(store, study).point
+    data = parent.data
+    assert data.metrics["recommended_cost_usd_per_mtok_output"] == pytest.approx(point.cost)
+    assert data.metrics["recommended_load"] == point.load
+    assert data.metrics["recommended_tpot_p99_s"] == pytest.approx(point.latency)
+    assert (data.tags["recommended_trial"], data.tags["verified"]) == (str(point.trial), str(verified).lower())
+    rows = [line for line in data.tags["mlflow.note.content"].splitlines() if line.endswith("**recommended** |")]
+    assert len(rows) == 1 and f"| {point.trial} |" in rows[0]
 
 
 def test_a_trial_of_another_tuner_is_left_to_that_one_until_the_study_ends(made):

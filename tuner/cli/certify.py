@@ -53,12 +53,12 @@ def ablate(path: Path, launches: int, json: bool) -> int:
             for form, file in formats.exported(store):
                 print(f"  {file} was exported before; again: tuner export {path} --format {form}", file=sys.stderr)
             recorder.study_finished()
-        return result
+        return result, store.folder / "ablation.json"
 
-    result = _session(path, work)
+    result, written = _session(path, work)
     print(_dumped(result) if json else plain(result.text))
     if result.config.hash != result.winner:
-        back = f"move {opened(path)[1].folder / 'ablation.json'} away, then: tuner export {path}; tuner report {path}"
+        back = f"move {written} away, then: tuner export {path}; tuner report {path}"
         print(f"The smaller configuration is recommended now. Back to the verified one: {back}", file=sys.stderr)
     return 0
 

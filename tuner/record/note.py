@@ -7,6 +7,7 @@ from tuner.export.deployment import deployment
 from tuner.pareto.changes import baseline_of, describe
 from tuner.pareto.front import front, points, searched
 from tuner.pareto.recommend import recommended
+from tuner.pareto.traffic import traffic
 from tuner.spec.study import Study
 from tuner.study.store import Store
 from tuner.words import figure
@@ -23,7 +24,9 @@ def markdown(store: Store, study: Study) -> str:
     lines = [f"# {study.name}", ""]
     if any(t.emulated for t in trials):
         lines += ["**EMULATED: these numbers come from a model of the hardware, nothing was measured.**", ""]
-    lines += [choice.text, "", f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.", ""]
+    served = traffic(trials, objective, choice.point, choice.cost_change)
+    lines += [choice.text, "", *([str(served), ""] if served else [])]
+    lines += [f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.", ""]
     if choice.point:
         lines += ["## Deploy", ""]
         lines += [
@@ -34,10 +37,12 @@ def markdown(store: Store, study: Study) -> str:
             lines += ["```sh", *start, "```", ""]
             lines += [f"As a deployment: `tuner export {store.folder} --format compose` (or `k8s`, `helm`).", ""]
     best = front(points(searched(trials), objective))
-    rows = []
-    for p in best:
+    rows, chosen = [], choice.point
+    known = {p.key for p in best} if chosen and chosen.role == "search" else set()
+    for p in [*([chosen] if chosen and chosen.key not in known else []), *best]:
         name = describe(p.config, default.config if default else None).replace("|", "\\|")
-        rows.append(f"| {figure(p.cost)} | {figure(p.latency * 1e3, 4)} | {p.load:g} | {p.trial} | `{name}` |")
+        name = f"`{name}`" + (" **recommended**" if p is chosen or (chosen and chosen.key == p.key in known) else "")
+        rows.append(f"| {figure(p.cost)} | {figure(p.latency * 1e3, 4)} | {figure(p.load)} | {p.trial} | {name} |")
     if rows:
         lines += [
             "## Front",

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import socket
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.pareto.front import COST, points, searched
+from tuner.pareto.recommend import recommended
 from tuner.record.content import TAG_CHARACTERS, Content, content, legal
 from tuner.record.ledger import Ledger, Sent, note_file
 from tuner.record.place import Place
@@ -153,7 +155,19 @@ class _Connection:
             self.client.set_tag(run_id, "mlflow.note.content", hide(note, self.secrets)[:TAG_CHARACTERS])
         for name in _parent_files(self.store):
             self._artifact(run_id, self.store.folder / name)
+        self._recommended(run_id, int(ended_s * 1000))
         self.client.set_terminated(run_id, status, int(ended_s * 1000))
+
+    def _recommended(self, run_id: str, at_ms: int) -> None:
+        """What the report recommends, to sort runs by: the lowest cost of the search need not be it."""
+        point = recommended(self.store, self.study).point
+        verified = point is not None and point.role == "verify"
+        self.client.set_tag(run_id, "recommended_trial", str(point.trial) if point else "none")
+        self.client.set_tag(run_id, "verified", str(verified).lower())
+        if point:
+            found = {COST: point.cost, "load": point.load, self.study.objective.latency_key: point.latency}
+            metrics = [(legal(f"recommended_{name}"), value, at_ms, 0) for name, value in found.items()]
+            self._batch(run_id, metrics=[m for m in metrics if math.isfinite(m[1])])
 
     def _create_parent(self, trials: Sequence[TrialRecord]) -> str:
         study = self.study
@@ -204,7 +218,7 @@ class _Connection:
         costs = [p.cost for p in known if p.ok]
         if costs:
             at_ms = int(trial.ended_s * 1000)
-            self._batch(self.sent.parent, metrics=[(f"best_{COST}", min(costs), at_ms, trial.number)])
+            self._batch(self.sent.parent, metrics=[(f"search_best_{COST}", min(costs), at_ms, trial.number)])
 
     def _batch(
         self,
