@@ -33,13 +33,13 @@ def test_a_promise_that_does_not_hold_is_exit_code_3(file, monkeypatch, capsys):
 
 def test_that_another_configuration_is_recommended_is_said_with_the_way_back(tmp_path, monkeypatch, capsys):
     found = studies.write(tmp_path / "s", trials=4)
-    monkeypatch.setattr(certify, "opened", lambda _path: found)
     for winner, said in (
         (found[1].trials()[0].config.hash, ""),
         ("another", "s/ablation.json away, then: tuner export S;"),
     ):
         result = SimpleNamespace(config=found[1].trials()[0].config, winner=winner, text="text")
-        monkeypatch.setattr(certify, "_session", lambda _path, _work, result=result: result)
+        written = result, found[1].folder / "ablation.json"
+        monkeypatch.setattr(certify, "_session", lambda _path, _work, written=written: written)
         assert certify.ablate("S", 12, json=False) == 0
         told = capsys.readouterr()
         assert told.out == "text\n" and said in told.err and bool(said) == bool(told.err)
