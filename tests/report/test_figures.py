@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import studies
+from tuner.report.charts import error_chart, importance_chart
 from tuner.report.hours import hours
-from tuner.report.importance import _share, importance
-from tuner.report.modelerror import errors, learnt
+from tuner.report.importance import Importance, Row, Share, _share, importance
+from tuner.report.modelerror import Error, errors, learnt
 from tuner.report.page import build
 from tuner.report.parallel import parallel_chart
-from tuner.report.style import bars, log_ticks, number
+from tuner.report.style import bars, frame, log_ticks, number
 from tuner.report.summary import summarize
 from tuner.report.tables import folded
 from tuner.search.model.constants import HOST, SHARED, WORDS
@@ -65,7 +66,7 @@ def test_with_too_few_configurations_nothing_is_said(tmp_path: Path):
     store = Store(tmp_path)
     spread_over(store, lambda p: p["max_num_seqs"], configs=7)
     found = importance(summarize(store, studies.study(tmp_path)))
-    assert found.rows == () and "7, of 8" in found.note
+    assert found.rows == () and "7; it takes 8" in found.note
 
 
 def test_the_hours_are_launch_times_gpus_and_add_up(tmp_path: Path):
@@ -144,7 +145,7 @@ def test_parallel_coordinates_show_only_what_varied_and_end_at_the_cost(tmp_path
     chart = parallel_chart(summarize(store, studies.study(tmp_path)))
     assert chart
     names = [note["text"] for note in chart["layout"]["annotations"]]
-    assert "max<br>num<br>seqs" in names and "kv<br>cache<br>dtype" not in names
+    assert "max num seqs" in names and "kv<br>cache<br>dtype" not in names
     assert sorted(trace["y"][-1] is None for trace in chart["data"]) == [False, True]
 
 
@@ -154,6 +155,28 @@ def test_a_logarithmic_axis_has_a_few_round_ticks_inside_its_range(low, factor):
     assert 2 <= len(ticks) <= 12 or factor < 1.1
     assert all(low / 1.06 <= tick <= low * factor * 1.06 for tick in ticks)
     assert ticks == sorted(set(ticks)) and all("e+" not in number(tick) for tick in ticks)
+
+
+def test_the_axis_of_one_point_is_as_wide_as_its_ticks():
+    for values in ([5.0], [5.0, 5.2]):
+        axis = frame("x", "y", log_x=values)["xaxis"]
+        low, high = (10**at for at in axis["range"])
+        assert low < 5 < 5.2 < high and high / low < 2
+        ticks = axis["tickvals"]
+        assert len(ticks) >= 2 and max(ticks) - min(ticks) > (high - low) / 2
+    assert "range" not in frame("x", "y", log_x=[1.0, 10.0])["xaxis"]
+
+
+def test_small_numbers_are_written_out():
+    assert [number(value) for value in (1e-6, 2.5e-5, 0.05, 3000.0)] == ["0.000001", "0.000025", "0.05", "3,000"]
+
+
+def test_names_are_shown_as_they_are_and_far_errors_do_not_squeeze_the_rest():
+    share = Share(1.0, 0.01)
+    chart = importance_chart(Importance((Row("<b>bold</b> & x", share, share),), 9, ""))
+    assert chart and chart["data"][0]["y"] == ["&lt;b&gt;bold&lt;/b&gt; &amp; x"]
+    errors = error_chart([Error("cost", "cost", 0.1, 1.0, ((1.0, 1e-9, 0, 1.0), (1.0, 1.1, 1, 1.0)))])
+    assert errors and errors["data"][0]["x"] == [0.01, 1.1] and "measured 1e-09" in errors["data"][0]["hovertext"][0]
 
 
 def test_error_bars_are_left_out_where_no_interval_is_known():

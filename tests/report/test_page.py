@@ -113,7 +113,7 @@ def test_every_latency_slo_has_its_curves_and_its_limit(tmp_path: Path):
 def test_one_trial_is_enough(tmp_path: Path):
     path, outline = page(tmp_path, trials=1)
     assert "nothing measured is proven to be better" in outline.text
-    assert "Too few configurations met the SLOs to say: 1, of 8" in outline.text
+    assert "Too few configurations met the SLOs to say: 1; it takes 8" in outline.text
     assert "parallel" not in figures(path) and "against the engine's default" not in outline.text
 
 
@@ -169,6 +169,25 @@ def test_what_no_launch_says_is_said(tmp_path: Path):
     assert rows["draft_tokens"] == ["2, 4, 8", ""], "it applies with speculation alone"
     assert "What no trial says" in read(build(store, study, tmp_path / "r.html")).text
     assert unserved(summarize(Store(tmp_path / "none"), study)) == []
+
+
+def test_where_nothing_served_no_value_is_suspected(tmp_path: Path):
+    store, study = Store(tmp_path / "s"), studies.study(tmp_path / "s")
+    for number, params in enumerate([{}, {"max_num_seqs": 512}, {"max_num_seqs": 128}, {"kv_cache_dtype": "fp8"}]):
+        studies.add(number, Infeasible("crash", "no"), store, params, baseline=not number)
+    text = read(build(store, study, tmp_path / "r.html")).text
+    assert "4 trials" in text or "crash" in text
+    assert "Suspected where" not in text
+
+
+def test_a_command_is_shown_as_one(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=12, verified=True)
+    verdict = json.loads((store.folder / "verify.json").read_text())
+    command = "tuner tune reports/s --budget '12 launches' --verify-share 0.5"
+    verdict["text"] += f"\n\nTo settle it, 2 launches more (about 4 min and $0.17): {command}"
+    (store.folder / "verify.json").write_text(json.dumps(verdict))
+    page = build(store, study, tmp_path / "r.html").read_text()
+    assert f"<pre>{html.escape(command, quote=True).replace('&#x27;', '&#39;')}</pre>" in page
 
 
 def test_what_failed_launches_have_in_common_is_said(tmp_path: Path):

@@ -18,6 +18,7 @@ from tuner.study.price import GOODPUT
 from tuner.study.store import TrialRecord
 from tuner.words import figure
 
+WORST = 100.0  # times that a prediction may be shown wrong: one that is further off would squeeze the rest
 CROWD = 30  # above so many lines each is drawn paler
 NAMED = 5  # how many configurations the curves name besides default and recommendation
 
@@ -72,7 +73,7 @@ def importance_chart(found: Importance) -> Figure | None:
                 "type": "bar",
                 "orientation": "h",
                 "name": title,
-                "y": [row.parameter for row in rows],
+                "y": [html.escape(row.parameter, quote=False) for row in rows],
                 "x": [share.share for share in shares],
                 "marker": {"color": color, "opacity": [1.0 if share.p < 0.05 else 0.3 for share in shares]},
                 "text": [f" {share.share * 100:.0f} %" for share in shares],
@@ -86,6 +87,7 @@ def importance_chart(found: Importance) -> Figure | None:
     layout["xaxis"] |= {"tickformat": ".0%", "range": [0, 1.1], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
     layout["yaxis"] |= {"automargin": True}
     layout["legend"] |= {"traceorder": "reversed"}
+    layout["margin"] |= {"r": 48}  # the words beside a whole bar
     return {"data": data, "layout": layout, "height": 120 + 46 * len(rows)}
 
 
@@ -96,12 +98,13 @@ def error_chart(found: Sequence[Error]) -> Figure | None:
     data: list[dict[str, Any]] = []
     ratios: list[float] = [1.0]
     for error in reversed(found):
-        ratios += [measured / predicted for predicted, measured, _, _ in error.pairs]
+        shown = [min(max(measured / predicted, 1 / WORST), WORST) for predicted, measured, _, _ in error.pairs]
+        ratios += shown
         data.append(
             {
                 "type": "box",
                 "name": error.name,
-                "x": [measured / predicted for predicted, measured, _, _ in error.pairs],
+                "x": shown,
                 "boxpoints": "all",
                 "jitter": 0.5,
                 "pointpos": 0,

@@ -59,7 +59,9 @@ def importance(s: Summary, seed: int = 0) -> Importance:
             latency[p.config.hash] = min(latency.get(p.config.hash, p), p, key=lambda q: q.latency)
     configs = list(cost)
     if len(configs) < ENOUGH:
-        return Importance((), len(configs), f"Too few configurations met the SLOs to say: {len(configs)}, of {ENOUGH}.")
+        return Importance(
+            (), len(configs), f"Too few configurations met the SLOs to say: {len(configs)}; it takes {ENOUGH}."
+        )
     rows = []
     for parameter in s.study.space.parameters:
         values = [cost[key].config.params.get(parameter.name, NOT_APPLICABLE) for key in configs]

@@ -115,9 +115,7 @@ def _head(s: Summary) -> list[tuple[str, str]]:
 
 def _trace(s: Summary) -> str:
     name = Path(s.study.trace.file).name
-    if not s.traffic:
-        return name
-    return f"{name}; the recommendation: {s.traffic.measured}, with {figure(s.traffic.trace_rps)} requests/s at load 1"
+    return f"{name}: {s.traffic.measured}" if s.traffic else name
 
 
 def _dates(s: Summary) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import math
+import re
+import textwrap
 from typing import Any
 
 from tuner.report.style import Figure, frame, note, vertical, wrap
@@ -27,7 +29,7 @@ def parallel_chart(s: Summary) -> Figure | None:
     low, high = (min(best.values()), max(best.values())) if best else (1.0, 1.0)
     notes = []
     for x, parameter in enumerate(varied):
-        notes.append(note(x, -0.1, html.escape(parameter.name, quote=False).replace("_", "<br>"), "$ink"))
+        notes.append(note(x, -0.1, _name(parameter.name), "$ink"))
         values = parameter.values
         shown = values if len(values) <= 7 else (values[0], values[len(values) // 2], values[-1])
         notes += [note(x, parameter.position(v), _short(v), "$muted", anchor="left", shift=5) for v in shown]
@@ -85,4 +87,12 @@ def _position(parameter: Parameter, trial: TrialRecord) -> float | None:
 def _short(value: object) -> str:
     """As an annotation takes it: no markup, no name of a colour (``$accent``)."""
     text = str(value)
-    return html.escape(text if len(text) <= 14 else text[:13] + "…", quote=False).replace("$", "&#36;")
+    text = text if len(text) <= 14 else f"{text[:6]}…{text[-7:]}"  # paths differ in their ends
+    return html.escape(text, quote=False).replace("$", "&#36;")
+
+
+def _name(name: str) -> str:
+    """On up to four lines; the rest of a long name is left to the table of trials."""
+    lines = textwrap.wrap(re.sub(r"[_.-]+", " ", name), 13)
+    lines = lines if len(lines) <= 4 else [*lines[:3], f"{lines[3]}…"]
+    return "<br>".join(html.escape(line, quote=False).replace("$", "&#36;") for line in lines)

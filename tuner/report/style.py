@@ -10,6 +10,7 @@ from typing import Any
 
 Figure = dict[str, Any]
 Interval = tuple[float, float]
+NARROW = 1.3  # highest over lowest value of an axis below which it is widened by as much on both sides
 OPEN_PX = 32  # the dots of a bar without an upper end
 _MANTISSAS: tuple[tuple[float, ...], ...] = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7))
 
@@ -34,8 +35,8 @@ def log_ticks(values: Iterable[float]) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick's label: ``0.05``, ``3,000``; never ``3e+03``."""
-    return f"{value:,.10g}"
+    """A tick's label: ``0.05``, ``3,000``; never ``3e+03`` nor ``1e-06``."""
+    return f"{value:,.10g}" if abs(value) >= 1e-4 or not value else f"{value:.12f}".rstrip("0")
 
 
 def frame(x: str, y: str, *, log_x: Sequence[float] = (), log_y: Sequence[float] = ()) -> Figure:
@@ -114,8 +115,13 @@ def wrap(text: str) -> str:
 
 def _axis(title: str, log: Sequence[float]) -> Mapping[str, Any]:
     found: dict[str, Any] = {"title": {"text": title, "standoff": 8}, "gridcolor": "$rule", "zeroline": False}
+    found["automargin"] = True  # a title stands beside its labels, however long they are
     found |= {"linecolor": "$rule", "ticks": "outside", "ticklen": 4, "tickcolor": "$rule"}
+    known = [value for value in log if 0 < value < math.inf]
+    if known and max(known) < NARROW * min(known):  # left alone, the axis would be a decade and its ticks a heap
+        known = [min(known) / NARROW, max(known) * NARROW]
+        found["range"] = [math.log10(value) for value in known]
     if log:
-        ticks = log_ticks(log)
+        ticks = log_ticks(known)
         found |= {"type": "log", "tickvals": ticks, "ticktext": [number(tick) for tick in ticks]}
     return found

@@ -110,7 +110,9 @@ def phase_names(s: Summary) -> list[str]:
 def failures(s: Summary) -> list[Failure]:
     """Infeasible trials by cause and what they said (figures aside), the most frequent first."""
     causes: dict[str, list[Any]] = {}
-    where = suspected(s.study.space, [(t.config.params, t.outcome) for t in s.trials])
+    told = [(t.config.params, t.outcome) for t in s.trials]
+    served = any(isinstance(outcome, Measured | Aborted) for _, outcome in told)
+    where = suspected(s.study.space, told) if served else {}  # else every condition holds wherever it crashed
     for trial in s.trials:
         if isinstance(trial.outcome, Infeasible):
             causes.setdefault(cause_of(trial.outcome), []).append(trial)
