@@ -237,7 +237,7 @@ search_space:
         ("{m: [1, 3]}", "m has no value 3. Known: 1, 2, 9"),
         ('{m: {ge: "2"}}', "m has no value '2'. Write 2 without quotes"),
         ("{m: {ne: null}}", "m has no value null"),
-        ("{w: B}", "w has no value 'B'. "),
+        ("{w: B}", "w has no value 'B'. Did you mean 'b'?"),
         ("{w: aa}", "w has no value 'aa'. Did you mean 'a'?"),
         ("{w: {not_in: [c]}}", "w has no value 'c'. Known: "),
         ('{w: "64"}', "w has no value '64'. Write 64 without quotes"),

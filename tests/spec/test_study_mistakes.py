@@ -113,7 +113,8 @@ def test_a_number_alone_is_a_budget_of_launches(workplace, said):
         ("env: {X: 010}", 'X: 010 would be passed on as 10. quote it: "010"'),
         ("env: {X: 1.10}", 'X: 1.10 would be passed on as 1.1. quote it: "1.10"'),
         ("env: {X: true}", "engine.env.X: true is no text: quote it"),
-        ('env: {X: "a\\0b"}', "X: no environment variable holds a NUL"),
+        ('env: {X: "a\\0b"}', "X: no server can be given a NUL"),
+        ('args: {x: "a\\0b"}', "x: no server can be given a NUL"),
     ],
 )
 def test_what_no_server_would_get_as_it_stands_is_refused(workplace, said, says):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.study.fake import FakeEngine, FakeServer, oom
+from tuner.engines.emulator.engine import EmulatorEngine
 from tuner.engines.protocol import LaunchFailed, Teardown
 from tuner.engines.sglang import SglangEngine
 from tuner.engines.vllm import VllmEngine
@@ -337,11 +338,16 @@ def test_an_unknown_flag_of_the_study_file_is_named_with_its_line(runner):
     assert "max-modellen" in (runner.folder / "s.yaml").read_text().splitlines()[line - 1]
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-@pytest.mark.parametrize("flag", ["port: 9000", "model: x", "trust-remote-code: true"])
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [
+        *((kind, flag) for kind in (VllmEngine, SglangEngine, EmulatorEngine) for flag in ("port: 9000", "model: x")),
+        *((kind, "trust-remote-code: true") for kind in (VllmEngine, SglangEngine)),
+    ],
+)
 def test_a_flag_that_the_launcher_decides_is_refused_before_the_study_starts(runner, kind, flag):
-    study = runner.study(replace={"kind: vllm": f"kind: vllm, command: [docker], args:\n    {{{flag}}}"})
-    engine = (VllmEngine if kind == "vllm" else SglangEngine)(command=["docker"])
+    study = runner.study(replace={"kind: vllm": f"kind: vllm, args:\n    {{{flag}}}"})
+    engine = kind() if kind is EmulatorEngine else kind(command=["docker"])
     with pytest.raises(UsageError, match=rf"s\.yaml:\d+: --{flag.partition(':')[0]} is ") as error:
         session.check_flags(study, engine)
     line = int(str(error.value).split(":")[1])

@@ -71,7 +71,7 @@ class Document:
 
     def word(self, loc: Loc) -> str:
         """The plain scalar at ``loc`` as it stands in the file; empty where that cannot be told (an alias, a flag)."""
-        node = self.tree
+        node: Any = self.tree
         for key in loc[:-1]:
             node = node[key] if isinstance(node, CommentedMap) and key in node else None
         place = (node.lc.data or {}).get(loc[-1]) if isinstance(node, CommentedMap) else None
@@ -218,7 +218,8 @@ def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
 def suggest(word: str, known: Iterable[str]) -> str:
     """``did you mean X?``, or the list of what is known."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = [name for name in known if name.lower() == word.lower()]
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"Did you mean {near[0]!r}?"
     return f"Known: {', '.join(known)}" if known else ""
@@ -235,11 +236,12 @@ def twice(names: Iterable[Any], normal: Callable[[Any], Any]) -> Any:
 
 
 def check_flags(flags: Mapping[str, Any], normal: Callable[[str], str], document: Document, at: Loc) -> None:
-    """Refuses flags that are given twice under their ``normal`` name, and numbers that a command line would show
-    otherwise than the file does."""
+    """Refuses flags that are given twice under their ``normal`` name, and values that a command line would not show as
+    the file does."""
     if (again := twice(flags, normal)) is not None:
         raise document.error(f"--{normal(again)} is given twice", (*at, again), "keep one of the two")
     for name, value in flags.items():
+        _no_nul(name, value, document, at)
         word = document.word((*at, name)) if isinstance(value, int | float) else ""
         if re.match(r"[-+]?0[0-9]", word) or (isinstance(value, float) and value.is_integer() and "e" in word.lower()):
             raise document.error(
@@ -253,8 +255,12 @@ def check_env(env: Mapping[str, Any], document: Document, at: Loc) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             fix = "use letters, digits and '_'"
             raise document.error(f"{name!r} is no name of an environment variable", (*at, name), fix)
-        if "\0" in str(value):
-            raise document.error(f"{name}: no environment variable holds a NUL", (*at, name))
+        _no_nul(name, value, document, at)
         word = "" if isinstance(value, str) else document.word((*at, name))
         if word and word != str(value):
             raise document.error(f"{name}: {word} would be passed on as {value}", (*at, name), f'quote it: "{word}"')
+
+
+def _no_nul(name: str, value: Any, document: Document, at: Loc) -> None:
+    if "\0" in str(value):
+        raise document.error(f"{name}: no server can be given a NUL", (*at, name))

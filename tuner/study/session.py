@@ -136,14 +136,14 @@ def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:
 def check_flags(study: Study, engine: Engine) -> None:
     """Raises UsageError where the study uses a flag that the launcher decides, and with the nearest name where it uses
     one that the installed version does not know."""
-    check = getattr(engine, "check_flag", None)
+    check = getattr(engine, "check_flag", lambda _flag: None)
     fixed = {flag.partition(".")[0] for flag in study.space.fixed}  # a pinned parameter's flags, too
     args = {flag.partition(".")[0] for flag in study.engine.args}
     used = {flag: "engine.args" if flag in args else f"fixed in {study.space.name}" for flag in fixed}
     for parameter in study.space.parameters:
         for emission in parameter.emissions:
             used |= {flag.partition(".")[0]: f"parameter {parameter.name}" for flag in emission.flags}
-    for flag in used if check else ():
+    for flag in used:
         with _named(study, flag):
             check(flag)
     if (known := engine.flags()) is None:

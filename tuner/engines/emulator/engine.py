@@ -16,6 +16,7 @@ from tuner.engines.emulator.flags import BadFlag, known_flags, parse
 from tuner.engines.emulator.hardware import find_gpu, from_datasheet
 from tuner.engines.emulator.rescale import hastened, rescale, step_from_records
 from tuner.engines.protocol import LaunchFailed, Server, Site, StepPlan, Teardown
+from tuner.engines.vllm import RESERVED
 from tuner.errors import UsageError
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -92,6 +93,11 @@ class EmulatorEngine:
     def flags(self) -> frozenset[str] | None:
         """See the protocol: vLLM's flags."""
         return frozenset(known_flags())
+
+    def check_flag(self, flag: str) -> None:
+        """Raises ``UsageError`` for a flag that vLLM's launcher decides."""
+        if flag in RESERVED:
+            raise UsageError(f"--{flag} is set by the launcher", fix="take it out of engine.args and the search space")
 
     def launch(self, config: ServingConfig, site: Site) -> Server:
         """See the protocol."""
