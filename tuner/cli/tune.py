@@ -8,8 +8,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +125,12 @@ def read(path: Path | None, flags: Flags, say: Callable[[str], None] = lambda _t
 def _another(said: Any, kind: str, say: Callable[[str], None]) -> dict[str, Any]:
     """The study's engine as another kind: with its flags and the options that both know, but not with the place where
     the first one is installed."""
-    from tuner.engines import build
+    from tuner.engines.build import known_options
 
     said = said if isinstance(said, dict) else {}
-    if said.get("kind", "vllm") == kind or kind not in build._CLASSES:
+    known = known_options(kind)
+    if said.get("kind", "vllm") == kind or known is None:
         return {**said, "kind": kind}
-    module, name = build._CLASSES[kind]
-    known = signature(getattr(import_module(module), name)).parameters
     left = [key for key in ("target", "url", "gpu") if key in said and key not in known]
     kept = {key: value for key, value in said.items() if key not in ("python", "command", *left)}
     if isinstance(options := said.get("options"), dict):

@@ -23,18 +23,27 @@ _CLASSES = {
 }
 
 
+def known_options(kind: str) -> dict[str, Any] | None:
+    """The options that engines of this kind take, with their types; None where there is no such kind."""
+    if kind not in _CLASSES:
+        return None
+    module, name = _CLASSES[kind]
+    hints = get_type_hints(getattr(import_module(module), name).__init__)
+    return {option: hint for option, hint in hints.items() if option != "return"}
+
+
 def engine(study: Study) -> Engine:
     """The study's engine, not yet asked anything. Raises UsageError for options that it does not know, and for values
     that they cannot have."""
     module, name = _CLASSES[study.engine.kind]
     kind: Any = getattr(import_module(module), name)
     options = study.engine.options
-    hints = get_type_hints(kind.__init__)
+    hints = known_options(study.engine.kind) or {}
     for option, value in options.items():
         if option in hints and (wrong := _wrong(option, value, hints[option])):
             raise UsageError(f"engine.options.{option}: {wrong}, not {value!r}", where=place(study, "options", option))
         if option not in hints:
-            fix = text.suggest(option, hints.keys() - {"return"} - options.keys())
+            fix = text.suggest(option, hints.keys() - options.keys())
             raise UsageError(
                 f"{study.engine.kind} has no engine.options.{option}", where=place(study, "options", option), fix=fix
             )

@@ -19,7 +19,7 @@ from tuner.server.start import WARM_S, Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 
-_PLACE = re.compile(r"\{([A-Za-z][\w-]*)(?:=([^{}]*))?\}")
+PLACE = re.compile(r"\{([A-Za-z][\w-]*)(?:=([^{}]*))?\}")
 _STOP_COMMAND_S = 60.0
 
 
@@ -112,7 +112,7 @@ class CommandEngine:
             "gpus": ",".join(map(str, binding.gpus)),
             "folder": str(site.folder.resolve()),
         }
-        placed = {match[1].replace("_", "-") for word in template for match in _PLACE.finditer(word)}
+        placed = {match[1].replace("_", "-") for word in template for match in PLACE.finditer(word)}
         rest = {name: value for name, value in config.flags.items() if name not in placed}
         given = ServingConfig(config.model, {}, rest).args()
 
@@ -130,7 +130,7 @@ class CommandEngine:
 
         filled: list[str] = []
         for word in template:
-            filled += given if word == "{flags}" and flags else [_PLACE.sub(fill, word)]
+            filled += given if word == "{flags}" and flags else [PLACE.sub(fill, word)]
         return filled + (given if flags and "{flags}" not in template else [])
 
     def _recipe(self, config: ServingConfig, site: Site, words: Callable[[Binding], list[str]]) -> Recipe:

@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Any
 
-from tuner.engines.command import _PLACE
+from tuner.engines.command import PLACE
 from tuner.export.deployment import Deployment
 from tuner.export.text import comment, dump
 
@@ -64,7 +64,7 @@ def start(what: Deployment) -> tuple[str, ...]:
 def env_text(what: Deployment) -> str:
     """``NAME=value`` lines that a shell (``set -a``) and Docker Compose's ``env_file`` read alike. What the ``command``
     engine fills at each launch (``{folder}``) is left out with a word."""
-    filled = {name: value for name, value in what.env.items() if what.engine == "command" and _PLACE.search(value)}
+    filled = {name: value for name, value in what.env.items() if what.engine == "command" and PLACE.search(value)}
     lines = ["# EMULATED\n"] * what.emulated + [f"# The environment that belongs to {YAML_NAME}.\n"]
     lines += [f"# {name} was set during the study and is a secret: set it yourself.\n" for name in what.secrets]
     lines += [
