@@ -60,14 +60,9 @@ def _numbers(found: Account) -> list[tuple[str, str, str]]:
     if found.usd_per_mtok_output > 0:
         total = f"${figure(found.usd_per_mtok_total)} per million total tokens" if found.usd_per_mtok_total > 0 else ""
         rows.append((f"${figure(found.usd_per_mtok_output)}", "per million output tokens", total))
-    if found.kwh_per_day is not None:
-        rows.append(
-            (
-                f"{figure(found.kwh_per_day, 4)} kWh",
-                "of GPU energy a day",
-                f"{figure(found.j_per_output_token)} J/token",
-            )
-        )
+    if found.kwh_per_day is not None and found.j_per_output_token is not None:
+        per_token = f"{figure(found.j_per_output_token)} J/token"
+        rows.append((f"{figure(found.kwh_per_day, 4)} kWh", "of GPU energy a day", per_token))
     return rows
 
 
