@@ -245,6 +245,7 @@ def _latencies(step: Step) -> list[str]:
 
 def _rates(step: Step) -> list[str]:
     m = step.metrics
+    offered = m.get("offered_requests_per_s", 0.0)
     return [
         f"{name:22}{m.get(key, 0):12,.2f} /s{'':4}within SLO {m.get('goodput_' + key, 0):12,.2f} /s"
         for name, key in (
@@ -252,7 +253,7 @@ def _rates(step: Step) -> list[str]:
             ("output tokens", "output_tokens_per_s"),
             ("input + output tokens", "total_tokens_per_s"),
         )
-    ] + [f"{'offered':22}{m.get('offered_requests_per_s', 0):12,.2f} /s"]
+    ] + [f"{'offered':22}{offered:12,.2f} /s" if math.isfinite(offered) else f"{'offered':22}{'all at once':>15}"]
 
 
 def _ms(seconds: float | None) -> str:

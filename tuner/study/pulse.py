@@ -88,7 +88,7 @@ class Pulse:
 
     def close(self) -> None:
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():  # which may collect its garbage
             self._thread.join(10.0)
 
     def _beat(self) -> None:
