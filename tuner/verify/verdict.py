@@ -15,6 +15,8 @@ from tuner.verify.power import Power
 from tuner.verify.repeats import NO_SPREAD, Spread
 from tuner.words import figure
 
+LIKELY = 0.6  # probability of being the cheapest from which it is said: a coin's toss says nothing
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -161,7 +163,7 @@ def _text(
     words.append(f"At that load it costs {figures(state, latency)}" + (f" ({sure} intervals)." if known else "."))
     if len(arms) > 1:
         likely = max(judgement.arms.values(), key=lambda arm: arm.best)
-        if likely.best > 0.5:
+        if likely.best >= LIKELY:
             name = "" if likely is state else f": {likely.label}, but not proven"
             share = f"{likely.best * 100:.0f} %" if likely.best < 0.995 else "over 99 %"
             words.append(f"Probably the cheapest of the {len(arms)} ({share}){name}.")
