@@ -94,7 +94,20 @@ def test_what_another_beats_at_its_own_price_is_not_chosen(tmp_path: Path):
     faster = (step(4.2, 0.124, 0.0236), step(5.6, 0.0994, 0.040))
     studies.measured(2, faster, store, params={"max_num_seqs": 512, "kv_cache_dtype": "fp8", **FASTER})
     choice = choose(store.trials(), OBJECTIVE)
-    assert choice.point and (choice.point.trial, choice.point.load) == (2, 5.6)
+    assert choice.point and (choice.point.trial, choice.point.load) == (2, 4.2)
+
+
+def test_what_beats_the_default_is_chosen_and_not_its_configurations_slower_step(tmp_path: Path):
+    store = Store(tmp_path)
+
+    def step(load: float, usd: float, tpot_s: float):
+        ends = {"tpot_p99_s": (tpot_s * 0.96, tpot_s * 1.04), COST: (usd * 0.97, usd * 1.03)}
+        return Step(load, "w", {COST: usd, "tpot_p99_s": tpot_s, "ttft_p99_s": 0.1}, ends)
+
+    studies.measured(0, (step(2.0, 0.350, 0.020),), store, baseline=True)
+    studies.measured(1, (step(1.9, 0.349, 0.015), step(2.0, 0.345, 0.045)), store, params=FASTER)
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and (choice.point.trial, choice.point.latency) == (1, 0.015)
 
 
 def test_without_intervals_a_cent_decides(tmp_path: Path):

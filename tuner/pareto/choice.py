@@ -80,8 +80,9 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     """The cheapest step of the search that meets every SLO.
 
     Each configuration stands with its cheapest step within SLO. Of those whose cost interval overlaps the cheapest
-    one's the lowest latency wins (not counting what a step as cheap clearly beats); of those whose latency cannot be
-    told apart from that, the one with the fewest flags off the default (so the default itself wins a draw).
+    one's the lowest latency wins (a step as cheap that clearly beats one of them stands in for it); of those whose
+    latency cannot be told apart from that, the one with the fewest flags off the default (so the default itself wins a
+    draw).
     Verification has a verdict of its own: see
     :func:`tuner.pareto.recommend.recommended`.
     """
@@ -95,7 +96,10 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     default_config = default.config if default else None
     cheapest = contenders[0]
     level = [p for p in contenders if overlap(p.cost, p.cost_interval, cheapest.cost, cheapest.cost_interval)]
-    unbeaten = [p for p in level if not any(_beats(other, p) for other in good)]
+    # what clearly beats one of these at its own price stands in for it, though its configuration has a cheaper step
+    better = [o for o in good if o not in level and any(_beats(o, p) for p in level)]
+    field = [*level, *(o for o in better if overlap(o.cost, o.cost_interval, cheapest.cost, cheapest.cost_interval))]
+    unbeaten = [p for p in field if not any(_beats(other, p) for other in field)]
     fastest = min(unbeaten, key=lambda p: (p.latency, p.cost))
     last = [p for p in unbeaten if overlap(p.latency, p.latency_interval, fastest.latency, fastest.latency_interval)]
     point = min(last, key=lambda p: (len(changes(p.config, default_config)), p.latency, p.cost, p.trial))

@@ -228,8 +228,8 @@ class _Bench:
         small, played = self.small(params, kept), 0
         while played < self.budget.together and len(self.rounds.launches) + 2 <= self.budget.launches:
             self.rounds.play([self.winner, small])
-            promised = self.beside_the_winner(small).load
-            self.rounds.below = {small.label: promised} if promised > 0 else {}
+            arm = self.beside_the_winner(small)
+            self.rounds.below = {small.label: arm.load} if arm.at_most else {}
             played += 1
         if played < 2:
             return None
