@@ -270,6 +270,16 @@ def test_an_option_that_there_is_none_of_is_named_with_its_line(
     assert str(error.value).startswith(f"{file}:{says}")
 
 
+def test_what_was_written_beside_the_options_is_named_as_it_was_written(tmp_path: Path, model: str) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        _STUDY.format(model=model, option="stop_wait_s: 5").replace("  options:", "  gpu: L4\n  options:")
+    )
+    with pytest.raises(UsageError, match=r"command has no engine\.gpu") as error:
+        build.engine(studyfile.load(file))
+    assert error.value.where == f"{file}:6" and "command" not in error.value.fix
+
+
 def test_what_an_engine_refuses_of_its_options_has_their_line(tmp_path: Path, model: str) -> None:
     text = _STUDY.format(model=model, option="time_scale: 0.0").replace('version: "1"', "clock: wall")
     (file := tmp_path / "s.yaml").write_text(text.replace("kind: command", "kind: emulator"))

@@ -13,6 +13,7 @@ from tuner.export.formats import best_config
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import ablation, recommended
 from tuner.study.outcome import Measured
+from tuner.study.price import COST, GOODPUT
 from tuner.study.store import EXHAUSTED, write_json
 from tuner.study.verifying import verification
 from tuner.verify.judge import Arm
@@ -33,6 +34,18 @@ def test_a_verdict_decides_with_its_own_load_cost_and_latency(tmp_path: Path):
     assert found.cost_change and found.cost_change.value == pytest.approx(-0.26) and found.cost_change.proven
     assert found.latency_change and found.latency_change.interval == pytest.approx((0.02, 0.19))
     assert "Recommended: trial" in found.text and "**" not in found.text
+
+
+def test_tokens_per_second_are_known_of_a_verified_point_where_costs_follow_from_them(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=10, verified=True)
+    found = recommended(store, study).point
+    own = [t for t in store.trials() if found and t.config.hash == found.config.hash][-1]
+    price = {round(s.metrics[COST] * s.metrics[GOODPUT], 6) for s in own.outcome.steps}
+    assert found and len(price) == 1 and found.metrics[GOODPUT] == pytest.approx(price.pop() / found.cost)
+    told = tuple(replace(s, metrics={**s.metrics, COST: 5.0 / (1 + i)}) for i, s in enumerate(own.outcome.steps))
+    store.end_trial(own.number, replace(own.outcome, steps=told), 60.0)  # an engine's own costs: of no price
+    again = recommended(store, study).point
+    assert again and GOODPUT not in again.metrics
 
 
 def test_a_verdict_for_the_default_overrules_the_search(tmp_path: Path):

@@ -234,17 +234,18 @@ search_space:
     ("condition", "says"),
     [
         ('{m: "2"}', "m has no value '2'. Write 2 without quotes"),
-        ("{m: [1, 3]}", "m has no value 3. Known: 1, 2, 9"),
         ('{m: {ge: "2"}}', "m has no value '2'. Write 2 without quotes"),
-        ("{m: {ne: null}}", "m has no value null"),
         ("{w: B}", "w has no value 'B'. Did you mean 'b'?"),
-        ("{w: aa}", "w has no value 'aa'. Did you mean 'a'?"),
-        ("{w: {not_in: [c]}}", "w has no value 'c'. Known: "),
         ('{w: "64"}', "w has no value '64'. Write 64 without quotes"),
         ("{s: off}", "s has no value 'off'. Known: false, true"),
         ("{w: {in: ab}}", "w: in takes a list of values, not 'ab'"),
         ("{gpu_name: {not_in: H100}}", "gpu_name: not_in takes a list of values, not 'H100'"),
         *((good, "") for good in ("{m: 2}", "{m: {ge: 1.5}}", "{m: 9}", "{m: $gpus}", "{w: [a, b]}", "{w: 64}")),
+        # values that the grid has not, or not any more
+        *(
+            (good, "")
+            for good in ("{m: [1, 3]}", "{m: {ne: null}}", "{w: aa}", "{w: {not_in: [c]}}", "{m: [2, $gpus]}")
+        ),
         *((good, "") for good in ("{s: false}", "{w: {ge: 1}}", "{gpu_name: none-such}", "{m: {divides: $num_heads}}")),
     ],
 )

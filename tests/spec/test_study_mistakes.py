@@ -6,6 +6,7 @@ from ruamel.yaml import YAML
 from tests.spec.test_studyfile import GOOD, write
 from tuner.errors import UsageError
 from tuner.spec import studyfile
+from tuner.spec.spacefile import off
 
 FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
 
@@ -95,6 +96,21 @@ def test_a_study_that_was_begun_with_such_values_can_still_be_read(workplace, tm
     study = studyfile.load(tmp_path / "begun")
     assert (study.space.fixed, study.space.env) == ({"max-num-seqs": 8}, {"A.B": "1"})
     assert study.objective.quality.kl_max == 0 and study.budget.usd is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "fix"),
+    [
+        ("vllm", "enable-prefix-caching", "write no-enable-prefix-caching: true, or leave it out"),
+        ("emulator", "no-enable-chunked-prefill", "write enable-chunked-prefill: true, or leave it out"),
+        ("vllm", "compilation-config.use_cudagraph", 'write compilation-config.use_cudagraph: "false", in quotes'),
+        ("vllm", "disable-log-stats", "leave it out"),
+        ("sglang", "enable-mixed-chunk", "leave it out"),
+        ("function", "use-cache", "leave it out"),
+    ],
+)
+def test_how_a_switch_is_off_is_said_as_the_engine_has_it(kind, flag, fix):
+    assert off(flag, kind) == fix
 
 
 @pytest.mark.parametrize("said", ["20", "20.0", "'20'", "'20.0'", "20 launches"])

@@ -354,6 +354,14 @@ def test_a_flag_that_the_launcher_decides_is_refused_before_the_study_starts(run
     assert flag in (runner.folder / "s.yaml").read_text().splitlines()[line - 1]
 
 
+def test_a_switch_is_off_by_a_flag_of_its_own_or_not_at_all(runner):
+    study = runner.study(replace={"kind: vllm": "kind: vllm, args: {no-x: true}"})
+    flags = frozenset(flag.partition(".")[0] for p in study.space.parameters for e in p.emissions for flag in e.flags)
+    session.check_flags(study, FakeEngine(known=flags | {"x", "no-x"}))
+    with pytest.raises(UsageError, match="knows no flag --no-x"):
+        session.check_flags(study, FakeEngine(known=flags | {"x"}))
+
+
 def test_a_pinned_parameters_part_of_a_json_flag_is_known_by_the_flags_own_name(runner):
     pinned = "search_space: vllm/full\nparameters: {speculation: ngram, draft_length: 4}"
     study = runner.study(replace={"search_space: vllm/quick": pinned})

@@ -23,6 +23,9 @@ _CLASSES = {
 }
 
 
+ELSEWHERE = frozenset({"python", "command", "trust_remote_code"})  # arguments that the study says beside options
+
+
 def known_options(kind: str) -> dict[str, Any] | None:
     """The options that engines of this kind take, with their types; None where there is no such kind."""
     if kind not in _CLASSES:
@@ -43,9 +46,10 @@ def engine(study: Study) -> Engine:
         if option in hints and (wrong := _wrong(option, value, hints[option])):
             raise UsageError(f"engine.options.{option}: {wrong}, not {value!r}", where=place(study, "options", option))
         if option not in hints:
-            fix = text.suggest(option, hints.keys() - options.keys())
+            fix = text.suggest(option, hints.keys() - options.keys() - ELSEWHERE)
+            at = (option,) if option in _engine_as_written(study) else ("options", option)  # engine.target, say
             raise UsageError(
-                f"{study.engine.kind} has no engine.options.{option}", where=place(study, "options", option), fix=fix
+                f"{study.engine.kind} has no {'.'.join(('engine', *at))}", where=place(study, *at), fix=fix
             )
     try:
         return kind.from_study(study)
@@ -78,6 +82,12 @@ def _wrong(option: str, value: Any, hint: Any) -> str:
     if any(math.isnan(n) or (math.isinf(n) and not option.endswith("_limit_s")) for n in floats):
         return "input should be a finite number"
     return "a time cannot be negative" if option.endswith("_s") and any(n < 0 for n in numbers) else ""
+
+
+def _engine_as_written(study: Study) -> Mapping[str, Any]:
+    path = Path(study.source)
+    written = text.read(path, "study").data.get("engine") if path.is_file() else None
+    return written if isinstance(written, Mapping) else {}
 
 
 def place(study: Study, *loc: str) -> str:

@@ -56,10 +56,9 @@ def literals(wanted: Any) -> Iterator[tuple[str, Any]]:
         else [("in" if isinstance(wanted, list | tuple) else "eq", wanted)]
     )
     for op, operand in tests:
-        if isinstance(operand, list | tuple):
-            yield from ((op, one) for one in operand)
-        elif not (isinstance(operand, str) and operand.startswith("$")):
-            yield op, operand
+        for one in operand if isinstance(operand, list | tuple) else [operand]:
+            if not (isinstance(one, str) and one.startswith("$")):
+                yield op, one
 
 
 def names(condition: Condition) -> set[str]:

@@ -102,11 +102,11 @@ def build(
         worst = sorted(unknown)[0]
         raise document.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
     if not document.begun:
-        _check_flags(file.fixed, facts, document, (*prefix, "fixed"))
+        _check_flags(file.fixed, facts, document, (*prefix, "fixed"), file.engine)
         check_env(file.env, document, (*prefix, "env"))
     for name, spec in file.parameters.items() if not document.begun else ():
         at = (*prefix, "parameters", name)
-        _check_facts(spec, facts, document, (*at, "values"))
+        _check_facts(spec, facts, document, (*at, "values"), file.engine)
         _check_literals({"value": spec.only}, {"value": grids[name]}, document, (*at, "only"))
         _check_literals(spec.when, grids, document, (*at, "when"))
         if _waits_for(name, name, file, set()):
@@ -160,11 +160,13 @@ def _check_condition(spec: Mapping[str, Any], known: set[str], document: Documen
 def _check_literals(
     spec: Mapping[str, Any], grids: Mapping[str, Sequence[Any]], document: Document, at: tuple[str | int, ...]
 ) -> None:
-    """Refuses what a condition compares a parameter with that is none of its values, or cannot be compared with any."""
+    """Refuses what a condition compares a parameter with that reads like one of its values and is none, or cannot be
+    compared with any. Any other value is no mistake, but where a parameter says which of its own may be: whoever trims
+    a space keeps its rules."""
     for name in [name for name in spec if name in grids]:
         for op, operand in condition.literals(spec[name]):
             if op in ("eq", "ne", "in", "not_in"):
-                wrong = operand not in grids[name]
+                wrong = operand not in grids[name] and (at[-1] == "only" or _read(operand) in map(_read, grids[name]))
             else:
                 wrong = _kind(operand) not in map(_kind, grids[name])
             if wrong:
@@ -174,6 +176,12 @@ def _check_literals(
                     at,
                     _nearest(operand, grids[name]),
                 )
+
+
+def _read(value: Any) -> str:
+    """``fp8_e4m3`` of ``FP8-E4M3``, ``16`` of ``"16"``, ``false`` of ``off``."""
+    word = _word(value).casefold().replace("-", "_")
+    return {"on": "true", "yes": "true", "off": "false", "no": "false"}.get(word, word)
 
 
 def _kind(value: Any) -> type:
@@ -190,27 +198,31 @@ def _ever(
     return [*_values(name, spec, document, (*prefix, "parameters", name)), *defaults, *said]
 
 
-def _check_flags(flags: Mapping[str, Any], facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
+def _check_flags(
+    flags: Mapping[str, Any], facts: Mapping[str, Any], document: Document, at: tuple[str, ...], engine: str
+) -> None:
     """A fact that this machine does not have is no mistake: whoever writes ``$draft_model`` need not have one."""
     known = {*FACTS, *facts}
     check_flags(flags, lambda name: name.lstrip("-"), document, at)
     for flag, value in flags.items():
         if value is False:
-            raise document.error(f"--{flag.lstrip('-')}: {NO_SWITCH}", (*at, flag), off(flag.lstrip("-")))
+            raise document.error(f"--{flag.lstrip('-')}: {NO_SWITCH}", (*at, flag), off(flag.lstrip("-"), engine))
         if isinstance(value, str) and value.startswith("$") and value[1:] not in known:
             fix = suggest(value[1:], known)
             raise document.error(f"--{flag.lstrip('-')}: no such fact: {value[1:]}", (*at, flag), fix)
 
 
-def _check_facts(spec: ParameterFile, facts: Mapping[str, Any], document: Document, at: tuple[str, ...]) -> None:
+def _check_facts(
+    spec: ParameterFile, facts: Mapping[str, Any], document: Document, at: tuple[str, ...], engine: str
+) -> None:
     """What the values of a parameter say of facts: ``requires`` and ``$name``."""
     for value in (v for v in spec.values if isinstance(v, str)) if isinstance(spec.values, list) else ():
-        _check_flags({spec.flag: value}, facts, document, at)
+        _check_flags({spec.flag: value}, facts, document, at, engine)
     for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
         if emission and emission.requires and emission.requires not in (known := {*FACTS, *facts}):
             fix = suggest(emission.requires, known)
             raise document.error(f"requires: no such fact: {emission.requires}", (*at, key, "requires"), fix)
-        _check_flags(emission.flags if emission else {}, facts, document, (*at, key, "flags"))
+        _check_flags(emission.flags if emission else {}, facts, document, (*at, key, "flags"), engine)
         check_env(emission.env if emission else {}, document, (*at, key, "env"))
 
 
@@ -386,8 +398,12 @@ def _nearest(value: Any, values: Sequence[Value]) -> str:
     return suggest(word, words)
 
 
-def off(flag: str) -> str:
-    """How to say that a switch is off."""
+def off(flag: str, engine: str) -> str:
+    """How to say that a switch is off: as vLLM's are, quoted where it is a part of JSON, and not at all elsewhere."""
+    if "." in flag:
+        return f'write {flag}: "false", in quotes'
+    if engine not in ("vllm", "emulator") or flag.startswith("disable-"):
+        return "leave it out"
     return f"write {flag.removeprefix('no-') if flag.startswith('no-') else f'no-{flag}'}: true, or leave it out"
 
 

@@ -366,7 +366,7 @@ def _inline(file: StudyFile, document: Document, base: Path, facts: Mapping[str,
 def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> SearchSpace:
     """The space with the study's own flags and environment on every server."""
     for flag in () if document.begun else (name for name, value in engine.args.items() if value is False):
-        raise document.error(f"--{flag}: {NO_SWITCH}", ("engine", "args", flag), off(flag))
+        raise document.error(f"--{flag}: {NO_SWITCH}", ("engine", "args", flag), off(flag, engine.kind))
     given = {name: None if value is True else value for name, value in engine.args.items() if value is not False}
     for flag, value in given.items():
         if isinstance(value, float) and not math.isfinite(value) and not document.begun:

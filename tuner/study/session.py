@@ -149,7 +149,7 @@ def check_flags(study: Study, engine: Engine) -> None:
     if (known := engine.flags()) is None:
         return
     for flag, where in used.items():
-        if flag not in known and flag.removeprefix("no-") not in known:
+        if flag not in known:
             raise UsageError(
                 f"{study.engine.kind} {engine.version()} knows no flag --{flag} ({where})",
                 where=_place(study, flag),

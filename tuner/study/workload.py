@@ -20,6 +20,7 @@ from tuner.words import figure
 
 FULL = 0.9  # share of a step that the last arrivals of a trace must span
 UNEVEN = 2.0  # by how many times a window's rate may be off the trace's unsaid
+STEADIER = "Take a longer trace.window or a steadier part of the trace"
 FLAT = 0.25  # a load that is higher by 2 has at least 2 ** FLAT times the requests per second
 
 
@@ -85,6 +86,8 @@ def read(study: Study) -> Workload:
             "at its end. Take a trace.window of many responses' length, or add an SLO on tpot"
         )
     found = Workload(trace, search, parts.held_out, fills=fills)
+    if study.engine.kind == "function":  # it may ignore the trace: nothing is replayed
+        return replace(found, notes=tuple(notes))
     _refuse_empty(study, found)
     return replace(found, notes=(*notes, *_uneven(study, found)))
 
@@ -127,22 +130,32 @@ def _uneven(study: Study, traffic: Workload) -> list[str]:
     notes = []
     for at, load in enumerate(loads):
         usual = traffic.rps * load
-        off = {name: own[at] for name, own in rates.items() if not usual / UNEVEN <= own[at] <= usual * UNEVEN}
+        off = {
+            name: own[at]
+            for name, own in rates.items()
+            if not usual / UNEVEN <= own[at] <= usual * UNEVEN and _beyond_chance(own[at], usual, lasts_s)
+        }
         if off:
             said = ", ".join(f"{name} {figure(rate)}/s" for name, rate in off.items())
-            notes.append(
-                f"uneven: at load {load:g} the trace has {figure(usual)} requests/s, but {said}. "
-                "Take a longer trace.window or a steadier part of the trace"
-            )
+            notes.append(f"uneven: at load {load:g} the trace has {figure(usual)} requests/s, but {said}. {STEADIER}")
             break
     for name, own in rates.items():
         steps = pairwise(zip(loads, own, strict=True))
-        flat = [(low, high) for (low, few), (high, more) in steps if more < few * (high / low) ** FLAT]
+        flat = [
+            (low, high)
+            for (low, few), (high, more) in steps
+            if more < few * (high / low) ** FLAT and _beyond_chance(more, few * high / low, lasts_s)
+        ]
         if flat:
             low, high = flat[0]
-            notes.append(f"uneven: in {name} load {high:g} has hardly more requests/s than load {low:g}")
+            notes.append(f"uneven: in {name} load {high:g} has hardly more requests/s than load {low:g}. {STEADIER}")
             break
     return notes
+
+
+def _beyond_chance(rate: float, usual: float, lasts_s: float) -> bool:
+    """Whether counts of so many requests differ by more than two standard deviations of a steady (Poisson) trace."""
+    return abs(rate - usual) * lasts_s > 2 * (usual * lasts_s) ** 0.5
 
 
 def _short(window: Trace) -> str:
