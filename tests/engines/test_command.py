@@ -272,9 +272,7 @@ def test_an_option_that_there_is_none_of_is_named_with_its_line(
 
 def test_what_was_written_beside_the_options_is_named_as_it_was_written(tmp_path: Path, model: str) -> None:
     file = tmp_path / "s.yaml"
-    file.write_text(
-        _STUDY.format(model=model, option="stop_wait_s: 5").replace("  options:", "  gpu: L4\n  options:")
-    )
+    file.write_text(_STUDY.format(model=model, option="stop_wait_s: 5").replace("  options:", "  gpu: L4\n  options:"))
     with pytest.raises(UsageError, match=r"command has no engine\.gpu") as error:
         build.engine(studyfile.load(file))
     assert error.value.where == f"{file}:6" and "command" not in error.value.fix.replace(",", " ").split()
