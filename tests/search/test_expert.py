@@ -12,6 +12,7 @@ import pytest
 
 from tests.search.problem import LOADS, knob, objective, study
 from tuner.search import ledger
+from tuner.search.beliefs import Beliefs
 from tuner.search.candidates import Candidates
 from tuner.search.expert import SOME_SIZE, World, by_looks, effects, gpu_counts, speculation
 from tuner.search.foresight import Foresight
@@ -375,6 +376,10 @@ def test_values_are_looked_at_only_where_nothing_says_more():
     table = effects(by_looks(space))[0]
     assert guessed.guessed and guessed.rules[0] == pytest.approx(0.7 * table)
     assert "by what the values look like" in guessed.words
+    quant = SearchSpace("one", "function", (knob("p0", "none", "awq", default="none"),))
+    beliefs = Beliefs(of := Candidates.of(quant, 0), Sources(of, Foresight(of, objective(), LOADS, None, "m")))
+    works = beliefs.causes.works(of.codes())
+    assert works[1] < works[0], "what its looks let fear"
     asked = Sources(candidates, Foresight(candidates, objective(), LOADS, SimpleNamespace(), "m"))
     assert not asked.guessed and not asked.rules[0].any() and not asked.world.sizes
 

@@ -10,7 +10,7 @@ from benchmarks.verify.small_study import LATENCY, THROUGHPUT, study
 from tests.verify.test_verification import Keeping, Unserved
 from tuner.engines.protocol import LaunchFailed
 from tuner.study.outcome import Infeasible, Measured
-from tuner.verify.ablation import AblationBudget, _corrected, ablate
+from tuner.verify.ablation import AblationBudget, _Bench, _corrected, ablate
 from tuner.verify.arm import Finalist
 from tuner.verify.rounds import Done
 from tuner.verify.statistics import Estimate
@@ -86,6 +86,21 @@ def test_flags_that_stand_in_for_each_other_are_not_both_dropped():
 def test_without_any_effect_the_smallest_config_is_the_default():
     found, _ = quiet(lambda _config: 1.0)
     assert found.params == {} and found.config.flags == {}
+
+
+def test_what_is_left_is_measured_where_it_is_promised(monkeypatch):
+    """Where no launch of it measured a load as low; in the later of the rounds in which it stands beside the winner."""
+    judged = _Bench.beside_the_winner
+    monkeypatch.setattr(
+        _Bench,
+        "beside_the_winner",
+        lambda self, small: dataclasses.replace(judged(self, small), load=0.123, at_most=True),
+    )
+    done: list[Done] = []
+    quiet(two_of_six, done=done)
+    low = [d.label for d in done for s in d.outcome.steps if s.load == 0.123]
+    joint = sorted({d.label for d in done if "keeping" in d.label}, key=lambda label: int(label.split()[1]))
+    assert len(joint) > 1 and set(low) == set(joint[1:]) and len(low) == len(WINDOWS) * len(joint[1:])
 
 
 def test_a_flag_without_which_the_server_does_not_start_is_kept_and_says_so():
