@@ -243,8 +243,10 @@ def test_a_verification_that_was_not_finished_shows_what_it_measured_and_conclud
     )
     store.start_trial(9, config, config.params, role="verify", label="verify 1 default", baseline=True)
     store.end_trial(9, Measured(steps))
+    store.start_trial(10, config, config.params, role="verify", label="verify 1 trial 1")
+    store.end_trial(10, Aborted("interrupted", steps[:1]), again=True)
     outline = read(build(store, study, tmp_path / "r.html"))
-    assert "Not finished: 1 launches so far, and nothing is concluded from them." in outline.text
+    assert "Not finished: 1 launch so far, and nothing is concluded from them." in outline.text
     assert "search measurement, not verified" in outline.text
     rows = re.findall(r"<tr>(.*?)</tr>", (tmp_path / "r.html").read_text())
     first, second = (row for row in rows if ">held-out-" in row)

@@ -181,10 +181,11 @@ def _verified(s: Summary, store: Store) -> dict[str, Any] | None:
     it was not finished."""
     path = store.folder / "verify.json"
     data = read_json(path) if path.exists() else None
-    launches = [t for t in s.trials if t.role == "verify"]
+    launches = [t for t in s.trials if t.role == "verify" and not t.again]  # what was broken off is made again
     each = tables.folded(tables.windows(s, launches)) if launches else None
     if not isinstance(data, Mapping):
-        words = f"Not finished: {len(launches)} launches so far, and nothing is concluded from them. "
+        many = f"{len(launches)} launch{'es' if len(launches) > 1 else ''}"
+        words = f"Not finished: {many} so far, and nothing is concluded from them. "
         words += "The same tuner tune goes on."
         return {"paragraphs": [words], "table": None, "launches": each} if launches else None
     with AsWritten(path):
