@@ -192,9 +192,9 @@ def synth(
     if arrivals is not None and not (bare and fit is not None):
         chosen = replace(chosen, arrivals=Arrivals.parse(arrivals))
     if share is not None:
-        groups = 20 if prefix_groups is None else prefix_groups
-        block_tokens = 16 if prefix_block_tokens is None else prefix_block_tokens
-        chosen = replace(chosen, prefixes=synthesis.Prefixes(share, groups, block_tokens))
+        said = {"groups": prefix_groups, "block_tokens": prefix_block_tokens}
+        said = {name: value for name, value in said.items() if value is not None}
+        chosen = replace(chosen, prefixes=synthesis.Prefixes(share, **said))
     if rates is not None:
         part = read_rates(rates, max_bad=max_bad).between(from_s or 0.0, float("inf") if to_s is None else to_s)
         trace = synthesis.with_arrivals(chosen, part.times(np.random.default_rng(seed))[:requests], seed=seed)

@@ -30,16 +30,18 @@ def known_options(kind: str) -> dict[str, Any] | None:
     """The options that engines of this kind take, with their types; None where there is no such kind."""
     if kind not in _CLASSES:
         return None
-    module, name = _CLASSES[kind]
-    hints = get_type_hints(getattr(import_module(module), name).__init__)
+    hints = get_type_hints(_class(kind).__init__)
     return {option: hint for option, hint in hints.items() if option != "return"}
+
+
+def _class(kind: str) -> Any:
+    module, name = _CLASSES[kind]
+    return getattr(import_module(module), name)
 
 
 def engine(study: Study) -> Engine:
     """The study's engine, not yet asked anything. Raises UsageError for options that it does not know, and for values
     that they cannot have."""
-    module, name = _CLASSES[study.engine.kind]
-    kind: Any = getattr(import_module(module), name)
     options = study.engine.options
     hints = known_options(study.engine.kind) or {}
     for option, value in options.items():
@@ -52,7 +54,7 @@ def engine(study: Study) -> Engine:
                 f"{study.engine.kind} has no {'.'.join(('engine', *at))}", where=place(study, *at), fix=fix
             )
     try:
-        return kind.from_study(study)
+        return _class(study.engine.kind).from_study(study)
     except TypeError as error:  # what the study says of the engine elsewhere is no option as well
         said = next((option for option in options if repr(option) in str(error)), "")
         raise UsageError(

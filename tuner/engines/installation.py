@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.errors import EnvironmentFault
+from tuner.errors import EnvironmentFault, UsageError
 
 _FLAG = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
 _HELP_S = 600.0
@@ -26,6 +26,15 @@ _ASK_VERSION = (
 )
 
 Run = Callable[[Sequence[str], float], str]
+
+
+def refuse_launchers(flag: str, reserved: frozenset[str], trusted: bool = True) -> None:
+    """Raises ``UsageError`` for a flag that the launcher decides: one of ``reserved``, or whether a model's own code
+    may run, where it is not ``trusted``."""
+    if flag in reserved:
+        raise UsageError(f"--{flag} is set by the launcher", fix="take it out of engine.args and the search space")
+    if flag == "trust-remote-code" and not trusted:
+        raise UsageError("--trust-remote-code is not a parameter", fix="set engine.trust_remote_code: true instead")
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner.engines.http import HttpServer, launch
-from tuner.engines.installation import Installation, cache_folder
+from tuner.engines.installation import Installation, cache_folder, refuse_launchers
 from tuner.engines.modelfolder import local_model, variant
 from tuner.engines.protocol import LaunchFailed, Site
 from tuner.engines.vllmlog import DIALECT
@@ -101,10 +101,7 @@ class VllmEngine:
 
     def check_flag(self, flag: str) -> None:
         """Raises ``UsageError`` for a flag that the launcher decides."""
-        if flag in RESERVED:
-            raise UsageError(f"--{flag} is set by the launcher", fix="take it out of engine.args and the search space")
-        if flag == "trust-remote-code" and not self.trust_remote_code:
-            raise UsageError("--trust-remote-code is not a parameter", fix="set engine.trust_remote_code: true instead")
+        refuse_launchers(flag, RESERVED, self.trust_remote_code)
 
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol."""

@@ -75,6 +75,15 @@ class Choice:
     text: str
     by_hand: bool = False
 
+    def off(self, front: Sequence[Point]) -> Point | None:
+        """What is chosen where it is no point of ``front``: measured again elsewhere, or not told apart from one."""
+        known = self.point and self.point.role == "search" and self.point.key in {p.key for p in front}
+        return None if known else self.point
+
+    def marks(self, point: Point, front: Sequence[Point]) -> bool:
+        """Whether ``point``, of ``front`` or :meth:`off` it, is what is chosen."""
+        return self.point is not None and (point is self.point if self.off(front) else point.key == self.point.key)
+
 
 def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     """The cheapest step of the search that meets every SLO.

@@ -15,7 +15,7 @@ from tuner.record.secrets import HIDDEN, hide, is_secret
 from tuner.space.config import ServingConfig
 from tuner.space.space import Parameter
 from tuner.spec.study import Study
-from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Untrusted, held
+from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Untrusted, held, held_everywhere
 from tuner.study.store import TrialRecord
 
 if TYPE_CHECKING:
@@ -184,10 +184,9 @@ def _samples(trial: TrialRecord, study: Study) -> Iterator[Sample]:
                 for side, bound in zip(("low95", "high95"), bounds, strict=True)
             )
     good = [step for step in steps if step.ok] if isinstance(trial.outcome, Measured | Aborted) else []
-    windows = held(steps)
     if good and isinstance(trial.outcome, Measured):  # one that was stopped might have held more
-        yield Sample("capacity_load", min(step.load if step else 0.0 for step in windows.values()), 0, end_ms)
-    if good and len(windows) == 1:  # the best of several would be of different windows
+        yield Sample("capacity_load", held_everywhere(steps), 0, end_ms)
+    if good and len(held(steps)) == 1:  # the best of several would be of different windows
         for key in (COST, study.objective.latency_key):
             values = [step.metrics[key] for step in good if math.isfinite(step.metrics.get(key, math.inf))]
             if values:

@@ -37,11 +37,10 @@ def markdown(store: Store, study: Study) -> str:
             lines += ["```sh", *start, "```", ""]
             lines += [f"As a deployment: `tuner export {store.folder} --format compose` (or `k8s`, `helm`).", ""]
     best = front(points(searched(trials), objective))
-    rows, chosen = [], choice.point
-    known = {p.key for p in best} if chosen and chosen.role == "search" else set()
-    for p in [*([chosen] if chosen and chosen.key not in known else []), *best]:
+    rows, off = [], choice.off(best)
+    for p in [*([off] if off else []), *best]:
         name = describe(p.config, default.config if default else None).replace("|", "\\|")
-        name = f"`{name}`" + (" **recommended**" if p is chosen or (chosen and chosen.key == p.key in known) else "")
+        name = f"`{name}`" + (" **recommended**" if choice.marks(p, best) else "")
         rows.append(f"| {figure(p.cost)} | {figure(p.latency * 1e3, 4)} | {figure(p.load)} | {p.trial} | {name} |")
     if rows:
         lines += [

@@ -11,7 +11,7 @@ from typing import Any
 from tuner.pareto.front import Point, trusted_steps
 from tuner.report.importance import Importance
 from tuner.report.modelerror import Error
-from tuner.report.style import Figure, bars, frame, note, open_ends, rule, wrap
+from tuner.report.style import Figure, bars, frame, literal, note, open_ends, rule, wrap
 from tuner.report.summary import Summary, label, spread
 from tuner.study.outcome import Step
 from tuner.study.price import GOODPUT
@@ -73,7 +73,7 @@ def importance_chart(found: Importance) -> Figure | None:
                 "type": "bar",
                 "orientation": "h",
                 "name": title,
-                "y": [html.escape(row.parameter, quote=False) for row in rows],
+                "y": [literal(row.parameter) for row in rows],
                 "x": [share.share for share in shares],
                 "marker": {"color": color, "opacity": [1.0 if share.p < 0.05 else 0.3 for share in shares]},
                 "text": [f" {share.share * 100:.0f} %" for share in shares],

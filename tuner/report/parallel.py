@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 import re
 import textwrap
 from typing import Any
 
-from tuner.report.style import Figure, frame, note, vertical, wrap
+from tuner.report.style import Figure, frame, literal, note, vertical, wrap
 from tuner.report.summary import Summary
 from tuner.space.space import Parameter
 from tuner.study.store import TrialRecord
@@ -85,14 +84,13 @@ def _position(parameter: Parameter, trial: TrialRecord) -> float | None:
 
 
 def _short(value: object) -> str:
-    """As an annotation takes it: no markup, no name of a colour (``$accent``)."""
+    """As it fits beside an axis."""
     text = str(value)
-    text = text if len(text) <= 14 else f"{text[:6]}…{text[-7:]}"  # paths differ in their ends
-    return html.escape(text, quote=False).replace("$", "&#36;")
+    return literal(text if len(text) <= 14 else f"{text[:6]}…{text[-7:]}")  # paths differ in their ends
 
 
 def _name(name: str) -> str:
     """On up to four lines; the rest of a long name is left to the table of trials."""
     lines = textwrap.wrap(re.sub(r"[_.-]+", " ", name), 13)
     lines = lines if len(lines) <= 4 else [*lines[:3], f"{lines[3]}…"]
-    return "<br>".join(html.escape(line, quote=False).replace("$", "&#36;") for line in lines)
+    return "<br>".join(map(literal, lines))

@@ -108,6 +108,11 @@ def open_ends(x: Sequence[float], y: Sequence[float], intervals: Sequence[Interv
     ]
 
 
+def literal(text: str) -> str:
+    """``text`` as a figure takes it: no markup, no name of a colour (``$accent``)."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
+
+
 def wrap(text: str) -> str:
     """``text`` as lines of hover text."""
     return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, 56, break_long_words=True))

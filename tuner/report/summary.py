@@ -47,8 +47,7 @@ class Summary:
     @property
     def off_front(self) -> Point | None:
         """The recommendation where it is no point of the front: measured again, or not told apart from one."""
-        point = self.choice.point
-        return point if point and (self.verified or point.key not in {p.key for p in self.front}) else None
+        return self.choice.off(self.front)
 
     @property
     def apart(self) -> str:
@@ -62,8 +61,7 @@ class Summary:
 
     def chosen(self, point: Point) -> bool:
         """Whether ``point`` is the recommendation."""
-        best = self.choice.point
-        return best is not None and (point is best if self.off_front else point.key == best.key)
+        return self.choice.marks(point, self.front)
 
     def name(self, config: ServingConfig) -> str:
         """The config as its difference to the engine's default."""

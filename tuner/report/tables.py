@@ -12,7 +12,7 @@ from tuner.pareto.front import COST, Point
 from tuner.report.summary import Summary, kind, label, ms, spread, why
 from tuner.search.causes import suspected
 from tuner.search.reading import cause as cause_of
-from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, held
+from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, held, held_everywhere
 from tuner.study.price import GOODPUT
 from tuner.study.store import TrialRecord
 from tuner.words import figure
@@ -96,10 +96,8 @@ def trial_row(s: Summary, trial: Any) -> TrialRow:
 
 def _capacity(outcome: Outcome) -> str:
     """The load that every window held."""
-    loads = [step.load if step else 0.0 for step in held(outcome.steps).values()]
-    if not isinstance(outcome, Measured | Aborted) or not loads or not min(loads):
-        return "-"
-    return f"{'≥ ' if isinstance(outcome, Aborted) else ''}{min(loads):g}"
+    load = held_everywhere(outcome.steps) if isinstance(outcome, Measured | Aborted) else 0.0
+    return f"{'≥ ' if isinstance(outcome, Aborted) else ''}{load:g}" if load else "-"
 
 
 def phase_names(s: Summary) -> list[str]:

@@ -59,6 +59,11 @@ def held(steps: Iterable[Step]) -> dict[str, Step | None]:
     return found
 
 
+def held_everywhere(steps: Iterable[Step]) -> float:
+    """The load that every window held; 0 where one held none, or nothing is believed."""
+    return min((step.load if step else 0.0 for step in held(steps).values()), default=0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """The ladder ran; some of its steps may have missed an SLO."""

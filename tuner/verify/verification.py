@@ -116,7 +116,7 @@ class _Race:
         if rounds:
             found = self.judge(explain=False)
             hopes = {found.choice, max(found.arms, key=lambda label: found.arms[label].best)}
-            self.rounds.below = {label: found.arms[label].load for label in hopes & {*_above(found)}}
+            self.rounds.below = {a.label: a.load for a in found.arms.values() if a.label in hopes and a.at_most}
             self.active = [a for a in self.active if not found.arms[a.label].failure]
             if rounds > 1:
                 self._drop(found, left)
@@ -143,11 +143,6 @@ class _Race:
             self.active.remove(
                 max((a for a in self.active if not a.baseline), key=lambda a: found.arms[a.label].cost[0])
             )
-
-
-def _above(found: Judgement) -> list[str]:
-    """Arms of which no launch measured a load as low as what would be promised of them."""
-    return [label for label, arm in found.arms.items() if arm.at_most]
 
 
 def _beaten(state: Arm, best: Arm | None) -> bool:

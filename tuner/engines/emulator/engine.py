@@ -15,6 +15,7 @@ from tuner.engines.emulator.faults import parse_faults
 from tuner.engines.emulator.flags import BadFlag, known_flags, parse
 from tuner.engines.emulator.hardware import find_gpu, from_datasheet
 from tuner.engines.emulator.rescale import hastened, rescale, step_from_records
+from tuner.engines.installation import refuse_launchers
 from tuner.engines.protocol import LaunchFailed, Server, Site, StepPlan, Teardown
 from tuner.engines.vllm import RESERVED
 from tuner.errors import UsageError
@@ -96,8 +97,7 @@ class EmulatorEngine:
 
     def check_flag(self, flag: str) -> None:
         """Raises ``UsageError`` for a flag that vLLM's launcher decides."""
-        if flag in RESERVED:
-            raise UsageError(f"--{flag} is set by the launcher", fix="take it out of engine.args and the search space")
+        refuse_launchers(flag, RESERVED)
 
     def launch(self, config: ServingConfig, site: Site) -> Server:
         """See the protocol."""
