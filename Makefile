@@ -30,7 +30,7 @@ quick: .venv/.dev
 lint: .venv/.dev
 	$(TUNER)/ruff check .
 	$(TUNER)/ruff format --check .
-	$(TUNER)/pyright
+	$(TUNER)/pyright --pythonpath $(TUNER)/python
 
 postgres:
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || $(POSTGRES) || true

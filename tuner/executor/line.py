@@ -91,7 +91,7 @@ class Home:
         import ray
 
         if self._last is not None:
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(ray.exceptions.RayError):  # pyright: ignore[reportAttributeAccessIssue]
                 ray.get(self._last, timeout=ANSWER_S)
 
     def _listen(self) -> None:

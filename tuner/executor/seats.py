@@ -131,7 +131,7 @@ class Seats:
         host = "" if job.config.gpus else self._host()
         avoid = f"!in({','.join(sorted(self._watch.avoid))})" if self._watch.avoid else ""
         where = [{"ray.io/node-id": host or avoid}] if host or avoid else None
-        group = placement_group([shape], strategy="STRICT_PACK", bundle_label_selector=where)
+        group = placement_group([shape], strategy="STRICT_PACK", bundle_label_selector=where)  # pyright: ignore[reportArgumentType]
         taken = {"num_cpus": shape.get("CPU", 0), "num_gpus": shape.get("GPU", 0)}
         there = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         actor = self._ray.remote(Seat).options(scheduling_strategy=there, **taken).remote(self._kit, self._line)

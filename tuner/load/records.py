@@ -104,7 +104,7 @@ class RecordWriter:
             self._partial,
             _schema(),
             compression="zstd",
-            use_dictionary=["error"],
+            use_dictionary=["error"],  # pyright: ignore[reportArgumentType]
             column_encoding=dict.fromkeys(deltas, "DELTA_BINARY_PACKED"),
             write_page_checksum=True,
         )

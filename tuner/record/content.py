@@ -221,7 +221,7 @@ def _system(path: Path) -> Iterator[Sample]:
     yield from _series(table.drop(columns=of_gpus).drop_duplicates("at_s"), "system/")
     for gpu, rows in table.groupby("gpu_index") if "gpu_index" in table else ():
         own = rows[["at_s", *of_gpus]].drop(columns="gpu_index")
-        yield from _series(own.rename(columns=lambda name: name.removeprefix("gpu_")), f"system/gpu{gpu:g}_")
+        yield from _series(own.rename(columns=lambda name: name.removeprefix("gpu_")), f"system/gpu{gpu:g}_")  # pyright: ignore[reportCallIssue]
 
 
 def _series(table: pd.DataFrame, prefix: str) -> Iterator[Sample]:

@@ -78,4 +78,4 @@ def _stretched(column: object, scale: float) -> object:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    return pc.cast(pc.round(pc.multiply(pc.cast(column, pa.float64()), scale)), pa.int64())
+    return pc.cast(pc.round(pc.multiply(pc.cast(column, pa.float64()), scale)), pa.int64())  # pyright: ignore[reportAttributeAccessIssue]
