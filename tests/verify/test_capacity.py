@@ -1,11 +1,22 @@
 import math
 
+import numpy as np
 import pytest
 
 from tuner.spec.slo import parse
 from tuner.study.outcome import Step
-from tuner.verify.arm import margin
-from tuner.verify.capacity import capacity, cost_at, expected, held, loads, still_pays, value_at
+from tuner.verify.arm import margin, pooled
+from tuner.verify.capacity import (
+    capacity,
+    cost_at,
+    expected,
+    held,
+    loads,
+    margin_at,
+    margin_of_all,
+    still_pays,
+    value_at,
+)
 
 SLO = parse("ttft_p99=1s")
 COST = "cost_usd_per_mtok_output"
@@ -78,6 +89,41 @@ def test_cost_at_capacity_falls_with_the_load_where_goodput_is_what_was_asked_fo
 def test_a_metric_between_two_loads_is_read_off_the_line_in_logarithms():
     assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 2.0, "ttft_p99_s") == pytest.approx(0.2)
     assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 9.0, "ttft_p99_s") == pytest.approx(0.4)
+
+
+def test_a_load_beyond_one_that_missed_is_missed_by_more():
+    steps = [step(2.0, 0.5), step(4.0, 2.0)]
+    assert margin_at(steps, 4.0, [SLO]) == pytest.approx(math.log(2.0))
+    assert margin_at(steps, 8.0, [SLO]) == pytest.approx(math.log(8.0))
+    assert margin_at([step(2.0, 0.5), step(4.0, 0.4)], 8.0, [SLO]) == pytest.approx(math.log(0.4))
+
+
+@pytest.mark.parametrize(
+    ("values", "holds"),
+    [
+        ((0.5, 0.5, 0.5), True),
+        ((1.2, 0.4, 0.4), True),  # 2 % of one stretch, and next to none of two
+        ((1.4, 0.4, 0.4), False),
+        ((9.0, 0.01, 0.01), False),  # however well the others go
+        ((1.01, 1.01, 1.01), False),
+    ],
+)
+def test_over_all_requests_a_percentile_is_missed_by_the_share_beyond_its_limit(values, holds):
+    """Against requests whose times are exponential, of which the percentile is that of all together."""
+    slo = parse("ttft_p99=1s")
+    margins = [math.log(value) for value in values]
+    shares = np.linspace(0, 1, 200_001)[1:-1]
+    together = np.concatenate([-np.log(shares) * value / math.log(100) for value in values])
+    assert (np.quantile(together, 0.99) <= 1) == holds == (pooled(margins, slo) <= 0)
+    assert math.exp(pooled(margins[:1], slo)) == pytest.approx(values[0])
+
+
+def test_over_all_requests_rates_and_means_are_averaged_and_of_maxima_the_largest_counts():
+    margins = [math.log(x) for x in (2.4, 0.3, 0.2)]
+    assert math.exp(pooled(margins, parse("error_rate=1%"))) == pytest.approx(2.9 / 3)
+    assert math.exp(pooled(margins, parse("tpot_mean=1s"))) == pytest.approx(2.9 / 3)
+    assert math.exp(pooled(margins, parse("e2e_max=1s"))) == pytest.approx(2.4)
+    assert margin_of_all([[step(1.0, 0.5)]] * 2, 1.0, []) < 0 < pooled([math.inf], SLO)
 
 
 def test_the_capacity_lies_next_to_the_load_that_held_where_the_next_one_saturated_before_its_latency_rose():

@@ -74,6 +74,28 @@ def test_a_window_on_which_nothing_was_served_breaks_the_promise_however_well_th
     assert "BROKEN: cost was not measured on window heldout-1" in found.text
 
 
+@pytest.mark.parametrize(("times", "holds"), [(1.2, True), (3.0, False)])
+def test_a_window_that_misses_its_slo_is_named_and_pays_for_itself(times, holds):
+    """The others hold at a hundredth of the limit: of what one misses they make up for as much as their requests do."""
+    limit = promised().slos[0].limit
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        class Rig:
+            def measure(self, load, trace, window):
+                step = rig.measure(load, trace, window)
+                value = limit * (times if window == "heldout-1" else 0.01)
+                missed = ("ttft_p99 too high",) if window == "heldout-1" else ()
+                return dataclasses.replace(step, metrics={**step.metrics, "ttft_p99_s": value}, slo_misses=missed)
+
+        with machine(1.0).launch(config, label) as rig:
+            yield Rig()
+
+    slos, other = recertify(dataclasses.replace(promised(), slos=promised().slos[:1]), launch, WINDOWS, MARK).checks[:2]
+    assert other.holds and slos.holds == holds
+    assert ("the SLOs hold over all windows together, not on heldout-1: ttft_p99 too high" in slos.text) == holds
+
+
 def test_a_window_that_was_ended_early_while_it_was_answering_is_not_called_unserved():
     loose = tuple(Slo(slo.metric, slo.limit * 1e3) for slo in promised().slos)
 

@@ -15,7 +15,7 @@ from tuner.executor.protocol import NodeLost
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
-from tuner.verify.capacity import cost_at, margin_at, slope_below
+from tuner.verify.capacity import cost_at, margin_of_all, slope_below
 from tuner.verify.judge import Arm, Judgement, Table, judge
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification, figures
@@ -208,7 +208,8 @@ def test_a_bracket_begins_where_other_windows_arms_and_rounds_expect_it():
         for name, capacity in capacities.items():
             limit = capacity * factor[label.split(" ", 2)[2]]
             assert begun[label][name] == max(load for w, load in before if w == name and load <= limit)
-    assert sum(len(tried[label]) for label in again) < len(tried[first]) + len(tried[second])
+        brackets = [load for name, load in tried[label] if load > 0.9 * capacities[name] * factor[label.split(" ", 2)[2]]]
+        assert len(brackets) < len(before), "what is promised lower down is measured beside them"
 
 
 def test_the_promised_latency_is_that_of_the_promised_load():
@@ -250,12 +251,35 @@ def test_a_latency_is_followed_down_as_it_rises_where_both_loads_were_measured()
     above = Table([Launched("x", 1, tuple(first))], ())
     both = Table([Launched("x", 1, tuple(first)), Launched("x", 2, tuple(second))], ())
     assert not above.measured_as_low("x", 2.0) and both.measured_as_low("x", 2.0)
+    assert not Table([Launched("x", 1, (*second[:2], step("b", 2.6, 0.3)))], ()).measured_as_low("x", 2.0)
     assert above.values_at({"x": 2.0}, "ttft_p99_s")["x", 1, "a"] == pytest.approx(math.log(0.4))
     falling = [step("a", 2.0, 0.4), step("a", 4.0, 0.2)]
     assert slope_below(falling, 2.0, "ttft_p99_s") == 0  # noise: no latency falls with the load
     values = both.values_at({"x": 2.0}, "ttft_p99_s")
     assert values["x", 1, "a"] == pytest.approx(math.log(0.2)) and values["x", 2, "b"] == pytest.approx(math.log(0.3))
     assert values["x", 1, "b"] == pytest.approx(math.log(0.6 * 2 / 5))
+
+
+def test_a_hard_window_says_nothing_of_how_latencies_fall_on_the_others():
+    """Near its capacity it rises like a wall, and beyond it as a queue does that never ends."""
+
+    def step(window, load, seconds):
+        return Step(load, window, {"ttft_p99_s": seconds}, slo_misses=("ttft_p99",) * (seconds > 1))
+
+    wall = [step("hard", 2.0, 0.9), step("hard", 2.1, 8.0)]
+    first = [step("a", 4.0, 0.8), step("b", 4.0, 0.8), step("c", 4.0, 0.8), *wall]
+    second = [step("a", 2.0, 0.4), step("a", 4.0, 0.8), step("b", 2.0, 0.2), step("b", 4.0, 0.8), *wall]
+    values = Table([Launched("x", 1, tuple(first)), Launched("x", 2, tuple(second))], ()).values_at(
+        {"x": 2.0}, "ttft_p99_s"
+    )
+    assert values["x", 1, "a"] == pytest.approx(math.log(0.4)), "as the other launch saw it on that window"
+    assert values["x", 1, "b"] == pytest.approx(math.log(0.2))
+    assert values["x", 1, "c"] == pytest.approx(math.log(0.2)), "as on the usual window"
+    assert slope_below([step("a", 2.0, 2.0), step("a", 4.0, 16.0)], 2.0, "ttft_p99_s") is None
+    beyond = Table([Launched("x", 1, (step("a", 1.0, 0.5), step("a", 2.0, 2.0)))], ()).values_at(
+        {"x": 4.0}, "ttft_p99_s"
+    )
+    assert beyond["x", 1, "a"] == pytest.approx(math.log(8.0)), "above what was measured it goes on rising"
 
 
 def _cells(capacities, *, rise=1.0, slow=0.0, launches=2, arm="default"):
@@ -311,7 +335,7 @@ def test_a_promise_is_of_a_load_at_which_the_slos_held_as_recertification_judges
     found, table = _judged(_cells(capacities, rise=rise, slow=0.01, launches=launches))
     arm = found.arms["default"]
     assert arm.load == (promised or arm.safe_load) and arm.load <= (arm.safe_load or math.inf)
-    assert fmean(margin_at(steps, arm.load, table.slos) for steps in table.cells.values()) < 1e-9
+    assert margin_of_all(list(table.cells.values()), arm.load, table.slos) < 1e-9
 
 
 def test_a_configuration_whose_slos_hold_at_no_load_in_the_mean_is_not_recommended():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo
@@ -54,3 +56,22 @@ def margin(step: Step, slos: Sequence[Slo]) -> float:
         return FAR
     worst = min(max((slo.gap(step.metrics) for slo in slos), default=-FAR), FAR)
     return max(worst, 0.05 if step.slo_misses else -FAR)
+
+
+def pooled(margins: Sequence[float], slo: Slo) -> float:
+    """The margin of one SLO over the requests of several measurements of about as many each, from its margin on each: a
+    stretch of traffic that holds easily makes up for one that does not as far as its requests do, and no further.
+
+    Means and rates are averaged, of maxima the largest counts. Of a percentile it is the share of requests beyond the
+    limit that is averaged. Waiting times fall off exponentially: where 1 % of the requests take longer than ``v``,
+    ``0.01 ** (limit / v)`` of them take longer than the limit.
+    """
+    allowed = 1 - (slo.quantile or 0.0)
+    if slo.metric.endswith("_max"):
+        found = max(margins)
+    elif allowed == 1:
+        found = math.log(fmean(math.exp(x) for x in margins))
+    else:
+        beyond = fmean(allowed ** math.exp(-x) for x in margins)
+        found = -math.log(math.log(beyond) / math.log(allowed)) if beyond < 1 else FAR
+    return min(max(found, -FAR), FAR)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from tuner.load.trace import Trace
 from tuner.spec.slo import Slo
 from tuner.spec.study import Study
 from tuner.study.outcome import Step
-from tuner.verify.arm import COST, margin
+from tuner.verify.arm import COST, FAR, margin, pooled
 
 UP = (1.06, 1.2, 1.5, 2.0)
 DOWN = tuple(1 / up for up in UP)
 THROUGHPUT = "output_tokens_per_s"
 NEAR = 0.99  # of a load: what lies above that is taken for the load itself
+REACH = 1.25  # times a load: from how far above it latencies are followed down to it without a doubt
 BEYOND = 2.0  # how far above the ladder's top a launch is followed that holds there
 
 
@@ -116,40 +118,56 @@ def cost_at(steps: Sequence[Step], load: float) -> float:
     return near.metrics[COST] * (here / there if here > 0 and there > 0 else 1.0)
 
 
-def value_at(steps: Sequence[Step], load: float, key: str, slope: float = 0.0) -> float:
+def value_at(steps: Sequence[Step], load: float, key: str, slope: float = 0.0, *, rising: bool = False) -> float:
     """``key`` at ``load``, on the straight line between the neighbouring measured loads in logarithms; below them along
-    ``slope`` (0: the lowest load's value), above them the highest load's value. NaN where it was not measured."""
-    known = _known(steps, key)
+    ``slope`` (0: the lowest load's value), above them the highest load's value, or where ``rising`` on along the last
+    line. NaN where it was not measured."""
+    known = _known(_trusted(steps), key)
     below = math.log(load / known[0][0]) if known and load < known[0][0] else 0.0
-    return math.exp(_between(known, load) + slope * below)
+    return math.exp(_between(known, load, rising) + slope * below)
 
 
 def slope_below(steps: Sequence[Step], load: float, key: str) -> float | None:
     """How ``key`` rises from the measured load next to ``load``, at most that, to the one after it, both in logarithms
-    (at least 0); None where no load as low was measured, or none above."""
-    known = _known(steps, key)
+    (at least 0); None where no load as low held (from a load that missed, latencies rise as a queue does that never
+    ends), or none was measured above."""
+    known = _known(_trusted(steps), key)
     pair = next(((a, b) for a, b in reversed([*_pairs(known)]) if a[0] * NEAR <= load), None)
-    return None if pair is None else max((pair[1][1] - pair[0][1]) / math.log(pair[1][0] / pair[0][0]), 0.0)
+    if pair is None or any(s.slo_misses for s in _trusted(steps) if s.load == pair[0][0]):
+        return None
+    return max((pair[1][1] - pair[0][1]) / math.log(pair[1][0] / pair[0][0]), 0.0)
 
 
 def _known(steps: Sequence[Step], key: str) -> list[tuple[float, float]]:
-    return [(s.load, math.log(s.metrics[key])) for s in _trusted(steps) if 0 < s.metrics.get(key, math.nan) < math.inf]
+    return [(s.load, math.log(s.metrics[key])) for s in steps if 0 < s.metrics.get(key, math.nan) < math.inf]
 
 
 def margin_at(steps: Sequence[Step], load: float, slos: Sequence[Slo]) -> float:
-    """The worst SLO's :func:`margin` at ``load``, read off as :func:`value_at` does."""
-    return _between([(s.load, margin(s, slos)) for s in _trusted(steps)], load)
+    """The worst SLO's :func:`margin` at ``load``, on the straight lines between the loads that were measured, above
+    them on along the last: a load beyond one that missed is missed by more."""
+    return min(_between([(s.load, margin(s, slos)) for s in _trusted(steps)], load, rising=True), FAR)
 
 
-def _between(known: Sequence[tuple[float, float]], load: float) -> float:
+def margin_of_all(cells: Sequence[Sequence[Step]], load: float, slos: Sequence[Slo]) -> float:
+    """The worst SLO's margin at ``load`` over all requests of several launches and windows (:func:`pooled`)."""
+    if not slos:
+        return fmean(margin_at(steps, load, slos) for steps in cells)
+    return max(pooled([margin_at(steps, load, [slo]) for steps in cells], slo) for slo in slos)
+
+
+def _between(known: Sequence[tuple[float, float]], load: float, rising: bool) -> float:
     if not known:
         return math.nan
     if load <= known[0][0]:
         return known[0][1]
-    for (low, first), (high, second) in _pairs(known):
+    pairs = [*_pairs(known)]
+    for (low, first), (high, second) in pairs:
         if load <= high:
             return first + (second - first) * math.log(load / low) / math.log(high / low)
-    return known[-1][1]
+    if not rising or not pairs:
+        return known[-1][1]
+    (low, first), (high, second) = pairs[-1]
+    return second + max(second - first, 0.0) * math.log(load / high) / math.log(high / low)
 
 
 def _trusted(steps: Sequence[Step]) -> list[Step]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 from tuner.verify.arm import COST, Finalist, Launched, Range
-from tuner.verify.capacity import NEAR, THROUGHPUT, capacity, cost_at, held, margin_at, slope_below, value_at
+from tuner.verify.capacity import NEAR, REACH, THROUGHPUT, capacity, cost_at, held, margin_of_all, slope_below, value_at
 from tuner.verify.power import Power, power
 from tuner.verify.repeats import NO_SPREAD, Repeats, Spread
 from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_best
@@ -33,7 +33,8 @@ class Arm:
     cheaper), ``latency_difference`` latency over the default's, both at ``common_load``.
     ``doubt`` is the p-value, corrected for several finalists, of "not cheaper than the default by what is worth it",
     ``latency_doubt`` of "not as cheap, or not faster". ``best`` is the probability of being the cheapest arm.
-    ``at_most``: no load as low as ``load`` was measured, and ``latency`` is that of a higher one.
+    ``at_most``: on some window no load nearly as low as ``load`` was measured, and ``latency`` is partly that of higher
+    ones.
     """
 
     label: str
@@ -180,7 +181,7 @@ class Table:
 
     def promised(self, arm: str, safe: float) -> float:
         """The load to promise of ``arm``: ``safe`` (where that is 0, the highest that held on every window in every
-        launch), or the next lower one measured at which the SLOs hold in the mean over windows and launches, as
+        launch), or the next lower one measured at which the SLOs hold over all windows and launches, as
         :func:`tuner.verify.certify.recertify` judges them. 0 where they hold at none. Launches without a cost on some
         window are left out, as they are from the costs."""
         priced = set(Repeats(self.costs()).launches)
@@ -189,7 +190,7 @@ class Table:
             return 0.0
         top = safe or min(held(steps) for steps in cells)
         lower = sorted({s.load for steps in cells for s in steps if s.load < top}, reverse=True)
-        return next((x for x in (top, *lower) if fmean(margin_at(steps, x, self.slos) for steps in cells) <= 0), 0.0)
+        return next((x for x in (top, *lower) if margin_of_all(cells, x, self.slos) <= 0), 0.0)
 
     def unserved(self) -> dict[str, list[str]]:
         """Arms that served nothing within their SLOs on a window, whatever the load: in words, once for every launch
@@ -217,20 +218,33 @@ class Table:
 
     def values_at(self, loads: Mapping[str, float], key: str) -> dict[Cell, float]:
         """Log of a metric of every arm of ``loads`` at its load there. What was measured above that load alone is
-        followed down as it rises where others of the arm's launches measured both; where none did it stays as it is,
-        and is too high (:meth:`measured_as_low`)."""
-        slopes = {arm: self._slope(arm, load, key) for arm, load in loads.items()}
-        cells = {c: steps for c, steps in self.cells.items() if c[0] in loads}
-        return _logs({c: value_at(steps, loads[c[0]], key, slopes[c[0]]) for c, steps in cells.items()})
+        followed down as it rises where another of the arm's launches measured both on that window, or else on the usual
+        one (the median: near its own capacity a harder window rises like a wall); where none did it stays as it is, and
+        is too high (:meth:`measured_as_low`)."""
+        slopes = {arm: self._slopes(arm, load, key) for arm, load in loads.items()}
+        found = {}
+        for cell, steps in self.cells.items():
+            if (arm := cell[0]) in loads:
+                slope = slopes[arm].get(cell[2], median(slopes[arm].values() or [0.0]))
+                found[cell] = value_at(steps, loads[arm], key, slope, rising=True)
+        return _logs(found)
 
     def measured_as_low(self, arm: str, load: float) -> bool:
-        """Whether any launch of ``arm`` measured a load as low as this."""
-        return any(s.load * NEAR <= load for c, steps in self.cells.items() if c[0] == arm for s in steps)
+        """Whether launches of ``arm`` measured a load as low as this, and on every window one at most :data:`REACH`
+        above it."""
+        lowest: dict[str, float] = {}
+        for (name, _, window), steps in self.cells.items():
+            if name == arm:
+                lowest[window] = min(lowest.get(window, math.inf), *(s.load for s in steps))
+        return min(lowest.values(), default=math.inf) * NEAR <= load and max(lowest.values()) <= load * REACH
 
-    def _slope(self, arm: str, load: float, key: str) -> float:
-        found = [slope_below(steps, load, key) for c, steps in self.cells.items() if c[0] == arm]
-        known = [slope for slope in found if slope is not None]
-        return fmean(known) if known else 0.0
+    def _slopes(self, arm: str, load: float, key: str) -> dict[str, float]:
+        """By window, as far as known, how the metric rises from ``load`` on."""
+        found: dict[str, list[float]] = {}
+        for (name, _, window), steps in self.cells.items():
+            if name == arm and (slope := slope_below(steps, load, key)) is not None:
+                found.setdefault(window, []).append(slope)
+        return {window: fmean(slopes) for window, slopes in found.items()}
 
 
 def _logs(values: Mapping[Cell, float]) -> dict[Cell, float]:

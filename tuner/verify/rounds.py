@@ -18,7 +18,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.verify.arm import Finalist, Launched
-from tuner.verify.capacity import NEAR, held, highest_load, loads, still_pays
+from tuner.verify.capacity import NEAR, REACH, held, highest_load, loads, still_pays
 from tuner.verify.judge import Table
 
 
@@ -134,7 +134,8 @@ class Rounds:
                 break
             steps.append(rig.measure(load, window, window.name))
         promised = self.below.get(arm.label, math.inf)
-        if promised < min(s.load for s in steps) * NEAR:
+        as_low = any(s.load * NEAR <= promised for x in self.launches if x.arm == arm.label for s in x.steps)
+        if promised * (REACH if as_low else 1 / NEAR) < min(s.load for s in steps):
             steps.append(rig.measure(promised, window, window.name))
         return steps
 

@@ -180,7 +180,10 @@ def _text(
             f"up to load {figure(state.safe_load)} they hold with {sure} confidence."
         )
         if state.load < state.safe_load:
-            words.append("There one window missed them by far: promised is the next lower load that was measured.")
+            words.append(
+                "There some windows missed them by more than the others make up for: "
+                "promised is the next lower load that was measured."
+            )
     else:
         words.append(
             f"The SLOs start to fail at about load {figure(state.capacity[0])}. One launch does not say how sure that "
