@@ -344,3 +344,26 @@ def test_whole_numbers_of_gpus_may_be_written_as_any_number(workplace):
     text = OWN.replace("range: [8, 64]\n      scale: log2", "values: [1.0, 2]\n      counts_gpus: true")
     text = text.replace("default: [{value: 8, when: {gpus: {ge: 2}}}, {value: 16}]", "default: 1.0")
     assert load(workplace, text).space["seqs"].values == (1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("range: [8, 64]\n      scale: log2", "range: [0.8, 0.95]"),
+        ("range: [8, 64]\n      scale: log2", "values: [8, 8.0]"),
+        ("only: {le: 64}", "when: {seqs: 8}"),
+        ("requires: dummy_weights", "requires: dummy_weight"),
+        ("fixed: {swap-space: 4}", "fixed: {x: 1, --x: 2}"),
+        ("fixed: {swap-space: 4}", "env: {A-B: 1}"),
+        ("kind: emulator,", "kind: emulator, args: {x-y: 1, x_y: 2},"),
+        ("kind: emulator,", "kind: emulator, args: {swap-space: .inf},"),
+        ("budget:", "parameters: {seqs: [16, 16]}\nbudget:"),
+        ("budget:", "parallel: 0\nbudget:"),
+        ("budget:", "price_usd_per_gpu_hour: {L4: 1, l4: 2}\nbudget:"),
+    ],
+)
+def test_what_a_new_study_is_refused_for_is_no_mistake_of_one_that_has_begun(workplace, old, new):
+    begun = f"frozen: {json.dumps(load(workplace, OWN).frozen['frozen'])}\n"
+    text = OWN.replace(old, new)
+    assert refusal(workplace, text)
+    load(workplace, text + begun)

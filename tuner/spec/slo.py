@@ -100,18 +100,16 @@ def parse_limit(metric: str, text: str | int | float) -> float:
     return value
 
 
-def check_binds(slo: Slo, text: str | int | float) -> Slo:
-    """``slo``, whose limit was written as ``text``. Raises ``ValueError`` where it is a slip that limits nothing: a low
-    percentile (``ttft_p9``), all requests as errors (``1`` for ``1%``)."""
+def slip(slo: Slo, text: str | int | float) -> str:
+    """What is wrong with ``slo``, whose limit was written as ``text``, where it limits nothing: a low percentile
+    (``ttft_p9``), all requests as errors (``1`` for ``1%``). Else empty."""
     if slo.metric == "error_rate":
         if slo.limit > 1 or (slo.limit > 0.5 and "%" not in str(text)):
-            raise ValueError(
-                f"error_rate={text} is {slo.limit * 100:g} % of the requests: write for example 1% or 0.01"
-            )
+            return f"error_rate={text} is {slo.limit * 100:g} % of the requests: write for example 1% or 0.01"
     elif slo.quantile is not None and slo.quantile < 0.5:
         says = f"{slo.metric} lets {(1 - slo.quantile) * 100:.3g} % of the requests take longer"
-        raise ValueError(f"{says}: write {slo.latency}_p99, {slo.latency}_p90, or at least {slo.latency}_p50")
-    return slo
+        return f"{says}: write {slo.latency}_p99, {slo.latency}_p90, or at least {slo.latency}_p50"
+    return ""
 
 
 def parse(text: str) -> Slo:
@@ -120,4 +118,7 @@ def parse(text: str) -> Slo:
     if not sep:
         raise ValueError(f"bad SLO {text!r}: write for example ttft_p99=500ms")
     metric = check_metric(name.strip())
-    return check_binds(Slo(metric, parse_limit(metric, limit)), limit)
+    slo = Slo(metric, parse_limit(metric, limit))
+    if wrong := slip(slo, limit):
+        raise ValueError(wrong)
+    return slo

@@ -82,8 +82,7 @@ def build(
     parameters = []
     for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
-        if not document.begun:
-            _check_parameter(spec, known, document, at)
+        _check_parameter(spec, known, document, at)
         if file.engine == "function" and not spec.flag and not isinstance(spec.values, dict):
             spec = spec.model_copy(update={"flag": name})  # a function has no flags: names tell configs apart
         parameter = _parameter(name, spec, document, at, facts)
@@ -101,22 +100,20 @@ def build(
     if unknown:
         worst = sorted(unknown)[0]
         raise document.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
-    if not document.begun:
-        _check_flags(file.fixed, facts, document, (*prefix, "fixed"), file.engine)
-        check_env(file.env, document, (*prefix, "env"))
-    for name, spec in file.parameters.items() if not document.begun else ():
+    _check_flags(file.fixed, facts, document, (*prefix, "fixed"), file.engine)
+    check_env(file.env, document, (*prefix, "env"))
+    for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
         _check_facts(spec, facts, document, (*at, "values"), file.engine)
         _check_literals({"value": spec.only}, {"value": grids[name]}, document, (*at, "only"))
         _check_literals(spec.when, grids, document, (*at, "when"))
         if _waits_for(name, name, file, set()):
-            raise document.error(f"{name} applies only where {name} does: nothing ever makes it apply", (*at, "when"))
+            document.refuse(f"{name} applies only where {name} does: nothing ever makes it apply", (*at, "when"))
     rules = []
     for index, rule in enumerate(file.rules):
-        if not document.begun:
-            at = (*prefix, "rules", index, "deny")
-            _check_condition(rule.deny, known, document, at)
-            _check_literals(rule.deny, grids, document, at)
+        at = (*prefix, "rules", index, "deny")
+        _check_condition(rule.deny, known, document, at)
+        _check_literals(rule.deny, grids, document, at)
         rules.append(Rule(rule.deny, rule.because, rule.name))
     return SearchSpace(
         name=file.name,
@@ -149,12 +146,12 @@ def _waits_for(name: str, wanted: str, file: SpaceFile, seen: set[str]) -> bool:
 def _check_condition(spec: Mapping[str, Any], known: set[str], document: Document, at: tuple[str | int, ...]) -> None:
     place = ".".join(map(str, at))
     for problem in condition.problems(spec):
-        raise document.error(f"{place}: {problem}", at)
+        document.refuse(f"{place}: {problem}", at)
     for name in sorted(condition.names(spec) - known):
         # facts that this machine does not have (a CPU has no compute capability) make a condition false, not wrong
         if name not in FACTS:
             fix = suggest(name, known | set(FACTS))
-            raise document.error(f"{place}: {name!r} is neither a parameter nor a known fact", at, fix)
+            document.refuse(f"{place}: {name!r} is neither a parameter nor a known fact", at, fix)
 
 
 def _check_literals(
@@ -171,7 +168,7 @@ def _check_literals(
                 wrong = _kind(operand) not in map(_kind, grids[name])
             if wrong:
                 shown = at[-2] if at[-1] == "only" else name
-                raise document.error(
+                document.refuse(
                     f"{'.'.join(map(str, at))}: {shown} has no value {_shown(operand)}",
                     at,
                     _nearest(operand, grids[name]),
@@ -206,10 +203,10 @@ def _check_flags(
     check_flags(flags, lambda name: name.lstrip("-"), document, at)
     for flag, value in flags.items():
         if value is False:
-            raise document.error(f"--{flag.lstrip('-')}: {NO_SWITCH}", (*at, flag), off(flag.lstrip("-"), engine))
+            document.refuse(f"--{flag.lstrip('-')}: {NO_SWITCH}", (*at, flag), off(flag.lstrip("-"), engine))
         if isinstance(value, str) and value.startswith("$") and value[1:] not in known:
             fix = suggest(value[1:], known)
-            raise document.error(f"--{flag.lstrip('-')}: no such fact: {value[1:]}", (*at, flag), fix)
+            document.refuse(f"--{flag.lstrip('-')}: no such fact: {value[1:]}", (*at, flag), fix)
 
 
 def _check_facts(
@@ -221,7 +218,7 @@ def _check_facts(
     for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
         if emission and emission.requires and emission.requires not in (known := {*FACTS, *facts}):
             fix = suggest(emission.requires, known)
-            raise document.error(f"requires: no such fact: {emission.requires}", (*at, key, "requires"), fix)
+            document.refuse(f"requires: no such fact: {emission.requires}", (*at, key, "requires"), fix)
         _check_flags(emission.flags if emission else {}, facts, document, (*at, key, "flags"), engine)
         check_env(emission.env if emission else {}, document, (*at, key, "env"))
 
@@ -294,8 +291,8 @@ def _grid(
                 f"{name} has no flag", at, "write flag: max-num-seqs, or values with flags of their own"
             )
         emissions = [_emit(spec.flag, value) for value in values]
-    if (how := _twice(values)) is not None and not document.begun:
-        raise document.error(f"{name} lists a value twice{how}", (*at, "values"))
+    if (how := _twice(values)) is not None:
+        document.refuse(f"{name} lists a value twice{how}", (*at, "values"))
     pairs = [
         pair
         for pair in zip(values, emissions, strict=True)
@@ -345,8 +342,8 @@ def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ..
             value *= 2
         return values
     whole = isinstance(low, int) and isinstance(high, int)
-    if spec.step is None and not whole and not document.begun:
-        raise document.error(f"{name}: a range of {spec.range} needs a step", at, "add for example step: 0.05")
+    if spec.step is None and not whole:
+        document.refuse(f"{name}: a range of {spec.range} needs a step", at, "add for example step: 0.05")
     if step <= 0:
         raise document.error(f"{name}: the step must be above zero, not {step}", at)
     if high - low >= MOST_VALUES * step:
@@ -421,8 +418,8 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     at = ("parameters", parameter.name)
     if not wanted:
         raise document.error(f"{parameter.name} has no value left", at, "name one or more of its values")
-    if (how := _twice(wanted)) is not None and not document.begun:
-        raise document.error(f"{parameter.name} lists a value twice{how}", at)
+    if (how := _twice(wanted)) is not None:
+        document.refuse(f"{parameter.name} lists a value twice{how}", at)
     for value in wanted:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value not in parameter.values and not (parameter.numeric and number):

@@ -76,17 +76,17 @@ def resolve(document: Document, beside: Path) -> Study:
         raise document.error(f"bad study name {name!r}", ("name",), "use letters, digits, '.', '_' and '-'")
     folder = str(beside) if frozen else str(Path(file.reports) / name)
     warmup_s = _seconds(file.load.warmup, document, ("load", "warmup"), zero=True)
-    for index, earlier in enumerate(() if document.begun else file.warm_start):
+    for index, earlier in enumerate(file.warm_start):
         if not (base / earlier / "study.yaml").is_file():
-            raise document.error(f"warm_start: no study in {earlier}", ("warm_start", index), "name a study folder")
-    if trace.file and warmup_s >= trace.window_s and not document.begun:
-        raise document.error(
+            document.refuse(f"warm_start: no study in {earlier}", ("warm_start", index), "name a study folder")
+    if trace.file and warmup_s >= trace.window_s:
+        document.refuse(
             f"the warm-up ({warmup_s:g} s) leaves nothing of a window of {trace.window_s:g} s",
             ("load", "warmup") if "load" in document.data else ("trace", "window"),
             "warm up for less, or measure for longer",
         )
-    if isinstance(file.parallel, int) and file.parallel < 1 and not document.begun:
-        raise document.error(f"parallel is 1 or more, not {file.parallel}", ("parallel",), "or auto: as many as fit")
+    if isinstance(file.parallel, int) and file.parallel < 1:
+        document.refuse(f"parallel is 1 or more, not {file.parallel}", ("parallel",), "or auto: as many as fit")
     budget = _budget(file.budget, document)
     resolved = {
         "beside": str(base.resolve()),
@@ -151,13 +151,12 @@ def _budget(file: BudgetFile | str | int, document: Document) -> Budget:
         try:
             return parse_budget(str(file))
         except ValueError as error:
-            if document.begun:
-                return Budget()  # of nan or inf: it limits nothing
-            raise document.error(str(error), ("budget",)) from None
+            document.refuse(str(error), ("budget",))
+            return Budget()  # of nan or inf: it limits nothing
     for key in ("launches", "hours", "usd"):
         value = getattr(file, key)
-        if value is not None and not 0 < value < math.inf and not document.begun:
-            raise document.error(f"budget.{key} must be a number above zero, not {value}", ("budget", key))
+        if value is not None and not 0 < value < math.inf:
+            document.refuse(f"budget.{key} must be a number above zero, not {value}", ("budget", key))
     if not 0 <= file.verify_share < 1:
         raise document.error("budget.verify_share is a share from 0 to below 1", ("budget", "verify_share"))
     budget = Budget(file.launches, file.hours, file.usd, file.verify_share)
@@ -201,8 +200,8 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
         )
     for key in ("max_input_tokens", "max_output_tokens"):
         most = getattr(spec, key)
-        if most is not None and not 1 <= most <= MOST_TOKENS and not document.begun:
-            raise document.error(f"trace.{key} is from 1 to {MOST_TOKENS:,}, not {most}", ("trace", key))
+        if most is not None and not 1 <= most <= MOST_TOKENS:
+            document.refuse(f"trace.{key} is from 1 to {MOST_TOKENS:,}, not {most}", ("trace", key))
     return TraceSpec(
         str(path),
         spec.format,
@@ -230,9 +229,8 @@ def _parallel(file: StudyFile) -> int:
 def _engine(file: EngineFile, document: Document, base: Path) -> EngineSpec:
     command = tuple(file.command.split()) if isinstance(file.command, str) else tuple(file.command or ())
     python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
-    if not document.begun:
-        check_flags(file.args, _flag, document, ("engine", "args"))
-        check_env(file.env, document, ("engine", "env"))
+    check_flags(file.args, _flag, document, ("engine", "args"))
+    check_env(file.env, document, ("engine", "env"))
     args = {_flag(name): value for name, value in file.args.items()}
     env = {name: str(value) for name, value in file.env.items()}
     said = {key: value for key in ("target", "url", "gpu") if (value := getattr(file, key))}
@@ -365,12 +363,12 @@ def _inline(file: StudyFile, document: Document, base: Path, facts: Mapping[str,
 
 def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> SearchSpace:
     """The space with the study's own flags and environment on every server."""
-    for flag in () if document.begun else (name for name, value in engine.args.items() if value is False):
-        raise document.error(f"--{flag}: {NO_SWITCH}", ("engine", "args", flag), off(flag, engine.kind))
+    for flag in (name for name, value in engine.args.items() if value is False):
+        document.refuse(f"--{flag}: {NO_SWITCH}", ("engine", "args", flag), off(flag, engine.kind))
     given = {name: None if value is True else value for name, value in engine.args.items() if value is not False}
     for flag, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value) and not document.begun:
-            raise document.error(f"--{flag}: no server takes {value:g}", ("engine", "args", flag))
+        if isinstance(value, float) and not math.isfinite(value):
+            document.refuse(f"--{flag}: no server takes {value:g}", ("engine", "args", flag))
         if isinstance(value, str) and value.startswith("$"):
             if value[1:] not in space.facts:
                 fix = suggest(value[1:], space.facts)
@@ -384,9 +382,8 @@ def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> Se
                 ("engine", "args", flag),
                 f"remove it there, or pin it with parameters: {{{parameter.name}: {given[flag]}}}",
             )
-    if not document.begun:
-        _check_both(given, space, "args", document)
-        _check_both(engine.env, space, "env", document)
+    _check_both(given, space, "args", document)
+    _check_both(engine.env, space, "env", document)
     return replace(space, fixed={**given, **space.fixed}, env={**engine.env, **space.env})
 
 
@@ -399,7 +396,7 @@ def _check_both(given: Mapping[str, Any], space: SearchSpace, part: str, documen
             said = space.facts.get(said[1:], said) if isinstance(said, str) and said.startswith("$") else said
             if other != name or str(said) != str(value):
                 mine, its = (text if v is None else f"{text} {v}" for text, v in ((name, value), (other, said)))
-                raise document.error(
+                document.refuse(
                     f"engine.{part} says {mine}, the search space or a pinned parameter says {its}",
                     ("engine", part, name),
                     "keep one of the two",
@@ -427,10 +424,10 @@ def _objective(
         slo.check_metric(spec.latency)
         if spec.latency == "error_rate":
             raise ValueError("the latency axis is a latency, not error_rate")
-        if not document.begun:
-            slo.check_binds(slo.Slo(spec.latency, math.inf), "")
     except ValueError as error:
         raise source.error(str(error), (*prefix, "latency")) from None
+    if wrong := slo.slip(slo.Slo(spec.latency, math.inf), ""):
+        source.refuse(wrong, (*prefix, "latency"))
     said = file.price_usd_per_gpu_hour
     prices = said if isinstance(said, dict) else {}
     price = None if isinstance(said, dict) else said
@@ -440,10 +437,9 @@ def _objective(
     if prices:
         from tuner.search.hardware import device_of
 
-        again = twice(prices, device_of)
-        if again is not None and not document.begun:
+        if (again := twice(prices, device_of)) is not None:
             at = ("price_usd_per_gpu_hour", again)
-            raise document.error(f"{again}: {device_of(again)} has a price already", at, "keep one of them")
+            document.refuse(f"{again}: {device_of(again)} has a price already", at, "keep one of them")
         prices = {device_of(name): usd for name, usd in prices.items()}
         assumed = assumed and hardware.name not in prices
         price = prices.get(hardware.name, price)
@@ -452,23 +448,25 @@ def _objective(
 
         row = table.detect()[0] if hardware.gpus == 0 else table.lookup(hardware.name)
         price = row.price_usd_per_hour if row else 1.0
-    if not document.begun and not all(0 < usd < math.inf for usd in (price, *prices.values())):
-        raise document.error("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
+    if not all(0 < usd < math.inf for usd in (price, *prices.values())):
+        document.refuse("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
     floor = QualityFloor(**spec.quality.model_dump())
     for name, most in (("kl_max", math.inf), ("top1_min", 1.0), ("greedy_min", 1.0)):
         value = getattr(floor, name)
-        if value is not None and not (0 <= value <= most and value < math.inf) and not document.begun:
+        if value is not None and not (0 <= value <= most and value < math.inf):
             kind = "a share from 0 to 1" if most == 1 else "nats per token, 0 or more"
-            raise source.error(f"quality.{name} is {kind}, not {value:g}", (*prefix, "quality", name))
+            source.refuse(f"quality.{name} is {kind}, not {value:g}", (*prefix, "quality", name))
     return Objective(spec.name, spec.latency, tuple(slos), float(price), floor, prices, assumed)
 
 
 def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> slo.Slo:
     try:
         found = slo.Slo(slo.check_metric(metric), slo.parse_limit(metric, limit))
-        return found if document.begun else slo.check_binds(found, limit)
     except ValueError as error:
         raise document.error(str(error), at) from None
+    if wrong := slo.slip(found, limit):
+        document.refuse(wrong, at)
+    return found
 
 
 def differences(before: Study, now: Study) -> list[str]:

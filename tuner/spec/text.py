@@ -81,11 +81,17 @@ class Document:
 
     @property
     def begun(self) -> bool:
-        """Whether this is a study folder's own file: what was measured with it is worth more than a later rule."""
+        """Whether this is a study folder's own file."""
         return bool(self.data.get("frozen"))
 
     def error(self, message: str, loc: Loc = (), fix: str = "") -> UsageError:
         return UsageError(message, where=self.where(loc), fix=fix)
+
+    def refuse(self, message: str, loc: Loc = (), fix: str = "") -> None:
+        """Raises :meth:`error`, but not of a study that has begun: what was measured with it is worth more than a later
+        rule. The caller goes on with what stands there."""
+        if not self.begun:
+            raise self.error(message, loc, fix)
 
 
 _WORD = re.compile(r"[0-9.+-][^\s,\]}#]*")
@@ -239,14 +245,12 @@ def check_flags(flags: Mapping[str, Any], normal: Callable[[str], str], document
     """Refuses flags that are given twice under their ``normal`` name, and values that a command line would not show as
     the file does."""
     if (again := twice(flags, normal)) is not None:
-        raise document.error(f"--{normal(again)} is given twice", (*at, again), "keep one of the two")
+        document.refuse(f"--{normal(again)} is given twice", (*at, again), "keep one of the two")
     for name, value in flags.items():
         _no_nul(name, value, document, at)
         word = document.word((*at, name)) if isinstance(value, int | float) else ""
         if re.match(r"[-+]?0[0-9]", word) or (isinstance(value, float) and value.is_integer() and "e" in word.lower()):
-            raise document.error(
-                f"{name}: {word} would be passed on as {value}", (*at, name), "write it out, or quote it"
-            )
+            document.refuse(f"{name}: {word} would be passed on as {value}", (*at, name), "write it out, or quote it")
 
 
 def check_env(env: Mapping[str, Any], document: Document, at: Loc) -> None:
@@ -254,13 +258,13 @@ def check_env(env: Mapping[str, Any], document: Document, at: Loc) -> None:
     for name, value in env.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             fix = "use letters, digits and '_'"
-            raise document.error(f"{name!r} is no name of an environment variable", (*at, name), fix)
+            document.refuse(f"{name!r} is no name of an environment variable", (*at, name), fix)
         _no_nul(name, value, document, at)
         word = "" if isinstance(value, str) else document.word((*at, name))
         if word and word != str(value):
-            raise document.error(f"{name}: {word} would be passed on as {value}", (*at, name), f'quote it: "{word}"')
+            document.refuse(f"{name}: {word} would be passed on as {value}", (*at, name), f'quote it: "{word}"')
 
 
 def _no_nul(name: str, value: Any, document: Document, at: Loc) -> None:
     if "\0" in str(value):
-        raise document.error(f"{name}: no server can be given a NUL", (*at, name))
+        document.refuse(f"{name}: no server can be given a NUL", (*at, name))
