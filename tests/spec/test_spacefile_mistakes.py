@@ -64,7 +64,11 @@ def test_the_space_that_these_tests_break_is_a_good_one(workplace):
     ("change", "says"),
     [
         (("range: [8, 64]\n      scale: log2", "range: [0.8, 0.95]"), "9: seqs: a range of [0.8, 0.95] needs a step"),
-        (("range: [8, 64]\n      scale: log2", "values: [8, 8.0]"), "9: seqs lists a value twice: 1, 1.0 and true"),
+        (("range: [8, 64]\n      scale: log2", "values: [8, 8.0]"), "9: seqs lists a value twice: 8 and 8.0 are one"),
+        (
+            ("range: [8, 64]\n      scale: log2", "values: [0, 8, false]"),
+            "9: seqs lists 0 and false, which the search cannot tell apart. keep one of the two",
+        ),
         (("only: {le: 64}", "when: {weights: int8}"), ""),
         (
             ("default: none\n", "default: none\n      when: {seqs: 8}\n", "only: {le: 64}", "when: {weights: int8}"),
@@ -121,6 +125,20 @@ def test_a_parameter_is_narrowed_to_numbers_and_words_only(workplace, limit, say
 def test_a_value_that_is_asked_for_twice_is_refused(workplace):
     text = GOOD + "parameters: {max_num_seqs: [16, 16]}\n"
     assert refusal(workplace, text) == "9: max_num_seqs lists a value twice"
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        ("{chunked_prefill: 1}", "chunked_prefill has no value 1. Known: false, true"),
+        ("{chunked_prefill: [0, 1]}", "chunked_prefill has no value 0. Known: false, true"),
+        ("{tensor_parallel: true}", "tensor_parallel has no value true. Known: 1, 2, 4"),
+        ("{tensor_parallel: [1, true]}", "tensor_parallel lists 1 and true, which the search cannot tell apart"),
+    ],
+)
+def test_a_switch_is_no_number_in_what_is_asked_for(workplace, limit, says):
+    text = GOOD.replace("vllm/quick", "vllm/multi-gpu") + f"hardware: {{gpus: 4}}\nparameters: {limit}\n"
+    assert refusal(workplace, text).startswith(f"10: {says}")
 
 
 def test_a_number_of_gpus_is_narrowed_to_whole_numbers_above_zero(workplace):
@@ -358,6 +376,7 @@ def test_whole_numbers_of_gpus_may_be_written_as_any_number(workplace):
         ("kind: emulator,", "kind: emulator, args: {x-y: 1, x_y: 2},"),
         ("kind: emulator,", "kind: emulator, args: {swap-space: .inf},"),
         ("budget:", "parameters: {seqs: [16, 16]}\nbudget:"),
+        ("range: [8, 64]\n      scale: log2", "values: [1, 16, true]"),
         ("budget:", "parallel: 0\nbudget:"),
         ("budget:", "price_usd_per_gpu_hour: {L4: 1, l4: 2}\nbudget:"),
     ],

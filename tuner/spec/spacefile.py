@@ -11,7 +11,7 @@ from tuner.space import condition
 from tuner.space.config import Value, same
 from tuner.space.space import Emission, Parameter, Rule, SearchSpace
 from tuner.spec.facts import FACTS
-from tuner.spec.text import NUMERIC, TEXT, Document, Strict, check_env, check_flags, suggest, validate
+from tuner.spec.text import NUMERIC, TEXT, Document, Strict, check_env, check_flags, suggest, twice, validate
 
 Scalar = bool | int | float | str
 Number = Annotated[float | int, NUMERIC]
@@ -230,6 +230,18 @@ def _check_values(name: str, values: Sequence[Any], counts_gpus: bool, document:
         raise document.error(f"{name} counts GPUs, so its values are whole numbers above zero", at)
 
 
+def _check_once(name: str, values: Sequence[Any], document: Document, at: tuple[str, ...]) -> None:
+    """Refuses what the search would take for one value: 8 and 8.0, and 1 and true, of which an engine may make two."""
+    if pair := twice(values, lambda value: value if isinstance(value, (int, float)) else repr(value)):
+        one, other = map(_shown, pair)
+        if same(*pair):
+            how = f": {one} and {other} are one" if one != other else ""
+            document.refuse(f"{name} lists a value twice{how}", at)
+        else:
+            what = f"{name} lists {one} and {other}, which the search cannot tell apart"
+            document.refuse(what, at, "keep one of the two")
+
+
 def _finite(number: float) -> bool:
     """Whether this is a number that a float can hold: not infinite, not NaN, not an integer beyond them."""
     return abs(number) <= sys.float_info.max
@@ -291,8 +303,7 @@ def _grid(
                 f"{name} has no flag", at, "write flag: max-num-seqs, or values with flags of their own"
             )
         emissions = [_emit(spec.flag, value) for value in values]
-    if (how := _twice(values)) is not None:
-        document.refuse(f"{name} lists a value twice{how}", (*at, "values"))
+    _check_once(name, values, document, (*at, "values"))
     pairs = [
         pair
         for pair in zip(values, emissions, strict=True)
@@ -357,16 +368,6 @@ def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ..
     return [int(v) if isinstance(low, int) and isinstance(step, int) else v for v in exact]
 
 
-def _twice(values: Sequence[Any]) -> str | None:
-    """Where a value is listed twice, what makes it one, in words where it is not written alike; None where none is."""
-    if len(set(map(repr, values))) < len(values):
-        return ""
-    hashable = [value for value in values if isinstance(value, (bool, int, float, str))]
-    return (
-        ": 1, 1.0 and true are one value, and so are 0, 0.0 and false" if len(set(hashable)) < len(hashable) else None
-    )
-
-
 def _emit(flag: str, value: Value) -> Emission:
     if isinstance(value, bool):
         return Emission({flag if value else f"no-{flag}": None})
@@ -418,14 +419,14 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     at = ("parameters", parameter.name)
     if not wanted:
         raise document.error(f"{parameter.name} has no value left", at, "name one or more of its values")
-    if (how := _twice(wanted)) is not None:
-        document.refuse(f"{parameter.name} lists a value twice{how}", at)
+    _check_once(parameter.name, wanted, document, at)
     for value in wanted:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value not in parameter.values and not (parameter.numeric and number):
-            raise document.error(
-                f"{parameter.name} has no value {_shown(value)}", at, _nearest(value, parameter.values)
-            )
+        if not any(same(value, known) for known in parameter.values) and not (parameter.numeric and number):
+            wrong = f"{parameter.name} has no value {_shown(value)}", at, _nearest(value, parameter.values)
+            document.refuse(*wrong)
+            if value not in parameter.values:  # a study may have begun with 1 for true
+                raise document.error(*wrong)
     chosen = [v for v in parameter.values if v in wanted]
     pairs = [(v, parameter.emissions[parameter.values.index(v)]) for v in chosen]
     flag = next((next(iter(e.flags)) for e in parameter.emissions if e.flags), parameter.name)

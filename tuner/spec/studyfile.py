@@ -437,9 +437,9 @@ def _objective(
     if prices:
         from tuner.search.hardware import device_of
 
-        if (again := twice(prices, device_of)) is not None:
-            at = ("price_usd_per_gpu_hour", again)
-            document.refuse(f"{again}: {device_of(again)} has a price already", at, "keep one of them")
+        if pair := twice(prices, device_of):
+            at = ("price_usd_per_gpu_hour", pair[1])
+            document.refuse(f"{pair[1]}: {device_of(pair[1])} has a price already", at, "keep one of them")
         prices = {device_of(name): usd for name, usd in prices.items()}
         assumed = assumed and hardware.name not in prices
         price = prices.get(hardware.name, price)

@@ -21,6 +21,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from tuner.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 Loc = Sequence[str | int]
 MOST_ENTRIES = 200_000
 
@@ -160,10 +161,10 @@ def _plain(node: Any, entries: Iterator[int]) -> Any:
     if next(entries) > MOST_ENTRIES:
         raise YAMLError(f"it has more than {MOST_ENTRIES:,} entries, aliases counted")
     if isinstance(node, Mapping):
-        if (again := twice(node, str)) is not None:
-            line = (_line(node, again) or 1) - 1
+        if pair := twice(node, str):
+            line = (_line(node, pair[1]) or 1) - 1
             raise MarkedYAMLError(
-                problem=f"the key {str(again)!r} is there twice", problem_mark=StringMark("", 0, line, 0, None, 0)
+                problem=f"the key {str(pair[1])!r} is there twice", problem_mark=StringMark("", 0, line, 0, None, 0)
             )
         return {str(key): _plain(value, entries) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -231,21 +232,21 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"Known: {', '.join(known)}" if known else ""
 
 
-def twice(names: Iterable[Any], normal: Callable[[Any], Any]) -> Any:
-    """The first of ``names`` that is, in its normal form, one of those before it; None where none is."""
-    seen: set[Any] = set()
-    for name in names:
-        if (found := normal(name)) in seen:
-            return name
-        seen.add(found)
+def twice(entries: Iterable[T], normal: Callable[[T], Any]) -> tuple[T, T] | None:
+    """The first two of ``entries`` that are one in their normal form; None where all differ."""
+    seen: dict[Any, T] = {}
+    for entry in entries:
+        if (found := normal(entry)) in seen:
+            return seen[found], entry
+        seen[found] = entry
     return None
 
 
 def check_flags(flags: Mapping[str, Any], normal: Callable[[str], str], document: Document, at: Loc) -> None:
     """Refuses flags that are given twice under their ``normal`` name, and values that a command line would not show as
     the file does."""
-    if (again := twice(flags, normal)) is not None:
-        document.refuse(f"--{normal(again)} is given twice", (*at, again), "keep one of the two")
+    if pair := twice(flags, normal):
+        document.refuse(f"--{normal(pair[1])} is given twice", (*at, pair[1]), "keep one of the two")
     for name, value in flags.items():
         _no_nul(name, value, document, at)
         word = document.word((*at, name)) if isinstance(value, int | float) else ""
