@@ -108,7 +108,13 @@ def test_the_hash_covers_flags_and_environment_but_not_the_names_of_parameters()
         ({"share": {"not_multiple_of": 8}}, False),
         ({"huge": {"multiple_of": 0.5}}, False),
         ({"none": {"ne": 1}}, False),  # nor is what is known to be none
+        ({"dtype": "bfloat16"}, True),  # a value that names a fact is what the fact is
+        ({"dtype": "$native"}, True),
+        ({"native": {"ne": "$dtype"}}, False),
+        ({"dtype": ["float16", "$native"]}, True),
+        ({"a": {"not_in": ["$a", 2]}}, False),
     ],
 )
 def test_conditions_are_data(condition, expected):
-    assert holds(condition, {"a": 1, "b": 3, "share": "50%", "huge": 10**400, "none": None}) is expected
+    known = {"a": 1, "b": 3, "share": "50%", "huge": 10**400, "none": None, "native": "bfloat16", "dtype": "$native"}
+    assert holds(condition, known) is expected

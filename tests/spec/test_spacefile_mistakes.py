@@ -242,6 +242,7 @@ search_space:
     m: {{flag: m, values: [1, 2], default: [{{value: 9, when: {{gpus: {{ge: 99}}}}}}, {{value: 1}}]}}
     w: {{values: {{a: {{}}, b: {{requires: draft_model}}, 64: {{}}}}, default: a}}
     s: {{type: switch, flag: s, default: true}}
+    n: {{flag: n, values: [$native_dtype, $num_heads, float32], default: float32}}
     x: {{flag: x, values: [u, v], default: u, when: {condition}}}
   rules: [{{deny: {condition}, because: so}}]
 """,
@@ -258,6 +259,14 @@ search_space:
         ("{s: off}", "s has no value 'off'. Known: false, true"),
         ("{w: {in: ab}}", "w: in takes a list of values, not 'ab'"),
         ("{gpu_name: {not_in: H100}}", "gpu_name: not_in takes a list of values, not 'H100'"),
+        ("{native_dtype: flaot32}", "native_dtype has no value 'flaot32'. Did you mean 'float32'?"),
+        ("{platform: [cuda, rocm]}", "platform has no value 'rocm'. Known: cpu, cuda"),
+        ('{gpu_memory_gib: {ge: "80"}}', "gpu_memory_gib is a number, not '80'"),
+        ('{quantized: "true"}', "quantized is true or false, not 'true'"),
+        ("{gpu_name: {ne: 80}}", "gpu_name is text, not 80"),
+        ("{n: FLOAT32}", "n has no value 'FLOAT32'. Did you mean 'float32'?"),
+        ("{m: [2, $gpsu]}", "'gpsu' is neither a parameter nor a known fact. Did you mean 'gpus'?"),
+        *((good, "") for good in ("{native_dtype: float32}", "{draft_model: {ne: 1}}", "{n: {ge: $gpus}}", "{n: 2}")),
         *((good, "") for good in ("{m: 2}", "{m: {ge: 1.5}}", "{m: 9}", "{m: $gpus}", "{w: [a, b]}", "{w: 64}")),
         # values that the grid has not, or not any more
         *(
@@ -274,6 +283,16 @@ def test_what_a_parameter_can_never_be_is_no_condition(workplace, condition, say
         assert f"search_space.rules.0.deny: {says}".lower() in refusal(workplace, rule).lower()
     else:
         load(workplace, _with(condition))
+
+
+def test_what_a_case_of_a_default_asks_of_a_fact_is_of_its_kind(workplace):
+    says = "12: search_space.parameters.seqs.default.0.when: gpus is a number, not '2'"
+    assert refusal(workplace, OWN.replace("{ge: 2}", '{ge: "2"}')) == says
+
+
+def test_a_rule_heeds_what_a_value_names(workplace):
+    space = load(workplace, _with("{n: 8}")).space
+    assert [bool(space.denied({**space.default(), "n": n})) for n in space["n"].values] == [False, True, False]
 
 
 def test_a_condition_may_name_what_the_study_adds_to_a_grid(workplace):

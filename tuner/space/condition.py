@@ -1,13 +1,14 @@
 """Conditions as data: a mapping of names to what they must be. Never ``eval``.
 
 ``{speculation: [ngram, draft]}`` holds where ``speculation`` is one of the two; ``{block_size: {lt: 32}}`` compares; a
-string operand that starts with ``$`` names another parameter or a fact (``{max_num_seqs: {gt: $batch}}``).
-All entries must hold. A name that is neither a parameter in force nor a known fact makes the condition false.
+string that starts with ``$`` names another parameter or a fact (``{max_num_seqs: {gt: $batch}}``), as a parameter's own
+value may. All entries must hold. A name that is neither a parameter in force nor a known fact makes the condition
+false.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 Condition = Mapping[str, Any]
@@ -43,31 +44,34 @@ def problems(condition: Any) -> list[str]:
             found += [
                 f"{name}: {op} takes a list of values, not {operand!r}"
                 for op, operand in wanted.items()
-                if op in ("in", "not_in") and not (isinstance(operand, list | tuple) or str(operand).startswith("$"))
+                if op in ("in", "not_in") and not (isinstance(operand, list | tuple) or named(operand))
             ]
     return found
 
 
-def literals(wanted: Any) -> Iterator[tuple[str, Any]]:
-    """What one entry of a condition compares with, by operator; what ``$`` names is left out."""
-    tests = (
-        wanted.items()
-        if isinstance(wanted, Mapping)
-        else [("in" if isinstance(wanted, list | tuple) else "eq", wanted)]
-    )
-    for op, operand in tests:
+def operands(wanted: Any) -> Iterator[tuple[str, Any]]:
+    """What one entry of a condition compares with, by operator."""
+    for op, operand in _tests(wanted):
         for one in operand if isinstance(operand, list | tuple) else [operand]:
-            if not (isinstance(one, str) and one.startswith("$")):
-                yield op, one
+            yield op, one
 
 
 def names(condition: Condition) -> set[str]:
     """Every parameter or fact that a condition mentions."""
-    found = set(condition)
-    for wanted in condition.values():
-        operands = list(wanted.values()) if isinstance(wanted, Mapping) else [wanted]
-        found |= {str(o)[1:] for o in operands if isinstance(o, str) and o.startswith("$")}
-    return found
+    return {*condition, *filter(None, (named(one) for wanted in condition.values() for _, one in operands(wanted)))}
+
+
+def named(value: Any) -> str:
+    """The parameter or fact that ``value`` names with ``$``; empty for any other."""
+    return value[1:] if isinstance(value, str) and value.startswith("$") else ""
+
+
+def meant(value: Any, known: Mapping[str, Any]) -> Any:
+    """``value``, or what it names, be that by what another is named; None where it is not known."""
+    if name := named(value):
+        value = known.get(name)
+        value = known.get(name) if (name := named(value)) else value
+    return value
 
 
 def holds(condition: Condition, known: Mapping[str, Any]) -> bool:
@@ -75,18 +79,16 @@ def holds(condition: Condition, known: Mapping[str, Any]) -> bool:
     return all(name in known and _one(known[name], wanted, known) for name, wanted in condition.items())
 
 
-def _one(value: Any, wanted: Any, known: Mapping[str, Any]) -> bool:
+def _tests(wanted: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(wanted, Mapping):
-        tests = list(wanted.items())
-    elif isinstance(wanted, Sequence) and not isinstance(wanted, str):
-        tests = [("in", wanted)]
-    else:
-        tests = [("eq", wanted)]
-    for op, operand in tests:
-        if isinstance(operand, str) and operand.startswith("$"):
-            if operand[1:] not in known:
-                return False
-            operand = known[operand[1:]]
+        return wanted.items()
+    return [("in" if isinstance(wanted, list | tuple) else "eq", wanted)]
+
+
+def _one(value: Any, wanted: Any, known: Mapping[str, Any]) -> bool:
+    value = meant(value, known)
+    for op, operand in _tests(wanted):
+        operand = [meant(o, known) for o in operand] if isinstance(operand, list | tuple) else meant(operand, known)
         if value is None or operand is None:
             return False
         try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tuner.space.condition import Condition, holds
+from tuner.space.condition import Condition, holds, meant, named
 from tuner.space.config import ServingConfig, Value, same
 
 if TYPE_CHECKING:
@@ -153,10 +153,7 @@ class SearchSpace:
         """The serving config of ``params`` (snapped first)."""
         active = self.active(self.snap(params))
         # a fixed flag may name a fact, too, and so does a pinned parameter's; what is no fact is meant as it stands
-        flags: dict[str, Value | None] = {
-            flag: self.facts.get(v[1:], v) if isinstance(v, str) and v.startswith("$") else v
-            for flag, v in self.fixed.items()
-        }
+        flags: dict[str, Value | None] = {flag: self.facts.get(named(v), v) for flag, v in self.fixed.items()}
         env, variant, gpus = dict(self.env), "", 0 if self.facts.get("platform") == "cpu" else 1
         gpu = ""
         nested: dict[str, dict[str, Any]] = {}
@@ -164,8 +161,7 @@ class SearchSpace:
             parameter = self[name]
             emission = parameter.emission(value)
             for flag, setting in emission.flags.items():
-                if isinstance(setting, str) and setting.startswith("$"):
-                    setting = self.facts.get(setting[1:])
+                setting = meant(setting, self.facts)
                 head, dot, tail = flag.partition(".")
                 if dot:
                     nested.setdefault(head, {})[tail] = setting

@@ -10,6 +10,7 @@ from typing import Any
 
 from tuner.errors import UsageError
 from tuner.server.gpu import Gpus
+from tuner.space.condition import meant
 from tuner.space.config import number
 
 FACTS: Mapping[str, str] = {
@@ -37,6 +38,9 @@ FACTS: Mapping[str, str] = {
     "max_output_tokens": "longest answer of the trace",
     "max_total_tokens": "longest request of the trace, prompt and answer",
 }
+
+# the facts that are one of a few words
+WORDS: Mapping[str, tuple[str, ...]] = {"platform": ("cuda", "cpu"), "native_dtype": ("bfloat16", "float32")}
 
 
 def of_model(model: str) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def of_model(model: str) -> dict[str, Any]:
 
 def of_flags(flags: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Facts that the flags of every server settle; ``known`` are the facts that a flag may name (``$...``)."""
-    said = {name: known.get(v[1:]) if isinstance(v, str) and v.startswith("$") else v for name, v in flags.items()}
+    said = {name: meant(value, known) for name, value in flags.items()}
     facts: dict[str, Any] = {"dummy_weights": said.get("load-format") == "dummy"}
     for name in ("max-model-len", "context-length"):  # vLLM's name and SGLang's
         length = number(said.get(name))

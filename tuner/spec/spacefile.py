@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from tuner.space import condition
 from tuner.space.config import Value, same
 from tuner.space.space import Emission, Parameter, Rule, SearchSpace
-from tuner.spec.facts import FACTS
+from tuner.spec.facts import FACTS, WORDS
 from tuner.spec.text import NUMERIC, TEXT, Document, Strict, check_env, check_flags, suggest, twice, validate
 
 Scalar = bool | int | float | str
 Number = Annotated[float | int, NUMERIC]
 Word = Annotated[str | int, TEXT]
 MOST_VALUES = 10_000
+KINDS = {float: "a number", bool: "true or false", str: "text"}
 NO_SWITCH = "false adds no flag, and the engine's own default would be measured"
 
 
@@ -82,7 +83,9 @@ def build(
     parameters = []
     for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
-        _check_parameter(spec, known, document, at)
+        _check_condition({"value": spec.only}, known | {"value"}, document, (*at, "only"))
+        for when, place in _whens(spec, at):
+            _check_condition(when, known, document, place)
         if file.engine == "function" and not spec.flag and not isinstance(spec.values, dict):
             spec = spec.model_copy(update={"flag": name})  # a function has no flags: names tell configs apart
         parameter = _parameter(name, spec, document, at, facts)
@@ -95,7 +98,7 @@ def build(
             facts[name] = parameter.values[0]
         else:
             parameters.append(parameter)
-    grids = {name: _ever(name, spec, document, prefix, limits) for name, spec in file.parameters.items()}
+    grids = {name: _ever(name, spec, document, prefix, limits, facts) for name, spec in file.parameters.items()}
     unknown = set(limits) - set(file.parameters)
     if unknown:
         worst = sorted(unknown)[0]
@@ -105,15 +108,16 @@ def build(
     for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
         _check_facts(spec, facts, document, (*at, "values"), file.engine)
-        _check_literals({"value": spec.only}, {"value": grids[name]}, document, (*at, "only"))
-        _check_literals(spec.when, grids, document, (*at, "when"))
+        _check_operands({"value": spec.only}, {"value": grids[name]}, {}, document, (*at, "only"))
+        for when, place in _whens(spec, at):
+            _check_operands(when, grids, facts, document, place)
         if _waits_for(name, name, file, set()):
             document.refuse(f"{name} applies only where {name} does: nothing ever makes it apply", (*at, "when"))
     rules = []
     for index, rule in enumerate(file.rules):
         at = (*prefix, "rules", index, "deny")
         _check_condition(rule.deny, known, document, at)
-        _check_literals(rule.deny, grids, document, at)
+        _check_operands(rule.deny, grids, facts, document, at)
         rules.append(Rule(rule.deny, rule.because, rule.name))
     return SearchSpace(
         name=file.name,
@@ -127,11 +131,11 @@ def build(
     )
 
 
-def _check_parameter(spec: ParameterFile, known: set[str], document: Document, at: tuple[str, ...]) -> None:
-    _check_condition({"value": spec.only}, known | {"value"}, document, (*at, "only"))
-    _check_condition(spec.when, known, document, (*at, "when"))
+def _whens(spec: ParameterFile, at: tuple[str, ...]) -> Iterator[tuple[Mapping[str, Any], tuple[str | int, ...]]]:
+    """When a parameter applies, and when each case of its default does; with their places."""
+    yield spec.when, (*at, "when")
     for index, case in enumerate(spec.default if isinstance(spec.default, list) else ()):
-        _check_condition(case.when, known, document, (*at, "default", index, "when"))
+        yield case.when, (*at, "default", index, "when")
 
 
 def _waits_for(name: str, wanted: str, file: SpaceFile, seen: set[str]) -> bool:
@@ -154,25 +158,35 @@ def _check_condition(spec: Mapping[str, Any], known: set[str], document: Documen
             document.refuse(f"{place}: {name!r} is neither a parameter nor a known fact", at, fix)
 
 
-def _check_literals(
-    spec: Mapping[str, Any], grids: Mapping[str, Sequence[Any]], document: Document, at: tuple[str | int, ...]
+def _check_operands(
+    spec: Mapping[str, Any],
+    grids: Mapping[str, Sequence[Any]],
+    facts: Mapping[str, Any],
+    document: Document,
+    at: tuple[str | int, ...],
 ) -> None:
     """Refuses what a condition compares a parameter with that reads like one of its values and is none, or cannot be
     compared with any. Any other value is no mistake, but where a parameter says which of its own may be: whoever trims
-    a space keeps its rules."""
-    for name in [name for name in spec if name in grids]:
-        for op, operand in condition.literals(spec[name]):
-            if op in ("eq", "ne", "in", "not_in"):
-                wrong = operand not in grids[name] and (at[-1] == "only" or _read(operand) in map(_read, grids[name]))
-            else:
-                wrong = _kind(operand) not in map(_kind, grids[name])
-            if wrong:
-                shown = at[-2] if at[-1] == "only" else name
-                document.refuse(
-                    f"{'.'.join(map(str, at))}: {shown} has no value {_shown(operand)}",
-                    at,
-                    _nearest(operand, grids[name]),
-                )
+    a space keeps its rules. A fact is compared with what is of its kind, and is one of its words where they are few."""
+    place = ".".join(map(str, at))
+    pairs = [(name, *pair) for name, wanted in spec.items() for pair in condition.operands(wanted)]
+    for name, op, operand in pairs:
+        if condition.named(operand):
+            continue
+        values = grids.get(name) or WORDS.get(name)
+        if not values:
+            kind = _kind(facts.get(name))
+            if kind in KINDS and _kind(operand) is not kind:
+                document.refuse(f"{place}: {name} is {KINDS[kind]}, not {_shown(operand)}", at)
+            continue
+        if op in ("eq", "ne", "in", "not_in"):
+            few = at[-1] == "only" or name not in grids
+            wrong = operand not in values and (few or _read(operand) in map(_read, values))
+        else:
+            wrong = _kind(operand) not in map(_kind, values)
+        if wrong:
+            shown = at[-2] if at[-1] == "only" else name
+            document.refuse(f"{place}: {shown} has no value {_shown(operand)}", at, _nearest(operand, values))
 
 
 def _read(value: Any) -> str:
@@ -186,13 +200,19 @@ def _kind(value: Any) -> type:
 
 
 def _ever(
-    name: str, spec: ParameterFile, document: Document, prefix: tuple[str, ...], limits: Mapping[str, Any]
+    name: str,
+    spec: ParameterFile,
+    document: Document,
+    prefix: tuple[str, ...],
+    limits: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> list[Any]:
     """Every value that a parameter has on some machine, or by the study's word."""
     defaults = [case.value for case in spec.default] if isinstance(spec.default, list) else [spec.default]
     said = limits.get(name, [])
     said = said if isinstance(said, list) else [said]
-    return [*_values(name, spec, document, (*prefix, "parameters", name)), *defaults, *said]
+    values = [*_values(name, spec, document, (*prefix, "parameters", name)), *defaults, *said]
+    return [facts.get(condition.named(value), value) for value in values]
 
 
 def _check_flags(
@@ -204,9 +224,8 @@ def _check_flags(
     for flag, value in flags.items():
         if value is False:
             document.refuse(f"--{flag.lstrip('-')}: {NO_SWITCH}", (*at, flag), off(flag.lstrip("-"), engine))
-        if isinstance(value, str) and value.startswith("$") and value[1:] not in known:
-            fix = suggest(value[1:], known)
-            document.refuse(f"--{flag.lstrip('-')}: no such fact: {value[1:]}", (*at, flag), fix)
+        if (fact := condition.named(value)) and fact not in known:
+            document.refuse(f"--{flag.lstrip('-')}: no such fact: {fact}", (*at, flag), suggest(fact, known))
 
 
 def _check_facts(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import UsageError
+from tuner.space.condition import named
 from tuner.space.space import SearchSpace
 from tuner.spec import facts as facts_
 from tuner.spec import shipped, slo
@@ -369,11 +370,11 @@ def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> Se
     for flag, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             document.refuse(f"--{flag}: no server takes {value:g}", ("engine", "args", flag))
-        if isinstance(value, str) and value.startswith("$"):
-            if value[1:] not in space.facts:
-                fix = suggest(value[1:], space.facts)
-                raise document.error(f"--{flag}: no such fact: {value[1:]}", ("engine", "args", flag), fix)
-            given[flag] = space.facts[value[1:]]
+        if fact := named(value):
+            if fact not in space.facts:
+                fix = suggest(fact, space.facts)
+                raise document.error(f"--{flag}: no such fact: {fact}", ("engine", "args", flag), fix)
+            given[flag] = space.facts[fact]
     for parameter in space.parameters:
         tuned = {flag.partition(".")[0] for emission in parameter.emissions for flag in emission.flags}
         for flag in sorted(tuned & set(given)):
@@ -392,8 +393,7 @@ def _check_both(given: Mapping[str, Any], space: SearchSpace, part: str, documen
     theirs = space.env if part == "env" else space.fixed
     for name, value in given.items():
         for other in {name, f"no-{name}", name.removeprefix("no-")} & set(theirs):
-            said = theirs[other]
-            said = space.facts.get(said[1:], said) if isinstance(said, str) and said.startswith("$") else said
+            said = space.facts.get(named(theirs[other]), theirs[other])
             if other != name or str(said) != str(value):
                 mine, its = (text if v is None else f"{text} {v}" for text, v in ((name, value), (other, said)))
                 document.refuse(
