@@ -70,6 +70,23 @@ def test_the_frozen_study_reads_back_as_the_same_study_without_model_trace_or_gp
     assert again.folder == str(folder)
 
 
+def test_a_space_without_a_name_has_its_files(workplace):
+    space = "engine: vllm\nparameters: {x: {flag: x, values: [u, v], default: u}}\n"
+    write(workplace, space, "own.yaml")
+    study = studyfile.load(write(workplace, GOOD.replace("vllm/quick", "own.yaml")))
+    (workplace / "begun").mkdir()
+    with (workplace / "begun" / "study.yaml").open("w") as file:
+        YAML().dump(dict(study.frozen), file)
+    assert study.space.name == "own.yaml" and studyfile.differences(studyfile.load(workplace / "begun"), study) == []
+
+
+def test_a_mistake_of_a_space_file_is_told_with_its_line_whatever_the_study_asks_for(workplace):
+    write(workplace, "engine: vllm\nparameters:\n  x: {flag: x, range: [0.5, 1], default: 1}\n", "own.yaml")
+    study = write(workplace, GOOD.replace("vllm/quick", "own.yaml") + "parameters: {x: 1}\n")
+    with pytest.raises(UsageError, match=r"/own.yaml:3: x: a range of \[0.5, 1\] needs a step"):
+        studyfile.load(study)
+
+
 def test_changing_the_budget_leaves_a_study_comparable_and_changing_the_ladder_does_not(workplace):
     study = studyfile.load(write(workplace, GOOD))
     longer = studyfile.load(write(workplace, GOOD.replace("launches: 5", "launches: 50")))

@@ -67,15 +67,15 @@ class SpaceFile(Strict):
 
 
 def build(
-    document: Document, facts: Mapping[str, Any], limits: Mapping[str, Any], prefix: tuple[str, ...] = ()
+    data: Mapping[str, Any],
+    document: Document,
+    prefix: tuple[str, ...],
+    facts: Mapping[str, Any],
+    limits: Mapping[str, Any],
+    study: Document,
 ) -> SearchSpace:
-    """The space of ``document`` (its part at ``prefix``), narrowed by ``limits`` (parameter -> value or values).
-
-    Raises UsageError with file:line for whatever cannot be meant.
-    """
-    data: Any = document.data
-    for key in prefix:
-        data = data[key]
+    """The space of ``data``, which stands in ``document`` at ``prefix``, narrowed by the ``limits`` (parameter -> value
+    or values) of ``study``. Raises UsageError with file:line for whatever cannot be meant."""
     file = validate(SpaceFile, document, data, prefix)
     facts = dict(facts)
     fixed, env = _flags(file.fixed), {key: str(value) for key, value in file.env.items()}
@@ -90,7 +90,7 @@ def build(
             spec = spec.model_copy(update={"flag": name})  # a function has no flags: names tell configs apart
         parameter = _parameter(name, spec, document, at, facts)
         if name in limits:
-            parameter = _narrow(parameter, limits[name], document)
+            parameter = _narrow(parameter, limits[name], study)
         if name in limits and len(parameter.values) == 1:
             # pinned: every server of the study gets it, the baseline included, and conditions see it as a fact
             emission = parameter.emissions[0]
@@ -102,7 +102,7 @@ def build(
     unknown = set(limits) - set(file.parameters)
     if unknown:
         worst = sorted(unknown)[0]
-        raise document.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
+        raise study.error(f"unknown parameter {worst!r}", ("parameters", worst), suggest(worst, file.parameters))
     _check_flags(file.fixed, facts, document, (*prefix, "fixed"), file.engine)
     check_env(file.env, document, (*prefix, "env"))
     for name, spec in file.parameters.items():

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.errors import UsageError
 from tuner.space.condition import named
 from tuner.space.space import SearchSpace
 from tuner.spec import facts as facts_
@@ -97,8 +96,9 @@ def resolve(document: Document, beside: Path) -> Study:
     }
     if "ladder" in frozen:
         resolved["ladder"] = frozen["ladder"]  # it was left to the tuner, and is settled
-    whole = {**document.data, "name": name, "search_space": _inline(file, document, base, facts), "frozen": resolved}
-    whole["objective"] = _objective_data(file, document, base)[0]
+    whole = {**document.data, "name": name, "frozen": resolved}
+    for key, said in (("search_space", _space_name(file, facts)), ("objective", file.objective)):
+        whole[key] = _part(key, said, document, base)[0]
     if file.storage:
         whole["storage"] = storage_.kept(document.data["storage"])
     return Study(
@@ -330,8 +330,18 @@ def _hardware(facts: Mapping[str, Any]) -> HardwareSpec:
     return HardwareSpec(str(facts["gpu_name"]), int(facts["gpus"]), memory)
 
 
-def _space_name(file: StudyFile, facts: Mapping[str, Any]) -> str:
-    if isinstance(file.search_space, str) and file.search_space:
+def _part(
+    key: str, said: str | dict[str, Any], document: Document, base: Path
+) -> tuple[dict[str, Any], Document, tuple[str, ...]]:
+    """The search space or the objective, which a study holds or names; the document that it stands in, and where."""
+    if isinstance(said, dict):
+        return said, document, (key,)
+    found = read(shipped.find(f"{key}s", said, base, document.where((key,))), key.replace("_", " "))
+    return {"name": said, **found.data}, found, ()
+
+
+def _space_name(file: StudyFile, facts: Mapping[str, Any]) -> str | dict[str, Any]:
+    if file.search_space:
         return file.search_space
     if file.engine.kind == "sglang":
         return "sglang/quick"
@@ -339,27 +349,8 @@ def _space_name(file: StudyFile, facts: Mapping[str, Any]) -> str:
 
 
 def _space(file: StudyFile, document: Document, base: Path, facts: Mapping[str, Any]) -> SearchSpace:
-    if isinstance(file.search_space, dict):
-        return build(document, facts, file.parameters, ("search_space",))
-    name = _space_name(file, facts)
-    path = shipped.find("search_spaces", name, base, document.where(("search_space",)))
-    try:
-        space = build(read(path, "search space"), facts, file.parameters)
-    except UsageError as error:
-        for parameter in file.parameters:
-            if repr(parameter) in error.message or error.message.startswith(parameter):
-                raise document.error(error.message, ("parameters", parameter), error.fix) from None
-        raise
-    return space
-
-
-def _inline(file: StudyFile, document: Document, base: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The search space's own text, inlined into the frozen study."""
-    if isinstance(file.search_space, dict):
-        return file.search_space
-    name = _space_name(file, facts)
-    path = shipped.find("search_spaces", name, base, document.where(("search_space",)))
-    return {"name": name, **read(path, "search space").data}
+    data, source, prefix = _part("search_space", _space_name(file, facts), document, base)
+    return build(data, source, prefix, facts, file.parameters, document)
 
 
 def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> SearchSpace:
@@ -403,20 +394,10 @@ def _check_both(given: Mapping[str, Any], space: SearchSpace, part: str, documen
                 )
 
 
-def _objective_data(
-    file: StudyFile, document: Document, base: Path
-) -> tuple[dict[str, Any], Document, tuple[str, ...]]:
-    if isinstance(file.objective, dict):
-        return file.objective, document, ("objective",)
-    path = shipped.find("objectives", file.objective, base, document.where(("objective",)))
-    inner = read(path, "objective")
-    return {"name": file.objective, **inner.data}, inner, ()
-
-
 def _objective(
     file: StudyFile, document: Document, base: Path, hardware: HardwareSpec, frozen: Mapping[str, Any]
 ) -> Objective:
-    data, source, prefix = _objective_data(file, document, base)
+    data, source, prefix = _part("objective", file.objective, document, base)
     spec = validate(ObjectiveFile, source, data, prefix)
     slos = [_slo(k, v, source, (*prefix, "slo", k)) for k, v in spec.slo.items() if k not in file.slo]
     slos += [_slo(k, v, document, ("slo", k)) for k, v in file.slo.items()]
