@@ -189,11 +189,13 @@ def test_every_shipped_objective_resolves(workplace, name):
 def test_the_parameters_of_a_function_need_no_flag(workplace):
     text = """\
 engine: {kind: function, target: "surface:serve"}
-search_space: {engine: function, parameters: {batch: {range: [8, 64], scale: log2, default: 8}}}
+search_space:
+  engine: function
+  parameters: {batch: {range: [8, 64], scale: log2, default: 8}, cache: {type: switch, default: true}}
 objective: {latency: tpot_p99, slo: {tpot_p99: 100ms}, price_usd_per_gpu_hour: 2}
 """
     study = studyfile.load(write(workplace, text))
-    assert len({study.space.config(params, "").hash for params in study.space.grid()}) == 4
+    assert len({study.space.config(params, "").hash for params in study.space.grid()}) == 8
 
 
 def test_a_grid_of_numbers_is_in_order_however_it_was_written(workplace):

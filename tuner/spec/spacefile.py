@@ -77,6 +77,12 @@ def build(
     """The space of ``data``, which stands in ``document`` at ``prefix``, narrowed by the ``limits`` (parameter -> value
     or values) of ``study``. Raises UsageError with file:line for whatever cannot be meant."""
     file = validate(SpaceFile, document, data, prefix)
+    if file.engine == "function":  # it has no flags: names tell configs apart
+        named = {
+            name: spec if spec.flag or isinstance(spec.values, dict) else spec.model_copy(update={"flag": name})
+            for name, spec in file.parameters.items()
+        }
+        file = file.model_copy(update={"parameters": named})
     facts = dict(facts)
     fixed, env = _flags(file.fixed), {key: str(value) for key, value in file.env.items()}
     known = set(file.parameters) | set(facts)
@@ -86,8 +92,6 @@ def build(
         _check_condition({"value": spec.only}, known | {"value"}, document, (*at, "only"))
         for when, place in _whens(spec, at):
             _check_condition(when, known, document, place)
-        if file.engine == "function" and not spec.flag and not isinstance(spec.values, dict):
-            spec = spec.model_copy(update={"flag": name})  # a function has no flags: names tell configs apart
         parameter = _parameter(name, spec, document, at, facts)
         if name in limits:
             parameter = _narrow(parameter, limits[name], study)
@@ -98,7 +102,10 @@ def build(
             facts[name] = parameter.values[0]
         else:
             parameters.append(parameter)
-    grids = {name: _ever(name, spec, document, prefix, limits, facts) for name, spec in file.parameters.items()}
+    grids = {
+        name: _ever(_values(name, spec, document, (*prefix, "parameters", name)), spec, limits.get(name, []), facts)
+        for name, spec in file.parameters.items()
+    }
     unknown = set(limits) - set(file.parameters)
     if unknown:
         worst = sorted(unknown)[0]
@@ -199,20 +206,11 @@ def _kind(value: Any) -> type:
     return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
 
 
-def _ever(
-    name: str,
-    spec: ParameterFile,
-    document: Document,
-    prefix: tuple[str, ...],
-    limits: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> list[Any]:
+def _ever(values: Sequence[Any], spec: ParameterFile, limit: Any, facts: Mapping[str, Any]) -> list[Any]:
     """Every value that a parameter has on some machine, or by the study's word."""
     defaults = [case.value for case in spec.default] if isinstance(spec.default, list) else [spec.default]
-    said = limits.get(name, [])
-    said = said if isinstance(said, list) else [said]
-    values = [*_values(name, spec, document, (*prefix, "parameters", name)), *defaults, *said]
-    return [facts.get(condition.named(value), value) for value in values]
+    said = limit if isinstance(limit, list) else [limit]
+    return [facts.get(condition.named(value), value) for value in (*values, *defaults, *said)]
 
 
 def _check_flags(
@@ -222,10 +220,11 @@ def _check_flags(
     known = {*FACTS, *facts}
     check_flags(flags, lambda name: name.lstrip("-"), document, at)
     for flag, value in flags.items():
+        name = flag.lstrip("-")
         if value is False:
-            document.refuse(f"--{flag.lstrip('-')}: {NO_SWITCH}", (*at, flag), off(flag.lstrip("-"), engine))
+            document.refuse(f"--{name}: {NO_SWITCH}", (*at, flag), off(name, engine))
         if (fact := condition.named(value)) and fact not in known:
-            document.refuse(f"--{flag.lstrip('-')}: no such fact: {fact}", (*at, flag), suggest(fact, known))
+            document.refuse(f"--{name}: no such fact: {fact}", (*at, flag), suggest(fact, known))
 
 
 def _check_facts(
@@ -245,7 +244,7 @@ def _check_facts(
 def _check_values(name: str, values: Sequence[Any], counts_gpus: bool, document: Document, at: tuple[str, ...]) -> None:
     if wrong := [v for v in values if isinstance(v, (int, float)) and not _finite(v)]:
         raise document.error(f"{name}: {wrong[0]} is no value of a grid", at, "write a finite number")
-    if counts_gpus and any(isinstance(v, (bool, str)) or v <= 0 or v != int(v) for v in values):
+    if counts_gpus and any(_kind(v) is not float or v <= 0 or v != int(v) for v in values):
         raise document.error(f"{name} counts GPUs, so its values are whole numbers above zero", at)
 
 
@@ -277,9 +276,9 @@ def _parameter(
             raise document.error(
                 f"{name}: no case of its default applies here", (*at, "default"), "add a last case without when"
             )
-    numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    numeric = all(_kind(value) is float for value in values)
     if not any(same(default, value) for value in values):
-        if not numeric or isinstance(default, (bool, str)):
+        if not numeric or _kind(default) is not float:
             fix = suggest(str(default), map(str, values))
             raise document.error(f"{name}: the default {default!r} is not one of its values", (*at, "default"), fix)
         # the engine's own default belongs to every grid: it is the baseline
@@ -383,8 +382,7 @@ def _range(name: str, spec: ParameterFile, document: Document, at: tuple[str, ..
             "use a larger step or scale: log2",
         )
     count = int((high - low) / step + 1e-9) + 1
-    exact = [round(low + i * step, 10) for i in range(count)]
-    return [int(v) if isinstance(low, int) and isinstance(step, int) else v for v in exact]
+    return [round(low + i * step, 10) for i in range(count)]
 
 
 def _emit(flag: str, value: Value) -> Emission:
@@ -440,8 +438,8 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
         raise document.error(f"{parameter.name} has no value left", at, "name one or more of its values")
     _check_once(parameter.name, wanted, document, at)
     for value in wanted:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not any(same(value, known) for known in parameter.values) and not (parameter.numeric and number):
+        number = parameter.numeric and _kind(value) is float
+        if not number and not any(same(value, known) for known in parameter.values):
             wrong = f"{parameter.name} has no value {_shown(value)}", at, _nearest(value, parameter.values)
             document.refuse(*wrong)
             if value not in parameter.values:  # a study may have begun with 1 for true

@@ -179,11 +179,12 @@ def _plain(node: Any, entries: Iterator[int]) -> Any:
 
 def validate(model: type[M], document: Document, data: Any = None, prefix: Loc = ()) -> M:
     """``data`` (by default the whole document) as ``model``; the first fault becomes a UsageError with file:line."""
+    data = document.data if data is None else data
     try:
-        return model.model_validate(document.data if data is None else data, context={"begun": document.begun})
+        return model.model_validate(data, context={"begun": document.begun})
     except ValidationError as error:
         first = error.errors()[0]
-        loc = [*prefix, *_keys(first["loc"], document.data if data is None else data, first["type"] == "missing")]
+        loc = [*prefix, *_keys(first["loc"], data, first["type"] == "missing")]
         name = ".".join(str(part) for part in loc)
         if first["type"] == "extra_forbidden":
             known = _fields(model, [str(p) for p in first["loc"][:-1]])
