@@ -233,12 +233,14 @@ def _check_facts(
     """What the values of a parameter say of facts: ``requires`` and ``$name``."""
     for value in (v for v in spec.values if isinstance(v, str)) if isinstance(spec.values, list) else ():
         _check_flags({spec.flag: value}, facts, document, at, engine)
+    known = {*FACTS, *facts}
     for key, emission in spec.values.items() if isinstance(spec.values, dict) else ():
-        if emission and emission.requires and emission.requires not in (known := {*FACTS, *facts}):
+        emission = emission or EmissionFile()
+        if emission.requires and emission.requires not in known:
             fix = suggest(emission.requires, known)
             document.refuse(f"requires: no such fact: {emission.requires}", (*at, key, "requires"), fix)
-        _check_flags(emission.flags if emission else {}, facts, document, (*at, key, "flags"), engine)
-        check_env(emission.env if emission else {}, document, (*at, key, "env"))
+        _check_flags(emission.flags, facts, document, (*at, key, "flags"), engine)
+        check_env(emission.env, document, (*at, key, "env"))
 
 
 def _check_values(name: str, values: Sequence[Any], counts_gpus: bool, document: Document, at: tuple[str, ...]) -> None:
