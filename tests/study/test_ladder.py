@@ -122,6 +122,14 @@ def test_where_the_default_cannot_say_the_usual_loads_stay_for_good_and_the_reas
     assert later.launched == []
 
 
+def test_a_default_that_the_search_would_refuse_is_not_launched_for_the_ladder(runner, monkeypatch):
+    monkeypatch.setattr(Prepared, "why_not", lambda self, config: "70 GiB short")
+    engine = Limited(2.0)
+    assert settle(runner, engine).load.ladder == studyfile.USUAL_LADDER
+    assert engine.launched == [] and not Store(runner.store.ladder_folder).numbers()
+    assert any("is refused before a launch: 70 GiB short" in d["text"] for n, d in runner.events if n == "say")
+
+
 def test_what_was_measured_is_kept_where_it_settles_nothing(runner):
     settle(runner, Limited(0.0))
     (launch,) = Store(runner.store.ladder_folder).trials()

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.spec.conftest import workplace as workplace
+from tuner.errors import UsageError
 from tuner.spec import studyfile
 from tuner.spec.study import Study
 from tuner.study import workload
-from tuner.study.session import model_of, prepare
+from tuner.study.session import check_env, model_of, prepare
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -31,6 +33,34 @@ search_space:
           flags: {speculative-config.model: $draft_model, speculative-config.num_speculative_tokens: 3}
       default: none
 """
+
+
+CPU = """model: model
+engine:
+  kind: KIND
+  env:
+    VLLM_CPU_KVCACHE_SPACE: VALUE
+hardware: {gpu: WHERE}
+trace: {file: trace.csv, window: 10s}
+objective: chat
+load: {ladder: auto}
+"""
+
+
+@pytest.mark.parametrize("kind", ["emulator", "vllm"])
+def test_an_environment_that_no_server_can_read_is_refused_with_its_line(workplace: Path, kind: str) -> None:
+    """Whatever the ladder: it is not launched to find that out."""
+
+    def made(value: str, where: str = "cpu") -> Study:
+        file = workplace / "study.yaml"
+        file.write_text(CPU.replace("KIND", kind).replace("VALUE", value).replace("WHERE", where))
+        return studyfile.load(file)
+
+    with pytest.raises(UsageError, match="VLLM_CPU_KVCACHE_SPACE is 'lots': vLLM takes a whole number") as refused:
+        prepare(made("lots"))
+    assert refused.value.where == f"{workplace}/study.yaml:5"
+    check_env(made("'4'"))
+    check_env(made("lots", "H100-SXM"))  # where no server reads it
 
 
 def resolved(folder: Path, draft: str = "draft", target: str = "qwen3-8b") -> Study:

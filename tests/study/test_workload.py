@@ -115,7 +115,13 @@ def test_a_window_of_which_a_load_measures_nothing_is_refused_before_any_launch(
     """Every launch would be paid for, and end as a measurement that cannot be believed."""
     with pytest.raises(UsageError, match=f"nothing to measure: window {found}") as refused:
         of_arrivals(workplace, seconds, ladder)
-    assert refused.value.where.endswith("study.yaml")
+    assert refused.value.where == f"{workplace}/study.yaml:6"  # which names the trace
+
+
+def test_a_trace_with_too_few_requests_is_refused_with_the_line_that_names_it(workplace):
+    with pytest.raises(UsageError, match="no request for one of its 2 windows") as refused:
+        of_arrivals(workplace, [0.0])
+    assert refused.value.where == f"{workplace}/study.yaml:6"
 
 
 def test_no_window_is_refused_that_nobody_is_known_to_measure_or_that_was_measured(workplace):

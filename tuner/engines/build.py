@@ -46,12 +46,14 @@ def engine(study: Study) -> Engine:
     hints = known_options(study.engine.kind) or {}
     for option, value in options.items():
         if option in hints and (wrong := _wrong(option, value, hints[option])):
-            raise UsageError(f"engine.options.{option}: {wrong}, not {value!r}", where=place(study, "options", option))
+            raise UsageError(
+                f"engine.options.{option}: {wrong}, not {value!r}", where=place(study, "engine", "options", option)
+            )
         if option not in hints:
             fix = text.suggest(option, hints.keys() - options.keys() - ELSEWHERE)
             at = (option,) if option in _engine_as_written(study) else ("options", option)  # engine.target, say
             raise UsageError(
-                f"{study.engine.kind} has no {'.'.join(('engine', *at))}", where=place(study, *at), fix=fix
+                f"{study.engine.kind} has no {'.'.join(('engine', *at))}", where=place(study, "engine", *at), fix=fix
             )
     try:
         return _class(study.engine.kind).from_study(study)
@@ -59,12 +61,12 @@ def engine(study: Study) -> Engine:
         said = next((option for option in options if repr(option) in str(error)), "")
         raise UsageError(
             f"engine.options.{said} is said elsewhere" if said else f"engine.options: {error}",
-            where=place(study, "options", said),
+            where=place(study, "engine", "options", said),
             fix=f"take it out of engine.options: {', '.join(options)}",
         ) from None
     except UsageError as error:
         said = next((option for option in options if option in error.message), "")
-        error.where = error.where or place(study, "options", said)
+        error.where = error.where or place(study, "engine", "options", said)
         raise
 
 
@@ -93,6 +95,6 @@ def _engine_as_written(study: Study) -> Mapping[str, Any]:
 
 
 def place(study: Study, *loc: str) -> str:
-    """``file:line`` of an entry of the engine's, the file alone where there is none."""
+    """``file:line`` of an entry of the study file, the file alone where it cannot be read."""
     path = Path(study.source)
-    return text.read(path, "study").where(("engine", *loc)) if path.is_file() else study.source
+    return text.read(path, "study").where(loc) if path.is_file() else study.source

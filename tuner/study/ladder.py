@@ -36,8 +36,8 @@ def settled(
     """``study`` with its ladder; launches the default once where the study leaves the ladder to the tuner and no
     earlier session has settled it.
 
-    Where the default does not start, or its measurements cannot be believed, the study keeps the loads it has, and for
-    good: its trials are measured at them. An interrupt leaves the ladder to the next session. Raises what
+    Where the default is refused or does not start, or its measurements cannot be believed, the study keeps the loads it
+    has, and for good: its trials are measured at them. An interrupt leaves the ladder to the next session. Raises what
     :func:`tuner.study.session.prepare` does.
     """
     if not study.load.auto:
@@ -111,11 +111,14 @@ def _capacity(
         on_event(name, {**data, "trial": verifying.LADDER})  # it is no trial of the study
 
     ready = prepare(replace(study, load=replace(study.load, ladder=(LOWEST, HIGHEST))))
+    params = study.space.default()
+    default = study.space.config(params, study.model)
+    if why := study.space.denied(params) or ready.why_not(default):
+        raise Unsettled(f"the engine's default is refused before a launch: {why}")
     on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     window = ready.traffic.search[0]
     top = min(HIGHEST, max(LOWEST, float(window.arrival_s[-1]) / study.trace.window_s))
     own, bench = Store(store.ladder_folder), Bench(ready.study, ready.engine, cancel, tell)
-    default = study.space.config(study.space.default(), study.model)
     with executor(bench) as where:
         launch = verifying.launcher(ready, own, verifying.Nobody(), where, tell, verifying.LADDER)
         with launch(default, "which loads are worth measuring") as rig:

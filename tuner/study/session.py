@@ -112,10 +112,11 @@ class Prepared:
 def prepare(study: Study, *, launching: bool = True) -> Prepared:
     """Builds engine, traffic and model, and checks the space's flags against the installed version.
 
-    Raises UsageError (unknown flag, trace) or EnvironmentFault (no such engine here): where nothing is to be launched,
-    a study may be looked at on a machine that has no engine.
+    Raises UsageError (unknown flag, environment, trace) or EnvironmentFault (no such engine here): where nothing is to
+    be launched, a study may be looked at on a machine that has no engine.
     """
     engine, unchecked = build.engine(study), ""
+    check_env(study)
     with _named(study, str(study.engine.options.get("target", ""))):
         try:
             check_flags(study, engine)
@@ -157,6 +158,16 @@ def check_flags(study: Study, engine: Engine) -> None:
             )
 
 
+def check_env(study: Study) -> None:
+    """Raises UsageError where every server of the study would get a variable that vLLM cannot read."""
+    from tuner.search.model.settings import KV_SPACE, space_gib
+
+    if study.hardware.gpus == 0 and study.engine.kind in ("vllm", "emulator"):
+        _, wrong = space_gib(study.space.env)
+        if wrong:
+            raise UsageError(wrong, where=_place(study, KV_SPACE))
+
+
 @contextmanager
 def _named(study: Study, text: str) -> Iterator[None]:
     """A UsageError that says not where gets the place of ``text`` in the study file."""
@@ -168,10 +179,11 @@ def _named(study: Study, text: str) -> Iterator[None]:
 
 
 def _place(study: Study, flag: str) -> str:
-    """``file:line`` where the study file names the flag (or a target); the file alone where only its space does."""
+    """``file:line`` where the study file names a flag, variable or target; the file alone where only its space does."""
     source = study.source
-    if flag in study.engine.args:
-        return build.place(study, "args", flag)
+    for part in ("args", "env"):
+        if flag in getattr(study.engine, part):
+            return build.place(study, "engine", part, flag)
     with suppress(OSError):
         for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
             if re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", line.partition("#")[0]):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tuner.engines.build import place
 from tuner.errors import UsageError
 from tuner.load import formats, windows
 from tuner.load.trace import Trace, texts_lost, with_lengths
@@ -51,6 +52,14 @@ def read(study: Study) -> Workload:
     A search window holds what the highest load replays in ``window_s`` seconds (or what the trace has), a held-out
     window what verification may replay above that; :func:`at_load` cuts what a lower load needs from its beginning.
     """
+    try:
+        return _read(study)
+    except UsageError as error:  # one of the trace file's own has its line there
+        error.where = error.where or place(study, "trace", "file")
+        raise
+
+
+def _read(study: Study) -> Workload:
     spec = study.trace
     if not spec.file:  # a function engine needs no traffic
         one = np.ones(1, dtype=np.int64)
@@ -111,7 +120,6 @@ def _refuse_empty(study: Study, traffic: Workload) -> None:
         raise UsageError(
             f"nothing to measure: window {_short(window)} of the trace has no request after the first "
             f"{study.load.warmup_s:g} s (load.warmup) of the {study.trace.window_s:g} s of a step at load {load:.3g}",
-            where=study.source,
             fix="Take a longer trace.window, a shorter load.warmup or another part of the trace (tuner trace cut)",
         )
 

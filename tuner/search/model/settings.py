@@ -14,6 +14,7 @@ from tuner.search.model.shape import ModelShape
 from tuner.space.config import ServingConfig, Value, number
 
 _GIB = 2**30
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB of KV cache of a server on a CPU
 # Chance that one draft token is accepted, before anything was measured. n-gram prompts hit rarely outside of
 # summaries and code edits; draft models and EAGLE heads: the ranges of Leviathan et al. 2023 (table 3) and Li et al.
 # 2024 (EAGLE, table 1); MTP: the 85 to 90 % of the second token in the DeepSeek-V3 report, section 5.4.3.
@@ -82,9 +83,9 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     if engine == "sglang" and speculation:
         seqs = 48  # what SGLang lowers its default to (server_args.py)
     on_cpu = hardware.kind == "cpu"
-    space_gib, refused = _space_gib(config.env) if on_cpu and engine == "vllm" else (None, "")
+    gib, refused = space_gib(config.env) if on_cpu and engine == "vllm" else (None, "")
     explicit_kv = flags.get("kv-cache-memory-bytes")
-    kv_bytes = None if space_gib is None else float(space_gib) * _GIB
+    kv_bytes = None if gib is None else float(gib) * _GIB
     if isinstance(explicit_kv, int) and not isinstance(explicit_kv, bool):
         kv_bytes = float(explicit_kv)
     model_len = _int(flags, shape.max_model_len, "max-model-len", "context-length")
@@ -114,13 +115,12 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     )
 
 
-def _space_gib(env: Mapping[str, str]) -> tuple[int | None, str]:
+def space_gib(env: Mapping[str, str]) -> tuple[int | None, str]:
     """vLLM's room for the KV cache on CPUs, as vLLM reads it; or in words why it cannot."""
-    name = "VLLM_CPU_KVCACHE_SPACE"
     try:
-        return (int(env[name]) if name in env else None), ""
+        return (int(env[KV_SPACE]) if KV_SPACE in env else None), ""
     except ValueError:
-        return None, f"{name} is {env[name]!r}: vLLM takes a whole number of GiB"
+        return None, f"{KV_SPACE} is {env[KV_SPACE]!r}: vLLM takes a whole number of GiB"
 
 
 def batch_defaults(hardware: Hardware, world_size: int, engine: str = "vllm") -> tuple[int, int]:
