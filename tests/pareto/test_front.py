@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import studies
+from tuner.pareto.choice import choose
 from tuner.pareto.front import Point, front, points
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
@@ -162,6 +163,16 @@ def test_a_lucky_run_does_not_outvote_its_own_miss(tmp_path: Path):
     studies.measured(1, (studies.step(1.0, OBJECTIVE, tpot_s=0.052),), store, remeasure_of=0)
     (found,) = points(store.trials(), OBJECTIVE)
     assert not found.ok and front([found]) == []
+
+
+def test_a_launch_that_was_stopped_and_its_repeat_are_one_point_a_load_whichever_of_them_reached_it(tmp_path: Path):
+    store, low, high = Store(tmp_path), studies.step(1.0, OBJECTIVE), studies.step(2.0, OBJECTIVE, tokens_per_s=1900)
+    studies.add(0, Aborted("cannot beat the front at 95 %", (low,)), store)
+    studies.measured(1, (low, high), store, remeasure_of=0)
+    found = points(store.trials(), OBJECTIVE)
+    assert [(p.load, p.trials, p.ok) for p in found] == [(1.0, (0, 1), True), (2.0, (1,), True)]
+    chosen = choose(store.trials(), OBJECTIVE)
+    assert chosen.point and (chosen.point.load, chosen.tied) == (2.0, ())
 
 
 def test_verification_is_not_mixed_with_the_search(tmp_path: Path):

@@ -16,7 +16,7 @@ from tuner.search.reading import read
 from tuner.search.sampler import TunerSampler
 from tuner.search.scan import Scan
 from tuner.space.space import SearchSpace
-from tuner.study.outcome import Infeasible, Measured, Outcome
+from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome
 
 SPACE = replace(space(), rules=())
 DEFAULT: dict[str, Any] = SPACE.snap(SPACE.default())
@@ -86,6 +86,22 @@ def test_the_front_has_the_loads_that_every_repeat_held_and_those_that_what_runs
     assert running is not None
     sizes = [len(Scan(one, LOADS, r, p).front(None).points) for r, p in ((both[:1], []), (both, []), (both, [running]))]
     assert sizes[:2] == [2, 1] and sizes[2] > 1
+
+
+def test_a_load_that_one_of_two_launches_reached_is_a_point_of_the_front_and_one_that_either_missed_is_none():
+    """As where racing ended the first launch: the front that the study reports counts such a load, too."""
+    held, stopped = launch({**DEFAULT, "gpus": 4}), Aborted("cannot beat the front")
+    assert isinstance(held, Measured) and len([s for s in held.steps if s.ok]) > 2
+    late = replace(held.steps[0], slo_misses=("late",))
+    params, counts = SPACE.snap({**DEFAULT, "gpus": 4}), []
+    for early in (replace(stopped, steps=held.steps[:1]), replace(stopped, steps=(late,))):
+        for outcomes in ((early, held), (held, early)):
+            both = [Seen(n, params, outcome) for n, outcome in enumerate(outcomes)]
+            one, readings = beliefs(), [read(seen, objective(), LOADS) for seen in both]
+            one.learn(readings, 0)
+            counts.append(len(Scan(one, LOADS, readings, []).front(None).points))
+    whole = len([s for s in held.steps if s.ok])
+    assert counts == [whole, whole, whole - 1, whole - 1]
 
 
 def test_nothing_is_said_of_memory_before_a_server_was_short_of_it():

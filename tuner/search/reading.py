@@ -21,14 +21,16 @@ FIGURE = re.compile(r"0x[0-9a-f]+|(?<![A-Za-z\d])\d[\d.,]*")  # in a crash's mes
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One launch as numbers. ``steps`` are (place in the ladder, log cost, log latency) of what may be believed of the
-    two axes; ``good`` are the places that are points of the front; ``capacity`` is the logarithm of the highest load
-    within SLO with the standard deviation ``capacity_sd`` (None: the launch said nothing); ``works`` above 0 where the
-    server served, below 0 by how badly it did not (None: not known); ``cause`` is what it crashed of,
-    without the numbers (None: it served, or its memory was short by so many bytes, which ``works`` says)."""
+    two axes; ``good`` are the places that are points of the front, ``missed`` those that missed an SLO; ``capacity`` is
+    the logarithm of the highest load within SLO with the standard deviation ``capacity_sd`` (None: the launch said
+    nothing); ``works`` above 0 where the server served, below 0 by how badly it did not (None: not known); ``cause`` is
+    what it crashed of, without the numbers (None: it served, or its memory was short by so many bytes, which ``works``
+    says)."""
 
     seen: Seen
     steps: tuple[tuple[int, float, float], ...] = ()
     good: tuple[int, ...] = ()
+    missed: tuple[int, ...] = ()
     capacity: float | None = None
     capacity_sd: float = 0.0
     works: float | None = None
@@ -54,7 +56,8 @@ def read(seen: Seen, objective: Objective, loads: Sequence[float]) -> Reading:
         if 0 < cost < math.inf and 0 < latency < math.inf and (step.ok or within(objective, objective.latency, step)):
             axes.append((nearest(loads, step.load), math.log(cost), math.log(latency)))
     bound, sd = capacity([s.load for s in trusted], [_margin(s, objective.slos) for s in trusted])
-    return Reading(seen, tuple(axes), tuple(sorted(good)), bound, sd, _room(outcome))
+    missed = {nearest(loads, s.load) for s in trusted if not s.ok}
+    return Reading(seen, tuple(axes), tuple(sorted(good)), tuple(sorted(missed)), bound, sd, _room(outcome))
 
 
 def cause(outcome: Infeasible) -> str:

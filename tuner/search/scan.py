@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,12 +157,15 @@ class Scan:
     @cached_property
     def _measured(self) -> tuple[Codes, Array]:
         """Measured points within SLO, believed values, one per configuration and load: the candidates' numbers, and the
-        points."""
-        places: dict[int, set[int]] = {}
+        points. As on the front itself, a load that one launch alone reached counts by that, one that any missed not."""
+        places: dict[int, set[int]] = defaultdict(set)
+        missed: dict[int, set[int]] = defaultdict(set)
         for r in self.readings:
-            index = self.beliefs.index(r.seen.params) if r.good else None
+            index = self.beliefs.index(r.seen.params) if r.good or r.missed else None
             if index is not None:
-                places[index] = places.get(index, set(r.good)) & set(r.good)
+                places[index] |= {*r.good}
+                missed[index] |= {*r.missed}
+        places = {index: left for index, held in places.items() if (left := held - missed[index])}
         if not places:
             return np.zeros(0, dtype=np.int64), np.zeros((0, 2))
         believed = self.beliefs.posterior(list(places), spread=False)
