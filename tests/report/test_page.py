@@ -13,12 +13,15 @@ from xml.etree import ElementTree
 import pytest
 
 from tests import studies
+from tuner.export.formats import best_config
+from tuner.record.note import markdown
 from tuner.report.figures import front_svg
 from tuner.report.html import script_json
 from tuner.report.page import build
 from tuner.report.parallel import _short
 from tuner.report.summary import summarize
 from tuner.report.tables import unserved
+from tuner.report.terminal import front_table
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
 from tuner.study.store import Store, write_json
@@ -365,3 +368,23 @@ def test_a_browser_without_a_network_draws_every_figure(tmp_path: Path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.stdout.count('class="main-svg"') >= 2 * len(figures(path))
     assert done.stdout.count("js-plotly-plot") >= len(figures(path))
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_view_is_of_one_reading_of_the_trials(tmp_path: Path, monkeypatch, verified: bool):
+    """A trial that ends meanwhile is in all of it or in none."""
+    study, store = studies.write(tmp_path / "s", verified=verified)
+    reads, trials = [], Store.trials
+    monkeypatch.setattr(Store, "trials", lambda self: (reads.append(self.folder), trials(self))[1])
+    makers = {
+        "page": lambda: build(store, study, tmp_path / "report.html"),
+        "best config": lambda: best_config(store, study),
+        "note": lambda: markdown(store, study),
+        "front": lambda: front_table(store, study),
+    }
+    counts = {}
+    for name, make in makers.items():
+        reads.clear()
+        make()
+        counts[name] = reads.count(store.folder)
+    assert counts == dict.fromkeys(makers, 1)

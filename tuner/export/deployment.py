@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,11 +73,13 @@ def _is_folder(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~")) or Path(model).is_dir()
 
 
-def deployment(store: Store, study: Study, choice: Choice | None = None) -> Deployment:
-    """The deployment of ``choice`` (by default what :func:`recommended` says). Raises NothingFeasible, with the nearest
-    configuration in words, where nothing met the SLOs."""
-    trials = store.trials()
-    choice = choice or recommended(store, study)
+def deployment(
+    store: Store, study: Study, choice: Choice | None = None, trials: Sequence[TrialRecord] | None = None
+) -> Deployment:
+    """The deployment of ``choice`` (by default what :func:`recommended` says, ``trials`` as there). Raises
+    NothingFeasible, with the nearest configuration in words, where nothing met the SLOs."""
+    trials = store.trials() if trials is None else trials
+    choice = choice or recommended(store, study, trials)
     point = choice.point
     if point is None:
         raise NothingFeasible(choice.text)
@@ -165,7 +167,7 @@ def _promise(
 
 def _about(
     study: Study,
-    trials: list[TrialRecord],
+    trials: Sequence[TrialRecord],
     point: Point,
     choice: Choice,
     promise: Promise,

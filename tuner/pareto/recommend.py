@@ -19,12 +19,13 @@ from tuner.verify.arm import as_range
 from tuner.words import figure
 
 
-def recommended(store: Store, study: Study) -> Choice:
+def recommended(store: Store, study: Study, trials: Sequence[TrialRecord] | None = None) -> Choice:
     """``verify.json`` decides where it holds a verdict: its configuration, load, cost and latency come from windows
     that the search never saw. Where ``ablation.json`` took that configuration apart, its smallest one takes its place,
     with the load, cost and latency that were measured of it (an earlier version's file has its cost alone). Otherwise
-    :func:`choose` over the trials of the search. The text ends with what the quality floor said of it."""
-    trials = store.trials()
+    :func:`choose` over the trials of the search. The text ends with what the quality floor said of it. ``trials`` are
+    the store's, of a caller that has read them."""
+    trials = store.trials() if trials is None else trials
     choice = _recommended(store, study, trials)
     said = quality_of(trials, choice.point.config) if choice.point else ""
     return replace(choice, text=f"{choice.text}\n\n{said}") if said else choice

@@ -20,7 +20,7 @@ def markdown(store: Store, study: Study) -> str:
     trials = store.trials()
     objective = study.objective
     default = baseline_of(trials)
-    choice = recommended(store, study)
+    choice = recommended(store, study, trials)
     lines = [f"# {study.name}", ""]
     if any(t.emulated for t in trials):
         lines += ["**EMULATED: these numbers come from a model of the hardware, nothing was measured.**", ""]
@@ -33,7 +33,7 @@ def markdown(store: Store, study: Study) -> str:
             "`best-config.yaml` and `best-config.env` are among this run's artifacts and in the study folder.",
             "",
         ]
-        if start := vllm.start(deployment(store, study, choice)):
+        if start := vllm.start(deployment(store, study, choice, trials)):
             lines += ["```sh", *start, "```", ""]
             lines += [f"As a deployment: `tuner export {store.folder} --format compose` (or `k8s`, `helm`).", ""]
     best = front(points(searched(trials), objective))

@@ -43,8 +43,8 @@ def flush(study: Study, store: Store, place: Place, *, running: bool = False, en
     with _only_writer(place.lock):
         ledger = Ledger.load(store.folder)
         sent = ledger.sent(place.uri)
-        trials = store.trials()
         note = note_file(store.folder).read_text("utf-8") if note_file(store.folder).exists() else ""
+        trials = store.trials()  # after the note: it is of all of them
         end = "FINISHED" if note else end
         if running and not end and sent.parent and not sent.end and not _unsent(trials, sent):
             return 0  # the usual wake-up with nothing to do: MLflow is not even imported
@@ -58,7 +58,7 @@ def flush(study: Study, store: Store, place: Place, *, running: bool = False, en
             connection.log_trial(trial, trials)
         state = _end_digest(store, end, note)
         if end and sent.end != state:
-            connection.close_parent(end, note, max((t.ended_s for t in trials), default=time.time()))
+            connection.close_parent(end, note, trials)
             sent.end = state
         ledger.save()
         return len(waiting)
@@ -149,18 +149,18 @@ class _Connection:
         self.sent.trials[str(trial.number)] = run_id
         self.ledger.save()
 
-    def close_parent(self, status: str, note: str, ended_s: float) -> None:
-        run_id = self.sent.parent
+    def close_parent(self, status: str, note: str, trials: Sequence[TrialRecord]) -> None:
+        run_id, ended_ms = self.sent.parent, int(max((t.ended_s for t in trials), default=time.time()) * 1000)
         if note:
             self.client.set_tag(run_id, "mlflow.note.content", hide(note, self.secrets)[:TAG_CHARACTERS])
         for name in _parent_files(self.store):
             self._artifact(run_id, self.store.folder / name)
-        self._recommended(run_id, int(ended_s * 1000))
-        self.client.set_terminated(run_id, status, int(ended_s * 1000))
+        self._recommended(run_id, ended_ms, trials)
+        self.client.set_terminated(run_id, status, ended_ms)
 
-    def _recommended(self, run_id: str, at_ms: int) -> None:
+    def _recommended(self, run_id: str, at_ms: int, trials: Sequence[TrialRecord]) -> None:
         """What the report recommends, to sort runs by: the lowest cost of the search need not be it."""
-        point = recommended(self.store, self.study).point
+        point = recommended(self.store, self.study, trials).point
         verified = point is not None and point.role == "verify"
         self.client.set_tag(run_id, "recommended_trial", str(point.trial) if point else "none")
         self.client.set_tag(run_id, "verified", str(verified).lower())

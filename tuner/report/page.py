@@ -170,7 +170,7 @@ def _change(change: Change | None) -> dict[str, Any] | None:
 def _config(s: Summary, store: Store) -> tuple[str, tuple[str, ...]]:
     """The exported file's settings, without its comments, and the commands that serve it."""
     try:
-        what = deployment(store, s.study, s.choice)
+        what = deployment(store, s.study, s.choice, s.trials)
     except NothingFeasible:
         return "", ()
     return dump(vllm.settings(what)), vllm.start(what)

@@ -82,7 +82,7 @@ def summarize(store: Store, study: Study) -> Summary:
     trials = store.trials()
     search = searched(trials)
     found = points(search, study.objective)
-    choice = recommended(store, study)
+    choice = recommended(store, study, trials)
     return Summary(
         study=study,
         trials=trials,

@@ -87,7 +87,7 @@ def conclude(
     choice = recommended(store, study)
     files: list[Path] = []
     if choice.point is not None:
-        files += formats.best_config(store, study)
+        files += formats.best_config(store, study, choice=choice)
     try:
         files.append(page.build(store, study, store.folder / "report.html"))
     finally:
