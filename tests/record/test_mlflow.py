@@ -417,6 +417,22 @@ def test_what_an_absent_server_missed_is_sent_when_it_is_back(tmp_path: Path, da
         server.wait(30)
 
 
+@pytest.mark.parametrize("name", ["odd name", "odd? {1} #2", "50%20"])
+def test_an_odd_folder_has_no_other_beside_it_whose_name_is_how_a_url_spells_it(tmp_path: Path, database: Path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mlflow.db").write_bytes(database.read_bytes())
+    study, store = studies.write(tmp_path / name / "s", trials=1)
+    sync(study, store, env=NOWHERE)
+    where = place(study, NOWHERE)
+    assert where.given in ui_command(study, 5099, NOWHERE)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(where.given)
+    experiment = client.get_experiment_by_name("tuner")
+    assert experiment and len(client.search_runs([experiment.experiment_id])) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_the_ui_is_served_on_the_local_address_only(made):
     study, store = made
     for where in (study, store.folder, store.folder.parent):

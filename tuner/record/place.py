@@ -32,6 +32,12 @@ class Place:
         """The URI without its password, for people."""
         return masked(self.uri)
 
+    @property
+    def given(self) -> str:
+        """The URI as MLflow is given it. Where the driver is not named it makes the folder of a SQLite database as the
+        URI spells it, ``odd%3Fname`` beside ``odd?name``."""
+        return self.uri.replace("sqlite:", "sqlite+pysqlite:", 1) if "%" in self.uri else self.uri
+
     def words(self, error: Exception) -> str:
         """The first line of what MLflow raised, without that password."""
         return next(iter(str(error).splitlines()), type(error).__name__).replace(self.uri, self.shown)
@@ -86,7 +92,7 @@ def ui_command(where: Study | Path, port: int = 5000, env: Mapping[str, str] = o
         raise UsageError(f"this study is logged to {known.shown}", fix="Open that address in a browser.")
     if known.uri.startswith("sqlite:") and not (database := sqlite_file(known.uri)).exists():
         raise UsageError(f"there is no {database}", fix="Run a study first, or `tuner sync` one that was not logged.")
-    words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", known.uri]
+    words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", known.given]
     if known.artifacts:
         words += ["--default-artifact-root", known.artifacts]
     return [*words, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

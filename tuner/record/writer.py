@@ -83,7 +83,7 @@ class _Connection:
 
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what it raises, too
         self.study, self.store, self.place, self.ledger, self.sent = study, store, place, ledger, sent
-        self.client = MlflowClient(place.uri)
+        self.client = MlflowClient(place.given)
         self.dataset: Any = None
         self.secrets = secrets
 
