@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,44 @@ def test_the_callable_gets_the_parameters_and_the_load(tmp_path: Path, site: Sit
     assert step.metrics["tpot_p99_s"] == 0.02
     assert step.load == 2.0
     assert step.ok
+
+
+WRITES = """import time
+def evaluate(config, load, *, folder):
+    (folder / 'config.json').write_text(str(config['batch']))
+    time.sleep(0.2)
+    read = float((folder / 'config.json').read_text())
+    return {'ttft_p99_s': read / 1000, 'tpot_p99_s': 0.02, 'output_tokens_per_s': 5}
+"""
+
+
+def test_a_callable_that_asks_for_a_folder_has_one_for_each_trial(tmp_path: Path, site: Site) -> None:
+    """Those that run at once do not write over each other's files, nor over ours."""
+    (tmp_path / "writes.py").write_text(WRITES)
+    one, batches = FunctionEngine(target="writes:evaluate", folder=tmp_path, required=NEEDED), (8, 16)
+
+    def run(batch: int) -> float:
+        own = replace(site, folder=tmp_path / f"{batch:04d}")
+        own.folder.mkdir()
+        (own.folder / "config.json").write_text("ours")
+        return one.launch(replace(CONFIG, params={"batch": batch}), own).measure(plan(own, 2.0)).metrics["ttft_p99_s"]
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(run, batches)) == [0.008, 0.016]
+    for batch in batches:
+        assert (tmp_path / f"{batch:04d}" / "config.json").read_text() == "ours"
+        assert (tmp_path / f"{batch:04d}" / "files" / "config.json").read_text() == str(batch)
+
+
+@pytest.mark.parametrize("of_its_own", ["*, folder='mine'", "folder='mine'", "**more"])
+def test_a_folder_that_a_callable_has_of_its_own_is_left_to_it(tmp_path: Path, site: Site, of_its_own: str) -> None:
+    body = "assert locals().get('folder', 'mine') == 'mine' and not locals().get('more')"
+    answer = "{'ttft_p99_s': 0.1, 'tpot_p99_s': 0.02, 'output_tokens_per_s': 5}"
+    (tmp_path / "own.py").write_text(f"def evaluate(config, load, {of_its_own}):\n    {body}\n    return {answer}\n")
+    one = FunctionEngine(target="own.py:evaluate", folder=tmp_path, required=NEEDED)
+
+    assert measure(one, site).ok
+    assert not (site.folder / "files").exists()
 
 
 def test_an_slo_is_judged_as_for_any_other_engine(tmp_path: Path, site: Site) -> None:

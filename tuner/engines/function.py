@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +30,8 @@ from tuner.study.price import COST, GOODPUT, told
 
 _NEVER_NEGATIVE = re.compile(r"(ttft|tpot|itl|e2e|cost)_|error_rate$|.*_per_s$")  # other names are the function's own
 
-Evaluate = Callable[[dict[str, Any], float], Mapping[str, float]]
+Evaluate = Callable[..., Mapping[str, float]]  # of the parameters (a dict) and the load
+FILES = "files"  # in a trial's folder: a callable's own, beside what is ours (a config.json, say)
 
 
 class FunctionEngine:
@@ -38,7 +41,8 @@ class FunctionEngine:
     under the names of :class:`tuner.study.outcome.Step` (latencies in seconds: ``tpot_p99_s``), or raises
     ``tuner.Infeasible(reason)``. ``required`` names must be in it, and one of ``output_tokens_per_s``,
     ``goodput_output_tokens_per_s`` and ``cost_usd_per_mtok_output``. Where only the output is given, all of it counts
-    as goodput, less the ``error_rate``; an absent ``error_rate`` is 0.
+    as goodput, less the ``error_rate``; an absent ``error_rate`` is 0. A callable with a keyword-only argument
+    ``folder``, without a default, gets a folder of the trial's own for what it writes.
 
     ``folder`` is where the module is looked for first. Any other exception of the callable is that trial's outcome (a
     crash), not the study's end; so is an answer that is none, but for the ``default`` parameters.
@@ -91,7 +95,12 @@ class FunctionEngine:
         """See the protocol. Nothing starts."""
         if site.cancel.is_set():
             raise Cancelled
-        return FunctionServer(self.evaluate(), config, self)
+        evaluate = self.evaluate()
+        if _takes_folder(evaluate):
+            folder = site.folder / FILES
+            folder.mkdir(exist_ok=True)
+            evaluate = partial(evaluate, folder=folder)
+        return FunctionServer(evaluate, config, self)
 
 
 class FunctionServer:
@@ -225,6 +234,14 @@ def load_target(target: str, folder: Path) -> Evaluate:
     if not callable(found):
         raise UsageError(f"{where} has no callable {name!r}", where=str(module.__file__ or ""))
     return found  # type: ignore[return-value]
+
+
+def _takes_folder(evaluate: Evaluate) -> bool:
+    try:
+        wanted = inspect.signature(evaluate).parameters.get("folder")
+    except (TypeError, ValueError):  # of a callable that has none
+        return False
+    return wanted is not None and wanted.kind is wanted.KEYWORD_ONLY and wanted.default is wanted.empty
 
 
 def _from_name(name: str, folder: Path) -> ModuleType:
