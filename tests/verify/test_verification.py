@@ -208,7 +208,8 @@ def test_a_bracket_begins_where_other_windows_arms_and_rounds_expect_it():
         for name, capacity in capacities.items():
             limit = capacity * factor[label.split(" ", 2)[2]]
             assert begun[label][name] == max(load for w, load in before if w == name and load <= limit)
-        brackets = [load for name, load in tried[label] if load > 0.9 * capacities[name] * factor[label.split(" ", 2)[2]]]
+        own = factor[label.split(" ", 2)[2]]
+        brackets = [load for name, load in tried[label] if load > 0.9 * capacities[name] * own]
         assert len(brackets) < len(before), "what is promised lower down is measured beside them"
 
 
