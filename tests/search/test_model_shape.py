@@ -104,6 +104,134 @@ def test_what_a_config_leaves_to_its_family_is_known(config: dict, total: float,
     assert {a.kind: a.layers for a in shape.attention} == kinds
 
 
+def sized(family: str, hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int, **more: object):
+    """The keys that every family writes, and ``more``."""
+    return {"model_type": family, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": inner, "vocab_size": vocab, **more}  # fmt: skip
+
+
+NEXT = {"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}  # fmt: skip
+ERNIE = sized("ernie4_5_moe", 2560, 28, 20, 4, 12288, 103424, tie_word_embeddings=True, moe_num_experts=64, moe_k=6,
+              moe_num_shared_experts=2, moe_intermediate_size=1536, moe_layer_start_index=1, moe_layer_end_index=27,
+              moe_layer_interval=1)  # fmt: skip
+MICRO = sized("granitemoehybrid", 2560, 40, 40, 8, 4096, 100352, tie_word_embeddings=True, num_local_experts=0,
+              num_experts_per_tok=0, shared_intermediate_size=8192, mamba_n_heads=128,
+              layer_types=["attention"] * 40)  # fmt: skip
+# Keys of families that are read: published total (1e9), KV bytes per token in 16 bits, windows without end.
+READ = {
+    "Qwen2.5-7B": (sized("qwen2", 3584, 28, 28, 4, 18944, 152064, use_sliding_window=False, sliding_window=131072,
+                         max_window_layers=28), 7.62, 57344),
+    "Qwen3-Next-80B-A3B": (
+        sized("qwen3_next", 2048, 48, 16, 2, 5120, 151936, head_dim=256, num_experts=512, num_experts_per_tok=10,
+              moe_intermediate_size=512, shared_expert_intermediate_size=512, full_attention_interval=4, **NEXT),
+        79.67, 12 * 2 * 2 * 256 * 2),
+    "Mixtral-8x7B": (sized("mixtral", 4096, 32, 32, 8, 14336, 32000, num_local_experts=8, num_experts_per_tok=2),
+                     46.7, 131072),
+    "Llama-4-Maverick": (
+        sized("llama4_text", 5120, 48, 40, 8, 8192, 202048, head_dim=128, intermediate_size_mlp=16384,
+              num_local_experts=128, num_experts_per_tok=1, interleave_moe_layer_step=2), 400.7, 196608),
+    "GLM-4.5-Air": (
+        sized("glm4_moe", 4096, 46, 96, 8, 10944, 151552, head_dim=128, n_routed_experts=128, num_experts_per_tok=8,
+              n_shared_experts=1, moe_intermediate_size=1408, first_k_dense_replace=1), 106.85, 188416),
+    "GLM-4.7-Flash": (
+        sized("glm4_moe_lite", 2048, 47, 20, 20, 10240, 154880, n_routed_experts=64, num_experts_per_tok=4,
+              n_shared_experts=1, moe_intermediate_size=1536, kv_lora_rank=512, q_lora_rank=768, qk_nope_head_dim=192,
+              qk_rope_head_dim=64, v_head_dim=256, mlp_layer_types=["dense"] + ["sparse"] * 46), 29.94, 47 * 576 * 2),
+    "DeepSeek-V2-Lite": (
+        sized("deepseek_v2", 2048, 27, 16, 16, 10944, 102400, n_routed_experts=64, num_experts_per_tok=6,
+              n_shared_experts=2, moe_intermediate_size=1408, first_k_dense_replace=1, moe_layer_freq=1,
+              kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        15.7, 27 * 576 * 2),
+    "MiniMax-Text-01": (
+        sized("minimax_text_01", 6144, 80, 64, 8, 9216, 200064, head_dim=128, num_local_experts=32,
+              num_experts_per_tok=2, shared_intermediate_size=0, attn_type_list=[0, 0, 0, 0, 0, 0, 0, 1] * 10),
+        456.0, 10 * 2 * 8 * 128 * 2),
+    "Phi-4": (sized("phi3", 5120, 40, 40, 10, 17920, 100352, sliding_window=None), 14.66, 204800),
+    "Nemotron-4-15B": (sized("nemotron", 6144, 32, 48, 8, 24576, 256000, hidden_act="relu2"), 15.6, 131072),
+    "AFM-4.5B": (sized("arcee", 2560, 36, 20, 4, 18432, 128004, hidden_act="relu2"), 4.62, 73728),
+    "Falcon-40B": (sized("falcon", 8192, 60, 128, 0, 0, 65024, ffn_hidden_size=32768, num_kv_heads=8,
+                         new_decoder_architecture=True, multi_query=True), 41.3, 122880),
+    "ERNIE-4.5-21B-A3B": (ERNIE, 21.83, 57344),
+    "ERNIE-4.5-300B-A47B": (
+        sized("ernie4_5_moe", 8192, 54, 64, 8, 28672, 103424, moe_num_experts=64, moe_k=8, moe_intermediate_size=3584,
+              moe_layer_start_index=3, moe_layer_end_index=53, moe_layer_interval=1), 299.5, 221184),
+    "dots.llm1": (
+        sized("dots1", 4096, 62, 32, 32, 10944, 152064, head_dim=128, n_routed_experts=128, num_experts_per_tok=6,
+              n_shared_experts=2, moe_intermediate_size=1408, first_k_dense_replace=1), 142.8, 1015808),
+    "Trinity-Mini": (
+        sized("afmoe", 2048, 32, 32, 4, 6144, 200192, head_dim=128, num_experts=128, num_experts_per_tok=8,
+              num_shared_experts=1, num_dense_layers=2, moe_intermediate_size=1024, sliding_window=2048,
+              global_attn_every_n_layers=4, layer_types=([*["sliding_attention"] * 3, "full_attention"]) * 8),
+        26.1, 65536),
+    "Granite-4.0-Micro": (MICRO, 3.4, 81920),  # every layer is listed: what it says of Mamba is of no layer
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "total", "bytes_per_token"), READ.values(), ids=READ)
+def test_what_a_family_calls_its_sizes_is_known(config: dict, total: float, bytes_per_token: int) -> None:
+    shape = shape_of(config)
+    assert shape.parameters / 1e9 == pytest.approx(total, rel=0.01)
+    assert sum(a.layers * a.cache for a in shape.attention) * 2 == bytes_per_token
+    assert shape.has_experts == any("expert" in key and config[key] for key in config)
+
+
+KIMI = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_experts": 256,
+        "num_experts_per_token": 8, "moe_intermediate_size": 1024, "first_k_dense_replace": 1}  # fmt: skip
+GEMMA_3N = {
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 15,
+    "altup_num_inputs": 4,
+}
+# Layers of kinds that are not described, by the keys that say so.
+MIXED = {
+    "Nemotron-H-8B": sized("nemotron_h", 4096, 52, 32, 8, 21504, 131072, hybrid_override_pattern="M-M-*-" * 8,
+                           mamba_num_heads=128, ssm_state_size=128, mlp_hidden_act="relu2"),
+    "Nemotron-3-Nano": sized("nemotron_h", 2688, 52, 32, 2, 1856, 131072, n_routed_experts=128, num_experts_per_tok=6,
+                             layers_block_type=["mamba", "moe", "mamba", "attention"] * 13),
+    "Jamba": sized("jamba", 4096, 32, 32, 8, 14336, 65536, num_experts=16, num_experts_per_tok=2, expert_layer_period=2,
+                   expert_layer_offset=1, attn_layer_period=8, attn_layer_offset=4),
+    "Bamba": sized("bamba", 4096, 32, 32, 8, 14336, 128256, attn_layer_indices=[9, 18, 27], mamba_d_state=128),
+    "Falcon-H1": sized("falcon_h1", 3072, 44, 12, 2, 12288, 130048, mamba_d_ssm=3072, mamba_d_state=256),
+    "Granite-4.0-H-Small": {**MICRO, "layer_types": ["mamba", "attention"] * 20, "num_local_experts": 72,
+                            "num_experts_per_tok": 10},
+    "Granite-4.0-H-Small, by its newer name": {**MICRO, "layer_types": ["linear_attention", "attention"] * 20},
+    "Zamba2": sized("zamba2", 2560, 54, 32, 32, 10240, 32000, layers_block_type=["mamba", "hybrid"] * 27),
+    "LFM2": sized("lfm2", 2048, 16, 32, 8, 12288, 65536, layer_types=["conv", "full_attention"] * 8, conv_L_cache=3),
+    "LFM2, by its older keys": sized("lfm2", 2048, 16, 32, 8, 12288, 65536, full_attn_idxs=[2, 5], conv_L_cache=3),
+    "RecurrentGemma": sized("recurrent_gemma", 2560, 26, 10, 1, 15360, 256000, lru_width=2560,
+                            block_types=["recurrent", "recurrent", "attention"]),
+    "Kimi-Linear": sized("kimi_linear", 2304, 27, 32, 32, 9216, 163840, linear_attn_config={"kda_layers": [1]}, **KIMI),
+    "Kimi-Linear, by its newer keys": sized("kimi_linear", 2304, 4, 32, 32, 9216, 163840, **KIMI, **NEXT,
+                                            layer_types=["linear_attention"] * 3 + ["full_attention"]),
+    "Ring-linear": sized("bailing_moe_linear", 4096, 32, 32, 4, 9216, 157184, layer_group_size=5),
+    "linear layers without sizes": sized("new", 2048, 4, 16, 2, 5120, 151936, full_attention_interval=4),
+    "fewer kinds than layers": sized("new", 2048, 4, 16, 2, 5120, 151936, layer_types=["full_attention"]),
+    "Gemma-3n": sized("gemma3n_text", 2048, 35, 8, 2, 16384, 262400, head_dim=256, **GEMMA_3N),
+    "MiMo-V2-Flash": sized("mimo_v2_flash", 4096, 48, 64, 4, 16384, 152576, head_dim=192, v_head_dim=128),
+    "Nemotron-Super-49B": sized("nemotron-nas", 8192, 80, 64, 8, 28672, 128256, block_configs=[{"ffn": 1}]),
+    "Hunyuan-Large": sized("hunyuan", 6400, 64, 80, 8, 18304, 129024, num_experts=16, moe_topk=1, use_cla=True),
+    "Grok-2": sized("grok-1", 8192, 64, 64, 8, 32768, 131072, num_local_experts=8, num_experts_per_tok=2,
+                    moe_intermediate_size=16384, residual_moe=True),
+    "Llama-3.2-Vision": sized("mllama_text_model", 4096, 40, 32, 8, 14336, 128256, cross_attention_layers=[3, 8]),
+    "ERNIE-4.5-VL": {**ERNIE, "moe_num_experts": [64, 64], "moe_intermediate_size": [1536, 512]},
+    "experts under another name": sized("new", 2048, 4, 16, 2, 5120, 151936, num_moe_experts=8, moe_router_topk=2),
+    "experts in some layers": {**ERNIE, "moe_layer_freq": [0, 1] * 14},
+    "a gate or none": sized("new", 2048, 4, 16, 2, 5120, 151936, hidden_act="relu2"),
+    "experts without a gate": sized("nemotron", 2048, 4, 16, 2, 5120, 151936, num_experts=8, num_experts_per_tok=2),
+    "Mamba-2": {"model_type": "mamba2", "hidden_size": 4096, "num_hidden_layers": 64, "state_size": 128},
+    "Phi-4-mini-flash": sized("phi4flash", 2560, 32, 40, 20, 10240, 200064, mb_per_layer=2),
+    "an encoder": sized("camembert", 768, 12, 12, 12, 3072, 32005, type_vocab_size=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", MIXED.values(), ids=MIXED)
+def test_layers_that_are_not_described_are_refused_and_never_read_as_others(config: dict) -> None:
+    with pytest.raises(UsageError, match=r"does not know this architecture: .* The study runs without the model"):
+        shape_of(config)
+
+
 @pytest.mark.parametrize(
     "odd",
     [

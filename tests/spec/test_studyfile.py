@@ -228,6 +228,23 @@ def test_a_model_is_quantized_where_its_config_says_how(workplace, more, quantiz
     assert studyfile.load(write(workplace, GOOD.replace("emulator", "vllm"))).space.facts["quantized"] is quantized
 
 
+@pytest.mark.parametrize(
+    ("more", "moe"),
+    [
+        ({"num_experts": 1}, False),
+        ({"num_local_experts": 8}, True),
+        ({"moe_num_experts": 64}, True),  # ERNIE 4.5
+        ({"moe_num_experts": [64, 64]}, True),  # and of several kinds
+        ({"text_config": {"n_routed_experts": 256}}, True),
+        ({"num_experts": ["eight"]}, False),
+    ],
+)
+def test_a_model_is_a_mixture_of_experts_whatever_its_family_calls_their_number(workplace, more, moe):
+    path = workplace / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    assert studyfile.load(write(workplace, GOOD.replace("emulator", "vllm"))).space.facts["moe"] is moe
+
+
 @pytest.mark.parametrize("note", ["x" * 40 + "  " + "y" * 40 + " z", "a\x85b", " a\n\nb ", "1e3"])
 def test_the_study_folders_file_gives_back_every_text(workplace, tmp_path, note):
     text = GOOD.replace("kind: emulator,", f"kind: emulator, env: {{NOTE: {json.dumps(note)}}},")

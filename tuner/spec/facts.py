@@ -41,6 +41,7 @@ FACTS: Mapping[str, str] = {
 
 # the facts that are one of a few words
 WORDS: Mapping[str, tuple[str, ...]] = {"platform": ("cuda", "cpu"), "native_dtype": ("bfloat16", "float32")}
+EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")  # as families name their number
 
 
 def of_model(model: str) -> dict[str, Any]:
@@ -56,10 +57,12 @@ def of_model(model: str) -> dict[str, Any]:
         "num_layers": ("num_hidden_layers", "n_layer"),
         "vocab_size": ("vocab_size",),
         "max_model_len": ("max_position_embeddings", "n_positions"),
-        "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+        "num_experts": EXPERTS,
     }
     for fact, keys in names.items():
-        value = next((text[key] for key in keys if isinstance(text.get(key), int)), None)
+        said = (text.get(key) for key in keys)
+        numbers = (n for value in said for n in (value if isinstance(value, list) else (value,)))  # a list: of layers
+        value = next((n for n in numbers if isinstance(n, int)), None)
         if value is not None:
             facts[fact] = value
     if config:

@@ -16,7 +16,7 @@ class Attention:
     """``layers`` layers with one kind of token mixing; all figures are per layer and for the whole model.
 
     ``kind``: ``full``, ``window`` (sliding or chunked), ``mla`` (DeepSeek's latent attention), ``dsa`` (MLA with a
-    learned sparse selection), ``linear`` (gated delta net, lightning attention, Mamba: a state, no KV cache).
+    learned sparse selection), ``linear`` (gated delta net, lightning attention: a state, no KV cache).
     ``weights`` counts parameters; ``cache`` elements kept per token; ``state`` elements kept per sequence; ``window``
     the tokens attended to at most (0: all). A pair of query and key costs ``2 x heads x pair`` operations; MLA decodes
     in its latent space, where a pair is dearer (``decode_pair``). ``kv_heads`` bounds how far TP can split the cache
