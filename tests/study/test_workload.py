@@ -1,6 +1,7 @@
 """The study's traffic: what is cut, what of the file is not replayed, and that it is said."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -150,6 +151,46 @@ def test_counts_of_a_few_requests_are_not_called_uneven(workplace):
     sparse = [*steady(0, 5, 0.5), *steady(20, 60, 0.31)]
     found = of_arrivals(workplace, sparse, "[1, 1.1, 1.2]", "0s")
     assert not [note for note in found.notes if note.startswith("uneven")]
+
+
+def of_turns(folder, window, ladder="[1, 2, 4]", seconds=300):
+    """The workload of a trace of conversations, one a second and of four turns, each ten seconds after the last."""
+    turns = sorted((begin + 10 * turn, begin, turn) for begin in range(-30, seconds) for turn in range(4))
+    rows = [
+        {"arrival_s": at, "input_tokens": 16 * (turn + 1), "output_tokens": 5, "block_tokens": 16,
+         "block_ids": [4 * (begin + 30) + block for block in range(turn + 1)]}
+        for at, begin, turn in turns
+        if 0 <= at < seconds
+    ]  # fmt: skip
+    write(folder, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
+    text = GOOD.replace("trace.csv, window: 10s", f"trace.jsonl, window: {window}, heldout_windows: 1")
+    return workload.read(studyfile.load(write(folder, text.replace("[1, 2, 4]", ladder).replace("ttft_p", "tpot_p"))))
+
+
+def test_prefixes_that_a_step_does_not_find_are_said_with_a_window_that_has_them(workplace):
+    """They were in the turn before, ten seconds earlier: of the first turns in a step, before it began."""
+    [note] = of_turns(workplace, "15s").notes
+    said = re.match(
+        r"colder: of the trace's prompt tokens 58 % begin an earlier prompt too, of those that a step measures "
+        r"(\d+) to (\d+) % at load 1 to 4, because each step fills the prefix cache anew. "
+        r"With trace.window: (\d+)s it is (\d+) %$",
+        note,
+    )
+    assert said
+    least, most, window_s, within = map(int, said.groups())
+    assert least < 58 * workload.NEAR <= within < most
+    assert not of_turns(workplace, f"{window_s}s").notes
+
+
+def test_where_no_window_has_a_traces_prefixes_a_longer_trace_is_asked_for(workplace):
+    [note] = of_turns(workplace, "6s", "[1, 6]", seconds=80).notes
+    assert note.endswith("is longer than the trace fills at load 6: take a longer trace or fewer windows")
+
+
+def test_prefixes_that_every_step_finds_again_are_nothing_to_say(workplace):
+    assert not of_turns(workplace, "50s", "[1, 2]").notes
+    found = traffic(workplace, [40] * 120, block_tokens=20, block_ids=[1])  # a system prompt
+    assert not [note for note in found.notes if note.startswith("colder")]
 
 
 def test_a_function_may_ignore_a_trace_that_nobody_replays(workplace):

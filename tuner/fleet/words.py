@@ -110,7 +110,7 @@ def assumptions(fleet: Fleet) -> tuple[str, ...]:
         f"Demand: {fleet.demand.source}. Requests arrive independently, and {_swing(fleet)}. After the last hour comes "
         "the first.",
         f"Routing: {ROUTINGS[traffic.routing]}. No request is retried. As many prefixes are found cached as in the "
-        "measurement, where one server saw all requests of the trace.",
+        "measurement, where one server saw all requests of a window and none from before it.",
         f"Every replica is as slow as the lower limit of its measured capacity ({percent(fleet.confidence)}, "
         "one-sided). Beyond the highest measured load it completes no more than there.",
         "Tokens are those of all requests, the few beyond a limit too.",

@@ -12,6 +12,7 @@ import numpy as np
 from tuner.engines.build import place
 from tuner.errors import UsageError
 from tuner.load import formats, windows
+from tuner.load.sharing import shared_tokens, sharing
 from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.slo import bound_responses
 from tuner.spec.study import Study
@@ -22,6 +23,8 @@ from tuner.words import figure
 FULL = 0.9  # share of a step that the last arrivals of a trace must span
 UNEVEN = 2.0  # by how many times a window's rate may be off the trace's unsaid
 STEADIER = "Take a longer trace.window or a steadier part of the trace"
+SHARED = 0.05  # share of a trace's prompt tokens that earlier prompts begin with too: below, caches change little
+NEAR = 0.8  # of that share, within a step
 FLAT = 0.25  # a load that is higher by 2 has at least 2 ** FLAT times the requests per second
 
 
@@ -29,8 +32,8 @@ FLAT = 0.25  # a load that is higher by 2 has at least 2 ** FLAT times the reque
 class Workload:
     """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths. ``notes`` say
     what of the file is not in it as it stood, which loads it is too short for, where its windows have another rate
-    than it has, and what they cannot say; ``fills`` is the highest load at which every window lasts as long as a step
-    is to."""
+    than it has or share fewer prefixes, and what they cannot say; ``fills`` is the highest load at which every window
+    lasts as long as a step is to."""
 
     whole: Trace
     search: tuple[Trace, ...]
@@ -98,7 +101,7 @@ def _read(study: Study) -> Workload:
     if study.engine.kind == "function":  # it may ignore the trace: nothing is replayed
         return replace(found, notes=tuple(notes))
     _refuse_empty(study, found)
-    return replace(found, notes=(*notes, *_uneven(study, found)))
+    return replace(found, notes=(*notes, *_uneven(study, found), *_colder(study, found)))
 
 
 def _measured(study: Study, window: Trace, load: float) -> int:
@@ -159,6 +162,44 @@ def _uneven(study: Study, traffic: Workload) -> list[str]:
             notes.append(f"uneven: in {name} load {high:g} has hardly more requests/s than load {low:g}. {STEADIER}")
             break
     return notes
+
+
+def _colder(study: Study, traffic: Workload) -> list[str]:
+    """Where less of the prompts is shared within a step than in the trace: no step's prompts were sent before, so each
+    has to fill the cache anew."""
+    usual, warmup_s = sharing(traffic.whole).token_share, study.load.warmup_s
+    if usual < SHARED:
+        return []
+    loads = [1.0] if study.load.auto else [load for load in study.load.ladder if load <= traffic.fills]
+    loads = loads or [min(study.load.ladder)]
+    split = windows.split(traffic.whole, search=len(traffic.search), held_out=len(traffic.heldout))
+    parts = (*split.search, *split.held_out)
+
+    def share(window_s: float, load: float) -> float:
+        shared = tokens = 0
+        for step in (at_load(part, load, window_s) for part in parts):
+            counted = step.arrival_s >= warmup_s * load
+            shared += int(shared_tokens(step)[counted].sum())
+            tokens += int(step.input_tokens[counted].sum())
+        return shared / max(tokens, 1)
+
+    shares = [share(study.trace.window_s, load) for load in loads]
+    within, window_s, enough = min(shares), study.trace.window_s, NEAR * usual
+    if within >= enough:
+        return []
+    longest_s = min(float(part.arrival_s[-1]) for part in parts) / loads[-1]
+    while within < enough and (longer_s := float(f"{window_s * 1.5:.2g}")) <= longest_s:
+        window_s, within = longer_s, min(share(longer_s, load) for load in loads)
+    fix = f"With trace.window: {window_s:g}s it is {within * 100:.0f} %"
+    if within < enough:
+        fix = f"A window that comes near is longer than the trace fills at load {loads[-1]:g}"
+        fix += ": take a longer trace or fewer windows"
+    shown, at = sorted({min(shares), max(shares)}), sorted({loads[0], loads[-1]})
+    return [
+        f"colder: of the trace's prompt tokens {usual * 100:.0f} % begin an earlier prompt too, of those that a step "
+        f"measures {' to '.join(f'{share * 100:.0f}' for share in shown)} % at load "
+        f"{' to '.join(f'{load:g}' for load in at)}, because each step fills the prefix cache anew. {fix}"
+    ]
 
 
 def _beyond_chance(rate: float, usual: float, lasts_s: float) -> bool:
