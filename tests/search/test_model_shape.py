@@ -159,6 +159,10 @@ READ = {
     "dots.llm1": (
         sized("dots1", 4096, 62, 32, 32, 10944, 152064, head_dim=128, n_routed_experts=128, num_experts_per_tok=6,
               n_shared_experts=2, moe_intermediate_size=1408, first_k_dense_replace=1), 142.8, 1015808),
+    "Hunyuan-A13B": (
+        sized("hunyuan_v1_moe", 4096, 32, 32, 8, 3072, 128167, head_dim=128, tie_word_embeddings=True, num_experts=64,
+              moe_topk=[8] * 32, num_shared_expert=[1] * 32, moe_intermediate_size=[3072] * 32, use_cla=False,
+              cla_share_factor=2, use_mla=False, kv_lora_rank=512, v_head_dim=128), 80.4, 131072),
     "Trinity-Mini": (
         sized("afmoe", 2048, 32, 32, 4, 6144, 200192, head_dim=128, num_experts=128, num_experts_per_tok=8,
               num_shared_experts=1, num_dense_layers=2, moe_intermediate_size=1024, sliding_window=2048,

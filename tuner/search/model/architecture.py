@@ -119,7 +119,7 @@ def _attention(
     text: Mapping[str, Any], hidden: int, layers: int, heads: int, kv_heads: int, where: str
 ) -> tuple[Attention, ...]:
     kinds = _layer_kinds(text, layers)
-    if text.get("kv_lora_rank"):
+    if text.get("kv_lora_rank") and text.get("use_mla", True):
         if other := set(kinds) - {"full"}:
             raise _unknown(f"latent attention beside {' and '.join(sorted(other))} layers", where)
         return (_mla(text, hidden, layers, heads),)
