@@ -65,12 +65,35 @@ def effects(space: SearchSpace) -> list[Array]:
     return found
 
 
-def by_looks(space: SearchSpace) -> SearchSpace | None:
-    """The space under names that its values suggest, for rules to read; None where rules know a name already, or the
-    space says what counts GPUs."""
-    if any(p.counts_gpus for p in space.parameters) or any(table.any() for table in effects(space)):
-        return None
-    return replace(space, parameters=tuple(replace(p, name=_looks(p) or p.name) for p in space.parameters))
+def nameless(space: SearchSpace) -> bool:
+    """Whether no rule knows any name of the space, and nothing in it says what counts GPUs."""
+    return not any(p.counts_gpus for p in space.parameters) and not any(table.any() for table in effects(space))
+
+
+def by_looks(space: SearchSpace, *, numbers: bool) -> SearchSpace:
+    """The space with names that values suggest, for rules to read, where a parameter's own says nothing to them. Words
+    say what they are in any space (``fp8`` beside ``awq``), unless another parameter is about that by its name;
+    ``numbers`` are a guess, for a space without any name that is known."""
+    known = [p.counts_gpus or table.any() for p, table in zip(space.parameters, effects(space), strict=True)]
+    told = {_told(p) for p, is_known in zip(space.parameters, known, strict=True) if is_known}
+
+    def named(p: Parameter) -> Parameter:
+        if re.search(ABOUT, _plain(p.name)) or (_numeric(p) and not numbers):
+            return p
+        found = replace(p, name=_looks(p) or p.name)
+        return p if _told(found) in told - {None} else found
+
+    made = (p if is_known else named(p) for p, is_known in zip(space.parameters, known, strict=True))
+    return replace(space, parameters=tuple(made))
+
+
+def _told(p: Parameter) -> str | None:
+    """What the words of a parameter are about, by its name."""
+    return None if _numeric(p) else next((has for has, _ in WORDS if re.search(has, _plain(p.name))), None)
+
+
+def _numeric(p: Parameter) -> bool:
+    return all(_number(v) is not None for v in p.values)
 
 
 def _looks(p: Parameter) -> str:
@@ -255,7 +278,7 @@ SIZES = (_budget, _part, _sequences, _pool)  # of which 0 or -1 means: as the en
 WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
     (r"prefix_?cach|radix|(cache|block|kv|prompt)_re_?use|prompt_cach", ((r"_(false|none|0)_", NOTHING), ("", REUSE))),
     (
-        r"_kv|cache_d?type|quant_policy",
+        r"_kv|cache_d?type|_ct[kv]_|quant_policy",
         ((HALF, (0.0, 0.2, 0.2)), (rf"{FLOAT4}|{QUARTER}", (0.05, 0.3, 0.2))),
     ),
     (r"gguf|_ftype_", ((QUARTER, (-0.5, 0.2, 0.0)), (HALF, (-0.3, 0.1, 0.0)))),
