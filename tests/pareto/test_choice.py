@@ -81,7 +81,8 @@ def test_what_cannot_be_told_apart_falls_to_the_default(tmp_path: Path):
 
 def test_what_another_beats_at_its_own_price_is_not_chosen(tmp_path: Path):
     """Trial 1 is the fastest of those whose cost cannot be told apart, each at its cheapest load; trial 2 is as cheap
-    and faster at the same load. Their latencies have no upper ends, as those of few requests have none."""
+    and faster at the same load, and cheaper at a higher one: that it offers. Their latencies have no upper ends, as
+    those of few requests have none."""
     store = Store(tmp_path)
 
     def step(load: float, usd: float, tpot_s: float):
@@ -94,7 +95,7 @@ def test_what_another_beats_at_its_own_price_is_not_chosen(tmp_path: Path):
     faster = (step(4.2, 0.124, 0.0236), step(5.6, 0.0994, 0.040))
     studies.measured(2, faster, store, params={"max_num_seqs": 512, "kv_cache_dtype": "fp8", **FASTER})
     choice = choose(store.trials(), OBJECTIVE)
-    assert choice.point and (choice.point.trial, choice.point.load) == (2, 4.2)
+    assert choice.point and (choice.point.trial, choice.point.load, choice.tied) == (2, 5.6, ())
 
 
 def test_what_beats_the_default_is_chosen_and_not_its_configurations_slower_step(tmp_path: Path):
@@ -108,6 +109,39 @@ def test_what_beats_the_default_is_chosen_and_not_its_configurations_slower_step
     studies.measured(1, (step(1.9, 0.349, 0.015), step(2.0, 0.345, 0.045)), store, params=FASTER)
     choice = choose(store.trials(), OBJECTIVE)
     assert choice.point and (choice.point.trial, choice.point.latency) == (1, 0.015)
+
+
+def asked(load: float, tpot_s: float) -> Step:
+    """A step whose goodput counts what was asked for: whoever holds a load costs the same. The intervals are the
+    traffic's."""
+    usd = 0.25 / load
+    ends = {"tpot_p99_s": (tpot_s * 0.9, tpot_s * 1.1), COST: (usd * 0.8, usd * 1.25)}
+    metrics = {COST: usd, "tpot_p99_s": tpot_s, "ttft_p99_s": 0.1, "goodput_window_s": 27.0}
+    return Step(load, "w", metrics, ends)
+
+
+def test_of_two_loads_of_one_launch_the_cheaper_is_no_draw_and_no_trial_is_tied_with_itself(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (asked(0.5, 0.040),), store, baseline=True)
+    studies.measured(1, (asked(1.25, 0.036),), store, params=FASTER)
+    studies.measured(2, (asked(1.25, 0.025), asked(1.5, 0.045)), store, params={"max_num_seqs": 512})
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and (choice.point.trial, choice.point.load, choice.tied) == (2, 1.5, ())
+    assert "told apart" not in choice.text
+
+
+def test_of_what_holds_one_load_the_faster_is_chosen_and_of_loads_as_near_as_launches_are(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, (asked(0.5, 0.040),), store, baseline=True)
+    studies.measured(1, (asked(1.5, 0.045),), store, params=FASTER)
+    studies.measured(2, (asked(1.5, 0.030),), store, params={"max_num_seqs": 512})
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.point.trial == 2 and [p.trial for p in choice.tied] == [1]
+    assert "cannot be told apart from trial 1:" in choice.text
+    studies.measured(3, (asked(1.45, 0.020),), store, params={"max_num_seqs": 64})
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and (choice.point.trial, choice.point.load) == (3, 1.45)
+    assert "from trial 2, 1 (launches are taken to differ by 3 %):" in choice.text
 
 
 def test_without_intervals_a_cent_decides(tmp_path: Path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests import studies
 from tuner.pareto.choice import choose
-from tuner.pareto.front import Point, front, points
+from tuner.pareto.front import Point, front, level, points
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
 from tuner.study.store import Store
@@ -37,10 +37,18 @@ def test_the_front_is_exactly_the_points_within_slo_that_none_dominates(rows):
 
 
 def test_points_whose_intervals_overlap_in_both_axes_are_ties_even_off_the_front():
-    best, level, clear = point(1, 1.0, 0.020, spread=0.05), point(2, 1.05, 0.021, spread=0.05), point(3, 2.0, 0.05)
-    found = front([best, level, clear])
+    best, near, clear = point(1, 1.0, 0.020, spread=0.05), point(2, 1.05, 0.021, spread=0.05), point(3, 2.0, 0.05)
+    found = front([best, near, clear])
     assert [p.trial for p in found] == [1]
     assert found[0].ties == ((2, 1.0),)
+
+
+def test_costs_of_what_was_asked_for_differ_by_launches_and_not_by_the_traffic_that_all_share():
+    asked = {"metrics": {"goodput_window_s": 27.0}, "windows": frozenset({"w"})}
+    one, near, far = (replace(point(n, cost, 1.0, spread=0.3), **asked) for n, cost in enumerate((1.0, 1.08, 1.09)))
+    assert level(one, near) and not level(one, far)
+    assert not level(replace(one, trials=(0, 3, 4)), near)  # launched three times
+    assert level(one, replace(far, windows=frozenset({"v"}))) and level(one, replace(far, metrics={}))
 
 
 def test_points_that_overlap_in_one_axis_only_are_told_apart():

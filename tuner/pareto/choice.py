@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 from tuner.errors import NothingFeasible, UsageError
 from tuner.pareto.changes import baseline_of, changes, describe
-from tuner.pareto.front import Interval, Point, overlap, points, searched, trusted_steps
+from tuner.pareto.front import ASKED, LAUNCH_SPREAD, Interval, Point, level, overlap, points, searched, trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Aborted, Infeasible, Step, Untrusted
 from tuner.study.price import COST
 from tuner.study.store import TrialRecord
+from tuner.verify.capacity import still_pays
 from tuner.words import figure
 
 
@@ -62,8 +63,8 @@ class Choice:
 
     ``baseline`` is the engine's default at its own capacity (None: it met the SLOs at no load, or was not measured);
     ``cost_change`` and ``latency_change`` compare with it (None where it is the choice itself). ``tied`` are the
-    configurations whose cost cannot be told apart from the chosen one's. ``text`` explains all of it. ``by_hand``: the
-    user picked it, it is no recommendation.
+    other configurations whose cost cannot be told apart from the chosen one's: latency or flags decided against them.
+    ``text`` explains all of it. ``by_hand``: the user picked it, it is no recommendation.
     """
 
     point: Point | None
@@ -88,10 +89,11 @@ class Choice:
 def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     """The cheapest step of the search that meets every SLO.
 
-    Each configuration stands with its cheapest step within SLO. Of those whose cost interval overlaps the cheapest
-    one's the lowest latency wins (a step as cheap that clearly beats one of them stands in for it); of those whose
-    latency cannot be told apart from that, the one with the fewest flags off the default (so the default itself wins a
-    draw).
+    Each configuration stands with its cheapest step within SLO. Of those whose cost cannot be told apart from the
+    cheapest one's (:func:`tuner.pareto.front.level`) the lowest latency wins. One that a step as cheap clearly beats is
+    out. Two loads of one configuration were measured in one launch on one trace and are no draw: that step stands in
+    only where its server is saturated, so that more load saves nothing. Of those whose latency cannot be told apart
+    from the lowest, the one with the fewest flags off the default wins (so the default itself wins a draw).
     Verification has a verdict of its own: see
     :func:`tuner.pareto.recommend.recommended`.
     """
@@ -104,17 +106,18 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     default = baseline_of(trials)
     default_config = default.config if default else None
     cheapest = contenders[0]
-    level = [p for p in contenders if overlap(p.cost, p.cost_interval, cheapest.cost, cheapest.cost_interval)]
-    # what clearly beats one of these at its own price stands in for it, though its configuration has a cheaper step
-    better = [o for o in good if o not in level and any(_beats(o, p) for p in level)]
-    field = [*level, *(o for o in better if overlap(o.cost, o.cost_interval, cheapest.cost, cheapest.cost_interval))]
-    unbeaten = [p for p in field if not any(_beats(other, p) for other in field)]
+    as_cheap = [p for p in contenders if level(p, cheapest)]
+    better = [o for o in good if o not in as_cheap and any(_beats(o, p) for p in as_cheap)]
+    own = {p.config.hash: p for p in contenders}
+    saturated = [o for o in better if level(o, cheapest) and not _saves(own[o.config.hash], o)]
+    unbeaten = [p for p in (*as_cheap, *saturated) if not any(_beats(o, p) for o in (*as_cheap, *better))]
     fastest = min(unbeaten, key=lambda p: (p.latency, p.cost))
     last = [p for p in unbeaten if overlap(p.latency, p.latency_interval, fastest.latency, fastest.latency_interval)]
     point = min(last, key=lambda p: (len(changes(p.config, default_config)), p.latency, p.cost, p.trial))
     base = next((p for p in contenders if p.baseline), None)
     cost, latency = _against(point, base)
-    tied = tuple(p for p in level if p is not point)
+    others = [p for p in as_cheap if p.config.hash != point.config.hash]
+    tied = tuple(p for p in others if p in unbeaten or p.latency >= point.latency)
     text = _explain(point, base, cost, latency, tied, objective, default)
     return Choice(point, base, cost, latency, tied, None, text)
 
@@ -201,6 +204,11 @@ def _beats(one: Point, other: Point) -> bool:
     return one.cost <= other.cost and one.latency < low_s
 
 
+def _saves(cheaper: Point, other: Point) -> bool:
+    """Whether the cheaper of two loads of one configuration is so by its load, not by chance."""
+    return cheaper is not other and still_pays(sorted((cheaper, other), key=lambda p: p.load))
+
+
 def _cheapest_each(good: Sequence[Point]) -> list[Point]:
     best: dict[str, Point] = {}
     for point in sorted(good, key=lambda p: (p.cost, p.latency, p.trial)):
@@ -243,6 +251,8 @@ def _explain(
         words.append("The engine's default meets the SLOs at no measured load.")
     if tied:
         trials = ", ".join(str(p.trial) for p in tied[:5]) + (" ..." if len(tied) > 5 else "")
+        taken = ASKED in point.metrics and any(p.load != point.load for p in tied)
+        trials += f" (launches are taken to differ by {LAUNCH_SPREAD * 100:g} %)" if taken else ""
         words.append(f"Its cost cannot be told apart from trial {trials}: lower latency, then fewer flags, decided.")
     words.append("From search measurements, not yet verified.")
     return " ".join(words)

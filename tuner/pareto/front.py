@@ -17,6 +17,10 @@ from tuner.study.outcome import Aborted, Measured, Step
 from tuner.study.store import TrialRecord
 
 COST = "cost_usd_per_mtok_output"
+ASKED = "goodput_window_s"  # there where goodput counts what was asked for (docs/measurement.md)
+LAUNCH_SPREAD = 0.03
+"""What launches of one configuration differ by (standard deviation of log cost and log latency) before a study has
+repeats of its own to learn it from. An assumption, stated wherever it decides."""
 Interval = tuple[float, float]
 
 
@@ -28,7 +32,7 @@ class Point:
     intervals are 95 % (None: not known). ``trials`` are all trials that measured this config at this load, ``trial``
     the first of them. ``ok``: every one of those measurements met every SLO. ``misses`` says in words what was
     missed. ``ties`` names the (trial, load) of other points that cannot be told apart (set by :func:`front`).
-    ``metrics`` are the means over the measurements.
+    ``metrics`` are the means over the measurements, which were made on ``windows``.
     """
 
     trial: int
@@ -45,6 +49,7 @@ class Point:
     misses: tuple[str, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     ties: tuple[tuple[int, float], ...] = ()
+    windows: frozenset[str] = frozenset()
 
     @property
     def key(self) -> tuple[int, float]:
@@ -96,13 +101,25 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 def indistinct(one: Point, other: Point) -> bool:
-    """Whether two points cannot be told apart: their 95 % intervals overlap in cost and in latency. Two loads of one
-    configuration are different points whatever their intervals say."""
+    """Whether two points cannot be told apart, in cost (:func:`level`) nor in latency, where their 95 % intervals
+    overlap. Two loads of one configuration are different points whatever their intervals say."""
     if one.config.hash == other.config.hash:
         return False
-    return overlap(one.cost, one.cost_interval, other.cost, other.cost_interval) and overlap(
-        one.latency, one.latency_interval, other.latency, other.latency_interval
-    )
+    return level(one, other) and overlap(one.latency, one.latency_interval, other.latency, other.latency_interval)
+
+
+def level(one: Point, other: Point) -> bool:
+    """Whether the costs of two configurations cannot be told apart at 95 %.
+
+    Where goodput counts what was asked for, whoever holds a load on the same windows has the same cost there. The
+    interval of such a cost is of the traffic, which both share; what sets them apart is which load they hold, and that
+    moves with the launch. Repeats at one load do not show how far, so :data:`LAUNCH_SPREAD` is assumed. Any other cost
+    is also of what happened to arrive in the window: those are told apart where their intervals do not overlap.
+    """
+    if ASKED in one.metrics and ASKED in other.metrics and one.windows == other.windows:
+        spread = LAUNCH_SPREAD * math.sqrt(sum(1 / max(len(p.trials), 1) for p in (one, other)))
+        return abs(math.log(one.cost / other.cost)) <= 1.96 * spread
+    return overlap(one.cost, one.cost_interval, other.cost, other.cost_interval)
 
 
 def overlap(a: float, a_interval: Interval | None, b: float, b_interval: Interval | None) -> bool:
@@ -130,6 +147,7 @@ def _point(group: Sequence[tuple[TrialRecord, Step]], objective: Objective) -> P
         trials=tuple(t.number for t, _ in group),
         misses=tuple(dict.fromkeys(miss for _, step in group for miss in step.slo_misses)),
         metrics={n: math.fsum(s.metrics[n] for _, s in group) / len(group) for n in first.metrics if n in names},
+        windows=frozenset(step.window for _, step in group),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from tuner.load.trace import Trace
+from tuner.pareto.front import Point
 from tuner.spec.slo import Slo
 from tuner.spec.study import Study
 from tuner.study.outcome import Step
@@ -34,7 +35,7 @@ def highest_load(study: Study, windows: Sequence[Trace]) -> float:
     return max(top, min(BEYOND * top, lasts_s / study.trace.window_s))
 
 
-def still_pays(steps: Sequence[Step]) -> bool:
+def still_pays(steps: Sequence[Step | Point]) -> bool:
     """Whether more load may cost less. Goodput that is counted by what was asked for rises with the load for as long as
     the SLOs hold. Else a saturated server may hold at any load, at the same cost: it must have fallen by at least half
     of what the load rose in the last step."""

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 
 from scipy import special
 
-from tuner.pareto.front import COST, Interval, Point
+from tuner.pareto.front import COST, LAUNCH_SPREAD, Interval, Point
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
 from tuner.words import figure
-
-LAUNCH_SPREAD = 0.03
-"""What launches of one configuration differ by (standard deviation of log cost and log latency) before a study has
-repeats of its own to learn it from. An assumption, stated wherever it decides."""
 
 
 def should_stop(
