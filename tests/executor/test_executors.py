@@ -1,8 +1,11 @@
 """What every executor must do, here and on a Ray cluster: tuner/executor/protocol.py in sentences."""
 
+import math
+import re
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +17,18 @@ from tuner.engines import build as engines
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
+from tuner.executor.cluster import TYPE
+from tuner.executor.local import engine_of
 from tuner.executor.protocol import Job
 from tuner.load.trace import Trace
 from tuner.server.gpu import Gpus
 from tuner.spec import studyfile
+from tuner.study import finish, session, verifying
 from tuner.study.evaluate import Bench
 from tuner.study.outcome import Aborted, Infeasible, Measured
 from tuner.study.store import Store
+from tuner.verify.fingerprint import Fingerprint
+from tuner.verify.promise import PRICE, Promise, read_promise
 
 STUDY = """\
 name: s
@@ -176,6 +184,26 @@ def test_who_leaves_at_once_waits_for_nothing(rigged):
     assert time.monotonic() - began < 20
 
 
+def test_the_type_of_gpu_that_a_configuration_names_is_the_one_that_is_emulated(workplace):
+    (path := workplace / "s.yaml").write_text("model: ./model\nengine: {kind: emulator}\ntrace: trace.csv\n")
+    study = studyfile.load(path)
+    assert [engine_of(study, gpu).gpu for gpu in ("", "L40S")] == ["H100-SXM", "L40S"]
+
+
+@pytest.mark.parametrize("price", [0.35, None])
+def test_a_promise_is_judged_at_the_price_that_it_names_else_at_the_studys(workplace, price):
+    made = Rigged(workplace, "local", GOOD, 1, [1])
+    ready, unknown = session.prepare(made.study), (math.nan, math.nan, math.nan)
+    usd = (price or 0.70) / 3600 / 2 * 1e6  # two sequences at load 1
+    config, slos = made.study.space.config({"seqs": 2}, made.study.model), made.study.objective.slos
+    details = {PRICE: price} if price else {}
+    cost = (usd, usd * 0.99, usd * 1.01)
+    promise = Promise("s", 0, config, 1.0, slos, cost, "tpot_p99", unknown, Fingerprint(), details=details)
+    found = verifying.certify(ready, made.store, made.bench, promise, 60)
+    assert found.holds and found.checks[1].measured[0] == pytest.approx(usd)
+    assert {t.price for t in Store(made.store.folder / "certify").trials()} == {price or 0.70}
+
+
 class Noted(FakeEngine):
     """Notes which GPUs each launch had."""
 
@@ -212,3 +240,66 @@ def test_fewer_visible_gpus_than_the_study_wants_are_the_environments_fault(four
     says = "the study wants 2 GPUs; this machine has 4, and CUDA_VISIBLE_DEVICES=3 leaves 1 of them"
     with pytest.raises(EnvironmentFault, match=says), executor(four_gpus.bench):
         pass
+
+
+MIXED = """\
+name: s
+model: my-org/my-model
+engine: {kind: function, target: "evaluator:evaluate"}
+hardware: {gpu: H100-SXM, gpus: 1}
+search_space:
+  name: s
+  engine: function
+  parameters:
+    kind: {values: {h100: {gpu: H100-SXM}, l40s: {gpu: L40S}}, default: h100, trades: speed against price}
+objective: {name: x, latency: tpot_p99, slo: {ttft_p99: 500ms, tpot_p99: 50ms}}
+price_usd_per_gpu_hour: {L40S: 0.4}
+load: {ladder: [0.5, 1, 2]}
+budget: {launches: 8, verify_share: 0.7}
+sampler: grid
+"""
+UNLIKE = """\
+def evaluate(config, load):
+    most = 2.2 if config["kind"] == "h100" else 1.1
+    times = {"ttft_p99_s": 0.3 * (load / most) ** 2, "tpot_p99_s": 0.05 * load / most}
+    return {**times, "output_tokens_per_s": 1000 * load}
+"""
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def two_types(request):
+    """An executor's name; of the cluster one node has an H100, another an L40S."""
+    added = []
+    if request.param == "ray":
+        made = request.getfixturevalue("cluster")
+        added = [made.add_node(num_cpus=1, num_gpus=1, resources={f"{TYPE}{name}": 1}) for name in ("H100", "L40S")]
+        made.wait_for_nodes()
+    yield request.param
+    for node in added:
+        made.remove_node(node)
+
+
+def test_what_a_type_of_gpu_costs_is_promised_and_judged_at_its_own_price(two_types, workplace):
+    (workplace / "evaluator.py").write_text(UNLIKE)
+    (path := workplace / "s.yaml").write_text(f"{MIXED}executor: {two_types}\nreports: {workplace / 'reports'}\n")
+    study, cancel = studyfile.load(path), threading.Event()
+    recorder = SimpleNamespace(trial_finished=lambda _number: None, study_finished=lambda: None)
+    with session.opened(study) as store:
+        ready = session.prepare(study)
+        session.search(ready, store, recorder, cancel, lambda _name, _data: None)
+        result = finish.conclude(ready, store, recorder, "", cancel, lambda _name, _data: None)
+        text = result.files[0].read_text()
+        promise = read_promise(result.files[0])
+        found = verifying.certify(ready, store, Bench(study, ready.engine, cancel, lambda _n, _d: None), promise, 60)
+    trials = store.trials()
+    assert {t.role for t in trials} == {"search", "verify"}
+    assert {(t.config.gpu, t.extra["device"], t.price) for t in trials} == {
+        ("", "H100-SXM", study.objective.price_usd_per_gpu_hour),
+        ("L40S", "L40S", 0.4),
+    }
+    assert promise.config.gpu == promise.fingerprint.gpu == "L40S" and promise.price == 0.4
+    assert "1 x L40S, " in text
+    assert re.findall(r"at ([\d.]+ USD per GPU-hour[^.)]*)", text) == ["0.4 USD per GPU-hour"]
+    assert found.holds and not found.changes, found.text
+    (certified,) = {(t.extra["device"], t.price) for t in Store(store.folder / "certify").trials()}
+    assert certified == ("L40S", 0.4)

@@ -86,6 +86,17 @@ def test_the_promise_can_be_read_back(made):
     assert promise.fingerprint.gpu == "h100-sxm-80gb" and promise.fingerprint.trace == "conversation.csv"
 
 
+def test_gpu_driver_and_price_are_those_of_the_node_that_measured_it(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    noted = {"fingerprint": {"gpu": "h100-sxm-80gb", "driver": "550.1", "engine_version": "0.32.0"}, "node": "n2"}
+    noted |= {"device": "L40S", "driver": "570.2", "price_usd_per_gpu_hour": 1.1}
+    studies.measured(0, (studies.step(1.0, studies.objective(price=1.1)),), store, **noted)
+    path, _ = best_config(store, studies.study(tmp_path / "s"))
+    promise, text = read_promise(path), path.read_text()
+    assert (promise.fingerprint.gpu, promise.fingerprint.driver, promise.price) == ("L40S", "570.2", 1.1)
+    assert "1 x L40S" in text and "2.5 USD" not in text and text.count("1.1 USD per GPU-hour") == 2
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_carries_the_promise(made, tmp_path: Path, format):
     (path := tmp_path / "file").write_text(next(iter(export(*made, format).values())))

@@ -1,11 +1,13 @@
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests import studies
 from tuner.errors import NothingFeasible, UsageError
+from tuner.pareto.changes import describe
 from tuner.pareto.choice import Change, choose, compare, nearest, of_trial
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.price import COST
@@ -142,6 +144,11 @@ def test_of_what_holds_one_load_the_faster_is_chosen_and_of_loads_as_near_as_lau
     choice = choose(store.trials(), OBJECTIVE)
     assert choice.point and (choice.point.trial, choice.point.load) == (3, 1.45)
     assert "from trial 2, 1 (launches are taken to differ by 3 %):" in choice.text
+
+
+def test_another_type_of_gpu_is_a_change_and_not_the_engines_default():
+    default = studies.space().config({}, "m")
+    assert describe(replace(default, gpu="L40S"), replace(default, gpu="H100")) == "gpu=L40S"
 
 
 def test_without_intervals_a_cent_decides(tmp_path: Path):

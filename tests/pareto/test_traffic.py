@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tests import studies
 from tuner.export.formats import best_config
-from tuner.pareto.traffic import per_request, traffic
+from tuner.pareto.traffic import per_request, price_words, traffic
 from tuner.report.page import build
 from tuner.report.summary import summarize
 from tuner.report.terminal import front_data, front_table
@@ -69,6 +69,13 @@ def test_without_an_arrival_rate_nothing_is_said(made):
     ]
     choice = summarize(store, study).choice
     assert traffic(trials, study.objective, choice.point, None) is None
+
+
+def test_a_price_named_for_another_type_of_gpu_is_no_assumption_and_the_tables_is_one():
+    objective = replace(OBJECTIVE, prices={"L40S": 1.1})
+    assert price_words(objective, 1, 1.1) == "1.1 USD per GPU-hour"
+    assert all("assumed" in price_words(objective, 1, price) for price in (None, 2.5, 0.7))
+    assert "assumed" in price_words(replace(objective, price_assumed=False), 1, 0.7)
 
 
 @pytest.mark.parametrize(

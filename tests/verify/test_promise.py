@@ -56,6 +56,14 @@ def test_a_file_without_a_promise_says_how_to_get_one(tmp_path):
         (lambda text: text.replace('"load"', '"lode"'), "lacks 'load'"),
         (lambda text: text.replace('"promise": 1', '"promise": 99'), "version 99"),
         (lambda text: text.replace("ttft_p99=0.5", "ttfb_p99=0.5"), "unknown metric"),
+        (
+            lambda text: text.replace('"windows": 3', '"price_usd_per_gpu_hour": "a lot"'),
+            "cannot be read: details: .*a lot",
+        ),
+        (
+            lambda text: text.replace('"windows": 3', '"price_usd_per_gpu_hour": 0'),
+            "cannot be read: details: 0 is out of",
+        ),
         (lambda text: text.replace('{"load"', '["load"]#'), "bad promise line"),
         (lambda text: text.replace('{"promise": 1, "study"', '5 #{"study"'), "bad promise line"),
     ],

@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site, Teardown
+from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, Server, Site, Teardown
 from tuner.errors import EnvironmentFault
+from tuner.executor import cluster
 from tuner.executor.protocol import Ended, Job, Place, Rig
 from tuner.executor.stopwatch import Stopwatch
 from tuner.load.trace import Trace
+from tuner.search import hardware
 from tuner.server.gpu import Gpus
+from tuner.space.config import ServingConfig
+from tuner.spec.study import Study
 from tuner.study.evaluate import Bench, evaluate, measure
 from tuner.study.outcome import Boot, Infeasible, Outcome, Step
 
@@ -34,7 +38,7 @@ class LocalExecutor:
         self._alone = study.engine.kind != "function"
         self._running: dict[Future[tuple[Outcome, Teardown]], tuple[Job, tuple[int, ...]]] = {}
         self._next: Job | None = None
-        self._place = Place("", study.hardware.name, study.objective.price_usd_per_gpu_hour)
+        self._engines: dict[str, Engine] = {"": bench.engine}
 
     def room(self) -> bool:
         """See the protocol."""
@@ -51,21 +55,21 @@ class LocalExecutor:
         """See the protocol."""
         ended: list[Ended] = []
         if self._next and self._bench.cancel.is_set():
-            ended.append(Ended(self._next, None, Teardown(), self._place, 0.0))
+            ended.append(Ended(self._next, None, Teardown(), self._place(self._next.config), 0.0))
             self._next = None
         done, _ = wait(self._running, timeout=0 if ended else timeout_s, return_when=FIRST_COMPLETED)
         for future in done:
             job, _ = self._running.pop(future)
             error = future.exception()
             outcome, teardown = (None, Teardown()) if error else future.result()
-            ended.append(Ended(job, outcome, teardown, self._place, self.seconds(job.number), error))
+            ended.append(Ended(job, outcome, teardown, self._place(job.config), self.seconds(job.number), error))
         self._start_next()
         return ended
 
     @contextmanager
     def rig(self, job: Job) -> Iterator[Rig]:
         """See the protocol."""
-        bench = self._bench.of_trial(job.number)
+        bench = self._bench_of(job)
         tell_launch(bench, job)
         self._watch.start(job.number)
         site = Site(job.folder.resolve(), self._gpus[: job.config.gpus], bench.cancel, bench.on_event)
@@ -77,7 +81,7 @@ class LocalExecutor:
         try:
             if refused := check(bench, server, job, job.folder):
                 raise LaunchFailed(refused)
-            yield LocalRig(bench, server, job, self._place)
+            yield LocalRig(bench, server, job, self._place(job.config))
         finally:
             self.left_over += server.stop().left_over
 
@@ -92,6 +96,18 @@ class LocalExecutor:
         if at_once:
             self._running.clear()
         wait(self._running)
+
+    def _place(self, config: ServingConfig) -> Place:
+        study = self._bench.study
+        device = hardware.device_of(config.gpu) or study.hardware.name
+        return Place("", device, cluster.price(study, device))
+
+    def _bench_of(self, job: Job) -> Bench:
+        gpu, study = job.config.gpu, self._bench.study
+        if gpu not in self._engines:
+            self._engines[gpu] = engine_of(study, gpu) if study.engine.kind == "emulator" else self._bench.engine
+        bench = replace(self._bench.of_trial(job.number), engine=self._engines[gpu])
+        return replace(bench, study=at_price(study, self._place(job.config).price_usd_per_gpu_hour))
 
     def _start_next(self) -> None:
         """Starts the job that waits, if its GPUs are free."""
@@ -114,7 +130,7 @@ class LocalExecutor:
             future.set_exception(error)
 
     def _evaluate(self, job: Job, gpus: tuple[int, ...]) -> tuple[Outcome, Teardown]:
-        bench = self._bench.of_trial(job.number)
+        bench = self._bench_of(job)
         tell_launch(bench, job)
         if job.window is None:
             raise ValueError("a job without a window is for rig()")
@@ -122,6 +138,20 @@ class LocalExecutor:
             return evaluate(bench, job.config, job.folder, gpus, job.window)
         finally:
             self._watch.stop(job.number)  # whoever waits for it may be busy with the next proposal
+
+
+def engine_of(study: Study, gpu: str) -> Engine:
+    """The study's engine for servers on ``gpu`` (empty: the study's own): what is compared is what is emulated."""
+    from tuner.engines import build
+
+    if gpu and study.engine.kind == "emulator":
+        study = replace(study, engine=replace(study.engine, options={**study.engine.options, "gpu": gpu}))
+    return build.engine(study)
+
+
+def at_price(study: Study, price: float) -> Study:
+    """``study`` for GPUs that cost ``price`` USD an hour."""
+    return replace(study, objective=replace(study.objective, price_usd_per_gpu_hour=price))
 
 
 def _gpus(bench: Bench) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from tuner.engines.protocol import Cancelled, LaunchFailed, Server, Site, Teardown
 from tuner.executor import cluster, parcel
 from tuner.executor.line import Home
-from tuner.executor.local import check
+from tuner.executor.local import at_price, check, engine_of
 from tuner.executor.protocol import Job, Place
 from tuner.load.trace import Trace
 from tuner.search import hardware
@@ -147,9 +147,7 @@ class Seat:
         folder = store.trial_folder(job.number)
         for name, content in beside.items():
             (store.folder / name).write_bytes(content)
-        study = self._kit.study
-        price = place.price_usd_per_gpu_hour
-        study = replace(study, objective=replace(study.objective, price_usd_per_gpu_hour=price))
+        study = at_price(self._kit.study, place.price_usd_per_gpu_hour)
         engine = self._engine(study, job.config.gpu)
         tell = self._home.teller(job.number)
         bench = Bench(replace(study, folder=str(store.folder)), engine, self._home.cancel, tell)
@@ -160,13 +158,8 @@ class Seat:
         return _Launch(job, bench, root, folder, gpu_indices()[: job.config.gpus])
 
     def _engine(self, study: Study, gpu: str) -> Any:
-        from tuner.engines import build
-
         if gpu not in self._engines:
-            if gpu and study.engine.kind == "emulator":  # what is compared is what is emulated
-                options = {**study.engine.options, "gpu": gpu}
-                study = replace(study, engine=replace(study.engine, options=options))
-            self._engines[gpu] = build.engine(study)
+            self._engines[gpu] = engine_of(study, gpu)
         return self._engines[gpu]
 
 

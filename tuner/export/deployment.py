@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from tuner.errors import NothingFeasible
 from tuner.export.text import comments
@@ -17,11 +18,12 @@ from tuner.pareto.front import Interval, Point
 from tuner.pareto.recommend import ablation, quality_of, recommended
 from tuner.pareto.traffic import price_words, traffic
 from tuner.record.secrets import is_secret
+from tuner.search.hardware import device_of
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
 from tuner.study.store import AsWritten, Store, TrialRecord, read_json
 from tuner.verify.fingerprint import Fingerprint
-from tuner.verify.promise import Promise, promise_block
+from tuner.verify.promise import PRICE, Promise, promise_block
 from tuner.verify.repeats import NO_SPREAD, Spread
 from tuner.words import figure
 
@@ -158,11 +160,18 @@ def _promise(
         cost=(point.cost, *(point.cost_interval or unknown)),
         latency_metric=study.objective.latency,
         latency=(point.latency, *(point.latency_interval or unknown)),
-        fingerprint=Fingerprint.from_dict(known | dict(noted.get("fingerprint") or {})),
+        fingerprint=Fingerprint.from_dict(known | dict(noted.get("fingerprint") or {}) | _node(noted)),
         spread=spread,
         confidence=confidence,
-        details={"role": point.role, "price_usd_per_gpu_hour": study.objective.price_usd_per_gpu_hour},
+        details={"role": point.role, PRICE: trial.price or study.objective.price_usd_per_gpu_hour},
     )
+
+
+def _node(noted: Mapping[str, Any]) -> dict[str, str]:
+    """The GPU that a trial ran on and, where that was another machine than the tuner's, its driver: the fingerprint of
+    its record is of the tuner's machine and of the study's GPU."""
+    on = {"gpu": device_of(str(noted["device"]))} if noted.get("device") else {}
+    return on | ({"driver": str(noted.get("driver") or "")} if noted.get("node") else {})
 
 
 def _about(
@@ -183,7 +192,7 @@ def _about(
         f"load {figure(point.load, 4)}{repeats}"
         + (" (held-out windows)." if point.role == "verify" else " (search windows: not verified yet)."),
         f"Cost {figure(point.cost, 4)} USD per million output tokens within SLO{_between(point.cost_interval)}, at "
-        f"{price_words(objective, point.config.gpus)}.",
+        f"{price_words(objective, point.config.gpus, promise.price)}.",
         f"{objective.latency} {figure(point.latency * 1e3, 4)} ms{_between(point.latency_interval, 1e3)}. "
         f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.",
     ]

@@ -16,7 +16,8 @@ def baseline_of(trials: Iterable[TrialRecord]) -> TrialRecord | None:
 
 
 def changes(config: ServingConfig, default: ServingConfig | None) -> dict[str, Value | None]:
-    """Flags (and environment, and the model's variant) that ``default`` does not have or has with another value.
+    """Flags (and environment, the model's variant, the type of GPU) that ``default`` does not have or has with another
+    value.
 
     A flag of the default that ``config`` lacks maps to ``(not set)``. Without a default every flag counts.
     """
@@ -25,6 +26,8 @@ def changes(config: ServingConfig, default: ServingConfig | None) -> dict[str, V
     found: dict[str, Value | None] = {}
     if config.model_variant != (default.model_variant if default else ""):
         found["model-variant"] = config.model_variant or ABSENT
+    if config.gpu != (default.gpu if default else ""):
+        found["gpu"] = config.gpu or ABSENT
     for name, value in config.flags.items():
         if name not in base_flags or base_flags[name] != value:
             found[name] = value

@@ -100,8 +100,11 @@ def traffic(
 
 def price_words(objective: Objective, gpus: int, price: float | None = None) -> str:
     """The price (``price``, where a trial ran on GPUs of another one), and whether anybody named it."""
-    text = f"{price or objective.price_usd_per_gpu_hour:g} USD per {'GPU' if gpus else 'server'}-hour"
-    return text + (", assumed: --gpu-price sets yours" if objective.price_assumed else "")
+    own, named = objective.price_usd_per_gpu_hour, objective.prices.values()
+    usd = price or own
+    assumed = usd not in named if named and usd != own else objective.price_assumed
+    text = f"{usd:g} USD per {'GPU' if gpus else 'server'}-hour"
+    return text + (", assumed: --gpu-price sets yours" if assumed else "")
 
 
 def per_request(steps: Sequence[Step], name: str) -> float:

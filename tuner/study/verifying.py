@@ -18,6 +18,7 @@ from tuner.executor.local import LocalExecutor
 from tuner.executor.protocol import Executor, Job, NodeLost, Place, Rig
 from tuner.load.trace import Trace
 from tuner.pareto.recommend import ablation
+from tuner.search.hardware import detect, device_of
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study import budget
@@ -204,15 +205,35 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
 
 def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, seconds: float) -> Certificate:
     """Launches what ``promise`` describes on this machine, wherever the study ran, and replays held-out windows; the
-    launches are kept under ``certify/``, and what was found as an event there (``certified``)."""
+    launches are kept under ``certify/``, and what was found as an event there (``certified``). Costs are reckoned with
+    the promise's own price: what is judged is the server."""
     own = Store(store.folder / "certify")
     recorder = Nobody()
     windows = ready.traffic.heldout
-    launch = launcher(ready, own, recorder, LocalExecutor(replace(bench, quality=unchecked)), bench.on_event, "certify")
+    study = _at_its_price(ready.study, promise)
+    where = LocalExecutor(replace(bench, study=study, quality=unchecked))
+    launch = launcher(ready, own, recorder, where, bench.on_event, "certify")
     served = str(ready.notes(promise.config).get("model_folder") or promise.config.model)
-    found = recertify(promise, launch, windows, ready.fingerprint(served), bench.on_event, seconds=seconds)
+    now = replace(ready.fingerprint(served), gpu=_gpu_here(study, promise.config))
+    found = recertify(promise, launch, windows, now, bench.on_event, seconds=seconds)
     own.log("certified", **found.to_dict())
     return found
+
+
+def _at_its_price(study: Study, promise: Promise) -> Study:
+    """``study`` with the price of ``promise`` for the GPU that it names; as it is where the promise says none."""
+    if promise.price is None:
+        return study
+    prices = {device_of(promise.config.gpu) or study.hardware.name: promise.price}
+    return replace(study, objective=replace(study.objective, price_usd_per_gpu_hour=promise.price, prices=prices))
+
+
+def _gpu_here(study: Study, config: ServingConfig) -> str:
+    """The type of GPU that ``config`` gets here: this machine may have another than a study that compares types."""
+    if not config.gpu or study.engine.kind in ("emulator", "function", "attach"):  # none of this machine's
+        return device_of(config.gpu) or study.hardware.name
+    row = detect()[0]
+    return row.name if row else ""
 
 
 def verification(store: Store) -> Verification | None:

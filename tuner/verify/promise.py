@@ -22,6 +22,7 @@ from tuner.verify.repeats import NO_SPREAD, Spread
 
 PREFIX = "# tuner: "
 VERSION = 1
+PRICE = "price_usd_per_gpu_hour"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Promise:
     spread: Spread = NO_SPREAD
     confidence: float = 0.95
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def price(self) -> float | None:
+        """USD per GPU-hour at which the cost was reckoned; None where the file does not say."""
+        return self.details.get(PRICE)
 
 
 def promise_block(promise: Promise) -> str:
@@ -105,7 +111,7 @@ def read_promise(path: Path) -> Promise:
         fingerprint=read("fingerprint", lambda said: Fingerprint.from_dict(_mapping(said))),
         spread=Spread(read("launch_variance", _number()), read("launch_freedom", _number())),
         confidence=read("confidence", _number(above=0.0, below=1.0)),
-        details=read("details", _mapping) if "details" in found else {},
+        details=read("details", _details) if "details" in found else {},
     )
 
 
@@ -129,6 +135,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{value!r} is no mapping")
     return value
+
+
+def _details(value: Any) -> Mapping[str, Any]:
+    found = _mapping(value)
+    price = found.get(PRICE)
+    return found if price is None else {**found, PRICE: _number(above=0.0)(price)}
 
 
 def _slo(text: str) -> Slo:
