@@ -143,7 +143,7 @@ def test_goodput_bears_a_wait_that_grows_by_a_twentieth_of_the_window(tmp_path, 
 def test_goodput_of_late_responses_counts_in_the_window_where_no_slo_bounds_a_token(tmp_path):
     rows = poisson(lambda n, t: (0.1, 0.01 + 0.05 * t), seconds=10.0)
     made = records(tmp_path, rows)
-    for slos in ((), (parse("ttft_p99=2s"),), (parse("e2e_p90=60s"),)):
+    for slos in ((), (parse("ttft_p99=2s"),), (parse("e2e_p90=60s"),), (parse("e2e_p50=900ms"), parse("tpot_mean=1s"))):
         values, _ = compute(made, slos, Q)
         assert "goodput_window_s" not in values
         assert values["goodput_output_tokens_per_s"] <= values["output_tokens_per_s"]
@@ -226,11 +226,14 @@ def test_an_answer_without_a_token_is_no_fast_answer(tmp_path):
     [
         ("ttft_p99=1s", 40),
         ("ttft_p99=60ms", 39),  # one had 80 ms
-        ("tpot_p50=15ms", 39),  # the slow one
+        ("tpot_p95=15ms", 39),  # the slow one
         ("itl_p99=15ms", 39),  # its mean ITL is its TPOT
-        ("e2e_mean=95ms", 38),  # both
+        ("e2e_max=95ms", 38),  # both
         ("norm_latency_p90=19ms", 38),
         ("error_rate=1%", 40),  # no limit on a single request
+        ("tpot_p50=5ms", 40),  # nor is what half of them, or a fifth, may exceed
+        ("e2e_p80=5ms", 40),
+        ("e2e_mean=5ms", 40),
     ],
 )
 def test_a_good_request_meets_every_limit_on_its_own(tmp_path, slo, good):
@@ -308,7 +311,7 @@ requests = st.builds(
 def test_metrics_agree_with_plain_loops(tmp_path_factory, rows):
     rows = sorted(rows, key=lambda row: row.intended_ns)
     made = records(tmp_path_factory.mktemp("r"), rows)
-    slos = (parse("ttft_p50=500ms"),)
+    slos = (parse("ttft_p95=500ms"),)
     values, _ = compute(made, slos, (0.5,))
     span = window(made)
     measured = [row for row in rows if span.start_ns <= row.intended_ns <= span.end_ns]

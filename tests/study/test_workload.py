@@ -69,7 +69,13 @@ def test_a_trace_that_runs_out_of_requests_says_up_to_which_load_it_fills_a_step
 
 @pytest.mark.parametrize(
     ("slo", "said"),
-    [("{ttft_p99: 1s}", True), ("{e2e_p99: 5s}", True), ("{e2e_p99: 500ms}", False), ("{tpot_p99: 50ms}", False)],
+    [
+        ("{ttft_p99: 1s}", True),
+        ("{e2e_p99: 5s}", True),
+        ("{e2e_p99: 500ms}", False),
+        ("{tpot_p99: 50ms}", False),
+        ("{tpot_mean: 50ms, e2e_p50: 500ms}", True),
+    ],
 )
 def test_where_no_slo_bounds_a_response_it_is_said_what_its_cost_counts(workplace, slo, said):
     """Two servers that both keep up were "proven" 10 % apart by what was still on its way at a window's end."""

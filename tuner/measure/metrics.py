@@ -98,10 +98,10 @@ def censored_requests(records: Records, measured: np.ndarray) -> int:
 
 def is_good(records: Records, slos: Sequence[Slo]) -> np.ndarray:
     """(n,) bool: ended well, and its own TTFT, TPOT, mean ITL, e2e and normalised latency are within every SLO's limit
-    on that latency."""
+    on that latency of each request."""
     good = records.columns["error"] == ""
     for slo in slos:
-        if slo.latency:
+        if slo.each:
             values = REQUEST_LATENCIES[slo.latency](records, slo.limit)
             good = good & ~(values > slo.limit)
     return good

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tuner.words import figure
 
 EXACT = 1 + 1e-9  # a limit that is met to the last bit but one is met
+MOST = 0.9  # a percentile from here on limits a request: it allows few to be slower
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm_latency")
 _NAME = re.compile(rf"^({'|'.join(LATENCIES)})_(p\d{{1,2}}(?:\.\d+)?|mean|max)$")
 _LIMIT = re.compile(r"^\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)\s*(us|ms|s|min|%)?\s*$")
@@ -39,6 +40,12 @@ class Slo:
         stat = self.metric.rsplit("_", 1)[1]
         return float(stat[1:]) / 100 if stat[0] == "p" else None
 
+    @property
+    def each(self) -> bool:
+        """Whether the limit is one on a single request: a mean, or a percentile below :data:`MOST`, lets many be
+        slower, and they are served all the same."""
+        return bool(self.latency) and (self.metric.endswith("_max") or (self.quantile or 0.0) >= MOST)
+
     def miss(self, metrics: Mapping[str, float]) -> str:
         """In words how ``metrics`` misses this SLO; empty where it holds. An absent metric is a miss."""
         value = metrics.get(self.key)
@@ -66,10 +73,11 @@ class Slo:
 
 
 def bound_responses(slos: Iterable[Slo], window_s: float) -> bool:
-    """Whether ``slos`` bound how long a response takes: by the token, or by an end-to-end limit that is short beside
+    """Whether ``slos`` bound how long each response takes: by the token, or by an end-to-end limit that is short beside
     the window. Where none does, goodput counts what arrives in the window (docs/measurement.md)."""
     return any(
-        slo.latency in ("tpot", "itl", "norm_latency") or (slo.latency == "e2e" and slo.limit <= window_s / 10)
+        slo.each
+        and (slo.latency in ("tpot", "itl", "norm_latency") or (slo.latency == "e2e" and slo.limit <= window_s / 10))
         for slo in slos
     )
 

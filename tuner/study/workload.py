@@ -93,9 +93,9 @@ def _read(study: Study) -> Workload:
         )
     if not bound_responses(study.objective.slos, spec.window_s):
         notes.append(
-            "no SLO bounds how long a response takes, so cost counts what arrives in the "
+            "no SLO bounds how long each response takes, so cost counts what arrives in the "
             f"{spec.window_s:g} s of a step, and two servers that both keep up differ by what is still on its way "
-            "at its end. Take a trace.window of many responses' length, or add an SLO on tpot"
+            "at its end. Take a trace.window of many responses' length, or add an SLO on tpot_p99"
         )
     found = Workload(trace, search, parts.held_out, fills=fills)
     if study.engine.kind == "function":  # it may ignore the trace: nothing is replayed

@@ -50,11 +50,11 @@ def money(
     price_usd_per_hour: float,
 ) -> dict[str, float]:
     """Throughput and cost where ``served`` output tokens per second come out of servers that cost
-    ``price_usd_per_hour`` together; only requests within every SLO's limit count as good. Where none does, the cost is
-    a millionth's: large, but finite."""
+    ``price_usd_per_hour`` together; only requests within every SLO's limit on each count as good. Where none does, the
+    cost is a millionth's: large, but finite."""
     good = np.ones_like(outputs, dtype=bool)
     for slo in slos:
-        if slo.latency in latencies:
+        if slo.each and slo.latency in latencies:
             good &= latencies[slo.latency] <= slo.limit
     asked = float(outputs.sum())
     share, inputs_per_output = float(outputs[good].sum()) / asked, float(inputs.sum()) / asked
