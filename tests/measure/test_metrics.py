@@ -244,6 +244,18 @@ def test_a_good_request_meets_every_limit_on_its_own(tmp_path, slo, good):
     assert m.is_good(made, (parse(slo),)).sum() == good
 
 
+def test_mean_tokens_are_of_the_late_and_long_requests_too_but_of_none_that_failed(tmp_path):
+    rows = steady(40, input_tokens=100)
+    for k in range(10, 30):
+        rows[k] = request(k / 10, k / 10 + 0.01 * np.arange(1, 206), input_tokens=1000)
+    rows[35] = request(3.5, [3.6], error="boom", wanted=900)
+    made = records(tmp_path, rows)
+    values, _ = compute(made, (parse("e2e_p99=100ms"),), Q)
+    prompt, output = m.mean_tokens(made, m.is_measured(made, window(made)))
+    assert (values["mean_prompt_tokens"], values["mean_output_tokens"]) == (prompt, output)
+    assert m.mean_tokens(made, np.ones(40, dtype=bool)) == pytest.approx((21900 / 39, 4195 / 39))
+
+
 def test_timeouts_are_censored_and_counted(tmp_path):
     rows = steady(40)
     rows[30] = request(3.0, [3.5], end_s=13.0, error="timeout", wanted=5)

@@ -50,6 +50,18 @@ def test_tokens_per_request_are_of_the_requests_that_brought_them():
     assert math.isnan(per_request([replace(step, metrics={})], "output"))
 
 
+def test_tokens_per_request_are_of_all_requests_where_the_steps_tell_them():
+    """Half of the requests are within the limit of an e2e SLO on each: the short ones. Weighted by the requests."""
+    step = studies.step(1.0, OBJECTIVE, tokens_per_s=6000)
+    rates = {"goodput_requests_per_s": 20.0, "goodput_output_tokens_per_s": 1700.0, "measured_requests": 100.0}
+    one = replace(step, metrics={**step.metrics, **rates, "mean_output_tokens": 205.0, "mean_prompt_tokens": 1133.0})
+    more = {"measured_requests": 300.0, "mean_output_tokens": 209.0}
+    several = [one, replace(one, metrics={**one.metrics, **more}), step]
+    assert per_request(several, "output") == 208 and per_request(several, "prompt") == 1133
+    late = replace(one, slo_misses=("late",), metrics={**one.metrics, "mean_output_tokens": 9.0})
+    assert per_request([*several, late], "output") == 208, "a step that was ended early has the short ones"
+
+
 def test_every_view_says_it_and_that_the_price_is_an_assumption(made, tmp_path: Path):
     console = Console(width=300, record=True, file=io.StringIO())
     console.print(front_table(*made))

@@ -206,7 +206,7 @@ def _offer(
     folder = next((t.folder for t in trials if any(s is steps[-1] for s in t.outcome.steps)), None)  # type: ignore[union-attr]
     cv = measured.cv(folder / steps[-1].records if folder and steps[-1].records else None)
     extra = max(0.0, 1 - cv**2) if math.isfinite(cv) else 0.0
-    outputs, totals = (per_request(steps, name) for name in ("output", "total"))
+    prompts, outputs = (per_request(steps, name) for name in ("prompt", "output"))
     default = baseline_of(trials)
     hardware = device_of(config.gpu) or study.hardware.name
     price = next((t.price for t in trials if t.config.hash == config.hash and t.price), None)
@@ -222,7 +222,7 @@ def _offer(
         curve=curve(usable, limits, stretch=capacity[1] / capacity[0], extra=extra),
         start_s=measured.start_s(trials, config),
         output_tokens=outputs,
-        total_tokens=totals,
+        total_tokens=prompts + outputs,
         cv=cv,
         window_s=study.trace.window_s,
         basis=basis,

@@ -60,6 +60,7 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     metrics["sent_requests_per_s"] = sent_requests_per_s(records, measured, span)
     if (measured & _whole(records)).any():
         metrics["output_share"] = output_share(records, measured)
+        metrics["mean_prompt_tokens"], metrics["mean_output_tokens"] = mean_tokens(records, measured)
     limits = {name: min((s.limit for s in slos if s.latency == name), default=math.inf) for name in REQUEST_LATENCIES}
     for name, latency in REQUEST_LATENCIES.items():
         if name == "itl":
@@ -232,6 +233,12 @@ def output_share(records: Records, measured: np.ndarray) -> float:
     """Output tokens that came / output tokens the trace asks for, over the measured requests that did not fail."""
     whole = _whole(records) & measured
     return float(records.columns["output_tokens"][whole].sum() / max(1, records.columns["wanted_tokens"][whole].sum()))
+
+
+def mean_tokens(records: Records, measured: np.ndarray) -> tuple[float, float]:
+    """Tokens of a prompt and of an answer, over the measured requests that did not fail, however late they were."""
+    whole = _whole(records) & measured
+    return float(_prompts(records)[whole].mean()), float(records.columns["output_tokens"][whole].mean())
 
 
 def throughputs(records: Records, span: Window, *many: np.ndarray) -> list[dict[str, np.ndarray]]:

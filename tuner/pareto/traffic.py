@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -81,7 +81,6 @@ def traffic(
     rates: dict[str, list[float]] = {}
     for step in steps:
         rates.setdefault(step.window, []).append(step.metrics["offered_requests_per_s"] / step.load)
-    outputs, totals = (per_request(steps, name) for name in ("output", "total"))
     price = next((t.price for t in own if t.price), None)
     month_usd = per_hour(point.config, objective, price) * HOURS
     return Traffic(
@@ -90,8 +89,8 @@ def traffic(
         windows=len(rates),
         requests=round(sum(s.metrics.get("measured_requests", 0) for s in steps)),
         loads=(min(s.load for s in steps), max(s.load for s in steps)),
-        input_tokens=totals - outputs,
-        output_tokens=outputs,
+        input_tokens=per_request(steps, "prompt"),
+        output_tokens=per_request(steps, "output"),
         month_usd=month_usd,
         default_usd=month_usd / (1 + change.value) if change and change.value > -1 else math.nan,
         price=price_words(objective, point.config.gpus, price),
@@ -108,9 +107,22 @@ def price_words(objective: Objective, gpus: int, price: float | None = None) -> 
 
 
 def per_request(steps: Sequence[Step], name: str) -> float:
-    """Mean tokens (``output`` or ``total``) of the requests within SLO, which are counted by when they were asked for:
-    in a short window the tokens that arrived belong to other requests than those that ended. NaN where not measured."""
+    """Mean tokens (``prompt`` or ``output``) of the requests of the steps within SLO; NaN where not measured.
+
+    Steps that tell no means (a function engine's) tell rates: then it is those of the requests within SLO, which are
+    the shorter ones.
+    """
+    held = [s.metrics for s in steps if s.ok]
+    means = [(m[f"mean_{name}_tokens"], m["measured_requests"]) for m in held if f"mean_{name}_tokens" in m]
+    if means:
+        return sum(mean * requests for mean, requests in means) / sum(requests for _, requests in means)
+    if name == "prompt":
+        return _by_rates(held, "total") - _by_rates(held, "output")
+    return _by_rates(held, name)
+
+
+def _by_rates(held: Sequence[Mapping[str, float]], name: str) -> float:
     rates = (f"goodput_{name}_tokens_per_s", "goodput_requests_per_s")
-    pairs = [tuple(s.metrics.get(rate, 0.0) for rate in rates) for s in steps if s.ok]
+    pairs = [tuple(m.get(rate, 0.0) for rate in rates) for m in held]
     pairs = [(tokens, requests) for tokens, requests in pairs if tokens > 0 and requests > 0]
     return sum(tokens for tokens, _ in pairs) / sum(requests for _, requests in pairs) if pairs else math.nan
