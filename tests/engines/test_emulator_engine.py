@@ -83,6 +83,20 @@ def test_a_model_in_the_cache_is_found_by_its_id_and_one_that_is_nowhere_is_told
     assert failed.value.outcome.cause == "model-not-found" and "org/other config.json" in failed.value.outcome.fix
 
 
+@pytest.mark.parametrize("options", [{"clock": "virtual"}, {"time_scale": 4.0, "boot_scale": 0}])
+def test_records_tell_for_how_long_their_traffic_was_to_last_on_either_clock(
+    config: ServingConfig, site: Site, options: dict
+) -> None:
+    server = EmulatorEngine(**options).launch(config, site)
+    asked = plan(site, 2.0, replace(trace(8, 8.0, 30, 5), lasts_s=3.0))
+    try:
+        step = server.measure(asked)
+    finally:
+        server.stop()
+    assert read(asked.records).meta["lasts_s"] == 1.5
+    assert step.metrics["offered_requests_per_s"] == pytest.approx(8 / 1.5)
+
+
 def test_boot_times_are_those_of_the_emulated_start(config: ServingConfig, site: Site) -> None:
     server = EmulatorEngine(clock="virtual").launch(config, site)
 

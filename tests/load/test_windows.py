@@ -77,6 +77,16 @@ def test_a_cut_by_time_includes_its_start_and_not_its_end():
     assert members(cut_time(trace_of([0.0, 1.0, 2.0, 3.0]), 1.0, 3.0)) == [2, 3]
 
 
+def test_a_cut_lasts_until_the_next_request_or_until_where_it_was_cut():
+    four = trace_of([0.0, 1.0, 2.0, 4.0])
+    assert cut(four, 1, 3).until_s == 3.0
+    assert cut_time(four, 0.5, 3.5).until_s == 2.5
+    assert cut_time(cut(four, 0, 3), 0.0, 9.0).until_s == 4.0
+    assert [part.until_s for part in split(four, max_seconds=1.5).search] == [1.5]
+    assert four.until_s == cut(four, 0, 4).until_s == pytest.approx(4.0 + 4 / 3), "one mean gap, where none is known"
+    assert cut(four, 3, 4).until_s == 0.0 and trace_of([0.0, 0.0]).until_s == 0.0
+
+
 def test_a_cut_without_requests_is_refused_with_what_there_is():
     trace = trace_of([0.0, 1.0, 9.0])
     with pytest.raises(UsageError, match="run from 0 to 9 s"):

@@ -150,6 +150,45 @@ def test_goodput_of_late_responses_counts_in_the_window_where_no_slo_bounds_a_to
     assert "goodput_window_s" in compute(made, (parse("e2e_p90=900ms"),), Q)[0]
 
 
+@pytest.mark.parametrize(("meta", "seconds"), [({}, 25.0), ({"lasts_s": 30.0}, 27.0), ({"lasts_s": 32.0}, 29.0)])
+def test_rates_are_over_the_time_until_the_next_request_would_come(tmp_path, meta, seconds):
+    """One request every four seconds from 4 to 28 s. Records that do not tell how long they were to last give what they
+    gave: as many requests as intervals and one more."""
+    rows = [request(4.0 * k, 4.0 * k + 0.02 * np.arange(1, 101), warmup=not k) for k in range(8)]
+    values, _ = compute(records(tmp_path, rows, warmup_s=3.0, **meta), PROMPT, Q)
+    assert values["goodput_window_s"] == pytest.approx(seconds)
+    assert values["goodput_output_tokens_per_s"] == pytest.approx(700 / seconds)
+    assert values["offered_requests_per_s"] == values["sent_requests_per_s"] == pytest.approx(7 / seconds)
+
+
+def test_rates_of_poisson_arrivals_are_those_of_the_process(tmp_path):
+    """Seven requests in the mean: from the ramp's end to the last they were a fifth too high."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(300):
+        at = np.cumsum(rng.exponential(4.0, 60)) - 2.0
+        at = np.concatenate([[0.0], at[(at > 0) & (at < 30)]])
+        rows = [request(t, t + 0.02 * np.arange(1, 101), warmup=t < 3) for t in at.tolist()]
+        values, _ = compute(records(tmp_path, rows, warmup_s=3.0, lasts_s=30.0), PROMPT, Q)
+        if at[-1] >= 3:
+            found.append([values["goodput_output_tokens_per_s"] / 25, values["offered_requests_per_s"] / 0.25])
+    assert np.mean(found, axis=0) == pytest.approx([1.0, 1.0], abs=0.05)
+
+
+def test_rates_of_a_step_that_was_stopped_are_over_the_time_until_then(tmp_path):
+    rows = [request(t, t + 0.02 * np.arange(1, 51)) for t in range(10)]
+    rows[9] = request(9.0, [9.02], error="stopped", end_s=9.8, wanted=50)
+    values, _ = compute(records(tmp_path, rows, lasts_s=60.0, stopped="lost"), PROMPT, Q)
+    assert values["offered_requests_per_s"] == pytest.approx(10 / 9.8)
+
+
+def test_an_overload_is_served_in_longer_than_its_planned_length(tmp_path):
+    """The queue grows by a second per second for a minute, which is served in two."""
+    rows = poisson(lambda n, t: (0.1 + t, 0.01), seconds=60.0)
+    values, _ = compute(records(tmp_path, rows, lasts_s=60.0), PROMPT[1:], Q)
+    asked = sum(row.output_tokens for row in rows) / 60
+    assert values["goodput_output_tokens_per_s"] == pytest.approx(asked / 2, rel=0.06)
+
+
 def test_goodput_of_a_closed_loop_counts_in_the_window(tmp_path):
     """32 in flight, all sent at the start: what is still running at the end was asked for, but not served."""
     made = records(tmp_path, steady(40), client={"closed_loop_concurrency": 32.0})

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from tests.study.fake import FakeEngine, FakeServer, oom
 from tuner.engines.emulator.engine import EmulatorEngine
@@ -137,6 +138,24 @@ def test_a_step_that_cannot_be_believed_is_measured_once_more_with_other_prompts
     steps = runner.store.trial(0).outcome.steps
     assert [(step.load, step.untrusted) for step in steps] == [(1.0, ()), (2.0, ("late",))]
     assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_a_study_that_earlier_versions_began_counts_its_rates_as_they_did(runner):
+    lasts = set()
+    engine = FakeEngine(during=lambda config, plan: lasts.add(plan.trace.until_s / plan.load))
+    runner.run(engine, replace={"launches: 6": "launches: 1"})
+    assert max(lasts) == 10.0 and min(lasts) > 0, "trace.window, or what the trace has"
+    document = yaml.safe_load(runner.store.study_file.read_text())
+    assert document["frozen"].pop("planned_ends")
+    runner.store.study_file.write_text(yaml.safe_dump(document))
+    lasts.clear()
+    for study in (
+        runner.study(),
+        studyfile.load(runner.store.folder),
+    ):  # as it is resumed by its file, and by its folder
+        bench = Bench(session.prepare(study, launching=False).study, engine, threading.Event(), lambda *_: None)
+        evaluate(bench, study.space.config({}, study.model), runner.folder, (), workload.read(study).search[0])
+    assert lasts == {0.0}, "to the last request"
 
 
 def test_a_server_that_is_refused_for_its_answers_keeps_what_its_log_said(runner):

@@ -179,6 +179,7 @@ class _Replay:
         return {
             "epoch_unix_s": epoch_unix_s,
             "load": plan.load,
+            "lasts_s": 0.0 if self.concurrency else plan.trace.until_s / plan.load,
             "window": plan.window,
             "trace": plan.trace.name,
             "planned_requests": len(plan.trace),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,8 @@ class Trace:
     ids mean a shared prefix; the ids may end before the prompt does (never after), and the rest of the prompt is then
     the request's own. Ids are not negative. No prefixes are known where ``block_tokens`` is 0 (then ``block_ids`` is
     empty and ``block_offsets`` all zero, shape (n + 1,)). ``texts`` holds the prompts where the file had them, else
-    None.
+    None. ``lasts_s`` is when the next request of what it was cut from comes, or where it was cut before that (NaN: none
+    is known to follow; 0: it ends with its last request).
     """
 
     name: str
@@ -28,9 +30,18 @@ class Trace:
     block_ids: np.ndarray
     block_offsets: np.ndarray
     texts: tuple[str, ...] | None = None
+    lasts_s: float = math.nan
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    @property
+    def until_s(self) -> float:
+        """When its traffic ends: ``lasts_s``; where none is known to follow, a mean gap after the last arrival."""
+        if not math.isnan(self.lasts_s):
+            return self.lasts_s
+        last_s = float(self.arrival_s[-1])
+        return last_s + (last_s - float(self.arrival_s[0])) / max(len(self) - 1, 1)
 
 
 def with_lengths(trace: Trace, input_tokens: np.ndarray, output_tokens: np.ndarray, block_tokens: int = 0) -> Trace:

@@ -63,6 +63,7 @@ def cut(trace: Trace, first: int, stop: int, *, name: str | None = None) -> Trac
             fix="Choose a window inside the trace; `tuner trace info` shows its size",
         )
     arrival_s = trace.arrival_s[first:stop]
+    next_s = float(trace.arrival_s[stop]) if stop < len(trace) else trace.lasts_s
     blocks = trace.block_offsets[first : stop + 1]
     return replace(
         trace,
@@ -73,6 +74,7 @@ def cut(trace: Trace, first: int, stop: int, *, name: str | None = None) -> Trac
         block_ids=trace.block_ids[blocks[0] : blocks[-1]],
         block_offsets=blocks - blocks[0],
         texts=None if trace.texts is None else trace.texts[first:stop],
+        lasts_s=next_s - float(arrival_s[0]),
     )
 
 
@@ -87,7 +89,12 @@ def cut_time(trace: Trace, start_s: float, end_s: float, *, name: str | None = N
             f"trace {trace.name} has no request from {start_s:g} s to {end_s:g} s",
             fix=f"Its arrivals run from 0 to {last_s:g} s",
         )
-    return cut(trace, int(first), int(stop), name=name)
+    return _ending(cut(trace, int(first), int(stop), name=name), end_s - float(trace.arrival_s[first]))
+
+
+def _ending(trace: Trace, end_s: float) -> Trace:
+    """``trace``, which lasts until ``end_s`` at the most."""
+    return replace(trace, lasts_s=min(trace.until_s, end_s))
 
 
 def split(
@@ -132,7 +139,8 @@ def split(
     traces: dict[str, list[Trace]] = {"search": [], "held-out": []}
     for window in windows:
         of_kind = traces[window.kind]
-        of_kind.append(cut(trace, window.first, window.stop, name=f"{trace.name}/{window.kind}-{len(of_kind)}"))
+        part = cut(trace, window.first, window.stop, name=f"{trace.name}/{window.kind}-{len(of_kind)}")
+        of_kind.append(part if max_seconds is None else _ending(part, max_seconds))
     return Split(tuple(traces["search"]), tuple(traces["held-out"]), tuple(windows))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tuner.load.records import ABSENT, Records, read
 from tuner.measure import quantile
-from tuner.measure.window import Window, warm_end_ns, window
+from tuner.measure.window import Window, lasts_s, warm_end_ns, window
 from tuner.spec.slo import Slo, bound_responses
 
 _BATCHES = 20
@@ -56,8 +56,10 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     metrics["error_rate"] = error_rate(records, measured)
     intervals["error_rate"] = quantile.proportion(round(metrics["error_rate"] * n), n)
     metrics["send_lag_p99_s"] = quantile.summary(send_lag_s(records)[measured], 0.99)[0]
-    metrics["offered_requests_per_s"] = offered_requests_per_s(records, span)
-    metrics["sent_requests_per_s"] = sent_requests_per_s(records, measured, span)
+    asked = Window(min(warm_end_ns(records), span.start_ns), span.asked_ns, span.asked_ns)
+    paced = asked if lasts_s(records) else span  # the ramp ends with an arrival: one too many, as the last is
+    metrics["offered_requests_per_s"] = offered_requests_per_s(records, paced)
+    metrics["sent_requests_per_s"] = sent_requests_per_s(records, is_measured(records, paced), paced)
     if (measured & _whole(records)).any():
         metrics["output_share"] = output_share(records, measured)
         metrics["mean_prompt_tokens"], metrics["mean_output_tokens"] = mean_tokens(records, measured)
@@ -73,7 +75,6 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
         good = is_good(records, slos)
         came, good_came = throughputs(records, span, np.ones(len(records), dtype=bool), good)
         _rates("", came, span.duration_s, metrics, intervals)
-        asked = Window(min(warm_end_ns(records), span.start_ns), span.asked_ns, span.asked_ns)
         if asked.duration_s > 0 and _promptly(records, slos, asked):
             counts, metrics["goodput_window_s"] = goodputs(records, asked, good)
             _rates("goodput_", counts, metrics["goodput_window_s"], metrics, intervals)
@@ -212,7 +213,7 @@ def error_rate(records: Records, measured: np.ndarray) -> float:
 
 
 def offered_requests_per_s(records: Records, span: Window) -> float:
-    """Requests intended in the window / the time from its beginning to the last of them (to one mean response at the
+    """Requests intended in the window / the time from its beginning to the traffic's end (to one mean response at the
     least)."""
     return _offered(is_measured(records, span), span.asked_s)
 

@@ -17,8 +17,8 @@ RAMP_CAP = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The measured window in nanoseconds after the replay's start, both ends included; ``asked_ns`` is the last
-    intended send, one mean response after the start at the earliest."""
+    """The measured window in nanoseconds after the replay's start, both ends included; ``asked_ns`` is when the
+    traffic ends (:func:`asked_until_ns`), one mean response after the start at the earliest."""
 
     start_ns: int
     end_ns: int
@@ -54,7 +54,23 @@ def window(records: Records) -> Window:
     mean_ns = float((c["end_ns"] - c["intended_ns"])[whole].mean()) if whole.any() else 0.0
     if last_ns - start_ns <= mean_ns and ended.any():
         end_ns = max(last_ns, int(c["end_ns"][ended].max()))
-    return Window(start_ns, end_ns, max(last_ns, start_ns + int(mean_ns)))
+    return Window(start_ns, end_ns, max(asked_until_ns(records), start_ns + int(mean_ns)))
+
+
+def asked_until_ns(records: Records) -> int:
+    """When the traffic ends: with the step's planned length, which is until its next request would leave at the most.
+    A step that was stopped ends when the last of it was cut off. Where the records do not tell it is the last request,
+    which is one too many for the time until it."""
+    c = records.columns
+    until_ns = int(lasts_s(records) * 1e9)
+    if records.meta.get("stopped"):
+        until_ns = min(until_ns, int(c["end_ns"].max()))
+    return max(until_ns, int(c["intended_ns"].max()))
+
+
+def lasts_s(records: Records) -> float:
+    """How long the step's traffic was planned to last; 0 where the records do not tell."""
+    return float(records.meta.get("lasts_s", 0.0))
 
 
 def warm_end_ns(records: Records) -> int:

@@ -119,3 +119,9 @@ class Study:
     tracking_uri: str = ""
     storage: StorageSpec = field(default_factory=StorageSpec)
     frozen: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def planned_ends(self) -> bool:
+        """Whether rates are over a step's planned length. A study that earlier versions began goes on with theirs, to
+        the last request: its launches are compared with each other."""
+        return self.frozen.get("frozen", {}).get("planned_ends", not self.frozen)

@@ -94,6 +94,8 @@ def resolve(document: Document, beside: Path) -> Study:
         "hardware": asdict(hardware),
         "price_usd_per_gpu_hour": objective.price_usd_per_gpu_hour,
     }
+    if not frozen or "planned_ends" in frozen:
+        resolved["planned_ends"] = True
     if "ladder" in frozen:
         resolved["ladder"] = frozen["ladder"]  # it was left to the tuner, and is settled
     whole = {**document.data, "name": name, "frozen": resolved}

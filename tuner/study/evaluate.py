@@ -114,10 +114,13 @@ def measure(
     Its records go to ``folder``, under a name that begins with ``prefix``.
     """
     study = bench.study
+    trace = at_load(window, load, study.trace.window_s)
+    if not study.planned_ends:
+        trace = replace(trace, lasts_s=0.0)
     for attempt in ("", "-again"):
         plan = StepPlan(
             load=load,
-            trace=at_load(window, load, study.trace.window_s),
+            trace=trace,
             window=window.name,
             slos=study.objective.slos,
             records=folder / f"records-{prefix}{load:g}{attempt}.parquet",

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,7 @@ def prepare(study: Study, *, launching: bool = True) -> Prepared:
     Raises UsageError (unknown flag, environment, trace) or EnvironmentFault (no such engine here): where nothing is to
     be launched, a study may be looked at on a machine that has no engine.
     """
+    study = _as_begun(study)
     engine, unchecked = build.engine(study), ""
     check_env(study)
     with _named(study, str(study.engine.options.get("target", ""))):
@@ -127,6 +128,16 @@ def prepare(study: Study, *, launching: bool = True) -> Prepared:
     traffic = workload.read(study)
     predictor, no_model = model_of(study, traffic)
     return Prepared(study, engine, traffic, predictor, no_model, unchecked)
+
+
+def _as_begun(study: Study) -> Study:
+    """``study``, whose rates are counted as they were in its folder when it began."""
+    store = Store(Path(study.folder))
+    begun = study.planned_ends and store.begun() and store.study_file.exists()
+    if not begun or studyfile.load(store.folder).planned_ends:
+        return study
+    resolved = {name: value for name, value in study.frozen["frozen"].items() if name != "planned_ends"}
+    return replace(study, frozen={**study.frozen, "frozen": resolved})
 
 
 def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:

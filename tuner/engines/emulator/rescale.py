@@ -54,6 +54,7 @@ def rescale(source: Path, target: Path, plan: StepPlan, scale: float) -> None:
     client = {name: value * scale if name.endswith("_s") else value for name, value in meta.get("client", {}).items()}
     meta |= {
         "load": plan.load,
+        "lasts_s": plan.trace.until_s / plan.load,
         "warmup_s": plan.warmup_s,
         "request_timeout_s": plan.request_timeout_s,
         "slos": {slo.metric: slo.limit for slo in plan.slos},

@@ -154,6 +154,7 @@ def _meta(plan: StepPlan) -> dict[str, Any]:
     return {
         "epoch_unix_s": 0.0,
         "load": plan.load,
+        "lasts_s": plan.trace.until_s / plan.load,
         "window": plan.window,
         "trace": plan.trace.name,
         "warmup_s": plan.warmup_s,
