@@ -295,6 +295,15 @@ def test_mean_tokens_are_of_the_late_and_long_requests_too_but_of_none_that_fail
     assert m.mean_tokens(made, np.ones(40, dtype=bool)) == pytest.approx((21900 / 39, 4195 / 39))
 
 
+def test_the_share_within_the_slos_is_of_the_tokens_after_the_warm_up_and_not_of_requests_cut_off(tmp_path):
+    rows = [request(t / 10, t / 10 + 0.01 * np.arange(1, 6), warmup=t < 10) for t in range(40)]
+    rows[0] = request(0.0, 5 + 0.01 * np.arange(1, 1001), warmup=True)
+    rows[20] = request(2.0, 4 + 0.01 * np.arange(1, 106))
+    rows[39] = request(3.9, [4.0], error="stopped", end_s=4.1, wanted=900)
+    values, _ = compute(records(tmp_path, rows, warmup_s=1.0), (parse("ttft_p99=1s"),), Q)
+    assert values["slo_share"] == pytest.approx(28 * 5 / (28 * 5 + 105))
+
+
 def test_timeouts_are_censored_and_counted(tmp_path):
     rows = steady(40)
     rows[30] = request(3.0, [3.5], end_s=13.0, error="timeout", wanted=5)

@@ -86,6 +86,26 @@ def test_cost_at_capacity_falls_with_the_load_where_goodput_is_what_was_asked_fo
     assert cost_at(steps, 3.0) == pytest.approx(1.0 * 2 / 3)
 
 
+def test_cost_at_capacity_knows_how_many_tokens_are_late_there():
+    """An e2e_p90 limit lets a tenth of the requests, the long ones, be late: 14 % of the tokens at the load that held,
+    31 % at the one that did not. Measured at the capacity it was 0.258; without the late ones it would be 0.228."""
+    window = {"goodput_window_s": 117.0}
+    held = step(1.233, 0.9, cost=0.244, slo_share=0.859, **window)
+    steps = [held, step(1.396, 1.1, cost=0.2741, slo_share=0.691, **window)]
+    assert cost_at(steps, 1.332) == pytest.approx(0.258, rel=0.03)
+    assert cost_at(steps, 1.233) == pytest.approx(0.244) and cost_at([held], 1.332) == pytest.approx(
+        0.244 * 1.233 / 1.332
+    )
+
+
+def test_cost_at_capacity_is_that_of_a_server_which_is_hardly_late_where_the_next_load_overwhelms_it():
+    """Of a p99 limit one in a hundred may be late at the capacity, though at the load above it half are."""
+    steps = [step(2.0, 0.9, slo_share=1.0, goodput_window_s=8.0), step(2.5, 9.0, slo_share=0.5, goodput_window_s=8.0)]
+    assert cost_at(steps, 2.05) == pytest.approx(2 / 2.05, rel=0.01)
+    nothing = [steps[0], step(4.0, 9.0, cost=1e4, slo_share=0.0)]
+    assert 1 / 2 < cost_at(nothing, 4.0 * (1 - 1e-6)) < math.inf
+
+
 def test_a_metric_between_two_loads_is_read_off_the_line_in_logarithms():
     assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 2.0, "ttft_p99_s") == pytest.approx(0.2)
     assert value_at([step(1.0, 0.1), step(4.0, 0.4)], 9.0, "ttft_p99_s") == pytest.approx(0.4)

@@ -71,8 +71,10 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
         values = values[~np.isnan(values)]
         _describe(name, values, _stats(name, slos, quantiles), metrics, intervals)
     _describe_itl(Gaps(records, measured), _stats("itl", slos, quantiles), metrics, intervals)
+    good = is_good(records, slos)
+    if (share := slo_share(records, good)) is not None:
+        metrics["slo_share"] = share
     if span.duration_s > 0:
-        good = is_good(records, slos)
         came, good_came = throughputs(records, span, np.ones(len(records), dtype=bool), good)
         _rates("", came, span.duration_s, metrics, intervals)
         if asked.duration_s > 0 and _promptly(records, slos, asked):
@@ -288,6 +290,15 @@ def goodputs(records: Records, span: Window, good: np.ndarray) -> tuple[dict[str
     brought = (np.ones(len(asked)), c["output_tokens"][chosen].astype(float), _prompts(records)[chosen])
     counts = _named(*(np.histogram(asked, edges, weights=each)[0] for each in brought))
     return counts, span.duration_s + max(grown - 0.05 * span.duration_s, 0.0)
+
+
+def slo_share(records: Records, good: np.ndarray) -> float | None:
+    """Share of the output tokens after the warm-up that good requests have; of those that were cut off nobody knows.
+    None without any token."""
+    c = records.columns
+    known = ~c["warmup"] & (c["error"] != "stopped")
+    tokens = int(c["output_tokens"][known].sum())
+    return float(c["output_tokens"][known & good].sum()) / tokens if tokens else None
 
 
 def _promptly(records: Records, slos: Sequence[Slo], span: Window) -> bool:

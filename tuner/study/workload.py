@@ -91,7 +91,7 @@ def _read(study: Study) -> Workload:
             f"{spec.window_s:g} s of a step at load {top:g}, and fill a step up to load {fills:.2g} only. "
             "Take a longer trace, a shorter trace.window, fewer windows or lower loads"
         )
-    if not bound_responses(study.objective.slos, spec.window_s):
+    if not bound_responses(study.objective.slos, spec.window_s - study.load.warmup_s):
         notes.append(
             "no SLO bounds how long each response takes, so cost counts what arrives in the "
             f"{spec.window_s:g} s of a step, and two servers that both keep up differ by what is still on its way "

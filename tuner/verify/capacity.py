@@ -21,7 +21,8 @@ from tuner.verify.arm import COST, FAR, margin, pooled
 
 UP = (1.06, 1.2, 1.5, 2.0)
 DOWN = tuple(1 / up for up in UP)
-THROUGHPUT = "output_tokens_per_s"
+THROUGHPUT, SHARE = "output_tokens_per_s", "slo_share"
+FEW = 0.005  # of the tokens: no step is long enough to tell less of them from none
 NEAR = 0.99  # of a load: what lies above that is taken for the load itself
 REACH = 1.25  # times a load: from how far above it latencies are followed down to it without a doubt
 BEYOND = 2.0  # how far above the ladder's top a launch is followed that holds there
@@ -105,18 +106,27 @@ def expected(steps: Sequence[Step], slos: Sequence[Slo]) -> float:
 
 
 def cost_at(steps: Sequence[Step], load: float) -> float:
-    """USD per million output tokens at ``load``: the cost at the nearest measured load that is not above it, times how
-    much more the server puts out at ``load`` (late requests above capacity would otherwise count against it). Where
-    goodput was counted by what was asked for, and below every measured load, that is as much more as the load is."""
+    """USD per million output tokens at ``load``: the cost at the nearest measured load that is not above it, less by
+    how much more the server puts out at ``load``, more by how much less of that is within the SLOs (:func:`_late`).
+    Where goodput was counted by what was asked for, and below every measured load, it puts out as much more as the load
+    is."""
     known = [s for s in _trusted(steps) if 0 < s.metrics.get(COST, math.nan) < math.inf]
     if not known:
         return math.nan
     near = next((s for s in reversed(known) if s.load <= load * (1 + 1e-9)), known[0])
+    cost = near.metrics[COST] * (1 - _late([near], load)) / (1 - _late(known, load))
     kept_up = load < near.load and not near.slo_misses  # with more: it puts out what is asked of it
     if "goodput_window_s" in near.metrics or kept_up:
-        return near.metrics[COST] * near.load / load
+        return cost * near.load / load
     here, there = near.metrics.get(THROUGHPUT, math.nan), value_at(known, load, THROUGHPUT)
-    return near.metrics[COST] * (here / there if here > 0 and there > 0 else 1.0)
+    return cost * (here / there if here > 0 and there > 0 else 1.0)
+
+
+def _late(steps: Sequence[Step], load: float) -> float:
+    """The share of tokens beyond the SLOs at ``load``. It grows by factors, so that between two loads it lies on the
+    line in logarithms: half way between one in two hundred and a half it is one in twenty. 0 where not measured."""
+    found = [(s.load, math.log(min(max(1 - s.metrics[SHARE], FEW), 1 - FEW))) for s in steps if SHARE in s.metrics]
+    return math.exp(_between(found, load)) if found else 0.0
 
 
 def value_at(steps: Sequence[Step], load: float, key: str, slope: float = 0.0, *, rising: bool = False) -> float:
