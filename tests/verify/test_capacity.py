@@ -93,6 +93,8 @@ def test_cost_at_capacity_knows_how_many_tokens_are_late_there():
     held = step(1.233, 0.9, cost=0.244, slo_share=0.859, **window)
     steps = [held, step(1.396, 1.1, cost=0.2741, slo_share=0.691, **window)]
     assert cost_at(steps, 1.332) == pytest.approx(0.258, rel=0.03)
+    before = step(1.233, 0.9, cost=0.244, **window)  # measured by an earlier version, which told no share
+    assert cost_at([before, steps[1]], 1.332) == cost_at([before], 1.332)
     assert cost_at(steps, 1.233) == pytest.approx(0.244) and cost_at([held], 1.332) == pytest.approx(
         0.244 * 1.233 / 1.332
     )

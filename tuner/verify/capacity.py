@@ -114,7 +114,8 @@ def cost_at(steps: Sequence[Step], load: float) -> float:
     if not known:
         return math.nan
     near = next((s for s in reversed(known) if s.load <= load * (1 + 1e-9)), known[0])
-    cost = near.metrics[COST] * (1 - _late([near], load)) / (1 - _late(known, load))
+    told = known if SHARE in near.metrics else [near]
+    cost = near.metrics[COST] * (1 - _late([near], load)) / (1 - _late(told, load))
     kept_up = load < near.load and not near.slo_misses  # with more: it puts out what is asked of it
     if "goodput_window_s" in near.metrics or kept_up:
         return cost * near.load / load
