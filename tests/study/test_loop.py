@@ -583,6 +583,27 @@ def test_what_starting_an_exported_file_again_found_is_kept(runner):
     assert kept[0]["fingerprint"]["engine_version"] == "0.0-fake"
 
 
+@pytest.mark.parametrize(
+    ("kind", "here", "wanted", "gpu"),
+    [
+        ("vllm", ["NVIDIA H200"], "", "H200"),  # whatever the study says that it has
+        ("vllm", ["NVIDIA H200"], "L40S", "H200"),
+        ("vllm", ["NVIDIA Unheard-of 9000"], "", "NVIDIA Unheard-of 9000"),
+        ("vllm", [], "", "cpu"),
+        ("emulator", ["NVIDIA H200"], "L40S", "L40S"),
+    ],
+)
+def test_a_fingerprint_names_the_gpu_that_servers_get_here(runner, monkeypatch, kind, here, wanted, gpu):
+    class Machine:
+        visible = staticmethod(lambda: tuple(range(len(here))))
+        name = staticmethod(lambda index: here[index])
+
+    monkeypatch.setattr(session, "Gpus", Machine)
+    study = runner.study()
+    study = replace(study, engine=replace(study.engine, kind=kind), hardware=replace(study.hardware, name="cpu"))
+    assert session.gpu_here(study, wanted) == gpu
+
+
 def test_what_ends_the_study_waits_for_what_still_runs_and_keeps_it(runner):
     """Three run: the first raises, the others go on until that is said, and telling MLflow of them raises as well."""
     engine, said = FakeEngine(), threading.Event()

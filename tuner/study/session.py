@@ -18,6 +18,8 @@ from tuner.engines import build
 from tuner.engines.protocol import Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
+from tuner.search.hardware import device_of
+from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
 from tuner.spec.study import Study
@@ -85,7 +87,7 @@ class Prepared:
             engine=study.engine.kind,
             engine_version=self.engine.version(),
             driver=driver(),
-            gpu=study.hardware.name,
+            gpu=gpu_here(study) if study.executor.kind == "local" else study.hardware.name,
             model=Path(served).name,
             model_hash=model_hash(Path(served)),
             trace=Path(study.trace.file).name,
@@ -128,6 +130,14 @@ def prepare(study: Study, *, launching: bool = True) -> Prepared:
     traffic = workload.read(study)
     predictor, no_model = model_of(study, traffic)
     return Prepared(study, engine, traffic, predictor, no_model, unchecked)
+
+
+def gpu_here(study: Study, wanted: str = "") -> str:
+    """The type of GPU that a server gets which is launched on this machine; the one ``wanted`` (empty: the study's)
+    where there is none here, or nothing is launched on it."""
+    gpus = Gpus()
+    mine = () if study.engine.kind in ("emulator", "function", "attach") else gpus.visible()
+    return device_of(gpus.name(mine[0]) if mine else wanted) or study.hardware.name
 
 
 def _as_begun(study: Study) -> Study:

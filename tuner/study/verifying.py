@@ -18,7 +18,7 @@ from tuner.executor.local import LocalExecutor
 from tuner.executor.protocol import Executor, Job, NodeLost, Place, Rig
 from tuner.load.trace import Trace
 from tuner.pareto.recommend import ablation
-from tuner.search.hardware import detect, device_of
+from tuner.search.hardware import device_of
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study import budget
@@ -26,7 +26,7 @@ from tuner.study.evaluate import Bench, of_trial, unchecked
 from tuner.study.loop import Recorder, nothing_left, unservable
 from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.price import per_hour
-from tuner.study.session import Prepared
+from tuner.study.session import Prepared, gpu_here
 from tuner.study.store import AsWritten, Store, TrialRecord, read_json, write_json
 from tuner.verify.ablation import Ablation, AblationBudget, ablate
 from tuner.verify.arm import Finalist
@@ -214,7 +214,7 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
     where = LocalExecutor(replace(bench, study=study, quality=unchecked))
     launch = launcher(ready, own, recorder, where, bench.on_event, "certify")
     served = str(ready.notes(promise.config).get("model_folder") or promise.config.model)
-    now = replace(ready.fingerprint(served), gpu=_gpu_here(study, promise.config))
+    now = replace(ready.fingerprint(served), gpu=gpu_here(study, promise.config.gpu))
     found = recertify(promise, launch, windows, now, bench.on_event, seconds=seconds)
     own.log("certified", **found.to_dict())
     return found
@@ -226,14 +226,6 @@ def _at_its_price(study: Study, promise: Promise) -> Study:
         return study
     prices = {device_of(promise.config.gpu) or study.hardware.name: promise.price}
     return replace(study, objective=replace(study.objective, price_usd_per_gpu_hour=promise.price, prices=prices))
-
-
-def _gpu_here(study: Study, config: ServingConfig) -> str:
-    """The type of GPU that ``config`` gets here: this machine may have another than a study that compares types."""
-    if not config.gpu or study.engine.kind in ("emulator", "function", "attach"):  # none of this machine's
-        return device_of(config.gpu) or study.hardware.name
-    row = detect()[0]
-    return row.name if row else ""
 
 
 def verification(store: Store) -> Verification | None:

@@ -167,7 +167,7 @@ def margin_of_all(cells: Sequence[Sequence[Step]], load: float, slos: Sequence[S
     return max(pooled([margin_at(steps, load, [slo]) for steps in cells], slo) for slo in slos)
 
 
-def _between(known: Sequence[tuple[float, float]], load: float, rising: bool) -> float:
+def _between(known: Sequence[tuple[float, float]], load: float, rising: bool = False) -> float:
     if not known:
         return math.nan
     if load <= known[0][0]:
