@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ from tests.search.problem import LOADS, knob, objective, study
 from tuner.search import ledger
 from tuner.search.beliefs import Beliefs
 from tuner.search.candidates import Candidates
-from tuner.search.expert import SOME_SIZE, World, by_looks, effects, gpu_counts, nameless, speculation
+from tuner.search.expert import SOME_SIZE, World, by_looks, effects, gpu_counts, speculation
 from tuner.search.foresight import Foresight
 from tuner.search.prediction import Prediction
 from tuner.search.reading import read
@@ -362,45 +361,28 @@ LOOKS = [
 def test_what_has_no_name_is_known_by_its_values(values, name):
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     unnamed = SearchSpace("one", "function", (knob("p0", *values, default=values[0], numeric=numeric),))
-    looks = by_looks(unnamed, numbers=True)
-    assert looks.parameters[0].name == (name or "p0")
-    words = by_looks(unnamed, numbers=False).parameters[0].name
-    assert words == ("p0" if numeric else name or "p0"), "words say it in any space"
+    looks = by_looks(unnamed)
+    assert looks is not None and looks.parameters[0].name == (name or "p0")
     assert any(table.any() for table in effects(looks)) == bool(name)
     assert bool(World.of(looks).sizes) == (name == SOME_SIZE)
 
 
-def test_numbers_are_looked_at_only_where_nothing_says_more():
+def test_values_are_looked_at_only_where_nothing_says_more():
     p0 = knob("p0", 1, 2, 4, default=1, numeric=True)
-    named = SearchSpace("one", "function", (p0, knob("max_num_seqs", 64, 256, default=64, numeric=True)))
-    assert not nameless(NAMED) and not nameless(UNNAMED) and not nameless(named)
-    assert not sources(named).guessed and not sources(named).world.sizes
+    assert by_looks(NAMED) is None and by_looks(UNNAMED) is None
+    assert by_looks(SearchSpace("one", "function", (p0, knob("max_num_seqs", 64, 256, default=64)))) is None
     space = SearchSpace("one", "function", (p0,))
-    guessed = sources(space)
-    table = effects(by_looks(space, numbers=True))[0]
+    candidates = Candidates.of(space, 0)
+    guessed = Sources(candidates, Foresight(candidates, objective(), LOADS, None, "m"))
+    table = effects(by_looks(space))[0]
     assert guessed.guessed and guessed.rules[0] == pytest.approx(0.7 * table)
     assert "by what the values look like" in guessed.words
-    asked = sources(space, SimpleNamespace())
+    quant = SearchSpace("one", "function", (knob("p0", "none", "awq", default="none"),))
+    beliefs = Beliefs(of := Candidates.of(quant, 0), Sources(of, Foresight(of, objective(), LOADS, None, "m")))
+    works = beliefs.causes.works(of.codes())
+    assert works[1] < works[0], "what its looks let fear"
+    asked = Sources(candidates, Foresight(candidates, objective(), LOADS, SimpleNamespace(), "m"))
     assert not asked.guessed and not asked.rules[0].any() and not asked.world.sizes
-
-
-def test_what_words_say_counts_in_full_beside_names_that_are_known():
-    seqs, p1 = knob("max_num_seqs", 64, 256, default=64, numeric=True), knob("p1", "none", "awq", default="none")
-    found = sources(SearchSpace("two", "function", (seqs, p1)))
-    by_name = effects(SearchSpace("one", "function", (replace(p1, name="quantization"),)))[0]
-    assert not found.guessed and found.rules[1] == pytest.approx(by_name) and by_name.any()
-    beliefs = Beliefs(found.candidates, found)
-    works = beliefs.causes.works(found.candidates.codes())
-    assert min(works) < max(works), "what its words let fear"
-    there = knob("quantization", "none", "fp8", default="none")
-    assert not sources(SearchSpace("two", "function", (there, p1))).rules[1].any(), "another name is about that"
-    about = replace(p1, name="lora_format")
-    assert not sources(SearchSpace("two", "function", (seqs, about))).rules[1].any(), "a name that says of what it is"
-
-
-def sources(space, predictor=None):
-    candidates = Candidates.of(space, 0)
-    return Sources(candidates, Foresight(candidates, objective(), LOADS, predictor, "m"))
 
 
 def test_a_few_drafted_tokens_are_worth_more_than_one_and_many_no_more_than_a_few():

@@ -65,35 +65,12 @@ def effects(space: SearchSpace) -> list[Array]:
     return found
 
 
-def nameless(space: SearchSpace) -> bool:
-    """Whether no rule knows any name of the space, and nothing in it says what counts GPUs."""
-    return not any(p.counts_gpus for p in space.parameters) and not any(table.any() for table in effects(space))
-
-
-def by_looks(space: SearchSpace, *, numbers: bool) -> SearchSpace:
-    """The space with names that values suggest, for rules to read, where a parameter's own says nothing to them. Words
-    say what they are in any space (``fp8`` beside ``awq``), unless another parameter is about that by its name;
-    ``numbers`` are a guess, for a space without any name that is known."""
-    known = [p.counts_gpus or table.any() for p, table in zip(space.parameters, effects(space), strict=True)]
-    told = {_told(p) for p, is_known in zip(space.parameters, known, strict=True) if is_known}
-
-    def named(p: Parameter) -> Parameter:
-        if re.search(ABOUT, _plain(p.name)) or (_numeric(p) and not numbers):
-            return p
-        found = replace(p, name=_looks(p) or p.name)
-        return p if _told(found) in told - {None} else found
-
-    made = (p if is_known else named(p) for p, is_known in zip(space.parameters, known, strict=True))
-    return replace(space, parameters=tuple(made))
-
-
-def _told(p: Parameter) -> str | None:
-    """What the words of a parameter are about, by its name."""
-    return None if _numeric(p) else next((has for has, _ in WORDS if re.search(has, _plain(p.name))), None)
-
-
-def _numeric(p: Parameter) -> bool:
-    return all(_number(v) is not None for v in p.values)
+def by_looks(space: SearchSpace) -> SearchSpace | None:
+    """The space under names that its values suggest, for rules to read; None where rules know a name already, or the
+    space says what counts GPUs."""
+    if any(p.counts_gpus for p in space.parameters) or any(table.any() for table in effects(space)):
+        return None
+    return replace(space, parameters=tuple(replace(p, name=_looks(p) or p.name) for p in space.parameters))
 
 
 def _looks(p: Parameter) -> str:

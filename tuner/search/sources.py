@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.search.candidates import Candidates
-from tuner.search.expert import World, by_looks, effects, nameless
+from tuner.search.expert import World, by_looks, effects
 from tuner.search.foresight import Foresight, Source
 from tuner.search.surrogate import Array, Codes
 from tuner.search.warmstart import Earlier
@@ -20,7 +20,7 @@ CENTRE_ON = 400  # candidates over which prior means are centred
 OF_A_MODEL = (1.0, 0.4)  # a source's weight and its standard deviation
 OF_A_MODEL_THAT_LOST = (0.0, 0.3)  # launches may still find that some of it is right
 OF_RULES = (1.0, 0.4)
-BY_LOOKS = 0.7  # of an effect, where no name is known and all that parameters are is guessed by their values
+BY_LOOKS = 0.7  # of an effect, where what a parameter is was guessed by its values
 # before the names of quantities: with the constants that launches gave the model; of parameters that it leaves out
 LEARNT, LEFT_OUT = "learnt ", "left out "
 
@@ -42,17 +42,16 @@ class Sources:
     rules: list[Array] = field(default_factory=list)
     centres: dict[str, Array] = field(default_factory=dict)
     world: World = field(init=False)
-    guessed: bool = field(init=False)  # whether rules go by values alone: names say nothing, nor does anything else
+    guessed: bool = field(init=False)  # whether rules go by what values look like: names say nothing, nor anything else
     named: NDArray[np.bool_] = field(init=False)  # parameters of which rules know an effect
     _silent: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         space = self.candidates.space
         known = self.earlier or self.foresight.predictor is not None
-        self.guessed = not known and nameless(space)
-        looks = by_looks(space, numbers=self.guessed)
-        self.world = World.of(looks)
-        self.rules = [(BY_LOOKS if self.guessed else 1.0) * table for table in effects(looks)]
+        looks = None if known else by_looks(space)
+        self.guessed, self.world = looks is not None, World.of(looks or space)
+        self.rules = [BY_LOOKS * table for table in effects(looks)] if looks else effects(space)
         self.named = np.array([table[:, :2].any() for table in self.rules], dtype=bool)
 
     def teach(self, learnt: Foresight) -> None:
