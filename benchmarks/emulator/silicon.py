@@ -11,7 +11,6 @@ emulated as vLLM's; they show as a group of their own.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -26,6 +25,7 @@ from tuner.engines.emulator.noise import QUIET
 from tuner.engines.emulator.settings import resolve
 from tuner.engines.emulator.shape import shape_of
 from tuner.engines.emulator.simulator import Simulator, Work
+from tuner.search.model.shape import ModelShape
 
 SHAPES = Path(__file__).parents[2] / "tests/search/shapes"
 ALIASES = {"deepseek-v3": "deepseek-r1"}
@@ -50,7 +50,7 @@ def emulate(row: Row) -> Result:
     name = row.model.lower()
     name = next((real + name[len(alias) :] for alias, real in ALIASES.items() if name.startswith(alias)), name)
     stem = next(s for s in sorted((f.stem for f in SHAPES.glob("*.json")), key=len, reverse=True) if name.startswith(s))
-    shape = shape_of(json.loads((SHAPES / f"{stem}.json").read_text()), stem)
+    shape = shape_of(ModelShape.from_folder(SHAPES / f"{stem}.json"))
     gpu = find_gpu(row.system)
     flags: dict[str, object] = {
         "max-model-len": row.isl + row.osl + 256,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.conftest import plan, trace
+from tests.engines.conftest import LLAMA_8B, plan, trace
 from tuner.engines.emulator import EmulatorEngine
 from tuner.engines.emulator.quality import STATED_KL, Answers
 from tuner.engines.emulator.rescale import hastened, rescale, step_from_records
@@ -95,6 +96,29 @@ def test_records_tell_for_how_long_their_traffic_was_to_last_on_either_clock(
         server.stop()
     assert read(asked.records).meta["lasts_s"] == 1.5
     assert step.metrics["offered_requests_per_s"] == pytest.approx(8 / 1.5)
+
+
+HYBRID = {**LLAMA_8B, "model_type": "nemotron_h", "hybrid_override_pattern": "M-M-*-"}
+UNKNOWN = "does not know this architecture: config.json has hybrid_override_pattern"
+
+
+@pytest.mark.parametrize("clock", ["virtual", "wall"])
+def test_a_model_whose_layers_are_not_known_is_not_emulated_as_another(
+    config: ServingConfig, site: Site, clock: str
+) -> None:
+    (Path(config.model) / "config.json").write_text(json.dumps(HYBRID))
+    with pytest.raises(LaunchFailed) as failed:
+        EmulatorEngine(clock=clock, boot_scale=0).launch(config, site)
+    outcome = failed.value.outcome
+    assert outcome.cause == "model-unsupported" and UNKNOWN in outcome.message and "emulated" in outcome.fix
+
+
+def test_a_draft_model_whose_layers_are_not_known_is_named(config: ServingConfig, site: Site, tmp_path: Path) -> None:
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(HYBRID))
+    spec = json.dumps({"model": str(tmp_path / "draft"), "num_speculative_tokens": 3})
+    with pytest.raises(LaunchFailed, match=UNKNOWN):
+        virtual(replace(config, flags={**config.flags, "speculative-config": spec}), site)
 
 
 def test_boot_times_are_those_of_the_emulated_start(config: ServingConfig, site: Site) -> None:

@@ -229,6 +229,15 @@ def test_start_up_takes_the_time_it_says_unless_it_is_scaled(model: str, tmp_pat
     assert 1.5 < time.monotonic() - began < 10  # about 43 s x 0.05
 
 
+def test_a_model_whose_layers_are_not_known_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2", "hidden_size": 64}')
+    argv = [sys.executable, "-m", "tuner.engines.emulator", "--model", str(tmp_path), "--emulator", '{"boot_scale": 0}']
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=20)
+
+    assert (done.returncode, done.stderr.count("\n"), "Traceback" in done.stdout) == (2, 1, False)
+    assert f"{tmp_path}/config.json: tuner does not know this architecture: mamba2" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

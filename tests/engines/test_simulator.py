@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.engines.conftest import LLAMA_8B
+from tests.search.test_model_shape import READ, SHAPES
 from tuner.engines.emulator.hardware import GIB, find_gpu
-from tuner.engines.emulator.memory import KvDoesNotFit, WeightsDoNotFit, plan
+from tuner.engines.emulator.memory import KvDoesNotFit, WeightsDoNotFit, kv_bytes_per_token, plan
 from tuner.engines.emulator.noise import QUIET
 from tuner.engines.emulator.settings import Refused, resolve
 from tuner.engines.emulator.shape import Shape, shape_of
 from tuner.engines.emulator.simulator import OutOfMemoryUnderLoad, Served, Simulator, Work, prefix_keys
+from tuner.engines.modelfolder import VARIANTS
+from tuner.search.model import architecture
+from tuner.search.model.shape import ModelShape
 
 H100 = find_gpu("H100-SXM")
-LLAMA = shape_of(LLAMA_8B, "llama-8b")
-LLAMA_70B = shape_of(
+
+
+def sizes(config: Mapping[str, Any], name: str = "") -> Shape:
+    return shape_of(architecture.shape_of(config, name))
+
+
+LLAMA = sizes(LLAMA_8B, "llama-8b")
+LLAMA_70B = sizes(
     {**LLAMA_8B, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
 )
 
@@ -259,34 +272,61 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
         find_gpu("Voodoo 2")
 
 
-def test_shapes_of_published_models_have_their_published_sizes() -> None:
-    """Weights from config.json against the parameter counts on the model cards (billions)."""
-    qwen = {
-        "hidden_size": 5120,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 25600,
-        "vocab_size": 151936,
-    }
-    deepseek = {
-        "hidden_size": 7168,
-        "num_hidden_layers": 61,
-        "num_attention_heads": 128,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
-        "qk_rope_head_dim": 64,
-        "qk_nope_head_dim": 128,
-        "v_head_dim": 128,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
-        "n_routed_experts": 256,
-        "num_experts_per_tok": 8,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 3,
-        "vocab_size": 129280,
-    }
+@pytest.mark.parametrize(("config", "billions", "kv_bytes"), READ.values(), ids=READ)
+def test_what_is_emulated_has_the_sizes_that_the_searchs_model_reads(
+    config: dict[str, Any], billions: float, kv_bytes: int
+) -> None:
+    """ERNIE's experts, MLPs without a gate, heads that a family ties: published parameters, KV bytes per token."""
+    shape = sizes(config)
+    assert shape.weight_bytes(16) / 2e9 == pytest.approx(billions, rel=0.01)
+    assert kv_bytes_per_token(shape, resolve({}, shape, H100)) == kv_bytes
 
-    for config, billions in ((LLAMA_8B, 8.03), (qwen, 32.8), (deepseek, 671.0)):
-        assert shape_of(config).weight_bytes(16) / 2e9 == pytest.approx(billions, rel=0.01)
+
+@pytest.mark.parametrize("file", sorted(SHAPES.glob("*.json")), ids=lambda file: file.stem)
+def test_no_layer_and_no_weight_is_lost_on_the_way_from_one_models_sizes_to_the_others(file: Path) -> None:
+    model = ModelShape.from_folder(file)
+    shape = shape_of(model)
+    of_kind = {group.kind: group.layers for group in model.attention}
+    assert shape.weight_bytes(16) / 2 == pytest.approx(model.parameters, rel=1e-6)
+    assert shape.full_layers + shape.window_layers + shape.linear_layers == model.layers
+    assert (shape.window_layers, shape.linear_layers) == (of_kind.get("window", 0), of_kind.get("linear", 0))
+    assert shape.mla == (not of_kind.keys() & {"full", "window"})
+    assert shape.head_dim == {"deepseek-r1": 192, "kimi-k2": 192, "glm-5": 256}.get(
+        file.stem, shape.kv_elements / 2 / shape.kv_heads
+    )
+
+
+def packed(bits: int, kind: str = "int", inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    group = {"weights": {"num_bits": bits, "type": kind}, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "scheme", "bits"),
+    [
+        *((dict(VARIANTS[name]), *said) for name, said in {"w8a8-int8": ("w8a8", 8), "w8a8-fp8": ("fp8", 8)}.items()),
+        *((dict(VARIANTS[name]), *said) for name, said in {"gptq-int4": ("gptq", 4), "awq-int4": ("awq", 4)}.items()),
+        ({"quant_method": "gptq", "bits": 8}, "w8a16", 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", 4),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4", 4),
+        ({"quant_method": "mxfp4"}, "mxfp4", 4),
+        (packed(4), "gptq_marlin", 4),
+        (packed(8), "w8a16", 8),
+        (packed(4, inputs={"num_bits": 8}), "w4a8", 4),
+        (None, "", 16),
+    ],
+)
+def test_a_checkpoints_own_quantization_is_emulated(
+    quantization: dict[str, Any] | None, scheme: str, bits: int
+) -> None:
+    shape = sizes({**LLAMA_8B, "quantization_config": quantization})
+    settings = resolve({}, shape, H100)
+    assert (shape.quantization, shape.weight_bits, settings.weight_bits) == (scheme, bits, bits)
+    said = resolve({"quantization": quantization["quant_method"]} if quantization else {}, shape, H100)
+    assert said == settings, "a flag that says what the checkpoint says changes nothing"
+
+
+def test_a_checkpoint_that_asks_for_an_fp8_cache_gets_it_unless_a_flag_says_otherwise() -> None:
+    shape = shape_of(ModelShape.from_folder(SHAPES / "llama-3.1-8b-instruct-fp8.json"))
+    assert resolve({}, shape, H100).kv_bits == 8
+    assert resolve({"kv-cache-dtype": "bfloat16"}, shape, H100).kv_bits == 16

@@ -63,6 +63,26 @@ def test_an_environment_that_no_server_can_read_is_refused_with_its_line(workpla
     check_env(made("lots", "H100-SXM"))  # where no server reads it
 
 
+@pytest.mark.parametrize("kind", ["emulator", "vllm"])
+def test_a_model_whose_layers_are_not_known_is_not_emulated_and_studied_without_a_model(
+    workplace: Path, kind: str
+) -> None:
+    """The emulator has nothing else to answer by."""
+    (workplace / "model" / "config.json").write_text('{"model_type": "mamba2", "hidden_size": 64}')
+    (file := workplace / "study.yaml").write_text(
+        CPU.replace("KIND", kind).replace("VALUE", "4").replace("WHERE", "cpu")
+    )
+    study = studyfile.load(file)
+    if kind == "vllm":
+        model, why = model_of(study, workload.read(study))
+        assert model is None and "does not know this architecture: mamba2" in why
+        return
+    with pytest.raises(
+        UsageError, match=r"model/config.json: tuner does not know this architecture: mamba2 .*emulated"
+    ):
+        prepare(study, launching=False)
+
+
 def resolved(folder: Path, draft: str = "draft", target: str = "qwen3-8b") -> Study:
     for name, shape in (("target", target), ("draft", "qwen3-0.6b")):
         (folder / name).mkdir(parents=True)

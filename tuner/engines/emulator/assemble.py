@@ -14,6 +14,7 @@ from tuner.engines.emulator.quality import Answers, stated_kl
 from tuner.engines.emulator.settings import Refused, Settings, resolve
 from tuner.engines.emulator.shape import Shape, read_shape
 from tuner.engines.emulator.simulator import Simulator
+from tuner.errors import UsageError
 
 
 def gpu_of(flags: Mapping[str, str | None], options: Mapping[str, Any]) -> Gpu:
@@ -33,7 +34,7 @@ def assemble(
     """Plays the start-up of ``flags`` on ``gpu``; ``bind`` is called where vLLM binds its port.
 
     ``options`` are the emulator's own: ``gpus``, ``acceptance``, ``noise``, ``kl``, ``model_seed``. Raises
-    ``BootFailed`` with the last words printed.
+    ``BootFailed`` with the last words printed, ``UsageError`` for a model whose sizes are not known.
     """
     model = str(flags.get("model") or "")
     given = {name.replace("-", "_"): value for name, value in flags.items() if name not in OWN and name != "api-key"}
@@ -59,14 +60,12 @@ def assemble(
 def _shape(model: str, boot: Boot) -> Shape:
     try:
         return read_shape(model)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         boot.refuse(
             "server",
             f"OSError: {model} is not a local folder and is not a valid model identifier listed on "
             "'https://huggingface.co/models'",
         )
-    except ValueError as error:
-        boot.refuse("server", f"ValueError: {error}")
 
 
 def _settings(
@@ -88,5 +87,5 @@ def _settings(
                 "    For further information visit https://errors.pydantic.dev/2.13/v/value_error",
             )
         boot.refuse("engine", f"ValueError: {error}")
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         boot.refuse("server", f"ValueError: {error}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from tuner.engines.emulator.faults import parse_faults
 from tuner.engines.emulator.flags import BadFlag, known_flags, parse
 from tuner.engines.emulator.hardware import find_gpu, from_datasheet
 from tuner.engines.emulator.rescale import hastened, rescale, step_from_records
+from tuner.engines.emulator.shape import read_shape
 from tuner.engines.installation import refuse_launchers
 from tuner.engines.protocol import LaunchFailed, Server, Site, StepPlan, Teardown
 from tuner.engines.vllm import RESERVED
@@ -83,7 +85,10 @@ class EmulatorEngine:
 
     @classmethod
     def from_study(cls, study: Study) -> EmulatorEngine:
-        """The engine of a study; ``engine.options`` are the keywords of the constructor."""
+        """The engine of a study; ``engine.options`` are the keywords of the constructor. Raises ``UsageError`` for a
+        model on this machine whose sizes are not known."""
+        with suppress(FileNotFoundError):
+            read_shape(study.model)
         given = {"gpu": study.hardware.name, "gpus": max(study.hardware.gpus, 1), "seed": study.seed}
         return cls(**{**given, "models": Path(study.folder) / "models", **study.engine.options})
 
@@ -159,11 +164,17 @@ class EmulatorEngine:
 
     def _model(self, config: ServingConfig, site: Site) -> str:
         """What is served: the model, or the folder of a variant of it with a quantized config."""
-        from tuner.engines.modelfolder import local_model, variant
+        from tuner.engines.modelfolder import variant
 
+        try:
+            read_shape(config.model)
+        except FileNotFoundError:
+            raise LaunchFailed(_absent(config.model)) from None
+        except UsageError as error:
+            said = f"{error.where}: {error.message}" if error.where else error.message
+            outcome = Infeasible("model-unsupported", said, fix=error.fix, stage="before launch")
+            raise LaunchFailed(outcome) from None
         if not config.model_variant:
-            if local_model(config.model) is None:
-                raise LaunchFailed(_absent(config.model))
             return config.model
         try:
             return str(variant(config.model, config.model_variant, self.models or site.folder / "models"))

@@ -24,6 +24,7 @@ from tuner.engines.emulator.http import Connection
 from tuner.engines.emulator.quality import Answers
 from tuner.engines.emulator.service import Identity, Service
 from tuner.engines.emulator.simulator import Simulator
+from tuner.errors import UsageError
 
 USAGE = "usage: api_server.py [-h] [--model MODEL] [--served-model-name NAME] [--host HOST] [--port PORT] ..."
 
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         return _serve(flags, faults, options, gpu, console, environ)
     except BootFailed as failed:
         return failed.code
+    except UsageError as error:
+        print(f"api_server.py: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
 
 
 def _serve(

@@ -57,10 +57,12 @@ SCHEMES = {
     "gptq_marlin": (4, 16),
     "bitsandbytes": (4, 16),
     "mxfp4": (4, 16),
+    "w8a16": (8, 16),
+    "w4a8": (4, 8),
     "nvfp4": (4, 4),
     "modelopt_fp4": (4, 4),
 }
-KV_BITS = {"auto": 16, "bfloat16": 16, "float16": 16, "nvfp4": 4, "int4_per_token_head": 4}
+KV_BITS = {"bfloat16": 16, "float16": 16, "nvfp4": 4, "int4_per_token_head": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,10 @@ def resolve(
     Raises :class:`Refused` in vLLM's words, and ``ValueError`` for a value that is no number.
     """
     env = env or {}
+    if str(flags.get("quantization") or "").removesuffix("_marlin") == shape.quant_method.removesuffix("_marlin"):
+        flags = {
+            name: value for name, value in flags.items() if name != "quantization"
+        }  # the checkpoint says so itself
     tp, pp, dp = (_int(flags, f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data"))
     big = gpu.memory_bytes >= 70 * GIB and "A100" not in gpu.name
     batched = 2048 * tp * pp if gpu.is_cpu else 16384 if gpu.memory_bytes >= 160 * GIB else 8192 if big else 2048
@@ -149,7 +155,7 @@ def resolve(
         weight_bits=weight_bits,
         gemm_bits=gemm_bits,
         kv_dtype=kv_dtype,
-        kv_bits=KV_BITS.get(kv_dtype, 8),
+        kv_bits=shape.kv_bits if kv_dtype == "auto" else KV_BITS.get(kv_dtype, 8),
         eager=eager,
         graph_tokens=0 if eager else min(seqs * 2 * (1 + (draft.tokens if draft else 0)), 512),
         prefix_caching="no-enable-prefix-caching" not in flags,

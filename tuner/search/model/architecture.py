@@ -112,6 +112,7 @@ def _shape(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
         heads=heads,
         kv_heads=kv_heads,
         max_model_len=int(text.get("max_position_embeddings") or text.get("n_positions") or 4096),
+        quant_method=precision.named(config),
     )
 
 
@@ -135,7 +136,8 @@ def _attention(
     def soft(kind: str, count: int, window: int = 0) -> Attention:
         pair = 2.0 * head
         kernels = _KERNELS_ATTENTION + qk_norm + bool(gate)
-        return Attention(kind, count, weights, 2.0 * kv_heads * head, heads, kv_heads, pair, pair, kernels, window)
+        cache = 2.0 * kv_heads * head
+        return Attention(kind, count, weights, cache, heads, kv_heads, pair, pair, kernels, window, head_dim=head)
 
     window = int(text.get("sliding_window") or text.get("attention_chunk_size") or 0)
     groups = []
@@ -221,6 +223,7 @@ def _mla(text: Mapping[str, Any], hidden: int, layers: int, heads: int) -> Atten
         window=top,
         scan=index_dim / 2 if top else 0.0,
         scan_pair=float(index_heads * index_dim) if top else 0.0,
+        head_dim=nope + rope,
     )
 
 
@@ -296,7 +299,7 @@ def _most(text: Mapping[str, Any], *keys: str) -> int:
 
 def _unknown(what: str, where: str) -> UsageError:
     return UsageError(
-        f"the analytic model does not know this architecture: {what}",
+        f"tuner does not know this architecture: {what}",
         where=where,
         fix="The study runs without the model",
     )

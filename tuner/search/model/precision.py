@@ -74,10 +74,8 @@ def apply(base: Precision, method: str, *, experts_only: bool = False) -> Precis
 def from_config(config: Mapping[str, Any]) -> Precision:
     """The precision a checkpoint is served in: what its ``quantization_config`` says, else 16 bits, also where it comes
     in 32 (``--dtype auto`` of vLLM and SGLang: "FP16 precision for FP32 and FP16 models")."""
-    text = config.get("text_config") or config
-    base = Precision()
-    quant = config.get("quantization_config") or text.get("quantization_config")
-    if not isinstance(quant, Mapping):
+    base, quant = Precision(), _said(config)
+    if not quant:
         return base
     if "fp8" in str(quant.get("kv_cache_quant_algo") or "").lower() or quant.get("kv_cache_scheme"):
         base = replace(base, kv_bits=8.0)  # vLLM follows the checkpoint where --kv-cache-dtype is auto
@@ -89,6 +87,17 @@ def from_config(config: Mapping[str, Any]) -> Precision:
     if not scheme:
         return base
     return apply(base, scheme)
+
+
+def named(config: Mapping[str, Any]) -> str:
+    """What a checkpoint calls its quantization; empty where it has none."""
+    return str(_said(config).get("quant_method") or "")
+
+
+def _said(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config") or config
+    quant = config.get("quantization_config") or text.get("quantization_config")
+    return quant if isinstance(quant, Mapping) else {}
 
 
 def _by_bits(quant: Mapping[str, Any], method: str) -> str:

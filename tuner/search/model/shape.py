@@ -20,7 +20,8 @@ class Attention:
     ``weights`` counts parameters; ``cache`` elements kept per token; ``state`` elements kept per sequence; ``window``
     the tokens attended to at most (0: all). A pair of query and key costs ``2 x heads x pair`` operations; MLA decodes
     in its latent space, where a pair is dearer (``decode_pair``). ``kv_heads`` bounds how far TP can split the cache
-    (1 where every rank keeps a copy). ``kernels`` is how many kernels one layer launches.
+    (1 where every rank keeps a copy). ``kernels`` is how many kernels one layer launches; ``head_dim`` the elements of
+    one head's key.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Attention:
     state: float = 0.0
     scan: float = 0.0  # of ``cache``: elements that a sparse selection reads over the whole context (DSA's indexer)
     scan_pair: float = 0.0  # and its operations per pair, over two, all its heads together
+    head_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ class FeedForward:
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """A decoder-only language model. ``vocab`` x ``hidden`` is the embedding (shared with the head where ``tied``).
-    ``heads`` and ``kv_heads`` of its full-attention layers bound tensor parallelism."""
+    ``heads`` and ``kv_heads`` of its full-attention layers bound tensor parallelism; ``quant_method`` is what the
+    checkpoint calls its quantization."""
 
     name: str
     hidden: int
@@ -66,6 +69,7 @@ class ModelShape:
     heads: int
     kv_heads: int
     max_model_len: int
+    quant_method: str = ""
 
     @property
     def layers(self) -> int:
