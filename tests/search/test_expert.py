@@ -201,6 +201,7 @@ def test_names_of_several_engines_are_known(name: str, better: Any, worse: Any):
         ("enable_attention_dp", True, False),
         ("continuous_batching", "on", "off"),
         ("schedule_policy", "lpm", "fcfs"),
+        ("capacity_scheduler_policy", "GUARANTEED_NO_EVICT", "STATIC_BATCH"),
     ],
 )
 def test_capacity_is_foreseen_under_the_names_of_several_engines(name: str, more: Any, less: Any):

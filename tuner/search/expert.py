@@ -295,6 +295,7 @@ WORDS: Sequence[tuple[str, Sequence[tuple[str, Effect]]]] = (
         (
             (rf"{ON}|_async_", (-0.05, 0.05, 0.0)),
             (r"_lpm_|_longest_prefix", (0.0, 0.05, 0.0)),  # requests that share a prefix, one after the other
+            (r"_static_batch", (0.0, -1.0, 0.0)),  # TensorRT-LLM's: a batch ends before another begins
         ),
     ),
     (r"_(backend|engine|runtime)_$", ((r"^_(py)?torch_|^_transformers_", (0.12, -0.12, 0.0)),)),
