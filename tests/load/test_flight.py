@@ -228,15 +228,15 @@ def test_the_timeout_counts_from_when_a_request_was_to_be_sent():
     assert ended_ns - sent_ns < timeout_ns
 
 
-def test_a_prompt_is_work_until_its_first_token_and_an_answer_until_its_last(tmp_path, monkeypatch):
-    replayed, backlogs = trace(np.zeros(1), input_tokens=16, output_tokens=10), []
+def test_a_request_waits_until_its_first_token_and_is_owed_the_rest_of_its_answer(tmp_path, monkeypatch):
+    replayed, looks = trace(np.zeros(1), input_tokens=16, output_tokens=10), []
     tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
     watch = Watch(plan(tmp_path, replayed), np.zeros(1, dtype=np.int64), True)
-    monkeypatch.setattr(watch._queue, "verdict", lambda now_s, backlog: backlogs.append(backlog) or "")
+    monkeypatch.setattr(watch._queue, "verdict", lambda now_s, *look: looks.append(look) or "")
     for event in ((client.SENT, 0, 0, 0), told((10, 5, 11, HEAD + tokens(1, 3)))):
         tower.take([event, (client.TICK, 2 * 10**9, 10**9, 0, 0, 71)])
         watch.verdict(tower)
-    assert backlogs == [26, 7]
+    assert looks == [(26, 26, 0), (0, 7, 0.99)]  # waiting, owed, for how long the running have run
 
 
 def test_what_was_sent_after_the_time_until_which_all_is_known_is_no_backlog(tmp_path, monkeypatch):
@@ -246,5 +246,5 @@ def test_what_was_sent_after_the_time_until_which_all_is_known_is_no_backlog(tmp
     tower.take([(client.SENT, i, i * at_ns, (1 + 2 * i) * at_ns) for i in range(2)])
     tower.take([(client.TICK, 4 * at_ns, 2 * at_ns, 0, 0, 71)])
     watch, told = Watch(plan(tmp_path, replayed), np.zeros(2, dtype=np.int64), True), []
-    monkeypatch.setattr(watch._queue, "verdict", lambda now_s, backlog: told.append((now_s, backlog)) or "")
-    assert watch.verdict(tower) == "" and told == [(2.0, 26)]
+    monkeypatch.setattr(watch._queue, "verdict", lambda *look: told.append(look) or "")
+    assert watch.verdict(tower) == "" and told == [(2.0, 26, 26, 0)]

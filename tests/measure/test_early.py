@@ -1,5 +1,6 @@
 """A step ends early when its outcome is certain, and never because its prompts are long."""
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,22 +132,46 @@ def test_a_step_that_was_ended_would_have_missed_to_its_end(tmp_path_factory, la
 # the queue
 
 
-def simulate(arrival_s: np.ndarray, work: np.ndarray, rate: float, warmup_s: float = 0.0) -> tuple[str, float]:
-    """A server that does ``rate`` tokens of work per second in order of arrival, looked at every second; returns the
-    watch's verdict and when it fell."""
-    queue = QueueWatch((arrival_s * 1e9).astype(np.int64), work, ns(warmup_s))
-    free_s, done = 0.0, []
-    for at, tokens in zip(arrival_s, work, strict=True):
-        free_s = max(at, free_s) + tokens / rate
-        done.append((at, free_s, tokens))
-    for now in np.arange(0.0, arrival_s[-1] + 1, 1.0):
-        backlog = 0
-        for at, end, tokens in done:
-            if at <= now < end:  # a prompt counts in full until its first token
-                backlog += tokens
-        if verdict := queue.verdict(float(now), backlog):
+def looked(at_s, prompt, output, first_s, end_s, warmup_s: float = 0.0) -> tuple[str, float]:
+    """What the watch says, looking every second, and when. Each request's first token comes at ``first_s``, and the
+    others evenly until ``end_s``."""
+    queue = QueueWatch((at_s * 1e9).astype(np.int64), prompt + output, ns(warmup_s))
+    for now in np.arange(0.0, at_s[-1] + 1, 1.0):
+        waits, runs = (at_s <= now) & (now < first_s), (first_s <= now) & (now < end_s)
+        waiting, ran_s = int((prompt + output)[waits].sum()), now - first_s[runs]
+        made = 1 + ((output[runs] - 1) * ran_s / (end_s - first_s)[runs]).astype(int)
+        owed = int((output[runs] - made).sum())
+        if verdict := queue.verdict(float(now), waiting, waiting + owed, ran_s.sum() / max(1, len(ran_s))):
             return verdict, float(now)
     return "", 0.0
+
+
+def simulate(arrival_s: np.ndarray, work: np.ndarray, rate: float, warmup_s: float = 0.0) -> tuple[str, float]:
+    """A server that does ``rate`` tokens of work per second in order of arrival, each request's at once."""
+    end_s, free_s = [], 0.0
+    for at, tokens in zip(arrival_s, work, strict=True):
+        free_s = max(at, free_s) + tokens / rate
+        end_s.append(free_s)
+    return looked(arrival_s, work - 1, np.ones_like(work), np.array(end_s), np.array(end_s), warmup_s)
+
+
+def slots(at_s: np.ndarray, prompt: int, output: np.ndarray, gap_s: float, n: int) -> tuple[str, float]:
+    """A server that serves ``n`` requests at once, each at its own pace; the others wait until one of these ends."""
+    free_s, first_s = [0.0] * n, []
+    for at, tokens in zip(at_s, output, strict=True):
+        first_s.append(max(at, heapq.heappop(free_s)) + 0.2)
+        heapq.heappush(free_s, first_s[-1] + (tokens - 1) * gap_s)
+    end_s = np.array(first_s) + (output - 1) * gap_s
+    return looked(at_s, np.full(len(at_s), prompt), output, np.array(first_s), end_s, 5.0)
+
+
+def at_loads(seed: int, per_s: float, *phases: tuple[float, float]) -> np.ndarray:
+    """Arrivals of phases, each so many seconds long, at such a share of ``per_s``."""
+    rng, begin_s, at_s = np.random.default_rng(seed), 0.0, []
+    for lasts_s, load in phases:
+        at_s.append(begin_s + np.sort(rng.random(rng.poisson(lasts_s * load * per_s))) * lasts_s)
+        begin_s += lasts_s
+    return np.concatenate(at_s)
 
 
 def poisson(seconds: float, rate: float, seed: int) -> np.ndarray:
@@ -183,6 +208,51 @@ def test_an_overload_of_long_contexts_is_recognised_all_the_same(seed):
     arrival_s = poisson(900, 1, seed)
     work = np.where(rng.random(len(arrival_s)) < 0.1, 20_000, 1_000)
     assert simulate(arrival_s, work, rate=float(work.sum() / arrival_s[-1] / 2.5))[0].startswith("saturated")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("per_s", "output", "gap_s", "lasts_s"),
+    [(3, 500, 0.1, 60), (4, 1_000, 0.05, 60), (10, 1_000, 0.05, 60), (5, 1_000, 0.03, 60), (10, 2_000, 0.04, 300)],
+)
+def test_a_server_that_lets_nobody_wait_is_not_taken_for_an_overload(per_s, output, gap_s, lasts_s, seed):
+    """However long it takes to fill: each response lasts for half a minute and more, at its own pace."""
+    at_s = at_loads(seed, per_s, (lasts_s, 1.0))
+    assert slots(at_s, 500, np.full(len(at_s), output), gap_s, n=len(at_s))[0] == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "phases", [((60, 0.5), (40, 1.35), (200, 0.8)), ((120, 0.6), (40, 1.3), (140, 0.8)), ((20, 3.0), (280, 0.8))]
+)
+def test_a_burst_after_an_idle_time_is_waited_for(phases, seed):
+    """The rest of the trace brings less than the server does, though more than it has done until then."""
+    at_s = at_loads(seed, 10, *phases)
+    assert simulate(at_s, np.full(len(at_s), 1_000), rate=10_000, warmup_s=5.0)[0] == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("phases", [((300, 0.9),), ((20, 3.0), (280, 0.8)), ((10, 4.0), (250, 0.7))])
+def test_a_server_that_a_burst_has_filled_takes_on_nobody_until_the_first_leave(phases, seed):
+    """Each of 64 responses lasts for a minute, so that they come and leave together for long afterwards."""
+    at_s = at_loads(seed, 64 / 60, *phases)
+    assert slots(at_s, 10_000, np.full(len(at_s), 2_000), 0.03, n=64)[0] == ""
+
+
+def test_the_last_seconds_of_a_trace_do_not_tell_that_more_comes_than_is_served():
+    """A queue as it comes and goes at a load of 90 %: three seconds of the trace are left, and bring a few requests."""
+    at_s = at_loads(4, 32 / 20, (300, 0.9))
+    assert slots(at_s, 4_000, np.full(len(at_s), 500), 0.04, n=32)[0] == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("load", "within_s"), [(1.5, 120), (2.0, 90), (3.0, 90)])
+def test_an_overload_of_a_server_of_many_slots_is_recognised(load, within_s, seed):
+    """Its 64 slots are filled first, and what it then owes grows no more; only those who wait do."""
+    at_s = at_loads(seed, 64 / 30, (200, load))
+    output = np.random.default_rng(seed).lognormal(np.log(800), 0.7, len(at_s)).astype(int) + 1
+    verdict, when_s = slots(at_s, 500, output, 0.03, n=64)
+    assert verdict.startswith("saturated") and when_s < within_s
 
 
 def test_a_burst_that_the_rest_of_the_trace_forgives_is_waited_for():

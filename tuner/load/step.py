@@ -219,11 +219,15 @@ class Watch:
             return reason
         if not self._queue:
             return ""
-        backlog = sum(
-            (int(self._input[f.number]) if f.first_token_ns is None else 0) + int(self._wanted[f.number]) - f.produced
-            for f in flights
-        )
-        return self._queue.verdict(now_ns / 1e9, backlog)
+        waiting, owed, ages_s = 0, 0, []
+        for flight in flights:
+            left = int(self._wanted[flight.number]) - flight.produced
+            if (first_ns := flight.first_token_ns) is None:
+                waiting += int(self._input[flight.number]) + left
+            else:
+                owed += left
+                ages_s.append((now_ns - first_ns) / 1e9)
+        return self._queue.verdict(now_ns / 1e9, waiting, waiting + owed, sum(ages_s) / max(1, len(ages_s)))
 
 
 def _due(next_s: dict[str, float], name: str, now_s: float, every_s: float) -> bool:

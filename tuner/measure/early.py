@@ -17,6 +17,7 @@ from tuner.spec.slo import Slo
 _WINDOWS = 6
 _WINDOW_S = 5.0
 _BIGGEST = 3.0
+_GENERATION = 3.0
 
 
 class Open(Protocol):
@@ -140,16 +141,24 @@ def _value_s(record: Record, latency: str) -> float:
 
 
 class QueueWatch:
-    """Knows when the server cannot keep up: the work that waits in it only ever grows.
+    """Knows when the server cannot keep up: the work that waits to be begun only ever grows.
 
-    Work is counted in tokens (a prompt's until its first token, then the output's that are owed), so that one long
-    prompt is as much as it is, and is not taken for a long queue. The time since the warm-up is cut into windows; the
-    queue grows without bound when in each of the last six windows its *lowest* point was above the lowest point of the
-    window before. While a queue is stable, the order of its minima is as good as random, and six rising in a row have
-    a probability of 1 in 720. Each window is at least 5 s, and three times as long as the largest request takes at
-    the rate at which the server works, so that the arrival and the departure of one long context fall into one window.
+    A request waits until its first token, and is then being served: what it still is owed says how full the server is,
+    not how far behind, and rises for as long as the longest response takes on a server that never lets anybody wait.
+    Work is counted in tokens (the prompt's and the output's), so that one long prompt is as much as it is, and is not
+    taken for a long queue.
+
+    The time since the warm-up is cut into windows; the queue grows without bound when in each of the last six windows
+    its *lowest* point was above the lowest point of the window before. While a queue is stable, the order of its minima
+    is as good as random, and six rising in a row have a probability of 1 in 720. Each window is at least 5 s, and three
+    times as long as the largest request takes at the rate at which the server works, so that the arrival and the
+    departure of one long context fall into one window; and a third of the time for which the responses under way have
+    run on the mean, so that a server that a burst has filled is not judged before the first of them leave.
+
     Two more conditions keep a burst from counting: what waits must be more than two windows of the server's work, and
-    the rest of the trace must bring work at least as fast as the server does it.
+    the rest of the trace must bring work at least as fast as the server does it (a rest shorter than a window does not
+    tell). How fast that is is told by the last five windows, in which always something waited: before, the server may
+    have been idle.
     """
 
     def __init__(self, offsets_ns: np.ndarray, tokens: np.ndarray, warmup_ns: int) -> None:
@@ -158,38 +167,45 @@ class QueueWatch:
         self._biggest = int(tokens.max()) if len(tokens) else 0
         self._from_s = warmup_ns / 1e9
         self._times_s: list[float] = []
-        self._backlog: list[int] = []
+        self._waiting: list[int] = []
+        self._owed: list[int] = []
 
-    def verdict(self, now_s: float, backlog_tokens: int) -> str:
+    def verdict(self, now_s: float, waiting: int, owed: int, running_s: float) -> str:
         """Takes one look at the queue, made about every second, ``now_s`` after the start; says in words that it grows
-        without bound, or is empty."""
+        without bound, or is empty. ``waiting`` are the tokens of requests without a first token, ``owed`` those and
+        what the responses under way are owed, ``running_s`` for how long these have run on the mean."""
         if now_s < self._from_s or now_s > self._offsets_s[-1]:
             return ""  # the load is not on yet, or off already
         self._times_s.append(now_s)
-        self._backlog.append(backlog_tokens)
-        times_s, backlog = np.asarray(self._times_s), np.asarray(self._backlog)
+        self._waiting.append(waiting)
+        self._owed.append(owed)
+        times_s, queue = np.asarray(self._times_s), np.asarray(self._waiting)
         elapsed_s = now_s - times_s[0]
-        if elapsed_s < _WINDOWS * _WINDOW_S:
-            return ""
-        arrived = self._arrived(now_s) - self._arrived(float(times_s[0]))
-        served_per_s = (arrived - (int(backlog[-1]) - int(backlog[0]))) / elapsed_s
-        if served_per_s <= 0:
-            return ""  # nothing is served at all: the SLOs or the timeout will say so
-        window_s = max(_WINDOW_S, _BIGGEST * self._biggest / served_per_s)
-        if elapsed_s < _WINDOWS * window_s or backlog[-1] < 2 * window_s * served_per_s:
+        if elapsed_s < _WINDOWS * _WINDOW_S or not (served_per_s := self._served_per_s(0)):
+            return ""  # where nothing is served at all, the SLOs or the timeout will say so
+        window_s = max(_WINDOW_S, _BIGGEST * self._biggest / served_per_s, running_s / _GENERATION)
+        left_s = float(self._offsets_s[-1]) - now_s
+        if elapsed_s < _WINDOWS * window_s or left_s < window_s:
             return ""
         which = ((now_s - times_s) / window_s).astype(int)
-        lowest = [int(backlog[which == k].min(initial=np.iinfo(np.int64).max)) for k in range(_WINDOWS)]  # newest first
+        lowest = [int(queue[which == k].min(initial=np.iinfo(np.int64).max)) for k in range(_WINDOWS)]  # newest first
         if any(newer <= older for newer, older in pairwise(lowest)):
             return ""
-        left_s = float(self._offsets_s[-1]) - now_s
+        served_per_s = self._served_per_s(int(np.searchsorted(times_s, now_s - (_WINDOWS - 1) * window_s)))
         coming = int(self._work[-1]) - self._arrived(now_s)
-        if left_s > 0 and coming / left_s < served_per_s:
+        if waiting < 2 * window_s * served_per_s or coming < left_s * served_per_s:
             return ""
         return (
-            f"saturated: the queue has grown for {_WINDOWS * window_s:.0f} s, {int(backlog[-1]):,} tokens of work wait "
+            f"saturated: the queue has grown for {_WINDOWS * window_s:.0f} s, {waiting:,} tokens of work wait "
             f"for a server that does {served_per_s:,.0f} per second"
         )
+
+    def _served_per_s(self, since: int) -> float:
+        """Tokens of work that the server has done per second since a look, or has begun, whichever is more: while it
+        fills it does less than it takes on, and while it is full it may take on nothing for long."""
+        arrived = self._arrived(self._times_s[-1]) - self._arrived(self._times_s[since])
+        grown = min(self._waiting[-1] - self._waiting[since], self._owed[-1] - self._owed[since])
+        return max(0.0, (arrived - grown) / (self._times_s[-1] - self._times_s[since]))
 
     def _arrived(self, at_s: float) -> int:
         """Tokens of work that the trace has brought by then."""
