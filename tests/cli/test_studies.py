@@ -1,6 +1,7 @@
 """Studies by the file that they were begun with, and flags over a file."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,6 +215,35 @@ def test_check_and_plan_count_the_same_combinations_and_no_name_is_cut(workplace
     assert f"combinations looked at may be launched ({found} in the space)" in planned
 
 
+def planned(workplace: Path, budget: str, more: str = "") -> dict:
+    text = GOOD.replace("{kind: emulator, options: {gpu: H100-SXM}}", "{kind: emulator, options: {gpu: L40S}}")
+    path = write(workplace, text.replace("{launches: 5}", budget) + more)
+    return plan.plan(session.prepare(read(path, Flags()), launching=False))
+
+
+def test_a_budget_in_usd_pays_the_gpus_that_launches_use(workplace: Path) -> None:
+    one, eight = (planned(workplace, "{usd: 10}", f"hardware: {{gpu: L40S, gpus: {gpus}}}\n") for gpus in (1, 8))
+    assert eight == one and one["usd"] == pytest.approx(10)
+    many = planned(workplace, "{usd: 10, verify_share: 0}", "hardware: {gpu: L40S, gpus: 8}\nparallel: 4\n")
+    assert many["hours"] == pytest.approx(many["launches"] * many["launch_seconds"] / 3600 / 4, rel=0.01)
+    assert many["usd"] == pytest.approx(10)
+
+
+def test_a_plan_has_the_windows_of_verification_and_says_what_bounds_it(workplace: Path, capsys) -> None:
+    data = planned(workplace, "{launches: 20, verify_share: 0.4}")
+    assert data["verify_launch_seconds"] > data["launch_seconds"]
+    seconds = 12 * data["launch_seconds"] + 8 * data["verify_launch_seconds"]
+    assert data["hours"] == pytest.approx(seconds / 3600) and data["launches"] == 20
+    for budget, says in (
+        ("{launches: 20}", r"at most 20 launches, about [\d.]+ h, about [\d.]+ USD\."),
+        ("{usd: 10}", r"about \d+ launches, about [\d.]+ h, at most 10\.00 USD\."),
+        ("{hours: 2}", r"about \d+ launches, at most 2\.0 h, about [\d.]+ USD\."),
+    ):
+        planned(workplace, budget)
+        plan.run(workplace / "study.yaml", json=False)
+        assert re.search(says, " ".join(capsys.readouterr().out.split()))
+
+
 def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Path, capsys) -> None:
     (workplace / "mine.py").write_text(
         "def evaluate(config, load):\n    return {'tpot_p99': .01, 'output_tokens_per_s': 1.0}\n"
@@ -221,7 +251,15 @@ def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Pa
     path = write(workplace, MINE, "mine.yaml")
     plan.run(path, json=False)
     told = capsys.readouterr().out
-    assert "2 launches at most; how long one takes is the function's affair." in told and "USD at most" not in told
+    assert "2 launches at most; how long a launch takes is the function's affair." in told and "USD" not in told
+    for budget, says in (
+        ("{launches: 1}", "\n1 launch at most; how long"),
+        ("1h", "\nHow long"),
+        ("9usd", "\nHow long"),
+    ):
+        path = write(workplace, MINE.replace("{launches: 2, verify_share: 0}", budget), "mine.yaml")
+        plan.run(path, json=False)
+        assert f"{says} a launch takes is the function's affair." in capsys.readouterr().out
     check.run(path, json=False)
     assert "the function mine.py:evaluate, called with" in " ".join(capsys.readouterr().out.split())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -38,13 +39,7 @@ def run(path: Path, json: bool) -> None:
         console.print(f"  Not checked: {data['unchecked']}.")
     for reason, count in alike(data["refused"]).items():
         console.print(f"  {count} refused: {reason}")
-    if study.engine.kind == "function":
-        console.print(f"{data['launches']} launches at most; how long one takes is the function's affair.")
-    else:
-        console.print(
-            f"About {data['launch_seconds'] / 60:.1f} minutes a launch; {data['launches']} launches: "
-            f"{data['hours']:.1f} h and {data['usd']:.2f} USD at most."
-        )
+    console.print(_effort(study, data))
     if study.engine.kind == "emulator":
         console.print(
             "Emulated: no GPU is used or paid; hours and USD are those of the real study. "
@@ -69,16 +64,14 @@ def run(path: Path, json: bool) -> None:
 
 def plan(ready: Any) -> dict[str, Any]:
     """The plan as ``--json`` prints it."""
-    from tuner.study.session import launch_seconds
-
     study, space = ready.study, ready.study.space
     grid = combinations(space)
     candidates = _candidates(study, grid)
     # asked once: a user's own model may be slow
     reasons = [space.denied(params) or ready.why_not(space.config(params, study.model)) for params in candidates]
-    allowed = [params for params, reason in zip(candidates, reasons, strict=True) if not reason]
-    launch_s = launch_seconds(ready)
-    launches, hours = _cost(study, launch_s)
+    allowed = [
+        space.config(params, study.model) for params, reason in zip(candidates, reasons, strict=True) if not reason
+    ]
     front, capable = _front(ready, allowed) if ready.predictor else ([], 0)
     return {
         "name": study.name,
@@ -87,10 +80,7 @@ def plan(ready: Any) -> dict[str, Any]:
         "allowed": len(allowed),
         "refused": dict(Counter(filter(None, reasons))),
         "trace_notes": list(ready.traffic.notes),
-        "launch_seconds": launch_s,
-        "launches": launches,
-        "hours": hours,
-        "usd": hours * study.objective.price_usd_per_gpu_hour * max(1, study.hardware.gpus),
+        **_cost(ready, allowed),
         "no_model": ready.no_model,
         "unchecked": ready.unchecked,
         "capable": capable,
@@ -106,14 +96,70 @@ def _candidates(study: Any, grid: list[Any]) -> list[Any]:
     return [space.default(), *({str(sorted(s.items())): s for s in map(space.snap, drawn)}.values())]
 
 
-def _cost(study: Any, launch_s: float) -> tuple[int, float]:
-    """Launches and hours that the budget allows at most."""
+def _cost(ready: Any, allowed: list[Any]) -> dict[str, Any]:
+    """What a launch takes, and how many of them, hours and USD the study does; None where nobody can know."""
+    from statistics import fmean
+
+    from tuner.study import session
+    from tuner.study.budget import for_search
+    from tuner.study.price import per_hour
+    from tuner.verify.verification import LOADS
+
+    study, budget = ready.study, ready.study.budget
+    names = ("launch_seconds", "verify_launch_seconds", "launches", "hours", "usd")
+    if study.engine.kind == "function":
+        return dict.fromkeys(names) | {"launches": budget.launches}
+    default = study.space.config(study.space.default(), study.model)
+    configs, ladder = allowed or [default], study.load.ladder
+    tail_s = _response_s(ready, default)
+    launch_s = session.launch_seconds(ready) + tail_s * len(ladder)
+    steps = LOADS * len(ready.traffic.heldout) - len(ladder)  # that a launch of verification has more
+    verify_s = launch_s + steps * (session.step_seconds(ready) + tail_s)
+    side = _side_by_side(study, fmean(max(config.gpus, 1) for config in configs))
+    rate = fmean(per_hour(config, study.objective) for config in configs) / 3600
+    wall_s, gpu_s = (budget.hours or math.inf) * 3600, (budget.usd or math.inf) / rate
+    most, share = budget.launches or math.inf, 1 - budget.verify_share
+    searched = min(wall_s * side / launch_s, gpu_s / launch_s) * share
+    searched, verified = max(1, min(searched, for_search(budget) if budget.launches else math.inf)), 0.0
+    if budget.verify_share and ready.traffic.heldout:
+        wall_left, gpu_left = wall_s - searched * launch_s / side, gpu_s - searched * launch_s
+        verified = max(0.0, min(most - searched, wall_left / verify_s, gpu_left / verify_s))
+    hours = (searched * launch_s / side + verified * verify_s) / 3600
+    usd = (searched * launch_s + verified * verify_s) * rate
+    return dict(zip(names, (launch_s, verify_s, round(searched + verified), hours, usd), strict=True))
+
+
+def _response_s(ready: Any, config: Any) -> float:
+    """A mean response by the model, at the lowest load: a step waits for its last ones. 0: not foretold."""
+    load = ready.study.load
+    found = ready.predictor.predict(config, load.ladder[0]).metrics if ready.predictor else {}
+    return min(found.get("e2e_mean_s", 0.0), load.request_timeout_s)
+
+
+def _side_by_side(study: Any, gpus: float) -> float:
+    """How many launches of the search run at once, of ``gpus`` each."""
+    fit = max(1.0, study.hardware.gpus / gpus)
+    if study.parallel and (study.executor.kind == "ray" or not study.hardware.gpus):
+        return study.parallel
+    return min(study.parallel or fit, fit)
+
+
+def _effort(study: Any, data: dict[str, Any]) -> str:
+    """How long the study takes and what it costs, in words: at most what its budget bounds, the rest about."""
     budget = study.budget
-    price = study.objective.price_usd_per_gpu_hour * max(1, study.hardware.gpus)
-    hours = [budget.launches * launch_s / 3600] if budget.launches else []
-    hours += [budget.hours] if budget.hours else []
-    hours += [budget.usd / price] if budget.usd else []
-    return max(1, round(min(hours) * 3600 / launch_s)), min(hours)
+
+    def about(value: float, bound: float | None) -> str:
+        return "at most" if bound and math.isclose(value, bound, rel_tol=0.01) else "about"
+
+    count, launches = data["launches"], f"launch{'' if data['launches'] == 1 else 'es'}"
+    if study.engine.kind == "function":
+        return f"{f'{count} {launches} at most; h' if count else 'H'}ow long a launch takes is the function's affair."
+    later = f", {data['verify_launch_seconds'] / 60:.1f} in verification" if budget.verify_share else ""
+    return (
+        f"About {data['launch_seconds'] / 60:.1f} minutes a launch{later}; "
+        f"{about(count, budget.launches)} {count} {launches}, {about(data['hours'], budget.hours)} "
+        f"{data['hours']:.1f} h, {about(data['usd'], budget.usd)} {data['usd']:.2f} USD."
+    )
 
 
 def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
@@ -123,8 +169,7 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
 
     study = ready.study
     found, capable = [], 0
-    for params in allowed:
-        config = study.space.config(params, study.model)
+    for config in allowed:
         good = []
         for load in study.load.ladder:
             metrics = ready.predictor.predict(config, load).metrics

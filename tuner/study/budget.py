@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuner.spec.study import Study
+from tuner.spec.study import Budget, Study
 from tuner.study.price import per_hour
 from tuner.study.store import TrialRecord
 
@@ -48,11 +48,16 @@ def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0, guess_u
     )
 
 
+def for_search(budget: Budget) -> int:
+    """How many of the budget's launches are the search's."""
+    return max(math.floor((budget.launches or 0) * (1 - budget.verify_share) + 1e-9), 1)
+
+
 def search_is_over(study: Study, used: Spent) -> str:
     """Why no further launch fits into the search's part of the budget, in words; empty while one does."""
     budget, share = study.budget, 1 - study.budget.verify_share
     if budget.launches is not None:
-        launches = max(math.floor(budget.launches * share + 1e-9), 1)
+        launches = for_search(budget)
         if used.launches >= launches:
             kept = budget.launches - launches
             rest = f" (of the budget's {budget.launches}, {kept} are kept for verification)" if kept else ""
@@ -71,7 +76,7 @@ def left(study: Study, used: Spent) -> str:
     """What is left of the budget, for the live view."""
     budget, parts = study.budget, []
     if budget.launches is not None:
-        kept = budget.launches - max(math.floor(budget.launches * (1 - budget.verify_share) + 1e-9), 1)
+        kept = budget.launches - for_search(budget)
         of_them = f" ({kept} for verification)" if kept else ""
         parts.append(f"{max(0, budget.launches - used.launches)} launches{of_them}")
     if budget.hours is not None:

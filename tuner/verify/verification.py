@@ -21,6 +21,7 @@ from tuner.verify.repeats import Spread
 from tuner.verify.rounds import Done, Launcher, Rounds
 from tuner.verify.verdict import Verification, verdict
 
+LOADS = 3  # on each window a launch is measured at about as many: it brackets its capacity
 LITTLE_HOPE = 0.1  # a finalist less probable than this to be the cheapest is not launched again
 
 
