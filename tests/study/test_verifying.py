@@ -46,6 +46,23 @@ def test_a_verification_has_the_hours_that_the_search_left(made):
     assert within and within.seconds == pytest.approx(1800 - 60)
 
 
+def test_the_time_that_is_left_bounds_the_arms_by_three_rounds_of_what_their_launches_take(made):
+    ready, store = made
+    arms = [arm(ready.study, gpus) for gpus in (1, 2, 3, 4)]
+    step = studies.step(1.0, studies.objective())
+    for minutes, most in ((26, 2), (29, 3), (5, 2)):  # one is spent; a launch is three steps of a minute
+        hours = Budget(launches=None, hours=minutes / 60, usd=None, verify_share=0.2)
+        ready.study = replace(ready.study, budget=hours)
+        within = verifying.limits(ready, store, arms)
+        assert within and within.launch_s == pytest.approx(180) and within.arms == most
+    ready.study = replace(ready.study, budget=Budget(launches=None, hours=29 / 60, usd=None, verify_share=0.2))
+    arms[0] = replace(arms[0], config=store.trials()[0].config)
+    for number in range(1, 9):
+        studies.measured(number, (step,), store, role="verify", label=f"verify {number} default")
+        within = verifying.limits(ready, store, arms)
+        assert within and within.arms == 3, "those that were launched before count as they did"
+
+
 @pytest.mark.parametrize("fault", [Cancelled, lambda: NodeLost("node 2 is gone")])
 def test_a_launch_of_verification_that_was_broken_off_costs_no_launch(tmp_path, fault):
     study, store = studies.write(tmp_path / "s", trials=3)

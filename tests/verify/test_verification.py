@@ -563,21 +563,32 @@ def test_it_stops_early_when_the_intervals_are_narrow_enough():
     assert found.launches < 12
 
 
-def test_time_ends_it_between_rounds():
-    clock = iter(range(0, 10_000, 100))
+@pytest.mark.parametrize(("seconds", "launches"), [(150, 2), (350, 2), (450, 4)])
+def test_no_round_is_begun_that_the_time_does_not_suffice_for(seconds, launches):
     bench = Bench({"v0": 1.0, "v1": 1.0})
-    budget = VerifyBudget(40, seconds=250)
     found = verify(
         bench.study,
         bench.launch,
         [bench.finalist("v1")],
         bench.finalist("v0"),
         WINDOWS,
-        budget,
-        clock=lambda: next(clock),
+        VerifyBudget(40, seconds=seconds),
+        clock=lambda: 100.0 * len(bench.machine.labels),  # each takes 100 s
     )
-    assert found.stopped == "the time set aside is spent"
-    assert found.launches == 4
+    assert found.stopped == "no further round fits into the time set aside"
+    assert found.launches == launches
+
+
+def test_time_bounds_the_arms_and_a_verification_that_is_over_begins_no_round_for_what_is_left_of_it():
+    bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0, "v3": 1.0})
+    within = {"launches": 10_000, "seconds": 1e9, "arms": 2, "launch_s": 60.0}
+    expected = bench.verify("v1", "v2", "v3", width=0.08, **within)
+    assert {label.split(" ", 2)[2] for label in bench.machine.labels} == {"default", "v1"}
+    (text,) = bench.said
+    assert text.startswith("What is left is enough for 1 of the 3 finalists beside the default; 12 launches would")
+    again = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0, "v3": 1.0})
+    found = again.verify("v1", "v2", "v3", width=0.0, done=bench.done, **within | {"seconds": 100.0})
+    assert again.machine.labels == [] and found.launches == expected.launches
 
 
 def test_a_resumed_verification_repeats_no_launch_and_comes_to_the_same_end():

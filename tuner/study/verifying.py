@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.errors import UsageError
@@ -34,7 +35,7 @@ from tuner.verify.certify import Certificate, recertify
 from tuner.verify.finalists import launch_spread, shortlist
 from tuner.verify.promise import Promise
 from tuner.verify.verdict import Verification
-from tuner.verify.verification import Done, Launcher, VerifyBudget, verify
+from tuner.verify.verification import LOADS, Done, Launcher, VerifyBudget, verify
 
 VERIFIED = "verify.json"
 ABLATED = "ablation.json"
@@ -263,13 +264,16 @@ def _known(done: Sequence[Done], arms: Sequence[Finalist]) -> int:
 
 def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBudget | None:
     """What of the budget is left to verify ``arms``; None where its share is 0 or too little is left. USD last as long
-    as the dearest of them can run for them: how long each will run is not known."""
+    as the dearest of them can run for them: how long each will run is not known. There are as many arms as three rounds
+    of launches fit into the time for, by what those of the search took; two at least."""
     study = ready.study
     if study.budget.verify_share <= 0 or not ready.traffic.heldout:
         return None
     trials = store.launched("search", "verify")
     used = budget.spent(study, trials)
-    launches, fresh, seconds = 10_000, None, []
+    hashes = {arm.config.hash for arm in arms}
+    again = budget.spent(study, [t for t in trials if t.role == "verify" and t.config.hash in hashes])
+    launches, fresh, seconds, whole = 10_000, None, [], []
     if study.budget.launches is not None:
         known, left = _known(_done(trials, "verify"), arms), study.budget.launches - used.launches
         if known + left < 2:
@@ -278,10 +282,29 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
         launches = known + fresh
     if study.budget.hours is not None:
         seconds.append((study.budget.hours - used.hours) * 3600)
+        whole.append(seconds[-1] + again.hours * 3600)
     if study.budget.usd is not None:
         prices = {t.number: t.price for t in trials}
         dearest = max(per_hour(a.config, study.objective, prices.get(a.trial or 0)) for a in arms)
         seconds.append((study.budget.usd - used.usd) / dearest * 3600)
+        whole.append(seconds[-1] + again.usd / dearest * 3600)
     if launches < 2 or (seconds and min(seconds) <= 0):
         return None
-    return VerifyBudget(launches=launches, seconds=min(seconds) if seconds else None, fresh=fresh)
+    if not seconds:
+        return VerifyBudget(launches=launches, fresh=fresh)
+    launch_s = _launch_s(store.launched("search"), len(ready.traffic.heldout))
+    most = max(int(min(whole) / (3 * launch_s)), 2) if launch_s else None
+    return VerifyBudget(launches=launches, seconds=min(seconds), fresh=fresh, arms=most, launch_s=launch_s)
+
+
+def _launch_s(trials: Sequence[TrialRecord], windows: int) -> float:
+    """What a launch of verification takes: it starts as the search's do, and has more steps. 0: none has any."""
+    starts, steps_s, steps = [], 0.0, 0
+    for trial in trials:
+        if trial.outcome.steps:
+            took_s = max(0.0, trial.ended_s - trial.started_s)
+            start_s = trial.outcome.boot.total_s
+            starts.append(start_s if start_s < took_s else 0.0)  # on a virtual clock it "takes" longer than all
+            steps_s += took_s - starts[-1]
+            steps += len(trial.outcome.steps)
+    return fmean(starts) + LOADS * windows * steps_s / steps if steps else 0.0

@@ -89,8 +89,11 @@ class Rounds:
         left = self.of - len(self.launches)
         if self.fresh is None:
             return left
-        known = sum(self._before(arm, self.number + 1) is not None for arm in arms)
-        return min(left, self.fresh - self.made + known)
+        return min(left, self.fresh - self.made + len(arms) - self.missing(arms))
+
+    def missing(self, arms: Sequence[Finalist]) -> int:
+        """How many of ``arms`` were not launched before for the next round."""
+        return sum(self._before(arm, self.number + 1) is None for arm in arms)
 
     def _before(self, arm: Finalist, number: int) -> Outcome | None:
         return self.done.get((self._label(arm, number), arm.config.hash))

@@ -28,9 +28,12 @@ LITTLE_HOPE = 0.1  # a finalist less probable than this to be the cheapest is no
 @dataclass(frozen=True, slots=True)
 class VerifyBudget:
     """When to stop repeating: after ``launches`` in all (those done before a resume included), of which at most
-    ``fresh`` are made now (None: all may be), after ``seconds`` of this call, or when the intervals of the choice's
-    cost and of its difference to the default are at most ``width`` wide (a share of the value). At least ``minimum``
-    rounds are done before the width may stop it.
+    ``fresh`` are made now (None: all may be), before a round that would last beyond ``seconds`` of this call, or when
+    the intervals of the choice's cost and of its difference to the default are at most ``width`` wide (a share of the
+    value). At least ``minimum`` rounds are done before the width may stop it.
+
+    ``arms`` is for how many configurations the time suffices, the default among them (None: it does not bound them);
+    ``launch_s`` what a launch is expected to take before one has shown it.
 
     ``worth`` is the share of the cost below which a difference is not worth a flag.
     """
@@ -38,6 +41,8 @@ class VerifyBudget:
     launches: int
     seconds: float | None = None
     fresh: int | None = None
+    arms: int | None = None
+    launch_s: float = 0.0
     width: float = 0.08
     minimum: int = 3
     confidence: float = 0.95
@@ -65,10 +70,13 @@ def verify(
     """
     if not windows:
         raise UsageError("there is no held-out window to verify on", fix="Set trace.heldout_windows to 3 or more.")
-    arms = [baseline, *finalists][: max(budget.launches // 3, 2)]
+    by_count, by_time = max(budget.launches // 3, 2), budget.arms or len(finalists) + 1
+    arms = [baseline, *finalists][: min(by_count, by_time)]
     if len(arms) <= len(finalists):
-        text = f"{budget.launches} launches verify {len(arms) - 1} of the {len(finalists)} finalists beside the default"
-        on_event("say", {"text": f"{text}; {3 * len(finalists) + 3} would verify all (--verify-share, --budget)."})
+        of = f"{len(arms) - 1} of the {len(finalists)} finalists beside the default; {3 * len(finalists) + 3}"
+        counted = f"{budget.launches} launches verify {of}"
+        text = counted if by_count <= by_time else f"What is left is enough for {of} launches"
+        on_event("say", {"text": f"{text} would verify all (--verify-share, --budget)."})
     before = {(d.label, d.config): d.outcome for d in done}
     rounds = Rounds(study, launch, tuple(windows), on_event, before, budget.launches, fresh=budget.fresh)
     while rounds.left(arms) < len(arms) > 2:
@@ -128,9 +136,14 @@ class _Race:
                 return "the intervals are narrow enough"
         if left < len(self.active):
             return "the launches set aside are spent"
-        if self.budget.seconds is not None and rounds and seconds >= self.budget.seconds:
-            return "the time set aside is spent"
+        if self.budget.seconds is not None and rounds and seconds + self._next_s(seconds) > self.budget.seconds:
+            return "no further round fits into the time set aside"
         return ""
+
+    def _next_s(self, seconds: float) -> float:
+        """How long the next round takes, if its launches take what those of the last ``seconds`` did."""
+        each = seconds / self.rounds.made if self.rounds.made else self.budget.launch_s
+        return each * self.rounds.missing(self.active)
 
     def _drop(self, found: Judgement, left: int) -> None:
         """Finalists without hope leave the race, and the least promising ones where not all can be launched again."""
