@@ -15,7 +15,7 @@ from tuner.export.text import comments
 from tuner.pareto.changes import baseline_of
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
-from tuner.pareto.recommend import ablation, quality_of, recommended
+from tuner.pareto.recommend import ablation, quality_of, recommended, short_windows
 from tuner.pareto.traffic import price_words, traffic
 from tuner.record.secrets import is_secret
 from tuner.search.hardware import device_of
@@ -198,6 +198,8 @@ def _about(
     ]
     if point.role == "verify" and point.latency_interval is None:
         lines.append("Launched once: how sure it is that the SLOs hold at this load is not known.")
+    if short := short_windows(study, trials, point):
+        lines.append(short)
     if served := traffic(trials, objective, point, choice.cost_change):
         lines.append(str(served))
     if point.baseline:

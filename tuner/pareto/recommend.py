@@ -16,6 +16,7 @@ from tuner.spec.study import Study
 from tuner.study.price import COST, GOODPUT
 from tuner.study.store import EXHAUSTED, AsWritten, Store, TrialRecord, read_json
 from tuner.verify.arm import as_range
+from tuner.verify.fill import WHY, unfilled
 from tuner.words import figure
 
 
@@ -23,12 +24,21 @@ def recommended(store: Store, study: Study, trials: Sequence[TrialRecord] | None
     """``verify.json`` decides where it holds a verdict: its configuration, load, cost and latency come from windows
     that the search never saw. Where ``ablation.json`` took that configuration apart, its smallest one takes its place,
     with the load, cost and latency that were measured of it (an earlier version's file has its cost alone). Otherwise
-    :func:`choose` over the trials of the search. The text ends with what the quality floor said of it. ``trials`` are
-    the store's, of a caller that has read them."""
+    :func:`choose` over the trials of the search. The text says where windows were too short for a server to fill, and
+    ends with what the quality floor said of it. ``trials`` are the store's, of a caller that has read them."""
     trials = store.trials() if trials is None else trials
     choice = _recommended(store, study, trials)
-    said = quality_of(trials, choice.point.config) if choice.point else ""
-    return replace(choice, text=f"{choice.text}\n\n{said}") if said else choice
+    if choice.point is None:
+        return choice
+    short = "" if WHY in choice.text else short_windows(study, trials, choice.point)
+    said = [choice.text, short, quality_of(trials, choice.point.config)]
+    return replace(choice, text="\n\n".join(filter(None, said)))
+
+
+def short_windows(study: Study, trials: Sequence[TrialRecord], point: Point) -> str:
+    """What the windows of ``point`` are too short for (:func:`unfilled`); empty where for nothing."""
+    own = trusted_steps(t for t in trials if t.config.hash == point.config.hash)
+    return unfilled(study, [step for _, step in own], point.load)
 
 
 def quality_of(trials: Sequence[TrialRecord], config: ServingConfig) -> str:
