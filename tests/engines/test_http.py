@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.measure.made import records, request
 from tests.server.test_gpu import Nvml
 from tests.server.test_start import Stage
 from tuner.engines.http import HttpServer
@@ -135,6 +136,33 @@ def test_energy_is_told_per_token_that_was_served(stage, monkeypatch):
     measured = server.measure(plan(stage))
     server.stop()
     assert measured.metrics["system_gpu_energy_j_per_output_token"] == pytest.approx(0.5)
+
+
+def test_energy_is_of_the_window_and_its_tokens_and_not_of_what_lies_around_it(stage, monkeypatch):
+    site = replace(stage.site, gpus=(0,))
+    server = HttpServer(start(stage.recipe(gpus=Gpus(Nvml({})), telemetry_period_s=60), site, stage.root))
+
+    def act(endpoint, plan, alive):
+        telemetry = server._running.telemetry
+        assert telemetry is not None
+        telemetry.sample()
+        begun = telemetry._samples[-1]
+        for after_s in range(1, 16):  # 500 W for the first ten seconds, 100 W in the tail
+            drawn = replace(begun.gpus[0], energy_j=1e6 + 500 * min(after_s, 10) + 100 * max(after_s - 10, 0))
+            telemetry._samples.append(replace(begun, at_s=begun.at_s + after_s, gpus=(drawn,)))
+        telemetry._samples[-16] = replace(begun, gpus=(replace(begun.gpus[0], energy_j=1e6),))
+        monkeypatch.setattr(telemetry, "between", lambda begin_s, end_s: telemetry._samples[-16:])
+        rows = [request(i / 10, [i / 10 + 0.1, i / 10 + 0.2]) for i in range(101)]
+        told = {"epoch_unix_s": begun.at_s}
+        made = records(plan.records.parent, rows, **told)
+        made.path.rename(plan.records)
+        return replace(step(), metrics={"client_output_tokens": 5000.0, "output_tokens_per_s": 20.0})
+
+    replay(monkeypatch, act)
+    measured = server.measure(plan(stage))
+    server.stop()
+    assert measured.metrics["system_gpu_power_mean_w"] == pytest.approx(500)
+    assert measured.metrics["system_gpu_energy_j_per_output_token"] == pytest.approx(500 / 20)
 
 
 def test_a_disk_that_is_full_does_not_keep_a_server_alive(stage, monkeypatch):

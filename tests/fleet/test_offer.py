@@ -98,6 +98,21 @@ def test_a_load_at_which_latencies_were_not_known_is_no_point_of_the_curve(tmp_p
     assert offer.curve.rate_rps.size == 2
 
 
+@pytest.mark.parametrize(
+    ("told", "watts"),
+    [
+        ({"system_gpu_power_mean_w": 650.0, "system_gpu_energy_j_per_output_token": 0.8}, 650.0),
+        ({"system_gpu_energy_j_per_output_token": 0.5}, 500.0),
+        ({}, None),
+    ],
+)
+def test_the_power_of_a_point_is_what_was_drawn_and_else_that_of_its_tokens(told, watts):
+    (step,) = steps(1)
+    metrics = {k: v for k, v in step.metrics.items() if not k.startswith("system_gpu")}
+    found = measured.point(replace(step, metrics={**metrics, "output_tokens_per_s": 1000.0, **told}), ())
+    assert found and found.watts == watts
+
+
 def test_a_study_without_arrival_rates_is_refused_in_one_line(tmp_path):
     study, store = studies.study(tmp_path / "s"), Store(tmp_path / "s")
     bare = [replace(s, metrics={k: v for k, v in s.metrics.items() if "requests_per_s" not in k}) for s in steps(1, 2)]

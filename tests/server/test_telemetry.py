@@ -64,6 +64,36 @@ def test_energy_comes_from_the_gpus_own_counter_where_it_has_one():
     assert summary(estimated)["system_gpu_energy_j"] == pytest.approx(400)
 
 
+def busy(at_s: float, counted: bool) -> Sample:
+    """A server that draws 120 W before and 200 W after the 30 s from 102.5 on, in which it draws 500 W."""
+    served = min(max(at_s - 102.5, 0), 30)
+    joules = 120 * min(at_s - 100, 2.5) + 500 * served + 200 * max(at_s - 132.5, 0)
+    now = 120 if served == 0 else 500 if served < 30 else 200
+    return look(at_s, milliwatts=1000 * now, **({"millijoules": 10**9 + 1000 * joules} if counted else {}))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_power_and_energy_are_of_the_measured_window(counted):
+    metrics = summary([busy(100.0 + at, counted) for at in range(50)], (103.2, 132.2))
+    assert metrics["system_gpu_power_mean_w"] == pytest.approx(500, rel=0.005 if counted else 0.02)
+    assert metrics["system_gpu_energy_j"] == pytest.approx(500 * 29, rel=0.005 if counted else 0.02)
+
+
+def test_a_window_beyond_the_looks_draws_what_they_saw():
+    looks = [busy(at, True) for at in (104.0, 105.0, 106.0)]
+    assert summary(looks, (102.5, 107.5))["system_gpu_energy_j"] == pytest.approx(500 * 5)
+    assert summary(looks[:1], (102.5, 107.5))["system_gpu_power_mean_w"] == 500
+
+
+def test_power_is_of_all_gpus_together_whichever_of_them_counts():
+    host = look(0).host
+    cards = ({"milliwatts": 100_000}, {"milliwatts": 900_000, "millijoules": 0})
+    first = Sample(0.0, 0.0, host, tuple(Gpus(Nvml(*cards)).sample(i) for i in (0, 1)))
+    cards[1]["millijoules"] = 2_000_000
+    last = Sample(4.0, 4.0, host, tuple(Gpus(Nvml(*cards)).sample(i) for i in (0, 1)))
+    assert summary([first, last])["system_gpu_power_mean_w"] == pytest.approx(100 + 500)
+
+
 def test_metrics_carry_their_unit_and_the_prefix():
     metrics = summary([look(0, used=3 * GIB, celsius=70), look(1, used=5 * GIB, celsius=90)])
     assert all(name.startswith("system_") for name in metrics)

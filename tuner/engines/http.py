@@ -46,7 +46,7 @@ class HttpServer:
         self._said()
         begin_s = time.time()
         step = self._measured(plan)
-        return self._with_system(step, begin_s, time.time())
+        return self._with_system(step, begin_s, time.time(), plan.records)
 
     def _measured(self, plan: StepPlan) -> Step:
         """One replay; raises :class:`LaunchFailed` where the server did not live through it."""
@@ -90,11 +90,14 @@ class HttpServer:
                 return False
         return False
 
-    def _with_system(self, step: Step, begin_s: float, end_s: float) -> Step:
+    def _with_system(self, step: Step, begin_s: float, end_s: float, records: Path) -> Step:
         telemetry = self._running.telemetry
         samples: list[Sample] = telemetry.between(begin_s, end_s) if telemetry else []
-        system = summary(samples)
+        measured = _window(records) if any(sample.gpus for sample in samples) else None
+        system = summary(samples, measured)
         tokens = step.metrics.get("client_output_tokens", 0.0)
+        if measured:
+            tokens = step.metrics.get("output_tokens_per_s", 0.0) * (measured[1] - measured[0])
         if tokens > 0 and system.get("system_gpu_energy_j", 0.0) > 0:
             system["system_gpu_energy_j_per_output_token"] = system["system_gpu_energy_j"] / tokens
         metrics: Mapping[str, float] = {**step.metrics, **system}
@@ -126,6 +129,18 @@ def _warming(plan: StepPlan, seconds: float, folder: Path) -> StepPlan:
     few = replace(few, output_tokens=np.minimum(few.output_tokens, _WARM_TOKENS))
     quiet = replace(plan, trace=few, window=f"{plan.window}/warming", slos=(), records=folder / "records.parquet")
     return replace(quiet, warmup_s=0.0, early_stop=False, on_event=lambda _name, _data: None)
+
+
+def _window(records: Path) -> tuple[float, float] | None:
+    """The measured window of a step in Unix time; None where it has no length."""
+    from tuner.load.records import read
+    from tuner.measure.window import window
+
+    if not records.exists():
+        return None
+    told = read(records)
+    epoch_s, span = float(told.meta.get("epoch_unix_s", 0.0)), window(told)
+    return (epoch_s + span.start_ns / 1e9, epoch_s + span.end_ns / 1e9) if epoch_s and span.duration_s > 0 else None
 
 
 def _unreachable(error: Exception) -> Infeasible:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from tuner.study.outcome import Measured, Step
 from tuner.study.store import TrialRecord
 
 OFFERED, ACHIEVED = "offered_requests_per_s", "requests_per_s"
-ENERGY = "system_gpu_energy_j_per_output_token"
+POWER, ENERGY = "system_gpu_power_mean_w", "system_gpu_energy_j_per_output_token"
 
 
 def steps(trials: Iterable[TrialRecord]) -> list[Step]:
@@ -41,9 +41,14 @@ def point(step: Step, limits: Sequence[Limit]) -> Point | None:
     if step.stopped_early or not (0 < mean < math.inf) or not all(map(math.isfinite, latencies)):
         return None
     rate = kept_up(step)
-    energy, tokens = step.metrics.get(ENERGY, math.nan), step.metrics.get("output_tokens_per_s", math.nan)
-    watts = energy * tokens if energy > 0 and tokens > 0 else None
-    return Point(rate, rate * mean, step.metrics, watts)
+    return Point(rate, rate * mean, step.metrics, _watts(step.metrics))
+
+
+def _watts(metrics: Mapping[str, float]) -> float | None:
+    """The mean power of all GPUs of the replica; where only energy is told, by that."""
+    energy, tokens = metrics.get(ENERGY, math.nan), metrics.get("output_tokens_per_s", math.nan)
+    watts = metrics.get(POWER, energy * tokens)
+    return watts if watts > 0 else None
 
 
 def start_s(trials: Sequence[TrialRecord], config: ServingConfig) -> float:

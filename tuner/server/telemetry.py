@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tuner.server.gpu import Gpus, GpuSample
 from tuner.server.tree import Pid
 
@@ -111,8 +113,9 @@ class Telemetry:
             self.sample()
 
 
-def summary(samples: Sequence[Sample]) -> dict[str, float]:
-    """The samples of one step as metrics ``system_...``: means over the looks, maxima, and energy over its span."""
+def summary(samples: Sequence[Sample], window: tuple[float, float] | None = None) -> dict[str, float]:
+    """The samples of one step as metrics ``system_...``: means over the looks, and maxima. Power and energy are of all
+    GPUs together, within ``window`` (Unix times): before and after it a server does not draw what its load takes."""
     if not samples:
         return {}
     count = len(samples)
@@ -124,9 +127,11 @@ def summary(samples: Sequence[Sample]) -> dict[str, float]:
     }
     looks = [gpu for sample in samples for gpu in sample.gpus]
     if looks:
+        begin_s, end_s = window or (samples[0].at_s, samples[-1].at_s)
+        power_w = _power_w(samples, begin_s, end_s)
         found |= {
-            "system_gpu_power_mean_w": sum(gpu.power_w for gpu in looks) / count,
-            "system_gpu_energy_j": _energy_j(samples),
+            "system_gpu_power_mean_w": power_w,
+            "system_gpu_energy_j": power_w * (end_s - begin_s),
             "system_gpu_memory_used_max_bytes": float(max(gpu.memory_used_bytes for gpu in looks)),
             "system_gpu_utilization_mean": sum(gpu.utilization for gpu in looks) / len(looks),
             "system_gpu_temperature_max_c": max(gpu.temperature_c for gpu in looks),
@@ -170,10 +175,16 @@ def write(samples: Sequence[Sample], path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def _energy_j(samples: Sequence[Sample]) -> float:
-    """From the GPUs' own counters where they tell, else power times time."""
-    first, last = samples[0].gpus, samples[-1].gpus
-    counted = sum(b.energy_j - a.energy_j for a, b in zip(first, last, strict=True))
-    if counted > 0:
-        return counted
-    return sum(gpu.power_w * sample.span_s for sample in samples[1:] for gpu in sample.gpus)
+def _power_w(samples: Sequence[Sample], begin_s: float, end_s: float) -> float:
+    """Mean power of all GPUs between two times, as far as the looks reach: by each GPU's own energy counter where it
+    tells, else by power times time."""
+    at_s = np.array([sample.at_s for sample in samples])
+    counters = np.array([[gpu.energy_j for gpu in sample.gpus] for sample in samples])
+    looked = np.array([[gpu.power_w for gpu in sample.gpus] for sample in samples])
+    begin_s, end_s = max(begin_s, at_s[0]), min(end_s, at_s[-1])
+    if end_s <= begin_s:
+        return float(looked.mean(axis=0).sum())
+    summed = np.cumsum(looked * np.array([[0.0], *([sample.span_s] for sample in samples[1:])]), axis=0)
+    drawn_j = np.where(counters[-1] > counters[0], counters - counters[0], summed).sum(axis=1)
+    begun_j, ended_j = np.interp([begin_s, end_s], at_s, drawn_j)
+    return float((ended_j - begun_j) / (end_s - begin_s))
