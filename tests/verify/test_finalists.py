@@ -71,6 +71,15 @@ def test_repeats_in_the_search_tell_how_much_launches_differ():
     assert seen.variance == pytest.approx(0.0101, abs=0.0005)
 
 
+def test_costs_of_what_was_asked_for_teach_nothing_of_launches_latencies_do():
+    repeats = [trial(i, 2048, 1000, tpot_s=0.02 * factor) for i, factor in enumerate((1.0, 1.0, 1.1, 0.9, 1.0))]
+    for one in repeats:
+        one.outcome.steps[0].metrics["goodput_window_s"] = 27.0
+    assert launch_spread(repeats).freedom == 0
+    assert "assuming that launches differ by 3 %" in shortlist(repeats, WANT, default(), LADDER).text
+    assert launch_spread(repeats, WANT.latency_key).freedom == 3
+
+
 def test_a_point_measured_often_is_surer_of_its_place():
     """10 % apart with 5 % launch spread: open after one launch each, decided after nine."""
     once = [trial(0, 2048, 1000), trial(1, 4096, 1100)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.pareto.front import COST, Point, points, searched
+from tuner.pareto.front import ASKED, COST, Point, points, searched
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Measured
@@ -98,17 +98,19 @@ def may_be_best(
     return kept
 
 
-def launch_spread(trials: Sequence[TrialRecord]) -> Spread:
-    """What repeats in the search say of the launch-to-launch spread of log cost: configurations measured in three or
-    more trials at the same load and on the same window. The first of them does not count: it is why the others were
-    made (a lucky best is measured again), and would make launches look more different than they are."""
+def launch_spread(trials: Sequence[TrialRecord], metric: str = COST) -> Spread:
+    """What repeats in the search say of the launch-to-launch spread of log cost (or of another ``metric``):
+    configurations measured in three or more trials at the same load and on the same window. The first of them does not
+    count: it is why the others were made (a lucky best is measured again), and would make launches look more different
+    than they are. Where goodput counts what was asked for, a cost does not count either: every launch that holds a load
+    costs the same there, and which load it holds is what launches differ by."""
     groups: dict[tuple[str, float, str], list[float]] = defaultdict(list)
     for trial in trials:
         if trial.role == "search" and isinstance(trial.outcome, Measured):
             for step in trial.outcome.steps:
-                cost = step.metrics.get(COST, math.nan)
-                if step.ok and 0 < cost < math.inf:
-                    groups[trial.config.hash, step.load, step.window].append(math.log(cost))
+                value = step.metrics.get(metric, math.nan)
+                if step.ok and 0 < value < math.inf and not (metric == COST and ASKED in step.metrics):
+                    groups[trial.config.hash, step.load, step.window].append(math.log(value))
     # the loads of one pair of launches share those launches: one load per configuration counts
     highest: dict[tuple[str, str], tuple[float, list[float]]] = {}
     for (config, load, window), values in groups.items():
