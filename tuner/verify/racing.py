@@ -57,10 +57,7 @@ def should_stop(
 def end(value: float, interval: Interval | None, spread: float, confidence: float, *, low: bool) -> float:
     """The low (or high) one-sided limit of ``value``: what the interval (95 %, within one launch) and the launch
     spread say together, added in quadrature on the log scale."""
-    inside = 0.0
-    if interval is not None and 0 < interval[0] <= interval[1] < math.inf:
-        inside = math.log(interval[1] / interval[0]) / (2 * 1.96)
-    reach = float(special.ndtri(confidence)) * math.hypot(inside, spread)
+    reach = float(special.ndtri(confidence)) * math.hypot(_inside(value, interval), spread)
     return value * math.exp(-reach if low else reach)
 
 
@@ -73,12 +70,15 @@ def _dominates(point: Point, cost: float, latency: float, spread: float, confide
 
 
 def log_error(point: Point, axis: str, spread: float) -> float:
-    """Standard error of a point's log ``cost`` or ``latency``: the interval within a launch (without an upper bound its
-    lower half) and the launch spread."""
-    value: float = getattr(point, axis)
-    interval: Interval | None = getattr(point, f"{axis}_interval")
-    inside = 0.0
-    if interval is not None and 0 < interval[0] <= interval[1]:
-        low, high = interval
-        inside = math.log(high / low) / (2 * 1.96) if math.isfinite(high) else math.log(value / low) / 1.96
+    """Standard error of a point's log ``cost`` or ``latency``: the interval within a launch and the launch spread."""
+    inside = _inside(getattr(point, axis), getattr(point, f"{axis}_interval"))
     return math.hypot(inside, spread / math.sqrt(max(len(point.trials), 1)))
+
+
+def _inside(value: float, interval: Interval | None) -> float:
+    """Standard error of a log value by its 95 % interval. Where that has no upper end (a percentile of few requests),
+    the whole lower half counts as one: it is itself of a handful of requests, and often short by chance."""
+    if interval is None or not 0 < interval[0] <= interval[1]:
+        return 0.0
+    low, high = interval
+    return math.log(high / low) / (2 * 1.96) if math.isfinite(high) else math.log(value / low)
