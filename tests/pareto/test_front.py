@@ -1,17 +1,20 @@
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import studies
+from tuner.measure.quantile import summary
 from tuner.pareto.choice import choose
-from tuner.pareto.front import Point, front, level, points
+from tuner.pareto.front import COST, Point, front, level, overlap, points
 from tuner.space.config import ServingConfig
-from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
-from tuner.study.store import Store
+from tuner.study.outcome import Aborted, Infeasible, Measured, Step, Untrusted
+from tuner.study.store import Store, TrialRecord
 
 OBJECTIVE = studies.objective()
 
@@ -120,15 +123,69 @@ def test_every_load_of_a_ladder_is_a_point_and_the_missed_one_is_not_ok(tmp_path
     assert found[1].misses == ("tpot_p99 80 ms > 50 ms",)
 
 
-def test_repeats_of_a_config_become_one_point_with_a_narrower_interval(tmp_path: Path):
-    store = Store(tmp_path)
-    studies.measured(0, (studies.step(1.0, OBJECTIVE, tpot_s=0.0200),), store)
-    studies.measured(1, (studies.step(1.0, OBJECTIVE, tpot_s=0.0202),), store, remeasure_of=0)
+@pytest.mark.parametrize("windows", [1, 4])
+def test_repeats_of_a_config_become_one_point_and_windows_make_its_interval_narrower(tmp_path: Path, windows):
+    store, values = Store(tmp_path), (0.0200, 0.0202, 0.0199, 0.0201)
+    for number, value in enumerate(values):
+        step = studies.step(1.0, OBJECTIVE, tpot_s=value, window=f"search-{number % windows}")
+        studies.measured(number, (step,), store, remeasure_of=0 if number else None)
     (found,) = points(store.trials(), OBJECTIVE)
-    assert found.trials == (0, 1)
-    assert found.latency == pytest.approx(math.sqrt(0.0200 * 0.0202))
+    assert found.trials == (0, 1, 2, 3)
+    assert found.latency == pytest.approx(math.prod(values) ** 0.25)
     low, high = found.latency_interval or (0, 0)
-    assert low < found.latency < high and high - low < 0.02 * 0.06
+    assert low < found.latency < high and (high - low < 0.02 * 0.06) == (windows == 4)
+
+
+@pytest.mark.parametrize("launches", [2, 4])
+@pytest.mark.parametrize(("traffic", "spread"), [(0.02, 0.0), (0.02, 0.03), (0.0, 0.03)])
+def test_the_interval_of_repeats_holds_the_truth_as_often_as_it_says(launches, traffic, spread):
+    """All on one window: its traffic is the same for every launch."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        window, steps = rng.normal(0, traffic), []
+        for off in rng.normal(0, spread, launches) + window:
+            cost = math.exp(off)
+            step = studies.step(1.0, OBJECTIVE)
+            between = {COST: (cost * math.exp(-1.96 * traffic), cost * math.exp(1.96 * traffic))}
+            steps.append(replace(step, metrics=step.metrics | {COST: cost}, intervals=between))
+        low, high = _one_point(steps).cost_interval or (0, 0)
+        held += low <= 1 <= high
+    assert held >= 0.93 * 400
+
+
+def test_repeats_of_a_percentile_of_few_requests_have_no_upper_end_either():
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(100):
+        traffic, steps = np.exp(rng.normal(0, 0.5, 100)) / 100, []
+        for off in rng.normal(0, 0.03, 2):
+            value, between = summary(traffic * math.exp(off), 0.99)
+            step = studies.step(1.0, OBJECTIVE)
+            metrics = step.metrics | {"tpot_p99_s": value}
+            steps.append(replace(step, metrics=metrics, intervals={"tpot_p99_s": between}))
+        low, high = _one_point(steps).latency_interval or (0, 0)
+        assert high == math.inf
+        missed += low > math.exp(0.5 * 2.326) / 100
+    assert missed <= 5
+
+
+@pytest.mark.parametrize("value", [0.00731, 0.0123, 0.02, 0.0377, 0.041])
+@pytest.mark.parametrize("launches", [2, 3, 5, 7])
+def test_equal_repeats_without_intervals_are_their_value(value, launches):
+    step = replace(studies.step(1.0, OBJECTIVE, tpot_s=value), intervals={})
+    assert _one_point([step] * launches).latency_interval == (value, value)
+
+
+def _one_point(steps: Sequence[Step]) -> Point:
+    config = ServingConfig("m", {}, {})
+    trials = [TrialRecord(n, Path(), config, Measured((s,)), {}, 0, 0, False) for n, s in enumerate(steps)]
+    (found,) = points(trials, OBJECTIVE)
+    return found
+
+
+def test_an_interval_without_an_upper_end_does_not_reach_all_that_is_slower():
+    assert overlap(0.02, (0.017, math.inf), 0.03, (0.026, math.inf))
+    assert not overlap(0.02, (0.017, math.inf), 0.06, (0.05, math.inf))
+    assert overlap(0.02, (0.0, math.inf), 0.06, (0.05, math.inf))  # nothing bounds it below either
 
 
 def test_rounding_breaks_no_tie_between_repeats_that_are_equal_and_a_single_measurement(tmp_path: Path):
@@ -159,7 +216,8 @@ def test_repeats_that_disagree_widen_the_interval(tmp_path: Path):
 def test_repeats_of_which_the_intervals_reach_down_only_do_so_together(tmp_path: Path):
     store, step = Store(tmp_path), studies.step(1.0, OBJECTIVE, tpot_s=0.02)
     for number in range(2):
-        studies.measured(number, (replace(step, intervals={"tpot_p99_s": (0.01, 0.02)}),), store)
+        step = replace(step, intervals={"tpot_p99_s": (0.01, 0.02)}, window=f"search-{number}")
+        studies.measured(number, (step,), store)
     (found,) = points(store.trials(), OBJECTIVE)
     assert found.latency_interval == pytest.approx((0.02 * 2 ** -(0.5**0.5), 0.02))
 

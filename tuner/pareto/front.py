@@ -123,9 +123,16 @@ def level(one: Point, other: Point) -> bool:
 
 
 def overlap(a: float, a_interval: Interval | None, b: float, b_interval: Interval | None) -> bool:
-    """Whether two intervals share a value; a value without an interval is a point."""
-    (a_low, a_high), (b_low, b_high) = a_interval or (a, a), b_interval or (b, b)
+    """Whether two intervals share a value; a value without an interval is a point. One without an upper end (a
+    percentile of few requests) would share one with all that is slower: it is taken to reach up three times as far as
+    down (up to 6 % of equal ones are then apart)."""
+    (a_low, a_high), (b_low, b_high) = _ends(a, a_interval), _ends(b, b_interval)
     return a_low <= b_high and b_low <= a_high
+
+
+def _ends(value: float, interval: Interval | None) -> Interval:
+    low, high = interval or (value, value)
+    return low, value * (value / low) ** 3 if math.isinf(high) and 0 < low < value else high
 
 
 def _point(group: Sequence[tuple[TrialRecord, Step]], objective: Objective) -> Point:
@@ -152,26 +159,37 @@ def _point(group: Sequence[tuple[TrialRecord, Step]], objective: Objective) -> P
 
 
 def _mean(steps: Sequence[Step], name: str) -> tuple[float, Interval | None]:
-    """The geometric mean of a metric over repeats and its 95 % interval: the single intervals pooled (in logarithms,
-    as independent), but never narrower than what the repeats' own spread says (1.96 s / sqrt(n)). Equal
-    repeats are their mean, to the last bit."""
+    """The geometric mean of a metric over repeats and its 95 % interval. Equal repeats are their mean, to the last bit.
+
+    Repeats on one window share its traffic, so that their half widths (in logarithms) are averaged; those of different
+    windows are independent. What the repeats differ by is added where they share a window; between windows the traffic
+    is in it already, and the larger counts. An end that one of them has not, they do not have together."""
     if len(steps) == 1:
         return steps[0].metrics[name], steps[0].intervals.get(name)
     n = len(steps)
-    logs = [math.log(step.metrics[name]) for step in steps]
-    centre = math.fsum(logs) / n
-    spread = 1.96 * math.sqrt(math.fsum((x - centre) ** 2 for x in logs) / (n - 1) / n)
-    halves = []
-    for value, step in zip(logs, steps, strict=True):
-        low, high = step.intervals.get(name, (0.0, 0.0))
-        if not (0 < low <= high < math.inf):
-            break
-        halves.append((value - math.log(low), math.log(high) - value))
-    if len(halves) < n:
-        down = up = spread
-    else:
-        down = max(spread, math.sqrt(math.fsum(d * d for d, _ in halves)) / n)
-        up = max(spread, math.sqrt(math.fsum(u * u for _, u in halves)) / n)
     values = [step.metrics[name] for step in steps]
+    logs = [math.log(value) for value in values]
+    centre = min(max(math.fsum(logs) / n, min(logs)), max(logs))
+    spread = _reach(math.fsum((x - centre) ** 2 for x in logs), n)
+    down: dict[str, float] = defaultdict(float)
+    up: dict[str, float] = defaultdict(float)
+    for step, value in zip(steps, values, strict=True):
+        low, high = step.intervals.get(name, (value, value))
+        down[step.window] += math.log(value / low) / n if low > 0 else math.inf
+        up[step.window] += math.log(high / value) / n
+    together = max if len(down) == n else math.hypot
     mean = min(max(math.exp(centre), min(values)), max(values))
-    return mean, (mean * math.exp(-down), mean * math.exp(up))
+    low, high = (together(spread, math.hypot(*halves.values())) for halves in (down, up))
+    return mean, (mean * math.exp(-low), mean * math.exp(high))
+
+
+def _reach(squares: float, n: int) -> float:
+    """Half the 95 % interval of a mean of ``n`` logarithms whose squared deviations sum to ``squares``: Student's t,
+    or, where that is narrower, the same with one launch more that is off by :data:`LAUNCH_SPREAD` (two launches alone
+    say next to nothing of how much launches differ)."""
+    from scipy.special import stdtrit
+
+    def half(squares: float, freedom: int) -> float:
+        return float(stdtrit(freedom, 0.975)) * math.sqrt(squares / freedom / n)
+
+    return min(half(squares, n - 1), half(squares + LAUNCH_SPREAD**2, n))
