@@ -21,6 +21,7 @@ ASKED = "goodput_window_s"  # there where goodput counts what was asked for (doc
 LAUNCH_SPREAD = 0.03
 """What launches of one configuration differ by (standard deviation of log cost and log latency) before a study has
 repeats of its own to learn it from. An assumption, stated wherever it decides."""
+ASSUMED = 3  # degrees of freedom that it counts as: a study's own repeats are believed from as many on
 Interval = tuple[float, float]
 
 
@@ -185,11 +186,11 @@ def _mean(steps: Sequence[Step], name: str) -> tuple[float, Interval | None]:
 
 def _reach(squares: float, n: int) -> float:
     """Half the 95 % interval of a mean of ``n`` logarithms whose squared deviations sum to ``squares``: Student's t,
-    or, where that is narrower, the same with one launch more that is off by :data:`LAUNCH_SPREAD` (two launches alone
-    say next to nothing of how much launches differ)."""
+    or, where that is narrower, the same with :data:`LAUNCH_SPREAD` pooled into it. Two launches alone say next to
+    nothing of how much launches differ, and nothing would be told apart from what was measured twice."""
     from scipy.special import stdtrit
 
     def half(squares: float, freedom: int) -> float:
         return float(stdtrit(freedom, 0.975)) * math.sqrt(squares / freedom / n)
 
-    return min(half(squares, n - 1), half(squares + LAUNCH_SPREAD**2, n))
+    return min(half(squares, n - 1), half(squares + ASSUMED * LAUNCH_SPREAD**2, n - 1 + ASSUMED))
