@@ -77,6 +77,16 @@ def test_a_study_that_was_not_verified_offers_what_its_search_saw_and_says_so(tm
     assert "was not verified" in " ".join(found.notes)
 
 
+@pytest.mark.parametrize(("window_s", "said"), [(5.0, True), (900.0, False)])
+def test_an_offer_says_where_windows_were_too_short_for_a_server_to_fill(tmp_path, window_s, said):
+    study, store = studies.write(tmp_path / "s", trials=0)
+    responses = [replace(s, metrics={**s.metrics, "e2e_mean_s": 3.0}) for s in steps(0.5, 1.5)]
+    add(store, 0, Measured(tuple(responses), BOOT))
+    study = replace(study, trace=replace(study.trace, window_s=window_s), load=replace(study.load, warmup_s=0.0))
+    (offer,) = offers_of(study, store, 0.95)[0]
+    assert ("A window measured 5 s, 1.7 mean responses" in offer.basis) == said
+
+
 def test_gpu_types_of_one_study_are_offers_of_their_own_at_the_price_of_where_they_ran(tmp_path):
     study = studies.study(tmp_path / "s")
     store = Store(tmp_path / "s")

@@ -29,6 +29,7 @@ from tuner.study.price import per_hour
 from tuner.study.store import Store, TrialRecord
 from tuner.study.verifying import verification
 from tuner.verify.arm import Range
+from tuner.verify.fill import unfilled
 from tuner.verify.finalists import launch_spread
 from tuner.verify.judge import Arm
 from tuner.verify.racing import LAUNCH_SPREAD
@@ -210,6 +211,7 @@ def _offer(
     default = baseline_of(trials)
     hardware = device_of(config.gpu) or study.hardware.name
     price = next((t.price for t in trials if t.config.hash == config.hash and t.price), None)
+    short = unfilled(study, steps, max((s.load for s in steps if s.ok), default=steps[-1].load))
     return Offer(
         name=study.name,
         study=study.name,
@@ -225,7 +227,7 @@ def _offer(
         total_tokens=prompts + outputs,
         cv=cv,
         window_s=study.trace.window_s,
-        basis=basis,
+        basis=". ".join(filter(None, (basis, short.removesuffix(".")))),
         verified=verified,
         emulated=any(t.emulated for t in trials if t.config.hash == config.hash) or study.engine.kind == "emulator",
     )
