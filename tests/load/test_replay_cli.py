@@ -66,8 +66,9 @@ def test_the_first_signal_asks_a_command_to_end_and_the_second_ends_it(number, m
 
 
 CLOSED = """\
-import os, sys, threading, time
+import os, signal, sys, threading, time
 from tuner.cli import signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 ended = threading.Event()
 if sys.argv[1] == "asked":
     with signals.stopping(ended, lambda: print("stopping", flush=True)):
