@@ -241,7 +241,6 @@ def telemetry(folder: Path, seconds: int = 30) -> None:
     samples = [
         server_telemetry.Sample(
             START_S + s,
-            1.0,
             server_telemetry.HostSample(0.35, 40 * 2**30, 1.5, 6 * 2**30),
             (GpuSample(0, 61_500_000_000, 80 * 2**30, 320.0 + 40 * math.sin(s / 5), 320.0 * s, 0.9, 60.0, 1800.0),),
         )

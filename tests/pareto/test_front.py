@@ -15,6 +15,7 @@ from tuner.pareto.front import COST, Point, front, level, overlap, points
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Aborted, Infeasible, Measured, Step, Untrusted
 from tuner.study.store import Store, TrialRecord
+from tuner.verify.racing import end
 
 OBJECTIVE = studies.objective()
 
@@ -52,6 +53,12 @@ def test_costs_of_what_was_asked_for_differ_by_launches_and_not_by_the_traffic_t
     assert level(one, near) and not level(one, far)
     assert not level(replace(one, trials=(0, 3, 4)), near)  # launched three times
     assert level(one, replace(far, windows=frozenset({"v"}))) and level(one, replace(far, metrics={}))
+
+
+def test_an_end_that_equal_requests_leave_open_reaches_no_further_than_they_do():
+    assert not overlap(0.02, (0.02, math.inf), 1.0, (0.9, 1.1))
+    assert overlap(0.02, (0.01, math.inf), 0.1, (0.1, 0.2))
+    assert end(0.02, (0.02, math.inf), 0.0, 0.95, low=True) < 0.01 < end(0.02, (0.019, 0.021), 0.0, 0.95, low=True)
 
 
 def test_points_that_overlap_in_one_axis_only_are_told_apart():

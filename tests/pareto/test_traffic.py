@@ -15,6 +15,7 @@ from tuner.report.page import build
 from tuner.report.summary import summarize
 from tuner.report.terminal import front_data, front_table
 from tuner.spec import studyfile
+from tuner.study.outcome import Step
 from tuner.study.store import Store
 
 OBJECTIVE = replace(studies.objective(), price_assumed=True)
@@ -60,6 +61,12 @@ def test_tokens_per_request_are_of_all_requests_where_the_steps_tell_them():
     assert per_request(several, "output") == 208 and per_request(several, "prompt") == 1133
     late = replace(one, slo_misses=("late",), metrics={**one.metrics, "mean_output_tokens": 9.0})
     assert per_request([*several, late], "output") == 208, "a step that was ended early has the short ones"
+
+
+def test_a_functions_own_means_need_no_count_of_requests():
+    metrics = {"mean_output_tokens": 100.0, "mean_prompt_tokens": 700.0}
+    steps = [Step(1.0, "w", metrics), Step(2.0, "w", metrics | {"mean_output_tokens": 9.0, "measured_requests": 0.0})]
+    assert per_request(steps, "output") == 100 and per_request(steps, "prompt") == 700
 
 
 def test_every_view_says_it_and_that_the_price_is_an_assumption(made, tmp_path: Path):

@@ -144,7 +144,7 @@ def test_gpu_series_are_thinned_but_keep_their_own_times(one):
         return GpuSample(index, 1, 2, power_w, 0.0, 0.5, 60.0, 1800.0, ("power cap",))
 
     looks = [
-        telemetry.Sample(1000.0 + i, 1.0, telemetry.HostSample(0.5, 3, 1.0, 2), (gpu(0, power), gpu(1, 7.0)))
+        telemetry.Sample(1000.0 + i, telemetry.HostSample(0.5, 3, 1.0, 2), (gpu(0, power), gpu(1, 7.0)))
         for i, power in enumerate(math.nan if i == 4 else float(i) for i in range(2000))
     ]
     telemetry.write(looks, folder / "telemetry.parquet")
@@ -159,7 +159,7 @@ def test_gpu_series_are_thinned_but_keep_their_own_times(one):
 
 def test_a_machine_without_gpus_has_series_too(one):
     store, study = one
-    looks = [telemetry.Sample(1000.0 + i, 1.0, telemetry.HostSample(0.5, 3, 1.0, 2), ()) for i in range(5)]
+    looks = [telemetry.Sample(1000.0 + i, telemetry.HostSample(0.5, 3, 1.0, 2), ()) for i in range(5)]
     telemetry.write(looks, store.trials()[0].folder / "telemetry.parquet")
     names = {s.name for s in content(store.trials()[0], study).samples if s.name.startswith("system/")}
     assert "system/host_cpu" in names and not any("gpu" in name for name in names)

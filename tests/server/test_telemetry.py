@@ -18,7 +18,7 @@ def me() -> set[Pid]:
 
 def look(at_s: float, **gpu) -> Sample:
     host = HostSample(cpu=0.5, memory_used_bytes=2 * GIB, server_cpu_cores=1.5, server_memory_bytes=GIB)
-    return Sample(at_s, 1.0, host, (Gpus(Nvml(gpu)).sample(0),))
+    return Sample(at_s, host, (Gpus(Nvml(gpu)).sample(0),))
 
 
 def test_the_file_has_a_row_per_look_and_gpu(tmp_path):
@@ -85,12 +85,21 @@ def test_a_window_beyond_the_looks_draws_what_they_saw():
     assert summary(looks[:1], (102.5, 107.5))["system_gpu_power_mean_w"] == 500
 
 
+@pytest.mark.parametrize("missed", range(5))
+def test_a_counter_that_one_look_did_not_tell_makes_no_power_of_it(missed):
+    host = look(0).host
+    told = [0 if second == missed else 1_000_000 + 300_000 * second for second in range(5)]
+    nvml = [Nvml({"milliwatts": 300_000, "millijoules": energy}) for energy in told]
+    looks = [Sample(float(second), host, (Gpus(of).sample(0),)) for second, of in enumerate(nvml)]
+    assert summary(looks[::-1], (1.5, 3.5))["system_gpu_power_mean_w"] == pytest.approx(300)
+
+
 def test_power_is_of_all_gpus_together_whichever_of_them_counts():
     host = look(0).host
-    cards = ({"milliwatts": 100_000}, {"milliwatts": 900_000, "millijoules": 0})
-    first = Sample(0.0, 0.0, host, tuple(Gpus(Nvml(*cards)).sample(i) for i in (0, 1)))
-    cards[1]["millijoules"] = 2_000_000
-    last = Sample(4.0, 4.0, host, tuple(Gpus(Nvml(*cards)).sample(i) for i in (0, 1)))
+    cards = ({"milliwatts": 100_000}, {"milliwatts": 900_000, "millijoules": 1_000})
+    first = Sample(0.0, host, tuple(Gpus(Nvml(*cards)).sample(i) for i in (0, 1)))
+    cards[1]["millijoules"] = 2_001_000
+    last = Sample(4.0, host, tuple(Gpus(Nvml(*cards)).sample(i) for i in (0, 1)))
     assert summary([first, last])["system_gpu_power_mean_w"] == pytest.approx(100 + 500)
 
 

@@ -140,6 +140,14 @@ def test_over_all_requests_a_percentile_is_missed_by_the_share_beyond_its_limit(
     assert math.exp(pooled(margins[:1], slo)) == pytest.approx(values[0])
 
 
+def test_what_an_slo_misses_is_not_put_on_the_others():
+    slos = [parse("tpot_p99=50ms"), parse("e2e_max=2s")]
+    missed = Step(4.0, "a", {"tpot_p99_s": 0.0505, "e2e_max_s": 0.8}, slo_misses=("tpot_p99 50.5 ms > 50 ms",))
+    held = Step(4.0, "b", {"tpot_p99_s": 0.04, "e2e_max_s": 0.8})
+    assert margin(missed, slos[1:]) == pytest.approx(math.log(0.4)) and margin(missed, slos) == 0.05
+    assert margin_of_all([[missed], [held]], 4.0, slos) < 0 < margin_of_all([[missed]], 4.0, slos)
+
+
 def test_over_all_requests_rates_and_means_are_averaged_and_of_maxima_the_largest_counts():
     margins = [math.log(x) for x in (2.4, 0.3, 0.2)]
     assert math.exp(pooled(margins, parse("error_rate=1%"))) == pytest.approx(2.9 / 3)

@@ -48,6 +48,8 @@ def test_what_counts_are_the_believed_steps_near_the_load_else_the_nearest(study
     steps += [answered(1.77, 60.0, untrusted=("lag",)), answered(1.77, math.inf)]
     assert not unfilled(study, steps, 1.77)
     assert "9 mean" in unfilled(study, steps[2:3], 1.0)
+    beyond = answered(1.87, 60.0, slo_misses=("tpot_p99 70 ms > 60 ms",))  # as long as the queue grows
+    assert not unfilled(study, [*steps, beyond], 1.77) and unfilled(study, [beyond], 1.77)
     assert not unfilled(study, [answered(0.5, 1.0), answered(4.0, 60.0)], 0.3)
 
 

@@ -96,6 +96,7 @@ def _side(path: Path) -> Any:
         "hardware": f"{hardware.gpus} x {hardware.name}" if hardware.gpus else hardware.name,
         "trace": Path(study.trace.file).name,
         "engine": ", ".join(sorted(versions)),
+        "rates": "over the time that steps were to last" if study.planned_ends else "to the last request (as before)",
         "figures": "emulated" if study.engine.kind == "emulator" or any(t.emulated for t in trials) else "measured",
     }
     return Side(study.name, trials, study.objective, facts)

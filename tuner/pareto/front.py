@@ -88,8 +88,8 @@ def points(trials: Iterable[TrialRecord], objective: Objective) -> list[Point]:
 
 def front(points: Iterable[Point]) -> list[Point]:
     """The points within SLO that no other point within SLO dominates (at most as costly and as slow, and better in
-    one), cheapest first. Each names in ``ties`` the points within SLO, on the front or not, whose intervals overlap
-    its own in both axes."""
+    one), cheapest first. Each names in ``ties`` the points within SLO, on the front or not, that are
+    :func:`indistinct` from it."""
     good = sorted((p for p in points if p.ok), key=lambda p: (p.cost, p.latency, p.trial))
     best = math.inf
     kept: list[Point] = []
@@ -133,7 +133,7 @@ def overlap(a: float, a_interval: Interval | None, b: float, b_interval: Interva
 
 def _ends(value: float, interval: Interval | None) -> Interval:
     low, high = interval or (value, value)
-    return low, value * (value / low) ** 3 if math.isinf(high) and 0 < low < value else high
+    return low, value * (value / low) ** 3 if math.isinf(high) and 0 < low <= value else high
 
 
 def _point(group: Sequence[tuple[TrialRecord, Step]], objective: Objective) -> Point:

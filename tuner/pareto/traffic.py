@@ -113,7 +113,8 @@ def per_request(steps: Sequence[Step], name: str) -> float:
     the shorter ones.
     """
     held = [s.metrics for s in steps if s.ok]
-    means = [(m[f"mean_{name}_tokens"], m["measured_requests"]) for m in held if f"mean_{name}_tokens" in m]
+    key = f"mean_{name}_tokens"
+    means = [(m[key], n) for m in held if key in m and (n := m.get("measured_requests", 1.0)) > 0]
     if means:
         return sum(mean * requests for mean, requests in means) / sum(requests for _, requests in means)
     if name == "prompt":

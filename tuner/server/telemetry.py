@@ -28,10 +28,9 @@ class HostSample:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look at everything; ``at_s`` is Unix time, ``span_s`` the time since the look before."""
+    """One look at everything; ``at_s`` is Unix time."""
 
     at_s: float
-    span_s: float
     host: HostSample
     gpus: tuple[GpuSample, ...]
 
@@ -90,9 +89,7 @@ class Telemetry:
 
     def sample(self) -> None:
         """One look, now."""
-        now = time.time()
-        before = self._samples[-1].at_s if self._samples else now
-        look = Sample(now, now - before, self._host.sample(), tuple(self._gpus.sample(i) for i in self._indices))
+        look = Sample(time.time(), self._host.sample(), tuple(self._gpus.sample(i) for i in self._indices))
         self._samples.append(look)
 
     def stop(self) -> None:
@@ -177,14 +174,16 @@ def write(samples: Sequence[Sample], path: Path) -> None:
 
 def _power_w(samples: Sequence[Sample], begin_s: float, end_s: float) -> float:
     """Mean power of all GPUs between two times, as far as the looks reach: by each GPU's own energy counter where it
-    tells, else by power times time."""
+    tells at every look, else by power times time."""
+    samples = sorted(samples, key=lambda sample: sample.at_s)
     at_s = np.array([sample.at_s for sample in samples])
     counters = np.array([[gpu.energy_j for gpu in sample.gpus] for sample in samples])
     looked = np.array([[gpu.power_w for gpu in sample.gpus] for sample in samples])
     begin_s, end_s = max(begin_s, at_s[0]), min(end_s, at_s[-1])
     if end_s <= begin_s:
         return float(looked.mean(axis=0).sum())
-    summed = np.cumsum(looked * np.array([[0.0], *([sample.span_s] for sample in samples[1:])]), axis=0)
-    drawn_j = np.where(counters[-1] > counters[0], counters - counters[0], summed).sum(axis=1)
+    summed = np.cumsum(looked * np.diff(at_s, prepend=at_s[0])[:, None], axis=0)
+    told = (counters > 0).all(axis=0) & (np.diff(counters, axis=0) >= 0).all(axis=0) & (counters[-1] > counters[0])
+    drawn_j = np.where(told, counters - counters[0], summed).sum(axis=1)
     begun_j, ended_j = np.interp([begin_s, end_s], at_s, drawn_j)
     return float((ended_j - begun_j) / (end_s - begin_s))

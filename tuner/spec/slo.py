@@ -82,14 +82,17 @@ def bound_responses(slos: Iterable[Slo], window_s: float) -> bool:
     )
 
 
+def is_metric(name: str) -> bool:
+    """Whether ``name`` is a latency statistic (``tpot_p95``) or ``error_rate``."""
+    return name == "error_rate" or bool(_NAME.match(name))
+
+
 def check_metric(name: str) -> str:
-    """``name`` if it names a latency statistic (``tpot_p95``) or ``error_rate``; else raises ``ValueError``."""
-    if name != "error_rate":
-        match = _NAME.match(name)
-        if not match:
-            raise ValueError(
-                f"unknown metric {name!r}: write {', '.join(LATENCIES)} with _p50, _p99, _mean ..., or error_rate"
-            )
+    """``name`` if it :func:`is_metric`; else raises ``ValueError``."""
+    if not is_metric(name):
+        raise ValueError(
+            f"unknown metric {name!r}: write {', '.join(LATENCIES)} with _p50, _p99, _mean ..., or error_rate"
+        )
     return name
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tuner.space.config import ServingConfig
-from tuner.spec.slo import Slo
+from tuner.spec.slo import Slo, is_metric
 from tuner.study.outcome import Infeasible, Step
 
 Range = tuple[float, float, float]  # middle, low, high
@@ -50,12 +50,14 @@ class Launched:
 
 
 def margin(step: Step, slos: Sequence[Slo]) -> float:
-    """How far the worst SLO is missed: ``log(value / limit)``, negative where all hold. A step that missed an SLO (or
-    ended early for it) is never better than +5 %, a saturated one is as far off as can be."""
+    """How far the worst of ``slos`` is missed: ``log(value / limit)``, negative where all hold. A step that missed one
+    of them (or ended early for it) is never better than +5 %, a saturated one is as far off as can be."""
     if step.saturated:
         return FAR
     worst = min(max((slo.gap(step.metrics) for slo in slos), default=-FAR), FAR)
-    return max(worst, 0.05 if step.slo_misses else -FAR)
+    said, ours = {miss.partition(" ")[0] for miss in step.slo_misses}, {slo.metric for slo in slos}
+    missed = any(word in ours or not is_metric(word) for word in said)  # what names no metric is of all
+    return max(worst, 0.05 if missed else -FAR)
 
 
 def pooled(margins: Sequence[float], slo: Slo) -> float:

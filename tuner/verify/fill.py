@@ -21,11 +21,9 @@ def unfilled(study: Study, steps: Iterable[Step], load: float) -> str:
     """
     if not study.trace.file or study.engine.kind == "function":  # nothing was replayed
         return ""
-    known = [
-        (abs(math.log(step.load / load)), step.metrics["e2e_mean_s"])
-        for step in steps
-        if not step.untrusted and 0 < step.metrics.get("e2e_mean_s", math.nan) < math.inf
-    ]
+    usable = [s for s in steps if not s.untrusted and 0 < s.metrics.get("e2e_mean_s", math.nan) < math.inf]
+    usable = [s for s in usable if s.ok] or usable  # beyond its capacity responses last as long as the queue grows
+    known = [(abs(math.log(step.load / load)), step.metrics["e2e_mean_s"]) for step in usable]
     far = max(math.log(REACH), min((away for away, _ in known), default=0.0))
     mean_s = fmean(near) if (near := [mean_s for away, mean_s in known if away <= far]) else 0.0
     window_s = study.trace.window_s - study.load.warmup_s

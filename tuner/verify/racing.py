@@ -12,6 +12,8 @@ from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
 from tuner.words import figure
 
+UNKNOWN = math.log(2)  # standard error of a log value of which nothing is known
+
 
 def should_stop(
     steps: Sequence[Step],
@@ -77,8 +79,11 @@ def log_error(point: Point, axis: str, spread: float) -> float:
 
 def _inside(value: float, interval: Interval | None) -> float:
     """Standard error of a log value by its 95 % interval. Where that has no upper end (a percentile of few requests),
-    the whole lower half counts as one: it is itself of a handful of requests, and often short by chance."""
-    if interval is None or not 0 < interval[0] <= interval[1]:
+    the whole lower half counts as one: it is itself of a handful of requests, and often short by chance. Where it says
+    nothing of the lower half either, :data:`UNKNOWN`."""
+    if interval is None:
         return 0.0
     low, high = interval
-    return math.log(high / low) / (2 * 1.96) if math.isfinite(high) else math.log(value / low)
+    if low > 0 and math.isfinite(high):
+        return math.log(high / low) / (2 * 1.96)
+    return math.log(value / low) if 0 < low < value else UNKNOWN
