@@ -148,6 +148,8 @@ READ = {
               num_experts_per_tok=2, shared_intermediate_size=0, attn_type_list=[0, 0, 0, 0, 0, 0, 0, 1] * 10),
         456.0, 10 * 2 * 8 * 128 * 2),
     "Phi-4": (sized("phi3", 5120, 40, 40, 10, 17920, 100352, sliding_window=None), 14.66, 204800),
+    "Phi-4-mini": (sized("phi3", 3072, 32, 24, 8, 8192, 200064, sliding_window=262144, full_attn_mod=1,
+                         interpolate_factor=1, tie_word_embeddings=True), 3.84, 131072),
     "Nemotron-4-15B": (sized("nemotron", 6144, 32, 48, 8, 24576, 256000, hidden_act="relu2"), 15.6, 131072),
     "AFM-4.5B": (sized("arcee", 2560, 36, 20, 4, 18432, 128004, hidden_act="relu2"), 4.62, 73728),
     "Falcon-40B": (sized("falcon", 8192, 60, 128, 0, 0, 65024, ffn_hidden_size=32768, num_kv_heads=8,
@@ -226,6 +228,7 @@ MIXED = {
     "experts without a gate": sized("nemotron", 2048, 4, 16, 2, 5120, 151936, num_experts=8, num_experts_per_tok=2),
     "Mamba-2": {"model_type": "mamba2", "hidden_size": 4096, "num_hidden_layers": 64, "state_size": 128},
     "Phi-4-mini-flash": sized("phi4flash", 2560, 32, 40, 20, 10240, 200064, mb_per_layer=2),
+    "full attention in every other layer": sized("phi3", 3072, 32, 24, 8, 8192, 200064, full_attn_mod=2),
     "an encoder": sized("camembert", 768, 12, 12, 12, 3072, 32005, type_vocab_size=1),
 }  # fmt: skip
 

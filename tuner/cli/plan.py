@@ -100,6 +100,7 @@ def _cost(ready: Any, allowed: list[Any]) -> dict[str, Any]:
     """What a launch takes, and how many of them, hours and USD the study does; None where nobody can know."""
     from statistics import fmean
 
+    from tuner.executor.cluster import price_of
     from tuner.study import session
     from tuner.study.budget import for_search
     from tuner.study.price import per_hour
@@ -116,14 +117,15 @@ def _cost(ready: Any, allowed: list[Any]) -> dict[str, Any]:
     steps = LOADS * len(ready.traffic.heldout) - len(ladder)  # that a launch of verification has more
     verify_s = launch_s + steps * (session.step_seconds(ready) + tail_s)
     side = _side_by_side(study, fmean(max(config.gpus, 1) for config in configs))
-    rate = fmean(per_hour(config, study.objective) for config in configs) / 3600
+    rate = fmean(per_hour(config, study.objective, price_of(study, config)) for config in configs) / 3600
     wall_s, gpu_s = (budget.hours or math.inf) * 3600, (budget.usd or math.inf) / rate
     most, share = budget.launches or math.inf, 1 - budget.verify_share
     searched = min(wall_s * side / launch_s, gpu_s / launch_s) * share
     searched, verified = max(1, min(searched, for_search(budget) if budget.launches else math.inf)), 0.0
     if budget.verify_share and ready.traffic.heldout:
         wall_left, gpu_left = wall_s - searched * launch_s / side, gpu_s - searched * launch_s
-        verified = max(0.0, min(most - searched, wall_left / verify_s, gpu_left / verify_s))
+        verified = min(most - searched, wall_left / verify_s, gpu_left / verify_s)
+        verified = verified if verified >= 2 else 0.0  # the default's and a finalist's
     hours = (searched * launch_s / side + verified * verify_s) / 3600
     usd = (searched * launch_s + verified * verify_s) * rate
     return dict(zip(names, (launch_s, verify_s, round(searched + verified), hours, usd), strict=True))

@@ -12,6 +12,7 @@ from typing import Any
 
 from tuner.errors import EnvironmentFault
 from tuner.search import hardware
+from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 
 TYPE = "accelerator_type:"  # Ray's own resource for the type of a node's accelerator
@@ -134,6 +135,11 @@ def price(study: Study, device: str) -> float:
         return objective.price_usd_per_gpu_hour
     row = hardware.lookup(device)
     return row.price_usd_per_hour if row and row.kind == "gpu" else objective.price_usd_per_gpu_hour
+
+
+def price_of(study: Study, config: ServingConfig) -> float:
+    """USD per GPU-hour on the type of GPU that ``config`` names, else on the study's own."""
+    return price(study, hardware.device_of(config.gpu) or study.hardware.name)
 
 
 def named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:

@@ -168,10 +168,10 @@ def _promise(
 
 
 def _node(noted: Mapping[str, Any]) -> dict[str, str]:
-    """The GPU that a trial ran on and, where that was another machine than the tuner's, its driver: the fingerprint of
-    its record is of the tuner's machine and of the study's GPU."""
-    on = {"gpu": device_of(str(noted["device"]))} if noted.get("device") else {}
-    return on | ({"driver": str(noted.get("driver") or "")} if noted.get("node") else {})
+    """GPU and driver of a trial that ran on another machine: the fingerprint of its record is of the tuner's own."""
+    if not noted.get("node"):
+        return {}
+    return {"gpu": device_of(str(noted.get("device") or "")), "driver": str(noted.get("driver") or "")}
 
 
 def _about(

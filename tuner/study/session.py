@@ -18,6 +18,7 @@ from tuner.engines import build
 from tuner.engines.protocol import Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
+from tuner.executor.cluster import price_of
 from tuner.search.hardware import device_of
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
@@ -68,7 +69,8 @@ class Prepared:
         noted["emulated"] = self.engine.emulated
         with suppress(LaunchFailed):
             noted["model_folder"] = served(config) if served else config.model
-        noted["fingerprint"] = self.fingerprint(str(noted.get("model_folder") or config.model)).to_dict()
+        model = str(noted.get("model_folder") or config.model)
+        noted["fingerprint"] = self.fingerprint(model, config.gpu).to_dict()
         return noted | self.predicted(config)
 
     def predicted(self, config: ServingConfig) -> dict[str, Any]:
@@ -78,8 +80,8 @@ class Prepared:
         ladder = self.study.load.ladder
         return {"predicted": {f"{load:g}": dict(self.predictor.predict(config, load).metrics) for load in ladder}}
 
-    def fingerprint(self, served: str) -> Fingerprint:
-        """On what this machine measures now; ``served`` is the model's folder or id."""
+    def fingerprint(self, served: str, wanted: str = "") -> Fingerprint:
+        """On what this machine measures now; ``served`` is the model's folder or id, ``wanted`` a type of GPU."""
         from tuner.verify.fingerprint import Fingerprint, driver, model_hash, trace_hash
 
         study = self.study
@@ -87,7 +89,7 @@ class Prepared:
             engine=study.engine.kind,
             engine_version=self.engine.version(),
             driver=driver(),
-            gpu=gpu_here(study) if study.executor.kind == "local" else study.hardware.name,
+            gpu=gpu_here(study, wanted) if study.executor.kind == "local" else study.hardware.name,
             model=Path(served).name,
             model_hash=model_hash(Path(served)),
             trace=Path(study.trace.file).name,
@@ -100,6 +102,8 @@ class Prepared:
         has, local = self.study.hardware.gpus, self.study.executor.kind == "local"  # a cluster may get a larger node
         if local and config.gpus > has:
             return f"it wants {config.gpus} GPUs, the study has {has}"
+        if local and config.gpu and device_of(config.gpu) != (here := gpu_here(self.study, config.gpu)):
+            return f"it wants a {device_of(config.gpu)}, servers here get a {here}"
         return self.unfit(config)
 
     def unfit(self, config: ServingConfig) -> str:
@@ -471,7 +475,7 @@ def launch_usd(ready: Prepared) -> float:
     """What a launch of the default costs, before one has shown it."""
     study = ready.study
     default = study.space.config(study.space.default(), study.model)
-    return launch_seconds(ready) / 3600 * per_hour(default, study.objective)
+    return launch_seconds(ready) / 3600 * per_hour(default, study.objective, price_of(study, default))
 
 
 def _earlier(study: Study, on_event: OnEvent) -> list[Earlier]:

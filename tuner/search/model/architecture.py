@@ -42,7 +42,7 @@ _DIFFER = re.compile(
 )
 # The same of layers that keep a state or a window, where no list says of every layer what it is.
 _STATES = re.compile(
-    r"mamba|(^|_)ssm|^conv_|lru_|recurrent|linear_attn_config|layer_group_size|full_attn_|global_attn_every"
+    r"mamba|(^|_)ssm|^conv_|lru_|recurrent|linear_attn_config|layer_group_size|full_attn_(?!mod$)|global_attn_every"
 )
 _FULL = ("full_attention", "attention", "indexed_attention", "1")  # MiniMax-Text-01 writes 1, and 0 for linear
 # Two matrices, where others have a gate too (modeling_<family>.py of transformers).
@@ -119,6 +119,8 @@ def _shape(config: Mapping[str, Any], name: str, where: str) -> ModelShape:
 def _attention(
     text: Mapping[str, Any], hidden: int, layers: int, heads: int, kv_heads: int, where: str
 ) -> tuple[Attention, ...]:
+    if int(text.get("full_attn_mod") or 1) != 1:  # Phi-4-mini's: of every so many layers one attends to everything
+        raise ValueError(f"full_attn_mod: {text['full_attn_mod']}")
     kinds = _layer_kinds(text, layers)
     if text.get("kv_lora_rank") and text.get("use_mla", True):
         if other := set(kinds) - {"full"}:
