@@ -229,6 +229,12 @@ def test_a_budget_in_usd_pays_the_gpus_that_launches_use(workplace: Path) -> Non
     assert many["usd"] == pytest.approx(10)
 
 
+def test_one_launch_verifies_nothing_and_is_not_planned(workplace: Path) -> None:
+    one, two = (planned(workplace, f"{{launches: {n}, verify_share: 0.5}}") for n in (2, 4))
+    assert (one["launches"], two["launches"]) == (1, 4)
+    assert one["hours"] == pytest.approx(one["launch_seconds"] / 3600)
+
+
 def test_a_plan_has_the_windows_of_verification_and_says_what_bounds_it(workplace: Path, capsys) -> None:
     data = planned(workplace, "{launches: 20, verify_share: 0.4}")
     assert data["verify_launch_seconds"] > data["launch_seconds"]

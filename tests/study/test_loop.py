@@ -19,6 +19,7 @@ from tuner.engines.sglang import SglangEngine
 from tuner.engines.vllm import VllmEngine
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
+from tuner.executor.cluster import price_of
 from tuner.record.place import place
 from tuner.spec import studyfile
 from tuner.spec.storage import sqlite_file
@@ -602,6 +603,19 @@ def test_a_fingerprint_names_the_gpu_that_servers_get_here(runner, monkeypatch, 
     study = runner.study()
     study = replace(study, engine=replace(study.engine, kind=kind), hardware=replace(study.hardware, name="cpu"))
     assert session.gpu_here(study, wanted) == gpu
+
+
+def test_a_type_of_gpu_that_is_not_here_is_not_launched_nor_charged_at_its_own_price(runner, monkeypatch):
+    here = SimpleNamespace(visible=lambda: (0,), name=lambda index: "NVIDIA H200")
+    monkeypatch.setattr(session, "Gpus", lambda: here)
+    study = runner.study()
+    priced = replace(study.objective, price_usd_per_gpu_hour=3.0, prices={"L40S": 1.0})
+    study = replace(study, engine=replace(study.engine, kind="vllm"), objective=priced)
+    ready = Prepared(study, FakeEngine(), workload.read(runner.study()), None, "none in this test")
+    plain = study.space.config(study.space.default(), "m")
+    assert ready.why_not(replace(plain, gpu="L40S")) == "it wants a L40S, servers here get a H200"
+    assert not ready.why_not(plain) and not ready.why_not(replace(plain, gpu="H200"))
+    assert (price_of(study, plain), price_of(study, replace(plain, gpu="L40S"))) == (3.0, 1.0)
 
 
 def test_what_ends_the_study_waits_for_what_still_runs_and_keeps_it(runner):
