@@ -137,9 +137,14 @@ def price(study: Study, device: str) -> float:
     return row.price_usd_per_hour if row and row.kind == "gpu" else objective.price_usd_per_gpu_hour
 
 
+def device(study: Study, wanted: str) -> str:
+    """The hardware table's name for the type of GPU that is ``wanted`` (empty: the study's own)."""
+    return hardware.device_of(wanted) or study.hardware.name
+
+
 def price_of(study: Study, config: ServingConfig) -> float:
     """USD per GPU-hour on the type of GPU that ``config`` names, else on the study's own."""
-    return price(study, hardware.device_of(config.gpu) or study.hardware.name)
+    return price(study, device(study, config.gpu))
 
 
 def named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:

@@ -16,7 +16,6 @@ from tuner.executor import cluster
 from tuner.executor.protocol import Ended, Job, Place, Rig
 from tuner.executor.stopwatch import Stopwatch
 from tuner.load.trace import Trace
-from tuner.search import hardware
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -99,8 +98,7 @@ class LocalExecutor:
 
     def _place(self, config: ServingConfig) -> Place:
         study = self._bench.study
-        device = hardware.device_of(config.gpu) or study.hardware.name
-        return Place("", device, cluster.price(study, device))
+        return Place("", cluster.device(study, config.gpu), cluster.price_of(study, config))
 
     def _bench_of(self, job: Job) -> Bench:
         gpu, study = job.config.gpu, self._bench.study

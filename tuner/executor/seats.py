@@ -13,7 +13,6 @@ from tuner.executor import cluster
 from tuner.executor.cluster import Node, Watch
 from tuner.executor.protocol import Job, Place
 from tuner.executor.seat import Kit, Seat
-from tuner.search import hardware
 
 LEAVE_S = 20.0  # a server takes that long to stop at most
 _GRANT_S = 0.5  # Ray grants free resources within that
@@ -156,7 +155,7 @@ class Seats:
     def _type(self, wanted: str) -> str:
         """Ray's word for the type of GPU that a job must get; empty where any will do."""
         types = {node.device: node.type for node in self._watch.nodes() if node.alive and node.gpus and node.type}
-        device = hardware.device_of(wanted) or self._study.hardware.name
+        device = cluster.device(self._study, wanted)
         if device in types:
             return types[device]
         if wanted or (len(types) > 1 and not self._emulated):

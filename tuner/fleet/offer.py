@@ -13,6 +13,7 @@ from pathlib import Path
 from scipy import stats
 
 from tuner.errors import NothingFeasible, UsageError
+from tuner.executor.cluster import device
 from tuner.fleet import measured
 from tuner.fleet.capacity import RATES, kept, proven
 from tuner.fleet.curve import Curve, Limit, curve, limits_of
@@ -30,9 +31,8 @@ from tuner.study.store import Store, TrialRecord
 from tuner.study.verifying import verification
 from tuner.verify.arm import Range
 from tuner.verify.fill import unfilled
-from tuner.verify.finalists import launch_spread
+from tuner.verify.finalists import launch_sd, launch_spread
 from tuner.verify.judge import Arm
-from tuner.verify.racing import LAUNCH_SPREAD
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,8 +163,7 @@ def _verified(
 def _searched(study: Study, trials: Sequence[TrialRecord], confidence: float) -> tuple[list[Offer], list[str]]:
     search = [t for t in trials if t.role == "search"]
     spread = launch_spread(trials)
-    learnt = spread.freedom >= 3
-    sd = math.sqrt(spread.variance) if learnt else LAUNCH_SPREAD
+    sd, learnt = launch_sd(spread)
     offers = []
     by_kind = sorted(search, key=lambda t: _kind(t.config))
     for _, group in itertools.groupby(by_kind, key=lambda t: _kind(t.config)):
@@ -209,7 +208,7 @@ def _offer(
     extra = max(0.0, 1 - cv**2) if math.isfinite(cv) else 0.0
     prompts, outputs = (per_request(steps, name) for name in ("prompt", "output"))
     default = baseline_of(trials)
-    hardware = device_of(config.gpu) or study.hardware.name
+    hardware = device(study, config.gpu)
     price = next((t.price for t in trials if t.config.hash == config.hash and t.price), None)
     short = unfilled(study, steps, max((s.load for s in steps if s.ok), default=steps[-1].load))
     return Offer(

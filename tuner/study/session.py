@@ -18,7 +18,7 @@ from tuner.engines import build
 from tuner.engines.protocol import Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
-from tuner.executor.cluster import price_of
+from tuner.executor.cluster import device, price_of
 from tuner.search.hardware import device_of
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
@@ -141,7 +141,7 @@ def gpu_here(study: Study, wanted: str = "") -> str:
     where there is none here, or nothing is launched on it."""
     gpus = Gpus()
     mine = () if study.engine.kind in ("emulator", "function", "attach") else gpus.visible()
-    return device_of(gpus.name(mine[0]) if mine else wanted) or study.hardware.name
+    return device(study, gpus.name(mine[0]) if mine else wanted)
 
 
 def _as_begun(study: Study) -> Study:

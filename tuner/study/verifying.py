@@ -15,11 +15,11 @@ from statistics import fmean
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.errors import UsageError
 from tuner.executor.build import executor
+from tuner.executor.cluster import device
 from tuner.executor.local import LocalExecutor
 from tuner.executor.protocol import Executor, Job, NodeLost, Place, Rig
 from tuner.load.trace import Trace
 from tuner.pareto.recommend import ablation
-from tuner.search.hardware import device_of
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study import budget
@@ -225,7 +225,7 @@ def _at_its_price(study: Study, promise: Promise) -> Study:
     """``study`` with the price of ``promise`` for the GPU that it names; as it is where the promise says none."""
     if promise.price is None:
         return study
-    prices = {device_of(promise.config.gpu) or study.hardware.name: promise.price}
+    prices = {device(study, promise.config.gpu): promise.price}
     return replace(study, objective=replace(study.objective, price_usd_per_gpu_hour=promise.price, prices=prices))
 
 

@@ -14,8 +14,8 @@ from tuner.errors import UsageError
 from tuner.pareto.front import COST, front, points, searched
 from tuner.spec.objective import Objective
 from tuner.study.store import TrialRecord
-from tuner.verify.finalists import launch_spread
-from tuner.verify.racing import LAUNCH_SPREAD, log_error
+from tuner.verify.finalists import launch_sd, launch_spread
+from tuner.verify.racing import log_error
 
 DOUBT = 0.025  # that a side is called cheaper and is not
 LATENCY_DOUBT = 0.005  # that the latency of any point of a study lies beyond its limit
@@ -69,13 +69,14 @@ class _Cloud:
     def of(cls, side: Side) -> _Cloud:
         found = [p for p in points(searched(side.trials), side.objective) if p.ok]
         latency = np.array([p.latency for p in found])
-        spread = _launches(side.trials, side.objective.latency_key)
-        reach = np.array([log_error(p, "latency", spread) for p in found]) * _z(LATENCY_DOUBT, len(found))
+        axes = (COST, side.objective.latency_key)
+        by_cost, by_latency = (launch_sd(launch_spread(side.trials, axis))[0] for axis in axes)
+        reach = np.array([log_error(p, "latency", by_latency) for p in found]) * _z(LATENCY_DOUBT, len(found))
         slowest = latency * np.exp(reach)
         on_front = {p.key for p in front(found)}
         return cls(
             np.log([p.cost for p in found]),
-            np.array([log_error(p, "cost", _launches(side.trials, COST)) for p in found]),
+            np.array([log_error(p, "cost", by_cost) for p in found]),
             latency,
             latency * np.exp(-reach),
             slowest,
@@ -143,12 +144,6 @@ def compare(first: Side, second: Side, *, most: int = 12) -> Comparison:
     return Comparison(
         first.name, second.name, tuple(levels), differences, _text(first, second, levels, differences), rows
     )
-
-
-def _launches(trials: Sequence[TrialRecord], metric: str) -> float:
-    """The standard deviation by which launches of one configuration differ in a log metric."""
-    seen = launch_spread(trials, metric)
-    return math.sqrt(seen.variance) if seen.freedom >= 3 else LAUNCH_SPREAD
 
 
 def _apart(latencies: Iterable[float], least: float = 1.01) -> list[float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.pareto.front import ASKED, COST, Point, points, searched
+from tuner.pareto.front import ASKED, ASSUMED, COST, Point, points, searched
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Measured
@@ -52,7 +52,7 @@ def shortlist(
     """
     found = [p for p in points(searched(trials), objective) if p.ok]
     spread = launch_spread(trials)
-    sd = math.sqrt(spread.variance) if spread.freedom >= 3 else LAUNCH_SPREAD
+    sd, learnt = launch_sd(spread)
     best: dict[str, Point] = {}
     for point in sorted(found, key=lambda p: (p.cost, p.latency, p.trial)):
         best.setdefault(point.config.hash, point)
@@ -75,7 +75,7 @@ def shortlist(
     chosen = tuple(finalist(p, f"trial {p.trial}", promise=share) for p, share in doubtful[:most])
     text = f"{len(doubtful)} of {len(others)} configurations may be the cheapest at {confidence * 100:g} %"
     text += f"; at most the first {most} are verified" if len(doubtful) > most else ""
-    text += "" if spread.freedom >= 3 else f" (assuming that launches differ by {LAUNCH_SPREAD * 100:g} %)"
+    text += "" if learnt else f" (assuming that launches differ by {LAUNCH_SPREAD * 100:g} %)"
     return Shortlist(chosen, baseline, len(doubtful), len(others), text + ".")
 
 
@@ -96,6 +96,13 @@ def may_be_best(
             break
         kept.append((found[i], float(shares[i])))
     return kept
+
+
+def launch_sd(spread: Spread) -> tuple[float, bool]:
+    """The standard deviation by which launches differ, and whether it was learnt: from too few repeats it is
+    :data:`LAUNCH_SPREAD`."""
+    learnt = spread.freedom >= ASSUMED
+    return (math.sqrt(spread.variance) if learnt else LAUNCH_SPREAD), learnt
 
 
 def launch_spread(trials: Sequence[TrialRecord], metric: str = COST) -> Spread:

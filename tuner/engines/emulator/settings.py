@@ -114,9 +114,7 @@ def resolve(
     """
     env = env or {}
     if str(flags.get("quantization") or "").removesuffix("_marlin") == shape.quant_method.removesuffix("_marlin"):
-        flags = {
-            name: value for name, value in flags.items() if name != "quantization"
-        }  # the checkpoint says so itself
+        flags = {name: value for name, value in flags.items() if name != "quantization"}  # it says so itself
     tp, pp, dp = (_int(flags, f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data"))
     big = gpu.memory_bytes >= 70 * GIB and "A100" not in gpu.name
     batched = 2048 * tp * pp if gpu.is_cpu else 16384 if gpu.memory_bytes >= 160 * GIB else 8192 if big else 2048
