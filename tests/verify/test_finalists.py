@@ -6,7 +6,9 @@ from tests.studies import objective, space, step
 from tuner.pareto.front import points
 from tuner.study.outcome import Measured
 from tuner.study.store import TrialRecord
-from tuner.verify.finalists import launch_spread, may_be_best, shortlist
+from tuner.verify.finalists import launch_sd, launch_spread, may_be_best, shortlist
+from tuner.verify.racing import LAUNCH_SPREAD
+from tuner.verify.repeats import Spread
 
 LADDER = (1.0, 2.0, 3.0)
 WANT = objective()
@@ -86,3 +88,8 @@ def test_a_point_measured_often_is_surer_of_its_place():
     often = [trial(i, 2048 if i % 2 else 4096, 1000 if i % 2 else 1100, spread=0.001) for i in range(18)]
     assert len(may_be_best(points(once, WANT), 0.05)) == 2
     assert len(may_be_best(points(often, WANT), 0.05)) == 1
+
+
+def test_what_launches_differ_by_is_assumed_until_repeats_tell():
+    assert launch_sd(Spread(0.01, 3.0)) == (pytest.approx(0.1), True)
+    assert launch_sd(Spread(0.01, 2.0)) == (LAUNCH_SPREAD, False)

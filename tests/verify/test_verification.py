@@ -15,7 +15,7 @@ from tuner.executor.protocol import NodeLost
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
-from tuner.verify.capacity import cost_at, margin_of_all, slope_below
+from tuner.verify.capacity import REACH, cost_at, margin_of_all, slope_below
 from tuner.verify.judge import Arm, Judgement, Table, judge
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification, figures
@@ -211,6 +211,22 @@ def test_a_bracket_begins_where_other_windows_arms_and_rounds_expect_it():
         own = factor[label.split(" ", 2)[2]]
         brackets = [load for name, load in tried[label] if load > 0.9 * capacities[name] * own]
         assert len(brackets) < len(before), "what is promised lower down is measured beside them"
+
+
+def test_a_window_far_above_the_promise_is_measured_at_it_though_another_was_as_low():
+    bench = Bench({"v0": 1.0, "v1": 1.0}, LATENCY)
+    capacities = {"heldout-0": 0.8, "heldout-1": 2.0, "heldout-2": 2.0}
+    tried: dict[str, list[tuple[str, float]]] = {}
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        yield Holds(lambda name: capacities[name], tried.setdefault(label, []))
+
+    bench.launch = launch
+    chosen = bench.verify("v1", launches=4, load=1.2).chosen
+    again = tried[f"verify 2 {chosen.label}"]
+    lowest = [min(load for name, load in again if name == window) for window in capacities]
+    assert max(lowest) <= REACH * min(lowest), "each window near the hardest one's load"
 
 
 def test_the_promised_latency_is_that_of_the_promised_load():
