@@ -8,6 +8,7 @@ from array import array
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.engines.conftest import LLAMA_8B, plan, trace
@@ -255,3 +256,23 @@ def test_undamaged_answers_agree_and_probabilities_are_probabilities() -> None:
 
 def test_coarser_quantization_is_stated_to_cost_more() -> None:
     assert 0 < STATED_KL["fp8"] < STATED_KL["w8a8"] < STATED_KL["awq"]
+
+
+@pytest.mark.parametrize("options", [{"clock": "virtual"}, {"time_scale": 4.0, "boot_scale": 0}])
+def test_what_came_before_a_window_is_in_the_cache_on_either_clock(
+    config: ServingConfig, site: Site, options: dict
+) -> None:
+    """Sixteen conversations, of which the first turn came before: 2,048 of 2,112 tokens were computed then."""
+    quiet = {"launch": 0.0, "step": 0.0, "stalls_per_s": 0.0, "stall_s": 0.0}
+    server = EmulatorEngine(**options, noise=quiet).launch(config, site)
+    first = trace(16, 4.0, 2048, 5)
+    blocks = replace(first, block_tokens=2048, block_ids=np.arange(16), block_offsets=np.arange(17))
+    second = replace(blocks, input_tokens=first.input_tokens + 64)
+    try:
+        cold = server.measure(plan(site, 1.0, second, seed=1))
+        warm = server.measure(plan(site, 1.001, replace(second, earlier=blocks), seed=1))
+    finally:
+        server.stop()
+    assert warm.metrics["measured_requests"] == cold.metrics["measured_requests"]
+    assert warm.metrics["ttft_p50_s"] < cold.metrics["ttft_p50_s"] / 2
+    assert not warm.untrusted

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 from tuner.errors import UsageError
 from tuner.load import prompts
-from tuner.load.sharing import shared_tokens, sharing
-from tuner.load.trace import Trace
+from tuner.load.sharing import recent, shared_tokens, sharing
+from tuner.load.trace import Trace, with_earlier
+from tuner.load.windows import cut
 
 
 def trace_of(requests: list[tuple[int, list[int]]], block_tokens: int = 16) -> Trace:
@@ -202,3 +204,34 @@ def test_a_model_that_is_not_there_or_says_nothing_is_a_usage_error(tmp_path):
         prompts.vocabulary("nobody/no-such-model")
     with pytest.raises(UsageError, match=r"tokenizer\.json"):
         prompts.load_tokenizer(tmp_path)
+
+
+requests_of_few_blocks = st.lists(lengths_and_blocks(8), min_size=2, max_size=12)
+
+
+@settings(deadline=None)
+@given(requests_of_few_blocks, st.integers(1, 11))
+def test_a_window_shares_with_what_came_before_it_what_the_whole_trace_shares_there(requests, first):
+    trace = trace_of(requests, block_tokens=8)
+    first = min(first, len(trace) - 1)
+    window = replace(cut(trace, first, len(trace)), earlier=cut(trace, 0, first))
+    assert shared_tokens(window).tolist() == shared_tokens(trace)[first:].tolist()
+    assert with_earlier(window).arrival_s.tolist() == trace.arrival_s.tolist()
+    assert with_earlier(window).until_s == trace.until_s
+
+
+@settings(deadline=None)
+@given(requests_of_few_blocks, st.integers(0, 300))
+def test_the_last_requests_that_a_cache_has_room_for_are_kept(requests, room):
+    """Counted anew from the prompts themselves: tokens that differ, and each response's."""
+    trace = trace_of(requests, block_tokens=8)
+    made = [tuple(ids.tolist()) for ids in prompts.token_ids(trace, 50_000, [], 1)]
+
+    def size(first: int) -> int:
+        beginnings = {ids[: k + 1] for ids in made[first:] for k in range(len(ids))}
+        return len(beginnings) + int(trace.output_tokens[first:].sum())
+
+    fits = [first for first in range(len(made)) if size(first) <= room]
+    kept = recent(trace, room)
+    assert (len(kept) if kept else 0) == (len(made) - fits[0] if fits else 0)
+    assert recent(trace, float("inf")).input_tokens.tolist() == trace.input_tokens.tolist()

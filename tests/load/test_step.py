@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from tests.load.replays import endpoint, plan, poisson, seconds, trace, undistur
 from tests.load.stub import stub
 from tests.measure.made import records, request
 from tuner.cli.app import app
+from tuner.engines.protocol import Cancelled
 from tuner.errors import Unreachable, UsageError
 from tuner.load.client import SENT
 from tuner.load.flight import Tower
 from tuner.load.probe import Found, unreachable
 from tuner.load.records import read
 from tuner.load.step import _Replay, judge, measure, prompt_seed
+from tuner.load.trace import Trace
 from tuner.load.tracefile import write
+from tuner.load.windows import cut
 from tuner.load.wire import Dialect, target
 from tuner.measure.metrics import metrics_from_records
 from tuner.spec.slo import parse
@@ -263,3 +267,56 @@ def test_records_that_do_not_say_of_which_step_they_are_are_one_line(tmp_path):
     facts = {name: value for name, value in records_.meta.items() if name != "stopped"}
     with pytest.raises(UsageError, match="does not say which load step"):
         judge(replace(records_, meta=facts), (), (0.5,))
+
+
+def conversation(turns: int) -> Trace:
+    """One, of which each prompt is the one before and a block more; thirty turns a second."""
+    ids = [block for turn in range(turns) for block in range(turn + 1)]
+    made = trace(np.arange(turns) / 30)
+    offsets = np.cumsum([0, *range(1, turns + 1)])
+    return replace(
+        made, input_tokens=16 * np.arange(1, turns + 1), block_tokens=16, block_ids=np.array(ids), block_offsets=offsets
+    )
+
+
+def after(earlier: int, turns: int = 60) -> Trace:
+    whole = conversation(turns)
+    return replace(cut(whole, earlier, turns), earlier=cut(whole, 0, earlier))
+
+
+def test_what_came_before_is_sent_first_a_token_each_and_not_measured(tmp_path):
+    log = tmp_path / "log"
+    with stub(first_s=0.02, gap_s=0.0, log=str(log)) as (_, url):
+        asked = plan(tmp_path, after(40))
+        step = measure(endpoint(url), asked)
+    _, *sent = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["body"]["max_tokens"] for line in sent] == [1] * 40 + [10] * 20
+    assert sorted(len(line["prompt"]) for line in sent[:40]) == [16 * (turn + 1) for turn in range(40)]
+    longest = max((line["prompt"] for line in sent[:40]), key=len)
+    assert sent[40]["prompt"][:640] == longest and len(sent[40]["prompt"]) == 656
+    assert len(read(asked.records)) == 20 == step.metrics["measured_requests"] + step.metrics["cut_requests"]
+    assert seconds(asked.records, "sent_ns")[0] < 0.2
+    assert (step.metrics["fill_requests"], step.metrics["fill_failures"]) == (40, 0)
+    assert step.metrics["fill_s"] > 0.02
+    shares = [1 - 1 / (turn + 1) for turn in range(40, 60)]
+    tokens = np.arange(41, 61)
+    assert step.metrics["trace_prefix_share"] == pytest.approx((shares * tokens).sum() / tokens.sum())
+
+
+def test_a_cache_that_could_not_be_filled_is_no_measurement(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0, fail_every=8) as (_, url):
+        step = measure(endpoint(url), plan(tmp_path, after(40)))
+    assert "5 of the 40 prompts failed that were to fill the prefix cache" in step.untrusted
+
+
+def test_filling_a_cache_ends_when_it_is_cancelled_and_when_the_server_dies(tmp_path):
+    told = threading.Event()
+    asked = plan(tmp_path, after(40), on_event=lambda name, data: told.set() if name == "phase" else None)
+    with stub(first_s=30.0) as (_, url):
+        threading.Thread(target=lambda: (told.wait(), asked.cancel.set())).start()
+        with pytest.raises(Cancelled):
+            measure(endpoint(url), asked)
+        assert not asked.records.exists()
+        step = measure(endpoint(url), plan(tmp_path, after(40)), alive=lambda: False)
+    assert step.stopped_early == "the server died"
+    assert step.metrics["fill_failures"] == 40

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,16 @@ def test_the_same_prompts_again_are_found_out(vllm, tmp_path):
     assert any("seen these prompts before" in reason for reason in again.untrusted)
     other = measure(vllm, plan(tmp_path, trace, seed=6))
     assert not any("prompts" in reason for reason in other.untrusted)
+
+
+def test_a_cache_that_was_filled_holds_what_came_before(vllm, tmp_path):
+    """Each group's prefix is found at its first request too, to the block."""
+    trace = shared_prefixes()
+    window = replace(windows.cut(trace, 24, 48), earlier=windows.cut(trace, 0, 24))
+    step = measure(vllm, plan(tmp_path, window, request_timeout_s=120.0, window="filled"))
+    truth = shared_tokens(window, engine_block_tokens=BLOCK).sum() / window.input_tokens.sum()
+    alone = shared_tokens(replace(window, earlier=None), engine_block_tokens=BLOCK).sum() / window.input_tokens.sum()
+    assert step.metrics["server_prefix_hit_rate"] == pytest.approx(truth, abs=0.005) and truth > alone + 0.05
+    assert step.metrics["client_output_tokens"] == step.metrics["server_output_tokens"]
+    assert (step.metrics["fill_requests"], step.metrics["fill_failures"]) == (24, 0)
+    assert not [reason for reason in step.untrusted if "server" in reason or "prefix" in reason]

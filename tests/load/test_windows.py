@@ -163,3 +163,35 @@ def test_a_split_without_windows_of_each_kind_is_refused(search, held_out):
 def test_a_silent_part_of_a_trace_split_by_time_is_refused_with_the_way_out():
     with pytest.raises(UsageError, match="split by count"):
         split(trace_of([0.0, 1.0, 99.0, 100.0]), search=2, held_out=2, by="time")
+
+
+@given(arrivals, st.integers(1, 3), st.integers(1, 3), st.floats(1e-3, 1e5))
+def test_what_came_before_a_window_is_kept_with_it_and_no_window_lacks_any(times, search, held_out, earlier_s):
+    trace = trace_of(times)
+    left = np.count_nonzero(trace.arrival_s >= earlier_s)
+    assume(left >= search + held_out)
+    found = split(trace, search=search, held_out=held_out, earlier_s=earlier_s, max_requests=3)
+    of_kind = {"search": iter(found.search), "held-out": iter(found.held_out)}
+    for window in found.windows:
+        assert window.start_s >= earlier_s
+        since = np.searchsorted(trace.arrival_s, window.start_s - earlier_s)
+        part = next(of_kind[window.kind])
+        assert members(part) == list(range(window.first + 1, window.stop + 1))
+        before = members(part.earlier) if part.earlier else []
+        assert before == list(range(since + 1, window.first + 1))
+        assert part.earlier is None or part.earlier.block_ids.tolist() == [
+            i for k in range(since, window.first) for i in trace.block_ids[slice(*trace.block_offsets[k : k + 2])]
+        ]
+    assert sum(window.stop - window.first for window in found.windows) <= left
+
+
+def test_only_what_begins_where_a_window_began_has_what_came_before_it():
+    [window], *_ = split(trace_of([0.0, 1.0, 2.0, 3.0, 4.0, 5.0]), earlier_s=2.0).search, None
+    assert members(window) == [3, 4] and members(window.earlier) == [1, 2]
+    assert members(cut_time(window, 0.0, 0.5).earlier) == [1, 2]
+    assert cut(window, 1, 2).earlier is None
+
+
+def test_a_trace_that_is_over_before_there_is_enough_to_come_before_a_window_is_refused():
+    with pytest.raises(UsageError, match="has no 2 windows after its first 5 s"):
+        split(trace_of([0.0, 1.0, 5.0]), earlier_s=5.0)

@@ -106,6 +106,7 @@ def test_changing_the_budget_leaves_a_study_comparable_and_changing_the_ladder_d
         (("ttft_p99", "ttfp_p99"), 5, "unknown metric"),
         (("file: trace.csv", "file: trac.csv"), 6, "did you mean 'trace.csv'"),  # missing trace
         (("window: 10s", "window: soon"), 6, "bad duration"),
+        (("window: 10s", "fill_cache: -1s"), 6, "trace.fill_cache: bad duration"),
         (("[1, 2, 4]", "[4, 2, 1]"), 7, "rising list"),  # a ladder goes up
         (("[1, 2, 4]", "[-1, 2]"), 7, "rising list"),
         (("[1, 2, 4]", "[1, x]"), 7, "load.ladder.1: input"),

@@ -1,6 +1,7 @@
 """The loop: what is launched, what is told, and what survives."""
 
 import contextlib
+import json
 import math
 import threading
 import time
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -20,13 +22,16 @@ from tuner.engines.vllm import VllmEngine
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
 from tuner.executor.cluster import price_of
+from tuner.load import windows
+from tuner.load.trace import Trace
 from tuner.record.place import place
+from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
 from tuner.spec.storage import sqlite_file
 from tuner.spec.study import Budget, ExecutorSpec
 from tuner.study import budget, queue, session, verifying, workload
-from tuner.study.evaluate import Bench, evaluate
-from tuner.study.outcome import Aborted, Infeasible, Measured
+from tuner.study.evaluate import Bench, evaluate, to_fill
+from tuner.study.outcome import Aborted, Boot, Infeasible, Measured
 from tuner.study.session import Prepared
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.promise import Promise
@@ -838,3 +843,33 @@ def test_the_ledger_is_in_the_study_folder_whatever_that_is_called(runner, odd):
     mlflow = place(runner.study(), {})
     assert sqlite_file(mlflow.uri) == folder.parent / "mlflow.db"
     assert place(replace(runner.study(), tracking_uri=mlflow.uri), {}).uri == mlflow.uri
+
+
+def test_a_cache_is_filled_as_far_as_the_servers_room_goes_and_where_it_keeps_prefixes(tmp_path):
+    n = 12
+    columns = (np.arange(float(n)), np.full(n, 90), np.full(n, 10), 30, np.arange(3 * n), 3 * np.arange(n + 1))
+    before = Trace("t", *columns)
+    window = replace(windows.cut(before, 0, 2), earlier=before)
+    room = Boot(facts={"kv_cache_tokens": 450.0})
+
+    def filled(flags, boot=room):
+        earlier = to_fill(window, ServingConfig("m", {}, flags), boot)
+        return earlier and earlier.block_ids[0] // 3  # the first that is kept
+
+    assert filled({}) == n - 4
+    assert filled({"data-parallel-size": 2}) == n - 9
+    assert filled({}, Boot()) == 0
+    assert filled({}, Boot(facts={"kv_cache_tokens": 50.0})) is None
+    assert filled({"no-enable-prefix-caching": None}) is filled({"disable-radix-cache": None}) is None
+    assert to_fill(windows.cut(before, 0, 2), ServingConfig("m", {}, {}), room) is None
+
+
+def test_each_step_of_a_study_fills_the_cache_with_what_came_before_its_window(runner):
+    seen = {}
+    rows = [{"arrival_s": i / 10, "input_tokens": 64, "output_tokens": 5, "block_tokens": 32, "block_ids": [0, i + 1]}
+            for i in range(1200)]  # fmt: skip
+    (runner.folder / "filled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    engine = FakeEngine(during=lambda config, plan: seen.setdefault(plan.load, plan.trace))
+    runner.run(engine, replace={"trace.csv, ": "filled.jsonl, fill_cache: 1s, "})
+    assert len(seen) > 1
+    assert {len(trace.earlier) for trace in seen.values()} == {10}

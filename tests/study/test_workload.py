@@ -160,7 +160,7 @@ def test_counts_of_a_few_requests_are_not_called_uneven(workplace):
     assert not [note for note in found.notes if note.startswith("uneven")]
 
 
-def of_turns(folder, window, ladder="[1, 2, 4]", seconds=300):
+def of_turns(folder, window, ladder="[1, 2, 4]", seconds=300, fill="0s"):
     """The workload of a trace of conversations, one a second and of four turns, each ten seconds after the last."""
     turns = sorted((begin + 10 * turn, begin, turn) for begin in range(-30, seconds) for turn in range(4))
     rows = [
@@ -170,28 +170,30 @@ def of_turns(folder, window, ladder="[1, 2, 4]", seconds=300):
         if 0 <= at < seconds
     ]  # fmt: skip
     write(folder, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
-    text = GOOD.replace("trace.csv, window: 10s", f"trace.jsonl, window: {window}, heldout_windows: 1")
+    text = GOOD.replace(
+        "trace.csv, window: 10s", f"trace.jsonl, window: {window}, heldout_windows: 1, fill_cache: {fill}"
+    )
     return workload.read(studyfile.load(write(folder, text.replace("[1, 2, 4]", ladder).replace("ttft_p", "tpot_p"))))
 
 
-def test_prefixes_that_a_step_does_not_find_are_said_with_a_window_that_has_them(workplace):
+def test_prefixes_that_a_step_does_not_find_are_said_with_what_brings_them(workplace):
     """They were in the turn before, ten seconds earlier: of the first turns in a step, before it began."""
     [note] = of_turns(workplace, "15s").notes
     said = re.match(
         r"colder: of the trace's prompt tokens 58 % begin an earlier prompt too, of those that a step measures "
-        r"(\d+) to (\d+) % at load 1 to 4, because each step fills the prefix cache anew. "
-        r"With trace.window: (\d+)s it is (\d+) %$",
+        r"(\d+) to (\d+) % at load 1 to 4, because the prefix cache is filled anew by each step. "
+        r"With trace.fill_cache: (\d+)s it is (\d+) %$",
         note,
     )
     assert said
-    least, most, window_s, within = map(int, said.groups())
-    assert least < 58 * workload.NEAR <= within < most
-    assert not of_turns(workplace, f"{window_s}s").notes
+    least, _, fill_s, within = map(int, said.groups())
+    assert least < 58 * workload.NEAR <= within
+    assert not of_turns(workplace, "15s", fill=f"{fill_s}s").notes
 
 
-def test_where_no_window_has_a_traces_prefixes_a_longer_trace_is_asked_for(workplace):
-    [note] = of_turns(workplace, "6s", "[1, 6]", seconds=80).notes
-    assert note.endswith("is longer than the trace fills at load 6: take a longer trace or fewer windows")
+def test_where_nothing_brings_a_traces_prefixes_a_longer_trace_is_asked_for(workplace):
+    [note] = [n for n in of_turns(workplace, "6s", "[1, 2]", seconds=19).notes if n.startswith("colder")]
+    assert note.endswith("is filled anew by each step. A longer trace would tell more")
 
 
 def test_prefixes_that_every_step_finds_again_are_nothing_to_say(workplace):
@@ -211,3 +213,18 @@ def test_a_function_may_ignore_a_trace_that_nobody_replays(workplace):
         workload.read(replayed)
     function = replace(replayed, engine=replace(replayed.engine, kind="function"))
     assert not [note for note in workload.read(function).notes if note.startswith("uneven")]
+
+
+def test_filling_a_cache_from_a_trace_that_shares_nothing_is_refused_by_its_line(workplace):
+    text = GOOD.replace("window: 10s", "window: 10s, fill_cache: 20s")
+    with pytest.raises(UsageError, match=r"study\.yaml:6: trace\.fill_cache changes nothing"):
+        workload.read(studyfile.load(write(workplace, text)))
+
+
+def test_every_step_of_every_window_has_what_came_before_it(workplace):
+    found = of_turns(workplace, "15s", fill="20s")
+    for window in (*found.search, *found.heldout):
+        assert len(window.earlier) > 50
+        for load in (1.0, 4.0):
+            assert workload.at_load(window, load, 15.0).earlier is window.earlier
+    assert all(window.earlier is None for window in of_turns(workplace, "15s").search)

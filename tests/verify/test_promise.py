@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -126,10 +127,14 @@ def test_a_fingerprint_names_what_changed_and_not_the_date():
 def test_the_trace_hash_sees_another_arrival():
     assert trace_hash(WINDOWS) == trace_hash(WINDOWS)
     assert trace_hash(WINDOWS) != trace_hash(WINDOWS[::-1])
-    import dataclasses
-
     moved = dataclasses.replace(WINDOWS[0], arrival_s=np.asarray(WINDOWS[0].arrival_s) + 0.001)
     assert trace_hash([moved]) != trace_hash(WINDOWS[:1])
+
+
+def test_the_trace_hash_sees_what_fills_the_cache_before_a_window():
+    filled = dataclasses.replace(WINDOWS[0], earlier=WINDOWS[1])
+    other = dataclasses.replace(WINDOWS[0], earlier=WINDOWS[2])
+    assert len({trace_hash([window]) for window in (WINDOWS[0], filled, other)}) == 3
 
 
 def test_the_model_hash_sees_another_quantization_and_another_size(tmp_path):

@@ -124,7 +124,8 @@ def describe(ready: Any) -> dict[str, Any]:
             f"lowest USD per million output tokens ({price_words(study.objective, study.hardware.gpus)}) against "
             f"{study.objective.latency}, with {', '.join(map(str, study.objective.slos))}"
         ),
-        "step_seconds": f"{step_seconds(ready):.0f} s and its tail",
+        "step_seconds": f"{step_seconds(ready):.0f} s and its tail"
+        + (f", after the prompts of the {study.trace.fill_cache_s:g} s before it" if study.trace.fill_cache_s else ""),
         "budget": ", ".join(f"{value:g} {key}" for key, value in limits.items() if value) or "none",
         "parameters": [
             {"name": p.name, "values": list(p.values), "default": p.default, "trades": p.trades}

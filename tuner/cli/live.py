@@ -133,12 +133,13 @@ class View:
     def _on_step(self, trial: Trial, data: Any) -> None:
         place = f"{data['index']}/{data['of']} " if data["of"] else ""
         phase = f"replaying {place}at load {figure(data['load'])}"
-        self.running.get(trial, {}).update(phase=phase)
+        self.running.get(trial, {}).update(phase=phase, step=phase)
         if self.plain:
             self.say(f"[{trial}] {phase}")
 
     def _on_progress(self, trial: Trial, data: Any) -> None:
-        self.running.get(trial, {}).update(progress=data)
+        state = self.running.get(trial, {})
+        state.update(progress=data, phase=state.get("step", state.get("phase")))  # what came before it is over
 
     def _on_measured(self, trial: Trial, data: Any) -> None:
         if self.plain:

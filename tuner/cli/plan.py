@@ -161,6 +161,7 @@ def _effort(study: Any, data: dict[str, Any]) -> str:
         f"About {data['launch_seconds'] / 60:.1f} minutes a launch{later}; "
         f"{about(count, budget.launches)} {count} {launches}, {about(data['hours'], budget.hours)} "
         f"{data['hours']:.1f} h, {about(data['usd'], budget.usd)} {data['usd']:.2f} USD."
+        + (" Filling the prefix cache before each step comes on top." if study.trace.fill_cache_s else "")
     )
 
 

@@ -126,7 +126,7 @@ def launch(recipe: Recipe, site: Site) -> HttpServer:
 def _warming(plan: StepPlan, seconds: float, folder: Path) -> StepPlan:
     """The first ``seconds`` of ``plan``, with prompts of their own and short answers; nothing is judged or kept."""
     few = cut_time(plan.trace, 0.0, max(seconds * plan.load, float(plan.trace.arrival_s[0]) + 1e-3))
-    few = replace(few, output_tokens=np.minimum(few.output_tokens, _WARM_TOKENS))
+    few = replace(few, output_tokens=np.minimum(few.output_tokens, _WARM_TOKENS), earlier=None)
     quiet = replace(plan, trace=few, window=f"{plan.window}/warming", slos=(), records=folder / "records.parquet")
     return replace(quiet, warmup_s=0.0, early_stop=False, on_event=lambda _name, _data: None)
 

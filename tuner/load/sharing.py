@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tuner.load.prompts import mix64
-from tuner.load.trace import Trace
+from tuner.load.trace import Trace, with_earlier
+from tuner.load.windows import cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +37,29 @@ def sharing(trace: Trace) -> Sharing:
 
 
 def shared_tokens(trace: Trace, *, engine_block_tokens: int = 1) -> np.ndarray:
-    """(n,) int64: of each prompt, the leading tokens that an earlier request's prompt also begins with.
+    """(n,) int64: of each prompt, the leading tokens that an earlier request's prompt also begins with (one of
+    ``trace.earlier``, too).
 
     With ``engine_block_tokens`` (vLLM: 16) what an engine that caches whole blocks can find: whole blocks only, and
     never the whole prompt, since the last token must be computed to get an answer.
     """
-    tokens, _ = _shared(trace)
+    tokens = _shared(with_earlier(trace))[0][-len(trace) :]
     if engine_block_tokens > 1:
         most = np.minimum(tokens, np.maximum(trace.input_tokens - 1, 0))
         tokens = most // engine_block_tokens * engine_block_tokens
     return tokens
+
+
+def recent(trace: Trace, tokens: float) -> Trace | None:
+    """The last requests of ``trace`` whose prompts and responses fit into a cache of so many tokens (None: not one),
+    what prompts share counted once: what lies further back, a cache that forgets what was used longest ago has lost."""
+    counts = np.diff(trace.block_offsets)[::-1]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    ids = trace.block_ids[np.repeat(trace.block_offsets[:-1][::-1] - offsets[:-1], counts) + np.arange(offsets[-1])]
+    backwards = replace(trace, input_tokens=trace.input_tokens[::-1], block_ids=ids, block_offsets=offsets)
+    new = backwards.input_tokens - _shared(backwards)[0] + trace.output_tokens[::-1]
+    kept = int(np.count_nonzero(np.cumsum(new) <= tokens))
+    return cut(trace, len(trace) - kept, len(trace)) if kept else None
 
 
 def _shared(trace: Trace) -> tuple[np.ndarray, np.ndarray]:

@@ -7,9 +7,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from tuner.load.prompts import token_ids
 from tuner.load.records import Record, Records, RecordWriter, read
 from tuner.load.shards import Fleet, Job, shard_count
 from tuner.load.sharing import shared_tokens
+from tuner.load.trace import Trace, with_earlier
 from tuner.load.windows import warp
 from tuner.load.wire import Writer, target
 from tuner.measure.early import QueueWatch, SloWatch
@@ -32,6 +33,7 @@ _PROGRESS_S = 0.5
 _ALIVE_S = 0.5
 _EARLY_S = 1.0
 _FEW = 16  # prompts are made so many at once
+FILLING = 32  # earlier prompts under way at once
 
 TOLD = 200  # characters of an error
 CLIENT_DIED = "a client process died"
@@ -50,6 +52,9 @@ def measure(
 
     The open loop sends every request at its intended time; ``concurrency`` above 0 asks for a closed loop instead (the
     metrics then hold ``closed_loop_concurrency``). ``shards`` overrides how many client processes send.
+
+    The prompts of ``plan.trace.earlier`` are sent first, one token each, as fast as the server takes them; nothing of
+    them is measured.
 
     ``alive`` is asked twice a second whether the server still lives. When it does not, the replay ends, its open
     requests are errors, and the Step is returned: what a dead server means is the engine's to say.
@@ -73,6 +78,7 @@ class _Replay:
     concurrency: int
     shards: int | None
     stopped: str = ""
+    filled: Mapping[str, float] = field(default_factory=dict)
 
     def run(self) -> Step:
         plan, trace = self.plan, self.plan.trace
@@ -81,7 +87,15 @@ class _Replay:
         offsets_ns = np.round(offsets_s * 1e9).astype(np.int64)
         shards = min(self.shards or shard_count(offsets_s, trace.output_tokens), len(trace))
         shards = min(shards, self.concurrency) if self.concurrency else shards
-        job = Job(where, offsets_ns.tolist(), self._requests(shards), plan.request_timeout_s, shards, self.concurrency)
+        requests = self._requests(shards)
+        wanted, first = trace.output_tokens.tolist(), len(trace.earlier or ())
+        if first:
+            self.filled = self._fill(requests)
+
+        def request(i: int) -> bytes:
+            return requests(first + i, wanted[i])
+
+        job = Job(where, offsets_ns.tolist(), request, plan.request_timeout_s, shards, self.concurrency)
         warmup_ns = int(plan.warmup_s * 1e9)
         writer = RecordWriter(plan.records)
         early = plan.early_stop and not self.concurrency
@@ -121,21 +135,44 @@ class _Replay:
             raise Cancelled("the replay was cancelled")
         return judge(read(plan.records), plan.slos, plan.quantiles)
 
-    def _requests(self, shards: int) -> Callable[[int], bytes]:
-        """Request i's bytes."""
-        plan, trace, found = self.plan, self.plan.trace, self.found
+    def _fill(self, requests: Callable[[int, int], bytes]) -> dict[str, float]:
+        """Sends the earlier prompts in order; how many, how many of them failed, and how long it took. A server that
+        dies of it is found dead by the replay."""
+        plan, earlier = self.plan, cast(Trace, self.plan.trace.earlier)
+        plan.on_event("phase", {"name": "filling the prefix cache"})
+        served, began_s, next_s = 0, time.monotonic(), {"alive": 0.0}
+        n, where = len(earlier), target(self.endpoint.url)
+
+        def done(record: Record) -> None:
+            nonlocal served
+            served += not record.error
+
+        job = Job(where, [0] * n, lambda i: requests(i, 1), plan.request_timeout_s, concurrency=min(n, FILLING))
+        with Fleet(job) as fleet:
+            counting, ones = self.found.dialect.counting, np.ones(n, dtype=np.int64)
+            tower = Tower(fleet.epoch_ns, counting, earlier.input_tokens, ones, 0, done, 1)
+            while (events := fleet.events(0.1)) is not None:
+                tower.take(events)
+                if plan.cancel.is_set():
+                    raise Cancelled("the replay was cancelled")
+                if _due(next_s, "alive", time.monotonic() - began_s, _ALIVE_S) and not self.alive():
+                    break
+        return {"fill_requests": n, "fill_failures": n - served, "fill_s": time.monotonic() - began_s}
+
+    def _requests(self, shards: int) -> Callable[[int, int], bytes]:
+        """The bytes of the i-th request, the earlier ones counted, which asks for so many tokens."""
+        plan, trace, found = self.plan, with_earlier(self.plan.trace), self.found
         where, forced = target(self.endpoint.url), plan.output == "forced"
         request = Writer(where, found.dialect, self.endpoint.api_key, plan.sampling, forced).request
-        wanted = trace.output_tokens.tolist()
         if trace.texts is not None:
             texts = trace.texts
-            return lambda i: request(texts[i], wanted[i])
+            return lambda i, wanted: request(texts[i], wanted)
         prompts = token_ids(trace, found.vocab_size, found.special_ids, prompt_seed(plan))
         if found.dialect.prompt == "ids":
             few = lru_cache(2 * shards)(lambda k: prompts[_FEW * k : _FEW * (k + 1)])
-            return lambda i: request(few(i // _FEW)[i % _FEW].tolist(), wanted[i])
+            return lambda i, wanted: request(few(i // _FEW)[i % _FEW].tolist(), wanted)
         text = _texts(self.endpoint.tokenizer)
-        return lambda i: request(text(prompts[i].tolist()), wanted[i])
+        return lambda i, wanted: request(text(prompts[i].tolist()), wanted)
 
     def _follow(self, fleet: Fleet, tower: Tower, watch: Watch, span_s: float) -> None:
         """Takes the events until the last; stops the fleet when there is a reason to."""
@@ -169,7 +206,7 @@ class _Replay:
 
     def _meta(self, epoch_unix_s: float, tower: Tower, shards: int, server: Mapping[str, float]) -> dict[str, Any]:
         plan, dialect = self.plan, self.found.dialect
-        client: dict[str, float] = {**tower.facts(), "shards": shards}
+        client: dict[str, float] = {**tower.facts(), **self.filled, "shards": shards}
         if plan.trace.texts is None:  # what no prefix cache can exceed that has not seen these prompts before
             sent = slice(0, tower.sent)  # they leave in order
             shared = int(shared_tokens(plan.trace)[sent].sum())

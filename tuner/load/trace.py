@@ -19,7 +19,8 @@ class Trace:
     the request's own. Ids are not negative. No prefixes are known where ``block_tokens`` is 0 (then ``block_ids`` is
     empty and ``block_offsets`` all zero, shape (n + 1,)). ``texts`` holds the prompts where the file had them, else
     None. ``lasts_s`` is when the next request of what it was cut from comes, or where it was cut before that (NaN: none
-    is known to follow; 0: it ends with its last request).
+    is known to follow; 0: it ends with its last request). ``earlier`` is what came before it there, as far as a replay
+    is to fill the server's prefix cache with it (None: not at all).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Trace:
     block_offsets: np.ndarray
     texts: tuple[str, ...] | None = None
     lasts_s: float = math.nan
+    earlier: Trace | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -42,6 +44,24 @@ class Trace:
             return self.lasts_s
         last_s = float(self.arrival_s[-1])
         return last_s + (last_s - float(self.arrival_s[0])) / max(len(self) - 1, 1)
+
+
+def with_earlier(trace: Trace) -> Trace:
+    """``trace.earlier`` and ``trace`` as one; ``trace`` itself where there is none."""
+    before = trace.earlier
+    if before is None:
+        return trace
+    columns = ("input_tokens", "output_tokens", "block_ids")
+    offsets = (before.block_offsets, before.block_offsets[-1] + trace.block_offsets[1:])
+    return replace(
+        trace,
+        arrival_s=np.concatenate([before.arrival_s, before.until_s + trace.arrival_s]),
+        **{name: np.concatenate([getattr(before, name), getattr(trace, name)]) for name in columns},
+        block_offsets=np.concatenate(offsets),
+        texts=None if before.texts is None or trace.texts is None else before.texts + trace.texts,
+        lasts_s=before.until_s + trace.lasts_s,
+        earlier=None,
+    )
 
 
 def with_lengths(trace: Trace, input_tokens: np.ndarray, output_tokens: np.ndarray, block_tokens: int = 0) -> Trace:

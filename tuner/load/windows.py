@@ -75,6 +75,7 @@ def cut(trace: Trace, first: int, stop: int, *, name: str | None = None) -> Trac
         block_offsets=blocks - blocks[0],
         texts=None if trace.texts is None else trace.texts[first:stop],
         lasts_s=next_s - float(arrival_s[0]),
+        earlier=None if first else trace.earlier,
     )
 
 
@@ -105,13 +106,15 @@ def split(
     by: Literal["count", "time"] = "count",
     max_requests: int | None = None,
     max_seconds: float | None = None,
+    earlier_s: float = 0.0,
 ) -> Split:
     """Splits ``trace`` into ``search`` + ``held_out`` contiguous windows of which no two share a request.
 
     The trace is divided into equal parts (of requests, or of time with ``by="time"``); each part gives one window,
     which starts with the part and is limited to ``max_requests`` requests and to ``max_seconds`` from its first
     arrival (exclusive). Kinds are spread evenly over the trace, so that a drift over the day meets both, and a search
-    window comes first.
+    window comes first. Where ``earlier_s`` is above 0, the first so many seconds are in no part, and each window has
+    what came in so many seconds before it as ``earlier``, other windows' requests too.
     Raises UsageError unless there is at least one window of each kind and a request for every window, and where a
     window is to last no time.
     """
@@ -122,7 +125,13 @@ def split(
     if max_seconds is not None and not max_seconds > 0:
         raise UsageError(f"{max_seconds:g} s is no window's length", fix="Give seconds above 0")
     parts = search + held_out
-    edges = _edges(trace, parts, by)
+    begin = int(np.searchsorted(trace.arrival_s, earlier_s, side="left")) if earlier_s > 0 else 0
+    if begin and begin > len(trace) - parts:
+        raise UsageError(
+            f"trace {trace.name} has no {parts} windows after its first {earlier_s:g} s",
+            fix="Take a longer trace, or less before each window",
+        )
+    edges = _edges(trace, parts, by, begin)
     kinds = _spread(search, held_out)
     windows: list[Window] = []
     for kind, first, edge in zip(kinds, edges[:-1], edges[1:], strict=True):
@@ -140,20 +149,23 @@ def split(
     for window in windows:
         of_kind = traces[window.kind]
         part = cut(trace, window.first, window.stop, name=f"{trace.name}/{window.kind}-{len(of_kind)}")
+        if earlier_s > 0:
+            before = int(np.searchsorted(trace.arrival_s, window.start_s - earlier_s, side="left"))
+            part = replace(part, earlier=cut(trace, before, window.first) if before < window.first else None)
         of_kind.append(part if max_seconds is None else _ending(part, max_seconds))
     return Split(tuple(traces["search"]), tuple(traces["held-out"]), tuple(windows))
 
 
-def _edges(trace: Trace, parts: int, by: str) -> list[int]:
-    """parts + 1 request numbers, never decreasing, from 0 to n."""
+def _edges(trace: Trace, parts: int, by: str, begin: int) -> list[int]:
+    """parts + 1 request numbers, never decreasing, from ``begin`` to n."""
     n = len(trace)
     if by == "count":
-        return [n * k // parts for k in range(parts + 1)]
+        return [begin + (n - begin) * k // parts for k in range(parts + 1)]
     if by != "time":
         raise UsageError(f"cannot split by {by!r}", fix="Use count or time")
-    last_s = float(trace.arrival_s[-1]) if n else 0.0
-    inner = np.searchsorted(trace.arrival_s, [last_s * (k / parts) for k in range(1, parts)], side="left")
-    return [0, *(int(edge) for edge in inner), n]
+    first_s, last_s = (float(trace.arrival_s[begin]) if begin else 0.0, float(trace.arrival_s[-1])) if n else (0.0, 0.0)
+    times = [first_s + (last_s - first_s) * (k / parts) for k in range(1, parts)]
+    return [begin, *(int(edge) for edge in np.searchsorted(trace.arrival_s, times, side="left")), n]
 
 
 def _spread(search: int, held_out: int) -> list[Kind]:

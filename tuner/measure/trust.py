@@ -51,6 +51,9 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
         reasons.append("a client process died, and with it what it knew of its requests: see the lines above")
     if metrics.get("client_fell_behind", 0.0):
         reasons.append("the client could not keep up with what it received, and ended the step: give it more cores")
+    unfilled, wanted = metrics.get("fill_failures", 0.0), metrics.get("fill_requests", 0.0)
+    if unfilled > TOKENS_OFF * wanted:
+        reasons.append(f"{unfilled:,.0f} of the {wanted:,.0f} prompts failed that were to fill the prefix cache")
     core_share = metrics.get("client_cpu_share", 0.0)
     if core_share > CORE_SHARE:
         reasons.append(f"a client process used {core_share:.0%} of a core, at most {CORE_SHARE:.0%} is allowed")

@@ -33,7 +33,8 @@ class TraceSpec:
     """The trace file and how it is cut into windows.
 
     ``search_windows`` windows for the search and ``heldout_windows`` that it never sees; one load step replays
-    ``window_s`` seconds from one of them, whatever the load.
+    ``window_s`` seconds from one of them, whatever the load. Before each step the prompts of ``fill_cache_s`` seconds
+    of the trace before its window are sent, so that the prefix cache holds what it would hold then.
     """
 
     file: str
@@ -44,6 +45,7 @@ class TraceSpec:
     max_input_tokens: int | None = None
     max_output_tokens: int | None = None
     output: str = "forced"
+    fill_cache_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,6 +214,7 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
         spec.max_input_tokens,
         spec.max_output_tokens,
         spec.output,
+        _seconds(spec.fill_cache, document, ("trace", "fill_cache"), zero=True),
     )
 
 

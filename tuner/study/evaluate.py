@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent, Server, Site, StepPlan, Teardown
+from tuner.load.sharing import recent
 from tuner.load.trace import Trace
+from tuner.search.model.settings import caches_prefixes, ranks
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Step, Untrusted
+from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
 from tuner.study.price import priced
 from tuner.study.workload import at_load
 
@@ -115,6 +118,7 @@ def measure(
     """
     study = bench.study
     trace = at_load(window, load, study.trace.window_s)
+    trace = replace(trace, earlier=to_fill(trace, config, server.boot))
     if not study.planned_ends:
         trace = replace(trace, lasts_s=0.0)
     for attempt in ("", "-again"):
@@ -137,6 +141,15 @@ def measure(
         if not step.untrusted:
             break
     return step
+
+
+def to_fill(trace: Trace, config: ServingConfig, boot: Boot) -> Trace | None:
+    """Of what came before ``trace`` the last that the server's caches have room for (all of it, where its log did not
+    say how much that is); nothing where it caches no prefixes."""
+    if trace.earlier is None or not caches_prefixes(config.flags):
+        return None
+    room = boot.facts.get("kv_cache_tokens", math.inf) * ranks(config.flags)
+    return recent(trace.earlier, room)
 
 
 def _seed(*parts: object) -> int:

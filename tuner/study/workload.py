@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ UNEVEN = 2.0  # by how many times a window's rate may be off the trace's unsaid
 STEADIER = "Take a longer trace.window or a steadier part of the trace"
 SHARED = 0.05  # share of a trace's prompt tokens that earlier prompts begin with too: below, caches change little
 NEAR = 0.8  # of that share, within a step
+FILLS_S = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # of the trace before a window, which are tried for more
 FLAT = 0.25  # a load that is higher by 2 has at least 2 ** FLAT times the requests per second
 
 
@@ -75,12 +77,19 @@ def _read(study: Study) -> Workload:
     if cut:
         notes.append(f"{cut} requests cut to what the study or the model takes")
     notes += texts_lost(given, trace)
+    if spec.fill_cache_s and not len(trace.block_ids):
+        raise UsageError(
+            "trace.fill_cache changes nothing: the trace does not say which prompts begin alike",
+            where=place(study, "trace", "fill_cache"),
+            fix="Leave it out, or take a trace with prefixes (docs/traces.md)",
+        )
     top = max(study.load.ladder)
     parts = windows.split(
         trace,
         search=spec.search_windows,
         held_out=max(1, spec.heldout_windows),
         max_seconds=spec.window_s * top * BEYOND,
+        earlier_s=spec.fill_cache_s,
     )
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
     shortest_s = min(_lasts_s(trace, window) for window in parts.windows)
@@ -165,41 +174,46 @@ def _uneven(study: Study, traffic: Workload) -> list[str]:
 
 
 def _colder(study: Study, traffic: Workload) -> list[str]:
-    """Where less of the prompts is shared within a step than in the trace: no step's prompts were sent before, so each
-    has to fill the cache anew."""
-    usual, warmup_s = sharing(traffic.whole).token_share, study.load.warmup_s
+    """Where less of the prompts is shared with those before them in a step than in the trace: what was not sent before
+    is not in the cache."""
+    usual, filled_s = sharing(traffic.whole).token_share, study.trace.fill_cache_s
     if usual < SHARED:
         return []
     loads = [1.0] if study.load.auto else [load for load in study.load.ladder if load <= traffic.fills]
     loads = loads or [min(study.load.ladder)]
-    split = windows.split(traffic.whole, search=len(traffic.search), held_out=len(traffic.heldout))
-    parts = (*split.search, *split.held_out)
 
-    def share(window_s: float, load: float) -> float:
-        shared = tokens = 0
-        for step in (at_load(part, load, window_s) for part in parts):
-            counted = step.arrival_s >= warmup_s * load
-            shared += int(shared_tokens(step)[counted].sum())
-            tokens += int(step.input_tokens[counted].sum())
-        return shared / max(tokens, 1)
+    def shares(fill_s: float) -> list[float]:
+        parts = windows.split(
+            traffic.whole, search=len(traffic.search), held_out=len(traffic.heldout), earlier_s=fill_s
+        )
+        return [_share(study, (*parts.search, *parts.held_out), load) for load in loads]
 
-    shares = [share(study.trace.window_s, load) for load in loads]
-    within, window_s, enough = min(shares), study.trace.window_s, NEAR * usual
-    if within >= enough:
+    measured, enough = shares(filled_s), NEAR * usual
+    if min(measured) >= enough:
         return []
-    longest_s = min(float(part.arrival_s[-1]) for part in parts) / loads[-1]
-    while within < enough and (longer_s := float(f"{window_s * 1.5:.2g}")) <= longest_s:
-        window_s, within = longer_s, min(share(longer_s, load) for load in loads)
-    fix = f"With trace.window: {window_s:g}s it is {within * 100:.0f} %"
-    if within < enough:
-        fix = f"A window that comes near is longer than the trace fills at load {loads[-1]:g}"
-        fix += ": take a longer trace or fewer windows"
-    shown, at = sorted({min(shares), max(shares)}), sorted({loads[0], loads[-1]})
+    fix, best = "A longer trace would tell more", max(min(measured), NEAR * enough)
+    for fill_s in (f for f in FILLS_S if filled_s < f < float(traffic.whole.arrival_s[-1]) / 2):
+        if (within := min(shares(fill_s))) > best:
+            fix, best = f"With trace.fill_cache: {fill_s}s it is {within * 100:.0f} %", within
+        if within >= enough:
+            break
+    shown, at = sorted({min(measured), max(measured)}), sorted({loads[0], loads[-1]})
+    since = f"holds the {filled_s:g} s before the step" if filled_s else "is filled anew by each step"
     return [
         f"colder: of the trace's prompt tokens {usual * 100:.0f} % begin an earlier prompt too, of those that a step "
         f"measures {' to '.join(f'{share * 100:.0f}' for share in shown)} % at load "
-        f"{' to '.join(f'{load:g}' for load in at)}, because each step fills the prefix cache anew. {fix}"
+        f"{' to '.join(f'{load:g}' for load in at)}, because the prefix cache {since}. {fix}"
     ]
+
+
+def _share(study: Study, parts: Sequence[Trace], load: float) -> float:
+    """Of the prompt tokens that steps at ``load`` measure on ``parts``, those that an earlier prompt begins with."""
+    shared = tokens = 0
+    for step in (at_load(part, load, study.trace.window_s) for part in parts):
+        counted = step.arrival_s >= study.load.warmup_s * load
+        shared += int(shared_tokens(step)[counted].sum())
+        tokens += int(step.input_tokens[counted].sum())
+    return shared / max(tokens, 1)
 
 
 def _beyond_chance(rate: float, usual: float, lasts_s: float) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from tuner.load.trace import Trace
+from tuner.load.trace import Trace, with_earlier
 
 Run = Callable[[Sequence[str]], str]
 
@@ -48,9 +48,10 @@ class Fingerprint:
 
 
 def trace_hash(windows: Sequence[Trace]) -> str:
-    """Twelve hex digits over arrivals, lengths and prefixes of ``windows``, in order."""
+    """Twelve hex digits over arrivals, lengths and prefixes of ``windows`` (and of what fills the cache before them),
+    in order."""
     digest = hashlib.sha256()
-    for window in windows:
+    for window in map(with_earlier, windows):
         for column in (window.arrival_s, window.input_tokens, window.output_tokens, window.block_ids):
             digest.update(column.tobytes())
     return digest.hexdigest()[:12]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tuner.engines.emulator.assemble import assemble
@@ -21,6 +22,8 @@ from tuner.engines.emulator.simulator import OutOfMemoryUnderLoad, Served, Simul
 from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
 from tuner.engines.vllmlog import DIALECT
 from tuner.load.records import Record, write
+from tuner.load.step import FILLING
+from tuner.load.trace import Trace
 from tuner.load.windows import warp
 from tuner.server.bootlog import BootLog
 from tuner.server.diagnosis import Evidence, diagnose
@@ -60,30 +63,47 @@ class VirtualServer:
         """See the protocol. Equal seeds give equal records."""
         if plan.cancel.is_set():
             raise Cancelled("the replay was cancelled")
-        trace, size = plan.trace, self._simulator.settings.block_size
+        trace = plan.trace
         self._step += 1
         rng = random.Random(f"{plan.seed}-{plan.load}-{plan.window}")
-        offsets = warp(trace.arrival_s, plan.load).tolist()
-        works = []
-        for index, offset in enumerate(offsets):
-            ids = trace.block_ids[trace.block_offsets[index] : trace.block_offsets[index + 1]].tolist()
-            tokens, wanted = int(trace.input_tokens[index]), int(trace.output_tokens[index])
-            if plan.output == "free":
-                wanted = min(wanted, 1 + int(rng.lognormvariate(4.6, 0.8)))
-            keys = prefix_keys(ids, trace.block_tokens, tokens, size, salt=self._step)
-            works.append(Work(self._now_s + offset, tokens, wanted, keys))
+        wanted = trace.output_tokens.tolist()
+        if plan.output == "free":
+            wanted = [min(tokens, 1 + int(rng.lognormvariate(4.6, 0.8))) for tokens in wanted]
         try:
-            served = self._simulator.run(works)
+            if trace.earlier is not None:
+                self._fill(trace.earlier)
+            served = self._simulator.run(self._works(trace, warp(trace.arrival_s, plan.load).tolist(), wanted))
         except OutOfMemoryUnderLoad as error:
             text = f"torch.OutOfMemoryError: {error}"
             raise LaunchFailed(diagnose(Evidence(log=text, exit_code=1, phase="load", stage="under load"))) from None
         base_s = self._now_s
         records = [_record(i, one, base_s, plan) for i, one in enumerate(served)]
-        self._now_s = max([one.tokens_s[-1] for one in served], default=base_s) + 1.0
+        self._rest(served)
         write(plan.records, records, _meta(plan))
         if plan.cancel.is_set():
             raise Cancelled("the replay was cancelled")
         return step_from_records(plan)
+
+    def _fill(self, earlier: Trace) -> None:
+        """Serves the prompts of ``earlier``, a token each: as many at once as the client has under way, in order."""
+        works = self._works(earlier, [0.0] * len(earlier), [1] * len(earlier))
+        for first in range(0, len(works), FILLING):
+            some = [replace(work, arrival_s=self._now_s) for work in works[first : first + FILLING]]
+            self._rest(self._simulator.run(some))
+
+    def _works(self, trace: Trace, offsets_s: list[float], wanted: list[int]) -> list[Work]:
+        """The requests of ``trace``, so long after now, with prompts that only this step has."""
+        size, works = self._simulator.settings.block_size, []
+        for index, (offset_s, tokens) in enumerate(zip(offsets_s, wanted, strict=True)):
+            ids = trace.block_ids[trace.block_offsets[index] : trace.block_offsets[index + 1]].tolist()
+            prompt = int(trace.input_tokens[index])
+            keys = prefix_keys(ids, trace.block_tokens, prompt, size, salt=self._step)
+            works.append(Work(self._now_s + offset_s, prompt, tokens, keys))
+        return works
+
+    def _rest(self, served: list[Served]) -> None:
+        """A second after the last token of ``served`` it goes on."""
+        self._now_s = max([one.tokens_s[-1] for one in served if one.tokens_s], default=self._now_s) + 1.0
 
     def stop(self) -> Teardown:
         """See the protocol; there is nothing to stop."""
@@ -115,8 +135,6 @@ def launch_virtual(
 
 
 def _with_boot(outcome: Any, boot: BootTimes) -> Any:
-    from dataclasses import replace
-
     return replace(outcome, boot=boot)
 
 

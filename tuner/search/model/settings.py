@@ -71,13 +71,23 @@ class Settings:
         return self.tp * self.pp * self.dp
 
 
+def ranks(flags: Mapping[str, Value | None]) -> int:
+    """Data-parallel ranks; each has a KV cache of its own."""
+    return _int(flags, 1, "data-parallel-size", "dp-size", "dp")
+
+
+def caches_prefixes(flags: Mapping[str, Value | None]) -> bool:
+    """Whether the KV of prompts is kept for later ones that begin alike."""
+    return _switch(flags, "prefix-caching", True) and "disable-radix-cache" not in flags
+
+
 def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str = "vllm") -> Settings:
     """The settings of ``config``. A flag whose value cannot be read counts as absent: the server, not the model,
     judges it."""
     flags = config.flags
     tp = _int(flags, 1, "tensor-parallel-size", "tp-size", "tp")
     pp = _int(flags, 1, "pipeline-parallel-size", "pp-size", "pp")
-    dp = _int(flags, 1, "data-parallel-size", "dp-size", "dp")
+    dp = ranks(flags)
     speculation = _speculation(flags)
     tokens, seqs = batch_defaults(hardware, tp * pp, engine)
     if engine == "sglang" and speculation:
@@ -104,7 +114,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
         ),
         kv_bytes=kv_bytes,
         chunked_prefill=chunked,
-        prefix_caching=_switch(flags, "prefix-caching", True) and "disable-radix-cache" not in flags,
+        prefix_caching=caches_prefixes(flags),
         eager="enforce-eager" in flags or "disable-cuda-graph" in flags,
         max_model_len=model_len,
         precision=precision_of(config, shape),

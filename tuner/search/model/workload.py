@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.load.trace import Trace
+from tuner.load.trace import Trace, with_earlier
 
 _REQUESTS = 512  # enough for a p99 of the waiting times; more would cost time in every prediction
 _DISTANCES = np.geomspace(1e3, 1e9, 25)  # tokens; bucket edges of the reuse distances
@@ -40,7 +40,8 @@ class Workload:
             arrival = arrival * ((len(arrival) - 1) / rate / arrival[-1])
         count = len(arrival)
         span = float(arrival[-1]) * count / max(count - 1, 1) if count > 1 else 1.0
-        reused = _reuse(trace)
+        reused = _reuse(with_earlier(trace))
+        reused = reused[-n:] if reused is not None else None
         return cls(
             arrival,
             np.asarray(trace.input_tokens[part], float),
