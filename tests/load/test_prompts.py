@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tuner.errors import UsageError
 from tuner.load import prompts
-from tuner.load.sharing import recent, shared_tokens, sharing
+from tuner.load.sharing import recent, shared_tokens, sharing, to_fill_s
 from tuner.load.trace import Trace, with_earlier
 from tuner.load.windows import cut
 
@@ -235,3 +235,29 @@ def test_the_last_requests_that_a_cache_has_room_for_are_kept(requests, room):
     kept = recent(trace, room)
     assert (len(kept) if kept else 0) == (len(made) - fits[0] if fits else 0)
     assert recent(trace, float("inf")).input_tokens.tolist() == trace.input_tokens.tolist()
+
+
+def turns(every_s: float, blocks: int = 4, seconds: int = 400) -> Trace:
+    """Two requests a second, each of which goes on with the prompt of so many seconds ago, of so many blocks."""
+    apart = round(2 * every_s)
+    trace = trace_of([(16 * blocks + 16, [*(1000 * (i % apart) + k for k in range(blocks)), 10**6 + i])
+                      for i in range(2 * seconds)])  # fmt: skip
+    return replace(trace, arrival_s=trace.arrival_s / 2)
+
+
+def test_what_is_sent_before_a_window_holds_what_its_prompts_begin_with():
+    assert to_fill_s(turns(25.0), warmup_s=5.0) == 30
+    assert to_fill_s(turns(31.0), warmup_s=5.0) == 60
+    assert to_fill_s(turns(25.0), warmup_s=25.0) == 0  # the warm-up has sent it
+    assert to_fill_s(turns(1.0), warmup_s=5.0) == 0  # a system prompt
+    assert to_fill_s(trace_of([(160, [1]), *((160, [1, k]) for k in range(2, 400))]), warmup_s=0.0) == 10
+    assert to_fill_s(trace_of([(400, [1]), *((400, [1, k]) for k in range(2, 400))]), warmup_s=0.0) == 0  # too little
+
+
+def test_a_trace_keeps_three_quarters_of_its_time_and_of_its_requests_for_windows():
+    assert to_fill_s(turns(200.0), warmup_s=5.0) == 60  # of 400 s
+    early = turns(25.0)
+    late = replace(early, arrival_s=np.where(early.arrival_s < 160, early.arrival_s / 40, early.arrival_s))
+    assert to_fill_s(late, warmup_s=5.0) == 0 < to_fill_s(early, warmup_s=5.0)  # two fifths came in four seconds
+    assert to_fill_s(trace_of([(16, [1])]), warmup_s=5.0) == 0
+    assert to_fill_s(trace_of([(16, [])] * 9), warmup_s=5.0) == 0

@@ -864,12 +864,35 @@ def test_a_cache_is_filled_as_far_as_the_servers_room_goes_and_where_it_keeps_pr
     assert to_fill(windows.cut(before, 0, 2), ServingConfig("m", {}, {}), room) is None
 
 
-def test_each_step_of_a_study_fills_the_cache_with_what_came_before_its_window(runner):
+def shared(folder, seconds=160):
+    """A trace of ten requests a second, each of which goes on with the prompt of twenty seconds ago."""
+    rows = [{"arrival_s": i / 10, "input_tokens": 64, "output_tokens": 5, "block_tokens": 32, "block_ids": [i % 200, i]}
+            for i in range(10 * seconds)]  # fmt: skip
+    (folder / "shared.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"trace.csv, ": "shared.jsonl, "}
+
+
+@pytest.mark.parametrize(("said", "before"), [({}, 14), ({"window: 10s": "window: 10s, fill_cache: 1s"}, 10)])
+def test_each_step_of_a_study_fills_the_cache_with_what_came_before_its_window(runner, said, before):
+    """Thirty seconds of it by themselves, of which the server has room for fourteen requests."""
     seen = {}
-    rows = [{"arrival_s": i / 10, "input_tokens": 64, "output_tokens": 5, "block_tokens": 32, "block_ids": [0, i + 1]}
-            for i in range(1200)]  # fmt: skip
-    (runner.folder / "filled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     engine = FakeEngine(during=lambda config, plan: seen.setdefault(plan.load, plan.trace))
-    runner.run(engine, replace={"trace.csv, ": "filled.jsonl, fill_cache: 1s, "})
+    runner.run(engine, replace=shared(runner.folder) | said)
     assert len(seen) > 1
-    assert {len(trace.earlier) for trace in seen.values()} == {10}
+    assert {len(trace.earlier) for trace in seen.values()} == {before}
+
+
+def test_a_study_that_earlier_versions_began_fills_no_cache(runner):
+    trace = shared(runner.folder)
+    runner.run(replace=trace | {"launches: 6": "launches: 1"})
+
+    def filled():
+        """By the study's file, and by its folder."""
+        studies = runner.study(replace=trace), studyfile.load(runner.store.folder)
+        return {session.prepare(study, launching=False).traffic.fill_s for study in studies}
+
+    assert filled() == {30.0}
+    document = yaml.safe_load(runner.store.study_file.read_text())
+    assert document["frozen"].pop("fills_cache")
+    runner.store.study_file.write_text(yaml.safe_dump(document, sort_keys=False))
+    assert filled() == {0.0}

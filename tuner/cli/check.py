@@ -125,7 +125,7 @@ def describe(ready: Any) -> dict[str, Any]:
             f"{study.objective.latency}, with {', '.join(map(str, study.objective.slos))}"
         ),
         "step_seconds": f"{step_seconds(ready):.0f} s and its tail"
-        + (f", after the prompts of the {study.trace.fill_cache_s:g} s before it" if study.trace.fill_cache_s else ""),
+        + (f", after the prompts of the {ready.traffic.fill_s:g} s before it" if ready.traffic.fill_s else ""),
         "budget": ", ".join(f"{value:g} {key}" for key, value in limits.items() if value) or "none",
         "parameters": [
             {"name": p.name, "values": list(p.values), "default": p.default, "trades": p.trades}

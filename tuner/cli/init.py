@@ -34,7 +34,7 @@ trace:
   window: 60s # how long one load step is replayed
   search_windows: 1
   heldout_windows: 3 # never seen by the search; the recommendation is measured on them
-  # fill_cache: 2min # where prompts share prefixes: so much of the trace before a window is in the cache
+  # fill_cache: auto # where prompts share prefixes: so much of the trace before a window is in the cache (0s: nothing)
 
 load:
   ladder: auto # laid around what the default holds; or factors on the trace's rate: [0.5, 1, 1.5, 2, 3, 4]

@@ -80,6 +80,7 @@ def plan(ready: Any) -> dict[str, Any]:
         "allowed": len(allowed),
         "refused": dict(Counter(filter(None, reasons))),
         "trace_notes": list(ready.traffic.notes),
+        "fills_cache": ready.traffic.fill_s > 0,
         **_cost(ready, allowed),
         "no_model": ready.no_model,
         "unchecked": ready.unchecked,
@@ -161,7 +162,7 @@ def _effort(study: Any, data: dict[str, Any]) -> str:
         f"About {data['launch_seconds'] / 60:.1f} minutes a launch{later}; "
         f"{about(count, budget.launches)} {count} {launches}, {about(data['hours'], budget.hours)} "
         f"{data['hours']:.1f} h, {about(data['usd'], budget.usd)} {data['usd']:.2f} USD."
-        + (" Filling the prefix cache before each step comes on top." if study.trace.fill_cache_s else "")
+        + (" Filling the prefix cache before each step comes on top." if data["fills_cache"] else "")
     )
 
 

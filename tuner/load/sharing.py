@@ -10,6 +10,11 @@ from tuner.load.prompts import mix64
 from tuner.load.trace import Trace, with_earlier
 from tuner.load.windows import cut
 
+SHARED = 0.05  # share of a trace's prompt tokens that earlier prompts begin with too: below, caches change little
+NEAR = 0.8  # of that share
+FILLS_S = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # of the trace before a window
+PART = 4  # at most such a part of the trace, of its time and of its requests, comes before the first window
+
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
@@ -50,6 +55,23 @@ def shared_tokens(trace: Trace, *, engine_block_tokens: int = 1) -> np.ndarray:
     return tokens
 
 
+def to_fill_s(trace: Trace, warmup_s: float) -> float:
+    """How many seconds of ``trace`` before a window hold what its prompts begin with: the shortest of :data:`FILLS_S`
+    in which :data:`NEAR` of the shared tokens were sent before, else the longest that leaves enough of the trace; 0
+    where little is shared, or ``warmup_s`` is long enough."""
+    _, tokens, age_s = _blocks(trace)
+    usual = tokens.sum()
+
+    def enough(seconds: float) -> bool:
+        return tokens[age_s <= seconds].sum() >= NEAR * usual
+
+    if usual < SHARED * trace.input_tokens.sum() or enough(warmup_s):
+        return 0.0
+    most_s = min(trace.arrival_s[-1] / PART, trace.arrival_s[len(trace) // PART])
+    fills = [float(seconds) for seconds in FILLS_S if seconds <= most_s]
+    return next(filter(enough, fills), fills[-1] if fills else 0.0)
+
+
 def recent(trace: Trace, tokens: float) -> Trace | None:
     """The last requests of ``trace`` whose prompts and responses fit into a cache of so many tokens (None: not one),
     what prompts share counted once: what lies further back, a cache that forgets what was used longest ago has lost."""
@@ -64,9 +86,16 @@ def recent(trace: Trace, tokens: float) -> Trace | None:
 
 def _shared(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """((n,) shared leading tokens per request, (blocks,) bool: seen before)."""
+    row, tokens, age_s = _blocks(trace)
+    return np.bincount(row, weights=tokens, minlength=len(trace)).astype(np.int64), np.isfinite(age_s)
+
+
+def _blocks(trace: Trace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each block, three times (blocks,): its request, its tokens that an earlier request had after the same prefix,
+    and how many seconds before that was the last time (infinity: never)."""
     n, total, width = len(trace), len(trace.block_ids), trace.block_tokens
     if total == 0:
-        return np.zeros(n, dtype=np.int64), np.zeros(0, dtype=bool)
+        return np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
     counts = np.diff(trace.block_offsets)
     row = np.repeat(np.arange(n), counts)
     position = np.arange(total) - np.repeat(trace.block_offsets[:-1], counts)
@@ -81,10 +110,10 @@ def _shared(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     earlier[order] = np.maximum(before, 0)
     # the first block of a chain group has the previous group's maximum before it, which came out below zero
     starts = np.concatenate([[True], np.diff(group) > 0])
-    seen = np.empty(total, dtype=bool)
-    seen[order] = ~starts
-    tokens = np.where(seen, np.minimum(earlier, filled), 0)
-    return np.bincount(row, weights=tokens, minlength=n).astype(np.int64), seen
+    at_s = trace.arrival_s[row[order]]
+    age_s = np.empty(total)
+    age_s[order] = np.where(starts, np.inf, np.diff(at_s, prepend=0.0))
+    return row, np.where(np.isfinite(age_s), np.minimum(earlier, filled), 0), age_s
 
 
 def _chain(trace: Trace, counts: np.ndarray) -> np.ndarray:

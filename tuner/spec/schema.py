@@ -46,7 +46,7 @@ class TraceFile(Strict):
     window: Duration = "60s"
     search_windows: Whole = 1
     heldout_windows: Whole = 3
-    fill_cache: Duration = "0s"
+    fill_cache: Duration = "auto"  # a duration or auto
     max_input_tokens: Whole | None = None
     max_output_tokens: Whole | None = None
     output: Literal["forced", "free"] = "forced"

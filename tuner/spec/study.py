@@ -10,6 +10,8 @@ from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.storage import StorageSpec
 
+RULES = ("planned_ends", "fills_cache")  # of measuring, that are newer than some studies: those go on without
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
@@ -34,7 +36,8 @@ class TraceSpec:
 
     ``search_windows`` windows for the search and ``heldout_windows`` that it never sees; one load step replays
     ``window_s`` seconds from one of them, whatever the load. Before each step the prompts of ``fill_cache_s`` seconds
-    of the trace before its window are sent, so that the prefix cache holds what it would hold then.
+    of the trace before its window are sent (None: of as many as its prefixes ask for), so that the prefix cache holds
+    what it would hold then.
     """
 
     file: str
@@ -45,7 +48,7 @@ class TraceSpec:
     max_input_tokens: int | None = None
     max_output_tokens: int | None = None
     output: str = "forced"
-    fill_cache_s: float = 0.0
+    fill_cache_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,4 +129,14 @@ class Study:
     def planned_ends(self) -> bool:
         """Whether rates are over a step's planned length. A study that earlier versions began goes on with theirs, to
         the last request: its launches are compared with each other."""
-        return self.frozen.get("frozen", {}).get("planned_ends", not self.frozen)
+        return self._has("planned_ends")
+
+    @property
+    def fills_cache(self) -> bool:
+        """Whether a trace's prefixes decide what is sent before each step. A study that earlier versions began fills
+        nothing unless it says so."""
+        return self._has("fills_cache")
+
+    def _has(self, rule: str) -> bool:
+        """Whether a rule that is newer than some studies holds for this one."""
+        return self.frozen.get("frozen", {}).get(rule, not self.frozen)

@@ -18,7 +18,7 @@ from tuner.spec import storage as storage_
 from tuner.spec.objective import Objective, QualityFloor
 from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StorageFile, StudyFile, TraceFile
 from tuner.spec.spacefile import NO_SWITCH, build, off
-from tuner.spec.study import Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
+from tuner.spec.study import RULES, Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.spec.text import Document, check_env, check_flags, read, suggest, twice, validate
 
 MOST_WINDOWS, MOST_TOKENS = 1_000, 10_000_000
@@ -94,8 +94,7 @@ def resolve(document: Document, beside: Path) -> Study:
         "hardware": asdict(hardware),
         "price_usd_per_gpu_hour": objective.price_usd_per_gpu_hour,
     }
-    if not frozen or "planned_ends" in frozen:
-        resolved["planned_ends"] = True
+    resolved |= {rule: True for rule in RULES if not frozen or rule in frozen}
     if "ladder" in frozen:
         resolved["ladder"] = frozen["ladder"]  # it was left to the tuner, and is settled
     whole = {**document.data, "name": name, "frozen": resolved}
@@ -214,7 +213,7 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
         spec.max_input_tokens,
         spec.max_output_tokens,
         spec.output,
-        _seconds(spec.fill_cache, document, ("trace", "fill_cache"), zero=True),
+        None if spec.fill_cache == "auto" else _seconds(spec.fill_cache, document, ("trace", "fill_cache"), zero=True),
     )
 
 

@@ -23,7 +23,7 @@ from tuner.search.hardware import device_of
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
-from tuner.spec.study import Study
+from tuner.spec.study import RULES, Study
 from tuner.spec.text import suggest
 from tuner.study import budget, queue, workload
 from tuner.study.evaluate import Bench
@@ -145,12 +145,12 @@ def gpu_here(study: Study, wanted: str = "") -> str:
 
 
 def _as_begun(study: Study) -> Study:
-    """``study``, whose rates are counted as they were in its folder when it began."""
+    """``study``, which is measured by the rules of its folder's when it began."""
     store = Store(Path(study.folder))
-    begun = study.planned_ends and store.begun() and store.study_file.exists()
-    if not begun or studyfile.load(store.folder).planned_ends:
+    if not (study.frozen and store.begun() and store.study_file.exists()):
         return study
-    resolved = {name: value for name, value in study.frozen["frozen"].items() if name != "planned_ends"}
+    before = studyfile.load(store.folder).frozen["frozen"]
+    resolved = {key: value for key, value in study.frozen["frozen"].items() if key not in RULES or key in before}
     return replace(study, frozen={**study.frozen, "frozen": resolved})
 
 

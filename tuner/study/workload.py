@@ -13,7 +13,7 @@ import numpy as np
 from tuner.engines.build import place
 from tuner.errors import UsageError
 from tuner.load import formats, windows
-from tuner.load.sharing import shared_tokens, sharing
+from tuner.load.sharing import FILLS_S, NEAR, SHARED, shared_tokens, sharing, to_fill_s
 from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.slo import bound_responses
 from tuner.spec.study import Study
@@ -24,9 +24,6 @@ from tuner.words import figure
 FULL = 0.9  # share of a step that the last arrivals of a trace must span
 UNEVEN = 2.0  # by how many times a window's rate may be off the trace's unsaid
 STEADIER = "Take a longer trace.window or a steadier part of the trace"
-SHARED = 0.05  # share of a trace's prompt tokens that earlier prompts begin with too: below, caches change little
-NEAR = 0.8  # of that share, within a step
-FILLS_S = (10, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # of the trace before a window, which are tried for more
 FLAT = 0.25  # a load that is higher by 2 has at least 2 ** FLAT times the requests per second
 
 
@@ -35,13 +32,15 @@ class Workload:
     """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths. ``notes`` say
     what of the file is not in it as it stood, which loads it is too short for, where its windows have another rate
     than it has or share fewer prefixes, and what they cannot say; ``fills`` is the highest load at which every window
-    lasts as long as a step is to."""
+    lasts as long as a step is to; before each step the prompts of ``fill_s`` seconds before its
+    window are sent."""
 
     whole: Trace
     search: tuple[Trace, ...]
     heldout: tuple[Trace, ...]
     notes: tuple[str, ...] = ()
     fills: float = math.inf
+    fill_s: float = 0.0
 
     @property
     def rps(self) -> float:
@@ -77,7 +76,10 @@ def _read(study: Study) -> Workload:
     if cut:
         notes.append(f"{cut} requests cut to what the study or the model takes")
     notes += texts_lost(given, trace)
-    if spec.fill_cache_s and not len(trace.block_ids):
+    fill_s = spec.fill_cache_s
+    if fill_s is None:
+        fill_s = to_fill_s(trace, study.load.warmup_s) if study.fills_cache and study.engine.kind != "function" else 0.0
+    if fill_s and not len(trace.block_ids):
         raise UsageError(
             "trace.fill_cache changes nothing: the trace does not say which prompts begin alike",
             where=place(study, "trace", "fill_cache"),
@@ -89,7 +91,7 @@ def _read(study: Study) -> Workload:
         search=spec.search_windows,
         held_out=max(1, spec.heldout_windows),
         max_seconds=spec.window_s * top * BEYOND,
-        earlier_s=spec.fill_cache_s,
+        earlier_s=fill_s,
     )
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
     shortest_s = min(_lasts_s(trace, window) for window in parts.windows)
@@ -106,7 +108,7 @@ def _read(study: Study) -> Workload:
             f"{spec.window_s:g} s of a step, and two servers that both keep up differ by what is still on its way "
             "at its end. Take a trace.window of many responses' length, or add an SLO on tpot_p99"
         )
-    found = Workload(trace, search, parts.held_out, fills=fills)
+    found = Workload(trace, search, parts.held_out, fills=fills, fill_s=fill_s)
     if study.engine.kind == "function":  # it may ignore the trace: nothing is replayed
         return replace(found, notes=tuple(notes))
     _refuse_empty(study, found)
@@ -176,7 +178,7 @@ def _uneven(study: Study, traffic: Workload) -> list[str]:
 def _colder(study: Study, traffic: Workload) -> list[str]:
     """Where less of the prompts is shared with those before them in a step than in the trace: what was not sent before
     is not in the cache."""
-    usual, filled_s = sharing(traffic.whole).token_share, study.trace.fill_cache_s
+    usual, filled_s = sharing(traffic.whole).token_share, traffic.fill_s
     if usual < SHARED:
         return []
     loads = [1.0] if study.load.auto else [load for load in study.load.ladder if load <= traffic.fills]
