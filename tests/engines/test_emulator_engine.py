@@ -276,3 +276,5 @@ def test_what_came_before_a_window_is_in_the_cache_on_either_clock(
     assert warm.metrics["measured_requests"] == cold.metrics["measured_requests"]
     assert warm.metrics["ttft_p50_s"] < cold.metrics["ttft_p50_s"] / 2
     assert not warm.untrusted
+    assert (warm.metrics["fill_requests"], warm.metrics["fill_failures"]) == (16, 0)
+    assert 0.1 < warm.metrics["fill_s"] < 10 and "fill_s" not in cold.metrics

@@ -53,6 +53,16 @@ def test_a_spare_makes_a_loss_harmless_and_without_one_a_loss_is_a_miss():
     assert "No spare" in " ".join(words.assumptions(bare))
 
 
+def test_whose_prefix_cache_held_what_came_before_is_said():
+    def said(*filled):
+        offers = [made.offer(name, filled=yes) for name, yes in zip("ab", filled, strict=False)]
+        return words.assumptions(fleet.build(made.shop(*offers), made.demand(17.0), Terms(), simulation="windows"))[1]
+
+    assert said(True, True).endswith("all requests of a window and what came before it.")
+    assert said(False, False).endswith("all requests of a window and none from before it.")
+    assert said(True, False).endswith("all requests of a window and none from before it (b).")
+
+
 def test_no_fleet_is_said_with_what_bounds_it():
     shop = made.shop(made.offer(rps=10, gpu="L4", gpus=2))
     with pytest.raises(NothingFeasible, match=r"No fleet serves 50 requests/s within 8 GPUs L4 with 1 spare"):

@@ -42,7 +42,8 @@ class Offer:
     ``capacity`` is requests per second within every SLO (middle, low, high); the plan uses the low end, and ``curve``
     is that pessimistic replica. ``start_s`` is from launch to ready. Tokens are means per request. ``cv`` is the
     coefficient of variation of the gaps between the arrivals it was measured with (NaN: not known), ``window_s`` how
-    long each measurement was. ``basis`` says in words where the capacity comes from.
+    long each measurement was, ``filled`` whether its prefix cache held what came before. ``basis`` says in words where
+    the capacity comes from.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Offer:
     basis: str
     verified: bool
     emulated: bool
+    filled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,7 @@ def _offer(
         basis=". ".join(filter(None, (basis, short.removesuffix(".")))),
         verified=verified,
         emulated=any(t.emulated for t in trials if t.config.hash == config.hash) or study.engine.kind == "emulator",
+        filled=all(step.metrics.get("fill_requests", 0.0) > 0 for step in steps),
     )
 
 

@@ -12,6 +12,7 @@ from tuner.words import figure
 
 if TYPE_CHECKING:
     from tuner.fleet.account import Account
+    from tuner.fleet.offer import Offer
 
 BURSTY = 1.3  # arrivals whose gaps vary by more than independent ones (1) and a short window's chance
 LISTED = 24  # hours that are named in a sentence
@@ -103,6 +104,14 @@ def _traffic(fleet: Fleet) -> Sequence[str]:
     return found
 
 
+def _before(offers: Sequence[Offer]) -> str:
+    """What the measurements' prefix caches held of the time before their windows."""
+    cold = [offer.name for offer in offers if not offer.filled]
+    if not cold:
+        return " and what came before it"
+    return " and none from before it" + (f" ({', '.join(cold)})" if len(cold) < len(offers) else "")
+
+
 def assumptions(fleet: Fleet) -> tuple[str, ...]:
     """What the plan takes for granted, one sentence or two each."""
     terms, traffic = fleet.terms, fleet.traffic
@@ -110,7 +119,7 @@ def assumptions(fleet: Fleet) -> tuple[str, ...]:
         f"Demand: {fleet.demand.source}. Requests arrive independently, and {_swing(fleet)}. After the last hour comes "
         "the first.",
         f"Routing: {ROUTINGS[traffic.routing]}. No request is retried. As many prefixes are found cached as in the "
-        "measurement, where one server saw all requests of a window and none from before it.",
+        f"measurement, where one server saw all requests of a window{_before(fleet.offers)}.",
         f"Every replica is as slow as the lower limit of its measured capacity ({percent(fleet.confidence)}, "
         "one-sided). Beyond the highest measured load it completes no more than there.",
         "Tokens are those of all requests, the few beyond a limit too.",

@@ -70,8 +70,7 @@ class VirtualServer:
         if plan.output == "free":
             wanted = [min(tokens, 1 + int(rng.lognormvariate(4.6, 0.8))) for tokens in wanted]
         try:
-            if trace.earlier is not None:
-                self._fill(trace.earlier)
+            client = self._fill(trace.earlier) if trace.earlier is not None else {}
             served = self._simulator.run(self._works(trace, warp(trace.arrival_s, plan.load).tolist(), wanted))
         except OutOfMemoryUnderLoad as error:
             text = f"torch.OutOfMemoryError: {error}"
@@ -79,17 +78,20 @@ class VirtualServer:
         base_s = self._now_s
         records = [_record(i, one, base_s, plan) for i, one in enumerate(served)]
         self._rest(served)
-        write(plan.records, records, _meta(plan))
+        write(plan.records, records, _meta(plan, client))
         if plan.cancel.is_set():
             raise Cancelled("the replay was cancelled")
         return step_from_records(plan)
 
-    def _fill(self, earlier: Trace) -> None:
-        """Serves the prompts of ``earlier``, a token each: as many at once as the client has under way, in order."""
+    def _fill(self, earlier: Trace) -> dict[str, float]:
+        """Serves the prompts of ``earlier``, a token each: as many at once as the client has under way, in order.
+        Returns what the client would know of it."""
+        begin_s = self._now_s
         works = self._works(earlier, [0.0] * len(earlier), [1] * len(earlier))
         for first in range(0, len(works), FILLING):
             some = [replace(work, arrival_s=self._now_s) for work in works[first : first + FILLING]]
-            self._rest(self._simulator.run(some))
+            self._rest(self._simulator.run(some), pause_s=0.0)
+        return {"fill_requests": len(works), "fill_failures": 0, "fill_s": self._now_s - begin_s}
 
     def _works(self, trace: Trace, offsets_s: list[float], wanted: list[int]) -> list[Work]:
         """The requests of ``trace``, so long after now, with prompts that only this step has."""
@@ -101,9 +103,9 @@ class VirtualServer:
             works.append(Work(self._now_s + offset_s, prompt, tokens, keys))
         return works
 
-    def _rest(self, served: list[Served]) -> None:
-        """A second after the last token of ``served`` it goes on."""
-        self._now_s = max([one.tokens_s[-1] for one in served if one.tokens_s], default=self._now_s) + 1.0
+    def _rest(self, served: list[Served], pause_s: float = 1.0) -> None:
+        """So long after the last token of ``served`` it goes on."""
+        self._now_s = max([one.tokens_s[-1] for one in served if one.tokens_s], default=self._now_s) + pause_s
 
     def stop(self) -> Teardown:
         """See the protocol; there is nothing to stop."""
@@ -168,7 +170,7 @@ def _record(index: int, one: Served, base_s: float, plan: StepPlan) -> Record:
     )
 
 
-def _meta(plan: StepPlan) -> dict[str, Any]:
+def _meta(plan: StepPlan, client: Mapping[str, float]) -> dict[str, Any]:
     return {
         "epoch_unix_s": 0.0,
         "load": plan.load,
@@ -181,7 +183,7 @@ def _meta(plan: StepPlan) -> dict[str, Any]:
         "request_timeout_s": plan.request_timeout_s,
         "stopped": "",
         "emulated": "virtual clock",
-        "client": {},
+        "client": dict(client),
     }
 
 
