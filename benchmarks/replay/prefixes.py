@@ -1,16 +1,14 @@
 """What a step tells of a server whose traffic shares prefixes, if its cache begins empty and if it was filled.
 
     python -m benchmarks.replay.prefixes
-    python -m benchmarks.replay.prefixes --studies FOLDER; cd FOLDER; tuner tune cold.yaml; tuner tune filled.yaml
 
 The truth is one long replay of conversations on the emulator (an 8B model on an H100, virtual clock), of which the
 last minute counts. A step replays that minute alone, on a cache that is empty, or that the prompts before it were sent
-to, as far as the server's log says that there is room (as a study does). ``--studies`` writes two studies of one trace.
+to, as far as the server's log says that there is room (as a study does).
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import tempfile
@@ -24,7 +22,7 @@ import numpy as np
 from tuner.engines.emulator.hardware import find_gpu
 from tuner.engines.emulator.virtual import launch_virtual
 from tuner.engines.protocol import Site, StepPlan
-from tuner.load import tracefile, windows
+from tuner.load import windows
 from tuner.load.sharing import sharing
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
@@ -84,35 +82,7 @@ def step(flags: Mapping[str, str], trace: Trace, warmup_s: float, load: float) -
         return {name: found[f"ttft_{name}_s"] * 1e3 for name in ("mean", "p99")}, counted
 
 
-STUDY = """\
-name: {name}
-model: ./model
-engine: {{kind: emulator, options: {{gpu: H100-SXM, clock: virtual}}}}
-hardware: {{gpu: H100-SXM, gpus: 1}}
-search_space: vllm/quick
-objective: chat
-slo: {{ttft_p99: 500ms, tpot_p99: 50ms}}
-trace: {{file: conversations.parquet, window: 60s, heldout_windows: 2, fill_cache: {fill}}}
-load: {{ladder: [0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6]}}
-budget: {{launches: 20}}
-"""
-
-
-def studies(folder: Path) -> None:
-    """A model, a trace of forty minutes, and a study that begins each step on an empty cache, one on a filled one."""
-    (folder / "model").mkdir(parents=True)
-    (folder / "model/config.json").write_text(json.dumps(MODEL))
-    tracefile.write(conversations(4.0, 2400.0, 3), folder / "conversations.parquet")
-    for name, fill in (("cold", "0s"), ("filled", "auto")):
-        (folder / f"{name}.yaml").write_text(STUDY.format(name=name, fill=fill))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--studies", type=Path)
-    if folder := parser.parse_args().studies:
-        studies(folder)
-        return
     trace = conversations(3.0, 1260.0, 1)
     print(f"{len(trace)} requests, {sharing(trace).token_share:.0%} of their prompt tokens shared")
     print(
