@@ -146,6 +146,20 @@ def test_of_what_holds_one_load_the_faster_is_chosen_and_of_loads_as_near_as_lau
     assert "from trial 2, 1 (launches are taken to differ by 3 %):" in choice.text
 
 
+def test_a_cost_is_called_proven_by_what_decides_ties(tmp_path: Path):
+    """The traffic's intervals overlap in both cases, and both configurations saw the same traffic."""
+    store = Store(tmp_path)
+    studies.measured(0, (asked(1.25, 0.040),), store, baseline=True)
+    studies.measured(1, (asked(1.5, 0.040),), store, params=FASTER)
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.point.trial == 1 and choice.tied == ()
+    assert choice.cost_change and choice.cost_change.proven and "not proven" not in choice.text
+    assert "-16.7 % (-23.3 to -9.4 %) (launches are taken to differ by 3 %)" in choice.text
+    studies.measured(2, (asked(1.3, 0.020),), store, params={"max_num_seqs": 64})
+    by_hand = of_trial(store.trials(), OBJECTIVE, 2)
+    assert by_hand.cost_change and not by_hand.cost_change.proven
+
+
 def test_another_type_of_gpu_is_a_change_and_not_the_engines_default():
     default = studies.space().config({}, "m")
     assert describe(replace(default, gpu="L40S"), replace(default, gpu="H100")) == "gpu=L40S"

@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 
 from tuner.errors import NothingFeasible, UsageError
 from tuner.pareto.changes import baseline_of, changes, describe
-from tuner.pareto.front import ASKED, LAUNCH_SPREAD, Interval, Point, level, overlap, points, searched, trusted_steps
+from tuner.pareto.front import (
+    LAUNCH_SPREAD,
+    Interval,
+    Point,
+    launches_apart,
+    level,
+    overlap,
+    points,
+    searched,
+    trusted_steps,
+)
 from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Aborted, Infeasible, Step, Untrusted
@@ -17,6 +27,8 @@ from tuner.study.price import COST
 from tuner.study.store import TrialRecord
 from tuner.verify.capacity import still_pays
 from tuner.words import figure
+
+_ASSUMED = f"launches are taken to differ by {LAUNCH_SPREAD * 100:g} %"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +163,7 @@ def _against(point: Point, base: Point | None) -> tuple[Change | None, Change | 
     """Difference in cost and in latency to the default; None where ``point`` is the default, or where it met no SLO."""
     if base is None or base.config.hash == point.config.hash:
         return None, None
-    cost = compare(point.cost, point.cost_interval, base.cost, base.cost_interval)
-    return cost, compare(point.latency, point.latency_interval, base.latency, base.latency_interval)
+    return compare_costs(point, base), compare(point.latency, point.latency_interval, base.latency, base.latency_interval)
 
 
 def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:
@@ -195,6 +206,15 @@ def compare(a: float, a_interval: Interval | None, b: float, b_interval: Interva
     down = math.hypot(math.log(a / a_interval[0]), math.log(b_interval[1] / b))
     up = math.hypot(math.log(a_interval[1] / a), math.log(b / b_interval[0]))
     return Change(math.expm1(ratio), (math.expm1(ratio - down), math.expm1(ratio + up)))
+
+
+def compare_costs(one: Point, other: Point) -> Change:
+    """The difference in cost, proven where :func:`tuner.pareto.front.level` tells the two apart by launches."""
+    reach = launches_apart(one, other)
+    if reach is None:
+        return compare(one.cost, one.cost_interval, other.cost, other.cost_interval)
+    ratio = one.cost / other.cost
+    return Change(ratio - 1, (ratio * math.exp(-reach) - 1, ratio * math.exp(reach) - 1))
 
 
 def _beats(one: Point, other: Point) -> bool:
@@ -242,7 +262,9 @@ def _explain(
     if point.baseline:
         words.append("That is the engine's default: nothing measured is proven to be better.")
     elif base and cost and latency:
-        sure = "" if cost.proven else " (not proven at 95 %)" if cost.interval else " (no interval known)"
+        sure = "" if cost.proven else "not proven at 95 %" if cost.interval else "no interval known"
+        notes = "; ".join(filter(None, (sure, "" if launches_apart(point, base) is None else _ASSUMED)))
+        sure = f" ({notes})" if notes else ""
         words.append(f"Against the engine's default at its capacity (load {base.load:g}): cost {cost}{sure},")
         words.append(f"{name} {latency}.")
     elif default is None:
@@ -251,8 +273,8 @@ def _explain(
         words.append("The engine's default meets the SLOs at no measured load.")
     if tied:
         trials = ", ".join(str(p.trial) for p in tied[:5]) + (" ..." if len(tied) > 5 else "")
-        taken = ASKED in point.metrics and any(p.load != point.load for p in tied)
-        trials += f" (launches are taken to differ by {LAUNCH_SPREAD * 100:g} %)" if taken else ""
+        taken = any(p.load != point.load and launches_apart(p, point) is not None for p in tied)
+        trials += f" ({_ASSUMED})" if taken else ""
         words.append(f"Its cost cannot be told apart from trial {trials}: lower latency, then fewer flags, decided.")
     words.append("From search measurements, not yet verified.")
     return " ".join(words)

@@ -117,10 +117,18 @@ def level(one: Point, other: Point) -> bool:
     moves with the launch. Repeats at one load do not show how far, so :data:`LAUNCH_SPREAD` is assumed. Any other cost
     is also of what happened to arrive in the window: those are told apart where their intervals do not overlap.
     """
-    if ASKED in one.metrics and ASKED in other.metrics and one.windows == other.windows:
-        spread = LAUNCH_SPREAD * math.sqrt(sum(1 / max(len(p.trials), 1) for p in (one, other)))
-        return abs(math.log(one.cost / other.cost)) <= 1.96 * spread
+    reach = launches_apart(one, other)
+    if reach is not None:
+        return abs(math.log(one.cost / other.cost)) <= reach
     return overlap(one.cost, one.cost_interval, other.cost, other.cost_interval)
+
+
+def launches_apart(one: Point, other: Point) -> float | None:
+    """How far apart (log, 95 %) launches alone may set two costs of what was asked for on the same windows; None for
+    any other costs, whose intervals say it."""
+    if not (ASKED in one.metrics and ASKED in other.metrics and one.windows == other.windows):
+        return None
+    return 1.96 * LAUNCH_SPREAD * math.sqrt(sum(1 / max(len(p.trials), 1) for p in (one, other)))
 
 
 def overlap(a: float, a_interval: Interval | None, b: float, b_interval: Interval | None) -> bool:
