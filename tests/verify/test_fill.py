@@ -11,10 +11,7 @@ from tuner.pareto.recommend import recommended
 from tuner.spec.study import Study
 from tuner.study.outcome import Step
 from tuner.study.store import Store, write_json
-from tuner.verify.arm import Finalist, Launched
 from tuner.verify.fill import WHY, unfilled
-from tuner.verify.judge import Arm, Judgement
-from tuner.verify.verdict import verdict
 
 
 def answered(load: float, mean_s: float, **more) -> Step:
@@ -83,23 +80,9 @@ def test_a_choice_of_the_search_and_what_is_exported_of_it_say_so(made):
     assert not any(WHY in line for line in deployment(store, windowed(study, 100.0)).about)
 
 
-def test_a_verdict_says_so_once(made):
+def test_what_was_verified_says_so_once_beside_its_verdict(made):
     study, store = made
-    data = studies.verification(study, store).to_dict()
-    write_json(store.folder / "verify.json", data)
-    assert recommended(store, study).text.count(WHY) == 1  # a verdict that does not say it
-    launch = Launched("default", 1, (answered(1.8, 9.0),))
-    base = Finalist("default", store.trials()[0].config, 1.8, baseline=True)
-    arm = Arm("default", load=1.8, launches=1, holds=True)
-    text = verdict(
-        Judgement("default", "default", {"default": arm}),
-        [base],
-        [launch],
-        study,
-        windows=2,
-        stopped="",
-        confidence=0.95,
-    ).text
-    assert text.count(WHY) == 1
-    write_json(store.folder / "verify.json", {**data, "text": text})
-    assert recommended(store, study).text.count(WHY) == 1
+    write_json(store.folder / "verify.json", studies.verification(study, store).to_dict())
+    choice = recommended(store, study)
+    assert choice.point and choice.point.role == "verify" and choice.text.count(WHY) == 1
+    assert WHY not in recommended(store, windowed(study, 100.0)).text

@@ -163,7 +163,8 @@ def _against(point: Point, base: Point | None) -> tuple[Change | None, Change | 
     """Difference in cost and in latency to the default; None where ``point`` is the default, or where it met no SLO."""
     if base is None or base.config.hash == point.config.hash:
         return None, None
-    return compare_costs(point, base), compare(point.latency, point.latency_interval, base.latency, base.latency_interval)
+    latency = compare(point.latency, point.latency_interval, base.latency, base.latency_interval)
+    return compare_costs(point, base), latency
 
 
 def nearest(trials: Sequence[TrialRecord], objective: Objective) -> Near | None:

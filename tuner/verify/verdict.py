@@ -10,7 +10,6 @@ from typing import Any
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.verify.arm import Finalist, Launched, Range, as_range
-from tuner.verify.fill import unfilled
 from tuner.verify.judge import UNKNOWN, Arm, Judgement
 from tuner.verify.power import Power
 from tuner.verify.repeats import NO_SPREAD, Spread
@@ -192,8 +191,6 @@ def _text(
         )
     if windows < 2:
         words.append("One held-out window: the intervals say nothing about other stretches of traffic.")
-    if short := unfilled(study, mine, state.load):
-        words.append(short)
     return " ".join(words) + f"\n\n{how}"
 
 
