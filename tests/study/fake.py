@@ -28,6 +28,7 @@ class FakeServer:
         metrics = {s.key: s.limit * min(over, 3.0) * 0.99 for s in plan.slos if s.latency}
         metrics |= {"error_rate": 0.0, "output_tokens_per_s": 100 * plan.load}
         metrics["goodput_output_tokens_per_s"] = 100 * plan.load if over <= 1 else 1.0
+        metrics |= self.engine.metrics
         misses = tuple(m for s in plan.slos if (m := s.miss(metrics)))
         plan.records.write_text(json.dumps(metrics))
         return Step(plan.load, plan.window, metrics, slo_misses=misses, records=plan.records.name)
@@ -50,6 +51,7 @@ class FakeEngine:
     fail: object = None  # config -> Infeasible or None
     during: object = None
     left_over: tuple = ()
+    metrics: dict = field(default_factory=dict)  # that its steps tell, too
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def version(self):

@@ -575,6 +575,7 @@ def test_what_starting_an_exported_file_again_found_is_kept(runner):
     runner.text = short.replace("load: {", "load: {warmup: 0s, ")
     runner.run()
     engine, best = FakeEngine(), runner.store.trials()[0]
+    engine.metrics = {"e2e_mean_s": 0.5}
     ready = Prepared(runner.study(), engine, workload.read(runner.study()), None, "none in this test")
     bench = Bench(ready.study, engine, threading.Event(), lambda _name, _data: None)
     mark = ready.fingerprint("m")
@@ -586,6 +587,7 @@ def test_what_starting_an_exported_file_again_found_is_kept(runner):
     kept = [e for e in Store(runner.store.folder / "certify").events() if e["event"] == "certified"]
     assert [e["holds"] for e in kept] == [True, False]
     assert "The promise holds" in kept[0]["text"] and "does not fit" in kept[1]["text"]
+    assert "A window measured 1 s, 2 mean responses" in kept[0]["text"]
     assert kept[0]["fingerprint"]["engine_version"] == "0.0-fake"
 
 

@@ -168,6 +168,11 @@ def test_a_rounding_bit_breaks_nothing_where_nothing_varies():
     assert not recertify(slower, lambda _config, _label: contextlib.nullcontext(Always()), WINDOWS, MARK).holds
 
 
+def test_what_windows_were_too_short_for_is_said_of_all_that_was_measured():
+    found = certificate(1.0, short=lambda steps: f"Too short, {len(steps)} steps.")
+    assert found.holds and found.text.endswith(f"Too short, {2 * len(WINDOWS)} steps.")
+
+
 def test_the_slo_that_broke_is_named_before_why_requests_failed():
     with machine(1.0).launch(promised().config, "x") as rig:
         step = rig.measure(0.8, WINDOWS[0], WINDOWS[0].name)

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
@@ -32,6 +33,7 @@ from tuner.study.store import AsWritten, Store, TrialRecord, read_json, write_js
 from tuner.verify.ablation import Ablation, AblationBudget, ablate
 from tuner.verify.arm import Finalist
 from tuner.verify.certify import Certificate, recertify
+from tuner.verify.fill import unfilled
 from tuner.verify.finalists import launch_spread, shortlist
 from tuner.verify.promise import Promise
 from tuner.verify.verdict import Verification
@@ -216,7 +218,8 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
     launch = launcher(ready, own, recorder, where, bench.on_event, "certify")
     served = str(ready.notes(promise.config).get("model_folder") or promise.config.model)
     now = replace(ready.fingerprint(served), gpu=gpu_here(study, promise.config.gpu))
-    found = recertify(promise, launch, windows, now, bench.on_event, seconds=seconds)
+    short = partial(unfilled, study, load=promise.load)
+    found = recertify(promise, launch, windows, now, bench.on_event, seconds=seconds, short=short)
     own.log("certified", **found.to_dict())
     return found
 

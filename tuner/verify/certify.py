@@ -66,13 +66,15 @@ def recertify(
     launches: int = 2,
     seconds: float = 600.0,
     clock: Callable[[], float] = time.monotonic,
+    short: Callable[[Sequence[Step]], str] = lambda _steps: "",
 ) -> Certificate:
     """Launches the promise's config up to ``launches`` times (a new one only while less than half of ``seconds`` has
     passed), replays ``windows`` at the promised load and compares.
 
     An SLO is broken when it is missed over all windows and launches (:func:`tuner.verify.arm.pooled`); cost and latency
     when they are proven worse than promised: the promise's own interval, the spread of launches and that of windows are
-    all allowed for.
+    all allowed for. ``short`` says of all steps what their windows were too short for
+    (:func:`tuner.verify.fill.unfilled`).
     """
     if not windows:
         raise UsageError("there is no window of the trace to replay", fix="Give the trace with --trace.")
@@ -100,9 +102,9 @@ def recertify(
             raise UsageError(f"the measurement cannot be believed: {why}", fix="Free the machine and repeat.")
         checks = _checks(promise, trusted)
     holds = all(check.holds for check in checks)
-    return Certificate(
-        holds, checks, changes, rounds, now, _text(promise, checks, changes, holds, rounds, len(windows))
-    )
+    text = _text(promise, checks, changes, holds, rounds, len(windows))
+    text = "\n".join(filter(None, (text, short([step for group in steps for step in group]))))
+    return Certificate(holds, checks, changes, rounds, now, text)
 
 
 def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, ...]:
