@@ -343,6 +343,19 @@ def test_an_emulated_study_is_not_said_to_have_taken_gpu_hours(tmp_path: Path):
         assert ("GPU-hours" in outline.text) != emulated
 
 
+def test_the_head_names_the_gpus_and_the_price_of_what_is_recommended(tmp_path: Path):
+    """Another type won in a mixed cluster."""
+    study, store = studies.study(tmp_path / "s"), Store(tmp_path / "s")
+    small = replace(studies.space().config({}, study.model), gpu="L40S", gpus=2)
+    studies.measured(0, (studies.step(1.0, study.objective),), store, baseline=True)
+    assert summarize(store, study).hardware == "8 x h100-sxm-80gb"
+    store.start_trial(1, small, {}, price_usd_per_gpu_hour=1.1)
+    store.end_trial(1, Measured((studies.step(1.0, study.objective, tokens_per_s=5000),)))
+    head = read(build(store, study, tmp_path / "report.html")).text
+    assert "Hardware 2 x L40S" in head and "Price 1.1 USD per GPU-hour" in head
+    assert "on 2 x L40S" in front_svg(summarize(store, study))
+
+
 def test_a_value_of_a_parameter_is_no_markup_and_no_colour_in_a_figure():
     assert _short("$accent") == "&#36;accent" and _short("<b>x</b>") == "&lt;b&gt;x&lt;/b&gt;"
 

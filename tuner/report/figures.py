@@ -102,9 +102,7 @@ def _legend(s: Summary) -> list[str]:
 
 
 def _title(s: Summary) -> list[str]:
-    study = s.study
-    gpu = f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name
-    words = f"{Path(study.model).name} on {gpu}"
+    words = f"{Path(s.study.model).name} on {s.hardware}"
     parts = [_text(LEFT, 26, words if len(words) < 80 else "…" + words[-79:], size=15, more='font-weight="600"')]
     if s.emulated:
         parts.append(

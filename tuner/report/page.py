@@ -18,7 +18,7 @@ from tuner.export.deployment import deployment
 from tuner.export.text import dump
 from tuner.pareto.choice import Change
 from tuner.pareto.recommend import plain
-from tuner.pareto.traffic import HOURS, price_words
+from tuner.pareto.traffic import HOURS
 from tuner.record.secrets import HIDDEN, is_secret
 from tuner.report import charts, html, tables
 from tuner.report.figures import front_svg
@@ -100,16 +100,15 @@ def _head(s: Summary) -> list[tuple[str, str]]:
     study, trials = s.study, s.trials
     noted = next((t.extra for t in trials if t.extra), None) or {}
     version = noted.get("engine_version") or ""
-    gpus = f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name
     return [
         ("Model", study.model),
         ("Engine", f"{study.engine.kind} {version}".strip()),
-        ("Hardware", gpus),
+        ("Hardware", s.hardware),
         ("Trace", _trace(s)),
         ("SLOs", ", ".join(map(str, study.objective.slos)) or "none"),
         ("Trials", ", ".join(f"{n} {name}" for name, n in s.kinds().items()) or "none yet"),
         ("Measured", _dates(s)),
-        ("Price", price_words(study.objective, study.hardware.gpus)),
+        ("Price", s.price),
     ]
 
 

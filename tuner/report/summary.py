@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuner.executor.cluster import device
 from tuner.pareto.changes import baseline_of, changes, describe, words
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point, front, points, searched
 from tuner.pareto.recommend import recommended
-from tuner.pareto.traffic import Traffic, traffic
+from tuner.pareto.traffic import Traffic, price_words, traffic
 from tuner.record.secrets import hide, secrets
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -58,6 +59,22 @@ class Summary:
                 "loads of its own: it need not lie on the front."
             )
         return "What is recommended cannot be told apart from a point of the front and is nearer to the default."
+
+    @property
+    def hardware(self) -> str:
+        """The study's GPUs; the recommendation's where those are of another type."""
+        own, point = self.study.hardware, self.choice.point
+        if point and point.config.gpus and (name := device(self.study, point.config.gpu)) != own.name:
+            return f"{point.config.gpus} x {name}"
+        return f"{own.gpus} x {own.name}" if own.gpus else own.name
+
+    @property
+    def price(self) -> str:
+        """What a GPU-hour of :attr:`hardware` costs, in words."""
+        point = self.choice.point
+        own = [t for t in self.trials if point and t.config.hash == point.config.hash]
+        price = next((t.price for t in own if t.price), None)
+        return price_words(self.study.objective, self.study.hardware.gpus, price)
 
     def chosen(self, point: Point) -> bool:
         """Whether ``point`` is the recommendation."""
