@@ -1,12 +1,14 @@
 """Quantized variants of a model folder, for dummy weights."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from tuner.engines.modelfolder import VARIANTS, local_model, variant
 from tuner.errors import UsageError
+from tuner.spec.facts import model_config
 
 
 @pytest.fixture
@@ -54,6 +56,18 @@ def test_a_model_is_found_in_the_hugging_face_cache(tmp_path):
     (snapshot / "config.json").write_text("{}")
     assert local_model("org/name", {"HF_HOME": str(tmp_path)}) == snapshot
     assert local_model("org/other", {"HF_HOME": str(tmp_path)}) is None
+
+
+def test_the_facts_of_a_model_are_of_the_snapshot_that_is_served(tmp_path, monkeypatch):
+    for age, name in ((0, "ffff"), (1, "aaaa"), (2, "0000")):
+        snapshot = tmp_path / "huggingface" / "hub" / "models--org--name" / "snapshots" / name
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps({"vocab_size": age}))
+        os.utime(snapshot, (1_000_000 + age % 2, 1_000_000 + age % 2))
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert local_model("org/name") == snapshot.parent / "aaaa" and model_config("org/name") == {"vocab_size": 1}
 
 
 def test_a_folder_is_a_model_only_with_a_config(tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tuner.engines.modelfolder import local_model
 from tuner.errors import UsageError
 from tuner.server.gpu import Gpus
 from tuner.space.condition import meant
@@ -85,13 +86,10 @@ def of_flags(flags: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
 def model_config(model: str) -> dict[str, Any]:
     """The model's ``config.json``: from its folder, or from the local Hugging Face cache; empty where there is none.
     Raises UsageError where it cannot be read."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub"))
-        found = cache.expanduser().glob(f"models--{model.replace('/', '--')}/snapshots/*/config.json")
-        path = next(iter(sorted(found)), path)
-    if not path.is_file():
+    folder = local_model(model)
+    if folder is None:
         return {}
+    path = folder / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
