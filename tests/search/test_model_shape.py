@@ -250,6 +250,7 @@ def test_layers_that_are_not_described_are_refused_and_never_read_as_others(conf
         {"text_config": "foo"},
         {"text_config": [1]},
         {"quantization_config": {"quant_method": "gptq", "bits": None}},
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}},  # its layers elsewhere
         {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": [1]}}},
     ],
 )
@@ -285,6 +286,27 @@ def test_a_checkpoint_says_its_own_precision(quantization: dict[str, object], li
     precision = from_config({"torch_dtype": "bfloat16", "quantization_config": quantization})
     assert (precision.linear_bits, precision.compute) == (linear, compute)
     assert precision.embedding_bits == 16
+
+
+def test_layers_of_several_precisions_count_as_their_mean() -> None:
+    layers = {
+        "model.layers.0.self_attn.o_proj": {"quant_algo": "FP8"},
+        "model.layers.0.mlp.shared_experts.up_proj": {"quant_algo": "FP8"},
+        "model.layers.0.mlp.gate_proj": {"quant_algo": "NVFP4", "group_size": 16},
+        "model.layers.1.mlp.experts.0.up_proj": {"quant_algo": "NVFP4", "group_size": 16},
+    }
+    said = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    found = from_config({"quantization_config": said})
+    assert (found.linear_bits, found.compute, found.act_quant) == (pytest.approx(20.5 / 3), "fp8", True)
+    assert (found.expert_bits, found.expert_compute, found.embedding_bits) == (4.5, "fp4", 16)
+    found = from_config({"quantization_config": {**said, "quantized_layers": dict([*layers.items()][:2])}})
+    assert (found.linear_bits, found.expert_bits) == (8, 16)
+
+
+@pytest.mark.parametrize("more", [{}, {"n_inner": None}, {"n_inner": 3072}])
+def test_gpt2_has_an_mlp_of_four_times_its_size_unless_it_says_another(more: dict[str, object]) -> None:
+    small = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+    assert shape_of({**small, **more}).parameters == pytest.approx(124e6, rel=0.01)
 
 
 def test_a_checkpoint_may_ask_for_an_fp8_cache() -> None:

@@ -50,6 +50,7 @@ _UNGATED = (
     *("gpt2", "gpt_neox", "gpt_neox_japanese", "gpt_bigcode", "opt", "biogpt", "falcon", "phi", "starcoder2"),
     *("nemotron", "arcee", "apertus", "persimmon", "fuyu", "jais2", "nanochat"),
 )
+_FOUR_TIMES = ("gpt2", "gpt_bigcode", "falcon")  # the hidden size, where config.json gives their MLPs none
 
 
 # What a family's config class in transformers (configuration_<family>.py) assumes where config.json says nothing: a
@@ -235,7 +236,10 @@ def _feed_forward(text: Mapping[str, Any], hidden: int, layers: int, where: str)
         if unread := [key for key in text if "expert" in key and isinstance(text[key], int) and text[key] > 1]:
             raise _unknown(f"config.json has {unread[0]} and no {' or '.join(EXPERTS)}", where)
         inner = _most(text, "shared_intermediate_size")  # Granite 4: its experts' shared part is all that there is
-        inner = inner or _int(text, where, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
+        keys = ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
+        if text.get("model_type") in _FOUR_TIMES and not any(text.get(key) for key in keys):
+            inner = 4 * hidden
+        inner = inner or _int(text, where, *keys)
         return (FeedForward(layers, float(_matrices(text, where) * hidden * inner), kernels=_KERNELS_DENSE),)
     inner = _most(text, "moe_intermediate_size", "intermediate_size")
     top_k = _most(text, "num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 
@@ -79,14 +81,39 @@ def from_config(config: Mapping[str, Any]) -> Precision:
         return base
     if "fp8" in str(quant.get("kv_cache_quant_algo") or "").lower() or quant.get("kv_cache_scheme"):
         base = replace(base, kv_bits=8.0)  # vLLM follows the checkpoint where --kv-cache-dtype is auto
-    method = str(quant.get("quant_method", ""))
+    method, algo = str(quant.get("quant_method", "")), str(quant.get("quant_algo", ""))
+    if "mixed" in algo.lower():  # modelopt: each layer with its own
+        if not (layers := quant.get("quantized_layers")):
+            raise ValueError(f"{algo} without quantized_layers")
+        return _mixed(base, layers)
     if method == "mxfp4":  # gpt-oss: the experts alone
         return apply(base, "mxfp4", experts_only=True)
     scheme = _compressed(quant) if method == "compressed-tensors" else ""
-    scheme = scheme or method_of(str(quant.get("quant_algo", ""))) or _by_bits(quant, method) or method_of(method)
+    scheme = scheme or method_of(algo) or _by_bits(quant, method) or method_of(method)
     if not scheme:
         return base
     return apply(base, scheme)
+
+
+def _mixed(base: Precision, layers: Mapping[str, Any]) -> Precision:
+    """Routed experts and the other linear layers each in the mean of the bits of those listed, and in the arithmetic of
+    most of them; what lists none is left in 16 bits."""
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for name, layer in layers.items():
+        parts[".experts" in name].append(method_of(str(layer.get("quant_algo"))))
+
+    def of(methods: list[str]) -> tuple[float, str, bool]:
+        known = [_METHODS.get(method, (16.0, "bf16", False)) for method in methods]
+        most = Counter(known).most_common(1)[0][0]
+        return (fmean(bits for bits, *_ in known), *most[1:])
+
+    if parts[True]:
+        bits, compute, _ = of(parts[True])
+        base = replace(base, expert_bits=bits, expert_compute=compute)
+    if parts[False]:
+        bits, compute, act_quant = of(parts[False])
+        base = replace(base, linear_bits=bits, compute=compute, act_quant=act_quant)
+    return base
 
 
 def named(config: Mapping[str, Any]) -> str:
