@@ -224,15 +224,37 @@ def planned(workplace: Path, budget: str, more: str = "") -> dict:
 def test_a_budget_in_usd_pays_the_gpus_that_launches_use(workplace: Path) -> None:
     one, eight = (planned(workplace, "{usd: 10}", f"hardware: {{gpu: L40S, gpus: {gpus}}}\n") for gpus in (1, 8))
     assert eight == one and one["usd"] == pytest.approx(10)
-    many = planned(workplace, "{usd: 10, verify_share: 0}", "hardware: {gpu: L40S, gpus: 8}\nparallel: 4\n")
+    many = planned(workplace, "{usd: 4, verify_share: 0}", "hardware: {gpu: L40S, gpus: 8}\nparallel: 4\n")
     assert many["hours"] == pytest.approx(many["launches"] * many["launch_seconds"] / 3600 / 4, rel=0.01)
-    assert many["usd"] == pytest.approx(10)
+    assert many["usd"] == pytest.approx(4)
 
 
 def test_one_launch_verifies_nothing_and_is_not_planned(workplace: Path) -> None:
     one, two = (planned(workplace, f"{{launches: {n}, verify_share: 0.5}}") for n in (2, 4))
     assert (one["launches"], two["launches"]) == (1, 4)
     assert one["hours"] == pytest.approx(one["launch_seconds"] / 3600)
+
+
+def test_a_search_is_planned_for_what_the_space_has(workplace: Path) -> None:
+    pins = "{max_num_seqs: [64, 256], max_num_batched_tokens: [2048, 8192], kv_cache_dtype: auto, quantization: none}"
+    four = f"parameters: {pins}\n"
+    data = planned(workplace, "{launches: 20, verify_share: 0}", four)
+    assert data["combinations"] == data["allowed"] == data["launches"] == 4
+    assert data["hours"] == pytest.approx(4 * data["launch_seconds"] / 3600)
+    verified = planned(workplace, "{launches: 20, verify_share: 0.5}", four)
+    seconds = 4 * verified["launch_seconds"] + 16 * verified["verify_launch_seconds"]
+    assert verified["hours"] == pytest.approx(seconds / 3600) and verified["launches"] == 20
+
+
+def test_a_launch_is_planned_up_to_the_first_load_that_is_predicted_to_miss(workplace: Path) -> None:
+    took_s = []
+    for more in ("", ", 400000", ", 400000, 800000"):
+        ladder = f"[1, 2000, 200000{more}]"
+        text = GOOD.replace("[1, 2, 4]", ladder).replace("300ms", "28ms").replace("H100-SXM", "L40S")
+        text += "parameters: {max_num_batched_tokens: 2048, kv_cache_dtype: auto, quantization: none}\n"
+        ready = session.prepare(read(write(workplace, text), Flags()), launching=False)
+        took_s.append(plan.plan(ready)["launch_seconds"])
+    assert took_s == pytest.approx([took_s[0]] * 3)
 
 
 def test_a_plan_has_the_windows_of_verification_and_says_what_bounds_it(workplace: Path, capsys) -> None:

@@ -72,7 +72,8 @@ def plan(ready: Any) -> dict[str, Any]:
     allowed = [
         space.config(params, study.model) for params, reason in zip(candidates, reasons, strict=True) if not reason
     ]
-    front, capable = _front(ready, allowed) if ready.predictor else ([], 0)
+    front, capable, steps = _front(ready, allowed) if ready.predictor else ([], 0, len(study.load.ladder))
+    whole = len(grid) == len(candidates) > 0
     return {
         "name": study.name,
         "combinations": len(grid) or space.size(),
@@ -81,7 +82,7 @@ def plan(ready: Any) -> dict[str, Any]:
         "refused": dict(Counter(filter(None, reasons))),
         "trace_notes": list(ready.traffic.notes),
         "fills_cache": ready.traffic.fill_s > 0,
-        **_cost(ready, allowed),
+        **_cost(ready, allowed, steps, len(allowed) if whole else math.inf),
         "no_model": ready.no_model,
         "unchecked": ready.unchecked,
         "capable": capable,
@@ -97,11 +98,14 @@ def _candidates(study: Any, grid: list[Any]) -> list[Any]:
     return [space.default(), *({str(sorted(s.items())): s for s in map(space.snap, drawn)}.values())]
 
 
-def _cost(ready: Any, allowed: list[Any]) -> dict[str, Any]:
-    """What a launch takes, and how many of them, hours and USD the study does; None where nobody can know."""
+def _cost(ready: Any, allowed: list[Any], steps: float, different: float) -> dict[str, Any]:
+    """What a launch takes, and how many of them, hours and USD the study does; None where nobody can know. A launch of
+    the search measures ``steps`` loads, and it launches no more than the ``different`` configurations and a few of them
+    twice."""
     from statistics import fmean
 
     from tuner.executor.cluster import price_of
+    from tuner.search.sampler import Options
     from tuner.study import session
     from tuner.study.budget import for_search
     from tuner.study.price import per_hour
@@ -109,21 +113,25 @@ def _cost(ready: Any, allowed: list[Any]) -> dict[str, Any]:
 
     study, budget = ready.study, ready.study.budget
     names = ("launch_seconds", "verify_launch_seconds", "launches", "hours", "usd")
+    verifies = budget.verify_share > 0 and bool(ready.traffic.heldout)
+    most = budget.launches or math.inf
+    if study.sampler == "auto" and 0 < different < math.inf:
+        different += (different - 1) // (Options().remeasure_every - 1)
+    search = min(for_search(budget) if budget.launches else math.inf, different)
     if study.engine.kind == "function":
-        return dict.fromkeys(names) | {"launches": budget.launches}
+        count = most if verifies else min(most, search)
+        return dict.fromkeys(names) | {"launches": None if math.isinf(count) else int(count)}
     default = study.space.config(study.space.default(), study.model)
     configs, ladder = allowed or [default], study.load.ladder
-    tail_s = _response_s(ready, default)
-    launch_s = session.launch_seconds(ready) + tail_s * len(ladder)
-    steps = LOADS * len(ready.traffic.heldout) - len(ladder)  # that a launch of verification has more
-    verify_s = launch_s + steps * (session.step_seconds(ready) + tail_s)
+    step_s = session.step_seconds(ready) + (tail_s := _response_s(ready, default))
+    launch_s = session.launch_seconds(ready) + tail_s * len(ladder) - (len(ladder) - steps) * step_s
+    verify_s = launch_s + (LOADS * len(ready.traffic.heldout) - steps) * step_s
     side = _side_by_side(study, fmean(max(config.gpus, 1) for config in configs))
     rate = fmean(per_hour(config, study.objective, price_of(study, config)) for config in configs) / 3600
     wall_s, gpu_s = (budget.hours or math.inf) * 3600, (budget.usd or math.inf) / rate
-    most, share = budget.launches or math.inf, 1 - budget.verify_share
-    searched = min(wall_s * side / launch_s, gpu_s / launch_s) * share
-    searched, verified = max(1, min(searched, for_search(budget) if budget.launches else math.inf)), 0.0
-    if budget.verify_share and ready.traffic.heldout:
+    searched = min(wall_s * side / launch_s, gpu_s / launch_s) * (1 - budget.verify_share)
+    searched, verified = max(1, min(searched, search)), 0.0
+    if verifies:
         wall_left, gpu_left = wall_s - searched * launch_s / side, gpu_s - searched * launch_s
         verified = min(most - searched, wall_left / verify_s, gpu_left / verify_s)
         verified = verified if verified >= 2 else 0.0  # the default's and a finalist's
@@ -166,13 +174,14 @@ def _effort(study: Any, data: dict[str, Any]) -> str:
     )
 
 
-def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
-    """Non-dominated (configuration, load) points by prediction, and how many configurations meet the SLOs at all."""
+def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int, float]:
+    """Non-dominated (configuration, load) points by prediction, how many configurations meet the SLOs at all, and how
+    many loads a launch of one of those measures: up to the first that misses."""
     from tuner.pareto.changes import describe
     from tuner.study.price import COST
 
     study = ready.study
-    found, capable = [], 0
+    found, steps = [], []
     for config in allowed:
         good = []
         for load in study.load.ladder:
@@ -180,7 +189,8 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
             if COST not in metrics or any(slo.miss(metrics) for slo in study.objective.slos if slo.latency):
                 break
             good.append((metrics[COST], metrics[study.objective.latency_key], load, config))
-        capable += bool(good)
+        if good:
+            steps.append(min(len(good) + 1, len(study.load.ladder)))
         found += good
     default = study.space.config(study.space.default(), study.model)
     front, best = [], float("inf")
@@ -190,4 +200,4 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int]:
             flags = describe(config, default)
             row = {"load": load, COST: cost, "latency_s": latency, "flags": flags}
             front.append(row)
-    return front, capable
+    return front, len(steps), sum(steps) / len(steps) if steps else 1.0
