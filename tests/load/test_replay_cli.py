@@ -145,6 +145,19 @@ def test_a_replay_of_which_half_failed_says_how_and_exits_3(tmp_path, monkeypatc
     assert ("SLO error_rate=1%: missed" in out) == (code == 3)
 
 
+def test_what_is_within_the_slos_is_a_part_of_what_is_printed_beside_it(tmp_path, monkeypatch, capsys):
+    """Responses of three quarters of the traffic: few of them arrive in the time in which they are asked for."""
+    rows = [request(i, [i + 1.0 + 0.5 * k for k in range(11)]) for i in range(10)]
+    path = records(tmp_path, rows).path
+    words = ["--recompute", "--records", str(path), "--slo", "tpot_p99=600ms"]
+    monkeypatch.setattr(sys, "argv", ["tuner", "replay", *words])
+    with pytest.raises(SystemExit):
+        main()
+    lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines() if "within SLO" in line]
+    pairs = [(float(line[line.index("/s") - 1]), float(line[-2])) for line in lines]
+    assert len(pairs) == 3 and all(within == whole > 0 for whole, within in pairs)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -16,6 +16,7 @@ from tuner.cli.signals import stopping
 from tuner.errors import UsageError
 
 if TYPE_CHECKING:
+    from tuner.load.records import Records
     from tuner.spec.slo import Slo
     from tuner.study.outcome import Step
 
@@ -59,16 +60,17 @@ def replay(
     """
     slos, quantiles = _slos(slo or ()), _quantiles(percentile)
     if recompute:
-        step, failures = _again(records, slos, quantiles)
+        step, kept = _again(records, slos, quantiles)
     else:
         if not url or trace is None:
             raise UsageError(
                 "--url and --trace are needed", fix="tuner replay --url http://127.0.0.1:8000 --trace FILE"
             )
-        step, failures = _run(
+        step, kept = _run(
             url, trace, load, model, slos, tokenizer, requests, seconds, warmup, free_output, closed_loop,
             processes, timeout, early_stop, seed, quantiles, records, format, arrivals, api_key, as_json,
         )  # fmt: skip
+    failures = kept.failures()
     if not step.untrusted and not any(one.metric == "error_rate" for one in slos):
         usual = _slos(["error_rate=1%"])
         if missed := tuple(one.miss(step.metrics) for one in usual if one.miss(step.metrics)):
@@ -76,7 +78,7 @@ def replay(
     if as_json:
         typer.echo(json.dumps(_plain(step) | {"failures": failures}, indent=2))
     else:
-        typer.echo("\n".join(_page(step, slos, failures)))
+        typer.echo("\n".join(_page(step, slos, failures, _whole(step, kept))))
     if step.untrusted:
         raise typer.Exit(_UNTRUSTED)
     if step.slo_misses:
@@ -88,7 +90,7 @@ def _run(
     seconds: float | None, warmup: float, free_output: bool, closed_loop: int, processes: int | None, timeout: float,
     early_stop: bool, seed: int, quantiles: tuple[float, ...], records: Path | None, format: str, arrivals: str | None,
     api_key: str, quiet: bool,
-) -> tuple[Step, dict[str, int]]:  # fmt: skip
+) -> tuple[Step, Records]:  # fmt: skip
     import tempfile
 
     from tuner.engines.protocol import Cancelled, Endpoint, StepPlan
@@ -135,7 +137,7 @@ def _run(
                     concurrency=closed_loop,
                     shards=processes,
                 )
-                return step, read(plan.records).failures()
+                return step, read(plan.records)
             except (Cancelled, KeyboardInterrupt) as end:
                 begun = "" if isinstance(end, Cancelled) else ", if the replay had begun,"
                 where = f"; the records until then{begun} are in {records}" if records else ""
@@ -143,15 +145,15 @@ def _run(
                 raise typer.Exit(130) from None
 
 
-def _again(records: Path | None, slos: tuple[Slo, ...], quantiles: tuple[float, ...]) -> tuple[Step, dict[str, int]]:
-    """A step, and how requests failed, from its records file alone."""
+def _again(records: Path | None, slos: tuple[Slo, ...], quantiles: tuple[float, ...]) -> tuple[Step, Records]:
+    """A step from its records file alone."""
     from tuner.load.records import read
     from tuner.load.step import judge
 
     if records is None:
         raise UsageError("--recompute needs --records FILE")
     kept = read(records)
-    return judge(kept, slos, quantiles), kept.failures()
+    return judge(kept, slos, quantiles), kept
 
 
 def _slos(texts: list[str] | tuple[str, ...]) -> tuple[Slo, ...]:
@@ -202,7 +204,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _page(step: Step, slos: tuple[Slo, ...], failures: Mapping[str, int]) -> list[str]:
+def _whole(step: Step, records: Records) -> Mapping[str, float]:
+    """The rates of which those within SLO are a part."""
+    from tuner.measure.metrics import answered
+
+    return answered(records) if "goodput_window_s" in step.metrics else step.metrics
+
+
+def _page(step: Step, slos: tuple[Slo, ...], failures: Mapping[str, int], whole: Mapping[str, float]) -> list[str]:
     m, lines = step.metrics, []
     closed = m.get("closed_loop_concurrency")
     loop = f", CLOSED LOOP with {closed:.0f} in flight: latencies leave out waiting at a given rate" if closed else ""
@@ -215,7 +224,7 @@ def _page(step: Step, slos: tuple[Slo, ...], failures: Mapping[str, int]) -> lis
     if len(failures) > 3:
         lines.append(f"failed: {sum([*failures.values()][3:]):,} x otherwise, in {len(failures) - 3} more ways")
     if m["measured_requests"]:
-        lines += ["", *_latencies(step), "", *_rates(step)]
+        lines += ["", *_latencies(step), "", *_rates(step, whole)]
     if step.stopped_early:
         lines += ["", f"stopped early: {step.stopped_early}"]
     for slo in slos:
@@ -243,11 +252,11 @@ def _latencies(step: Step) -> list[str]:
     return rows
 
 
-def _rates(step: Step) -> list[str]:
+def _rates(step: Step, whole: Mapping[str, float]) -> list[str]:
     m = step.metrics
     offered = m.get("offered_requests_per_s", 0.0)
     return [
-        f"{name:22}{m.get(key, 0):12,.2f} /s{'':4}within SLO {m.get('goodput_' + key, 0):12,.2f} /s"
+        f"{name:22}{whole.get(key, 0):12,.2f} /s{'':4}within SLO {m.get('goodput_' + key, 0):12,.2f} /s"
         for name, key in (
             ("requests", "requests_per_s"),
             ("output tokens", "output_tokens_per_s"),

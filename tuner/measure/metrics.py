@@ -56,7 +56,7 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     metrics["error_rate"] = error_rate(records, measured)
     intervals["error_rate"] = quantile.proportion(round(metrics["error_rate"] * n), n)
     metrics["send_lag_p99_s"] = quantile.summary(send_lag_s(records)[measured], 0.99)[0]
-    asked = Window(min(warm_end_ns(records), span.start_ns), span.asked_ns, span.asked_ns)
+    asked = _asked(records, span)
     paced = asked if lasts_s(records) else span  # the ramp ends with an arrival: one too many, as the last is
     metrics["offered_requests_per_s"] = offered_requests_per_s(records, paced)
     metrics["sent_requests_per_s"] = sent_requests_per_s(records, is_measured(records, paced), paced)
@@ -85,7 +85,18 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     return metrics, intervals
 
 
+def answered(records: Records) -> Metrics:
+    """What all requests that ended well brought, by the rule by which goodput counts what was asked for: no less than
+    that."""
+    counts, seconds = goodputs(records, _asked(records, window(records)), _whole(records))
+    return {name: float(per_batch.sum()) / seconds for name, per_batch in counts.items()}
+
+
 # which requests
+
+
+def _asked(records: Records, span: Window) -> Window:
+    return Window(min(warm_end_ns(records), span.start_ns), span.asked_ns, span.asked_ns)
 
 
 def is_measured(records: Records, span: Window) -> np.ndarray:
