@@ -18,7 +18,8 @@ from tests.study import postgres
 from tuner.api import AskTell
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec import studyfile
-from tuner.study import database
+from tuner.spec.study import RULES
+from tuner.study import database, mirror, session
 from tuner.study.outcome import Measured
 from tuner.study.peers import joined
 from tuner.study.pulse import Owner
@@ -273,6 +274,26 @@ def test_what_another_tuner_verified_is_taken_over_until_there_is_more_budget_to
     assert verify(more, 12) and not verify(more, 12)
     verdict.unlink()
     assert not verify(more, 0) and "12" in verdict.read_text(), "the folder has what another one's launches said"
+
+
+@pytest.mark.parametrize("begun_with", [RULES, ("planned_ends",), (), None])  # None: earlier versions did not write it
+def test_who_joins_measures_as_the_study_does(on_sqlite, begun_with):
+    study = on_sqlite[0]
+    if begun_with != RULES:
+        with database.Database(study.storage, study.name).starting():
+            book = optuna.create_study(
+                storage=study.storage.address({}), study_name="shared", directions=["minimize"] * 2
+            )
+        said = {"identity": mirror.identity(study), "uid": "theirs", "rules": begun_with}
+        for key, value in said.items():
+            if value is not None:
+                book.set_user_attr(key, value)
+    for _ in range(2):  # as it joins, and as it is resumed
+        with session.opened(study) as store:
+            ready = session.prepare(studyfile.load(Path(study.source)))
+            with joined(ready.study, store, lambda _name, _data: None) as peers:
+                ready = session.as_shared(ready, store, peers)
+        assert ready.study.rules == studyfile.load(store.folder).rules == set(begun_with or ())
 
 
 def test_another_users_lock_file_can_be_locked_without_writing_it(tmp_path, monkeypatch):

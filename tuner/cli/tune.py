@@ -57,6 +57,7 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
                     joined(study, store, view.on_event, cancel=cancel) as peers,
                     finish.recorder(study, store, view.say, peers) as recorder,
                 ):
+                    ready = session.as_shared(ready, store, peers)
                     view.begin(ready)
                     ended = session.search(ready, store, recorder, cancel, view.on_event, peers)
                     store.log("ended", why=ended)

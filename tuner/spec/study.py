@@ -137,6 +137,10 @@ class Study:
         nothing unless it says so."""
         return self._has("fills_cache")
 
+    @property
+    def rules(self) -> frozenset[str]:
+        """Those of :data:`RULES` by which it is measured."""
+        return frozenset(rule for rule in RULES if self._has(rule))
+
     def _has(self, rule: str) -> bool:
-        """Whether a rule that is newer than some studies holds for this one."""
         return self.frozen.get("frozen", {}).get(rule, not self.frozen)

@@ -71,6 +71,7 @@ class Peers:
             self.book = self._book(study.name)
             verified = self._book(f"{study.name} (verification)")
         self.upkeep = Upkeep(study, store, self.book, verified, self.owner, self.pulse, on_event)
+        self.rules = study.rules  # by which all of them measure; known from begin() on
         self._said_away = False
 
     @contextmanager
@@ -111,9 +112,13 @@ class Peers:
             log = Ledger.load(self.store.folder)  # the tuners have one run in MLflow
             if "uid" not in kept:
                 self.book.set_user_attr("identity", own)
+                self.book.set_user_attr("rules", sorted(self.rules))
                 self.book.set_user_attr("uid", log.uid)
-            elif not log.stores:
-                log.uid = kept["uid"]
+            else:
+                # earlier versions did not write it; a folder that has been part of the study knows
+                own = self.rules if self.store.trials() and log.uid == kept["uid"] else ()
+                self.rules = frozenset(kept.get("rules", own))
+                log.uid = log.uid if log.stores else kept["uid"]
             log.save()
         self.pulse.start()
 

@@ -147,11 +147,28 @@ def gpu_here(study: Study, wanted: str = "") -> str:
 def _as_begun(study: Study) -> Study:
     """``study``, which is measured by the rules of its folder's when it began."""
     store = Store(Path(study.folder))
-    if not (study.frozen and store.begun() and store.study_file.exists()):
+    begun = store.begun() and store.study_file.exists()
+    return _by(studyfile.load(store.folder).rules, study) if begun else study
+
+
+def _by(rules: frozenset[str], study: Study) -> Study:
+    """``study``, which is measured by ``rules`` (:attr:`Study.rules`)."""
+    if study.rules == rules:
         return study
-    before = studyfile.load(store.folder).frozen["frozen"]
-    resolved = {key: value for key, value in study.frozen["frozen"].items() if key not in RULES or key in before}
+    resolved = {name: value for name, value in study.frozen["frozen"].items() if name not in RULES}
+    resolved |= dict.fromkeys(sorted(rules), True)
     return replace(study, frozen={**study.frozen, "frozen": resolved})
+
+
+def as_shared(ready: Prepared, store: Store, peers: Peers | None) -> Prepared:
+    """``ready``, which measures as the study that it has joined does, its folder too."""
+    if peers is None or peers.rules == ready.study.rules:
+        return ready
+    write_study(_by(peers.rules, studyfile.load(store.folder)).frozen, store)
+    study = _by(peers.rules, ready.study)
+    traffic = workload.read(study)
+    predictor, no_model = model_of(study, traffic)
+    return replace(ready, study=study, traffic=traffic, predictor=predictor, no_model=no_model)
 
 
 def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:
