@@ -173,8 +173,10 @@ def test_closing_ends_what_runs_and_may_be_done_twice(rigged):
     assert time.monotonic() - began < 30
 
 
-def test_who_leaves_at_once_waits_for_nothing(rigged):
-    made = rigged("import time\ndef evaluate(config, load):\n    time.sleep(60)\n")
+def test_who_leaves_at_once_waits_for_nothing(rigged, tmp_path):
+    """It runs on in a thread of this process, and until it ends what is printed goes to stderr: the test ends it."""
+    body = f"while not pathlib.Path({str(tmp_path / 'go')!r}).exists():\n        time.sleep(0.05)"
+    made = rigged(f"import pathlib, time\ndef evaluate(config, load):\n    {body}\n")
     with pytest.raises(KeyboardInterrupt), executor(made.bench) as where:
         where.submit(made.job(0))
         while not made.seen("step"):
@@ -182,6 +184,10 @@ def test_who_leaves_at_once_waits_for_nothing(rigged):
         began = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - began < 20
+    (tmp_path / "go").touch()
+    for thread in threading.enumerate():
+        if thread.name == "trial-0":
+            thread.join(20)
 
 
 def test_the_type_of_gpu_that_a_configuration_names_is_the_one_that_is_emulated(workplace):
