@@ -88,3 +88,14 @@ def test_shares_have_clopper_and_pearsons_interval(k, extra):
     low, high = quantile.proportion(k, n)
     assert low == pytest.approx(beta.ppf(0.025, k, n - k + 1) if k else 0.0)
     assert high == pytest.approx(beta.ppf(0.975, k + 1, n - k))
+
+
+def test_the_share_beyond_a_limit_lies_on_the_percentiles_and_on_lines_between_and_beyond_them():
+    values, levels = [1.0, 2.0, 4.0], [0.5, 0.1, 0.01]
+    assert [quantile.beyond(x, values, levels) for x in values] == levels
+    assert quantile.beyond(math.sqrt(2), values, levels) == pytest.approx(math.sqrt(0.05))
+    assert quantile.beyond(8.0, values, levels) == pytest.approx(0.001)
+    assert quantile.beyond(0.5, values, levels) == 0.75 and quantile.beyond(-1.0, values, levels) == 1.0
+    assert quantile.beyond(2.0, [1.0], [0.01]) == pytest.approx(1e-4)  # one alone: exponentially
+    assert quantile.beyond(9.0, [1.0, 2.0, 2.0], levels) == quantile.RARE
+    assert quantile.beyond(2.0, [1.0, 2.0, 2.0], levels) == 0.01

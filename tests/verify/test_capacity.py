@@ -5,7 +5,7 @@ import pytest
 
 from tuner.spec.slo import parse
 from tuner.study.outcome import Step
-from tuner.verify.arm import margin, pooled
+from tuner.verify.arm import Tail, margin, pooled
 from tuner.verify.capacity import (
     capacity,
     cost_at,
@@ -138,6 +138,15 @@ def test_over_all_requests_a_percentile_is_missed_by_the_share_beyond_its_limit(
     together = np.concatenate([-np.log(shares) * value / math.log(100) for value in values])
     assert (np.quantile(together, 0.99) <= 1) == holds == (pooled(margins, slo) <= 0)
     assert math.exp(pooled(margins[:1], slo)) == pytest.approx(values[0])
+
+
+def test_the_share_beyond_a_limit_is_read_off_all_percentiles_that_were_measured():
+    """A tenth of one stretch is too late, though its p99 misses by little: of a tail that falls off steeply."""
+    steep = {"ttft_p50_s": 0.95, "ttft_p90_s": 1.0, "ttft_p95_s": 1.1, "ttft_p99_s": 1.2}
+    cells = [[step(4.0, 1.2, **steep)], *([[step(4.0, 0.4)]] * 2)]
+    assert margin_of_all([[step(4.0, 1.2)], *cells[1:]], 4.0, [SLO]) < 0 < margin_of_all(cells, 4.0, [SLO])
+    assert Tail.of(cells[0][0], SLO).beyond(math.log(1.2)) == pytest.approx(0.1)
+    assert Tail.of(cells[0][0], SLO).beyond(0.0) == 1 - 0.99
 
 
 def test_what_an_slo_misses_is_not_put_on_the_others():

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from tuner.measure.quantile import beyond
 from tuner.spec.slo import Slo
 
 WAITING = ("ttft", "e2e")  # latencies that a wait before being served adds to, as it is
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
 WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 NODES = _NODES
-_RARE = 1e-6  # no share of misses below this is told from quantiles
 _GRID = 200
 _STEPS = 6  # parts of a window in which the number of requests inside is followed
 
@@ -185,8 +185,9 @@ def _scores(points: Sequence[Point], limit: Limit, x: np.ndarray, fine: np.ndarr
     names = quantiles(points, slo.latency)
     values = np.stack([along([p.values[f"{slo.latency}_{name}_s"] for p in points]) for name, _ in names])
     values = np.maximum.accumulate(values, axis=0)
-    levels = np.array([1 - q for _, q in names])
-    return np.array([_beyond(slo.limit - wait, column, levels) for wait, column in zip(shift, values.T, strict=True)])
+    levels = [1 - q for _, q in names]
+    columns = zip(shift.tolist(), values.T.tolist(), strict=True)
+    return np.array([beyond(slo.limit - wait, column, levels) for wait, column in columns])
 
 
 def quantiles(points: Sequence[Point], latency: str) -> list[tuple[str, float]]:
@@ -194,23 +195,6 @@ def quantiles(points: Sequence[Point], latency: str) -> list[tuple[str, float]]:
     shared = set.intersection(*({name for name, value in p.values.items() if math.isfinite(value)} for p in points))
     names = [n.split("_")[-2] for n in shared if n.startswith(f"{latency}_p") and n.endswith("_s")]
     return sorted(((n, float(n[1:]) / 100) for n in names), key=lambda pair: pair[1])
-
-
-def _beyond(limit: float, values: np.ndarray, levels: np.ndarray) -> float:
-    """The share of requests beyond ``limit``, of which ``levels`` (falling) lie beyond ``values`` (rising). Between
-    them, and beyond the last along the last two, on straight lines of logarithms (a Pareto tail); below the first on
-    one to no latency at all."""
-    if limit <= 0:
-        return 1.0
-    if limit <= values[0]:
-        return float(1 - (1 - levels[0]) * limit / values[0])
-    if len(values) == 1:
-        return float(levels[0]) if limit == values[0] else _RARE
-    x, y = np.log(_rising(values)), np.log(levels)
-    at = math.log(limit)
-    last = min(int(np.searchsorted(x, at)), len(x) - 1)
-    slope = (y[last] - y[last - 1]) / (x[last] - x[last - 1])
-    return float(min(max(math.exp(y[last] + slope * (at - x[last])), _RARE), 1.0))
 
 
 def _smeared(states: np.ndarray, row: np.ndarray, extra: float) -> np.ndarray:

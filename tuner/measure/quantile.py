@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 CONFIDENCE = 0.95
+RARE = 1e-6  # no share of observations below this is told from quantiles
 
 
 def rank(n: int, q: float) -> int:
@@ -114,3 +116,23 @@ def select(parts: Iterable[np.ndarray], ranks: Sequence[int]) -> dict[int, float
 def _bucket(values: np.ndarray) -> np.ndarray:
     """The exponent and eight bits of the mantissa."""
     return np.ascontiguousarray(values, dtype=np.float64).view(np.int64) >> 44
+
+
+def beyond(limit: float, values: Sequence[float], levels: Sequence[float]) -> float:
+    """The share of observations beyond ``limit``, of which ``levels`` (falling) lie beyond ``values`` (never falling).
+    Between them, and beyond the last along the last two, on straight lines of logarithms (a Pareto tail); below the
+    first on one to no latency at all. Of one alone observations are taken to fall off exponentially."""
+    if limit <= 0:
+        return 1.0
+    if len(values) == 1:
+        return max(levels[0] ** (limit / values[0]), RARE)
+    at = bisect.bisect_right(values, limit)  # of the first that is larger
+    if at and values[at - 1] == limit:
+        return max(levels[at - 1], RARE)
+    if not at:
+        return 1 - (1 - levels[0]) * limit / values[0]
+    at = min(at, len(values) - 1)
+    if values[at] == values[at - 1]:
+        return RARE
+    slope = math.log(levels[at] / levels[at - 1]) / math.log(values[at] / values[at - 1])
+    return max(levels[at - 1] * (limit / values[at - 1]) ** slope, RARE)

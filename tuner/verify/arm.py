@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
 
+from tuner.measure.quantile import beyond
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo, is_metric
 from tuner.study.outcome import Infeasible, Step
@@ -60,13 +62,40 @@ def margin(step: Step, slos: Sequence[Slo]) -> float:
     return max(worst, 0.05 if missed else -FAR)
 
 
-def pooled(margins: Sequence[float], slo: Slo) -> float:
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """How a latency's percentiles lie to the SLO's own: ``levels`` (falling) of the requests are beyond so many times
+    its value (``ratios``, never falling)."""
+
+    levels: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    @classmethod
+    def of(cls, step: Step | None, slo: Slo) -> Tail:
+        """As ``step`` measured them; the SLO's alone where it did not."""
+        q, head = slo.quantile or 0.0, f"{slo.latency}_p"
+        metrics = step.metrics if step else {}
+        known = {
+            float(name[len(head) : -2]) / 100: value
+            for name, value in metrics.items()
+            if name.startswith(head) and name.endswith("_s") and 0 < value < math.inf
+        }
+        if q not in known:
+            return cls((1 - q,), (1.0,))
+        ratios = accumulate(((min if at < q else max)(known[at] / known[q], 1.0) for at in sorted(known)), max)
+        return cls(tuple(1 - at for at in sorted(known)), tuple(ratios))
+
+    def beyond(self, margin: float) -> float:
+        """The share of requests beyond the limit where the SLO's own percentile is by ``margin`` from it."""
+        return beyond(math.exp(-margin), self.ratios, self.levels)
+
+
+def pooled(margins: Sequence[float], slo: Slo, tails: Sequence[Tail] = ()) -> float:
     """The margin of one SLO over the requests of several measurements of about as many each, from its margin on each: a
     stretch of traffic that holds easily makes up for one that does not as far as its requests do, and no further.
 
     Means and rates are averaged, of maxima the largest counts. Of a percentile it is the share of requests beyond the
-    limit that is averaged. Waiting times fall off exponentially: where 1 % of the requests take longer than ``v``,
-    ``0.01 ** (limit / v)`` of them take longer than the limit.
+    limit that is averaged, which the percentiles of each measurement tell (``tails``; without them the SLO's own).
     """
     allowed = 1 - (slo.quantile or 0.0)
     if slo.metric.endswith("_max"):
@@ -74,6 +103,7 @@ def pooled(margins: Sequence[float], slo: Slo) -> float:
     elif allowed == 1:
         found = math.log(fmean(math.exp(x) for x in margins))
     else:
-        beyond = fmean(allowed ** math.exp(-x) for x in margins)
-        found = -math.log(math.log(beyond) / math.log(allowed)) if beyond < 1 else FAR
+        tails = tails or [Tail.of(None, slo)] * len(margins)
+        late = fmean(tail.beyond(x) for tail, x in zip(tails, margins, strict=True))
+        found = -math.log(math.log(late) / math.log(allowed)) if late < 1 else FAR
     return min(max(found, -FAR), FAR)

@@ -17,7 +17,7 @@ from tuner.pareto.front import Point
 from tuner.spec.slo import Slo
 from tuner.spec.study import Study
 from tuner.study.outcome import Step
-from tuner.verify.arm import COST, FAR, margin, pooled
+from tuner.verify.arm import COST, FAR, Tail, margin, pooled
 
 UP = (1.06, 1.2, 1.5, 2.0)
 DOWN = tuple(1 / up for up in UP)
@@ -164,7 +164,13 @@ def margin_of_all(cells: Sequence[Sequence[Step]], load: float, slos: Sequence[S
     """The worst SLO's margin at ``load`` over all requests of several launches and windows (:func:`pooled`)."""
     if not slos:
         return fmean(margin_at(steps, load, slos) for steps in cells)
-    return max(pooled([margin_at(steps, load, [slo]) for steps in cells], slo) for slo in slos)
+
+    def of(slo: Slo) -> float:
+        margins = [margin_at(steps, load, [slo]) for steps in cells]
+        nearest = [min(_trusted(steps), key=lambda s: abs(math.log(s.load / load)), default=None) for steps in cells]
+        return pooled(margins, slo, [Tail.of(step, slo) for step in nearest])
+
+    return max(map(of, slos))
 
 
 def _between(known: Sequence[tuple[float, float]], load: float, rising: bool = False) -> float:
