@@ -861,6 +861,8 @@ def test_a_cache_is_filled_as_far_as_the_servers_room_goes_and_where_it_keeps_pr
     assert filled({}) == n - 4
     assert filled({"data-parallel-size": 2}) == n - 9
     assert filled({}, Boot()) == 0
+    many = replace(window, earlier=replace(before, input_tokens=before.input_tokens * 10_000))
+    assert len(to_fill(many, ServingConfig("m", {}, {}), Boot())) == 1  # what nobody knows is bounded, too
     assert filled({}, Boot(facts={"kv_cache_tokens": 50.0})) is None
     assert filled({"no-enable-prefix-caching": None}) is filled({"disable-radix-cache": None}) is None
     assert to_fill(windows.cut(before, 0, 2), ServingConfig("m", {}, {}), room) is None

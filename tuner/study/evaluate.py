@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, St
 from tuner.study.price import priced
 from tuner.study.workload import at_load
 
+ROOM = 2**20  # tokens: more than most servers' caches hold, and no more than a minute or two to compute
 Check = Callable[[Server, ServingConfig, Path], Infeasible | None]
 Beaten = Callable[[Sequence[Step]], str]
 
@@ -144,11 +144,11 @@ def measure(
 
 
 def to_fill(trace: Trace, config: ServingConfig, boot: Boot) -> Trace | None:
-    """Of what came before ``trace`` the last that the server's caches have room for (all of it, where its log did not
+    """Of what came before ``trace`` the last that the server's caches have room for (:data:`ROOM` where its log did not
     say how much that is); nothing where it caches no prefixes."""
     if trace.earlier is None or not caches_prefixes(config.flags):
         return None
-    room = boot.facts.get("kv_cache_tokens", math.inf) * ranks(config.flags)
+    room = boot.facts.get("kv_cache_tokens", ROOM) * ranks(config.flags)
     return recent(trace.earlier, room)
 
 
