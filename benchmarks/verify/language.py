@@ -22,10 +22,12 @@ from tuner.engines.protocol import Endpoint
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Language:
-    """``logprobs`` (V, V): row = last token. ``prompt_logprobs`` False: a server without that extension."""
+    """``logprobs`` (V, V): row = last token. ``prompt_logprobs`` False: a server without that extension. ``top_k`` is
+    what its generation_config.json says: for requests that do not."""
 
     logprobs: np.ndarray
     prompt_logprobs: bool = True
+    top_k: int = -1
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """One choice, in vLLM's form."""
@@ -37,7 +39,10 @@ class Language:
         for _ in range(body["max_tokens"]):
             row = self.logprobs[(tokens + made)[-1]]
             greedy = body.get("temperature", 1.0) == 0
-            made.append(int(np.argmax(row)) if greedy else int(rng.choice(vocabulary, p=np.exp(row))))
+            top_k = body.get("top_k", self.top_k)
+            kept = np.argsort(-row)[: top_k if top_k > 0 else None]
+            p = np.exp(row) * np.isin(np.arange(vocabulary), kept)
+            made.append(int(np.argmax(row)) if greedy else int(rng.choice(vocabulary, p=p / p.sum())))
         choice: dict[str, Any] = {"text": "", "token_ids": made, "prompt_token_ids": tokens}
         if self.prompt_logprobs and body.get("prompt_logprobs") is not None:
             choice["prompt_logprobs"] = [None, *self._places(tokens, body["prompt_logprobs"])]

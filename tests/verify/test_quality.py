@@ -53,6 +53,25 @@ def test_the_divergence_is_a_lower_bound_and_the_drawn_one_is_unbiased(base):
         assert abs(found.kl_drawn - truth) < 4 * found.kl_drawn_error
 
 
+def test_tokens_are_drawn_from_all_of_the_distribution_whatever_the_models_generation_config_says():
+    kept = {"vocabulary": 400, "sharpness": 2.0}
+    with serve(language(0.0, top_k=5, **kept)) as endpoint:
+        base = profile(endpoint, seed=1, count=8, drawn=64, greedy=4)
+    truth = exact(language(0.0, **kept), language(0.5, **kept), places(base))
+    with serve(language(0.5, top_k=5, **kept)) as endpoint:
+        found = check(endpoint, base, QualityFloor())
+        older = check(endpoint, Profile.from_dict({**base.to_dict(), "unaltered": False}), QualityFloor(kl_max=9))
+    ranks = [sum(v > own for v in top.values()) for s in base.sequences for own, top in drawn_tokens(s)]
+    assert sum(rank >= 5 for rank in ranks) > len(ranks) / 4
+    assert abs(found.kl_drawn - truth) < 4 * found.kl_drawn_error
+    assert math.isnan(older.kl_drawn) and older.verdict == "passed"
+
+
+def drawn_tokens(sequence):
+    scores = sequence.scores
+    return list(zip(scores.tokens, scores.tops, strict=True))[sequence.given - 1 :]
+
+
 def test_merging_all_unlisted_tokens_never_overstates_the_divergence():
     p = {1: math.log(0.5), 2: math.log(0.2)}
     q = {1: math.log(0.4), 2: math.log(0.2)}

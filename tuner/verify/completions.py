@@ -15,6 +15,15 @@ from tuner.engines.protocol import Endpoint
 
 LISTED = 20  # vLLM gives at most so many per position unless it is started with --max-logprobs
 LONGEST_PROMPT_TOKENS = 256
+# the model's own distribution: what a request leaves out a server takes from the model's generation_config.json
+UNALTERED = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 class Unanswered(Exception):
@@ -44,10 +53,12 @@ def _number(logprob: Any) -> float:
 
 
 class Completions:
-    """Requests one after the other: the server is to compare, not to be loaded."""
+    """Requests one after the other: the server is to compare, not to be loaded. ``unaltered``: of the model's own
+    distribution, whatever its generation_config.json says."""
 
-    def __init__(self, endpoint: Endpoint, timeout_s: float) -> None:
+    def __init__(self, endpoint: Endpoint, timeout_s: float, *, unaltered: bool = True) -> None:
         self._endpoint, self._timeout_s = endpoint, timeout_s
+        self._sampling = UNALTERED if unaltered else {}
         # a proxy of the environment has no business between us and a server on this machine
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -85,7 +96,8 @@ class Completions:
 
     def _choice(self, **body: Any) -> dict[str, Any]:
         """The first choice of one completion; its ids even where the answer would have ended."""
-        wanted = {"model": self._endpoint.model, "ignore_eos": True, "return_token_ids": True, "stream": False, **body}
+        wanted = {"model": self._endpoint.model, "ignore_eos": True, "return_token_ids": True, "stream": False}
+        wanted |= self._sampling | body
         headers = {"Content-Type": "application/json"}
         if self._endpoint.api_key:
             headers["Authorization"] = f"Bearer {self._endpoint.api_key}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -42,13 +42,15 @@ class Probe:
 class Profile:
     """What the baseline answers. ``config`` is the baseline's hash, ``own_text`` whether the prompts are the user's.
     ``noise`` are the figures of the baseline against itself (batching and kernels are not deterministic): no floor
-    can be stricter than that."""
+    can be stricter than that. ``unaltered`` is False in a file that does not say it: drawn and continued as the model's
+    generation_config.json wants, so that only the latter is comparable, asked for in the same way."""
 
     model: str
     config: str
     sequences: tuple[Probe, ...]
     own_text: bool = False
     noise: Mapping[str, float] | None = None
+    unaltered: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; :meth:`from_dict` is the inverse."""
@@ -108,10 +110,9 @@ def profile(
         sequences.append(Probe(tokens, given, server.score(tokens), server.greedy(tokens[:given], greedy, seed=seed)))
         if not sequences[-1].scores.finite:
             raise Unanswered(BROKEN)
-    made = Profile(endpoint.model, config_hash, tuple(sequences), own)
+    made = Profile(endpoint.model, config_hash, tuple(sequences), own, unaltered=True)
     again = check(endpoint, made, QualityFloor(), timeout_s=timeout_s)
-    noise = {"kl": again.kl, "top1": again.top1, "greedy": again.greedy}
-    return Profile(endpoint.model, config_hash, tuple(sequences), own, noise)
+    return replace(made, noise={"kl": again.kl, "top1": again.top1, "greedy": again.greedy})
 
 
 def check(
@@ -123,7 +124,7 @@ def check(
     timeout_s: float = 120.0,
 ) -> QualityResult:
     """Scores the profile's sequences on the server at ``endpoint`` and compares."""
-    server = Completions(endpoint, timeout_s)
+    server = Completions(endpoint, timeout_s, unaltered=base.unaltered)
     kls: list[float] = []
     covered: list[float] = []
     same: list[bool] = []
@@ -143,7 +144,7 @@ def check(
                 same.append(max(p, key=lambda t: p[t]) == max(q, key=lambda t: q[t]))
             # of one sequence a single figure: its tokens depend on each other
             own = np.array(sequence.scores.tokens[sequence.given - 1 :])
-            if len(own):
+            if len(own) and base.unaltered:
                 drawn.append(float(np.mean(own - np.array(scores.tokens[sequence.given - 1 :]))))
             agreed.append(
                 _agreement(sequence.greedy, server.greedy(sequence.tokens[: sequence.given], len(sequence.greedy)))
