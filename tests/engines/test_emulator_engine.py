@@ -7,19 +7,24 @@ import math
 from array import array
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from tests import studies
 from tests.engines.conftest import LLAMA_8B, plan, trace
 from tuner.engines.emulator import EmulatorEngine
+from tuner.engines.emulator.engine import EmulatorServer
 from tuner.engines.emulator.quality import STATED_KL, Answers
 from tuner.engines.emulator.rescale import hastened, rescale, step_from_records
 from tuner.engines.protocol import LaunchFailed, Site
 from tuner.errors import UsageError
 from tuner.load.records import Record, read, write
 from tuner.space.config import ServingConfig
-from tuner.study.outcome import Step
+from tuner.spec.slo import parse
+from tuner.spec.study import EngineSpec
+from tuner.study.outcome import Boot, Step
 
 
 def virtual(config: ServingConfig, site: Site, load: float = 1.0, **options: object) -> Step:
@@ -278,3 +283,31 @@ def test_what_came_before_a_window_is_in_the_cache_on_either_clock(
     assert not warm.untrusted
     assert (warm.metrics["fill_requests"], warm.metrics["fill_failures"]) == (16, 0)
     assert 0.1 < warm.metrics["fill_s"] < 10 and "fill_s" not in cold.metrics
+
+
+@pytest.mark.parametrize(
+    ("slos", "axis", "late_ms", "bears"),
+    [
+        ("ttft_p99=5s", "tpot_p99", 20, ""),  # 5 s may be 250 ms off; TPOT is a mean
+        ("ttft_p99=5s itl_p99=17ms", "tpot_p99", 20, "itl bears at most 5 ms"),
+        ("ttft_p99=5s", "itl_p99", 20, "itl bears at most 5 ms"),
+        ("ttft_p99=100s", "ttft_p99", 20, "ttft bears at most 10 ms"),  # the limit says nothing about the axis
+        ("ttft_p99=5s", "itl_p99", 4, ""),
+        ("tpot_p99=50ms", "tpot_p99", 20, "ttft bears at most 10 ms"),
+    ],
+)
+def test_lateness_is_judged_against_every_latency_that_it_distorts(
+    site: Site, monkeypatch: pytest.MonkeyPatch, slos: str, axis: str, late_ms: float, bears: str
+) -> None:
+    measured = Step(1.0, "w0", {"ttft_p99_s": 0.2, "itl_p99_s": 0.03, "tpot_p99_s": 0.02, "e2e_p99_s": 9.0})
+    inner = SimpleNamespace(endpoint=None, boot=Boot(0.0, {}), measure=lambda _plan: measured)
+    server = EmulatorServer(inner, 1.0, axis)
+    monkeypatch.setattr(server, "_state", lambda reset=False: {"lateness_p99_s": late_ms / 1e3})
+    asked = replace(plan(site, 1.0, trace(4, 20.0, 30, 5)), slos=tuple(map(parse, slos.split())))
+    said = server.measure(asked).untrusted
+    assert (bears in said[0]) if bears else not said
+
+
+def test_the_engine_of_a_study_tells_its_servers_the_axis(tmp_path: Path) -> None:
+    study = studies.study(tmp_path, engine=EngineSpec("emulator"))
+    assert EmulatorEngine.from_study(study).axis == study.objective.latency
