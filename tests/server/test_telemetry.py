@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -116,9 +117,20 @@ def test_metrics_carry_their_unit_and_the_prefix():
 def test_a_gpu_that_slowed_down_for_heat_makes_a_measurement_untrusted():
     hot, cool = look(0, reasons=0x40, celsius=93), look(0)
     assert throttling([cool] * 9 + [hot]) == (
-        "GPU throttled in 10% of the samples (hardware thermal slowdown, up to 93 °C)"
+        "GPU 0 throttled in 10% of the samples (hardware thermal slowdown, up to 93 °C)"
     )
     assert throttling([cool] * 19 + [hot]) == ""
+
+
+def test_one_gpu_of_eight_that_slows_down_holds_up_all():
+    cool, hot = look(0), look(0, reasons=0x40, celsius=93)
+
+    def eight(third: Sample) -> Sample:
+        gpus = [(third if index == 3 else cool).gpus[0] for index in range(8)]
+        return replace(cool, gpus=tuple(replace(gpu, index=index) for index, gpu in enumerate(gpus)))
+
+    assert throttling([eight(hot)] * 3 + [eight(cool)]).startswith("GPU 3 throttled in 75% of the samples")
+    assert throttling([eight(cool)] * 4) == throttling([]) == ""
 
 
 def test_a_gpu_at_its_power_cap_does_not():

@@ -139,17 +139,22 @@ def summary(samples: Sequence[Sample], window: tuple[float, float] | None = None
 
 
 def throttling(samples: Sequence[Sample], share: float = 0.1) -> str:
-    """Why these looks make a measurement untrusted: a GPU slowed itself down in at least ``share`` of them.
+    """Why these looks make a measurement untrusted: one of the GPUs slowed itself down in at least ``share`` of its
+    looks (the others wait for it).
 
     A power cap alone does not count: under full load a GPU runs at its cap, and will when it serves, too.
     """
-    looks = [gpu for sample in samples for gpu in sample.gpus]
-    slow = [gpu for gpu in looks if set(gpu.throttled) - {"power cap"}]
-    if not looks or len(slow) < max(1.0, share * len(looks)):
+    looks: dict[int, list[GpuSample]] = {}
+    for gpu in (gpu for sample in samples for gpu in sample.gpus):
+        looks.setdefault(gpu.index, []).append(gpu)
+    slow = {index: [gpu for gpu in own if set(gpu.throttled) - {"power cap"}] for index, own in looks.items()}
+    worst = max(looks, key=lambda index: len(slow[index]) / len(looks[index]), default=None)
+    if worst is None or len(slow[worst]) < max(1.0, share * len(looks[worst])):
         return ""
-    why = ", ".join(sorted({reason for gpu in slow for reason in gpu.throttled if reason != "power cap"}))
-    hottest = max(gpu.temperature_c for gpu in slow)
-    return f"GPU throttled in {len(slow) / len(looks):.0%} of the samples ({why}, up to {hottest:.0f} °C)"
+    why = ", ".join(sorted({reason for gpu in slow[worst] for reason in gpu.throttled if reason != "power cap"}))
+    hottest = max(gpu.temperature_c for gpu in slow[worst])
+    part = len(slow[worst]) / len(looks[worst])
+    return f"GPU {worst} throttled in {part:.0%} of the samples ({why}, up to {hottest:.0f} °C)"
 
 
 def write(samples: Sequence[Sample], path: Path) -> None:
