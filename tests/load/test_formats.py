@@ -366,6 +366,20 @@ def test_a_parquet_file_with_a_block_that_has_no_number_is_refused(tmp_path):
         formats.read(path)
 
 
+@pytest.mark.parametrize("lasts_s", ["0.5", "nan", "inf", "soon"])
+def test_a_parquet_file_that_ends_before_its_last_request_is_refused(tmp_path, lasts_s):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    table = pa.table({"arrival_s": [0.0, 1.0], "input_tokens": [32, 32], "output_tokens": [1, 1]})
+    parquet.write_table(table.replace_schema_metadata({"tuner.lasts_s": lasts_s}), path)
+    with pytest.raises(UsageError, match=r"t\.parquet"):
+        formats.read(path)
+    parquet.write_table(table.replace_schema_metadata({"tuner.lasts_s": "1.5"}), path)
+    assert formats.read(path).lasts_s == 1.5
+
+
 def test_a_parquet_file_of_another_kind_names_the_missing_columns(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet

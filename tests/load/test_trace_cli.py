@@ -174,6 +174,27 @@ def test_cut_by_time_and_by_count_give_the_same_requests(tmp_path):
     assert formats.read(one).arrival_s[0] == 0 and len(formats.read(one)) == stop - first
 
 
+def test_a_cut_keeps_the_silence_at_its_end_and_says_how_much_was_at_its_beginning(tmp_path):
+    source, out, lines = tmp_path / "t.jsonl", tmp_path / "c.parquet", tmp_path / "c.jsonl"
+    rows = [{"arrival_s": at, "input_tokens": 16, "output_tokens": 2} for at in (0, 40, 41, 42, 100)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = CliRunner().invoke(app, ["cut", str(source), str(out), "--from-s", "10", "--to-s", "70"]).stderr
+    assert "No request came in the first 30.0 s" in said and "3 requests over 2.0 s, then none until 30.0 s\n" in said
+    facts = json.loads(run("info", out, "--json"))
+    assert (facts["lasts_s"], facts["rate_per_s"]) == (30.0, 0.1)
+    assert "duration        2.0 s to the last request, ends at 30.0 s" in run("info", out)
+    said = CliRunner().invoke(app, ["convert", str(out), str(lines), "--rate-factor", "2"]).stderr
+    assert "then none until 15.0 s, which .jsonl has no place for" in said
+    assert json.loads(run("info", lines, "--json"))["lasts_s"] is None
+
+
+def test_synth_lasts_as_long_as_was_asked_for(tmp_path):
+    out = tmp_path / "s.parquet"
+    run("synth", out, "--profile", "azure-code", "--duration-s", "600", "--seed", "2")
+    facts = json.loads(run("info", out, "--json"))
+    assert facts["lasts_s"] == 600 and facts["rate_per_s"] == facts["requests"] / 600
+
+
 def test_cut_splits_into_files_of_search_and_held_out_windows(tmp_path):
     folder = tmp_path / "windows"
     run("cut", shared("azure_llm_2023_conv.csv"), folder, "--search", 2, "--held-out", 1, "--max-requests", 100)

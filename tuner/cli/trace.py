@@ -108,7 +108,13 @@ def cut(
         _count_only("with --search or --held-out", by=by, max_requests=max_requests, max_seconds=max_seconds)
     trace, _ = _read(file, format, max_bad, arrivals, tokenizer, seed)
     if by_time:
-        _write(windows.cut_time(trace, from_s or 0.0, float("inf") if to_s is None else to_s), out)
+        start_s = from_s or 0.0
+        _write(windows.cut_time(trace, start_s, float("inf") if to_s is None else to_s), out)
+        silent_s = float(trace.arrival_s[trace.arrival_s >= start_s][0]) - start_s
+        if silent_s >= 0.1:
+            typer.echo(
+                f"No request came in the first {silent_s:.1f} s of the window: the file begins after them", err=True
+            )
     elif by_count:
         start = first or 0
         _write(windows.cut(trace, start, len(trace) if count is None else start + count), out)
@@ -239,7 +245,13 @@ def _write(trace: Trace, out: Path) -> None:
     from tuner.load.tracefile import write
 
     write(trace, out)
-    typer.echo(f"{out}: {len(trace)} requests over {trace.arrival_s[-1]:.1f} s", err=True)
+    last_s = float(trace.arrival_s[-1])
+    silence = ""
+    if trace.lasts_s - last_s >= 0.1:
+        silence = f", then none until {trace.lasts_s:.1f} s"
+        if out.suffix == ".jsonl":
+            silence += ", which .jsonl has no place for (.parquet has)"
+    typer.echo(f"{out}: {len(trace)} requests over {last_s:.1f} s{silence}", err=True)
 
 
 def _make_folder(folder: Path) -> None:
@@ -266,10 +278,11 @@ def _page(trace: Trace, report: ReadingReport) -> list[str]:
     facts = summarise(trace)
     rate = "-" if facts.rate_per_s is None else f"{facts.rate_per_s:.2f} /s"
     cv = "-" if facts.cv is None else f"{facts.cv:.2f}"
+    ends = "" if facts.lasts_s is None else f" to the last request, ends at {facts.lasts_s:.1f} s"
     lines = [
         f"{trace.name} ({report.format})",
         f"requests        {facts.requests}",
-        f"duration        {facts.duration_s:.1f} s, longest gap {facts.longest_gap_s:.1f} s",
+        f"duration        {facts.duration_s:.1f} s{ends}, longest gap {facts.longest_gap_s:.1f} s",
         f"arrival rate    {rate}, burstiness (CV of the gaps) {cv}",
     ]
     for name, lengths in (("input tokens ", facts.input), ("output tokens", facts.output)):

@@ -24,11 +24,13 @@ class LengthSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """``duration_s`` from the first to the last arrival; ``rate_per_s`` is gaps / duration and ``cv`` the population
-    standard deviation of the gaps over their mean: both None where no time passes."""
+    """``duration_s`` from the first to the last arrival, ``lasts_s`` to the trace's end where that is known;
+    ``rate_per_s`` is :func:`rate_per_s` and ``cv`` the population standard deviation of the gaps over their mean: both
+    None where no time passes."""
 
     requests: int
     duration_s: float
+    lasts_s: float | None
     rate_per_s: float | None
     cv: float | None
     longest_gap_s: float
@@ -47,7 +49,8 @@ def summarise(trace: Trace) -> Summary:
     return Summary(
         requests=len(trace),
         duration_s=duration_s,
-        rate_per_s=len(gaps) / duration_s if moving else None,
+        lasts_s=trace.lasts_s if trace.lasts_s > 0 else None,
+        rate_per_s=rate_per_s(trace),
         cv=float(gaps.std() / gaps.mean()) if moving else None,
         longest_gap_s=float(gaps.max()) if len(gaps) else 0.0,
         input=_lengths(trace.input_tokens),
@@ -56,6 +59,14 @@ def summarise(trace: Trace) -> Summary:
         sharing=sharing(trace),
         texts=trace.texts is not None,
     )
+
+
+def rate_per_s(trace: Trace) -> float | None:
+    """Requests over the time that the trace lasts; where its end is not known, gaps over the time that they take."""
+    if trace.lasts_s > 0:
+        return len(trace) / trace.lasts_s
+    duration_s = float(trace.arrival_s[-1] - trace.arrival_s[0])
+    return (len(trace) - 1) / duration_s if duration_s > 0 else None
 
 
 def nearest_rank(ordered: np.ndarray, percent: int) -> int:

@@ -16,6 +16,7 @@ from tuner.load.arrivals import DAY_S, Arrivals
 from tuner.load.formats.values import MAX_SECONDS, MAX_TOKENS
 from tuner.load.lengths import Lengths, QuantileLengths
 from tuner.load.sharing import sharing
+from tuner.load.summary import rate_per_s
 from tuner.load.trace import Trace, with_lengths
 
 
@@ -98,7 +99,7 @@ def fit(trace: Trace, *, how: str = "empirical", kind: str = "gamma", period_s: 
     gaps = np.diff(trace.arrival_s)
     if len(gaps) < 2 or not trace.arrival_s[-1] > 0:
         raise UsageError(f"trace {trace.name} is too short to fit", fix="Give at least three requests over some time")
-    rate, cv = float(1 / gaps.mean()), float(gaps.std() / gaps.mean())
+    rate, cv = rate_per_s(trace) or 0.0, float(gaps.std() / gaps.mean())
     if kind == "poisson":
         arrivals = Arrivals(rate)
     elif kind == "gamma":
@@ -139,7 +140,8 @@ def synthesise(
         arrival_s = _until(profile.arrivals, duration_s or 0.0, arrivals_rng)
     else:
         arrival_s = profile.arrivals.times(requests, arrivals_rng)
-    return _assemble(profile.name, arrival_s, profile, lengths_rng, prefixes_rng)
+    trace = _assemble(profile.name, arrival_s, profile, lengths_rng, prefixes_rng)
+    return trace if duration_s is None else replace(trace, lasts_s=duration_s - float(arrival_s[0]))
 
 
 def with_arrivals(profile: Profile, arrival_s: np.ndarray, *, seed: int = 0) -> Trace:
@@ -175,7 +177,8 @@ def scale(
     tokens_out = _cut(np.rint(trace.output_tokens * length), max_output_tokens)
     if len(trace) and not trace.arrival_s[-1] / rate <= MAX_SECONDS:
         raise UsageError(f"at {rate:g} times the rate the trace ends after the year 5138", fix="Give a higher factor")
-    return replace(with_lengths(trace, tokens_in, tokens_out, width), arrival_s=trace.arrival_s / rate)
+    scaled = with_lengths(trace, tokens_in, tokens_out, width)
+    return replace(scaled, arrival_s=trace.arrival_s / rate, lasts_s=trace.lasts_s / rate)
 
 
 def _cut(tokens: np.ndarray, most: int | None) -> np.ndarray:

@@ -14,14 +14,14 @@ from tuner.load.formats.parts import Parts
 from tuner.load.formats.report import BadLine, Tally
 from tuner.load.trace import Trace
 
-_VERSION = b"1"
+_VERSION, _LASTS = b"1", b"tuner.lasts_s"
 _ROWS = 65536
 
 
 def write(trace: Trace, path: str | Path) -> None:
     """Writes ``.jsonl`` or ``.parquet``, as the name says; UsageError for another ending, a place that cannot be
-    written, or what would be refused when read. What is read back equals the trace column by column, to the last bit.
-    The file has its name when it is whole."""
+    written, or what would be refused when read. What is read back equals the trace column by column, to the last bit;
+    when it ends (``lasts_s``) a .parquet keeps only. The file has its name when it is whole."""
     path = Path(path)
     if path.suffix not in (".jsonl", ".parquet"):
         raise UsageError("a trace is written as .jsonl or .parquet", where=str(path), fix="Name it so")
@@ -68,9 +68,10 @@ def _write_parquet(trace: Trace, path: Path) -> None:
         )
     if trace.texts is not None:
         columns["text"] = pa.array(trace.texts, pa.large_string())
-    table = pa.table(columns).replace_schema_metadata(
-        {b"tuner.trace": _VERSION, b"tuner.block_tokens": str(trace.block_tokens).encode()}
-    )
+    about = {b"tuner.trace": _VERSION, b"tuner.block_tokens": str(trace.block_tokens).encode()}
+    if trace.lasts_s > 0:
+        about[_LASTS] = repr(min(float(trace.lasts_s), values.MAX_SECONDS)).encode()
+    table = pa.table(columns).replace_schema_metadata(about)
     # checksums, so that a damaged file is refused and not replayed
     parquet.write_table(table, path, compression="zstd", row_group_size=_ROWS, write_page_checksum=True)
 
@@ -95,9 +96,14 @@ def read_parquet(path: Path, tally: Tally) -> Parts:
         )
         if any(table[name].null_count for name in wanted):
             raise UsageError("a row lacks a value", where=str(path))
+        about = table.schema.metadata or {}
         parts = Parts(arrival_s, tokens_in, tokens_out)
+        if _LASTS in about:
+            parts.lasts_s = float(about[_LASTS])
+            if not arrival_s.max(initial=0.0) <= parts.lasts_s <= values.MAX_SECONDS:
+                raise UsageError(f"{_LASTS.decode()} {parts.lasts_s:g} is before the last request", where=str(path))
         if "block_ids" in table.column_names:
-            width = (table.schema.metadata or {}).get(b"tuner.block_tokens", b"")
+            width = about.get(b"tuner.block_tokens", b"")
             parts.block_tokens = values.tokens(width.decode("ascii", errors="replace"))
             lists = table["block_ids"].combine_chunks()
             ids = lists.flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -75,6 +76,7 @@ def read_with_report(
         raise UsageError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
     if process is not None:
         arrival_s = process.times(len(parts.input_tokens), np.random.default_rng(seed))
+        parts.lasts_s = math.nan
     elif parts.arrival_s is not None:
         arrival_s = parts.arrival_s
     else:

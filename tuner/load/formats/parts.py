@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from tuner.load.trace import Trace
 @dataclass(slots=True)
 class Parts:
     """A file's requests in file order. ``arrival_s`` (n,) seconds on any clock, or None where the file has none;
-    ``block_ids`` and ``block_counts`` as lists of all ids and of ids per request."""
+    ``block_ids`` and ``block_counts`` as lists of all ids and of ids per request; ``lasts_s`` as in a trace."""
 
     arrival_s: np.ndarray | None
     input_tokens: np.ndarray
@@ -23,6 +24,7 @@ class Parts:
     block_ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     block_counts: np.ndarray | None = None
     texts: list[str] | None = None
+    lasts_s: float = math.nan
 
 
 class BlockIds:
@@ -74,4 +76,5 @@ def trace_of(parts: Parts, arrival_s: np.ndarray, name: str, tally: Tally) -> Tr
         block_ids=ids,
         block_offsets=offsets,
         texts=None if texts is None else tuple(texts),
+        lasts_s=parts.lasts_s - float(arrival_s[0]) if n else parts.lasts_s,
     )
