@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import studies
 from tuner.report.charts import error_chart, importance_chart
 from tuner.report.hours import hours
-from tuner.report.importance import Importance, Row, Share, _share, importance
+from tuner.report.importance import Importance, Row, Share, importance, shares
 from tuner.report.modelerror import Error, errors, learnt
 from tuner.report.page import build
 from tuner.report.parallel import parallel_chart
@@ -57,9 +57,34 @@ def test_an_effect_that_is_not_monotone_counts_too(tmp_path: Path):
 def test_chance_earns_no_share_however_many_values_a_parameter_has():
     # without the correction five values would be given (5 - 1) / (20 - 1) = 21 % of pure noise
     rng = random.Random(5)
-    shares = [_share([i % 5 for i in range(20)], [rng.random() for _ in range(20)], 0) for _ in range(100)]
-    assert sum(share.share for share in shares) / 100 < 0.1
-    assert 1 <= sum(share.p < 0.05 for share in shares) <= 12
+    found = [shares([[i % 5 for i in range(20)]], [rng.random() for _ in range(20)])[0] for _ in range(100)]
+    assert sum(share.share for share in found) / 100 < 0.1
+    assert 1 <= sum(share.p < 0.05 for share in found) <= 12
+
+
+def test_a_parameter_that_is_varied_with_the_one_that_decides_earns_nothing_by_it():
+    # as a sampler does that learns: where it is good it stays, and other parameters stay with it
+    rng = random.Random(7)
+    decides = [rng.choice((0, 1, 2)) for _ in range(24)]
+    follows = [d if rng.random() < 0.7 else rng.choice((0, 1, 2)) for d in decides]
+    alone = [rng.choice((0, 1, 2)) for _ in range(24)]
+    target = [100 * 1.5**d * rng.uniform(0.97, 1.03) for d in decides]
+    first, second, third = shares([decides, follows, alone], target)
+    assert shares([follows], target)[0].p < 0.01
+    assert first.share > 0.9 and first.p < 0.01
+    assert second.share < 0.02 and second.p > 0.05 and third.p > 0.05
+
+
+def test_a_conditional_parameter_is_judged_where_it_applies():
+    mode = ["x"] * 9 + ["y"] * 7
+    depth = ["lo", "mid", "hi"] * 3 + [None] * 7
+    size = [1, 2, 3, 4] * 4
+    target = [{"x": 1.0, "y": 1.2}[m] * (1 + 0.01 * n) for m, n in zip(mode, size, strict=True)]
+    of_mode, of_depth, of_size = shares([mode, depth, size], target)
+    assert of_mode.share > 0.9 and of_mode.p < 0.01 and of_size.p < 0.01
+    assert of_depth.share == 0 and of_depth.p > 0.05
+    deep = [{"lo": 1.0, "mid": 1.1, "hi": 1.3, None: 1.0}[d] * t for d, t in zip(depth, target, strict=True)]
+    assert shares([mode, depth, size], deep)[1].p < 0.01
 
 
 def test_with_too_few_configurations_nothing_is_said(tmp_path: Path):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tuner.pareto.front import Point, trusted_steps
-from tuner.report.importance import Importance
+from tuner.report.importance import CHANCE, Importance
 from tuner.report.modelerror import Error
 from tuner.report.style import Figure, bars, frame, literal, note, open_ends, rule, wrap
 from tuner.report.summary import Summary, label, spread
@@ -75,7 +75,7 @@ def importance_chart(found: Importance) -> Figure | None:
                 "name": title,
                 "y": [literal(row.parameter) for row in rows],
                 "x": [share.share for share in shares],
-                "marker": {"color": color, "opacity": [1.0 if share.p < 0.05 else 0.3 for share in shares]},
+                "marker": {"color": color, "opacity": [1.0 if share.p < CHANCE else 0.3 for share in shares]},
                 "text": [f" {share.share * 100:.0f} %" for share in shares],
                 "textposition": "outside",
                 "cliponaxis": False,
@@ -83,7 +83,7 @@ def importance_chart(found: Importance) -> Figure | None:
                 "hoverinfo": "text",
             }
         )
-    layout = frame("share of the configurations' order", "") | {"barmode": "group", "bargap": 0.35}
+    layout = frame("share of what the configurations differ by", "") | {"barmode": "group", "bargap": 0.35}
     layout["xaxis"] |= {"tickformat": ".0%", "range": [0, 1.1], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
     layout["yaxis"] |= {"automargin": True}
     layout["legend"] |= {"traceorder": "reversed"}

@@ -1,4 +1,4 @@
-"""Which parameters mattered: how much of the order of the measured trials each parameter accounts for by itself."""
+"""Which parameters mattered: how much of what the measured configurations differ by each one accounts for."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from tuner.report.summary import Summary
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 ENOUGH = 8  # configurations: below that any order looks like a pattern
 PERMUTATIONS = 999
-NOT_APPLICABLE = "(does not apply)"
+CHANCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Of one target: ``share`` of the variance of the ranks that the parameter's values account for (0 to 1, corrected
-    for the number of values), ``p`` the probability of at least that much by chance."""
+    """Of one target: ``share`` of the variance of its logarithms that the parameter's values account for beyond those
+    of the stronger ones (0 to 1, corrected for the number of values), ``p`` the probability that chance alone makes any
+    parameter look as strong."""
 
     share: float
     p: float
@@ -47,10 +49,7 @@ class Importance:
 
 def importance(s: Summary, seed: int = 0) -> Importance:
     """Over the measured configurations that met the SLOs at some load: their lowest cost and their lowest latency.
-
-    The share is eta squared of the ranks (Kruskal and Wallis), corrected as adjusted R squared is; ``p`` from random
-    permutations. One parameter at a time: what two only do together is not seen.
-    """
+    What two parameters only do together is not seen."""
     cost: dict[str, Point] = {}
     latency: dict[str, Point] = {}
     for p in s.points:
@@ -62,36 +61,73 @@ def importance(s: Summary, seed: int = 0) -> Importance:
         return Importance(
             (), len(configs), f"Too few configurations met the SLOs to say: {len(configs)}; it takes {ENOUGH}."
         )
-    rows = []
+    varied: dict[str, Sequence[object]] = {}
     for parameter in s.study.space.parameters:
-        values = [cost[key].config.params.get(parameter.name, NOT_APPLICABLE) for key in configs]
-        if len(set(values)) > 1 and len(set(values)) < len(configs) - 1:
-            on_cost = _share(values, [cost[key].cost for key in configs], seed)
-            on_latency = _share(values, [latency[key].latency for key in configs], seed)
-            rows.append(Row(parameter.name, on_cost, on_latency))
+        values = [cost[key].config.params.get(parameter.name) for key in configs]
+        if 1 < len(set(values) - {None}) < len(configs) - 1:
+            varied[parameter.name] = values
+    columns = list(varied.values())
+    on_cost = shares(columns, [cost[key].cost for key in configs], seed)
+    on_latency = shares(columns, [latency[key].latency for key in configs], seed)
+    rows = [Row(*row) for row in zip(varied, on_cost, on_latency, strict=True)]
     rows.sort(key=lambda row: -max(row.cost.share, row.latency.share))
     note = "" if rows else "No parameter was varied among the configurations that met the SLOs."
     return Importance(tuple(rows), len(configs), note)
 
 
-def _share(values: Sequence[object], target: Sequence[float], seed: int) -> Share:
+def shares(columns: Sequence[Sequence[object]], target: Sequence[float], seed: int = 0) -> list[Share]:
+    """Of every parameter (a column of values, None where it does not apply), by forward selection.
+
+    A sampler that learns varies parameters together: by itself each one looks as strong as what it was varied with. So
+    the strongest is taken first, the others explain what it leaves, and so on while chance does not do as well;
+    chance are permutations of what is left (Freedman and Lane, 1983), of which the strongest parameter counts.
+    """
     import numpy as np
-    from scipy.stats import rankdata
+    from scipy.stats import f
 
-    names = list(dict.fromkeys(values))
-    groups = np.array([[value == name for name in names] for value in values], dtype=float)  # (n, k)
-    ranks = rankdata(target)
-    n, k = groups.shape
-    found = float(_eta_squared(ranks[None, :], groups)[0])
+    y = np.log(np.asarray(target, dtype=float))
+    n, rest = len(y), y - y.mean()
+    total = float(rest @ rest)
+    known = np.full((n, 1), n**-0.5)  # orthonormal, what is explained already
+    left = {index: _contrasts(column) for index, column in enumerate(columns)}
+    found = [Share(0.0, 1.0)] * len(columns)
     rng = np.random.default_rng(seed)
-    shuffled = rng.permuted(np.tile(ranks, (PERMUTATIONS, 1)), axis=1)
-    as_much = int((_eta_squared(shuffled, groups) >= found - 1e-12).sum())
-    return Share(max(0.0, 1 - (1 - found) * (n - 1) / (n - k)), (as_much + 1) / (PERMUTATIONS + 1))
+    while left and float(rest @ rest) > max(1e-9 * total, 1e-20 * n):
+        shuffled = rng.permuted(np.tile(rest, (PERMUTATIONS, 1)), axis=1).T
+        data = np.column_stack([rest, shuffled - known @ (known.T @ shuffled)])
+        axes, evidence, gained = {}, {}, {}
+        for index, contrasts in left.items():
+            u, sizes, _ = np.linalg.svd(contrasts - known @ (known.T @ contrasts), full_matrices=False)
+            own = u[:, sizes > 1e-6]
+            k, free = own.shape[1], n - known.shape[1] - own.shape[1]
+            if k and free > 0:
+                between = ((own.T @ data) ** 2).sum(axis=0)
+                within = ((data**2).sum(axis=0) - between).clip(1e-12 * total) / free
+                axes[index], evidence[index] = own, f.logsf(between / k / within, k, free)
+                gained[index] = max(0.0, float(between[0] - k * within[0])) / total
+        if not axes:
+            break
+        best = min(evidence, key=lambda index: evidence[index][0])
+        luckiest = np.min([e[1:] for e in evidence.values()], axis=0)
+        for index, e in evidence.items():
+            p = (int((luckiest <= e[0] + 1e-9).sum()) + 1) / (PERMUTATIONS + 1)
+            found[index] = Share(gained[index], p)
+        if found[best].p >= CHANCE:
+            break
+        del left[best]
+        known = np.hstack([known, axes[best]])
+        rest = rest - axes[best] @ (axes[best].T @ rest)
+        for index in left:
+            found[index] = Share(0.0, 1.0)
+    return found
 
 
-def _eta_squared(ranks: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Between over total sum of squares, for every row of ``ranks`` (m, n) and the columns of ``groups`` (n, k)."""
-    centred = ranks - ranks.mean(axis=1, keepdims=True)
-    between = ((centred @ groups) ** 2 / groups.sum(axis=0)).sum(axis=1)
-    total = (centred**2).sum(axis=1)
-    return between / total.clip(1e-12)
+def _contrasts(column: Sequence[object]) -> NDArray[np.float64]:
+    """One column per value; compared only among the configurations where the parameter applies."""
+    import numpy as np
+
+    values = [value for value in dict.fromkeys(column) if value is not None]
+    groups = np.array([[value == own for value in values] for own in column], dtype=float)
+    applies = np.array([own is not None for own in column])
+    groups[applies] -= groups[applies].mean(axis=0)
+    return groups
