@@ -174,6 +174,17 @@ def test_fitting_a_diurnal_trace_recovers_its_swing():
     assert found.rate_per_s == pytest.approx(10.0, rel=0.03)
 
 
+@pytest.mark.parametrize("swing", [0.0, 0.5])
+@pytest.mark.parametrize("periods", [0.92, 1.25, 1.5, 1.95, 2.5])
+def test_a_part_of_a_period_is_no_swing(swing, periods):
+    arrivals = Arrivals(20.0, swing=swing, period_s=1000.0)
+    made = synth.Profile("p", arrivals, EmpiricalLengths(np.array([5]), np.array([6])))
+    trace = synth.synthesise(made, duration_s=periods * 1000, seed=3)
+    found = synth.fit(trace, kind="diurnal", period_s=1000.0).arrivals
+    assert found.swing == pytest.approx(swing, abs=0.04)
+    assert found.rate_per_s == pytest.approx(20.0, rel=0.03)
+
+
 def test_a_trace_shorter_than_a_period_cannot_show_one_and_three_requests_are_the_least():
     trace = synth.synthesise(synth.profile("azure-conversation"), requests=100)
     with pytest.raises(UsageError, match="does not show a period"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -105,24 +104,40 @@ def fit(trace: Trace, *, how: str = "empirical", kind: str = "gamma", period_s: 
     elif kind == "gamma":
         arrivals = Arrivals(rate, cv=cv)
     elif kind == "diurnal":
-        if trace.arrival_s[-1] < 0.9 * period_s:
-            raise UsageError(
-                f"a trace of {trace.arrival_s[-1]:.0f} s does not show a period of {period_s:g} s",
-                fix="Fit gamma, or give the swing yourself: diurnal:RATE:SWING:PERIOD_S",
-            )
-        # of arrivals at rate r (1 - a cos(w t - p)) over whole periods, the mean of exp(i w t) is -a / 2 exp(i p)
-        turn = math.tau * trace.arrival_s / period_s
-        mean = complex(np.exp(1j * turn).mean())
-        swing, peak = min(1.0, 2 * abs(mean)), cmath.phase(-mean)
-        # the swing makes gaps differ, too: burstiness is what is left on a clock that runs with the rate
-        gaps = np.diff(turn - swing * np.sin(turn - peak))
-        cv = float(gaps.std() / gaps.mean())
-        arrivals = Arrivals(rate, cv=cv, swing=swing, period_s=period_s)
+        arrivals = _diurnal(trace, period_s)
     else:
         raise UsageError(f"arrivals cannot be fitted as {kind!r}", fix="Use poisson, gamma or diurnal")
     share = sharing(trace).token_share
     prefixes = Prefixes(share, block_tokens=trace.block_tokens) if share > 0 else None
     return Profile(f"{trace.name}-like", arrivals, lengths_.fit(trace, how), prefixes)
+
+
+def _diurnal(trace: Trace, period_s: float) -> Arrivals:
+    """The first harmonic by least squares, over whole periods (of the last a tenth may lack): a part of a day would
+    pass for a swing."""
+    ends_s = max(trace.until_s, float(trace.arrival_s[-1]))
+    periods = math.floor(ends_s / period_s + 0.1)
+    if periods < 1:
+        raise UsageError(
+            f"a trace of {ends_s:.0f} s does not show a period of {period_s:g} s",
+            fix="Fit gamma, or give the swing yourself: diurnal:RATE:SWING:PERIOD_S",
+        )
+    span_s = min(ends_s, periods * period_s)
+
+    def harmonics(at_s: np.ndarray) -> np.ndarray:
+        turn = math.tau * at_s / period_s
+        return np.stack([np.ones_like(turn), np.cos(turn), np.sin(turn)])
+
+    # of arrivals at rate c f(t), the sum of f over them is the integral of f f' times c
+    arrival_s = trace.arrival_s[trace.arrival_s < span_s]
+    grid = harmonics((np.arange(10_000) + 0.5) * (span_s / 10_000))
+    rate, *wave = np.linalg.solve(grid @ grid.T * (span_s / 10_000), harmonics(arrival_s).sum(axis=1))
+    rate = max(float(rate), 1e-3 * len(arrival_s) / span_s)
+    swing, valley = min(1.0, math.hypot(*wave) / rate), math.atan2(-wave[1], -wave[0])
+    # the swing makes gaps differ, too: burstiness is what is left on a clock that runs with the rate
+    turn = math.tau * arrival_s / period_s
+    gaps = np.diff(turn - swing * np.sin(turn - valley))
+    return Arrivals(rate, cv=float(gaps.std() / gaps.mean()), swing=swing, period_s=period_s)
 
 
 def synthesise(
