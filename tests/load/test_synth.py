@@ -204,6 +204,15 @@ def test_synthetic_prefixes_repeat_the_share_of_prompt_tokens_asked_for(share):
     assert sharing(trace).token_share == pytest.approx(share, abs=0.02)
 
 
+@pytest.mark.parametrize(("requests", "groups"), [(200, 20), (2000, 20), (2000, 200)])
+def test_a_groups_first_request_repeats_nothing_and_the_others_make_up_for_it(requests, groups):
+    profile = replace(synth.profile("azure-conversation"), prefixes=synth.Prefixes(0.5, groups=groups))
+    trace = synth.synthesise(profile, requests=requests, seed=3)
+    assert sharing(trace).token_share == pytest.approx(0.5, abs=0.01)
+    again = synth.synthesise(synth.fit(trace), requests=requests, seed=4)
+    assert sharing(again).token_share == pytest.approx(0.5, abs=0.01)
+
+
 def test_fitting_a_trace_with_prefixes_keeps_its_share_and_its_block_size():
     real = formats.read(shared("mooncake_fast25_conversation.first4000.jsonl"))
     made = synth.synthesise(synth.fit(real), requests=4000, seed=1)

@@ -266,6 +266,14 @@ def test_synth_adds_prefixes_and_takes_servegen_rates(tmp_path):
     assert json.loads(run("info", out, "--json"))["requests"] == 799  # 1.3317 requests/s for 600 s
 
 
+def test_synth_says_where_so_many_prefixes_cannot_share_what_is_asked_for(tmp_path):
+    words = ["synth", str(tmp_path / "s.parquet"), "--profile", "azure-conversation", "--share", "0.8", "--requests"]
+    few, many = (CliRunner().invoke(app, [*words, str(count), "--seed", "3"]) for count in (100, 4000))
+    assert few.exit_code == many.exit_code == 0
+    assert "not 80%: more do not where 100 requests begin with 20 prefixes" in few.stderr
+    assert "not 80%" not in many.stderr
+
+
 def test_synth_without_something_to_follow_says_so(tmp_path):
     for arguments in ([], ["--profile", "azure-code", "--fit", tmp_path / "t"]):
         with pytest.raises(UsageError, match="either --profile or --fit"):

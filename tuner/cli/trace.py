@@ -152,7 +152,9 @@ def synth(
     lengths: Annotated[
         str | None, typer.Option(help="With --fit: empirical or lognormal. [default: empirical]")
     ] = None,
-    share: Annotated[float | None, typer.Option(help="Share of prompt tokens in shared prefixes, 0 to 1.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Share of prompt tokens that repeat earlier prompts, 0 to 1.")
+    ] = None,
     prefix_groups: Annotated[
         int | None, typer.Option(help="With --share: how many different shared prefixes. [default: 20]")
     ] = None,
@@ -176,6 +178,7 @@ def synth(
     from tuner.load import synth as synthesis
     from tuner.load.arrivals import Arrivals
     from tuner.load.rates import read_rates
+    from tuner.load.sharing import sharing
 
     bare = arrivals in ("poisson", "gamma", "diurnal")
     if (profile is None) == (fit is None):
@@ -206,6 +209,12 @@ def synth(
         trace = synthesis.with_arrivals(chosen, part.times(np.random.default_rng(seed))[:requests], seed=seed)
     else:
         trace = synthesis.synthesise(chosen, requests=requests, duration_s=duration_s, seed=seed)
+    if chosen.prefixes is not None and (found := sharing(trace).token_share) < chosen.prefixes.share - 0.01:
+        typer.echo(
+            f"{found:.0%} of the prompt tokens repeat an earlier prompt's, not {chosen.prefixes.share:.0%}: more do not"
+            f" where {len(trace)} requests begin with {chosen.prefixes.groups} prefixes (--prefix-groups)",
+            err=True,
+        )
     _write(_scaled(trace, length_factor, rate_factor, max_input_tokens, max_output_tokens), out)
 
 

@@ -21,10 +21,12 @@ from tuner.load.trace import Trace, with_lengths
 
 @dataclass(frozen=True, slots=True)
 class Prefixes:
-    """Shared prefixes: about ``share`` of all prompt tokens repeat an earlier request's beginning.
+    """Shared prefixes: ``share`` of all prompt tokens repeat an earlier request's beginning, as far as so many groups
+    allow (the first request of a group repeats nothing).
 
     Every request begins with one of ``groups`` system prompts (the k-th with probability proportional to 1 / k, as
-    popularity is in practice) for ``share`` of its length, in whole blocks of ``block_tokens``; the rest is its own.
+    popularity is in practice) for the same part of its length, in whole blocks of ``block_tokens``; the rest is its
+    own.
     """
 
     share: float
@@ -240,9 +242,28 @@ def _prefixes(tokens_in: np.ndarray, prefixes: Prefixes, rng: np.random.Generato
     """(block ids, offsets): block j of group g is j * groups + g, hence equal in every request of the group."""
     popularity = 1 / np.arange(1, prefixes.groups + 1)
     group = rng.choice(prefixes.groups, len(tokens_in), p=popularity / popularity.sum())
-    # whole blocks with a random rounding, so that the mean share is right for prompts of few blocks, too
-    counts = np.floor(tokens_in * prefixes.share / prefixes.block_tokens + rng.random(len(tokens_in))).astype(np.int64)
-    counts = np.minimum(counts, tokens_in // prefixes.block_tokens)
+    rounding = rng.random(len(tokens_in))
+
+    def begun(part: float) -> np.ndarray:
+        # whole blocks with a random rounding, so that the mean share is right for prompts of few blocks, too
+        counts = np.floor(tokens_in * part / prefixes.block_tokens + rounding).astype(np.int64)
+        return np.minimum(counts, tokens_in // prefixes.block_tokens)
+
+    wanted = prefixes.share * float(tokens_in.sum()) / prefixes.block_tokens
+    low, part = prefixes.share, 1.0 if prefixes.share else 0.0
+    for _ in range(20):
+        middle = (low + part) / 2
+        low, part = (low, middle) if _repeated(begun(middle), group) >= wanted else (middle, part)
+    counts = begun(part)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
     return position * prefixes.groups + np.repeat(group, counts), offsets
+
+
+def _repeated(counts: np.ndarray, group: np.ndarray) -> int:
+    """How many of so many leading blocks per request an earlier one of the same group had."""
+    order = np.argsort(group, kind="stable")
+    base = group[order] * (int(counts.max(initial=0)) + 1)
+    most = np.maximum.accumulate(base + counts[order])
+    before = np.concatenate([[0], most[:-1]]) - base  # below zero: the group's first
+    return int(np.minimum(counts[order], np.maximum(before, 0)).sum())
