@@ -174,6 +174,19 @@ def test_parallel_coordinates_show_only_what_varied_and_end_at_the_cost(tmp_path
     assert sorted(trace["y"][-1] is None for trace in chart["data"]) == [False, True]
 
 
+def test_a_parameter_that_does_not_apply_has_no_value_in_parallel_coordinates(tmp_path: Path):
+    store = Store(tmp_path)
+    steps = (studies.step(1.0, OBJECTIVE),)
+    for index, params in enumerate(({}, {"speculation": "ngram", "draft_tokens": 2}, {"max_num_seqs": 64})):
+        studies.measured(index, steps, store, params=params)
+    chart = parallel_chart(summarize(store, studies.study(tmp_path)))
+    assert chart
+    notes = {(note["x"], note["text"]) for note in chart["layout"]["annotations"]}
+    axis = next(x for x, text in notes if text == "draft tokens")
+    assert [x for x, text in notes if text == "does not apply"] == [axis]
+    assert sorted(line["y"][axis] >= -0.02 for line in chart["data"]) == [False, False, True]
+
+
 @given(st.floats(1e-6, 1e6), st.floats(1.0, 1e3))
 def test_a_logarithmic_axis_has_a_few_round_ticks_inside_its_range(low, factor):
     ticks = log_ticks([low, low * factor])

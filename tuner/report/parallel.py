@@ -13,6 +13,8 @@ from tuner.space.space import Parameter
 from tuner.study.store import TrialRecord
 from tuner.words import figure
 
+IDLE, _NAMES = -0.06, -0.2  # below an axis: where its parameter does not apply, and its name
+
 
 def parallel_chart(s: Summary) -> Figure | None:
     """The varied parameters, and the lowest cost within SLO; one line per configuration. None below two configurations
@@ -28,12 +30,14 @@ def parallel_chart(s: Summary) -> Figure | None:
     low, high = (min(best.values()), max(best.values())) if best else (1.0, 1.0)
     notes = []
     for x, parameter in enumerate(varied):
-        notes.append(note(x, -0.1, _name(parameter.name), "$ink"))
+        notes.append(note(x, _NAMES, _name(parameter.name), "$ink"))
+        if any(parameter.name not in t.config.params for t in trials):
+            notes.append(note(x, IDLE, "does not apply", "$muted", anchor="left", shift=5))
         values = parameter.values
         shown = values if len(values) <= 7 else (values[0], values[len(values) // 2], values[-1])
         notes += [note(x, parameter.position(v), _short(v), "$muted", anchor="left", shift=5) for v in shown]
     last = len(varied)
-    notes.append(note(last, -0.1, "lowest cost<br>within SLO", "$ink"))
+    notes.append(note(last, _NAMES, "lowest cost<br>within SLO", "$ink"))
     ends = ((0.0, low), (1.0, high)) if high > low else ((0.0, low),) if best else ()
     notes += [note(last, height, f"${figure(cost)}", "$muted", anchor="left", shift=5) for height, cost in ends]
     lines = []
@@ -46,7 +50,7 @@ def parallel_chart(s: Summary) -> Figure | None:
     layout = frame("", "") | {"annotations": notes, "showlegend": False, "margin": {"l": 8, "r": 8, "t": 8, "b": 8}}
     layout["shapes"] = [vertical(x) for x in range(last + 1)]
     layout["xaxis"] = {"visible": False, "range": [-0.25, last + 0.5], "fixedrange": True}
-    layout["yaxis"] = {"visible": False, "range": [-0.28, 1.06], "fixedrange": True}
+    layout["yaxis"] = {"visible": False, "range": [-0.37, 1.06], "fixedrange": True}
     return {"data": lines, "layout": layout, "width": 110 * (last + 1)}
 
 
@@ -65,7 +69,6 @@ def _line(s: Summary, trial: TrialRecord, y: list[float | None], cost: float | N
         "mode": "lines+markers",
         "x": list(range(len(y))),
         "y": y,
-        "connectgaps": True,
         "line": {"color": color, "width": width},
         "marker": {"color": color, "size": 4},
         "opacity": opacity,
@@ -75,10 +78,10 @@ def _line(s: Summary, trial: TrialRecord, y: list[float | None], cost: float | N
 
 
 def _position(parameter: Parameter, trial: TrialRecord) -> float | None:
-    """Where on its axis; moved by a hair per trial, so that equal lines do not hide each other."""
+    """Where on its axis, or below it; moved by a hair per trial, so that equal lines do not hide each other."""
     value = trial.config.params.get(parameter.name)
     try:
-        return None if value is None else parameter.position(value) + (trial.number % 9 - 4) * 0.004
+        return (IDLE if value is None else parameter.position(value)) + (trial.number % 9 - 4) * 0.004
     except ValueError:
         return None  # a value from outside the grid
 
