@@ -45,8 +45,7 @@ class Workload:
     @property
     def rps(self) -> float:
         """Requests per second of the trace at load 1; 0 where it has no length."""
-        lasts_s = float(self.whole.arrival_s[-1] - self.whole.arrival_s[0])
-        return (len(self.whole) - 1) / lasts_s if lasts_s > 0 else 0.0
+        return len(self.whole) / self.whole.until_s if self.whole.until_s > 0 else 0.0
 
 
 def read(study: Study) -> Workload:
