@@ -120,6 +120,53 @@ def test_a_passing_failure_is_tried_once_more_and_a_lasting_one_never(runner):
     assert {n for (again, n) in counts if not again} == {1}
 
 
+def test_what_failed_in_passing_twice_is_the_configurations_own_fault(runner):
+    def fail(config):
+        return Infeasible("crash", "a segmentation fault", transient=True) if config.flags.get("quantization") else None
+
+    runner.run(FakeEngine(fail=fail), replace={"launches: 6": "launches: 14"})
+    said = {}
+    for trial in runner.store.trials():
+        if isinstance(trial.outcome, Infeasible):
+            said.setdefault(trial.config.hash, []).append((trial.outcome.transient, trial.again))
+    twice = [found for found in said.values() if len(found) > 1]
+    assert twice and all(found == [(True, True), (False, False)] for found in twice)
+
+
+BUSY = Infeasible("gpu-busy", "GPU 0 is in use by pid 4711", stage="before launch", transient=True)
+HELD = Infeasible("gpu-busy", "another process holds the GPU exclusively", transient=True)
+
+
+@pytest.mark.parametrize("failure", [BUSY, HELD])
+def test_what_somebody_else_had_costs_nothing_and_three_such_launches_end_the_session(runner, failure):
+    engine = FakeEngine(fail=lambda _c: failure if 2 <= len(engine.launched) <= 4 else None)
+    with pytest.raises(EnvironmentFault, match=failure.message):
+        runner.run(engine)
+    assert len(runner.store.launched("search")) == 1
+    assert runner.run(engine) == "the search's 6 launches are spent"
+    assert len(engine.launched) == 9 and len(set(engine.launched[1:5])) == 1  # made again, before any other
+    assert sum(not isinstance(t.outcome, Infeasible) for t in runner.store.trials()) == 6
+
+
+def test_what_somebody_else_had_now_and_then_ends_nothing(runner):
+    engine = FakeEngine(fail=lambda _c: BUSY if len(engine.launched) % 3 else None)
+    assert runner.run(engine) == "the search's 6 launches are spent"
+    assert len(engine.launched) == 18
+
+
+@pytest.mark.parametrize("failure", [BUSY, Infeasible("killed", "somebody killed it", transient=True)])
+def test_a_remeasurement_that_failed_in_passing_is_one_when_it_is_made_again(runner, failure):
+    import optuna
+
+    runner.run(replace={"launches: 6": "launches: 2"})
+    book = optuna.load_study(study_name="s", storage=runner.store.database)
+    first = runner.store.trial(1)
+    book.enqueue_trial(dict(first.params), user_attrs={"remeasure_of": first.extra["optuna"]})
+    engine = FakeEngine(fail=lambda _c: failure if len(engine.launched) == 1 else None)
+    runner.run(engine, replace={"launches: 6": f"launches: {3 if failure is BUSY else 4}"})
+    assert [(t.remeasure_of, type(t.outcome)) for t in runner.store.trials()[2:]] == [(1, Infeasible), (1, Measured)]
+
+
 def test_a_configuration_that_is_launched_once_more_meets_another_window(runner):
     engine, many = FakeEngine(), {"trace: {": "trace: {search_windows: 2, ", "window: 10s": "window: 1s"}
     engine.fail = lambda _c: Infeasible("port-in-use", "", transient=True) if len(engine.launched) == 1 else None
@@ -401,6 +448,14 @@ def test_a_study_in_which_every_launch_crashes_in_the_same_way_is_given_up(runne
     engine = FakeEngine(fail=lambda c: Infeasible("crash", "no module named x", "ImportError"))
     why = runner.run(engine, replace={"launches: 6": "launches: 60"})
     assert why == "8 launches failed in the same way and none served: no module named x"
+    assert len(engine.launched) == 8
+
+
+@pytest.mark.parametrize("cause", ["crash-under-load", "killed", "gpu-fault", "nccl", "memory-taken", "terminated"])
+def test_launches_that_fail_in_passing_give_a_study_up_as_well(runner, cause):
+    engine = FakeEngine(fail=lambda _c: Infeasible(cause, "in these words", transient=cause != "memory-taken"))
+    why = runner.run(engine, replace={"launches: 6": "launches: 60"})
+    assert why == "8 launches failed in the same way and none served: in these words"
     assert len(engine.launched) == 8
 
 

@@ -361,5 +361,5 @@ SIGNALS: dict[int, tuple[str, str, str, bool]] = {
         True,
     ),
     11: ("crash", "a segmentation fault (SIGSEGV)", "report it to the engine's authors", True),
-    15: ("terminated", "somebody ended it with SIGTERM", "find out who; nothing is wrong with the configuration", True),
+    15: ("terminated", "somebody ended it with SIGTERM", "find out who", True),
 }

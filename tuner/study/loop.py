@@ -12,7 +12,8 @@ from typing import Protocol
 from tuner.engines.protocol import OnEvent
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Executor, Job
-from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Infeasible, Measured, Outcome
+from tuner.pareto.front import searched
+from tuner.study.outcome import ENVIRONMENT_CAUSES, IN_A_ROW, Aborted, Infeasible, Measured, Outcome
 from tuner.study.queue import Proposal, Queue
 from tuner.study.store import EXHAUSTED, Store
 from tuner.study.workload import Workload
@@ -39,6 +40,7 @@ class Loop:
     cancel: threading.Event
     failures: list[str] = field(default_factory=list)  # how each launch of this session crashed; empty where not
     fault: Exception | None = None  # what this session ends with
+    in_a_row: int = 0  # of the launches that ended last, those that failed by the machine's fault
 
     def run(self) -> str:
         """Runs trials until something says stop; returns why it ended. Trials end one by one, told by this thread."""
@@ -91,11 +93,12 @@ class Loop:
         if outcome is None:
             self.queue.withdraw(proposal)
             return "interrupted"
-        fault = None
-        if isinstance(outcome, Infeasible) and proposal.baseline and outcome.cause in ENVIRONMENT_CAUSES:
-            fault = unservable(outcome, self.store.trial_folder(proposal.number))
-            outcome = replace(outcome, transient=True)  # it says nothing of the configuration
-        again = bool(fault) or self._again(proposal, outcome)
+        fault, again = None, isinstance(outcome, Aborted) and outcome.reason == "interrupted"
+        if isinstance(outcome, Infeasible):
+            outcome, fault = self._whose(proposal, outcome)
+            again = outcome.transient
+        else:
+            self.in_a_row = 0
         notes = {"teardown_s": teardown.seconds, "killed": teardown.killed}
         self.store.end_trial(proposal.number, outcome, end.seconds, again=again, **notes, **end.place.notes())
         self.queue.tell(proposal, outcome, again)
@@ -105,13 +108,15 @@ class Loop:
         nothing_left(proposal.number, teardown.left_over)
         if fault:
             raise fault
-        return "" if again else self._hopeless(outcome)
+        return self._hopeless(outcome)
 
     def _hopeless(self, outcome: Outcome) -> str:
         """Why no further launch is worth its cost, where all of this session failed, and in the very same words, and
         none ever served."""
-        if isinstance(outcome, Infeasible) and outcome.cause in CRASHES | ENVIRONMENT_CAUSES:
-            self.failures.append(outcome.message)
+        if isinstance(outcome, Infeasible):
+            if outcome.machines:
+                return ""
+            self.failures.append(outcome.message if outcome.cause in CRASHES | ENVIRONMENT_CAUSES else "")
         elif not isinstance(outcome, Aborted):
             self.failures.append("")
         if len(self.failures) != ALIKE or not self.failures[0] or len(set(self.failures)) > 1:
@@ -120,11 +125,22 @@ class Loop:
             return f"{ALIKE} launches failed in the same way and none served: {self.failures[0]}"
         return ""
 
-    def _again(self, proposal: Proposal, outcome: Outcome) -> bool:
-        """Whether the same config is to be launched once more: after an interrupt, and once after a passing failure."""
-        if isinstance(outcome, Aborted):
-            return outcome.reason == "interrupted"
-        return isinstance(outcome, Infeasible) and outcome.transient and proposal.repeat == 0
+    def _whose(self, proposal: Proposal, outcome: Infeasible) -> tuple[Infeasible, EnvironmentFault | None]:
+        """Whose fault a failure is: transient, so that its config is launched again, where it is the machine's or has
+        passed for all that is known; a config that failed so before is at fault itself. And what the session ends
+        with, where no other launch would fare better."""
+        self.in_a_row = self.in_a_row + 1 if outcome.machines else 0
+        if self.in_a_row >= IN_A_ROW or (proposal.baseline and outcome.cause in ENVIRONMENT_CAUSES):
+            fault = unservable(outcome, self.store.trial_folder(proposal.number))
+            return replace(outcome, transient=True), fault
+        if outcome.transient and not outcome.machines and self._failed_before(proposal.config.hash):
+            return replace(outcome, transient=False), None
+        return outcome, None
+
+    def _failed_before(self, key: str) -> bool:
+        """Whether the search saw a passing failure of this config that was not the machine's."""
+        earlier = [t.outcome for t in searched(self.store.trials()) if t.config.hash == key]
+        return any(isinstance(o, Infeasible) and o.transient and not o.machines for o in earlier)
 
 
 def unservable(outcome: Infeasible, folder: Path) -> EnvironmentFault:
@@ -142,5 +158,8 @@ def nothing_left(number: int, left: Sequence[str]) -> None:
 
 
 ALIKE = 8  # launches that fail in the same words, before the study gives up
-#: Failures that say nothing of the configuration. What does not fit, or a refusal in words, is part of the search.
-CRASHES = frozenset({"crash", "hang", "unhealthy", "too-slow-to-start"})
+#: Failures that any configuration may meet. What does not fit, or a refusal in words, is part of the search.
+CRASHES = frozenset(
+    {"crash", "crash-under-load", "gpu-fault", "hang", "killed", "memory-taken", "nccl", "terminated"}
+    | {"too-many-files", "too-slow-to-start", "unhealthy"}
+)

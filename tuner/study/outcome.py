@@ -79,7 +79,7 @@ class Infeasible:
     ``cause`` is a slug of the diagnosis (``oom-kv``, ``invalid-combination``, ``unknown-flag``, ...), ``evidence``
     the log line (or figure) that proves it, ``fix`` what to do. ``stage`` is one of ``before launch``,
     ``start-up``, ``under load``, ``quality``. ``short_bytes`` says by how much memory was missed, where known.
-    ``transient`` failures may be retried once.
+    A ``transient`` failure says nothing of the configuration as long as it happened once: it is launched again.
     """
 
     cause: str
@@ -91,6 +91,12 @@ class Infeasible:
     transient: bool = False
     steps: tuple[Step, ...] = ()
     boot: Boot = Boot()
+
+    @property
+    def machines(self) -> bool:
+        """Whether a transient failure is the machine's, however often it happens: nothing of the configuration was
+        tried."""
+        return self.transient and (self.stage == "before launch" or self.cause in ENVIRONMENT_CAUSES | {"gpu-busy"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,7 @@ Outcome = Measured | Infeasible | Untrusted | Aborted
 ENVIRONMENT_CAUSES = frozenset(
     {"no-gpu", "driver-too-old", "model-not-found", "model-not-allowed", "missing-dependency", "disk-full"}
 )
+IN_A_ROW = 3  # launches that fail by the machine's fault, before the session ends with exit code 4
 _KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Measured, Infeasible, Untrusted, Aborted)}
 
 

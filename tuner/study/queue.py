@@ -140,7 +140,10 @@ class Queue:
             self.peers.tell(proposal.trial, record)
         self._remember(proposal.config.hash, record, again)
         if again and self.peers is None:
-            self.book.enqueue_trial(dict(proposal.params), user_attrs={"why": "again after " + _short(outcome)})
+            told = proposal.trial.user_attrs
+            of = {key: told[key] for key in ("remeasure_of",) if key in told}
+            why = "again after " + _short(outcome)
+            self.book.enqueue_trial(dict(proposal.params), user_attrs={"why": why, **of})
 
     def withdraw(self, proposal: Proposal) -> None:
         """Takes back a proposal that was never launched; its number is free again."""
@@ -196,10 +199,10 @@ class Queue:
         return Proposal(number, trial, params, config, baseline, why, repeat, first)
 
     def _remember(self, key: str, record: TrialRecord | None, again: bool) -> None:
-        if again:
-            self._known.pop(key, None)
-        else:
+        if not again:
             self._known[key] = record
+        elif self._known.get(key) is None:  # else it is known by another launch
+            self._known.pop(key, None)
 
     def _refuse(self, params: Mapping[str, Value], reason: str) -> None:
         key = str(sorted(params.items()))

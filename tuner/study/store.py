@@ -15,7 +15,7 @@ from typing import Any
 from tuner.errors import EnvironmentFault, naming
 from tuner.space.config import ServingConfig
 from tuner.spec.storage import sqlite_url
-from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Outcome, from_dict, to_dict
+from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Infeasible, Outcome, from_dict, to_dict
 
 CHECKED = "quality.json"  # in a trial's folder: how its answers compare with the default's
 EXHAUSTED = "every configuration of the space has been tried"  # why a search ended
@@ -266,7 +266,9 @@ _VERBATIM = {"params", "flags", "env", "reason", "reasons", "message", "evidence
 
 
 def _free(outcome: Outcome) -> bool:
-    return isinstance(outcome, Aborted) or getattr(outcome, "cause", "") in ENVIRONMENT_CAUSES
+    if isinstance(outcome, Infeasible):
+        return outcome.machines or outcome.cause in ENVIRONMENT_CAUSES
+    return isinstance(outcome, Aborted)
 
 
 def _infinite(data: Any) -> Any:
