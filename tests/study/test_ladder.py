@@ -7,9 +7,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.study.fake import FakeEngine, oom
+from tuner.errors import EnvironmentFault
 from tuner.spec import studyfile
 from tuner.study import ladder, session, verifying, workload
-from tuner.study.outcome import Measured
+from tuner.study.outcome import Infeasible, Measured
 from tuner.study.session import Prepared
 from tuner.study.store import Store
 
@@ -120,6 +121,22 @@ def test_where_the_default_cannot_say_the_usual_loads_stay_for_good_and_the_reas
     later = Limited(2.0)
     assert settle(runner, later).load.ladder == studyfile.USUAL_LADDER, "trials may have been measured at these loads"
     assert later.launched == []
+
+
+def test_a_failure_of_the_default_that_may_pass_leaves_the_ladder_to_a_second_launch(runner):
+    engine = Limited(2.5)
+    engine.fail = lambda _c: Infeasible("killed", "killed", transient=True) if len(engine.launched) == 1 else None
+    assert settle(runner, engine).load.ladder != studyfile.USUAL_LADDER and len(engine.launched) == 2
+
+
+def test_a_gpu_that_stays_somebody_elses_settles_no_ladder(runner):
+    engine = Limited(2.5)
+    engine.fail = lambda _c: Infeasible("gpu-busy", "GPU 0 is in use", stage="before launch", transient=True)
+    with pytest.raises(EnvironmentFault, match="GPU 0 is in use"):
+        settle(runner, engine)
+    assert not runner.store.launched("search")
+    engine.fail = None
+    assert settle(runner, engine).load.ladder != studyfile.USUAL_LADDER
 
 
 def test_a_default_that_the_search_would_refuse_is_not_launched_for_the_ladder(runner, monkeypatch):

@@ -9,7 +9,7 @@ from benchmarks.verify.small_study import LATENCY, study
 from tests.verify.test_promise import MARK
 from tests.verify.test_verification import WINDOWS, Unserved
 from tuner.engines.protocol import LaunchFailed
-from tuner.errors import UsageError
+from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec.slo import Slo
 from tuner.study.outcome import Infeasible
 from tuner.verify.certify import recertify
@@ -211,6 +211,34 @@ def test_a_server_that_does_not_start_breaks_the_promise():
 
     found = recertify(promised(), launch, WINDOWS, MARK)
     assert not found.holds and "unrecognized arguments: --old" in found.text
+
+
+@pytest.mark.parametrize(
+    ("cause", "times", "holds"), [("killed", 1, True), ("killed", 2, False), ("gpu-busy", 2, True)]
+)
+def test_a_failure_that_may_pass_is_launched_once_more_before_the_promise_is_called_broken(cause, times, holds):
+    labels = []
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        labels.append(label)
+        if len(labels) <= times:
+            raise LaunchFailed(Infeasible(cause, "in these words", transient=True))
+        with machine(1.0).launch(config, label) as rig:
+            yield rig
+
+    found = recertify(promised(), launch, WINDOWS, MARK)
+    assert found.holds == holds and labels[:2] == ["certify 1"] * 2
+
+
+def test_a_gpu_that_stays_somebody_elses_breaks_no_promise():
+    @contextlib.contextmanager
+    def launch(config, label):
+        raise LaunchFailed(Infeasible("gpu-busy", "GPU 0 is in use", stage="before launch", transient=True))
+        yield
+
+    with pytest.raises(EnvironmentFault, match="GPU 0 is in use"):
+        recertify(promised(), launch, WINDOWS, MARK)
 
 
 def test_no_second_launch_begins_when_half_of_the_time_is_gone():

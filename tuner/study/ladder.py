@@ -20,6 +20,7 @@ from tuner.spec.study import Study
 from tuner.study import session, verifying
 from tuner.study.evaluate import Bench
 from tuner.study.store import Store
+from tuner.verify.rounds import insist
 from tuner.words import figure
 
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
@@ -121,18 +122,22 @@ def _capacity(
     own, bench = Store(store.ladder_folder), Bench(ready.study, ready.engine, cancel, tell)
     with executor(bench) as where:
         launch = verifying.launcher(ready, own, verifying.Nobody(), where, tell, verifying.LADDER)
-        with launch(default, "which loads are worth measuring") as rig:
 
-            def holds(load: float) -> bool:
-                step = rig.measure(load, window, window.name)
-                if step.untrusted:
-                    raise Unsettled("; ".join(step.untrusted))
-                return step.ok
+        def look() -> float | Unsettled:
+            with launch(default, "which loads are worth measuring") as rig:
 
-            try:
-                found = bracket(holds, top)
-            except Unsettled as failure:
-                found = failure  # not raised yet: what was measured is kept
+                def holds(load: float) -> bool:
+                    step = rig.measure(load, window, window.name)
+                    if step.untrusted:
+                        raise Unsettled("; ".join(step.untrusted))
+                    return step.ok
+
+                try:
+                    return bracket(holds, top)
+                except Unsettled as failure:
+                    return failure  # not raised yet: what was measured is kept
+
+        found = insist(look)
     if isinstance(found, Unsettled):
         raise found
     return found, top

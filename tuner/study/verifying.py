@@ -100,7 +100,7 @@ def launcher(
             outcome = Aborted("interrupted", tuple(steps), boot)
             raise
         finally:
-            again = machines or isinstance(outcome, Aborted)
+            again = machines or isinstance(outcome, Aborted) or (isinstance(outcome, Infeasible) and outcome.machines)
             store.end_trial(number, outcome, where.seconds(number), again=again, **place.notes())
             recorder.trial_finished(number)
             inner("trial", {"trial": number, "outcome": outcome, "baseline": notes["baseline"], "role": role})
@@ -256,7 +256,8 @@ class Nobody:
 
 def _done(trials: Sequence[TrialRecord], role: str) -> Sequence[Done]:
     ended = [t for t in trials if t.role == role and not t.again and isinstance(t.outcome, Measured | Infeasible)]
-    return [Done(str((t.extra or {})["label"]), t.config.hash, t.outcome) for t in ended]
+    told = [t for t in ended if not (isinstance(t.outcome, Infeasible) and t.outcome.machines)]
+    return [Done(str((t.extra or {})["label"]), t.config.hash, t.outcome) for t in told]
 
 
 def _known(done: Sequence[Done], arms: Sequence[Finalist]) -> int:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.judge import served_nothing
 from tuner.verify.promise import Promise
 from tuner.verify.repeats import Spread
-from tuner.verify.rounds import Launcher
+from tuner.verify.rounds import Launcher, insist
 from tuner.verify.statistics import Estimate, pool
 from tuner.words import figure
 
@@ -78,6 +79,11 @@ def recertify(
     """
     if not windows:
         raise UsageError("there is no window of the trace to replay", fix="Give the trace with --trace.")
+
+    def replay(label: str, order: Sequence[Trace]) -> list[Step]:
+        with launch(promise.config, label) as rig:
+            return [rig.measure(promise.load, window, window.name) for window in order]
+
     started_s, steps, rounds = clock(), [], 0
     failure = ""
     while rounds < launches and (rounds == 0 or clock() - started_s < seconds / 2):
@@ -85,9 +91,7 @@ def recertify(
         label = f"certify {rounds}"
         on_event("verify-launch", {"label": label, "launched": rounds - 1, "of": launches})
         try:
-            with launch(promise.config, label) as rig:
-                order = windows if rounds % 2 else windows[::-1]
-                steps.append([rig.measure(promise.load, window, window.name) for window in order])
+            steps.append(insist(partial(replay, label, windows if rounds % 2 else windows[::-1])))
         except LaunchFailed as failed:
             failure = f"{failed.outcome.message} ({failed.outcome.stage})"
             break

@@ -7,19 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from tuner.engines.protocol import LaunchFailed, OnEvent
+from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import NodeLost
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.study.outcome import Infeasible, Measured, Outcome, Step
+from tuner.study.outcome import IN_A_ROW, Infeasible, Measured, Outcome, Step
 from tuner.verify.arm import Finalist, Launched
 from tuner.verify.capacity import NEAR, REACH, held, highest_load, loads, still_pays
 from tuner.verify.judge import Table
+
+T = TypeVar("T")
 
 
 class Rig(Protocol):
@@ -43,6 +46,26 @@ class Done:
     label: str
     config: str
     outcome: Outcome
+
+
+def insist(attempt: Callable[[], T]) -> T:
+    """What ``attempt`` returns, which launches something. It is made once more where it raises a passing failure or its
+    node was lost, and again where the failure is the machine's: :data:`IN_A_ROW` of those raise EnvironmentFault."""
+    machines = others = 0
+    while True:
+        try:
+            return attempt()
+        except NodeLost:
+            others += 1
+            if others > 1:
+                raise
+        except LaunchFailed as failed:
+            found = failed.outcome
+            machines, others = machines + found.machines, others + (not found.machines)
+            if machines >= IN_A_ROW:
+                raise EnvironmentFault(found.message, fix=found.fix) from failed
+            if others > 1 or not found.transient:
+                raise
 
 
 @dataclass(slots=True)
@@ -111,10 +134,7 @@ class Rounds:
             return Launched(arm.label, number, known.steps)
         self.made += 1
         self.on_event("verify-launch", {"label": label, "launched": len(self.launches), "of": self.of})
-        try:
-            return self._measure(arm, label)
-        except NodeLost:  # the node's fault, not the arm's: once more, elsewhere
-            return self._measure(arm, label)
+        return insist(lambda: self._measure(arm, label))
 
     def _measure(self, arm: Finalist, label: str) -> Launched:
         steps: list[Step] = []
@@ -123,6 +143,8 @@ class Rounds:
                 for window in self.windows if self.number % 2 else self.windows[::-1]:
                     steps += self._bracket(rig, arm, window, steps)
         except LaunchFailed as failure:
+            if failure.outcome.machines:
+                raise
             return Launched(arm.label, self.number, tuple(steps), failure.outcome)
         return Launched(arm.label, self.number, tuple(steps))
 
