@@ -11,8 +11,8 @@ from tests.verify.test_verification import Keeping, Unserved
 from tuner.engines.protocol import LaunchFailed
 from tuner.study.outcome import Infeasible, Measured
 from tuner.verify.ablation import AblationBudget, _Bench, _corrected, ablate
-from tuner.verify.arm import Finalist
-from tuner.verify.rounds import Done
+from tuner.verify.arm import Finalist, Launched
+from tuner.verify.rounds import Done, Rounds
 from tuner.verify.statistics import Estimate
 
 QUIET = Noise(launch=0.004, drift=0.004, stalls=0.0)
@@ -107,6 +107,18 @@ def test_a_flag_without_which_the_server_does_not_start_is_kept_and_says_so():
     found, _ = quiet(lambda _config: 1.0, fails=lambda config: not on(config, "c"))
     assert list(found.params) == ["c"]
     assert "out of memory" in next(e.why for e in found.effects if e.parameter == "c")
+
+
+def test_a_passing_failure_proves_no_flag_unless_it_comes_twice(monkeypatch):
+    killed = Infeasible("killed", "somebody killed it", transient=True)
+    measure = Rounds._measure
+    for rounds, kept in (("1",), []), (("1", "2"), ["c"]):
+
+        def failing(self, arm, label, those=tuple(f"ablate {n} without c" for n in rounds)):
+            return Launched(arm.label, self.number, (), killed) if label in those else measure(self, arm, label)
+
+        monkeypatch.setattr(Rounds, "_measure", failing)
+        assert list(quiet(lambda _config: 1.0)[0].params) == kept
 
 
 def test_a_flag_without_which_the_slos_hold_nowhere_is_kept_and_says_so():

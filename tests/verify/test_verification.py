@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from statistics import fmean
 
@@ -10,7 +11,7 @@ from benchmarks.verify.machine import Machine, window
 from benchmarks.verify.promised import promised
 from benchmarks.verify.small_study import LATENCY, THROUGHPUT, run, study, truth
 from tuner.engines.protocol import Cancelled, LaunchFailed
-from tuner.errors import UsageError
+from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.protocol import NodeLost
 from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
@@ -641,6 +642,44 @@ def test_a_passing_failure_costs_one_round_not_the_race():
 
     bench.launch = launch
     assert bench.verify("v1").choice == "v1"
+
+
+def failing(bench, fails):
+    """``bench``, whose launches fail as ``fails`` says of their label and of how often that was launched."""
+    original, asked = bench.launch, Counter()
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        asked[label] += 1
+        if failure := fails(label, asked[label]):
+            raise LaunchFailed(failure)
+        with original(config, label) as rig:
+            yield rig
+
+    bench.launch = launch
+    return bench
+
+
+KILLED = Infeasible("killed", "somebody killed it", transient=True)
+BUSY = Infeasible("gpu-busy", "GPU 0 is in use", fix="end it", stage="before launch", transient=True)
+
+
+def test_what_somebody_else_had_is_launched_again_at_once_and_says_nothing_of_the_arm():
+    bench = failing(Bench({"v0": 1.0, "v1": 0.9}), lambda label, n: BUSY if "default" in label and n < 3 else None)
+    found = bench.verify("v1")
+    assert found.is_default and found.arms[0].holds and found.launches == len(bench.machine.labels)
+    bench = failing(Bench({"v0": 1.0, "v1": 0.9}), lambda label, n: BUSY if "default" in label else None)
+    with pytest.raises(EnvironmentFault, match="GPU 0 is in use"):
+        bench.verify("v1")
+
+
+def test_a_default_that_was_not_measured_is_not_said_to_have_missed_its_slos():
+    bench = failing(Bench({"v0": 1.0, "v1": 0.9}), lambda label, n: KILLED if "default" in label else None)
+    found = bench.verify("v1", launches=2)
+    assert (found.choice, found.reason) == ("v1", "default-unmeasured") and not found.arms[0].failure
+    assert "default was not measured: somebody killed it (start-up). This is compared with nothing." in found.text
+    twice = bench.verify("v1", launches=12)
+    assert twice.reason == "default-fails" and "The engine's default failed on the held-out windows." in twice.text
 
 
 def test_a_default_that_cannot_meet_the_slos_loses_to_one_that_can():

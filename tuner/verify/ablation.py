@@ -18,7 +18,7 @@ from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
 from tuner.verify.arm import Finalist, Range
-from tuner.verify.judge import UNKNOWN, Arm, Table, judge
+from tuner.verify.judge import UNKNOWN, Arm, Table, judge, unreliable
 from tuner.verify.repeats import Repeats
 from tuner.verify.rounds import Done, Launcher, Rounds
 from tuner.verify.statistics import Estimate, holm, ratio
@@ -296,12 +296,8 @@ def _doubt(effect: Estimate, worth: float) -> float:
 
 
 def _lost(rounds: Rounds, arms: Mapping[str, Finalist]) -> dict[str, str]:
-    failures = {launch.arm: launch.failure for launch in rounds.launches if launch.failure}
-    return {
-        name: f"without it: {failure.message} ({failure.stage})"
-        for name, arm in arms.items()
-        if (failure := failures.get(arm.label)) is not None
-    }
+    failures = unreliable(rounds.launches)
+    return {name: f"without it: {failures[arm.label]}" for name, arm in arms.items() if arm.label in failures}
 
 
 def _percent(factor: Range, digits: int = 1, sure: str = "") -> str:

@@ -59,7 +59,8 @@ class Arm:
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """``choice`` is an arm's label (empty: nothing meets the SLOs); ``reason`` is a slug: ``cheaper``, ``faster`` (as
-    cheap, but lower latency), ``default-fails`` (the default meets no SLO), ``nothing-proven``, ``nothing-holds``.
+    cheap, but lower latency), ``default-fails`` (the default failed, or meets no SLO), ``default-unmeasured`` (no
+    launch of it came to an end), ``nothing-proven``, ``nothing-holds``.
     ``power`` is about the cheapest finalist where nothing is proven."""
 
     choice: str
@@ -93,7 +94,7 @@ def judge(
     table = Table(launches, slos)
     # one dead launch of the default is left out, which flatters the default and proves nothing for its rivals
     dead = {arm: words[-1] for arm, words in table.unserved().items() if arm != base or len(words) > 1}
-    failures = dead | _failures(launches)
+    failures = dead | unreliable(launches)
     capacities = Repeats(table.capacities())
     middle = {label: exp(capacities.estimate(label).mean) for label in capacities.arms}
     safe = {label: exp(capacities.estimate(label).between(1 - confidence, 1 - confidence)[0]) for label in middle}
@@ -117,6 +118,8 @@ def judge(
     choice, reason = _choose(
         base if base in holding else "", racing, gains, costs, speeds, doubts, latency_doubts, (1 - confidence) / 2
     )
+    if reason == "default-fails" and base not in failures and base not in capacities.arms:
+        reason = "default-unmeasured"
     ahead = _best(costs, holding, seed)
     found: dict[str, Arm] = {}
     even = ((1 - confidence) / 2, (1 - confidence) / 2)
@@ -262,8 +265,8 @@ def served_nothing(step: Step) -> bool:
     return not priced and not (step.stopped_early and step.metrics.get(THROUGHPUT, 0.0) > 0)
 
 
-def _failures(launches: Sequence[Launched]) -> dict[str, str]:
-    """Arms that cannot be relied on: a failure that is not passing, or two passing ones."""
+def unreliable(launches: Sequence[Launched]) -> dict[str, str]:
+    """Arms that cannot be relied on, and how they failed: not in passing, or twice."""
     found: dict[str, str] = {}
     for label in {launch.arm for launch in launches}:
         failed = [x.failure for x in launches if x.arm == label and x.failure]

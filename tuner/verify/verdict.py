@@ -155,7 +155,12 @@ def _text(
                 f"and its {latency} is {_change(state.latency_difference, 'lower', 'higher')}, proven at {sure}."
             )
         case "default-fails":
-            words.append("The engine's default did not meet the SLOs on the held-out windows.")
+            failed = "failed" if judgement.arms[base.label].failure else "did not meet the SLOs"
+            words.append(f"The engine's default {failed} on the held-out windows.")
+        case "default-unmeasured":
+            words.append(
+                f"The engine's default was not measured: {_ends(launches, base)}. This is compared with nothing."
+            )
         case _:
             words.append(f"No finalist is proven better than the default at {sure}.")
             words += _could(judgement.power)
@@ -192,6 +197,15 @@ def _text(
     if windows < 2:
         words.append("One held-out window: the intervals say nothing about other stretches of traffic.")
     return " ".join(words) + f"\n\n{how}"
+
+
+def _ends(launches: Sequence[Launched], base: Finalist) -> str:
+    """How the launches of ``base`` ended that say nothing of it."""
+    mine = [launch for launch in launches if launch.arm == base.label]
+    if failure := next((launch.failure for launch in reversed(mine) if launch.failure), None):
+        return f"{failure.message} ({failure.stage})"
+    reasons = sorted({reason for launch in mine for step in launch.steps for reason in step.untrusted})
+    return "; ".join(reasons) or "it was not launched"
 
 
 def _could(power: Power | None) -> list[str]:
