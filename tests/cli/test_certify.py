@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,24 @@ def test_a_study_without_trials_is_not_taken_for_an_emulated_one(tmp_path, monke
         study, store = studies.write(tmp_path / name, trials=0, engine=EngineSpec(kind))
         monkeypatch.setattr(certify, "opened", lambda _path, found=(study, store): found)
         assert certify._side(tmp_path / name).facts["figures"] == ("measured" if name == "one" else "emulated")
+
+
+def test_what_two_studies_were_measured_with_is_held_side_by_side(tmp_path, monkeypatch, capsys):
+    made = {
+        "one": {"engine": EngineSpec("vllm", args={"dtype": "bfloat16"}, env={"HF_TOKEN": "hf_aaaaaaaaaa"})},
+        "two": {"engine": EngineSpec("vllm", args={"dtype": "float16"}, env={"HF_TOKEN": "hf_bbbbbbbbbb"})},
+    }
+    found = {name: studies.write(tmp_path / name, trials=2, **more) for name, more in made.items()}
+    study = found["two"][0]
+    study = replace(study, load=replace(study.load, ladder=(1.0, 3.0)), trace=replace(study.trace, window_s=8.0))
+    first = study.space.parameters[0]
+    study = replace(study, space=replace(study.space, parameters=(replace(first, values=(1, 2)),)))
+    found["two"] = study, found["two"][1]
+    monkeypatch.setattr(certify, "opened", lambda path: found[path.name])
+    certify.compare(tmp_path / "one", tmp_path / "two", json=True)
+    said = "; ".join(json.loads(capsys.readouterr().out)["differences"])
+    assert "window_s 60 / 8" in said and " / 1, 3" in said and "server: dtype bfloat16 / float16" in said
+    assert first.name in said and "hf_" not in said and "HF_TOKEN" not in said
 
 
 def test_what_is_infinite_is_null_in_json(monkeypatch, capsys):

@@ -18,7 +18,7 @@ from tuner.verify.compare import Side, compare
 WANT = objective()
 
 
-def side(name: str, *trials, **facts: str) -> Side:
+def side(name: str, *trials, **facts) -> Side:
     return Side(name, trials, WANT, facts)
 
 
@@ -100,6 +100,56 @@ def test_what_else_differs_is_named():
     assert "Neither study has a point" in found.text
     strict = Side("c", (), objective("ttft_p99=100ms", price=5.0), {})
     assert any(text.startswith("SLOs:") for text in compare(side("a"), strict).differences)
+
+
+def ladder(name: str, loads: tuple[float, ...], *, holds: float = math.inf, usd: float = 1.0) -> Side:
+    """A server that makes 500 tokens/s at load 1, and in proportion above; it misses its SLOs beyond ``holds``."""
+    steps = [
+        step(at, WANT, tokens_per_s=500 * at / usd, tpot_s=0.02 * (1 + at) ** 0.4, ttft_s=0.2 if at <= holds else 9.0)
+        for at in loads
+    ]
+    missed = next((i for i, at in enumerate(loads, 1) if at > holds), len(loads))
+    config = space().config(space().default(), "m")
+    return side(name, TrialRecord(0, Path("."), config, Measured(tuple(steps[:missed])), config.params, 0, 0))
+
+
+@pytest.mark.parametrize("holds", [math.inf, 4.5, 5.0, 8.0])
+def test_one_truth_at_other_loads_is_not_called_cheaper(holds):
+    """Rungs as the automatic ladder lays them around capacities of 2.8 and 4."""
+    first = ladder("a", (1.4, 2.0, 2.8, 3.9, 5.6, 7.8), holds=holds)
+    second = ladder("b", (2.0, 2.8, 4.0, 5.6, 8.0, 11.0), holds=holds)
+    for one, other in ((first, second), (second, first)):
+        found = compare(one, other)
+        assert {level.winner for level in found.levels} == {0}
+        assert all(level.ratio[1] <= 1 <= level.ratio[2] for level in found.levels)
+
+
+def test_an_advantage_at_loads_that_the_other_did_not_try_is_called_so():
+    found = compare(ladder("low", (0.1, 1.0)), ladder("high", (1.0, 4.0)))
+    assert [(level.winner, level.untried) for level in found.levels] == [(0, 1), (0, 0), (0, 2)]
+    assert [row["untried"] for row in found.rows] == ["low", "", "high"]
+    assert "At none of 3 latencies is either proven cheaper" in found.text
+    assert "At 1 of 3 latencies **high** is cheaper only at loads that low did not try, which proves noth" in found.text
+    drawn = Console(width=100, file=io.StringIO(), force_terminal=False)
+    drawn.print(comparison_table(found, "tpot_p99"))
+    assert "not tried by" in drawn.file.getvalue()
+
+
+def test_what_a_missed_load_answers_is_proven():
+    """The other missed load 2: that it was not tried at 3 and 4 leaves nothing open."""
+    found = compare(ladder("old", (0.5, 1.0, 2.0), holds=1.0), ladder("new", (0.5, 1.0, 3.0, 4.0)))
+    assert found.levels[-1].winner == 2 and not any(level.untried for level in found.levels)
+    cheaper = compare(ladder("dear", (0.5, 1.0), usd=3.0), ladder("cheap", (0.5, 0.7, 1.0)))
+    assert cheaper.levels[-1].winner == 2
+
+
+def test_of_values_by_name_only_those_that_differ_are_named():
+    load = {"ladder": "0.5, 1", "warmup_s": 5.0}
+    found = compare(side("a", load=load, x={"b": "v" * 99}), side("b", load={**load, "warmup_s": 2.5}, x={"b": "w"}))
+    assert found.differences == ("load: warmup_s 5 / 2.5", "x: b")
+    prices = [replace(WANT, prices={"L4": 1.0, "H100-SXM": usd}) for usd in (10.0, 3.0)]
+    found = compare(*(Side(name, (), want, {}) for name, want in zip("ab", prices, strict=True)))
+    assert found.differences == ("price: H100-SXM $10 / $3",)
 
 
 def test_figures_that_were_emulated_on_both_sides_are_called_so():

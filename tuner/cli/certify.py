@@ -5,8 +5,8 @@ from __future__ import annotations
 import json as json_
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,29 @@ def compare(first: Path, second: Path, json: bool) -> int:
 
 
 def _side(path: Path) -> Any:
+    from tuner.record.secrets import hide, secrets
     from tuner.verify.compare import Side
 
     study, store = opened(path)
     trials = store.trials()
-    hardware = study.hardware
+    hardware, engine, space = study.hardware, study.engine, study.space
+    hidden = secrets(study, trials)
+
+    def shown(values: Mapping[str, Any]) -> dict[str, str]:
+        return {name: hide(str(value), hidden) for name, value in values.items()}
+
     versions = {str((t.extra or {}).get("engine_version", "")) for t in trials} - {""}
+    server = {"command": " ".join(engine.command), "python": engine.python, **engine.args, **engine.options}
     facts = {
         "model": study.model,
         "hardware": f"{hardware.gpus} x {hardware.name}" if hardware.gpus else hardware.name,
-        "trace": Path(study.trace.file).name,
-        "engine": ", ".join(sorted(versions)),
+        "trace": {**asdict(study.trace), "file": Path(study.trace.file).name},
+        "load": {**asdict(study.load), "ladder": ", ".join(f"{load:g}" for load in study.load.ladder), "auto": False},
+        "engine": " ".join([engine.kind, ", ".join(sorted(versions))]).strip(),
+        "server": shown({**server, **engine.env}),
+        "search space": space.name,
+        "of the space": {"fixed": space.fixed, "env": shown(space.env), "rules": space.rules}
+        | {parameter.name: parameter for parameter in space.parameters},
         "rates": "over the time that steps were to last" if study.planned_ends else "to the last request (as before)",
         "figures": "emulated" if study.engine.kind == "emulator" or any(t.emulated for t in trials) else "measured",
     }

@@ -233,5 +233,6 @@ def comparison_table(found: Comparison, latency: str) -> RenderableType:
         middle, low, high = level.ratio
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})" if low > 0 and high < math.inf else "-"
         winner = ("only " if level.alone else "") + ("", found.first, found.second)[level.winner]
+        winner = ("", f"not tried by {found.second}", f"not tried by {found.first}")[level.untried] or winner
         table.add_row(figure(level.latency_s * 1e3, 4), *costs, ratio, winner)
     return table
