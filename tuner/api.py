@@ -24,6 +24,8 @@ from tuner.engines.build import engine
 from tuner.engines.function import checked
 from tuner.errors import Infeasible as Refused
 from tuner.errors import UsageError
+from tuner.executor.cluster import place_of, price_of
+from tuner.executor.local import at_price
 from tuner.pareto.choice import Choice, choose
 from tuner.pareto.front import Point, front, points, searched
 from tuner.spec import studyfile
@@ -102,7 +104,8 @@ class AskTell:
                 f"{type(outcome).__name__} is no outcome", fix="tell {load: metrics}, or tuner.Infeasible(reason)"
             )
         _, asked_s = self._open.pop(proposal.number)
-        self.store.end_trial(proposal.number, outcome, time.monotonic() - asked_s)
+        place = place_of(self.study, proposal.config)
+        self.store.end_trial(proposal.number, outcome, time.monotonic() - asked_s, **place.notes())
         self._queue.tell(proposal, outcome, again=False)
 
     def front(self) -> list[Point]:
@@ -114,8 +117,7 @@ class AskTell:
         return choose(self.store.trials(), self.study.objective)
 
     def _over(self, running: int) -> str:
-        used = budget.spent(self.study, self.store.launched("search"), running, self._guess_usd)
-        return budget.search_is_over(self.study, used)
+        return budget.search_is_over(self.study, *budget.of_search(self.study, self.store, running, self._guess_usd))
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
         try:
@@ -126,4 +128,5 @@ class AskTell:
             raise UsageError("a load is a number above zero", fix="tell {1.0: metrics, 2.0: metrics}")
         known = checked(metrics, "the evaluation", (self.study.objective.latency_key,))
         misses = tuple(miss for slo in self.study.objective.slos if (miss := slo.miss(known)))
-        return priced(Step(load, "told", known, slo_misses=misses), proposal.config, self.study.objective)
+        objective = at_price(self.study, price_of(self.study, proposal.config)).objective
+        return priced(Step(load, "told", known, slo_misses=misses), proposal.config, objective)

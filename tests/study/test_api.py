@@ -49,6 +49,21 @@ def test_ask_and_tell_end_with_the_budget_and_choose_the_cheapest_within_slo(stu
         assert point.cost == pytest.approx(3.6 / 3600 / (best * 2) * 1e6)
 
 
+def test_every_type_of_gpu_has_its_own_price(study):
+    types = {"values": {"L4": {}, "H100": {"gpu": "H100-SXM"}}, "default": "L4"}
+    space = {"name": "types", "engine": "function", "parameters": {"type": types}}
+    study |= {"search_space": space, "hardware": {"gpu": "L4", "gpus": 1}, "objective": dict(STUDY["objective"])}
+    study["objective"].pop("price_usd_per_gpu_hour")
+    study["price_usd_per_gpu_hour"] = {"L4": 1, "H100-SXM": 10}
+    with AskTell(study) as search:
+        while (proposal := search.ask()) is not None:
+            search.tell(proposal, {1.0: {"tpot_p99_s": 0.01, "goodput_output_tokens_per_s": 1000.0}})
+        trials = search.store.trials()
+        assert {t.params["type"]: t.price for t in trials} == {"L4": 1, "H100": 10}
+        costs = {t.params["type"]: t.outcome.steps[0].metrics["cost_usd_per_mtok_output"] for t in trials}
+        assert costs["H100"] == pytest.approx(10 * costs["L4"]) == pytest.approx(10 / 3.6)
+
+
 def test_loads_above_the_first_that_missed_an_slo_are_not_measured(study):
     with AskTell(study) as search:
         proposal = search.ask()
@@ -58,7 +73,9 @@ def test_loads_above_the_first_that_missed_an_slo_are_not_measured(study):
         assert not search.front()
 
 
-def test_launches_of_a_verification_are_not_taken_from_what_is_asked(study):
+@pytest.mark.parametrize(("launches", "share", "most"), [(10, 0.4, 6), (6, 0, 2)])
+def test_a_verification_takes_no_more_than_the_whole_budget_from_what_is_asked(study, launches, share, most):
+    study["budget"] = {"launches": launches, "verify_share": share}
     with AskTell(study) as search:
         first = search.ask()
         search.tell(first, {1.0: measure(first.params, 1.0)})
@@ -69,7 +86,7 @@ def test_launches_of_a_verification_are_not_taken_from_what_is_asked(study):
         while (proposal := search.ask()) is not None:
             search.tell(proposal, {1.0: measure(proposal.params, 1.0)})
             asked += 1
-        assert asked == 6
+        assert asked == most
         assert {point.role for point in search.front()} == {"search"}
 
 

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from tests import studies
-from tuner.engines.protocol import Cancelled
+from tuner.engines.protocol import Cancelled, LaunchFailed
 from tuner.errors import UsageError
 from tuner.executor.protocol import NodeLost, Place
 from tuner.spec.study import Budget
 from tuner.spec.studyfile import parse_budget
 from tuner.study import budget, verifying
-from tuner.study.outcome import Boot
+from tuner.study.outcome import Boot, Infeasible
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.arm import Finalist
 
@@ -74,6 +74,38 @@ def test_a_launch_of_verification_that_was_broken_off_costs_no_launch(tmp_path, 
     with contextlib.suppress(Cancelled, NodeLost), launch(study.space.config({}, study.model), "default"):
         raise fault()
     assert store.trials()[-1].again and store.launched("verify") == before
+
+
+def test_a_launch_that_fails_is_charged_at_the_price_of_its_type_of_gpu(tmp_path):
+    study, store = studies.write(tmp_path / "s", trials=1)
+    study = replace(study, objective=replace(study.objective, prices={"H100-SXM": 10.0}))
+
+    @contextlib.contextmanager
+    def rig(_job):
+        raise LaunchFailed(Infeasible("oom-kv", "no room"))
+        yield
+
+    where = SimpleNamespace(rig=rig, seconds=lambda _number: 3600.0, left_over=())
+    ready = SimpleNamespace(study=study, notes=lambda _config: {})
+    launch = verifying.launcher(ready, store, verifying.Nobody(), where, lambda _name, _data: None, "verify")
+    config = replace(study.space.config({}, study.model), gpu="H100-SXM")
+    with pytest.raises(LaunchFailed), launch(config, "trial 1"):
+        pass
+    assert budget.spent(study, store.trials()[1:]).usd == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("more", [{"launches": 20}, {"hours": 2.0}, {"usd": 5.0}])
+def test_what_verification_took_beyond_its_share_the_search_has_no_more(tmp_path, more):
+    """A share of a half was verified; the next session keeps nothing back."""
+    study, store = studies.write(tmp_path / "s", trials=1)
+    (one,) = store.trials()
+    took = [replace(one, started_s=360.0 * i, ended_s=360.0 * (i + 1)) for i in range(20)]
+    study = replace(study, budget=Budget(**more, verify_share=0.0))
+    search = budget.spent(study, took[:10])
+    assert not budget.search_is_over(study, search) and not budget.search_is_over(study, search, search)
+    assert not budget.search_is_over(study, search, budget.spent(study, took[:19]))
+    after = budget.spent(study, [*took[:10], took[19]])
+    assert not budget.search_is_over(study, after) and budget.search_is_over(study, after, budget.spent(study, took))
 
 
 @pytest.fixture

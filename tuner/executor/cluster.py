@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuner.errors import EnvironmentFault
+from tuner.executor.protocol import Place
 from tuner.search import hardware
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -145,6 +146,11 @@ def device(study: Study, wanted: str) -> str:
 def price_of(study: Study, config: ServingConfig) -> float:
     """USD per GPU-hour on the type of GPU that ``config`` names, else on the study's own."""
     return price(study, device(study, config.gpu))
+
+
+def place_of(study: Study, config: ServingConfig) -> Place:
+    """Where ``config`` runs as far as the study says: its type of GPU and what that costs."""
+    return Place("", device(study, config.gpu), price_of(study, config))
 
 
 def named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:

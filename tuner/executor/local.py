@@ -97,8 +97,7 @@ class LocalExecutor:
         wait(self._running)
 
     def _place(self, config: ServingConfig) -> Place:
-        study = self._bench.study
-        return Place("", cluster.device(study, config.gpu), cluster.price_of(study, config))
+        return cluster.place_of(self._bench.study, config)
 
     def _bench_of(self, job: Job) -> Bench:
         gpu, study = job.config.gpu, self._bench.study

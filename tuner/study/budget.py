@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tuner.spec.study import Budget, Study
 from tuner.study.price import per_hour
-from tuner.study.store import TrialRecord
+from tuner.study.store import Store, TrialRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +48,41 @@ def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0, guess_u
     )
 
 
+def of_search(study: Study, store: Store, running: int = 0, guess_usd: float = 0.0) -> tuple[Spent, Spent]:
+    """What the search took, and what search and verification took together."""
+    paid = store.launched("search", "verify")
+    own = [t for t in paid if t.role != "verify"]
+    return spent(study, own, running, guess_usd), spent(study, paid, running, guess_usd)
+
+
 def for_search(budget: Budget) -> int:
     """How many of the budget's launches are the search's."""
     return max(math.floor((budget.launches or 0) * (1 - budget.verify_share) + 1e-9), 1)
 
 
-def search_is_over(study: Study, used: Spent) -> str:
-    """Why no further launch fits into the search's part of the budget, in words; empty while one does."""
+def search_is_over(study: Study, used: Spent, whole: Spent | None = None) -> str:
+    """Why no further launch fits into the search's part of the budget, in words; empty while one does. ``whole`` is what
+    search and verification took together (None: nothing was verified): the search has no more than this leaves."""
     budget, share = study.budget, 1 - study.budget.verify_share
+    whole = whole or used
     if budget.launches is not None:
-        launches = for_search(budget)
+        verified = whole.launches - used.launches
+        launches = max(min(for_search(budget), budget.launches - verified), 0)
         if used.launches >= launches:
             kept = budget.launches - launches
-            rest = f" (of the budget's {budget.launches}, {kept} are kept for verification)" if kept else ""
+            to = "went to" if kept == verified else "are kept for"
+            rest = f" (of the budget's {budget.launches}, {kept} {to} verification)" if kept else ""
             return f"the search's {launches} launches are spent{rest}"
-    if budget.hours is not None and used.hours + used.launch_s / 3600 > budget.hours * share:
-        rest_min = max(budget.hours * share - used.hours, 0) * 60
-        takes = f"a launch takes {used.launch_s / 60:.1f}"
-        return f"{rest_min:.0f} minutes of {budget.hours * share:g} h are left, and {takes}"
-    if budget.usd is not None and used.launches and used.usd + used.launch_usd > budget.usd * share:
-        rest = max(budget.usd * share - used.usd, 0)
-        return f"{_usd(rest)} of {_usd(budget.usd * share)} USD are left, and a launch costs {_usd(used.launch_usd)}"
+    if budget.hours is not None:
+        hours = max(min(budget.hours * share, budget.hours - (whole.hours - used.hours)), 0)
+        if used.hours + used.launch_s / 3600 > hours:
+            rest_min = max(hours - used.hours, 0) * 60
+            return f"{rest_min:.0f} minutes of {hours:.4g} h are left, and a launch takes {used.launch_s / 60:.1f}"
+    if budget.usd is not None:
+        usd = max(min(budget.usd * share, budget.usd - (whole.usd - used.usd)), 0)
+        if used.launches and used.usd + used.launch_usd > usd:
+            rest = max(usd - used.usd, 0)
+            return f"{_usd(rest)} of {_usd(usd)} USD are left, and a launch costs {_usd(used.launch_usd)}"
     return ""
 
 
@@ -76,9 +90,9 @@ def left(study: Study, used: Spent) -> str:
     """What is left of the budget, for the live view."""
     budget, parts = study.budget, []
     if budget.launches is not None:
-        kept = budget.launches - for_search(budget)
-        of_them = f" ({kept} for verification)" if kept else ""
-        parts.append(f"{max(0, budget.launches - used.launches)} launches{of_them}")
+        launches = max(0, budget.launches - used.launches)
+        kept = min(budget.launches - for_search(budget), launches)
+        parts.append(f"{launches} launches" + (f" ({kept} for verification)" if kept else ""))
     if budget.hours is not None:
         parts.append(f"{max(0.0, budget.hours - used.hours):.2f} h")
     if budget.usd is not None:

@@ -397,9 +397,9 @@ def _search(
     races = study.load.early_stop and study.engine.kind != "function"  # whose figures need not be a server's
 
     def stop_reason(running: int) -> str:
-        used = budget.spent(study, store.launched("search"), running, guess_usd)
-        on_event("budget", {"left": budget.left(study, used), "launches": used.launches})
-        if why := budget.search_is_over(study, used):
+        used, whole = budget.of_search(study, store, running, guess_usd)
+        on_event("budget", {"left": budget.left(study, whole), "launches": used.launches})
+        if why := budget.search_is_over(study, used, whole):
             return why
         return worth.reason(read(proposals.book, study.space), used.launch_usd)
 

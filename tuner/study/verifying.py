@@ -16,9 +16,9 @@ from statistics import fmean
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.errors import UsageError
 from tuner.executor.build import executor
-from tuner.executor.cluster import device
+from tuner.executor.cluster import device, place_of
 from tuner.executor.local import LocalExecutor
-from tuner.executor.protocol import Executor, Job, NodeLost, Place, Rig
+from tuner.executor.protocol import Executor, Job, NodeLost, Rig
 from tuner.load.trace import Trace
 from tuner.pareto.recommend import ablation
 from tuner.space.config import ServingConfig
@@ -80,7 +80,7 @@ def launcher(
         inner = of_trial(on_event, number)
         steps: list[Step] = []
         outcome: Outcome = Aborted("interrupted")
-        boot, place, machines = Boot(), Place(), False
+        boot, place, machines = Boot(), place_of(ready.study, config), False
         try:
             with where.rig(Job(number, config, folder, None, bool(notes["baseline"]), label, checked)) as server:
                 boot, place = server.boot, server.place
