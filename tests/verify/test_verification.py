@@ -580,8 +580,10 @@ def test_it_stops_early_when_the_intervals_are_narrow_enough():
     assert found.launches < 12
 
 
-@pytest.mark.parametrize(("seconds", "launches"), [(150, 2), (350, 2), (450, 4)])
-def test_no_round_is_begun_that_the_time_does_not_suffice_for(seconds, launches):
+@pytest.mark.parametrize(
+    ("seconds", "expected_s", "launches"), [(150, 0, 2), (350, 0, 2), (450, 0, 4), (150, 100, 0), (350, 100, 2)]
+)
+def test_no_round_is_begun_that_the_time_does_not_suffice_for(seconds, expected_s, launches):
     bench = Bench({"v0": 1.0, "v1": 1.0})
     found = verify(
         bench.study,
@@ -589,7 +591,7 @@ def test_no_round_is_begun_that_the_time_does_not_suffice_for(seconds, launches)
         [bench.finalist("v1")],
         bench.finalist("v0"),
         WINDOWS,
-        VerifyBudget(40, seconds=seconds),
+        VerifyBudget(40, seconds=seconds, launch_s=expected_s),
         clock=lambda: 100.0 * len(bench.machine.labels),  # each takes 100 s
     )
     assert found.stopped == "no further round fits into the time set aside"

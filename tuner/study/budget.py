@@ -61,8 +61,8 @@ def for_search(budget: Budget) -> int:
 
 
 def search_is_over(study: Study, used: Spent, whole: Spent | None = None) -> str:
-    """Why no further launch fits into the search's part of the budget, in words; empty while one does. ``whole`` is what
-    search and verification took together (None: nothing was verified): the search has no more than this leaves."""
+    """Why no further launch fits into the search's part of the budget, in words; empty while one does. ``whole`` is
+    what search and verification took together (None: nothing was verified): the search has no more than it leaves."""
     budget, share = study.budget, 1 - study.budget.verify_share
     whole = whole or used
     if budget.launches is not None:

@@ -136,7 +136,7 @@ class _Race:
                 return "the intervals are narrow enough"
         if left < len(self.active):
             return "the launches set aside are spent"
-        if self.budget.seconds is not None and rounds and seconds + self._next_s(seconds) > self.budget.seconds:
+        if self.budget.seconds is not None and seconds + self._next_s(seconds) > self.budget.seconds:
             return "no further round fits into the time set aside"
         return ""
 
