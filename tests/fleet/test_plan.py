@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fleet import made
+from tuner.fleet import programme
 from tuner.fleet.plan import Pool, Terms, needs, pools_of
 from tuner.fleet.programme import solve
 
@@ -176,6 +177,25 @@ def test_a_plan_for_a_million_requests_per_second_is_within_a_hundredth_of_a_per
     plan = solve(pools_of(offers, Terms()), need, allowed, Terms(), seconds=500)
     assert plan.gap <= 1e-4
     assert (plan.capacity_rps >= need).all()
+
+
+@pytest.mark.parametrize(
+    ("need", "small", "large"),
+    [
+        ([5] * 6 + [1000] * 6, (10, 1.2), (100, 9.5)),
+        ([20, 20, 20, 300, 600, 1000, 1000, 600, 300, 20], (10, 1.1), (40, 4.0)),
+    ],
+)
+def test_a_large_fleet_keeps_no_large_spare_for_hours_in_which_small_kinds_serve(monkeypatch, need, small, large):
+    pools, terms = [pool(0, small[1]), pool(1, large[1])], Terms(spare=1)
+    allowed = np.array([[small[0]] * len(need), [large[0]] * len(need)], float)
+    found = solve(pools, np.array(need, float), allowed, terms)
+    monkeypatch.setattr(programme, "WHOLE", 0)  # as where the whole programme takes too long
+    quick = solve(pools, np.array(need, float), allowed, terms)
+    monkeypatch.setattr(programme, "EXACT", 10**6)
+    exact = solve(pools, np.array(need, float), allowed, terms)
+    assert exact.usd - 1e-6 <= found.usd <= exact.usd * (1 + 1e-4)
+    assert quick.usd >= exact.usd - 1e-6 and quick.usd * (1 - quick.gap) <= exact.usd + 1e-6
 
 
 def test_what_was_needed_is_kept_around_the_circle():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ from scipy import optimize, sparse
 from tuner.errors import UsageError
 from tuner.fleet.plan import Plan, Pool, Terms
 
-EXACT = 60  # replicas up to which the optimum is proven to the last cent
+EXACT = 60  # replicas that the smallest kind alone would take, up to which the optimum is proven to the last cent
 GAP = 1e-4  # else to a hundredth of a per cent
+WHOLE = 3000  # kinds x hours up to which the whole programme is worth trying
 
 
 def solve(
@@ -56,8 +59,29 @@ class _Programme:
         return self._large(seconds)
 
     def _large(self, seconds: float) -> Plan | None:
+        """To within :data:`GAP`, in half of the time; where that does not suffice, the cheaper of what was found and of
+        :meth:`_by_largest`. The gap is to the best bound that is known."""
+        found, bound, ends_s = None, 0.0, time.monotonic() + seconds
+        if self.many * self.hours <= WHOLE:
+            with suppress(UsageError):  # nothing was found in time
+                found = self._run(*self._limits(), seconds / 2, GAP)
+                if found is None or found.status == 0:
+                    return None if found is None else self._plan(found.x, float(found.mip_gap or 0.0))
+                bound = float(found.mip_dual_bound or 0.0)
+        with suppress(UsageError) if found is not None else nullcontext():
+            by_largest = self._by_largest(max(ends_s - time.monotonic(), seconds / 2))
+            if by_largest is not None and (found is None or by_largest.fun < found.fun):
+                found = by_largest
+        relaxed = self._run(*self._limits(), seconds, integers=False)
+        if found is None or relaxed is None:
+            return None
+        bound = max(bound, relaxed.fun)
+        return self._plan(found.x, max(1 - bound / found.fun, 0.0) if found.fun > 0 else 0.0)
+
+    def _by_largest(self, seconds: float) -> Any:
         """Whether a kind is in use (z) makes the programme hard and decides the size of the spare alone. So every kind
-        in turn is taken for the largest in use; the gap is to the programme without integers."""
+        in turn is taken for the largest in use, in every hour: quick, and too dear where small ones would do for a
+        night."""
         sizes = self.counted.max(axis=1)
         kinds = np.flatnonzero(sizes > 0)
         best = None
@@ -68,10 +92,7 @@ class _Programme:
             found = self._run(low, high, seconds / len(kinds), GAP)
             if found is not None and (best is None or found.fun < best.fun):
                 best = found
-        bound = self._run(*self._limits(), seconds, integers=False)
-        if best is None or bound is None:
-            return None
-        return self._plan(best.x, max(1 - bound.fun / best.fun, 0.0) if best.fun > 0 else 0.0)
+        return best
 
     def _limits(self) -> tuple[np.ndarray, np.ndarray]:
         upper = np.full((5, self.many, self.hours), float(self.most))

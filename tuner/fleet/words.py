@@ -85,7 +85,7 @@ def warnings(fleet: Fleet) -> tuple[str, ...]:
     if fleet.shop.unchecked:
         found.append(f"Not simulated, because no mean tells it: {', '.join(map(str, fleet.shop.unchecked))}.")
     found += _traffic(fleet)
-    if fleet.plan.gap > 1e-9:
+    if fleet.plan.gap > 1e-6:
         found.append(f"The plan is within {fleet.plan.gap * 100:.2g} % of the cheapest: the solver stopped there.")
     return tuple(found)
 
