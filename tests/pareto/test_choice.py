@@ -32,6 +32,23 @@ def test_the_cheapest_configuration_within_slo_is_chosen_and_compared_with_the_d
     assert "max-num-batched-tokens=8192" in choice.text and "-50.0 %" in choice.text
 
 
+def test_a_flag_that_measured_slower_than_the_default_at_equal_cost_is_not_chosen(tmp_path: Path):
+    """Trial 1 beats the default by a hair, and not trial 2, whose interval is wider."""
+    store = Store(tmp_path)
+    intervals = (
+        {"tpot_p99_s": (0.00694, math.inf)},
+        {"tpot_p99_s": (0.0069, math.inf)},
+        {"tpot_p99_s": (0.0068, math.inf)},
+    )
+    measured = [served(1000, tpot_s=at)[0] for at in (0.00695, 0.00691, 0.00699)]
+    steps = [replace(one, intervals={**one.intervals, **own}) for one, own in zip(measured, intervals, strict=True)]
+    studies.measured(0, steps[:1], store, baseline=True)
+    studies.measured(1, steps[1:2], store, params=FASTER | {"max_num_seqs": 512})
+    studies.measured(2, steps[2:], store, params={"max_num_seqs": 512})
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.point.baseline and 1 in {p.trial for p in choice.tied}
+
+
 def test_a_trial_picked_by_hand_stands_with_its_cheapest_step_within_slo(tmp_path: Path):
     store = Store(tmp_path)
     studies.measured(0, served(1000), store, baseline=True)

@@ -105,7 +105,8 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     cheapest one's (:func:`tuner.pareto.front.level`) the lowest latency wins. One that a step as cheap clearly beats is
     out. Two loads of one configuration were measured in one launch on one trace and are no draw: that step stands in
     only where its server is saturated, so that more load saves nothing. Of those whose latency cannot be told apart
-    from the lowest, the one with the fewest flags off the default wins (so the default itself wins a draw).
+    from the lowest, the one with the fewest flags off the default wins (so the default itself wins a draw, and against whatever measured
+    neither cheaper nor faster).
     Verification has a verdict of its own: see
     :func:`tuner.pareto.recommend.recommended`.
     """
@@ -127,6 +128,8 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     last = [p for p in unbeaten if overlap(p.latency, p.latency_interval, fastest.latency, fastest.latency_interval)]
     point = min(last, key=lambda p: (len(changes(p.config, default_config)), p.latency, p.cost, p.trial))
     base = next((p for p in contenders if p.baseline), None)
+    if base and base.cost <= point.cost and base.latency <= point.latency:
+        point = base  # a wide interval survives what beats a narrow one, but no flag is worth a loss
     cost, latency = _against(point, base)
     others = [p for p in as_cheap if p.config.hash != point.config.hash]
     tied = tuple(p for p in others if p in unbeaten or p.latency >= point.latency)
