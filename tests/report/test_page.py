@@ -356,6 +356,17 @@ def test_the_head_names_the_gpus_and_the_price_of_what_is_recommended(tmp_path: 
     assert "on 2 x L40S" in front_svg(summarize(store, study))
 
 
+def test_launches_that_a_kill_cut_off_are_said_to_be_in_no_account(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=3)
+    assert "are not counted." in read(build(store, study, tmp_path / "r.html")).text
+    for number in (3, 4):
+        store.start_trial(number, study.space.config({}, study.model), {})
+        store.shelve(number)
+    (store.folder / "interrupted" / "study-1").mkdir()
+    text = read(build(store, study, tmp_path / "r.html")).text
+    assert "are not counted, nor are 2 launches that were cut off" in text
+
+
 def test_a_value_of_a_parameter_is_no_markup_and_no_colour_in_a_figure():
     assert _short("$accent") == "&#36;accent" and _short("<b>x</b>") == "&lt;b&gt;x&lt;/b&gt;"
 

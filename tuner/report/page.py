@@ -56,6 +56,7 @@ def build(store: Store, study: Study, out: Path) -> Path:
         failures=tables.failures(s),
         refused=_refused(store),
         hours=hours(s, Store(store.ladder_folder).trials()),
+        cut_off=sum(1 for own in (store.folder, store.ladder_folder) for _ in (own / "interrupted").glob("[0-9]*")),
         importance=importance(s),
         unserved=tables.unserved(s),
         errors=errors(s),
