@@ -105,8 +105,8 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     cheapest one's (:func:`tuner.pareto.front.level`) the lowest latency wins. One that a step as cheap clearly beats is
     out. Two loads of one configuration were measured in one launch on one trace and are no draw: that step stands in
     only where its server is saturated, so that more load saves nothing. Of those whose latency cannot be told apart
-    from the lowest, the one with the fewest flags off the default wins (so the default itself wins a draw, and against whatever measured
-    neither cheaper nor faster).
+    from the lowest, the one with the fewest flags off the default wins (so the default itself wins a draw,
+    and against whatever measured neither cheaper nor faster).
     Verification has a verdict of its own: see
     :func:`tuner.pareto.recommend.recommended`.
     """
