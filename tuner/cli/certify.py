@@ -104,10 +104,9 @@ def _side(path: Path) -> Any:
         "trace": {**asdict(study.trace), "file": Path(study.trace.file).name},
         "load": {**asdict(study.load), "ladder": ", ".join(f"{load:g}" for load in study.load.ladder), "auto": False},
         "engine": " ".join([engine.kind, ", ".join(sorted(versions))]).strip(),
-        "server": shown({**server, **engine.env}),
+        "server": shown({**space.fixed, **space.env, **server, **engine.env}),
         "search space": space.name,
-        "of the space": {"fixed": space.fixed, "env": shown(space.env), "rules": space.rules}
-        | {parameter.name: parameter for parameter in space.parameters},
+        "parameters": {parameter.name: parameter for parameter in space.parameters} | {"rules": space.rules},
         "rates": "over the time that steps were to last" if study.planned_ends else "to the last request (as before)",
         "figures": "emulated" if study.engine.kind == "emulator" or any(t.emulated for t in trials) else "measured",
     }
