@@ -16,6 +16,7 @@ from tests import studies
 from tests.engines.conftest import LLAMA_8B, plan, trace
 from tuner.engines.emulator import EmulatorEngine
 from tuner.engines.emulator.engine import EmulatorServer
+from tuner.engines.emulator.flags import parse as parse_flags
 from tuner.engines.emulator.quality import STATED_KL, Answers
 from tuner.engines.emulator.rescale import hastened, rescale, step_from_records
 from tuner.engines.protocol import LaunchFailed, Site
@@ -125,6 +126,29 @@ def test_a_draft_model_whose_layers_are_not_known_is_named(config: ServingConfig
     spec = json.dumps({"model": str(tmp_path / "draft"), "num_speculative_tokens": 3})
     with pytest.raises(LaunchFailed, match=UNKNOWN):
         virtual(replace(config, flags={**config.flags, "speculative-config": spec}), site)
+
+
+def test_a_json_flag_that_is_given_twice_is_read_as_vllm_reads_it() -> None:
+    """vLLM puts the parts together behind the other flags, where argparse takes the last."""
+    words = ["m", "--speculative_config.method", "ngram", "--speculative-config", '{"num_speculative_tokens": 3}']
+    words += ["--compilation-config.pass_config.fuse_norm_quant", "true", "--speculative-config.prompt_lookup_max", "4"]
+    found = parse_flags(words)
+    assert json.loads(found["speculative-config"] or "") == {"method": "ngram", "prompt_lookup_max": 4}
+    assert json.loads(found["compilation-config"] or "") == {"pass_config": {"fuse_norm_quant": True}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"method": "ngram", "prompt_lookup_max": 4}, "num_speculative_tokens must be provided"),
+        ({"num_speculative_tokens": 3}, "num_speculative_tokens was provided but without speculative model"),
+    ],
+)
+def test_half_a_speculation_is_refused_in_vllm_s_words(
+    config: ServingConfig, site: Site, spec: dict[str, object], says: str
+) -> None:
+    with pytest.raises(LaunchFailed, match=says):
+        virtual(replace(config, flags={**config.flags, "speculative-config": json.dumps(spec)}), site)
 
 
 def test_boot_times_are_those_of_the_emulated_start(config: ServingConfig, site: Site) -> None:

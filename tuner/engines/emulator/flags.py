@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from tuner.space.space import join
+
 Flags = Mapping[str, str | None]
 SHORT = {
     "-tp": "tensor-parallel-size",
@@ -41,6 +43,7 @@ def parse(argv: Sequence[str]) -> dict[str, str | None]:
     """
     kinds = {**known_flags(), **OWN}
     found: dict[str, str | None] = {}
+    parts: dict[str, str | None] = {}
     unknown: list[str] = []
     words = list(argv)
     while words:
@@ -74,24 +77,17 @@ def parse(argv: Sequence[str]) -> dict[str, str | None]:
                 choices = ", ".join(map(repr, kind.split("|")))
                 raise BadFlag(f"argument --{name}: invalid choice: {value!r} (choose from {choices})")
             if dot:
-                body = json.loads(found.get(name) or "{}")
-                found[name] = json.dumps({**body, key: _scalar(value)})
+                parts[f"{name}.{key}"] = value
             elif name == "fault" and found.get("fault"):
                 found["fault"] = f"{found['fault']},{value}"
             else:
                 found[name] = value
     if unknown:
         raise BadFlag(f"unrecognized arguments: {' '.join(unknown)}")
-    return found
+    # all parts of a JSON flag stand together, after whatever gives it whole: that is thrown away
+    return found | join(parts, {name.partition(".")[0] for name in parts})
 
 
 def nearest(name: str) -> str:
     """The known flag that is nearest to ``name``; empty where none is near."""
     return next(iter(difflib.get_close_matches(name, list(known_flags()), 1)), "")
-
-
-def _scalar(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -233,6 +233,14 @@ def _draft(text: Any, accept: float | None, shape: Shape) -> Draft | None:
     if not text:
         return None
     spec = json.loads(text) if isinstance(text, str) else dict(text)
+    if not spec.get("method") and not spec.get("model"):
+        raise Refused("num_speculative_tokens was provided but without speculative model.", "SpeculativeConfig")
+    if not spec.get("num_speculative_tokens") and not str(spec.get("method")).endswith(("mtp", "suffix")):
+        raise Refused(
+            "num_speculative_tokens must be provided with speculative model unless the draft model config contains an "
+            "n_predict parameter.",
+            "SpeculativeConfig",
+        )
     method = str(spec.get("method") or ("draft_model" if spec.get("model") else "ngram"))
     tokens = int(spec.get("num_speculative_tokens") or 3)
     family = method if method in DRAFTS else "mtp" if method.endswith("mtp") else "draft_model"
