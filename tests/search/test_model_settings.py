@@ -132,3 +132,12 @@ def test_sglang_prefills_first_and_leaves_memory_for_its_chunk() -> None:
     found = read({}, engine="sglang")
     assert found.prefill_first and found.memory_share == pytest.approx(0.83, abs=0.01)
     assert not read({}).prefill_first
+
+
+def test_gpus_that_no_known_flag_spreads_a_model_over_split_its_layers() -> None:
+    """An attached server, or one behind a command with flags of its own."""
+    shape, row = ModelShape.from_folder(SHAPES / "llama-3.1-8b.json"), table.table()["H100-SXM"]
+    for gpus, tp in ((1, 1), (4, 4), (3, 1), (0, 1)):  # 32 heads are not split in three
+        assert settings.of(ServingConfig("m", {}, {}, gpus=gpus), shape, row).tp == tp
+    known = ServingConfig("m", {}, {"data-parallel-size": 4}, gpus=4)
+    assert (settings.of(known, shape, row).tp, settings.of(known, shape, row).dp) == (1, 4)

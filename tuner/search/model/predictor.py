@@ -142,7 +142,7 @@ class AnalyticModel:
         return not any(slo.miss(metrics) for slo in self.slos)
 
     def _server(self, config: ServingConfig) -> _Server:
-        key = (*config.flags.items(), *config.env.items(), config.model_variant)
+        key = (*config.flags.items(), *config.env.items(), config.model_variant, config.gpus)
         server = self._servers.get(key)
         if server is None:
             if len(self._servers) > 20_000:

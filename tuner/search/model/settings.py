@@ -88,6 +88,8 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     tp = _int(flags, 1, "tensor-parallel-size", "tp-size", "tp")
     pp = _int(flags, 1, "pipeline-parallel-size", "pp-size", "pp")
     dp = ranks(flags)
+    if tp * pp * dp == 1 and shape.heads % max(config.gpus, 1) == 0:
+        tp = max(config.gpus, 1)  # no flag that is known here says how they are used
     speculation = _speculation(flags)
     tokens, seqs = batch_defaults(hardware, tp * pp, engine)
     if engine == "sglang" and speculation:
