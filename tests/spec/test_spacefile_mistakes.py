@@ -213,7 +213,7 @@ def test_facts_are_filled_in_whether_a_value_is_tuned_pinned_or_fixed(workplace)
     assert tuned["max-model-len"] == free.facts["max_model_len"]
     assert json.loads(tuned["draft"]) == {"model": str(workplace / "draft")}
     flags = pinned.config(pinned.default(), "m").flags
-    assert flags["draft.model"] == str(workplace / "draft") and flags["max-len"] == tuned["max-len"]
+    assert flags["draft"] == tuned["draft"] and flags["max-len"] == tuned["max-len"]
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,37 @@ def test_a_study_that_earlier_versions_began_counts_its_rates_as_they_did(runner
     assert lasts == {0.0}, "to the last request"
 
 
+def begun_before(runner):
+    """Makes the study folder one that a version began which counted no GPUs but a tuned parameter's."""
+    text = runner.store.study_file.read_text()
+    assert "  counts_fixed: true\n" in text
+    runner.store.study_file.write_text(text.replace("  counts_fixed: true\n", ""))
+
+
+FIXED = {"kind: vllm": "kind: vllm, args: {tensor-parallel-size: 2, a.b: 1}", "launches: 6": "launches: 2"}
+
+
+def test_a_study_that_earlier_versions_began_goes_on_with_the_configurations_it_made(runner):
+    runner.run(replace=FIXED)
+    begun_before(runner)
+    said = []
+    for study in (runner.study(replace=FIXED), studyfile.load(runner.store.folder)):
+        with session.opened(study, said.append) as store:
+            now = session.prepare(study, launching=False).study
+        made = now.space.config(now.space.default(), now.model)
+        assert (made.gpus, made.flags) == (1, {"tensor-parallel-size": 2, "a.b": 1})
+        assert len(store.trials()) == 2 and "counts_fixed" not in now.frozen["frozen"]
+    assert len(said) == 2 and all("goes on as it began: with gpus=1, where" in one for one in said)
+
+
+def test_what_an_earlier_version_began_and_measured_nothing_of_is_begun_anew(runner):
+    runner.run(FakeEngine(fail=oom), replace=FIXED)
+    begun_before(runner)
+    engine = FakeEngine()
+    runner.run(engine, replace=FIXED)
+    assert {t.config.gpus for t in runner.store.trials()} == {2} and len(engine.launched) == 2
+
+
 def test_a_server_that_is_refused_for_its_answers_keeps_what_its_log_said(runner):
     study = runner.study()
     moved = Infeasible("quality", "its answers moved", stage="quality")

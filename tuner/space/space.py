@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tuner.space.condition import Condition, holds, meant, named
-from tuner.space.config import ServingConfig, Value, same
+from tuner.space.config import ServingConfig, Value, number, readable, same
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -89,7 +90,10 @@ class Rule:
 class SearchSpace:
     """Parameters, rules and the facts (of machine, model and trace) that conditions may name.
 
-    ``fixed`` flags and ``env`` go to every server of the study, the baseline included.
+    ``fixed`` flags and ``env`` go to every server of the study, the baseline included; so do ``gpus`` (0 on a CPU
+    server), ``variant`` and ``gpu`` where no parameter says otherwise. ``joined`` are the flags whose parts
+    (``speculative-config.method``), whoever gives them, become one JSON value; ``sized`` those whose value is a number
+    of GPUs that no parameter counts.
     """
 
     name: str
@@ -100,6 +104,11 @@ class SearchSpace:
     fixed: Mapping[str, Value | None] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    gpus: int = 1
+    variant: str = ""
+    gpu: str = ""
+    joined: frozenset[str] = frozenset()
+    sized: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Parameter:
         return next(p for p in self.parameters if p.name == name)
@@ -154,8 +163,8 @@ class SearchSpace:
         active = self.active(self.snap(params))
         # a fixed flag may name a fact, too, and so does a pinned parameter's; what is no fact is meant as it stands
         flags: dict[str, Value | None] = {flag: self.facts.get(named(v), v) for flag, v in self.fixed.items()}
-        env, variant, gpus = dict(self.env), "", 0 if self.facts.get("platform") == "cpu" else 1
-        gpu = ""
+        env, variant, gpu = dict(self.env), self.variant, self.gpu
+        gpus = 0 if self.gpus == 1 and self.facts.get("platform") == "cpu" else self.gpus
         nested: dict[str, dict[str, Any]] = {}
         for name, value in active.items():
             parameter = self[name]
@@ -163,7 +172,7 @@ class SearchSpace:
             for flag, setting in emission.flags.items():
                 setting = meant(setting, self.facts)
                 head, dot, tail = flag.partition(".")
-                if dot:
+                if dot and head not in self.joined:
                     nested.setdefault(head, {})[tail] = setting
                 else:
                     flags[flag] = setting
@@ -173,6 +182,9 @@ class SearchSpace:
                 gpus = max(gpus, 1) * int(value)
         for head, body in nested.items():
             flags[head] = json.dumps(body, sort_keys=True)
+        for flag in self.sized if gpus else ():
+            gpus *= max(int(number(flags.get(flag)) or 1), 1)
+        flags = join(flags, self.joined)
         return ServingConfig(model, active, flags, env, variant, gpus, gpu)
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -191,3 +203,45 @@ class SearchSpace:
                 low = float(min(numbers))
                 space[p.name] = FloatDistribution(low, float(max(numbers)), log=p.log and low > 0)
         return space
+
+
+def join(flags: Mapping[str, Value | None], heads: Collection[str]) -> dict[str, Any]:
+    """``flags`` with the parts of each of ``heads`` in one JSON value, as vLLM puts them together; what is given whole
+    is the rest of it."""
+    rest, bodies = dict(flags), dict[str, dict[str, Any]]()
+    for flag, value in flags.items():
+        head, dot, tail = flag.partition(".")
+        if not dot or head not in heads:
+            continue
+        if head not in bodies:
+            bodies[head] = _mapping(rest.pop(head, None))
+        del rest[flag]
+        *path, last = tail.split(".")
+        body = bodies[head]
+        for key in path:
+            if not isinstance(body.get(key), dict):
+                body[key] = {}
+            body = body[key]
+        if last.endswith("+"):
+            body[last[:-1]] = str(value).split(",")
+        else:
+            body[last] = _part(value)
+    return rest | {head: json.dumps(body, sort_keys=True) for head, body in bodies.items()}
+
+
+def _mapping(whole: Any) -> dict[str, Any]:
+    body = _part(whole)
+    return dict(body) if isinstance(body, dict) else {}
+
+
+def _part(value: Any) -> Any:
+    """What vLLM makes of ``value`` after ``--flag.part``; a switch is on."""
+    if value is None:
+        return True
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        pass
+    return int(readable(value)) if re.fullmatch(r"\d+(\.\d+)?[kmgtKMGT]", value) else value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from tuner.space import condition
 from tuner.space.config import Value, same
 from tuner.space.space import Emission, Parameter, Rule, SearchSpace
 from tuner.spec.facts import FACTS, WORDS
+from tuner.spec.study import COUNTED
 from tuner.spec.text import NUMERIC, TEXT, Document, Strict, check_env, check_flags, suggest, twice, validate
 
 Scalar = bool | int | float | str
@@ -18,6 +20,12 @@ Number = Annotated[float | int, NUMERIC]
 Word = Annotated[str | int, TEXT]
 MOST_VALUES = 10_000
 KINDS = {float: "a number", bool: "true or false", str: "text"}
+# Flags that are numbers of GPUs, as vLLM and SGLang name them.
+SIZES = tuple(
+    name
+    for long, short in (("tensor", "tp"), ("pipeline", "pp"), ("data", "dp"), ("prefill-context", ""))
+    for name in (f"{long}-parallel-size", *([f"{short}-size", short] if short else []))
+)
 NO_SWITCH = "false adds no flag, and the engine's own default would be measured"
 
 
@@ -84,9 +92,10 @@ def build(
         }
         file = file.model_copy(update={"parameters": named})
     facts = dict(facts)
+    pins: list[str] = []
     fixed, env = _flags(file.fixed), {key: str(value) for key, value in file.env.items()}
     known = set(file.parameters) | set(facts)
-    parameters = []
+    parameters: list[Parameter] = []
     for name, spec in file.parameters.items():
         at = (*prefix, "parameters", name)
         _check_condition({"value": spec.only}, known | {"value"}, document, (*at, "only"))
@@ -96,12 +105,19 @@ def build(
         if name in limits:
             parameter = _narrow(parameter, limits[name], study)
         if name in limits and len(parameter.values) == 1:
-            # pinned: every server of the study gets it, the baseline included, and conditions see it as a fact
-            emission = parameter.emissions[0]
-            fixed, env = {**fixed, **emission.flags}, {**env, **emission.env}
-            facts[name] = parameter.values[0]
-        else:
-            parameters.append(parameter)
+            pins.append(name)
+            parameter = replace(parameter, default=parameter.values[0], always=True)
+            if not parameter.when or as_before(study):
+                facts[name] = parameter.values[0]
+        parameters.append(parameter)
+    tuned, pinned = parameters, []
+    if as_before(study):
+        tuned, pinned = [p for p in parameters if p.name not in pins], [p for p in parameters if p.name in pins]
+    elif "function" not in (file.engine, study.data.get("engine", {}).get("kind")):  # it is asked with every parameter
+        tuned, pinned = _settled(parameters, pins, facts)
+    given = [p.emissions[0] for p in pinned]
+    for emission in given:
+        fixed, env = {**fixed, **emission.flags}, {**env, **emission.env}
     grids = {
         name: _ever(_values(name, spec, document, (*prefix, "parameters", name)), spec, limits.get(name, []), facts)
         for name, spec in file.parameters.items()
@@ -126,16 +142,56 @@ def build(
         _check_condition(rule.deny, known, document, at)
         _check_operands(rule.deny, grids, facts, document, at)
         rules.append(Rule(rule.deny, rule.because, rule.name))
-    return SearchSpace(
+    space = SearchSpace(
         name=file.name,
         engine=file.engine,
-        parameters=tuple(parameters),
+        parameters=tuple(tuned),
         rules=tuple(rules),
         checked_with=tuple(file.checked_with),
         fixed=fixed,
         env=env,
         facts=facts,
     )
+    if as_before(study):
+        return space
+    counted = {flag for p in parameters if p.counts_gpus for emission in p.emissions for flag in emission.flags}
+    return replace(
+        space,
+        gpus=math.prod(int(p.values[0]) for p in pinned if p.counts_gpus),
+        variant=next((e.model_variant for e in reversed(given) if e.model_variant), ""),
+        gpu=next((e.gpu for e in reversed(given) if e.gpu), ""),
+        joined=heads(flag for p in parameters for emission in p.emissions for flag in emission.flags),
+        sized=() if facts.get("platform") == "cpu" else tuple(flag for flag in SIZES if flag not in counted),
+    )
+
+
+def as_before(study: Document) -> bool:
+    """Whether this is the file of a study folder that a version began which took of a pinned parameter its flags only,
+    applied or not, and counted no GPUs but a tuned one's. It goes on so: its launches are compared with each other."""
+    return study.begun and COUNTED not in study.data["frozen"]
+
+
+def heads(flags: Iterable[str]) -> frozenset[str]:
+    """The flags of whose JSON value there are parts among ``flags``."""
+    return frozenset(flag.partition(".")[0] for flag in flags if "." in flag)
+
+
+def _settled(
+    parameters: Sequence[Parameter], pins: Sequence[str], facts: dict[str, Any]
+) -> tuple[list[Parameter], list[Parameter]]:
+    """The parameters of the search, and those that are pinned for every server, of which ``facts`` are told. A pinned
+    one that applies only under what is tuned is a parameter of one value; one that never applies is neither."""
+    left, pinned = list(parameters), list[Parameter]()
+    while True:
+        names = {p.name for p in left}
+        settled = [p for p in left if p.name in pins and names.isdisjoint(condition.names(p.when))]
+        if not settled:
+            return left, pinned
+        for p in settled:
+            left.remove(p)
+            if condition.holds(p.when, facts):
+                facts[p.name] = p.values[0]
+                pinned.append(p)
 
 
 def _whens(spec: ParameterFile, at: tuple[str, ...]) -> Iterator[tuple[Mapping[str, Any], tuple[str | int, ...]]]:

@@ -10,7 +10,8 @@ from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.storage import StorageSpec
 
-RULES = ("planned_ends", "fills_cache")  # of measuring, that are newer than some studies: those go on without
+COUNTED = "counts_fixed"  # see spacefile.as_before
+RULES = ("planned_ends", "fills_cache", COUNTED)  # that are newer than some studies: those go on without
 
 
 @dataclass(frozen=True, slots=True)

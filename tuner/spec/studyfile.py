@@ -17,7 +17,7 @@ from tuner.spec import shipped, slo
 from tuner.spec import storage as storage_
 from tuner.spec.objective import Objective, QualityFloor
 from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StorageFile, StudyFile, TraceFile
-from tuner.spec.spacefile import NO_SWITCH, build, off
+from tuner.spec.spacefile import NO_SWITCH, as_before, build, heads, off
 from tuner.spec.study import RULES, Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.spec.text import Document, check_env, check_flags, read, suggest, twice, validate
 
@@ -60,15 +60,23 @@ def resolve(document: Document, beside: Path) -> Study:
     )
     facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace)
     hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(facts)
-    space = _with_args(_space(file, document, base, facts), engine, document)
+    space = _with_args(_space(file, document, base, facts), engine, file, document)
     settled = facts if frozen else {**facts, **facts_.of_flags(space.fixed, facts)}
     if settled != facts:  # by the space's own flags: its conditions are to see that
         facts = settled
-        space = _with_args(_space(file, document, base, facts), engine, document)
+        space = _with_args(_space(file, document, base, facts), engine, file, document)
     if space.engine != engine.kind and engine.kind in ("vllm", "sglang"):
         raise document.error(
             f"the search space {space.name!r} is for {space.engine}, the study's engine is {engine.kind}",
             ("search_space",),
+        )
+    least = replace(space, parameters=()).config({}, model).gpus
+    if least > hardware.gpus and _executor(file).kind == "local":  # a cluster may get a larger node
+        said = next((flag for flag in engine.args if flag in space.sized), "")
+        document.refuse(
+            f"every server takes {least} GPUs, the study has {hardware.gpus}",
+            ("engine", "args", said) if said else ("parameters",),
+            f"write hardware: {{gpu: NAME, gpus: {least}}}, or let it take fewer",
         )
     objective = _objective(file, document, base, hardware, frozen)
     name = file.name or (Path(document.path).stem if document.tree is not None else Path(model).name)
@@ -234,13 +242,20 @@ def _engine(file: EngineFile, document: Document, base: Path) -> EngineSpec:
     python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
     check_flags(file.args, _flag, document, ("engine", "args"))
     check_env(file.env, document, ("engine", "env"))
-    args = {_flag(name): value for name, value in file.args.items()}
+    flag = _flag_before if as_before(document) else _flag
+    args = {flag(name): value for name, value in file.args.items()}
     env = {name: str(value) for name, value in file.env.items()}
     said = {key: value for key in ("target", "url", "gpu") if (value := getattr(file, key))}
     return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, {**said, **file.options})
 
 
 def _flag(name: str) -> str:
+    """Under the engine's name; a part of a JSON value (``compilation-config.cudagraph_mode``) as it stands."""
+    head, dot, part = name.lstrip("-").partition(".")
+    return head.replace("_", "-") + dot + part
+
+
+def _flag_before(name: str) -> str:
     return name.lstrip("-").replace("_", "-")
 
 
@@ -355,8 +370,8 @@ def _space(file: StudyFile, document: Document, base: Path, facts: Mapping[str, 
     return build(data, source, prefix, facts, file.parameters, document)
 
 
-def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> SearchSpace:
-    """The space with the study's own flags and environment on every server."""
+def _with_args(space: SearchSpace, engine: EngineSpec, file: StudyFile, document: Document) -> SearchSpace:
+    """The space with the study's own flags and environment on every server, and with what they mean to this engine."""
     for flag in (name for name, value in engine.args.items() if value is False):
         document.refuse(f"--{flag}: {NO_SWITCH}", ("engine", "args", flag), off(flag, engine.kind))
     given = {name: None if value is True else value for name, value in engine.args.items() if value is not False}
@@ -369,23 +384,47 @@ def _with_args(space: SearchSpace, engine: EngineSpec, document: Document) -> Se
                 raise document.error(f"--{flag}: no such fact: {fact}", ("engine", "args", flag), fix)
             given[flag] = space.facts[fact]
     for parameter in space.parameters:
-        tuned = {flag.partition(".")[0] for emission in parameter.emissions for flag in emission.flags}
-        for flag in sorted(tuned & set(given)):
-            raise document.error(
+        tuned = {flag for emission in parameter.emissions for flag in emission.flags}
+        for flag in sorted((tuned | heads(tuned)) & set(given)):
+            other = f"pin it with parameters: {{{parameter.name}: {given[flag]}}}"
+            if flag not in tuned:
+                other = f"give the parts that are fixed one by one: {flag}.NAME: VALUE"
+            wrong = document.error(
                 f"--{flag} is fixed in engine.args and tuned as {parameter.name}",
                 ("engine", "args", flag),
-                f"remove it there, or pin it with parameters: {{{parameter.name}: {given[flag]}}}",
+                f"remove it there, or {other}",
             )
+            if "." not in flag or not document.begun:
+                raise wrong
     _check_both(given, space, "args", document)
     _check_both(engine.env, space, "env", document)
-    return replace(space, fixed={**given, **space.fixed}, env={**engine.env, **space.env})
+    space = replace(space, fixed={**given, **space.fixed}, env={**engine.env, **space.env})
+    return space if as_before(document) else _meant(space, engine.kind, file.hardware)
+
+
+def _meant(space: SearchSpace, kind: str, hardware: HardwareFile) -> SearchSpace:
+    """The space with what its fixed flags mean to this kind of engine: which are parts of JSON, which count GPUs."""
+    parts = heads(space.fixed)
+    if kind not in ("vllm", "emulator"):  # elsewhere a dot may be a part of a flag's name
+        parts &= set(space.fixed)
+    sized = space.sized if kind in ("vllm", "emulator", "sglang", "command") else ()
+    if kind == "command":
+        sized = tuple(flag for flag in sized if flag.endswith("-parallel-size"))
+    if "enable-dp-attention" in space.fixed:  # its ranks share the GPUs
+        sized = tuple(flag for flag in sized if not flag.startswith(("dp", "data")))
+    gpus = space.gpus
+    counted = gpus > 1 or any(p.counts_gpus for p in space.parameters)
+    if kind == "attach" and not counted and hardware.gpus != "auto" and space.facts.get("platform") != "cpu":
+        gpus = hardware.gpus  # nothing else can use them
+    return replace(space, gpus=gpus, joined=space.joined | parts, sized=sized)
 
 
 def _check_both(given: Mapping[str, Any], space: SearchSpace, part: str, document: Document) -> None:
     """Refuses what the study gives every server, and its search space (or a pinned parameter) gives them otherwise."""
     theirs = space.env if part == "env" else space.fixed
     for name, value in given.items():
-        for other in {name, f"no-{name}", name.removeprefix("no-")} & set(theirs):
+        same = {name, f"no-{name}", name.removeprefix("no-"), name.partition(".")[0]}
+        for other in [flag for flag in theirs if flag in same or flag.partition(".")[0] == name]:
             said = space.facts.get(named(theirs[other]), theirs[other])
             if other != name or str(said) != str(value):
                 mine, its = (text if v is None else f"{text} {v}" for text, v in ((name, value), (other, said)))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,13 +103,23 @@ def identity(study: Study) -> dict[str, str]:
     parts: dict[str, Any] = {
         "model": (Path(study.model).name, model_hash(Path(study.model)) if study.model else ""),
         "engine": (engine.kind, sorted(engine.args.items()), sorted(env.items()), sorted(engine.options.items())),
-        "space": (space.name, space.parameters, space.rules, sorted(space.fixed.items(), key=str)),
+        "space": (space.name, space.parameters, space.rules, sorted(space.fixed.items(), key=str), *_meant(study)),
         "objective": study.objective,
         "trace": (traffic, trace.window_s, trace.search_windows, trace.heldout_windows, trace.output),
         "load": study.load,
         "hardware": study.hardware.name,
     }
     return {name: hashlib.sha256(repr(part).encode()).hexdigest()[:16] for name, part in parts.items()}
+
+
+def _meant(study: Study) -> Iterator[object]:
+    """What the space's fixed flags mean, where they mean more than themselves: else studies that were begun before
+    would be others."""
+    space = study.space
+    joined = sorted({flag.partition(".")[0] for flag in space.fixed} & space.joined)
+    counted = space.gpus > 1 or any(flag in space.fixed for flag in space.sized)
+    if joined or counted or space.variant or space.gpu:
+        yield joined, space.config(space.default(), study.model).gpus, space.variant, space.gpu
 
 
 def elsewhere(record: TrialRecord) -> str:

@@ -22,9 +22,11 @@ from tuner.executor.cluster import device, price_of
 from tuner.search.hardware import device_of
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
+from tuner.space.space import join
 from tuner.spec import studyfile
-from tuner.spec.study import RULES, Study
-from tuner.spec.text import suggest
+from tuner.spec.spacefile import heads
+from tuner.spec.study import COUNTED, RULES, Study
+from tuner.spec.text import Document, suggest
 from tuner.study import budget, queue, workload
 from tuner.study.evaluate import Bench
 from tuner.study.guard import QualityGuard
@@ -145,19 +147,27 @@ def gpu_here(study: Study, wanted: str = "") -> str:
 
 
 def _as_begun(study: Study) -> Study:
-    """``study``, which is measured by the rules of its folder's when it began."""
+    """``study``, which is measured by the rules of its folder's, and makes configurations by them as far as anything
+    was measured there."""
     store = Store(Path(study.folder))
-    begun = store.begun() and store.study_file.exists()
-    return _by(studyfile.load(store.folder).rules, study) if begun else study
+    if not (study.frozen and store.begun() and store.study_file.exists()):
+        return study
+    rules = studyfile.load(store.folder).rules
+    if not (study.storage or store.measured()):
+        rules |= study.rules & {COUNTED}
+    return _by(rules, study)
 
 
 def _by(rules: frozenset[str], study: Study) -> Study:
-    """``study``, which is measured by ``rules`` (:attr:`Study.rules`)."""
+    """``study`` by ``rules`` (:attr:`Study.rules`)."""
     if study.rules == rules:
         return study
     resolved = {name: value for name, value in study.frozen["frozen"].items() if name not in RULES}
-    resolved |= dict.fromkeys(sorted(rules), True)
-    return replace(study, frozen={**study.frozen, "frozen": resolved})
+    frozen = {**study.frozen, "frozen": resolved | dict.fromkeys(sorted(rules), True)}
+    if COUNTED in study.rules ^ rules:
+        again = studyfile.resolve(Document(study.source, frozen), Path(study.folder))
+        study = replace(study, space=again.space, engine=again.engine)
+    return replace(study, frozen=frozen)
 
 
 def as_shared(ready: Prepared, store: Store, peers: Peers | None) -> Prepared:
@@ -165,10 +175,7 @@ def as_shared(ready: Prepared, store: Store, peers: Peers | None) -> Prepared:
     if peers is None or peers.rules == ready.study.rules:
         return ready
     write_study(_by(peers.rules, studyfile.load(store.folder)).frozen, store)
-    study = _by(peers.rules, ready.study)
-    traffic = workload.read(study)
-    predictor, no_model = model_of(study, traffic)
-    return replace(ready, study=study, traffic=traffic, predictor=predictor, no_model=no_model)
+    return prepare(ready.study)
 
 
 def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:
@@ -314,6 +321,7 @@ def opened(study: Study, say: Callable[[str], None] = lambda _text: None) -> Ite
 def _freeze(study: Study, store: Store, say: Callable[[str], None]) -> None:
     if store.study_file.exists() and store.begun():
         before = studyfile.load(store.folder)
+        study = _as_begun(study)
         changed = studyfile.differences(before, study)
         if bool(before.storage) != bool(study.storage):
             changed.append("storage")
@@ -328,11 +336,40 @@ def _freeze(study: Study, store: Store, say: Callable[[str], None]) -> None:
                 where=study.source,
                 fix=f"go on with it by tuner tune {store.folder}{without}, or give this one another name (--name)",
             )
+        _tell_before(before, say)
         if (count := study.trace.heldout_windows) != before.trace.heldout_windows:
             _hold_out(study, before, store)
             write_study({**before.frozen, "trace": {**before.frozen["trace"], "heldout_windows": count}}, store)
         return
     write_study(study.frozen, store)
+
+
+def _tell_before(before: Study, say: Callable[[str], None]) -> None:
+    """Tells where a study goes on with a default that this version would not launch so."""
+    if COUNTED in before.frozen["frozen"]:
+        return
+    marked = {**before.frozen, "frozen": {**before.frozen["frozen"], COUNTED: True}}
+    now = studyfile.resolve(Document(before.source, marked), Path(before.folder)).space
+    one, other = (_as_read(space.config(space.default(), before.model)) for space in (before.space, now))
+    if mine := _apart(one, other):
+        say(
+            f"An earlier version began {before.folder}, and it goes on as it began: with {mine}, where what is pinned "
+            f"or fixed now means {_apart(other, one)} (another --name begins anew)"
+        )
+
+
+def _as_read(config: ServingConfig) -> ServingConfig:
+    """``config`` as vLLM reads its flags: the parts of a JSON flag take the place of what gives it whole."""
+    parts = {flag: value for flag, value in config.flags.items() if "." in flag}
+    rest = {flag: value for flag, value in config.flags.items() if flag not in parts}
+    return replace(config, flags=rest | join(parts, heads(parts)))
+
+
+def _apart(config: ServingConfig, other: ServingConfig) -> str:
+    from tuner.pareto.changes import changes, words
+
+    gpus = {} if config.gpus == other.gpus else {"gpus": config.gpus}
+    return " ".join(words(name, value) for name, value in (gpus | changes(config, other)).items())
 
 
 def _hold_out(study: Study, before: Study, store: Store) -> None:
