@@ -8,6 +8,7 @@ import pytest
 
 from tests.spec.conftest import workplace as workplace
 from tuner.errors import UsageError
+from tuner.search.model.predictor import AnalyticModel
 from tuner.spec import studyfile
 from tuner.spec.study import Study
 from tuner.study import workload
@@ -120,3 +121,15 @@ def test_a_draft_models_own_cache_is_counted_where_its_shape_can_be_read(tmp_pat
     )
     own = 36 / (36 + 28) if draft == "draft" else 1.0  # layers: both models keep the same heads
     assert drafting / plain == pytest.approx(own, rel=0.03)
+
+
+def test_the_model_is_of_the_type_of_gpu_that_is_pinned(workplace: Path) -> None:
+    space = "{name: s, parameters: {on: {values: {h100: {gpu: H100-SXM}, l4: {gpu: L4}}, default: h100}}}"
+    text = CPU.replace("KIND", "emulator").replace("VALUE", "'1'").replace("WHERE", "H100-SXM, gpus: 1")
+    text += f"search_space: {space}\nprice_usd_per_gpu_hour: {{H100-SXM: 2.5, L4: 0.7}}\n"
+    for pins, name, price in (("", "H100-SXM", 2.5), ("parameters: {on: l4}\n", "L4", 0.7)):
+        (workplace / "study.yaml").write_text(text + pins)
+        study = studyfile.load(workplace / "study.yaml")
+        model, why = model_of(study, workload.read(study))
+        assert isinstance(model, AnalyticModel), why
+        assert (model.hardware.name, model.price_usd_per_gpu_hour) == (name, price)

@@ -255,9 +255,10 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
     said = study.frozen.get("hardware") or {}
     if study.engine.kind in ("function", "attach") and (not study.trace.file or said.get("gpu", "auto") == "auto"):
         return None, f"the {study.engine.kind} engine says nothing about its hardware, and the study names none"
-    row = hardware.detect()[0] if study.hardware.gpus == 0 else hardware.lookup(study.hardware.name)
+    on = device(study, study.space.gpu)
+    row = hardware.detect()[0] if study.hardware.gpus == 0 else hardware.lookup(on)
     if row is None:
-        return None, f"{study.hardware.name} is not in the hardware table"
+        return None, f"{on} is not in the hardware table"
     if not model_config(study.model):
         return None, f"{study.model} has no config.json on this machine"
     try:
@@ -271,7 +272,7 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
         traffic.search[0],
         objective.slos,
         objective.latency,
-        objective.price_usd_per_gpu_hour,
+        price_of(study, study.space.config({}, study.model)),
         engine="sglang" if study.engine.kind == "sglang" else "vllm",
         drafts=_drafts(study),
     )
