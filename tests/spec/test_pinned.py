@@ -143,8 +143,8 @@ def test_rules_see_a_pinned_parameter_where_it_applies(workplace):
 )
 def test_the_studys_own_parts_are_read_as_vllm_reads_them(workplace, args, body):
     study = load(workplace, OWN, kind("emulator", args))
-    assert json.loads(config(study).flags["speculative-config"]) == body
-    made = json.loads(config(study, speculation="ngram").flags["speculative-config"])
+    assert json.loads(str(config(study).flags["speculative-config"])) == body
+    made = json.loads(str(config(study, speculation="ngram").flags["speculative-config"]))
     assert made == {"method": "ngram", "num_speculative_tokens": 2, **body}
 
 
