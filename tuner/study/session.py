@@ -123,7 +123,10 @@ def prepare(study: Study, *, launching: bool = True) -> Prepared:
     Raises UsageError (unknown flag, environment, trace) or EnvironmentFault (no such engine here): where nothing is to
     be launched, a study may be looked at on a machine that has no engine.
     """
-    study = _as_begun(study)
+    return _prepared(_as_begun(study), launching)
+
+
+def _prepared(study: Study, launching: bool = True) -> Prepared:
     engine, unchecked = build.engine(study), ""
     check_env(study)
     with _named(study, str(study.engine.options.get("target", ""))):
@@ -175,7 +178,7 @@ def as_shared(ready: Prepared, store: Store, peers: Peers | None) -> Prepared:
     if peers is None or peers.rules == ready.study.rules:
         return ready
     write_study(_by(peers.rules, studyfile.load(store.folder)).frozen, store)
-    return prepare(ready.study)
+    return _prepared(_by(peers.rules, ready.study))
 
 
 def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:
