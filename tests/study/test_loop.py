@@ -986,3 +986,10 @@ def test_a_study_that_earlier_versions_began_fills_no_cache(runner):
     assert document["frozen"].pop("fills_cache")
     runner.store.study_file.write_text(yaml.safe_dump(document, sort_keys=False))
     assert filled() == {0.0}
+
+
+def test_the_search_knows_what_a_launch_of_verification_takes(runner, monkeypatch):
+    told, over = [], budget.search_is_over
+    monkeypatch.setattr(budget, "search_is_over", lambda *given: (told.append(given[3]), over(*given))[1])
+    runner.run()
+    assert told[0] == 0 < told[-1]

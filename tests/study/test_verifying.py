@@ -1,4 +1,5 @@
 import contextlib
+import math
 import shlex
 from dataclasses import replace
 from types import SimpleNamespace
@@ -192,6 +193,27 @@ def settling(tmp_path, monkeypatch):
         return seen
 
     return again, study, store, [arm.label for arm in written.arms]
+
+
+@pytest.mark.parametrize(("launch_h", "searches_h"), [(0.1, 2.8), (0.6, 2.8), (0.8, 2.4), (1.0, 2.0), (1.1, 2.8)])
+def test_two_launches_are_kept_for_verification_where_its_share_has_no_room_for_them(launch_h, searches_h):
+    """Of four hours and 30 %, unless they would take over half of them."""
+    assert budget.without(0.3, 4.0, launch_h) == pytest.approx(searches_h)
+    assert budget.without(0.0, 4.0, launch_h) == 4.0 and budget.without(0.3, math.inf, launch_h) == math.inf
+
+
+@pytest.mark.parametrize(("more", "left"), [({"hours": 1.0}, "of 0.5833 h"), ({"usd": 10.0}, "of 5.83 USD")])
+def test_the_search_ends_early_enough_for_what_verification_takes(tmp_path, more, left):
+    """Six minutes and a dollar a launch, and twelve and a half minutes in verification: a share of 30 % has no room for
+    two of those."""
+    study, store = studies.write(tmp_path / "s", trials=1)
+    (one,) = store.trials()
+    objective = replace(study.objective, price_usd_per_gpu_hour=10.0)
+    study = replace(study, budget=Budget(**more, verify_share=0.3), objective=objective)
+    took = [replace(one, started_s=360.0 * i, ended_s=360.0 * (i + 1), extra=None) for i in range(5)]
+    used = budget.spent(study, took)
+    assert used.launch_usd == pytest.approx(1.0) and not budget.search_is_over(study, used)
+    assert left in budget.search_is_over(study, used, verify_s=750.0)
 
 
 def told(study, store, more):

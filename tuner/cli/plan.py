@@ -107,7 +107,7 @@ def _cost(ready: Any, allowed: list[Any], steps: float, different: float) -> dic
     from tuner.executor.cluster import price_of
     from tuner.search.sampler import Options
     from tuner.study import session
-    from tuner.study.budget import for_search
+    from tuner.study.budget import for_search, without
     from tuner.study.price import per_hour
     from tuner.verify.verification import LOADS
 
@@ -129,7 +129,8 @@ def _cost(ready: Any, allowed: list[Any], steps: float, different: float) -> dic
     side = _side_by_side(study, fmean(max(config.gpus, 1) for config in configs))
     rate = fmean(per_hour(config, study.objective, price_of(study, config)) for config in configs) / 3600
     wall_s, gpu_s = (budget.hours or math.inf) * 3600, (budget.usd or math.inf) / rate
-    searched = min(wall_s * side / launch_s, gpu_s / launch_s) * (1 - budget.verify_share)
+    mine_s, mine_gpu_s = (without(budget.verify_share, s, verify_s if verifies else 0.0) for s in (wall_s, gpu_s))
+    searched = min(mine_s * side, mine_gpu_s) / launch_s
     searched, verified = max(1, min(searched, search)), 0.0
     if verifies:
         wall_left, gpu_left = wall_s - searched * launch_s / side, gpu_s - searched * launch_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from tuner.spec.study import Budget, Study
 from tuner.study.price import per_hour
@@ -60,10 +61,34 @@ def for_search(budget: Budget) -> int:
     return max(math.floor((budget.launches or 0) * (1 - budget.verify_share) + 1e-9), 1)
 
 
-def search_is_over(study: Study, used: Spent, whole: Spent | None = None) -> str:
+def without(share: float, amount: float, launch: float) -> float:
+    """Of ``amount`` (hours, USD) what the search has: all but verification's ``share``, or but what two launches of it
+    take, without which nothing is verified, where that is more and not over half."""
+    rest, least = amount * (1 - share), amount - 2 * launch
+    return least if share and amount / 2 <= least < rest else rest
+
+
+def verify_launch_s(store: Store, windows: int) -> float:
+    """What a launch of verification takes on so many ``windows``: it starts as the search's do, and has more steps.
+    0: none has any."""
+    from tuner.verify.verification import LOADS
+
+    starts, steps_s, steps = [], 0.0, 0
+    for trial in store.launched("search"):
+        if trial.outcome.steps:
+            took_s = max(0.0, trial.ended_s - trial.started_s)
+            start_s = trial.outcome.boot.total_s
+            starts.append(start_s if start_s < took_s else 0.0)  # on a virtual clock it "takes" longer than all
+            steps_s += took_s - starts[-1]
+            steps += len(trial.outcome.steps)
+    return fmean(starts) + LOADS * windows * steps_s / steps if steps else 0.0
+
+
+def search_is_over(study: Study, used: Spent, whole: Spent | None = None, verify_s: float = 0.0) -> str:
     """Why no further launch fits into the search's part of the budget, in words; empty while one does. ``whole`` is
-    what search and verification took together (None: nothing was verified): the search has no more than it leaves."""
-    budget, share = study.budget, 1 - study.budget.verify_share
+    what search and verification took together (None: nothing was verified): the search has no more than it leaves.
+    ``verify_s`` is what a launch of verification takes (0: not known)."""
+    budget, share = study.budget, study.budget.verify_share
     whole = whole or used
     if budget.launches is not None:
         verified = whole.launches - used.launches
@@ -74,12 +99,15 @@ def search_is_over(study: Study, used: Spent, whole: Spent | None = None) -> str
             rest = f" (of the budget's {budget.launches}, {kept} {to} verification)" if kept else ""
             return f"the search's {launches} launches are spent{rest}"
     if budget.hours is not None:
-        hours = max(min(budget.hours * share, budget.hours - (whole.hours - used.hours)), 0)
+        verified = whole.hours - used.hours
+        hours = max(min(without(share, budget.hours, verify_s / 3600), budget.hours - verified), 0)
         if used.hours + used.launch_s / 3600 > hours:
             rest_min = max(hours - used.hours, 0) * 60
             return f"{rest_min:.0f} minutes of {hours:.4g} h are left, and a launch takes {used.launch_s / 60:.1f}"
     if budget.usd is not None:
-        usd = max(min(budget.usd * share, budget.usd - (whole.usd - used.usd)), 0)
+        verify_usd = used.launch_usd * verify_s / used.launch_s if used.launch_s else 0.0
+        verified = whole.usd - used.usd
+        usd = max(min(without(share, budget.usd, verify_usd), budget.usd - verified), 0)
         if used.launches and used.usd + used.launch_usd > usd:
             rest = max(usd - used.usd, 0)
             return f"{_usd(rest)} of {_usd(usd)} USD are left, and a launch costs {_usd(used.launch_usd)}"

@@ -434,13 +434,13 @@ def _search(
     proposals = queue.Queue(study, store, book(ready, store, peers, on_event), ready.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
 
-    worth, guess_usd = Stopping(), launch_usd(ready)
+    worth, guess_usd, windows = Stopping(), launch_usd(ready), len(ready.traffic.heldout)
     races = study.load.early_stop and study.engine.kind != "function"  # whose figures need not be a server's
 
     def stop_reason(running: int) -> str:
         used, whole = budget.of_search(study, store, running, guess_usd)
         on_event("budget", {"left": budget.left(study, whole), "launches": used.launches})
-        if why := budget.search_is_over(study, used, whole):
+        if why := budget.search_is_over(study, used, whole, budget.verify_launch_s(store, windows)):
             return why
         return worth.reason(read(proposals.book, study.space), used.launch_usd)
 

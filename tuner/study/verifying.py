@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import fmean
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.errors import UsageError
@@ -37,7 +36,7 @@ from tuner.verify.fill import unfilled
 from tuner.verify.finalists import launch_spread, shortlist
 from tuner.verify.promise import Promise
 from tuner.verify.verdict import Verification
-from tuner.verify.verification import LOADS, Done, Launcher, VerifyBudget, verify
+from tuner.verify.verification import Done, Launcher, VerifyBudget, verify
 
 VERIFIED = "verify.json"
 ABLATED = "ablation.json"
@@ -296,19 +295,6 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
         return None
     if not seconds:
         return VerifyBudget(launches=launches, fresh=fresh)
-    launch_s = _launch_s(store.launched("search"), len(ready.traffic.heldout))
+    launch_s = budget.verify_launch_s(store, len(ready.traffic.heldout))
     most = max(int(min(whole) / (3 * launch_s)), 2) if launch_s else None
     return VerifyBudget(launches=launches, seconds=min(seconds), fresh=fresh, arms=most, launch_s=launch_s)
-
-
-def _launch_s(trials: Sequence[TrialRecord], windows: int) -> float:
-    """What a launch of verification takes: it starts as the search's do, and has more steps. 0: none has any."""
-    starts, steps_s, steps = [], 0.0, 0
-    for trial in trials:
-        if trial.outcome.steps:
-            took_s = max(0.0, trial.ended_s - trial.started_s)
-            start_s = trial.outcome.boot.total_s
-            starts.append(start_s if start_s < took_s else 0.0)  # on a virtual clock it "takes" longer than all
-            steps_s += took_s - starts[-1]
-            steps += len(trial.outcome.steps)
-    return fmean(starts) + LOADS * windows * steps_s / steps if steps else 0.0
