@@ -87,6 +87,29 @@ def test_a_conditional_parameter_is_judged_where_it_applies():
     assert shares([mode, depth, size], deep)[1].p < 0.01
 
 
+def test_once_chance_does_as_well_the_rest_is_judged_beside_what_was_found_alone():
+    rng = random.Random(7)
+    decides, noise = ([rng.choice((0, 1, 2)) for _ in range(24)] for _ in range(2))
+    target = [100 * 1.5**d * rng.uniform(0.97, 1.03) for d in decides]
+    first, second, same = shares([decides, noise, noise], target)
+    assert first.p < 0.01 and 0.05 < second.p < 1
+    assert same == second  # beside the one the other would explain nothing
+
+
+def test_what_says_the_same_as_a_stronger_parameter_earns_nothing():
+    decides = [0, 1, 2] * 8
+    target = [100 * 1.5**d * (1 + 0.01 * (i % 5)) for i, d in enumerate(decides)]
+    first, second = shares([decides, [str(d) for d in decides]], target)
+    assert first.share > 0.9 and second == Share(0.0, 1.0)
+
+
+def test_that_a_conditional_parameter_applies_is_not_its_own_doing():
+    depth = ["lo", "mid", "hi"] * 4 + [None] * 12
+    target = [(1.0 if d is None else 2.0) * (1 + 0.01 * (i % 5)) for i, d in enumerate(depth)]
+    (found,) = shares([depth], target)
+    assert found.share < 0.05 and found.p > 0.05
+
+
 def test_with_too_few_configurations_nothing_is_said(tmp_path: Path):
     store = Store(tmp_path)
     spread_over(store, lambda p: p["max_num_seqs"], configs=7)
