@@ -120,6 +120,18 @@ def test_a_server_is_warmed_once_before_its_first_step(stage, monkeypatch):
     assert not warming.records.parent.exists()
 
 
+def test_warming_sends_nothing_of_what_came_before_the_window(stage, monkeypatch):
+    server = HttpServer(start(stage.recipe(), stage.site, stage.root), warm_s=3.0)
+    seen: list[StepPlan] = []
+    replay(monkeypatch, lambda endpoint, plan, alive: seen.append(plan) or step())
+    n, none = 8, np.zeros(0, dtype=np.int64)
+    trace = Trace("t", np.arange(n) / 2, np.full(n, 50), np.full(n, 40), 0, none, np.zeros(n + 1, dtype=np.int64))
+    server.measure(replace(plan(stage), trace=replace(trace, earlier=trace)))
+    server.stop()
+    warming, measured = seen
+    assert warming.trace.earlier is None and measured.trace.earlier is trace
+
+
 def test_energy_is_told_per_token_that_was_served(stage, monkeypatch):
     card = {"millijoules": 1_000}
     site = replace(stage.site, gpus=(0,))

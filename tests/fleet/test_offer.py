@@ -87,6 +87,15 @@ def test_an_offer_says_where_windows_were_too_short_for_a_server_to_fill(tmp_pat
     assert ("A window measured 5 s, 1.7 mean responses" in offer.basis) == said
 
 
+@pytest.mark.parametrize(("fills", "filled"), [((40.0, 40.0), True), ((40.0, 0.0), False)])
+def test_an_offer_knows_whether_the_prefix_cache_was_filled_before_every_measurement(tmp_path, fills, filled):
+    study, store = studies.study(tmp_path / "s"), Store(tmp_path / "s")
+    known = [replace(s, metrics={**s.metrics, "fill_requests": n}) for s, n in zip(steps(1, 2), fills, strict=True)]
+    add(store, 0, Measured(tuple(known), BOOT))
+    (offer,) = offers_of(study, store, 0.95)[0]
+    assert offer.filled == filled
+
+
 def test_gpu_types_of_one_study_are_offers_of_their_own_at_the_price_of_where_they_ran(tmp_path):
     study = studies.study(tmp_path / "s")
     store = Store(tmp_path / "s")

@@ -380,6 +380,16 @@ def test_a_parquet_file_that_ends_before_its_last_request_is_refused(tmp_path, l
     assert formats.read(path).lasts_s == 1.5
 
 
+def test_requests_that_are_to_arrive_at_other_times_do_not_end_where_the_file_did(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    table = pa.table({"arrival_s": [0.0, 1.0], "input_tokens": [32, 32], "output_tokens": [1, 1]})
+    parquet.write_table(table.replace_schema_metadata({"tuner.lasts_s": "1.5"}), path)
+    assert np.isnan(formats.read(path, arrivals="poisson:4").lasts_s)
+
+
 def test_a_parquet_file_of_another_kind_names_the_missing_columns(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet

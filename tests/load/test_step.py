@@ -303,6 +303,12 @@ def test_what_came_before_is_sent_first_a_token_each_and_not_measured(tmp_path):
     assert step.metrics["trace_prefix_share"] == pytest.approx((shares * tokens).sum() / tokens.sum())
 
 
+def test_what_came_before_is_sent_32_at_a_time(tmp_path):
+    with stub(first_s=0.2, gap_s=0.0) as (_, url):
+        step = measure(endpoint(url), plan(tmp_path, after(40)))
+    assert 0.39 < step.metrics["fill_s"] < 4  # two rounds of 0.2 s; one by one they took 8 s
+
+
 def test_a_cache_that_could_not_be_filled_is_no_measurement(tmp_path):
     with stub(first_s=0.0, gap_s=0.0, fail_every=8) as (_, url):
         step = measure(endpoint(url), plan(tmp_path, after(40)))

@@ -195,3 +195,8 @@ def test_only_what_begins_where_a_window_began_has_what_came_before_it():
 def test_a_trace_that_is_over_before_there_is_enough_to_come_before_a_window_is_refused():
     with pytest.raises(UsageError, match="has no 2 windows after its first 5 s"):
         split(trace_of([0.0, 1.0, 5.0]), earlier_s=5.0)
+
+
+def test_parts_of_equal_time_begin_after_what_comes_before_them():
+    found = split(trace_of([float(second) for second in range(11)]), by="time", earlier_s=4.0)
+    assert [(window.first, window.stop) for window in found.windows] == [(4, 7), (7, 11)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tuner.load.trace import Trace
+from tuner.load.windows import cut
 from tuner.search import hardware as table
 from tuner.search.model.predictor import AnalyticModel, build
 from tuner.search.model.shape import ModelShape
@@ -160,6 +162,12 @@ def test_a_small_cache_forgets_prefixes() -> None:
     assert work.cached(1e9, 16)[0] == 0  # nobody came before
     assert not work.cached(100, 16).any()
     assert (work.cached(1e9, 128) % 128 == 0).all()
+
+
+def test_what_came_before_a_window_fills_the_cache_and_is_none_of_its_requests() -> None:
+    whole = trace(n=5, prefix_tokens=320)
+    window = replace(cut(whole, 2, 5), earlier=cut(whole, 0, 2))
+    assert Workload.of(window).cached(1e9, 16).tolist() == Workload.of(whole).cached(1e9, 16)[2:].tolist()
 
 
 def test_fewer_sequences_wait_for_slots_but_decode_faster() -> None:

@@ -149,6 +149,14 @@ def test_the_share_beyond_a_limit_is_read_off_all_percentiles_that_were_measured
     assert Tail.of(cells[0][0], SLO).beyond(0.0) == 1 - 0.99
 
 
+def test_the_percentiles_that_count_are_those_of_the_load_nearest_to_the_promised():
+    steep = {"ttft_p50_s": 0.95, "ttft_p90_s": 1.0, "ttft_p95_s": 1.1, "ttft_p99_s": 1.2}
+    around = [step(1.0, 0.3), step(4.0, 1.2, **steep), step(9.0, 2.0)]
+    others = [[step(4.0, 0.4)]] * 2
+    alone = margin_of_all([around[1:2], *others], 4.0, [SLO])
+    assert margin_of_all([around, *others], 4.0, [SLO]) == pytest.approx(alone) and alone > 0
+
+
 def test_what_an_slo_misses_is_not_put_on_the_others():
     slos = [parse("tpot_p99=50ms"), parse("e2e_max=2s")]
     missed = Step(4.0, "a", {"tpot_p99_s": 0.0505, "e2e_max_s": 0.8}, slo_misses=("tpot_p99 50.5 ms > 50 ms",))
