@@ -19,7 +19,7 @@ from tuner.engines.emulator.engine import EmulatorServer
 from tuner.engines.emulator.flags import parse as parse_flags
 from tuner.engines.emulator.quality import STATED_KL, Answers
 from tuner.engines.emulator.rescale import hastened, rescale, step_from_records
-from tuner.engines.protocol import LaunchFailed, Site
+from tuner.engines.protocol import LaunchFailed, Site, StepPlan
 from tuner.errors import UsageError
 from tuner.load.records import Record, read, write
 from tuner.space.config import ServingConfig
@@ -335,3 +335,20 @@ def test_lateness_is_judged_against_every_latency_that_it_distorts(
 def test_the_engine_of_a_study_tells_its_servers_the_axis(tmp_path: Path) -> None:
     study = studies.study(tmp_path, engine=EngineSpec("emulator"))
     assert EmulatorEngine.from_study(study).axis == study.objective.latency
+
+
+def test_what_is_late_while_the_cache_is_filled_is_not_held_against_the_step(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def measure(asked: StepPlan) -> Step:
+        events.append("fill")
+        asked.on_event("filled", {})
+        events.append("replay")
+        return Step(1.0, "w0", {"ttft_p99_s": 0.2})
+
+    server = EmulatorServer(SimpleNamespace(endpoint=None, boot=Boot(0.0, {}), measure=measure), 1.0)
+    monkeypatch.setattr(server, "_state", lambda reset=False: events.append("reset" if reset else "look") or {})
+    server.measure(plan(site))
+    assert events == ["reset", "fill", "reset", "replay", "look"]

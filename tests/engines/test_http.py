@@ -96,6 +96,19 @@ def test_a_server_that_compiles_while_it_is_measured_makes_the_step_untrusted(st
     assert second.untrusted == ()
 
 
+def test_what_a_server_compiles_while_its_cache_is_filled_is_not_held_against_the_step(stage, monkeypatch):
+    server = launched(stage, dialect=DIALECT)
+
+    def filling(endpoint, plan, alive):
+        say(stage, "WARNING [jit_monitor.py:129] Triton kernel JIT compilation during inference: one. This causes")
+        plan.on_event("filled", {})
+        return step()
+
+    replay(monkeypatch, filling)
+    assert server.measure(plan(stage)).untrusted == ()
+    server.stop()
+
+
 def test_a_server_is_warmed_once_before_its_first_step(stage, monkeypatch):
     server = HttpServer(start(stage.recipe(), stage.site, stage.root), warm_s=3.0)
     seen: list[StepPlan] = []
@@ -112,7 +125,7 @@ def test_a_server_is_warmed_once_before_its_first_step(stage, monkeypatch):
         server.measure(wanted)
     server.stop()
     warming, *measured = seen
-    assert measured == [wanted, wanted]
+    assert [replace(plan, on_event=wanted.on_event) for plan in measured] == [wanted, wanted]
     assert len(warming.trace) == 24  # 3 s of replay are 12 s of the trace at load 4
     assert warming.trace.output_tokens.max() == 16 and warming.trace.input_tokens.min() == 50
     assert warming.slos == () and not warming.early_stop

@@ -326,3 +326,21 @@ def test_filling_a_cache_ends_when_it_is_cancelled_and_when_the_server_dies(tmp_
         step = measure(endpoint(url), plan(tmp_path, after(40)), alive=lambda: False)
     assert step.stopped_early == "the server died"
     assert step.metrics["fill_failures"] == 40
+
+
+def test_a_server_that_fails_while_its_cache_is_filled_is_not_asked_on_and_misses_its_slo(tmp_path):
+    with stub(first_s=0.0, gap_s=0.0, fail_every=2) as (_, url):
+        step = measure(endpoint(url), plan(tmp_path, after(40), "error_rate=1%"))
+    assert step.metrics["fill_failures"] > 5
+    assert step.slo_misses and not step.untrusted
+
+
+def test_a_server_that_hangs_while_its_cache_is_filled_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("tuner.load.step._HANGING_S", 0.5)
+    told = []
+    with stub(first_s=0.0, gap_s=0.0, hang_every=1) as (_, url):
+        asked = plan(tmp_path, after(40), "error_rate=1%", request_timeout_s=2.0, early_stop=True)
+        step = measure(endpoint(url), replace(asked, on_event=lambda name, data: told.append((name, dict(data)))))
+    [filled] = [data for name, data in told if name == "filled"]
+    assert (filled["fill_requests"], filled["fill_failures"]) == (40, 40) and 0.5 < filled["fill_s"] < 1.9
+    assert step.slo_misses and not step.untrusted

@@ -200,3 +200,10 @@ def test_a_trace_that_is_over_before_there_is_enough_to_come_before_a_window_is_
 def test_parts_of_equal_time_begin_after_what_comes_before_them():
     found = split(trace_of([float(second) for second in range(11)]), by="time", earlier_s=4.0)
     assert [(window.first, window.stop) for window in found.windows] == [(4, 7), (7, 11)]
+
+
+def test_where_a_traces_end_is_not_known_that_of_a_cut_up_to_it_is_not_either():
+    trace = trace_of([0.0, 1.0, 2.0, 3.0])
+    assert np.isnan(cut_time(trace, 1.0, np.inf).lasts_s) and np.isnan(cut_time(trace, 1.0, 4.0).lasts_s)
+    assert cut_time(trace, 1.0, 3.5).lasts_s == 2.5
+    assert cut_time(trace, 1.0, np.inf).until_s == 3.0

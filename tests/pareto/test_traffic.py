@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 
 from tests import studies
+from tuner.cli import certify
 from tuner.export.formats import best_config
 from tuner.pareto.traffic import per_request, price_words, traffic
 from tuner.report.page import build
@@ -119,3 +120,16 @@ def test_a_price_that_nobody_named_is_known_to_be_an_assumption(tmp_path: Path, 
     (begun := tmp_path / "begun").mkdir()
     (begun / "study.yaml").write_text(yaml.safe_dump(dict(study.frozen)))
     assert studyfile.load(begun).objective.price_assumed is assumed
+
+
+@pytest.mark.parametrize("filled", [0, 120])
+def test_whether_the_prefix_cache_held_what_came_before_is_said_of_what_was_measured(tmp_path, monkeypatch, filled):
+    more = {"measured_requests": 300.0, "fill_requests": float(filled)}
+    step = studies.step(1.0, OBJECTIVE)
+    store = Store(tmp_path / "s")
+    studies.measured(0, (replace(step, metrics={**step.metrics, **more}),), store, baseline=True)
+    study = studies.study(tmp_path / "s", want=OBJECTIVE)
+    found = summarize(store, study).traffic
+    assert found and found.measured.endswith("what came before in the prefix cache") == bool(filled)
+    monkeypatch.setattr(certify, "opened", lambda _path: (study, store))
+    assert ("holds" in certify._side(tmp_path / "s").facts["prefix cache"]) == bool(filled)

@@ -228,3 +228,15 @@ def test_every_step_of_every_window_has_what_came_before_it(workplace):
         for load in (1.0, 4.0):
             assert workload.at_load(window, load, 15.0).earlier is window.earlier
     assert all(window.earlier is None for window in of_turns(workplace, "15s").search)
+
+
+def test_a_burst_at_the_beginning_of_a_trace_is_no_reason_to_refuse_it(workplace):
+    """More before each window would leave one request after it."""
+    at_s = [*(i / 10 for i in range(2000)), 700.0]
+    rows = [
+        {"arrival_s": at, "input_tokens": 64, "output_tokens": 5, "block_tokens": 32, "block_ids": [i % 1500, i + 1500]}
+        for i, at in enumerate(at_s)
+    ]
+    write(workplace, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
+    text = GOOD.replace("trace.csv, window: 10s", "trace.jsonl, window: 10s, heldout_windows: 1, fill_cache: 10s")
+    assert workload.read(studyfile.load(write(workplace, text))).fill_s == 10

@@ -98,6 +98,7 @@ def _side(path: Path) -> Any:
 
     versions = {str((t.extra or {}).get("engine_version", "")) for t in trials} - {""}
     server = {"command": " ".join(engine.command), "python": engine.python, **engine.args, **engine.options}
+    filled = any(step.filled for trial in trials for step in trial.outcome.steps)
     facts = {
         "model": study.model,
         "hardware": f"{hardware.gpus} x {hardware.name}" if hardware.gpus else hardware.name,
@@ -108,6 +109,7 @@ def _side(path: Path) -> Any:
         "search space": space.name,
         "parameters": {parameter.name: parameter for parameter in space.parameters} | {"rules": space.rules},
         "rates": "over the time that steps were to last" if study.planned_ends else "to the last request (as before)",
+        "prefix cache": "holds what came before a step" if filled else "is empty before each step",
         "figures": "emulated" if study.engine.kind == "emulator" or any(t.emulated for t in trials) else "measured",
     }
     return Side(study.name, trials, study.objective, facts)

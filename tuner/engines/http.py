@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,10 +44,20 @@ class HttpServer:
             plan.on_event("phase", {"name": "warming"})
             with tempfile.TemporaryDirectory(prefix="tuner-") as folder:
                 self._measured(_warming(plan, warm_s, Path(folder)))
-        self._said()
-        begin_s = time.time()
-        step = self._measured(plan)
+        begin_s = self._begin()
+
+        def hear(name: str, data: Mapping[str, Any]) -> None:
+            nonlocal begin_s
+            begin_s = self._begin() if name == "filled" else begin_s  # what came before is no part of the step
+            plan.on_event(name, data)
+
+        step = self._measured(replace(plan, on_event=hear))
         return self._with_system(step, begin_s, time.time(), plan.records)
+
+    def _begin(self) -> float:
+        """The Unix time; what the server's log said until now is not the step's."""
+        self._said()
+        return time.time()
 
     def _measured(self, plan: StepPlan) -> Step:
         """One replay; raises :class:`LaunchFailed` where the server did not live through it."""

@@ -231,7 +231,7 @@ def _offer(
         basis=". ".join(filter(None, (basis, short.removesuffix(".")))),
         verified=verified,
         emulated=any(t.emulated for t in trials if t.config.hash == config.hash) or study.engine.kind == "emulator",
-        filled=all(step.metrics.get("fill_requests", 0.0) > 0 for step in steps),
+        filled=all(step.filled for step in steps),
     )
 
 

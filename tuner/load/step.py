@@ -26,6 +26,7 @@ from tuner.load.windows import warp
 from tuner.load.wire import Writer, target
 from tuner.measure.early import QueueWatch, SloWatch
 from tuner.measure.server import Sampler, beside, fold, write
+from tuner.measure.trust import TOKENS_OFF
 from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 
@@ -34,6 +35,7 @@ _ALIVE_S = 0.5
 _EARLY_S = 1.0
 _FEW = 16  # prompts are made so many at once
 FILLING = 32  # earlier prompts under way at once
+_HANGING_S = 120.0  # in which not one of them ended
 
 TOLD = 200  # characters of an error
 CLIENT_DIED = "a client process died"
@@ -137,10 +139,10 @@ class _Replay:
 
     def _fill(self, requests: Callable[[int, int], bytes]) -> dict[str, float]:
         """Sends the earlier prompts in order; how many, how many of them failed, and how long it took. A server that
-        dies of it is found dead by the replay."""
+        dies of it is found dead by the replay, one that fails or hangs is not asked on. Tells ``filled`` at the end."""
         plan, earlier = self.plan, cast(Trace, self.plan.trace.earlier)
         plan.on_event("phase", {"name": "filling the prefix cache"})
-        served, began_s, next_s = 0, time.monotonic(), {"alive": 0.0}
+        served, began_s, ended, ended_s, next_s = 0, time.monotonic(), 0, time.monotonic(), {"alive": 0.0}
         n, where = len(earlier), target(self.endpoint.url)
 
         def done(record: Record) -> None:
@@ -155,9 +157,15 @@ class _Replay:
                 tower.take(events)
                 if plan.cancel.is_set():
                     raise Cancelled("the replay was cancelled")
-                if _due(next_s, "alive", time.monotonic() - began_s, _ALIVE_S) and not self.alive():
+                now_s = time.monotonic()
+                ended, ended_s = (tower.ended, now_s) if tower.ended > ended else (ended, ended_s)
+                if ended - served > TOKENS_OFF * n or now_s - ended_s > _HANGING_S:
                     break
-        return {"fill_requests": n, "fill_failures": n - served, "fill_s": time.monotonic() - began_s}
+                if _due(next_s, "alive", now_s - began_s, _ALIVE_S) and not self.alive():
+                    break
+        facts = {"fill_requests": n, "fill_failures": n - served, "fill_s": time.monotonic() - began_s}
+        plan.on_event("filled", facts)
+        return facts
 
     def _requests(self, shards: int) -> Callable[[int, int], bytes]:
         """The bytes of the i-th request, the earlier ones counted, which asks for so many tokens."""

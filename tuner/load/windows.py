@@ -95,6 +95,8 @@ def cut_time(trace: Trace, start_s: float, end_s: float, *, name: str | None = N
 
 def _ending(trace: Trace, end_s: float) -> Trace:
     """``trace``, which lasts until ``end_s`` at the most."""
+    if math.isnan(trace.lasts_s) and end_s >= trace.until_s:
+        return trace
     return replace(trace, lasts_s=min(trace.until_s, end_s))
 
 

@@ -16,7 +16,7 @@ from tuner.spec.study import Study
 from tuner.study.price import COST, GOODPUT
 from tuner.study.store import EXHAUSTED, AsWritten, Store, TrialRecord, read_json
 from tuner.verify.arm import as_range
-from tuner.verify.fill import unfilled
+from tuner.verify.fill import WHY, unfilled
 from tuner.words import figure
 
 
@@ -30,7 +30,9 @@ def recommended(store: Store, study: Study, trials: Sequence[TrialRecord] | None
     choice = _recommended(store, study, trials)
     if choice.point is None:
         return choice
-    said = [choice.text, short_windows(study, trials, choice.point), quality_of(trials, choice.point.config)]
+    # (verdicts of earlier versions say it themselves)
+    short = "" if WHY in choice.text else short_windows(study, trials, choice.point)
+    said = [choice.text, short, quality_of(trials, choice.point.config)]
     return replace(choice, text="\n\n".join(filter(None, said)))
 
 

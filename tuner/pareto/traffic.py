@@ -23,7 +23,7 @@ class Traffic:
     """One replica at ``load``. ``trace_rps`` are the requests per second of load 1 on the ``windows`` windows that it
     was measured on, with ``requests`` measured requests; tokens are means per request (NaN where not measured).
     ``month_usd`` is what the replica costs a month, ``default_usd`` what the engine's default would for the same
-    traffic (NaN where not known); ``price`` says at what price."""
+    traffic (NaN where not known); ``price`` says at what price; ``filled`` as in :class:`tuner.study.outcome.Step`."""
 
     load: float
     trace_rps: float
@@ -35,6 +35,7 @@ class Traffic:
     month_usd: float
     default_usd: float
     price: str
+    filled: bool = False
 
     @property
     def rps(self) -> float:
@@ -54,7 +55,8 @@ class Traffic:
         many = f"{self.windows} windows" if self.windows > 1 else "one window"
         low, high = map(figure, self.loads)
         at = f"load {low}" if low == high else f"loads of {low} to {high}"
-        return ", ".join(filter(None, (f"{self.requests:,} requests at {at} on {many}", self.lengths)))
+        before = "what came before in the prefix cache" if self.filled else ""
+        return ", ".join(filter(None, (f"{self.requests:,} requests at {at} on {many}", before, self.lengths)))
 
     def __str__(self) -> str:
         text = (
@@ -94,6 +96,7 @@ def traffic(
         month_usd=month_usd,
         default_usd=month_usd / (1 + change.value) if change and change.value > -1 else math.nan,
         price=price_words(objective, point.config.gpus, price),
+        filled=all(step.filled for step in steps),
     )
 
 

@@ -45,6 +45,11 @@ class Step:
         return not self.slo_misses and not self.untrusted
 
     @property
+    def filled(self) -> bool:
+        """Whether what came before its window was sent first, to be found in the prefix cache."""
+        return self.metrics.get("fill_requests", 0.0) > 0
+
+    @property
     def saturated(self) -> bool:
         """Whether it was ended because its queue grew without bound: its latencies are those of the beginning."""
         return self.stopped_early.startswith("saturated")

@@ -14,6 +14,7 @@ from tuner.engines.build import place
 from tuner.errors import UsageError
 from tuner.load import formats, windows
 from tuner.load.sharing import FILLS_S, NEAR, SHARED, shared_tokens, sharing, to_fill_s
+from tuner.load.summary import rate_per_s
 from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.slo import bound_responses
 from tuner.spec.study import Study
@@ -45,7 +46,7 @@ class Workload:
     @property
     def rps(self) -> float:
         """Requests per second of the trace at load 1; 0 where it has no length."""
-        return len(self.whole) / self.whole.until_s if self.whole.until_s > 0 else 0.0
+        return rate_per_s(self.whole) or 0.0
 
 
 def read(study: Study) -> Workload:
@@ -193,7 +194,8 @@ def _colder(study: Study, traffic: Workload) -> list[str]:
     if min(measured) >= enough:
         return []
     fix, best = "A longer trace would tell more", max(min(measured), NEAR * enough)
-    for fill_s in (f for f in FILLS_S if filled_s < f < float(traffic.whole.arrival_s[-1]) / 2):
+    at_s = traffic.whole.arrival_s
+    for fill_s in (f for f in FILLS_S if filled_s < f < min(at_s[-1] / 2, at_s[len(at_s) // 2])):
         if (within := min(shares(fill_s))) > best:
             fix, best = f"With trace.fill_cache: {fill_s}s it is {within * 100:.0f} %", within
         if within >= enough:

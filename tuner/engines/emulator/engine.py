@@ -202,6 +202,14 @@ class EmulatorServer:
     def measure(self, plan: StepPlan) -> Step:
         """See the protocol. A step in which the emulator itself was late is untrusted."""
         self._state(reset=True)
+        tell = plan.on_event
+
+        def hear(name: str, data: Mapping[str, Any]) -> None:
+            if name == "filled":
+                self._state(reset=True)
+            tell(name, data)
+
+        plan = replace(plan, on_event=hear)
         if self._scale == 1.0:
             step: Step = self._server.measure(plan)
         else:
