@@ -52,7 +52,7 @@ class AskTell:
         self._stack = ExitStack()
 
     def __enter__(self) -> AskTell:
-        study = self.study
+        study = self.study = session.as_begun(self.study)
         traffic = workload.read(study)
         predictor, no_model = session.model_of(study, traffic)
         ready = session.Prepared(study, engine(study), traffic, predictor, no_model)

@@ -19,6 +19,7 @@ from tuner.spec.study import Budget
 from tuner.study import session
 from tuner.study.budget import Spent, search_is_over
 from tuner.study.outcome import Aborted, Measured, Step
+from tuner.study.store import Store
 
 MINE = """\
 name: mine
@@ -377,3 +378,21 @@ def test_small_amounts_of_money_are_not_rounded_to_nothing() -> None:
     assert "0.012 of 0.02 USD are left, and a launch costs 0.015" in search_is_over(
         SimpleNamespace(budget=Budget(usd=0.02, verify_share=0.0)), Spent(1, 0.1, 0.008, 60.0, 0.015)
     )
+
+
+@pytest.mark.parametrize("ladder", ["auto", "[1, 2]"])
+def test_a_study_that_an_earlier_version_began_is_gone_on_with_by_its_file(workplace: Path, ladder: str) -> None:
+    """Of a fixed size it counted no GPUs: what is launched now is compared with what was."""
+    text = GOOD.replace("[1, 2, 4]", ladder).replace("options:", "args: {tensor-parallel-size: 2}, options:")
+    text = text.replace("gpu: H100-SXM", "gpu: H100-SXM, clock: virtual").replace("launches: 5", "launches: LEFT")
+    text += f"hardware: {{gpu: H100-SXM, gpus: 2}}\nname: s\nreports: {workplace}/reports\n"
+    write(workplace, text.replace("LEFT", "2, verify_share: 0"))
+    tuner("tune", "study.yaml", cwd=workplace, check=None)
+    kept, store = workplace / "reports/s/study.yaml", Store(workplace / "reports/s")
+    before = len(store.trials())
+    assert "  counts_fixed: true\n" in kept.read_text()
+    kept.write_text(kept.read_text().replace("  counts_fixed: true\n", ""))
+    write(workplace, text.replace("LEFT", "4, verify_share: 0"))
+    tuner("tune", "study.yaml", cwd=workplace, check=None)
+    gpus = [trial.config.gpus for trial in store.trials()]
+    assert set(gpus[:before]) == {2} and set(gpus[before:]) == {1}

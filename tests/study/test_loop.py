@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.study.fake import FakeEngine, FakeServer, oom
+from tuner.api import AskTell
 from tuner.engines.emulator.engine import EmulatorEngine
 from tuner.engines.protocol import LaunchFailed, Teardown
 from tuner.engines.sglang import SglangEngine
@@ -234,12 +235,20 @@ def test_a_study_that_earlier_versions_began_goes_on_with_the_configurations_it_
     assert len(said) == 2 and all("goes on as it began: with gpus=1, where" in one for one in said)
 
 
-def test_what_an_earlier_version_began_and_measured_nothing_of_is_begun_anew(runner):
+def test_the_launches_of_what_an_earlier_version_began_count_though_none_measured_anything(runner):
     runner.run(FakeEngine(fail=oom), replace=FIXED)
     begun_before(runner)
     engine = FakeEngine()
     runner.run(engine, replace=FIXED)
-    assert {t.config.gpus for t in runner.store.trials()} == {2} and len(engine.launched) == 2
+    assert not engine.launched and len(runner.store.trials()) == 2
+
+
+def test_ask_and_tell_goes_on_with_the_configurations_that_an_earlier_version_made(runner):
+    runner.run(replace=FIXED)
+    begun_before(runner)
+    runner.study(replace=FIXED | {"launches: 6": "launches: 3"})
+    with AskTell(runner.folder / "s.yaml") as session_:
+        assert session_.ask().config.gpus == 1
 
 
 def test_a_server_that_is_refused_for_its_answers_keeps_what_its_log_said(runner):

@@ -278,13 +278,17 @@ def test_what_another_tuner_verified_is_taken_over_until_there_is_more_budget_to
 
 @pytest.mark.parametrize("begun_with", [RULES, ("planned_ends",), (), None])  # None: earlier versions did not write it
 def test_who_joins_measures_as_the_study_does(on_sqlite, begun_with):
-    study = on_sqlite[0]
+    pin = "parameters: {colour: green}\n"  # of which a configuration is made otherwise by the older rules
+    path = Path(on_sqlite[0].source)
+    path.write_text(path.read_text() + pin)
+    study = studyfile.load(path)
     if begun_with != RULES:
         with database.Database(study.storage, study.name).starting():
             book = optuna.create_study(
                 storage=study.storage.address({}), study_name="shared", directions=["minimize"] * 2
             )
-        said = {"identity": mirror.identity(study), "uid": "theirs", "rules": begun_with}
+        theirs = mirror.identity(studyfile.by(frozenset(begun_with or ()), study))
+        said = {"identity": theirs, "uid": "theirs", "rules": begun_with}
         for key, value in said.items():
             if value is not None:
                 book.set_user_attr(key, value)

@@ -86,6 +86,7 @@ def compare(first: Path, second: Path, json: bool) -> int:
 
 def _side(path: Path) -> Any:
     from tuner.record.secrets import hide, secrets
+    from tuner.spec.study import COUNTED
     from tuner.verify.compare import Side
 
     study, store = opened(path)
@@ -94,10 +95,10 @@ def _side(path: Path) -> Any:
     hidden = secrets(study, trials)
 
     def shown(values: Mapping[str, Any]) -> dict[str, str]:
-        return {name: hide(str(value), hidden) for name, value in values.items()}
+        return {name: hide("on" if value is None else str(value), hidden) for name, value in values.items()}
 
     versions = {str((t.extra or {}).get("engine_version", "")) for t in trials} - {""}
-    server = {"command": " ".join(engine.command), "python": engine.python, **engine.args, **engine.options}
+    server = {"command": " ".join(engine.command), "python": engine.python, **engine.options}
     filled = any(step.filled for trial in trials for step in trial.outcome.steps)
     facts = {
         "model": study.model,
@@ -105,11 +106,12 @@ def _side(path: Path) -> Any:
         "trace": {**asdict(study.trace), "file": Path(study.trace.file).name},
         "load": {**asdict(study.load), "ladder": ", ".join(f"{load:g}" for load in study.load.ladder), "auto": False},
         "engine": " ".join([engine.kind, ", ".join(sorted(versions))]).strip(),
-        "server": shown({**space.fixed, **space.env, **server, **engine.env}),
+        "server": shown({**engine.args, **space.fixed, **space.env, **server, **engine.env}),
         "search space": space.name,
         "parameters": {parameter.name: parameter for parameter in space.parameters} | {"rules": space.rules},
         "rates": "over the time that steps were to last" if study.planned_ends else "to the last request (as before)",
         "prefix cache": "holds what came before a step" if filled else "is empty before each step",
+        "GPUs": "of tuned, pinned and fixed flags" if COUNTED in study.rules else "of tuned flags alone (as before)",
         "figures": "emulated" if study.engine.kind == "emulator" or any(t.emulated for t in trials) else "measured",
     }
     return Side(study.name, trials, study.objective, facts)

@@ -44,7 +44,8 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     from tuner.study import finish, ladder, session
     from tuner.study.peers import joined
 
-    study = _shared(path, flags, read(path, flags, lambda text: print(text, file=sys.stderr)))
+    given = read(path, flags, lambda text: print(text, file=sys.stderr))
+    study = session.as_begun(_shared(path, flags, given))
     cancel = threading.Event()
     again = resume_command(path, sys.argv[1:])
     interrupted = f"Interrupted; everything measured is kept. Resume: {again}"

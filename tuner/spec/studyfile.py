@@ -18,7 +18,7 @@ from tuner.spec import storage as storage_
 from tuner.spec.objective import Objective, QualityFloor
 from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StorageFile, StudyFile, TraceFile
 from tuner.spec.spacefile import NO_SWITCH, as_before, build, heads, off
-from tuner.spec.study import RULES, Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
+from tuner.spec.study import COUNTED, RULES, Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.spec.text import Document, check_env, check_flags, read, suggest, twice, validate
 
 MOST_WINDOWS, MOST_TOKENS = 1_000, 10_000_000
@@ -147,6 +147,18 @@ def _seconds(text: str | float, document: Document, at: tuple[str, ...], zero: b
         return seconds(text)
     except ValueError as error:
         raise document.error(f"{'.'.join(at)}: {error}", at) from None
+
+
+def by(rules: frozenset[str], study: Study) -> Study:
+    """``study`` by ``rules`` (:attr:`Study.rules`), those of a folder or of a shared study."""
+    if study.rules == rules:
+        return study
+    resolved = {name: value for name, value in study.frozen["frozen"].items() if name not in RULES}
+    frozen = {**study.frozen, "frozen": resolved | dict.fromkeys(sorted(rules), True)}
+    if COUNTED in study.rules ^ rules:
+        again = resolve(Document(study.source, frozen), Path(study.folder))
+        study = replace(study, space=again.space, engine=again.engine)
+    return replace(study, frozen=frozen)
 
 
 def _storage(file: StorageFile | str, document: Document) -> storage_.StorageSpec:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.engines.protocol import Cancelled, OnEvent
 from tuner.errors import UsageError
+from tuner.spec import studyfile
 from tuner.spec.study import Study
 from tuner.study import mirror
 from tuner.study.database import Away, Database, Hold, Interrupted, answering
@@ -101,7 +102,12 @@ class Peers:
         from tuner.record.ledger import Ledger
 
         with self.turn():
-            kept, own = self.book.user_attrs, mirror.identity(self.study)
+            kept, log = self.book.user_attrs, Ledger.load(self.store.folder)  # the tuners have one run in MLflow
+            if "uid" in kept:
+                # earlier versions did not write the rules; a folder that has been part of the study knows
+                known = self.rules if self.store.trials() and log.uid == kept["uid"] else ()
+                self.rules = frozenset(kept.get("rules", known))
+            own = mirror.identity(studyfile.by(self.rules, self.study))
             changed = [part for part, digest in kept.get("identity", own).items() if digest != own.get(part)]
             if changed:
                 raise UsageError(
@@ -109,15 +115,11 @@ class Peers:
                     where=self.study.source,
                     fix="give this one another name, or make it the same",
                 )
-            log = Ledger.load(self.store.folder)  # the tuners have one run in MLflow
             if "uid" not in kept:
                 self.book.set_user_attr("identity", own)
                 self.book.set_user_attr("rules", sorted(self.rules))
                 self.book.set_user_attr("uid", log.uid)
             else:
-                # earlier versions did not write it; a folder that has been part of the study knows
-                own = self.rules if self.store.trials() and log.uid == kept["uid"] else ()
-                self.rules = frozenset(kept.get("rules", own))
                 log.uid = log.uid if log.stores else kept["uid"]
             log.save()
         self.pulse.start()

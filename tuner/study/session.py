@@ -25,7 +25,7 @@ from tuner.space.config import ServingConfig
 from tuner.space.space import join
 from tuner.spec import studyfile
 from tuner.spec.spacefile import heads
-from tuner.spec.study import COUNTED, RULES, Study
+from tuner.spec.study import COUNTED, Study
 from tuner.spec.text import Document, suggest
 from tuner.study import budget, queue, workload
 from tuner.study.evaluate import Bench
@@ -123,7 +123,7 @@ def prepare(study: Study, *, launching: bool = True) -> Prepared:
     Raises UsageError (unknown flag, environment, trace) or EnvironmentFault (no such engine here): where nothing is to
     be launched, a study may be looked at on a machine that has no engine.
     """
-    return _prepared(_as_begun(study), launching)
+    return _prepared(as_begun(study), launching)
 
 
 def _prepared(study: Study, launching: bool = True) -> Prepared:
@@ -149,36 +149,19 @@ def gpu_here(study: Study, wanted: str = "") -> str:
     return device(study, gpus.name(mine[0]) if mine else wanted)
 
 
-def _as_begun(study: Study) -> Study:
-    """``study``, which is measured by the rules of its folder's, and makes configurations by them as far as anything
-    was measured there."""
+def as_begun(study: Study) -> Study:
+    """``study``, which measures and makes its configurations by the rules that its folder was begun with."""
     store = Store(Path(study.folder))
-    if not (study.frozen and store.begun() and store.study_file.exists()):
-        return study
-    rules = studyfile.load(store.folder).rules
-    if not (study.storage or store.measured()):
-        rules |= study.rules & {COUNTED}
-    return _by(rules, study)
-
-
-def _by(rules: frozenset[str], study: Study) -> Study:
-    """``study`` by ``rules`` (:attr:`Study.rules`)."""
-    if study.rules == rules:
-        return study
-    resolved = {name: value for name, value in study.frozen["frozen"].items() if name not in RULES}
-    frozen = {**study.frozen, "frozen": resolved | dict.fromkeys(sorted(rules), True)}
-    if COUNTED in study.rules ^ rules:
-        again = studyfile.resolve(Document(study.source, frozen), Path(study.folder))
-        study = replace(study, space=again.space, engine=again.engine)
-    return replace(study, frozen=frozen)
+    begun = study.frozen and store.begun() and store.study_file.exists()
+    return studyfile.by(studyfile.load(store.folder).rules, study) if begun else study
 
 
 def as_shared(ready: Prepared, store: Store, peers: Peers | None) -> Prepared:
     """``ready``, which measures as the study that it has joined does, its folder too."""
     if peers is None or peers.rules == ready.study.rules:
         return ready
-    write_study(_by(peers.rules, studyfile.load(store.folder)).frozen, store)
-    return _prepared(_by(peers.rules, ready.study))
+    write_study(studyfile.by(peers.rules, studyfile.load(store.folder)).frozen, store)
+    return _prepared(studyfile.by(peers.rules, ready.study))
 
 
 def guard(ready: Prepared, store: Store, on_event: OnEvent) -> QualityGuard:
@@ -325,7 +308,7 @@ def opened(study: Study, say: Callable[[str], None] = lambda _text: None) -> Ite
 def _freeze(study: Study, store: Store, say: Callable[[str], None]) -> None:
     if store.study_file.exists() and store.begun():
         before = studyfile.load(store.folder)
-        study = _as_begun(study)
+        study = as_begun(study)
         changed = studyfile.differences(before, study)
         if bool(before.storage) != bool(study.storage):
             changed.append("storage")
