@@ -92,3 +92,22 @@ def test_what_is_infinite_is_null_in_json(monkeypatch, capsys):
     certify.compare("a", "b", json=True)
     level = json.loads(capsys.readouterr().out)["levels"][0]
     assert level["first"] is None and level["ratio"][2] == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"fixed": {"max-model-len": 8192}}, "server: max-model-len 4096 / 8192"),
+        ({"env": {"HF_HUB_OFFLINE": "0"}}, "server: HF_HUB_OFFLINE 1 / 0"),
+        ({"rules": ()}, "parameters: rules"),
+        ({}, ""),
+    ],
+)
+def test_what_a_space_gives_every_server_and_forbids_is_held_side_by_side(tmp_path, monkeypatch, capsys, changed, said):
+    """That the one ladder was settled by the tuner and the other written is no difference."""
+    one, store = studies.write(tmp_path / "one", trials=1)
+    two = replace(one, name="two", space=replace(one.space, **changed), load=replace(one.load, auto=True))
+    monkeypatch.setattr(certify, "opened", lambda path: ({"one": one, "two": two}[path.name], store))
+    certify.compare(tmp_path / "one", tmp_path / "two", json=True)
+    differences = json.loads(capsys.readouterr().out)["differences"]
+    assert [text[: len(said)] for text in differences] == ([said] if said else [])

@@ -330,3 +330,14 @@ def test_a_checkpoint_that_asks_for_an_fp8_cache_gets_it_unless_a_flag_says_othe
     shape = shape_of(ModelShape.from_folder(SHAPES / "llama-3.1-8b-instruct-fp8.json"))
     assert resolve({}, shape, H100).kv_bits == 8
     assert resolve({"kv-cache-dtype": "bfloat16"}, shape, H100).kv_bits == 16
+
+
+@pytest.mark.parametrize("method", ["mtp", "deepseek_mtp", "suffix"])
+def test_what_knows_itself_how_many_tokens_it_drafts_need_not_be_told(method):
+    draft = resolve({"speculative-config": f'{{"method": "{method}"}}'}, LLAMA, H100).draft
+    assert draft and (draft.method, draft.tokens) == (method, 3)
+
+
+def test_other_speculation_is_told_how_many_tokens_it_drafts():
+    with pytest.raises(Refused, match="num_speculative_tokens must be provided"):
+        resolve({"speculative-config": '{"method": "ngram"}'}, LLAMA, H100)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fleet import made
+from tuner.errors import UsageError
 from tuner.fleet import programme
 from tuner.fleet.plan import Pool, Terms, needs, pools_of
 from tuner.fleet.programme import solve
@@ -209,3 +210,53 @@ def test_spot_machines_that_must_run_on_are_not_more_than_their_share():
     plan = solve(pools, np.array([30.0, 30, 0, 10, 60, 30, 30, 10]), np.full((2, 8), 10.0), terms)
     spot = plan.ready[1] * 10 * pools[1].available
     assert (spot <= 0.5 * plan.capacity_rps + 1e-9).all()
+
+
+NIGHT = [20, 20, 20, 300, 600, 1000, 1000, 600, 300, 20]  # requests per second, by hour
+
+
+def large_fleet(need=NIGHT):
+    """Small ones serve the night; a large one in use at every hour keeps its spare there, too."""
+    pools = [pool(0, 1.1), pool(1, 4.0)]
+    return pools, np.array(need, float), np.repeat([[10.0], [40.0]], len(need), axis=1), Terms(spare=1)
+
+
+def out_of_time(monkeypatch, least):
+    """The whole programme finds, of ``least`` small ones at every hour, the best, and does not know it."""
+    run = programme._Programme._run
+
+    def cut(self, low, high, seconds, gap=0.0, *, integers=True):
+        if not integers or low.any():
+            return run(self, low, high, seconds, gap, integers=integers)
+        if least is None:
+            raise UsageError("no plan was found in time")
+        low[0, 0] = least
+        found = run(self, low, high, seconds, gap)
+        found.status, found.mip_dual_bound = 1, 0.0 if least else found.mip_dual_bound
+        return found
+
+    monkeypatch.setattr(programme._Programme, "_run", cut)
+
+
+def test_what_was_found_in_half_of_the_time_is_planned_where_it_is_cheaper_with_the_gap_to_the_best_bound(monkeypatch):
+    best = solve(*large_fleet())
+    out_of_time(monkeypatch, least=0)
+    plan = solve(*large_fleet())
+    assert plan.usd == pytest.approx(best.usd) and 0 <= plan.gap <= programme.GAP
+
+
+@pytest.mark.parametrize("least", [None, 80])
+def test_where_half_of_the_time_finds_nothing_or_what_is_dear_a_kind_is_taken_for_the_largest(monkeypatch, least):
+    monkeypatch.setattr(programme, "WHOLE", 0)
+    quick = solve(*large_fleet())
+    monkeypatch.undo()
+    out_of_time(monkeypatch, least)
+    plan = solve(*large_fleet())
+    assert (plan.usd, plan.gap) == pytest.approx((quick.usd, quick.gap))
+
+
+def test_what_is_taken_without_the_whole_programme_says_its_gap(monkeypatch):
+    best = solve(*large_fleet())
+    monkeypatch.setattr(programme, "WHOLE", 0)
+    quick = solve(*large_fleet())
+    assert quick.gap >= 1 - best.usd / quick.usd > 0.01

@@ -278,3 +278,11 @@ def test_where_slos_hold_and_figures_are_none_no_slo_is_blamed(tmp_path: Path):
 )
 def test_a_change_says_as_much_of_its_interval_as_is_known(interval, said):
     assert str(Change(-0.03, interval)) == said
+
+
+def test_a_default_that_is_slower_and_no_dearer_than_launches_differ_is_not_chosen(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1010, tpot_s=0.040), store, baseline=True)
+    studies.measured(1, served(1000, tpot_s=0.020), store, params=FASTER)
+    choice = choose(store.trials(), OBJECTIVE)
+    assert choice.point and choice.baseline and choice.point.trial == 1 and choice.baseline.cost < choice.point.cost

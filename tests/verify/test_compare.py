@@ -179,3 +179,14 @@ def test_points_beyond_the_slos_do_not_count():
     )
     found = compare(side("a", trial(0, 2048, 1000)), side("b", late))
     assert all(level.winner == 1 for level in found.levels)
+
+
+def test_below_all_loads_of_a_side_that_held_none_nothing_is_proven_of_it():
+    found = compare(ladder("low", (0.1,)), ladder("high", (1.0,), holds=0.5))
+    assert [(level.winner, level.untried) for level in found.levels] == [(0, 1)]
+
+
+def test_latencies_kept_only_at_loads_that_the_other_did_not_try_are_no_draws():
+    found = compare(ladder("dear", (1.0,), usd=3.0), ladder("cheap", (0.1, 1.0)))
+    assert [(level.winner, level.untried) for level in found.levels] == [(0, 2), (2, 0)]
+    assert "**cheap** is cheaper at 1 of 2 latencies, proven at 95 %. At 1 of 2 latencies" in found.text
