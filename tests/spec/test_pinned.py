@@ -208,3 +208,40 @@ def test_studies_that_share_a_database_are_one_only_where_pins_and_sizes_mean_th
 def test_flags_named_alike_keep_the_part_of_a_json_flag_as_it_stands(workplace):
     study = studyfile.load(write(workplace, GOOD.replace(*kind("emulator", "compilation_config.cudagraph_mode: NONE"))))
     assert config(study).flags == {"compilation-config": '{"cudagraph_mode": "NONE"}'}
+
+
+def test_an_attached_server_on_a_cpu_has_no_gpus(workplace):
+    text = OWN[: OWN.index("  parameters:")] + "  parameters: {}\n" + OWN[OWN.index("trace:") :]
+    attached = kind("attach", "", ", url: 'http://127.0.0.1:1'")
+    study = load(workplace, text, attached, ("{gpu: H100-SXM, gpus: 4}", "{gpu: cpu, gpus: 4}"))
+    assert study.space.facts["platform"] == "cpu" and config(study).gpus == 0
+
+
+def test_a_part_of_json_that_was_begun_fixed_and_tuned_goes_on_and_a_whole_flag_does_not(workplace):
+    def again(**args):
+        begun = copy.deepcopy(dict(load(workplace, OWN).frozen))
+        begun["engine"] = {"kind": "emulator", "args": args}
+        return studyfile.resolve(studyfile.Document("study.yaml", begun), workplace)
+
+    study = again(**{"speculative-config.num_speculative_tokens": 3})
+    assert json.loads(str(config(study, speculation="ngram", length=4).flags["speculative-config"])) == {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+    }
+    with pytest.raises(UsageError, match="--max-num-seqs is fixed in"):
+        again(**{"max-num-seqs": 64})
+
+
+def test_sizes_on_a_cpu_are_no_numbers_of_gpus(workplace):
+    on_cpus = ("{gpu: H100-SXM, gpus: 4}", "{gpu: cpu}")
+    study = load(workplace, OWN, kind("emulator", "pipeline-parallel-size: 2"), on_cpus)
+    assert study.space.sized == ()
+    assert config(study, tp=2).gpus == config(load(workplace, OWN, on_cpus), tp=2).gpus
+
+
+@pytest.mark.parametrize(
+    "flag", [f"{name}-parallel-size" for name in ("tensor", "pipeline", "data", "prefill-context")]
+)
+def test_every_size_of_a_server_counts_its_gpus(workplace, flag):
+    text = OWN.replace("    tp: {flag: tensor-parallel-size, values: [1, 2, 4], default: 1, counts_gpus: true}\n", "")
+    assert config(load(workplace, text, kind("vllm", f"{flag}: 2"))).gpus == 2
