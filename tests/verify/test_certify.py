@@ -214,16 +214,22 @@ def test_a_server_that_does_not_start_breaks_the_promise():
 
 
 @pytest.mark.parametrize(
-    ("cause", "times", "holds"), [("killed", 1, True), ("killed", 2, False), ("gpu-busy", 2, True)]
+    ("cause", "times", "holds", "stage"),
+    [
+        ("killed", 1, True, "start-up"),
+        ("killed", 2, False, "start-up"),
+        ("gpu-busy", 1, True, "start-up"),
+        ("gpu-busy", 2, True, "before launch"),
+    ],
 )
-def test_a_failure_that_may_pass_is_launched_once_more_before_the_promise_is_called_broken(cause, times, holds):
+def test_a_failure_that_may_pass_is_launched_once_more_before_the_promise_is_called_broken(cause, times, holds, stage):
     labels = []
 
     @contextlib.contextmanager
     def launch(config, label):
         labels.append(label)
         if len(labels) <= times:
-            raise LaunchFailed(Infeasible(cause, "in these words", transient=True))
+            raise LaunchFailed(Infeasible(cause, "in these words", stage=stage, transient=True))
         with machine(1.0).launch(config, label) as rig:
             yield rig
 
@@ -231,10 +237,11 @@ def test_a_failure_that_may_pass_is_launched_once_more_before_the_promise_is_cal
     assert found.holds == holds and labels[:2] == ["certify 1"] * 2
 
 
-def test_a_gpu_that_stays_somebody_elses_breaks_no_promise():
+@pytest.mark.parametrize("stage", ["before launch", "start-up"])
+def test_a_gpu_that_stays_somebody_elses_breaks_no_promise(stage):
     @contextlib.contextmanager
     def launch(config, label):
-        raise LaunchFailed(Infeasible("gpu-busy", "GPU 0 is in use", stage="before launch", transient=True))
+        raise LaunchFailed(Infeasible("gpu-busy", "GPU 0 is in use", stage=stage, transient=True))
         yield
 
     with pytest.raises(EnvironmentFault, match="GPU 0 is in use"):

@@ -20,7 +20,7 @@ from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.evaluate import Bench, evaluate, measure
-from tuner.study.outcome import Boot, Infeasible, Outcome, Step
+from tuner.study.outcome import GPU_BUSY, Boot, Infeasible, Outcome, Step
 
 
 class LocalExecutor:
@@ -58,9 +58,10 @@ class LocalExecutor:
             self._next = None
         done, _ = wait(self._running, timeout=0 if ended else timeout_s, return_when=FIRST_COMPLETED)
         for future in done:
-            job, _ = self._running.pop(future)
+            job, gpus = self._running.pop(future)
             error = future.exception()
             outcome, teardown = (None, Teardown()) if error else future.result()
+            self._shun(outcome, gpus)
             ended.append(Ended(job, outcome, teardown, self._place(job.config), self.seconds(job.number), error))
         self._start_next()
         return ended
@@ -76,6 +77,7 @@ class LocalExecutor:
             server = bench.engine.launch(job.config, site)
         except (LaunchFailed, Cancelled) as failure:
             self.left_over += failure.teardown.left_over
+            self._shun(getattr(failure, "outcome", None), site.gpus)
             raise
         try:
             if refused := check(bench, server, job, job.folder):
@@ -95,6 +97,11 @@ class LocalExecutor:
         if at_once:
             self._running.clear()
         wait(self._running)
+
+    def _shun(self, outcome: Outcome | None, gpus: tuple[int, ...]) -> None:
+        """GPUs that somebody else was on are taken last from here on."""
+        if isinstance(outcome, Infeasible) and outcome.cause == GPU_BUSY:
+            self._gpus = tuple(gpu for gpu in self._gpus if gpu not in gpus) + gpus
 
     def _place(self, config: ServingConfig) -> Place:
         return cluster.place_of(self._bench.study, config)

@@ -13,7 +13,7 @@ from tuner.engines.protocol import OnEvent
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Executor, Job
 from tuner.pareto.front import searched
-from tuner.study.outcome import ENVIRONMENT_CAUSES, IN_A_ROW, Aborted, Infeasible, Measured, Outcome
+from tuner.study.outcome import ENVIRONMENT_CAUSES, GPU_BUSY, IN_A_ROW, Aborted, Infeasible, Measured, Outcome
 from tuner.study.queue import Proposal, Queue
 from tuner.study.store import EXHAUSTED, Store
 from tuner.study.workload import Workload
@@ -49,6 +49,8 @@ class Loop:
         while True:
             # where nothing runs, one trial is handed over even without room: the executor waits for it, and says so
             while not (self.fault or ended or dry) and (not running or self._room()):
+                if running and self.in_a_row >= IN_A_ROW:
+                    break  # whether the machine serves at all is told by what runs
                 with self._held(running):
                     over = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
                     proposal = None if over else self.queue.propose()
@@ -64,7 +66,7 @@ class Loop:
             for end in self.executor.wait(0.5):
                 dry = False
                 with self._held(running):
-                    ended = self._conclude(running.pop(end.job.number), end) or ended
+                    ended = self._conclude(running.pop(end.job.number), end, alone=not running) or ended
 
     def _room(self) -> bool:
         return self.executor.room() and not self.queue.waits()
@@ -85,8 +87,9 @@ class Loop:
         folder = self.store.trial_folder(proposal.number)
         return Job(proposal.number, proposal.config, folder, window, proposal.baseline, proposal.why)
 
-    def _conclude(self, proposal: Proposal, end: Ended) -> str:
-        """Writes, tells and logs one trial's end; returns why the study must end with it, if it must."""
+    def _conclude(self, proposal: Proposal, end: Ended, alone: bool) -> str:
+        """Writes, tells and logs one trial's end; returns why the study must end with it, if it must. ``alone``: no
+        other trial runs."""
         outcome, teardown = end.outcome, end.teardown
         if end.error is not None:
             raise end.error
@@ -95,7 +98,7 @@ class Loop:
             return "interrupted"
         fault, again = None, isinstance(outcome, Aborted) and outcome.reason == "interrupted"
         if isinstance(outcome, Infeasible):
-            outcome, fault = self._whose(proposal, outcome)
+            outcome, fault = self._whose(proposal, outcome, alone)
             again = outcome.transient
         else:
             self.in_a_row = 0
@@ -125,17 +128,19 @@ class Loop:
             return f"{ALIKE} launches failed in the same way and none served: {self.failures[0]}"
         return ""
 
-    def _whose(self, proposal: Proposal, outcome: Infeasible) -> tuple[Infeasible, EnvironmentFault | None]:
+    def _whose(
+        self, proposal: Proposal, outcome: Infeasible, alone: bool
+    ) -> tuple[Infeasible, EnvironmentFault | None]:
         """Whose fault a failure is: transient, so that its config is launched again, where it is the machine's or has
         passed for all that is known; a config that failed so before is at fault itself. And what the session ends
-        with, where no other launch would fare better."""
+        with, where no other launch would fare better: not while another trial runs, which may serve."""
         self.in_a_row = self.in_a_row + 1 if outcome.machines else 0
-        if self.in_a_row >= IN_A_ROW or (proposal.baseline and outcome.cause in ENVIRONMENT_CAUSES):
+        lasts = outcome.transient and not outcome.machines and self._failed_before(proposal.config.hash)
+        unfit = outcome.cause in ENVIRONMENT_CAUSES or (lasts and outcome.cause == GPU_BUSY)
+        if (alone and self.in_a_row >= IN_A_ROW) or (proposal.baseline and unfit):
             fault = unservable(outcome, self.store.trial_folder(proposal.number))
             return replace(outcome, transient=True), fault
-        if outcome.transient and not outcome.machines and self._failed_before(proposal.config.hash):
-            return replace(outcome, transient=False), None
-        return outcome, None
+        return (replace(outcome, transient=False) if lasts else outcome), None
 
     def _failed_before(self, key: str) -> bool:
         """Whether the search saw a passing failure of this config that was not the machine's."""

@@ -101,7 +101,7 @@ class Infeasible:
     def machines(self) -> bool:
         """Whether a transient failure is the machine's, however often it happens: nothing of the configuration was
         tried."""
-        return self.transient and (self.stage == "before launch" or self.cause in ENVIRONMENT_CAUSES | {"gpu-busy"})
+        return self.transient and (self.stage == "before launch" or self.cause in ENVIRONMENT_CAUSES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,7 @@ Outcome = Measured | Infeasible | Untrusted | Aborted
 ENVIRONMENT_CAUSES = frozenset(
     {"no-gpu", "driver-too-old", "model-not-found", "model-not-allowed", "missing-dependency", "disk-full"}
 )
+GPU_BUSY = "gpu-busy"  # somebody else is on a GPU: seen before the launch, or met at start-up (exclusive mode)
 IN_A_ROW = 3  # launches that fail by the machine's fault, before the session ends with exit code 4
 _KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Measured, Infeasible, Untrusted, Aborted)}
 
