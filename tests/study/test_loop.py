@@ -217,6 +217,13 @@ def test_a_configuration_that_finds_its_gpu_held_at_start_up_twice_is_at_fault_a
     assert failed == [(True, True), (False, False)] and len(engine.launched) == 6
 
 
+def test_what_somebody_else_had_before_is_not_the_first_of_two_failures_in_passing(runner):
+    killed = Infeasible("killed", "somebody killed it", transient=True)
+    engine = FakeEngine(fail=lambda _c: {2: BUSY, 3: killed}.get(len(engine.launched)))
+    runner.run(engine)
+    assert len(set(engine.launched[1:4])) == 1 and all(t.outcome.transient for t in runner.store.trials()[1:3])
+
+
 def test_the_default_that_finds_its_gpu_held_at_start_up_is_never_at_fault(runner):
     engine = FakeEngine(fail=lambda _c: HELD if len(engine.launched) <= 3 else None)
     for launches in (2, 3):
