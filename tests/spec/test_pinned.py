@@ -84,6 +84,68 @@ def test_a_size_that_no_parameter_counts_is_counted_by_its_flag(workplace):
     assert config(study).gpus == 2 and config(study, tp=2).gpus == 4
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("pins", ["", "gpus: 4"])
+def test_a_parameter_that_counts_without_a_size_counts_all(workplace, tuned, pins):
+    """What its flags say is said twice then: counted twice, no configuration fits."""
+    counts = "gpus: {values: {'1': {}, '4': {}}, default: 4, counts_gpus: true}"
+    size = (
+        "tp: {flag: tensor-parallel-size, values: [1, 4], default: 1}"
+        if tuned
+        else "seqs: {flag: s, values: [1, 2], default: 1}"
+    )
+    fixed = "" if tuned else "  fixed: {tensor-parallel-size: 4}\n"
+    text = (
+        OWN[: OWN.index("  parameters:")] + f"{fixed}  parameters: {{{counts}, {size}}}\n" + OWN[OWN.index("trace:") :]
+    )
+    study = load(workplace, text + f"parameters: {{{pins}}}\n")
+    assert config(study, **({"tp": 4} if tuned else {})).gpus == 4
+
+
+def test_a_value_of_one_gpu_need_not_say_its_size(workplace):
+    values = "values: {'1': {}, '2': {flags: {tensor-parallel-size: 2}}}"
+    study = load(
+        workplace,
+        OWN,
+        ("flag: tensor-parallel-size, values: [1, 2, 4]", values),
+        ("name: own", "name: own\n  fixed: {pp-size: 2}"),
+    )
+    assert config(study).gpus == 2 and config(study, tp=2).gpus == 4
+
+
+@pytest.mark.parametrize("fixed", ["tp-size: 2, dp-size: 2", "tp-size: 2, dp: 2", "data-parallel-size: 2, tp: 2"])
+def test_ranks_that_share_the_gpus_add_none(workplace, fixed):
+    values = "{'off': {}, 'on': {flags: {enable-dp-attention: true}}}"
+    space = f"  engine: sglang\n  fixed: {{{fixed}}}\n  parameters: {{a: {{values: {values}, default: 'off'}}}}\n"
+    text = OWN[: OWN.index("  parameters:")] + space + OWN[OWN.index("trace:") :]
+    study = load(workplace, text, kind("sglang"), ("gpus: 4", "gpus: 2"))
+    assert config(study).gpus == 4 and config(study, a="on").gpus == 2
+    assert config(load(workplace, text + "parameters: {a: 'on'}\n", kind("sglang"))).gpus == 2
+    always = text.replace("'off': {}, ", "").replace("default: 'off'", "default: 'on', always: true")
+    assert config(load(workplace, always, kind("sglang"))).gpus == 2
+
+
+@pytest.mark.parametrize("engine", [kind("vllm"), kind("emulator"), kind("function", "", ", target: 'x:y'")])
+def test_what_is_pinned_takes_no_gpus_where_there_are_none(workplace, engine):
+    study = load(workplace, OWN + "parameters: {tp: 2, seqs: 64}\n", engine, ("{gpu: H100-SXM, gpus: 4}", "{gpu: cpu}"))
+    assert study.hardware.gpus == 0 and config(study).gpus == 0
+    assert config(study).flags["tensor-parallel-size"] == 2
+
+
+def test_a_file_that_wants_more_gpus_names_the_folder_that_it_began(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    text = OWN + "parameters: {tp: 8}\n"
+    with pytest.raises(UsageError) as refused:
+        load(workplace, text)
+    assert "begun" not in refused.value.fix
+    folder = workplace / "reports" / "study"
+    folder.mkdir(parents=True)
+    (folder / "study.yaml").touch()
+    with pytest.raises(UsageError) as refused:
+        load(workplace, text)
+    assert refused.value.fix.endswith("; to continue the study that was begun, name reports/study")
+
+
 @pytest.mark.parametrize(
     ("args", "pins", "line"), [("tensor-parallel-size: 8", "speculation: ngram", 2), ("", "tp: 8", 18)]
 )

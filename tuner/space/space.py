@@ -16,6 +16,8 @@ from tuner.space.config import ServingConfig, Value, number, readable, same
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+SHARED = "enable-dp-attention"  # SGLang's data-parallel ranks share the GPUs
+
 
 @dataclass(frozen=True, slots=True)
 class Emission:
@@ -164,7 +166,7 @@ class SearchSpace:
         # a fixed flag may name a fact, too, and so does a pinned parameter's; what is no fact is meant as it stands
         flags: dict[str, Value | None] = {flag: self.facts.get(named(v), v) for flag, v in self.fixed.items()}
         env, variant, gpu = dict(self.env), self.variant, self.gpu
-        gpus = 0 if self.gpus == 1 and self.facts.get("platform") == "cpu" else self.gpus
+        gpus = 0 if self.facts.get("platform") == "cpu" else self.gpus
         nested: dict[str, dict[str, Any]] = {}
         for name, value in active.items():
             parameter = self[name]
@@ -183,7 +185,8 @@ class SearchSpace:
         for head, body in nested.items():
             flags[head] = json.dumps(body, sort_keys=True)
         for flag in self.sized if gpus else ():
-            gpus *= max(int(number(flags.get(flag)) or 1), 1)
+            if SHARED not in flags or not flag.startswith(("dp", "data")):
+                gpus *= max(int(number(flags.get(flag)) or 1), 1)
         flags = join(flags, self.joined)
         return ServingConfig(model, active, flags, env, variant, gpus, gpu)
 

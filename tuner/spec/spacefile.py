@@ -106,7 +106,8 @@ def build(
             parameter = _narrow(parameter, limits[name], study)
         if name in limits and len(parameter.values) == 1:
             pins.append(name)
-            parameter = replace(parameter, default=parameter.values[0], always=True)
+            counts = parameter.counts_gpus and facts.get("platform") != "cpu"
+            parameter = replace(parameter, default=parameter.values[0], always=True, counts_gpus=counts)
             if not parameter.when or as_before(study):
                 facts[name] = parameter.values[0]
         parameters.append(parameter)
@@ -154,14 +155,14 @@ def build(
     )
     if as_before(study):
         return space
-    counted = {flag for p in parameters if p.counts_gpus for emission in p.emissions for flag in emission.flags}
+    sized = () if facts.get("platform") == "cpu" else _sized([p for p in parameters if p.counts_gpus])
     return replace(
         space,
         gpus=math.prod(int(p.values[0]) for p in pinned if p.counts_gpus),
         variant=next((e.model_variant for e in reversed(given) if e.model_variant), ""),
         gpu=next((e.gpu for e in reversed(given) if e.gpu), ""),
         joined=heads(flag for p in parameters for emission in p.emissions for flag in emission.flags),
-        sized=() if facts.get("platform") == "cpu" else tuple(flag for flag in SIZES if flag not in counted),
+        sized=sized,
     )
 
 
@@ -174,6 +175,15 @@ def as_before(study: Document) -> bool:
 def heads(flags: Iterable[str]) -> frozenset[str]:
     """The flags of whose JSON value there are parts among ``flags``."""
     return frozenset(flag.partition(".")[0] for flag in flags if "." in flag)
+
+
+def _sized(counting: Sequence[Parameter]) -> tuple[str, ...]:
+    """The flags of which each counts GPUs beside the parameters that do: none where one of these has a value that says
+    with no such flag how many there are, which is the whole number."""
+    given = [set(e.flags) for p in counting for value, e in zip(p.values, p.emissions, strict=True) if value != 1]
+    if any(flags.isdisjoint(SIZES) for flags in given):
+        return ()
+    return tuple(flag for flag in SIZES if not any(flag in e.flags for p in counting for e in p.emissions))
 
 
 def _settled(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.space.condition import named
-from tuner.space.space import SearchSpace
+from tuner.space.space import SHARED, SearchSpace
 from tuner.spec import facts as facts_
 from tuner.spec import shipped, slo
 from tuner.spec import storage as storage_
@@ -70,19 +70,22 @@ def resolve(document: Document, beside: Path) -> Study:
             f"the search space {space.name!r} is for {space.engine}, the study's engine is {engine.kind}",
             ("search_space",),
         )
-    least = replace(space, parameters=()).config({}, model).gpus
-    if least > hardware.gpus and _executor(file).kind == "local":  # a cluster may get a larger node
-        said = next((flag for flag in engine.args if flag in space.sized), "")
-        document.refuse(
-            f"every server takes {least} GPUs, the study has {hardware.gpus}",
-            ("engine", "args", said) if said else ("parameters",),
-            f"write hardware: {{gpu: NAME, gpus: {least}}}, or let it take fewer",
-        )
     objective = _objective(file, document, base, hardware, frozen)
     name = file.name or (Path(document.path).stem if document.tree is not None else Path(model).name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise document.error(f"bad study name {name!r}", ("name",), "use letters, digits, '.', '_' and '-'")
     folder = str(beside) if frozen else str(Path(file.reports) / name)
+    least = _least(space, model)
+    if least > hardware.gpus and _executor(file).kind == "local":  # a cluster may get a larger node
+        said = next((flag for flag in engine.args if flag in space.sized), "")
+        begun = (
+            f"; to continue the study that was begun, name {folder}" if (Path(folder) / "study.yaml").is_file() else ""
+        )
+        document.refuse(
+            f"every server takes {least} GPUs, the study has {hardware.gpus}",
+            ("engine", "args", said) if said else ("parameters",),
+            f"write hardware: {{gpu: NAME, gpus: {least}}}, or let it take fewer{begun}",
+        )
     warmup_s = _seconds(file.load.warmup, document, ("load", "warmup"), zero=True)
     for index, earlier in enumerate(file.warm_start):
         if not (base / earlier / "study.yaml").is_file():
@@ -414,6 +417,14 @@ def _with_args(space: SearchSpace, engine: EngineSpec, file: StudyFile, document
     return space if as_before(document) else _meant(space, engine.kind, file.hardware)
 
 
+def _least(space: SearchSpace, model: str) -> int:
+    """How many GPUs every server takes, whatever is tuned."""
+    tuned = {flag for p in space.parameters for emission in p.emissions for flag in emission.flags}
+    fixed = {flag: value for flag, value in space.fixed.items() if flag not in tuned}
+    fixed |= dict.fromkeys({SHARED} & tuned)
+    return replace(space, parameters=(), fixed=fixed).config({}, model).gpus
+
+
 def _meant(space: SearchSpace, kind: str, hardware: HardwareFile) -> SearchSpace:
     """The space with what its fixed flags mean to this kind of engine: which are parts of JSON, which count GPUs."""
     parts = heads(space.fixed)
@@ -422,8 +433,6 @@ def _meant(space: SearchSpace, kind: str, hardware: HardwareFile) -> SearchSpace
     sized = space.sized if kind in ("vllm", "emulator", "sglang", "command") else ()
     if kind == "command":
         sized = tuple(flag for flag in sized if flag.endswith("-parallel-size"))
-    if "enable-dp-attention" in space.fixed:  # its ranks share the GPUs
-        sized = tuple(flag for flag in sized if not flag.startswith(("dp", "data")))
     gpus = space.gpus
     counted = gpus > 1 or any(p.counts_gpus for p in space.parameters)
     if kind == "attach" and not counted and hardware.gpus != "auto" and space.facts.get("platform") != "cpu":
