@@ -147,6 +147,36 @@ def test_a_file_that_wants_more_gpus_names_the_folder_that_it_began(workplace, m
 
 
 @pytest.mark.parametrize(
+    "engine", [kind("vllm"), kind("emulator"), kind("sglang"), kind("command", "", ", command: [x, '{port}']")]
+)
+@pytest.mark.parametrize("value", ["0.10", "3k", "1e3", "[1]", "null"])
+def test_text_of_a_parameter_is_text_in_json(workplace, engine, value):
+    parameter = f"{{part: {{flag: override.version, values: [a, '{value}'], default: a, always: true}}}}"
+    says = "  engine: sglang\n" if "sglang" in engine[1] else ""
+    text = OWN[: OWN.index("  parameters:")] + f"{says}  parameters: {parameter}\n" + OWN[OWN.index("trace:") :]
+    tuned = config(load(workplace, text, engine), part=value)
+    assert json.loads(str(tuned.flags["override"])) == {"version": value}
+    assert config(load(workplace, text + f"parameters: {{part: '{value}'}}\n", engine)).hash == tuned.hash
+
+
+@pytest.mark.parametrize(
+    ("engine", "body"),
+    [
+        (kind("emulator", "override.size: 3k"), {"tags": ["a", "b"], "size": 3000, "on": False}),
+        (
+            kind("command", "override.size: 3k", ", command: [x, '{port}']"),
+            {"tags+": "a,b", "size": "3k", "on": False},
+        ),
+    ],
+)
+def test_only_vllm_reads_the_words_of_its_command_line(workplace, engine, body):
+    flags = "{override.tags+: 'a,b', override.on: 'false'}"
+    parameter = f"{{part: {{values: {{x: {{flags: {flags}}}}}, default: x, always: true}}}}"
+    text = OWN[: OWN.index("  parameters:")] + f"  parameters: {parameter}\n" + OWN[OWN.index("trace:") :]
+    assert json.loads(str(config(load(workplace, text, engine)).flags["override"])) == body
+
+
+@pytest.mark.parametrize(
     ("args", "pins", "line"), [("tensor-parallel-size: 8", "speculation: ngram", 2), ("", "tp: 8", 18)]
 )
 def test_more_gpus_than_the_study_has_are_refused_before_it_begins(workplace, args, pins, line):

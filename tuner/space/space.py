@@ -94,8 +94,9 @@ class SearchSpace:
 
     ``fixed`` flags and ``env`` go to every server of the study, the baseline included; so do ``gpus`` (0 on a CPU
     server), ``variant`` and ``gpu`` where no parameter says otherwise. ``joined`` are the flags whose parts
-    (``speculative-config.method``), whoever gives them, become one JSON value; ``sized`` those whose value is a number
-    of GPUs that no parameter counts.
+    (``speculative-config.method``), whoever gives them, become one JSON value; ``typed`` the fixed parts whose text is
+    text, as a parameter's is; ``reads``: of the others the engine reads it as vLLM does. ``sized`` are the flags whose
+    value is a number of GPUs that no parameter counts.
     """
 
     name: str
@@ -110,6 +111,8 @@ class SearchSpace:
     variant: str = ""
     gpu: str = ""
     joined: frozenset[str] = frozenset()
+    typed: frozenset[str] = frozenset()
+    reads: bool = False
     sized: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Parameter:
@@ -168,6 +171,7 @@ class SearchSpace:
         env, variant, gpu = dict(self.env), self.variant, self.gpu
         gpus = 0 if self.facts.get("platform") == "cpu" else self.gpus
         nested: dict[str, dict[str, Any]] = {}
+        typed = set(self.typed)
         for name, value in active.items():
             parameter = self[name]
             emission = parameter.emission(value)
@@ -178,6 +182,7 @@ class SearchSpace:
                     nested.setdefault(head, {})[tail] = setting
                 else:
                     flags[flag] = setting
+                    typed.add(flag)
             env |= emission.env
             variant, gpu = emission.model_variant or variant, emission.gpu or gpu
             if parameter.counts_gpus:
@@ -187,7 +192,7 @@ class SearchSpace:
         for flag in self.sized if gpus else ():
             if SHARED not in flags or not flag.startswith(("dp", "data")):
                 gpus *= max(int(number(flags.get(flag)) or 1), 1)
-        flags = join(flags, self.joined)
+        flags = join(flags, self.joined, typed, self.reads)
         return ServingConfig(model, active, flags, env, variant, gpus, gpu)
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -208,9 +213,15 @@ class SearchSpace:
         return space
 
 
-def join(flags: Mapping[str, Value | None], heads: Collection[str]) -> dict[str, Any]:
-    """``flags`` with the parts of each of ``heads`` in one JSON value, as vLLM puts them together; what is given whole
-    is the rest of it."""
+_SWITCH: Mapping[Value | None, Value] = {None: True, "true": True, "false": False}  # as a part of JSON
+
+
+def join(
+    flags: Mapping[str, Value | None], heads: Collection[str], typed: Collection[str] = (), reads: bool = True
+) -> dict[str, Any]:
+    """``flags`` with the parts of each of ``heads`` in one JSON value; what is given whole is the rest of it. What vLLM
+    ``reads`` are words of a command line: text may mean a number, but that of a ``typed`` flag, and ``name+`` a list.
+    """
     rest, bodies = dict(flags), dict[str, dict[str, Any]]()
     for flag, value in flags.items():
         head, dot, tail = flag.partition(".")
@@ -225,10 +236,10 @@ def join(flags: Mapping[str, Value | None], heads: Collection[str]) -> dict[str,
             if not isinstance(body.get(key), dict):
                 body[key] = {}
             body = body[key]
-        if last.endswith("+"):
+        if reads and last.endswith("+"):
             body[last[:-1]] = str(value).split(",")
         else:
-            body[last] = _part(value)
+            body[last] = _part(value) if reads and flag not in typed else _SWITCH.get(value, value)
     return rest | {head: json.dumps(body, sort_keys=True) for head, body in bodies.items()}
 
 
@@ -238,9 +249,8 @@ def _mapping(whole: Any) -> dict[str, Any]:
 
 
 def _part(value: Any) -> Any:
-    """What vLLM makes of ``value`` after ``--flag.part``; a switch is on."""
-    if value is None:
-        return True
+    """What vLLM makes of ``value`` after ``--flag.part``."""
+    value = _SWITCH.get(value, value)
     if not isinstance(value, str):
         return value
     try:

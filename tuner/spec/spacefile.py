@@ -162,6 +162,7 @@ def build(
         variant=next((e.model_variant for e in reversed(given) if e.model_variant), ""),
         gpu=next((e.gpu for e in reversed(given) if e.gpu), ""),
         joined=heads(flag for p in parameters for emission in p.emissions for flag in emission.flags),
+        typed=frozenset(flag for emission in given for flag in emission.flags),
         sized=sized,
     )
 

@@ -428,16 +428,17 @@ def _least(space: SearchSpace, model: str) -> int:
 def _meant(space: SearchSpace, kind: str, hardware: HardwareFile) -> SearchSpace:
     """The space with what its fixed flags mean to this kind of engine: which are parts of JSON, which count GPUs."""
     parts = heads(space.fixed)
-    if kind not in ("vllm", "emulator"):  # elsewhere a dot may be a part of a flag's name
+    reads = kind in ("vllm", "emulator")
+    if not reads:  # elsewhere a dot may be a part of a flag's name
         parts &= set(space.fixed)
-    sized = space.sized if kind in ("vllm", "emulator", "sglang", "command") else ()
+    sized = space.sized if reads or kind in ("sglang", "command") else ()
     if kind == "command":
         sized = tuple(flag for flag in sized if flag.endswith("-parallel-size"))
     gpus = space.gpus
     counted = gpus > 1 or any(p.counts_gpus for p in space.parameters)
     if kind == "attach" and not counted and hardware.gpus != "auto" and space.facts.get("platform") != "cpu":
         gpus = hardware.gpus  # nothing else can use them
-    return replace(space, gpus=gpus, joined=space.joined | parts, sized=sized)
+    return replace(space, gpus=gpus, joined=space.joined | parts, reads=reads, sized=sized)
 
 
 def _check_both(given: Mapping[str, Any], space: SearchSpace, part: str, document: Document) -> None:
