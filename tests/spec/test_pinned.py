@@ -63,6 +63,7 @@ def test_a_pinned_value_has_the_gpus_the_variant_and_the_type_of_a_tuned_one(wor
     [
         (kind("emulator", "tensor-parallel-size: 2, pipeline_parallel_size: 2"), 4),
         (kind("vllm", "tensor-parallel-size: '2'"), 2),
+        (kind("vllm", "prefill-context-parallel-size: 2"), 2),
         (kind("emulator", "data-parallel-size: auto"), 1),  # the server's to refuse
         (kind("command", "tensor-parallel-size: 2", ", command: [x, '{port}']"), 2),
         (kind("command", "tp: 2", ", command: [x, '{port}']"), 1),  # who knows what that is

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ from tuner.space.config import ServingConfig, Value, number, readable, same
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+# Flags that are numbers of GPUs, as vLLM and SGLang name them.
+TENSOR, PIPELINE, DATA = ((f"{n}-parallel-size", f"{n[0]}p-size", f"{n[0]}p") for n in ("tensor", "pipeline", "data"))
+SIZES = (*TENSOR, *PIPELINE, *DATA, "prefill-context-parallel-size")
 SHARED = "enable-dp-attention"  # SGLang's data-parallel ranks share the GPUs
 
 
@@ -190,7 +193,7 @@ class SearchSpace:
         for head, body in nested.items():
             flags[head] = json.dumps(body, sort_keys=True)
         for flag in self.sized if gpus else ():
-            if SHARED not in flags or not flag.startswith(("dp", "data")):
+            if SHARED not in flags or flag not in DATA:
                 gpus *= max(int(number(flags.get(flag)) or 1), 1)
         flags = join(flags, self.joined, typed, self.reads)
         return ServingConfig(model, active, flags, env, variant, gpus, gpu)
@@ -211,6 +214,11 @@ class SearchSpace:
                 low = float(min(numbers))
                 space[p.name] = FloatDistribution(low, float(max(numbers)), log=p.log and low > 0)
         return space
+
+
+def heads(flags: Iterable[str]) -> frozenset[str]:
+    """The flags of whose JSON value there are parts among ``flags``."""
+    return frozenset(flag.partition(".")[0] for flag in flags if "." in flag)
 
 
 _SWITCH: Mapping[Value | None, Value] = {None: True, "true": True, "false": False}  # as a part of JSON

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from tuner.space import condition
 from tuner.space.config import Value, same
-from tuner.space.space import Emission, Parameter, Rule, SearchSpace
+from tuner.space.space import SIZES, Emission, Parameter, Rule, SearchSpace, heads
 from tuner.spec.facts import FACTS, WORDS
 from tuner.spec.study import COUNTED
 from tuner.spec.text import NUMERIC, TEXT, Document, Strict, check_env, check_flags, suggest, twice, validate
@@ -20,12 +20,6 @@ Number = Annotated[float | int, NUMERIC]
 Word = Annotated[str | int, TEXT]
 MOST_VALUES = 10_000
 KINDS = {float: "a number", bool: "true or false", str: "text"}
-# Flags that are numbers of GPUs, as vLLM and SGLang name them.
-SIZES = tuple(
-    name
-    for long, short in (("tensor", "tp"), ("pipeline", "pp"), ("data", "dp"), ("prefill-context", ""))
-    for name in (f"{long}-parallel-size", *([f"{short}-size", short] if short else []))
-)
 NO_SWITCH = "false adds no flag, and the engine's own default would be measured"
 
 
@@ -171,11 +165,6 @@ def as_before(study: Document) -> bool:
     """Whether this is the file of a study folder that a version began which took of a pinned parameter its flags only,
     applied or not, and counted no GPUs but a tuned one's. It goes on so: its launches are compared with each other."""
     return study.begun and COUNTED not in study.data["frozen"]
-
-
-def heads(flags: Iterable[str]) -> frozenset[str]:
-    """The flags of whose JSON value there are parts among ``flags``."""
-    return frozenset(flag.partition(".")[0] for flag in flags if "." in flag)
 
 
 def _sized(counting: Sequence[Parameter]) -> tuple[str, ...]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tuner.space.condition import named
-from tuner.space.space import SHARED, SearchSpace
+from tuner.space.space import SHARED, SearchSpace, heads
 from tuner.spec import facts as facts_
 from tuner.spec import shipped, slo
 from tuner.spec import storage as storage_
 from tuner.spec.objective import Objective, QualityFloor
 from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StorageFile, StudyFile, TraceFile
-from tuner.spec.spacefile import NO_SWITCH, as_before, build, heads, off
+from tuner.spec.spacefile import NO_SWITCH, as_before, build, off
 from tuner.spec.study import COUNTED, RULES, Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
 from tuner.spec.text import Document, check_env, check_flags, read, suggest, twice, validate
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from tuner.space.space import join
+from tuner.space.space import heads, join
 
 Flags = Mapping[str, str | None]
 SHORT = {
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> dict[str, str | None]:
     if unknown:
         raise BadFlag(f"unrecognized arguments: {' '.join(unknown)}")
     # all parts of a JSON flag stand together, after whatever gives it whole: that is thrown away
-    return found | join(parts, {name.partition(".")[0] for name in parts})
+    return found | join(parts, heads(parts))
 
 
 def nearest(name: str) -> str:

@@ -12,6 +12,7 @@ from tuner.search.model import precision as precisions
 from tuner.search.model.precision import Precision
 from tuner.search.model.shape import ModelShape
 from tuner.space.config import ServingConfig, Value, number
+from tuner.space.space import DATA, PIPELINE, TENSOR
 
 _GIB = 2**30
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB of KV cache of a server on a CPU
@@ -73,7 +74,7 @@ class Settings:
 
 def ranks(flags: Mapping[str, Value | None]) -> int:
     """Data-parallel ranks; each has a KV cache of its own."""
-    return _int(flags, 1, "data-parallel-size", "dp-size", "dp")
+    return _int(flags, 1, *DATA)
 
 
 def caches_prefixes(flags: Mapping[str, Value | None]) -> bool:
@@ -85,8 +86,8 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     """The settings of ``config``. A flag whose value cannot be read counts as absent: the server, not the model,
     judges it."""
     flags = config.flags
-    tp = _int(flags, 1, "tensor-parallel-size", "tp-size", "tp")
-    pp = _int(flags, 1, "pipeline-parallel-size", "pp-size", "pp")
+    tp = _int(flags, 1, *TENSOR)
+    pp = _int(flags, 1, *PIPELINE)
     dp = ranks(flags)
     if tp * pp * dp == 1 and shape.heads % max(config.gpus, 1) == 0:
         tp = max(config.gpus, 1)  # no flag that is known here says how they are used
