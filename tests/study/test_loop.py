@@ -298,7 +298,10 @@ def begun_before(runner):
     runner.store.study_file.write_text(text.replace("  counts_fixed: true\n", ""))
 
 
-FIXED = {"kind: vllm": "kind: vllm, args: {tensor-parallel-size: 2, a.b: 1}", "launches: 6": "launches: 2"}
+FIXED = {
+    "kind: vllm": "kind: vllm, args: {tensor-parallel-size: 2, compilation-config.level: 1}",
+    "launches: 6": "launches: 2",
+}
 
 
 def test_a_study_that_earlier_versions_began_goes_on_with_the_configurations_it_made(runner):
@@ -309,7 +312,7 @@ def test_a_study_that_earlier_versions_began_goes_on_with_the_configurations_it_
         with session.opened(study, said.append) as store:
             now = session.prepare(study, launching=False).study
         made = now.space.config(now.space.default(), now.model)
-        assert (made.gpus, made.flags) == (1, {"tensor-parallel-size": 2, "a.b": 1})
+        assert (made.gpus, made.flags) == (1, {"tensor-parallel-size": 2, "compilation-config.level": 1})
         assert len(store.trials()) == 2 and "counts_fixed" not in now.frozen["frozen"]
     assert len(said) == 2 and all("goes on as it began: with gpus=1, where" in one for one in said)
 

@@ -152,7 +152,7 @@ def gpu_here(study: Study, wanted: str = "") -> str:
 def as_begun(study: Study) -> Study:
     """``study``, which measures and makes its configurations by the rules that its folder was begun with."""
     store = Store(Path(study.folder))
-    begun = study.frozen and store.begun() and store.study_file.exists()
+    begun = study.frozen and os.path.isdir(study.folder) and store.begun() and store.study_file.exists()
     return studyfile.by(studyfile.load(store.folder).rules, study) if begun else study
 
 
