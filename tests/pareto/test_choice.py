@@ -9,7 +9,7 @@ from tests import studies
 from tuner.errors import NothingFeasible, UsageError
 from tuner.pareto.changes import describe
 from tuner.pareto.choice import Change, choose, compare, nearest, of_trial
-from tuner.study.outcome import Infeasible, Measured, Step
+from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.study.price import COST
 from tuner.study.store import Store
 
@@ -200,12 +200,20 @@ def test_the_search_chooses_from_the_search_alone(tmp_path: Path):
     assert choice.point and choice.point.trial == 0 and "not yet verified" in choice.text
 
 
-def test_a_default_that_fails_is_said_to_meet_the_slos_nowhere(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (Infeasible("oom-kv", "no room."), "default cannot serve: no room."),
+        (Infeasible("killed", "killed", transient=True), "default was not measured: see trial 0."),
+        (Measured(served(1000, tpot_s=0.5)), "default meets the SLOs at no measured load."),
+    ],
+)
+def test_a_default_that_has_no_point_is_said_why(tmp_path: Path, outcome: Outcome, said: str):
     store = Store(tmp_path)
-    studies.add(0, Infeasible("oom-kv", "no"), store, baseline=True)
+    studies.add(0, outcome, store, baseline=True)
     studies.measured(1, served(1000), store, params=FASTER)
     choice = choose(store.trials(), OBJECTIVE)
-    assert choice.point and choice.baseline is None and "meets the SLOs at no measured load" in choice.text
+    assert choice.point and choice.baseline is None and said in choice.text
 
 
 def test_when_nothing_meets_the_slos_the_nearest_is_named_with_its_distance(tmp_path: Path):

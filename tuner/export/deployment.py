@@ -12,7 +12,7 @@ from typing import Any
 
 from tuner.errors import NothingFeasible
 from tuner.export.text import comments
-from tuner.pareto.changes import baseline_of
+from tuner.pareto.changes import baseline_of, no_baseline
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
 from tuner.pareto.recommend import ablation, quality_of, recommended, short_windows
@@ -209,7 +209,7 @@ def _about(
         latency = f", {objective.latency} {choice.latency_change}" if choice.latency_change else ""
         lines.append(f"Against the engine's default at its own capacity: cost {choice.cost_change}{latency}.")
     elif baseline_of(trials):
-        lines.append("The engine's default met the SLOs at no measured load.")
+        lines.append(no_baseline(trials))
     if said := quality_of(trials, point.config):
         lines.append(f"quality: {said}")
     if point.config.model_variant:

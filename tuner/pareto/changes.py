@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from tuner.space.config import ServingConfig, Value
+from tuner.study.outcome import Infeasible
 from tuner.study.store import TrialRecord
 
 ABSENT = "(not set)"
@@ -13,6 +14,19 @@ ABSENT = "(not set)"
 def baseline_of(trials: Iterable[TrialRecord]) -> TrialRecord | None:
     """The first launch of the engine's default, whatever became of it; None where it was never tried."""
     return next((t for t in trials if t.baseline), None)
+
+
+def no_baseline(trials: Iterable[TrialRecord]) -> str:
+    """Why there is no point of the engine's default, in words."""
+    own = [t for t in trials if t.baseline]
+    if not own:
+        return "The engine's default was not tried."
+    if any(t.outcome.steps for t in own):
+        return "The engine's default meets the SLOs at no measured load."
+    last = own[-1].outcome
+    if isinstance(last, Infeasible) and not last.transient:
+        return f"The engine's default cannot serve: {last.message.rstrip('.')}."
+    return f"The engine's default was not measured: see trial {own[-1].number}."
 
 
 def changes(config: ServingConfig, default: ServingConfig | None) -> dict[str, Value | None]:

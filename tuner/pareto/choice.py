@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tuner.errors import NothingFeasible, UsageError
-from tuner.pareto.changes import baseline_of, changes, describe
+from tuner.pareto.changes import baseline_of, changes, describe, no_baseline
 from tuner.pareto.front import (
     LAUNCH_SPREAD,
     Interval,
@@ -133,7 +133,7 @@ def choose(trials: Sequence[TrialRecord], objective: Objective) -> Choice:
     cost, latency = _against(point, base)
     others = [p for p in as_cheap if p.config.hash != point.config.hash]
     tied = tuple(p for p in others if p in unbeaten or p.latency >= point.latency)
-    text = _explain(point, base, cost, latency, tied, objective, default)
+    text = _explain(point, base, cost, latency, tied, objective, trials)
     return Choice(point, base, cost, latency, tied, None, text)
 
 
@@ -256,8 +256,9 @@ def _explain(
     latency: Change | None,
     tied: Sequence[Point],
     objective: Objective,
-    default: TrialRecord | None,
+    trials: Sequence[TrialRecord],
 ) -> str:
+    default = baseline_of(trials)
     name = objective.latency.replace("_", " ").upper().replace(" P", " p")
     words = [
         f"Trial {point.trial} ({describe(point.config, default.config if default else None)}) at load {point.load:g}: "
@@ -271,10 +272,8 @@ def _explain(
         sure = f" ({notes})" if notes else ""
         words.append(f"Against the engine's default at its capacity (load {base.load:g}): cost {cost}{sure},")
         words.append(f"{name} {latency}.")
-    elif default is None:
-        words.append("The engine's default was not tried.")
     else:
-        words.append("The engine's default meets the SLOs at no measured load.")
+        words.append(no_baseline(trials))
     if tied:
         trials = ", ".join(str(p.trial) for p in tied[:5]) + (" ..." if len(tied) > 5 else "")
         taken = any(p.load != point.load and launches_apart(p, point) is not None for p in tied)
