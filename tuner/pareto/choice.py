@@ -275,10 +275,10 @@ def _explain(
     else:
         words.append(no_baseline(trials))
     if tied:
-        trials = ", ".join(str(p.trial) for p in tied[:5]) + (" ..." if len(tied) > 5 else "")
+        listed = ", ".join(str(p.trial) for p in tied[:5]) + (" ..." if len(tied) > 5 else "")
         taken = any(p.load != point.load and launches_apart(p, point) is not None for p in tied)
-        trials += f" ({_ASSUMED})" if taken else ""
-        words.append(f"Its cost cannot be told apart from trial {trials}: lower latency, then fewer flags, decided.")
+        listed += f" ({_ASSUMED})" if taken else ""
+        words.append(f"Its cost cannot be told apart from trial {listed}: lower latency, then fewer flags, decided.")
     words.append("From search measurements, not yet verified.")
     return " ".join(words)
 
