@@ -300,6 +300,12 @@ def test_who_joins_measures_as_the_study_does(on_sqlite, begun_with):
         assert ready.study.rules == studyfile.load(store.folder).rules == set(begun_with or ())
 
 
+def test_who_fills_the_cache_otherwise_is_of_another_study(on_sqlite):
+    study = on_sqlite[0]
+    other = replace(study, trace=replace(study.trace, fill_cache_s=60.0))
+    assert mirror.identity(study)["trace"] != mirror.identity(other)["trace"]
+
+
 def test_another_users_lock_file_can_be_locked_without_writing_it(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     path.touch()

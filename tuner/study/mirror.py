@@ -100,12 +100,13 @@ def identity(study: Study) -> dict[str, str]:
     env = {name: value for name, value in engine.env.items() if not _LEFT_OUT.search(name)}
     file = Path(trace.file)
     traffic = hashlib.sha256(file.read_bytes()).hexdigest() if trace.file else ""
+    filled = () if trace.fill_cache_s is None else (trace.fill_cache_s,)  # studies that were begun before stay the same
     parts: dict[str, Any] = {
         "model": (Path(study.model).name, model_hash(Path(study.model)) if study.model else ""),
         "engine": (engine.kind, sorted(engine.args.items()), sorted(env.items()), sorted(engine.options.items())),
         "space": (space.name, space.parameters, space.rules, sorted(space.fixed.items(), key=str), *_meant(study)),
         "objective": study.objective,
-        "trace": (traffic, trace.window_s, trace.search_windows, trace.heldout_windows, trace.output),
+        "trace": (traffic, trace.window_s, trace.search_windows, trace.heldout_windows, trace.output, *filled),
         "load": study.load,
         "hardware": study.hardware.name,
     }
