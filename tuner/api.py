@@ -117,7 +117,10 @@ class AskTell:
         return choose(self.store.trials(), self.study.objective)
 
     def _over(self, running: int) -> str:
-        return budget.search_is_over(self.study, *budget.of_search(self.study, self.store, running, self._guess_usd))
+        paid = self.store.launched("search", "verify")
+        both = (budget.of_search(paid), paid)
+        used, whole = (budget.spent(self.study, trials, running, self._guess_usd) for trials in both)
+        return budget.search_is_over(self.study, used, whole)
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
         try:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,20 +43,16 @@ class HttpServer:
             plan.on_event("phase", {"name": "warming"})
             with tempfile.TemporaryDirectory(prefix="tuner-") as folder:
                 self._measured(_warming(plan, warm_s, Path(folder)))
-        begin_s = self._begin()
+        begin_s = 0.0
 
-        def hear(name: str, data: Mapping[str, Any]) -> None:
+        def begin() -> None:
             nonlocal begin_s
-            begin_s = self._begin() if name == "filled" else begin_s  # what came before is no part of the step
-            plan.on_event(name, data)
+            self._said()  # until now: that is not the step's
+            begin_s = time.time()
 
-        step = self._measured(replace(plan, on_event=hear))
+        begin()
+        step = self._measured(plan.when_filled(begin))
         return self._with_system(step, begin_s, time.time(), plan.records)
-
-    def _begin(self) -> float:
-        """The Unix time; what the server's log said until now is not the step's."""
-        self._said()
-        return time.time()
 
     def _measured(self, plan: StepPlan) -> Step:
         """One replay; raises :class:`LaunchFailed` where the server did not live through it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +56,18 @@ class StepPlan:
     quantiles: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99)
     cancel: threading.Event = field(default_factory=threading.Event)
     on_event: OnEvent = lambda _name, _data: None
+
+    def when_filled(self, do: Callable[[], object]) -> StepPlan:
+        """This plan, where ``do`` is called once what came before the window was sent: what it did to the server, or to
+        a clock, is no part of the step."""
+        tell = self.on_event
+
+        def hear(name: str, data: Mapping[str, Any]) -> None:
+            if name == "filled":
+                do()
+            tell(name, data)
+
+        return replace(self, on_event=hear)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from tuner.load.windows import warp
 from tuner.load.wire import Writer, target
 from tuner.measure.early import QueueWatch, SloWatch
 from tuner.measure.server import Sampler, beside, fold, write
-from tuner.measure.trust import TOKENS_OFF
+from tuner.measure.trust import UNFILLED
 from tuner.spec.slo import Slo
 from tuner.study.outcome import Step
 
@@ -159,7 +159,7 @@ class _Replay:
                     raise Cancelled("the replay was cancelled")
                 now_s = time.monotonic()
                 ended, ended_s = (tower.ended, now_s) if tower.ended > ended else (ended, ended_s)
-                if ended - served > TOKENS_OFF * n or now_s - ended_s > _HANGING_S:
+                if ended - served > UNFILLED * n or now_s - ended_s > _HANGING_S:
                     break
                 if _due(next_s, "alive", now_s - began_s, _ALIVE_S) and not self.alive():
                     break

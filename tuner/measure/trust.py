@@ -20,6 +20,7 @@ OFFERED_OFF = 0.01
 CORE_SHARE = 0.70
 TOKENS_OFF = 0.01
 TOKENS_FLOOR = 32
+UNFILLED = 0.01  # of the prompts that were to fill the prefix cache
 PREFIX_OFF = 0.02
 
 
@@ -52,7 +53,7 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
     if metrics.get("client_fell_behind", 0.0):
         reasons.append("the client could not keep up with what it received, and ended the step: give it more cores")
     unfilled, wanted = metrics.get("fill_failures", 0.0), metrics.get("fill_requests", 0.0)
-    if unfilled > TOKENS_OFF * wanted and not any(slo.miss(metrics) for slo in slos):
+    if unfilled > UNFILLED * wanted and not any(slo.miss(metrics) for slo in slos):
         reasons.append(f"{unfilled:,.0f} of the {wanted:,.0f} prompts failed that were to fill the prefix cache")
     core_share = metrics.get("client_cpu_share", 0.0)
     if core_share > CORE_SHARE:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from tuner.spec.study import Budget, Study
 from tuner.study.price import per_hour
-from tuner.study.store import Store, TrialRecord
+from tuner.study.store import TrialRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,9 @@ def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0, guess_u
     )
 
 
-def of_search(study: Study, store: Store, running: int = 0, guess_usd: float = 0.0) -> tuple[Spent, Spent]:
-    """What the search took, and what search and verification took together."""
-    paid = store.launched("search", "verify")
-    own = [t for t in paid if t.role != "verify"]
-    return spent(study, own, running, guess_usd), spent(study, paid, running, guess_usd)
+def of_search(paid: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Of what the budget has paid for all but the launches of verification."""
+    return [t for t in paid if t.role != "verify"]
 
 
 def for_search(budget: Budget) -> int:
@@ -68,13 +66,13 @@ def without(share: float, amount: float, launch: float) -> float:
     return least if share and amount / 2 <= least < rest else rest
 
 
-def verify_launch_s(store: Store, windows: int) -> float:
-    """What a launch of verification takes on so many ``windows``: it starts as the search's do, and has more steps.
-    0: none has any."""
+def verify_launch_s(searched: Sequence[TrialRecord], windows: int) -> float:
+    """What a launch of verification takes on so many ``windows``: it starts as those of the search do, and has more
+    steps. 0: none has any."""
     from tuner.verify.verification import LOADS
 
     starts, steps_s, steps = [], 0.0, 0
-    for trial in store.launched("search"):
+    for trial in searched:
         if trial.outcome.steps:
             took_s = max(0.0, trial.ended_s - trial.started_s)
             start_s = trial.outcome.boot.total_s

@@ -22,9 +22,8 @@ from tuner.executor.cluster import device, price_of
 from tuner.search.hardware import device_of
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
-from tuner.space.space import join
+from tuner.space.space import heads, join
 from tuner.spec import studyfile
-from tuner.spec.spacefile import heads
 from tuner.spec.study import COUNTED, Study
 from tuner.spec.text import Document, suggest
 from tuner.study import budget, queue, workload
@@ -308,7 +307,7 @@ def opened(study: Study, say: Callable[[str], None] = lambda _text: None) -> Ite
 def _freeze(study: Study, store: Store, say: Callable[[str], None]) -> None:
     if store.study_file.exists() and store.begun():
         before = studyfile.load(store.folder)
-        study = as_begun(study)
+        study = studyfile.by(before.rules, study) if study.frozen else study
         changed = studyfile.differences(before, study)
         if bool(before.storage) != bool(study.storage):
             changed.append("storage")
@@ -421,9 +420,11 @@ def _search(
     races = study.load.early_stop and study.engine.kind != "function"  # whose figures need not be a server's
 
     def stop_reason(running: int) -> str:
-        used, whole = budget.of_search(study, store, running, guess_usd)
+        paid = store.launched("search", "verify")
+        mine = budget.of_search(paid)
+        used, whole = (budget.spent(study, trials, running, guess_usd) for trials in (mine, paid))
         on_event("budget", {"left": budget.left(study, whole), "launches": used.launches})
-        if why := budget.search_is_over(study, used, whole, budget.verify_launch_s(store, windows)):
+        if why := budget.search_is_over(study, used, whole, budget.verify_launch_s(mine, windows)):
             return why
         return worth.reason(read(proposals.book, study.space), used.launch_usd)
 

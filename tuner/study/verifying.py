@@ -295,6 +295,6 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
         return None
     if not seconds:
         return VerifyBudget(launches=launches, fresh=fresh)
-    launch_s = budget.verify_launch_s(store, len(ready.traffic.heldout))
+    launch_s = budget.verify_launch_s(budget.of_search(trials), len(ready.traffic.heldout))
     most = max(int(min(whole) / (3 * launch_s)), 2) if launch_s else None
     return VerifyBudget(launches=launches, seconds=min(seconds), fresh=fresh, arms=most, launch_s=launch_s)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,14 +203,7 @@ class EmulatorServer:
     def measure(self, plan: StepPlan) -> Step:
         """See the protocol. A step in which the emulator itself was late is untrusted."""
         self._state(reset=True)
-        tell = plan.on_event
-
-        def hear(name: str, data: Mapping[str, Any]) -> None:
-            if name == "filled":
-                self._state(reset=True)
-            tell(name, data)
-
-        plan = replace(plan, on_event=hear)
+        plan = plan.when_filled(partial(self._state, reset=True))
         if self._scale == 1.0:
             step: Step = self._server.measure(plan)
         else:
