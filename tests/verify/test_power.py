@@ -47,12 +47,15 @@ def test_so_many_more_rounds_are_named_as_make_the_test_decide_and_not_one_fewer
     assert repeats.difference("a", "default", found.rounds - 1).doubt(-WORTH) > TAIL
 
 
-def test_imagined_rounds_are_as_good_as_real_ones_that_look_the_same():
-    """Two rounds twice over: the spread seen has 1 degree of freedom, four such rounds have 3 and half the variance."""
-    values = two(2)
-    launches, _ = Repeats(values).difference("a", "default", 2).parts
+@pytest.mark.parametrize(("rounds", "more", "freedom"), [(2, 1, 4), (2, 2, 3), (3, 3, 5), (4, 4, 7)])
+def test_imagined_rounds_have_the_freedom_of_real_ones(rounds: int, more: int, freedom: int):
+    """Up to three rounds of two arms the spread is of launches, beyond that of their differences within rounds."""
+    values = two(rounds)
+    launches, _ = Repeats(values).difference("a", "default", more).parts
     alone, _ = Repeats(values).difference("a", "default").parts
-    assert launches == pytest.approx((alone[0] / 2, alone[1] + 2))
+    assert launches == pytest.approx((alone[0] * rounds / (rounds + more), freedom))
+    there, _ = Repeats(two(rounds + more)).difference("a", "default").parts
+    assert there[1] == freedom
 
 
 def test_a_difference_that_changes_from_window_to_window_needs_more_windows():

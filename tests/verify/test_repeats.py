@@ -36,6 +36,16 @@ def test_two_arms_in_every_round_give_the_paired_t_test():
     assert gap.mean / gap.error == pytest.approx(expected.statistic, rel=1e-6)
 
 
+def test_two_arms_in_few_rounds_give_the_t_test_of_two_samples():
+    """Pairing would leave one degree of freedom of two."""
+    values = table(np.random.default_rng(0), {"a": 0.0, "b": 0.1}, 2, window=0.5)
+    first, second = (np.array([np.mean([values[arm, r, w] for w in WINDOWS]) for r in range(2)]) for arm in "ab")
+    gap = Repeats(values).difference("b", "a")
+    assert gap.parts[0][1] == 2
+    statistic, _ = stats.ttest_ind(second, first)
+    assert gap.mean / gap.error == pytest.approx(statistic, rel=1e-6)
+
+
 def test_drift_and_hard_windows_cancel_in_a_difference_but_not_in_a_mean():
     rng = np.random.default_rng(1)
     repeats = Repeats(table(rng, {"a": 0.0, "b": -0.1}, 4, drift=0.2, window=0.3, launch=0.01))
@@ -130,12 +140,13 @@ def test_drift_of_the_session_does_not_average_out():
     assert Repeats(values, Spread(0.05**2, 30)).estimate("a").error > 0.03
 
 
+@pytest.mark.parametrize("rounds", [2, 3, 5])
 @pytest.mark.parametrize("drift, window", [(0.0, 0.0), (0.05, 0.03)])
-def test_differences_cover_the_truth_as_often_as_they_say(drift: float, window: float):
+def test_differences_cover_the_truth_as_often_as_they_say(drift: float, window: float, rounds: int):
     rng = np.random.default_rng(8)
     hits = 0
     for _ in range(400):
-        repeats = Repeats(table(rng, {"a": 0.0, "b": -0.1, "c": 0.0}, 3, drift=drift, window=window, rest=0.01))
+        repeats = Repeats(table(rng, {"a": 0.0, "b": -0.1, "c": 0.0}, rounds, drift=drift, window=window, rest=0.01))
         low, high = repeats.difference("b", "a").interval()
         hits += low <= -0.1 <= high
     assert 0.92 <= hits / 400 <= 0.985

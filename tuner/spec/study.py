@@ -67,7 +67,7 @@ class LoadSpec:
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Whichever is spent first ends the search; None does not limit. ``verify_share`` is kept for verification: of 20
-    launches, three each of the default and a finalist. Two say next to nothing of what launches differ by."""
+    launches, three each of the default and a finalist. Two say little of what launches differ by."""
 
     launches: int | None = None
     hours: float | None = None

@@ -21,6 +21,7 @@ from tuner.verify.statistics import Estimate, pool
 
 NOTHING = (0.0, 0.0)
 BLOCKS = 10  # degrees of freedom taken for a variance between blocks of requests inside one window
+FEW = 3  # degrees of freedom: with fewer, pairing launches by round costs more than it gains
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,9 @@ class Repeats:
     def difference(self, arm: str, other: str, more: int = 0, wider: int = 0) -> Estimate:
         """``arm`` minus ``other``: paired by round and window, by least squares of the launch means on arm and round
         (for two arms in every round: the paired t test). The error holds the launch spread and the change of the
-        difference from window to window, each pooled over the arms.
+        difference from window to window, each pooled over the arms. Where pairing leaves
+        fewer than :data:`FEW` degrees of freedom (two arms in three rounds: two) the launch spread is :meth:`spread`,
+        which holds what rounds differ by as well and so is rather too large, but is surer (four).
 
         ``more`` rounds of the two and ``wider`` windows are imagined that differ as the measured ones do: how sure the
         difference would then be. Where no rounds link the two (:meth:`linked`), nothing is known: NaN.
@@ -110,9 +113,11 @@ class Repeats:
         arms, means = self.arms, self._cells.mean(axis=1)
         design, contrast = self._design(arm, other)
         solution = np.linalg.lstsq(design, means, rcond=None)[0]
-        inside, freedom = self._inside()
+        paired = self._inside()
+        seen = self.spread() if paired.freedom < FEW else paired
+        freedom = seen.freedom + 2 * more if paired.freedom + more < FEW else paired.freedom + more
         leverage = float(contrast @ np.linalg.pinv(design.T @ design) @ contrast)
-        launches = (inside / (1 / leverage + more / 2), freedom + more)
+        launches = (seen.variance / (1 / leverage + more / 2), freedom)
         windows, rest, width = NOTHING, 0.0, len(self.windows)
         if width > 1 and len(arms) > 1:
             profile = np.array([self._of(name).mean(axis=0) for name in arms])
@@ -160,12 +165,12 @@ class Repeats:
     def _of(self, arm: str) -> np.ndarray:
         return self._cells[[i for i, (name, _) in enumerate(self.launches) if name == arm]]
 
-    def _inside(self) -> tuple[float, float]:
+    def _inside(self) -> Spread:
         """What launches of an arm differ by within a round: the residual variance of launch means on arm and round."""
         design, means = self._design(self.arms[0], self.arms[0])[0], self._cells.mean(axis=1)
         solution, _, rank, _ = np.linalg.lstsq(design, means, rcond=None)
         residual, freedom = means - design @ solution, len(means) - int(rank)
-        return (float(residual @ residual) / freedom if freedom > 0 else 0.0), freedom
+        return Spread(float(residual @ residual) / freedom, freedom) if freedom > 0 else NO_SPREAD
 
     def _design(self, arm: str, other: str) -> tuple[np.ndarray, np.ndarray]:
         columns = [*self.arms, *self.rounds[1:]]
