@@ -1,13 +1,17 @@
 """``load.ladder: auto``: the default is asked once which loads are worth measuring."""
 
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.study.fake import FakeEngine, oom
+from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault
+from tuner.search import ledger
 from tuner.spec import studyfile
 from tuner.study import ladder, session, verifying, workload
 from tuner.study.outcome import Infeasible, Measured
@@ -29,8 +33,6 @@ class Limited(FakeEngine):
         measure = server.measure
 
         def limited(plan):
-            from dataclasses import replace
-
             step = measure(plan)
             return replace(step, slo_misses=("ttft_p99 too long",) if plan.load > self.capacity else ())
 
@@ -44,6 +46,18 @@ def settle(runner, engine, cancel=None, **changes):
         prepared = lambda s: Prepared(s, engine, workload.read(s), None, "none in this test")  # noqa: E731
         tell = lambda n, d: runner.events.append((n, d))  # noqa: E731
         return ladder.settled(study, store, cancel or threading.Event(), tell, prepared)
+
+
+def search(runner, engine, launches=6, predictor=None):
+    """As ``tuner tune``: settles the ladder, makes its launch the first trial, searches."""
+    changes = {"launches: 6": f"launches: {launches}"}
+    study = settle(runner, engine, replace=changes)
+    ready = Prepared(study, engine, workload.read(study), predictor, "none in this test")
+    tell = lambda n, d: runner.events.append((n, d))  # noqa: E731
+    with session.opened(runner.study(replace=AUTO | changes)) as store:
+        ladder.as_trial(ready, store, runner.recorder, tell)
+        session.search(ready, store, runner.recorder, threading.Event(), tell)
+        return ready, session.book(ready, store)
 
 
 @given(st.floats(0.01, 100), st.floats(0.5, 200))
@@ -96,13 +110,79 @@ def test_one_launch_of_the_default_settles_the_ladder_and_a_resumed_study_keeps_
     assert again.load == study.load and again.frozen == study.frozen
 
 
-def test_the_launch_that_settled_the_ladder_is_paid_from_the_budget_and_is_no_trial(runner):
-    settle(runner, Limited(2.0))
-    assert runner.store.trials() == []
-    assert len(runner.store.launched("search")) == 1
-    engine = FakeEngine()
-    runner.run(engine, replace=AUTO | {"launches: 6": "launches: 3"})
-    assert len(engine.launched) == 2
+def test_the_launch_that_settled_the_ladder_is_the_first_trial_and_is_paid_once(runner):
+    engine = Limited(0.36)
+    ready, book = search(runner, engine, launches=3)
+    assert ready.study.load.ladder == (0.17, 0.25, 0.35, 0.5, 0.7, 1.0)
+    assert [load for _, load in engine.measured][:5] == [1.0, 0.5, 0.25, 0.35, 0.17]  # one for the trial
+    assert len(engine.launched) == 3 == len(runner.store.launched("search"))
+    first, *others = runner.store.trials()
+    assert first.number == 0 and first.baseline and first.role == "search" and not first.again
+    assert [(s.load, s.ok) for s in first.outcome.steps] == [(0.17, True), (0.25, True), (0.35, True), (0.5, False)]
+    assert all((first.folder / s.records).exists() for s in first.outcome.steps)
+    assert first.params == ready.study.space.default() and first.extra["why"] == "the engine's default"
+    assert first.config.hash not in {t.config.hash for t in others} and len(others) == 2
+    assert runner.recorder.trials == [0, 1, 2] and not runner.store.ladder_folder.exists()
+    assert [d["trial"] for n, d in runner.events if n == "trial"] == [verifying.LADDER, 0, 1, 2]
+    seen = ledger.read(book, ready.study.space)
+    assert len(seen) == 3 and not seen[0].free and seen[0].outcome == first.outcome
+    assert seen[0].seconds == pytest.approx(first.ended_s - first.started_s)
+
+
+def test_a_session_that_follows_adds_no_first_trial(runner):
+    search(runner, Limited(0.36), launches=2)
+    engine = Limited(0.36)
+    search(runner, engine, launches=2)
+    assert engine.launched == [] and [t.number for t in runner.store.trials()] == [0, 1]
+
+
+@pytest.mark.parametrize("why", ["untrusted", "crash"])
+def test_a_ladder_that_was_not_measured_to_its_end_leaves_the_default_to_the_search(runner, why):
+    engine = Limited(0.36)
+
+    def during(_config, plan):
+        if plan.load == 0.17 and len(engine.launched) == 1 and why == "crash":
+            raise LaunchFailed(oom(None))
+
+    engine.during = during
+    if why == "untrusted":
+        launch = engine.launch
+
+        def doubtful(config, site):
+            server = launch(config, site)
+            measure = server.measure
+            doubt = ("the client was late",) if len(engine.launched) == 1 else ()
+            server.measure = lambda plan: replace(measure(plan), untrusted=doubt if plan.load == 0.17 else ())
+            return server
+
+        engine.launch = doubtful
+    ready, _ = search(runner, engine, launches=3)
+    assert ready.study.load.ladder == (0.17, 0.25, 0.35, 0.5, 0.7, 1.0)  # settled all the same
+    first, *_ = runner.store.trials()
+    assert first.baseline and [s.load for s in first.outcome.steps] == [0.17, 0.25, 0.35, 0.5]
+    assert engine.launched[0] == engine.launched[1] == first.config.hash
+    assert len(engine.launched) == 3 == len(runner.store.launched("search"))
+
+
+def test_a_rung_next_to_a_load_that_was_measured_is_that_load():
+    assert ladder.rungs(2.8, 100, (1.0, 2.0, 4.0, 2.8)) == (1.4, 2.0, 2.8, 4.0, 5.6, 7.8)  # not 3.9
+    assert ladder.rungs(2.8, 100) == (1.4, 2.0, 2.8, 3.9, 5.6, 7.8)
+
+
+def test_the_first_trial_says_what_was_predicted_of_it_at_the_rungs(runner):
+    class Model:
+        def predict(self, config, load):
+            return SimpleNamespace(metrics={"ttft_p99_s": load})
+
+        def fit(self, config):
+            return SimpleNamespace(fits=True, short_bytes=0, reason="")
+
+    engine = Limited(0.36)
+    study = settle(runner, engine)
+    ready = Prepared(study, engine, workload.read(study), Model(), "")
+    ladder.as_trial(ready, runner.store, runner.recorder, lambda *_: None)
+    (first,) = runner.store.trials()
+    assert first.extra["predicted"] == {f"{load:g}": {"ttft_p99_s": load} for load in study.load.ladder}
 
 
 def test_another_ladder_than_the_settled_one_is_another_study(runner):

@@ -60,6 +60,7 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
                 ):
                     ready = session.as_shared(ready, store, peers)
                     view.begin(ready)
+                    ladder.as_trial(ready, store, recorder, view.on_event)
                     ended = session.search(ready, store, recorder, cancel, view.on_event, peers)
                     store.log("ended", why=ended)
                     result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event, peers)

@@ -3,14 +3,16 @@
 A trace's arrival rate says nothing about one server: a fleet's traffic drowns it, a test's leaves it idle. So the
 default is launched, the load is doubled or halved until its capacity lies between two neighbours, and the ladder is
 laid around that. It is then frozen in ``study.yaml``: every configuration, and every later session, is measured at the
-same loads.
+same loads. The server that has told it goes on to the rungs that it was not asked about yet, and so has measured what
+the first trial of the search would: its launch becomes that trial (:func:`as_trial`).
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +21,15 @@ from tuner.spec import studyfile
 from tuner.spec.study import Study
 from tuner.study import session, verifying
 from tuner.study.evaluate import Bench
-from tuner.study.store import Store
+from tuner.study.loop import Recorder
+from tuner.study.outcome import Measured, Outcome, Step, to_dict
+from tuner.study.store import Store, read_json, write_json
 from tuner.verify.rounds import insist
 from tuner.words import figure
 
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
+NEAR = 0.05  # a rung as near as that to a load that was measured is that load
 
 
 def settled(
@@ -49,13 +54,12 @@ def settled(
     if study.storage or study.engine.kind == "function":
         return replace(study, load=replace(study.load, auto=False))
     try:
-        capacity, top = _capacity(study, store, cancel, on_event, prepare)
+        capacity, top, found = _capacity(study, store, cancel, on_event, prepare)
     except (LaunchFailed, Unsettled) as failure:
         on_event("say", {"text": f"The ladder stays {_words(study.load.ladder)}: {failure}"})
         return _freeze(replace(study, load=replace(study.load, auto=False)), store)
     except Cancelled:
         return study
-    found = rungs(capacity, top)
     most = f" (the trace fills no more than {figure(top)})" if max(SHAPE) * capacity > top else ""
     text = f"The default holds its SLOs up to load {figure(capacity)}{most}; the ladder is {_words(found)}."
     on_event("say", {"text": text})
@@ -67,14 +71,23 @@ class Unsettled(Exception):
     """No capacity was found; the message says why."""
 
 
-def rungs(capacity: float, top: float) -> tuple[float, ...]:
+def rungs(capacity: float, top: float, measured: Collection[float] = ()) -> tuple[float, ...]:
     """The ladder around a capacity: :data:`SHAPE`, two digits each, none above ``top``; the capacity itself is one, to
-    three digits where two are more than ``top``."""
+    three digits where two are more than ``top``. What is as good as a load that was ``measured`` is that load."""
     found = {load for share in SHAPE if (load := float(f"{share * capacity:.2g}")) <= top}
     if float(f"{capacity:.2g}") > top:
-        step = 10.0 ** (math.floor(math.log10(top)) - 2)
-        found.add(float(f"{math.floor(top / step) * step:.3g}"))
-    return tuple(sorted(found))
+        found.add(_below(top))
+
+    def known(load: float) -> float:
+        return min((m for m in measured if abs(m / load - 1) <= NEAR), key=lambda m: abs(m / load - 1), default=load)
+
+    return tuple(sorted(set(map(known, found))))
+
+
+def _below(load: float) -> float:
+    """``load`` in three digits, rounded down."""
+    step = 10.0 ** (math.floor(math.log10(load)) - 2)
+    return float(f"{math.floor(load / step) * step:.3g}")
 
 
 def bracket(holds: Callable[[float], bool], top: float, lowest: float = LOWEST) -> float:
@@ -104,8 +117,8 @@ def _capacity(
     cancel: threading.Event,
     on_event: OnEvent,
     prepare: Callable[[Study], session.Prepared],
-) -> tuple[float, float]:
-    """(The default's capacity, the highest load that the trace can fill)."""
+) -> tuple[float, float, tuple[float, ...]]:
+    """(The default's capacity, the highest load that the trace can fill, the ladder)."""
     from tuner.executor.build import executor
 
     def tell(name: str, data: Mapping[str, Any]) -> None:
@@ -118,29 +131,78 @@ def _capacity(
         raise Unsettled(f"the engine's default is refused before a launch: {why}")
     on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     window = ready.traffic.search[0]
-    top = min(HIGHEST, max(LOWEST, float(window.arrival_s[-1]) / study.trace.window_s))
-    own, bench = Store(store.ladder_folder), Bench(ready.study, ready.engine, cancel, tell)
+    top = min(HIGHEST, max(LOWEST, _below(float(window.arrival_s[-1]) / study.trace.window_s)))
+    bench = Bench(ready.study, ready.engine, cancel, tell, session.guard(ready, store, tell))
     with executor(bench) as where:
-        launch = verifying.launcher(ready, own, verifying.Nobody(), where, tell, verifying.LADDER)
+        launch = verifying.launcher(
+            ready, Store(store.ladder_folder), verifying.Nobody(), where, tell, verifying.LADDER
+        )
 
-        def look() -> float | Unsettled:
+        def look() -> tuple[float, tuple[float, ...]] | Unsettled:
+            steps: dict[float, Step] = {}
             with launch(default, "which loads are worth measuring") as rig:
 
+                def measured(load: float) -> Step:
+                    if load not in steps:
+                        steps[load] = rig.measure(load, window, window.name)
+                    return steps[load]
+
                 def holds(load: float) -> bool:
-                    step = rig.measure(load, window, window.name)
-                    if step.untrusted:
-                        raise Unsettled("; ".join(step.untrusted))
-                    return step.ok
+                    if untrusted := measured(load).untrusted:
+                        raise Unsettled("; ".join(untrusted))
+                    return measured(load).ok
 
                 try:
-                    return bracket(holds, top)
+                    capacity = bracket(holds, top)
                 except Unsettled as failure:
                     return failure  # not raised yet: what was measured is kept
+                ladder = rungs(capacity, top, steps)
+                with suppress(LaunchFailed):  # the ladder is settled: what a trial does at it, one will show
+                    all(measured(load).ok for load in ladder)
+            return capacity, ladder
 
         found = insist(look)
     if isinstance(found, Unsettled):
         raise found
-    return found, top
+    return found[0], top, found[1]
+
+
+def as_trial(ready: session.Prepared, store: Store, recorder: Recorder, on_event: OnEvent) -> None:
+    """Makes the launch that settled the ladder the study's first trial, where it measured all that this would: every
+    rung up to the first miss, each of them believed. Nothing where it did not, or where there are trials already.
+
+    What it measured between the rungs stays in its records and is no part of the trial."""
+    default = ready.study.space.default()
+    config = ready.study.space.config(default, ready.study.model)
+    for launch in Store(store.ladder_folder).trials() if not store.numbers() else ():
+        steps = _rungs_of(launch.outcome, ready.study.load.ladder) if launch.config.hash == config.hash else ()
+        if steps:
+            said = {"number": 0, "role": "search", "params": default, "why": "the engine's default", "repeat": 0}
+            outcome = Measured(steps, launch.outcome.boot)
+            start, end = (launch.folder / name for name in ("config.json", "outcome.json"))
+            write_json(start, read_json(start) | said | ready.predicted(config))
+            write_json(end, read_json(end) | {"outcome": to_dict(outcome)})
+            (store.folder / "trials").mkdir(exist_ok=True)
+            launch.folder.rename(store.folder / "trials" / "0000")
+            with suppress(OSError):  # another launch lies there, which settled nothing
+                launch.folder.parent.rmdir()
+                store.ladder_folder.rmdir()
+            recorder.trial_finished(0)
+            on_event("trial", {"trial": 0, "outcome": outcome, "baseline": True, "role": "search"})
+            return
+
+
+def _rungs_of(outcome: Outcome, ladder: tuple[float, ...]) -> tuple[Step, ...]:
+    """The steps of a trial at ``ladder``; empty where one is missing, or is not believed."""
+    measured = {step.load: step for step in outcome.steps} if isinstance(outcome, Measured) else {}
+    steps: list[Step] = []
+    for load in ladder:
+        if (step := measured.get(load)) is None or step.untrusted:
+            return ()
+        steps.append(step)
+        if not step.ok:
+            break
+    return tuple(steps)
 
 
 def _freeze(study: Study, store: Store) -> Study:

@@ -272,8 +272,13 @@ class Queue:
                 )
         for number in self._unfinished(records):
             self.store.shelve(number)
-        if not records and not self.book.get_trials(deepcopy=False):
+        heard = any("optuna" in (record.extra or {}) for record in records)
+        if not heard and not self.book.get_trials(deepcopy=False):
             self.book.enqueue_trial(self.space.default(), user_attrs={"why": "the engine's default"})
+            if (first := self._known.get(self.baseline_hash)) is not None:  # the launch that settled the ladder
+                trial, _ = ledger.ask(self.book, self.space)
+                trial.set_user_attr("trial", first.number)
+                self._tell(trial, first.outcome, first)
 
     def _as_before(self, frozen: optuna.trial.FrozenTrial) -> dict[str, Any]:
         """What a trial that a kill cut off is queued again with: why, and of which trial it is another measurement."""

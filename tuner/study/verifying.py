@@ -45,15 +45,16 @@ LADDER = "ladder"  # the role of the launch that settles the ladder: no trial of
 
 @dataclass(slots=True)
 class _Rig:
-    """One running server; keeps its steps."""
+    """One running server; keeps its steps. ``as_trial``: each load is measured once, with the search's own prompts."""
 
     on_event: OnEvent
     server: Rig
     steps: list[Step]
+    as_trial: bool = False
 
     def measure(self, load: float, trace: Trace, window: str) -> Step:
         self.on_event("step", {"index": len(self.steps) + 1, "of": 0, "load": load})
-        step = self.server.measure(load, trace, f"{len(self.steps):02d}-")
+        step = self.server.measure(load, trace, "" if self.as_trial else f"{len(self.steps):02d}-")
         self.steps.append(step)
         self.on_event("measured", {"load": load, "misses": step.slo_misses, "untrusted": step.untrusted})
         return step
@@ -83,7 +84,7 @@ def launcher(
         try:
             with where.rig(Job(number, config, folder, None, bool(notes["baseline"]), label, checked)) as server:
                 boot, place = server.boot, server.place
-                yield _Rig(inner, server, steps)
+                yield _Rig(inner, server, steps, role == LADDER)
             outcome = Measured(tuple(steps), boot)
         except LaunchFailed as failure:
             outcome = failure.outcome
