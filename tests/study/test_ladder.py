@@ -179,7 +179,7 @@ def test_the_first_trial_says_what_was_predicted_of_it_at_the_rungs(runner):
 
     engine = Limited(0.36)
     study = settle(runner, engine)
-    ready = Prepared(study, engine, workload.read(study), Model(), "")
+    ready = Prepared(study, engine, workload.read(study), Model(), "")  # pyright: ignore[reportArgumentType]
     ladder.as_trial(ready, runner.store, runner.recorder, lambda *_: None)
     (first,) = runner.store.trials()
     assert first.extra["predicted"] == {f"{load:g}": {"ttft_p99_s": load} for load in study.load.ladder}
