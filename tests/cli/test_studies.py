@@ -11,6 +11,7 @@ import pytest
 from tests.cli.test_cli import tuner
 from tests.spec.conftest import workplace as workplace
 from tests.spec.test_studyfile import GOOD, write
+from tests.study.test_loop import shared
 from tuner.cli import check, plan
 from tuner.cli.live import View
 from tuner.cli.tune import Flags, read
@@ -271,6 +272,37 @@ def test_a_plan_has_the_windows_of_verification_and_says_what_bounds_it(workplac
         planned(workplace, budget)
         plan.run(workplace / "study.yaml", json=False)
         assert re.search(says, " ".join(capsys.readouterr().out.split()))
+
+
+def test_a_plan_has_the_filling_of_the_prefix_cache_where_the_model_can_tell_it(workplace: Path, capsys) -> None:
+    shared(workplace)
+    pins = "{max_num_seqs: 256, max_num_batched_tokens: [2048, 8192], kv_cache_dtype: auto, quantization: none}"
+    text = GOOD.replace("{file: trace.csv", "{file: shared.jsonl, FILL") + f"parameters: {pins}\n"
+    found = {}
+    for fill in ("0s", "30s"):
+        path = write(workplace, text.replace("FILL", f"fill_cache: {fill}"))
+        ready = session.prepare(read(path, Flags()), launching=False)
+        found[fill] = plan.plan(ready)
+    none, some = found["0s"], found["30s"]
+    assert none["fill_seconds"] is None and not none["fills_cache"]
+    steps = len(ready.study.load.ladder)  # none of them is predicted to miss
+    assert some["launch_seconds"] - none["launch_seconds"] == pytest.approx(steps * some["fill_seconds"], rel=0.05)
+    assert some["verify_launch_seconds"] - none["verify_launch_seconds"] > steps * some["fill_seconds"]
+    assert some["fill_usd"] / some["fill_seconds"] == pytest.approx(some["usd"] / some["hours"] / 3600)
+    plan.run(path, json=False)
+    assert re.search(
+        r" USD\. Filling the prefix cache before each step is in it: about [\d.]+ s and [\d.]+ USD each time\.",
+        " ".join(capsys.readouterr().out.split()),
+    )
+    unknown = plan.plan(replace(ready, predictor=None, no_model="none"))
+    assert unknown["fills_cache"] and unknown["fill_seconds"] is None
+    (workplace / "model" / "config.json").write_text('{"model_type": "mamba2", "hidden_size": 64}')
+    path.write_text(
+        path.read_text().replace("{kind: emulator, options: {gpu: H100-SXM}}", "{kind: vllm}")
+        + "hardware: {gpu: H100-SXM, gpus: 1}\n"
+    )
+    plan.run(path, json=False)
+    assert "USD. Filling the prefix cache before each step comes on top." in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Path, capsys) -> None:

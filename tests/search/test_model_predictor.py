@@ -271,3 +271,16 @@ def test_thousands_can_be_asked_for() -> None:
     for c in configs:
         m.predict(c, 1.0)
     assert (time.process_time() - began) / len(configs) < 10e-3
+
+
+def test_filling_a_prefix_cache_takes_as_long_as_what_is_not_in_it_yet() -> None:
+    m, prompts = model(), trace(n=200, prefix_tokens=16)
+    once = m.fill_s(config(), prompts, 32)
+    attended = trace(n=200, prefix_tokens=16 * 300)  # most prompts are within what all share
+    assert once is not None and m.fill_s(config(), attended, 32) < once / 2
+    two = m.fill_s(config(gpus=4, tensor_parallel_size=2, data_parallel_size=2), prompts, 32)
+    assert two < once  # two replicas
+    tokens = float(prompts.input_tokens.sum())
+    assert once > tokens * 2 * 31e9 / (2 * 989e12)  # the arithmetic of 32 B weights on two GPUs at their peak
+    assert m.fill_s(config(gpus=2, max_num_batched_tokens=64), prompts, 32) > 2 * once  # a step reads all weights
+    assert m.fill_s(config(gpus=1, gpu_memory_utilization=0.5), prompts, 32) is None

@@ -112,7 +112,7 @@ def _cost(ready: Any, allowed: list[Any], steps: float, different: float) -> dic
     from tuner.verify.verification import LOADS
 
     study, budget = ready.study, ready.study.budget
-    names = ("launch_seconds", "verify_launch_seconds", "launches", "hours", "usd")
+    names = ("launch_seconds", "verify_launch_seconds", "launches", "hours", "usd", "fill_seconds", "fill_usd")
     verifies = budget.verify_share > 0 and bool(ready.traffic.heldout)
     most = budget.launches or math.inf
     if study.sampler == "auto" and 0 < different < math.inf:
@@ -123,8 +123,9 @@ def _cost(ready: Any, allowed: list[Any], steps: float, different: float) -> dic
         return dict.fromkeys(names) | {"launches": None if math.isinf(count) else int(count)}
     default = study.space.config(study.space.default(), study.model)
     configs, ladder = allowed or [default], study.load.ladder
-    step_s = session.step_seconds(ready) + (tail_s := _response_s(ready, default))
-    launch_s = session.launch_seconds(ready) + tail_s * len(ladder) - (len(ladder) - steps) * step_s
+    fill_s = _fill_s(ready, default)
+    step_s = session.step_seconds(ready) + (more_s := _response_s(ready, default) + (fill_s or 0.0))
+    launch_s = session.launch_seconds(ready) + more_s * len(ladder) - (len(ladder) - steps) * step_s
     verify_s = launch_s + (LOADS * len(ready.traffic.heldout) - steps) * step_s
     side = _side_by_side(study, fmean(max(config.gpus, 1) for config in configs))
     rate = fmean(per_hour(config, study.objective, price_of(study, config)) for config in configs) / 3600
@@ -138,7 +139,8 @@ def _cost(ready: Any, allowed: list[Any], steps: float, different: float) -> dic
         verified = verified if verified >= 2 else 0.0  # the default's and a finalist's
     hours = (searched * launch_s / side + verified * verify_s) / 3600
     usd = (searched * launch_s + verified * verify_s) * rate
-    return dict(zip(names, (launch_s, verify_s, round(searched + verified), hours, usd), strict=True))
+    fill_usd = None if fill_s is None else fill_s * rate
+    return dict(zip(names, (launch_s, verify_s, round(searched + verified), hours, usd, fill_s, fill_usd), strict=True))
 
 
 def _response_s(ready: Any, config: Any) -> float:
@@ -146,6 +148,24 @@ def _response_s(ready: Any, config: Any) -> float:
     load = ready.study.load
     found = ready.predictor.predict(config, load.ladder[0]).metrics if ready.predictor else {}
     return min(found.get("e2e_mean_s", 0.0), load.request_timeout_s)
+
+
+def _fill_s(ready: Any, config: Any) -> float | None:
+    """By the model, how long filling the prefix cache takes before a step, on average over the windows; None where it
+    cannot tell, or ``config`` is sent nothing."""
+    from statistics import fmean
+
+    from tuner.load.step import FILLING
+    from tuner.study.evaluate import to_fill
+    from tuner.study.outcome import Boot
+
+    told = getattr(ready.predictor, "fill_s", None)
+    if not told or not ready.traffic.fill_s:
+        return None
+    boot = Boot(facts={"kv_cache_tokens": ready.predictor.fit(config).kv_tokens})
+    sent = [to_fill(window, config, boot) for window in (*ready.traffic.search, *ready.traffic.heldout)]
+    each = [told(config, prompts, FILLING) if prompts else 0.0 for prompts in sent]
+    return fmean(each) if any(each) and None not in each else None
 
 
 def _side_by_side(study: Any, gpus: float) -> float:
@@ -170,9 +190,17 @@ def _effort(study: Any, data: dict[str, Any]) -> str:
     return (
         f"About {data['launch_seconds'] / 60:.1f} minutes a launch{later}; "
         f"{about(count, budget.launches)} {count} {launches}, {about(data['hours'], budget.hours)} "
-        f"{data['hours']:.1f} h, {about(data['usd'], budget.usd)} {data['usd']:.2f} USD."
-        + (" Filling the prefix cache before each step comes on top." if data["fills_cache"] else "")
+        f"{data['hours']:.1f} h, {about(data['usd'], budget.usd)} {data['usd']:.2f} USD." + _filling(data)
     )
+
+
+def _filling(data: dict[str, Any]) -> str:
+    if not data["fills_cache"]:
+        return ""
+    if data["fill_seconds"] is None:
+        return " Filling the prefix cache before each step comes on top."
+    each = f"{figure(data['fill_seconds'], 2)} s and {figure(data['fill_usd'], 2)} USD"
+    return f" Filling the prefix cache before each step is in it: about {each} each time."
 
 
 def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int, float]:

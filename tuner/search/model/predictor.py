@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from tuner.load.sharing import shared_tokens
 from tuner.load.trace import Trace
 from tuner.search.hardware import Hardware
 from tuner.search.model import settings as settings_of
@@ -120,6 +121,20 @@ class AnalyticModel:
     def _fit(self, settings: Settings) -> Fit:
         draft = self.drafts.get(settings.speculation.model) if settings.speculation else None
         return fits_settings(self.shape, self.hardware, settings, self.correction, draft)
+
+    def fill_s(self, config: ServingConfig, prompts: Trace, at_once: int) -> float | None:
+        """Seconds until the prefix cache holds ``prompts``, which are sent in order, so many ``at_once``, for one token
+        each; None where the server does not fit."""
+        server = self._server(config)
+        if not server.fit.fits:
+            return None
+        s, step = server.settings, server.step
+        fresh = (prompts.input_tokens - shared_tokens(prompts, engine_block_tokens=s.block_size)).astype(float)
+        total = float(fresh.sum())
+        tokens = min(float(s.max_batched_tokens), at_once / s.dp * total / len(prompts))  # of a step
+        busy = total / tokens * step.step(0.0, 0.0, tokens)
+        busy += float(step.prefill_attention_s(fresh, prompts.input_tokens - fresh / 2).sum())
+        return busy / (s.dp * s.pp) + len(prompts) / at_once * step.host.request_s
 
     def corrected(self, correction: MemoryCorrection) -> AnalyticModel:
         """This model with what was learnt about memory."""
