@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.test_cli import tuner
 from tests.spec.conftest import workplace as workplace
+from tests.spec.test_pinned import OWN
 from tests.spec.test_studyfile import GOOD, write
 from tests.study.test_loop import shared
 from tuner.cli import check, plan
@@ -188,6 +189,18 @@ def test_a_study_is_looked_at_where_its_engine_is_not_installed_and_not_begun(wo
     assert "Notchecked:" in told and "Predictedfront" in told
     with pytest.raises(EnvironmentFault, match="does not exist"):
         session.prepare(read(path, Flags()))
+
+
+@pytest.mark.parametrize(("kind", "on", "price"), [("h100", "H100-SXM", 2.5), ("l4", "L4", 0.4)])
+def test_the_type_of_gpu_that_a_parameter_pins_is_the_studys(workplace: Path, capsys, kind, on, price) -> None:
+    text = f"{OWN}parameters: {{kind: {kind}}}\nprice_usd_per_gpu_hour: {{H100-SXM: 2.5, L4: 0.4}}\n"
+    study = read(write(workplace, text), Flags())
+    ready = session.prepare(study, launching=False)
+    found = check.describe(ready)
+    assert found["hardware"] == f"4 x {on}" and f"({price} USD per GPU-hour)" in found["goal"]
+    with View(study, True) as view:
+        view.begin(ready)
+    assert f" on {on}, " in capsys.readouterr().err
 
 
 def test_a_space_too_large_to_be_tried_is_not_said_to_allow_nothing(workplace: Path, capsys) -> None:

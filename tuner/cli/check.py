@@ -92,11 +92,13 @@ def combinations(space: Any) -> list[Any]:
 
 def describe(ready: Any) -> dict[str, Any]:
     """The study in words and figures, as ``--json`` prints it."""
+    from tuner.executor.cluster import device, price_of
     from tuner.pareto.traffic import price_words
     from tuner.study.queue import refusals
     from tuner.study.session import step_seconds
 
     study, space = ready.study, ready.study.space
+    gpus, on = study.hardware.gpus, device(study, space.gpu)
     grid = combinations(space)
 
     def why_not(params: Any) -> str:
@@ -113,7 +115,7 @@ def describe(ready: Any) -> dict[str, Any]:
         "model": study.model,
         "engine": study.engine.kind if ready.unchecked else f"{study.engine.kind} {ready.engine.version()}",
         "unchecked": ready.unchecked,
-        "hardware": f"{study.hardware.gpus} x {study.hardware.name}" if study.hardware.gpus else study.hardware.name,
+        "hardware": f"{gpus} x {on}" if gpus else on,
         "trace": (
             f"{len(ready.traffic.whole)} requests{_rate(ready)}; {len(ready.traffic.search)} search and "
             f"{len(ready.traffic.heldout)} held-out windows, {study.trace.window_s:g} s each at every load"
@@ -121,8 +123,8 @@ def describe(ready: Any) -> dict[str, Any]:
         ),
         "trace_notes": list(ready.traffic.notes),
         "goal": (
-            f"lowest USD per million output tokens ({price_words(study.objective, study.hardware.gpus)}) against "
-            f"{study.objective.latency}, with {', '.join(map(str, study.objective.slos))}"
+            f"lowest USD per million output tokens ({price_words(study.objective, gpus, price_of(study, default))}) "
+            f"against {study.objective.latency}, with {', '.join(map(str, study.objective.slos))}"
         ),
         "step_seconds": f"{step_seconds(ready):.0f} s and its tail"
         + (f", after the prompts of the {ready.traffic.fill_s:g} s before it" if ready.traffic.fill_s else ""),

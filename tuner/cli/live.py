@@ -65,9 +65,12 @@ class View:
             self.console.print(text)
 
     def begin(self, ready: Prepared) -> None:
+        from tuner.executor.cluster import device
+
         study, rps = self.study, ready.traffic.rps
+        on = device(study, study.space.gpu)
         self.say(
-            f"Study {study.name}: {study.engine.kind} {ready.engine.version()} on {study.hardware.name}, "
+            f"Study {study.name}: {study.engine.kind} {ready.engine.version()} on {on}, "
             f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} with "
             f"up to {len(ready.traffic.search[0])} requests each"
             + (f"; load 1 is {figure(rps)} requests/s" if rps else "")
