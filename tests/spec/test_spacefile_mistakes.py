@@ -122,6 +122,37 @@ def test_a_parameter_is_narrowed_to_numbers_and_words_only(workplace, limit, say
     assert refusal(workplace, text).lower().startswith(f"9: {says}".lower())
 
 
+@pytest.mark.parametrize(
+    ("eight", "sixteen", "flags"),
+    [
+        ("{flags: {max-num-seqs: 8}}", "{flags: {max-num-seqs: 16}}", {"max-num-seqs": 12}),
+        ("{}", "{flags: {max-num-seqs: 16}}", {"max-num-seqs": 12}),
+        ("{}", "{}", None),
+        ("{env: {SEQS: 8}}", "{env: {SEQS: 16}}", None),
+        ("{flags: {max-num-seqs: 8}}", "{flags: {max-num-seqs: 16}, env: {A: 1}}", None),
+        ("{flags: {max-num-seqs: 8, swap: 1}}", "{flags: {max-num-seqs: 16, swap: 2}}", None),
+        ("{flags: {max-num-seqs: 9}}", "{flags: {max-num-seqs: 16}}", None),
+    ],
+)
+def test_a_number_that_is_none_of_the_values_means_what_their_flag_says_or_is_refused(workplace, eight, sixteen, flags):
+    values = f"values: {{8: {eight}, 16: {sixteen}}}\n      default: 8\n"
+    whole = OWN[: OWN.index("      flag: max-num-seqs")] + "      " + values + OWN[OWN.index("    weights:") :]
+    text = whole + "parameters: {seqs: 12}\n"
+    if flags is None:
+        says = "seqs has no value 12, and what it would mean follows from no flag. name one of its values (8, 16)"
+        assert says in refusal(workplace, text)
+        assert says in refusal(workplace, text.replace("12}", "[8, 12]}"))
+        assert load(workplace, text.replace("12}", "16}")).space.fixed.keys() <= {"swap-space", "max-num-seqs", "swap"}
+    else:
+        assert load(workplace, text).space.fixed == {"swap-space": 4, **flags}
+
+
+def test_a_default_beside_values_with_flags_of_their_own_adds_none_where_it_is_pinned(workplace):
+    values = "values: {8: {flags: {max-num-seqs: 8}}, 16: {flags: {max-num-seqs: 16}}}\n      default: 256\n"
+    whole = OWN[: OWN.index("      flag: max-num-seqs")] + "      " + values + OWN[OWN.index("    weights:") :]
+    assert load(workplace, whole + "parameters: {seqs: 256}\n").space.fixed == {"swap-space": 4}
+
+
 def test_a_value_that_is_asked_for_twice_is_refused(workplace):
     text = GOOD + "parameters: {max_num_seqs: [16, 16]}\n"
     assert refusal(workplace, text) == "9: max_num_seqs lists a value twice"

@@ -340,7 +340,7 @@ def _parameter(
             fix = suggest(str(default), map(str, values))
             raise document.error(f"{name}: the default {default!r} is not one of its values", (*at, "default"), fix)
         # the engine's own default belongs to every grid: it is the baseline
-        values, emissions = (*values, default), (*emissions, _emit(spec.flag, default))
+        values, emissions = (*values, default), (*emissions, _emit(spec.flag, default) if spec.flag else Emission())
     _check_values(name, values, spec.counts_gpus, document, at)
     if numeric:  # a neighbour is one step away, and the ends are the least and the most
         pairs = sorted(zip(values, emissions, strict=True), key=lambda p: p[0])
@@ -505,7 +505,15 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
     chosen = [v for v in parameter.values if v in wanted]
     pairs = [(v, parameter.emissions[parameter.values.index(v)]) for v in chosen]
     flag = next((next(iter(e.flags)) for e in parameter.emissions if e.flags), parameter.name)
-    pairs += [(v, _emit(flag, v)) for v in wanted if v not in parameter.values]
+    if others := [v for v in wanted if v not in parameter.values]:
+        own = [(v, e) for v, e in zip(parameter.values, parameter.emissions, strict=True) if e != Emission()]
+        if not own or any(e != _emit(flag, v) for v, e in own):
+            document.refuse(
+                f"{parameter.name} has no value {_shown(others[0])}, and what it would mean follows from no flag",
+                at,
+                f"name one of its values ({', '.join(map(_word, parameter.values))}), or add it to the space",
+            )
+    pairs += [(v, _emit(flag, v)) for v in others]
     if len(wanted) > 1 and parameter.default not in wanted:
         pairs.append((parameter.default, parameter.emissions[parameter.values.index(parameter.default)]))
     _check_values(parameter.name, [pair[0] for pair in pairs], parameter.counts_gpus, document, at)
