@@ -275,12 +275,29 @@ def test_thousands_can_be_asked_for() -> None:
 
 def test_filling_a_prefix_cache_takes_as_long_as_what_is_not_in_it_yet() -> None:
     m, prompts = model(), trace(n=200, prefix_tokens=16)
-    once = m.fill_s(config(), prompts, 32)
-    attended = trace(n=200, prefix_tokens=16 * 300)  # most prompts are within what all share
-    assert once is not None and m.fill_s(config(), attended, 32) < once / 2
-    two = m.fill_s(config(gpus=4, tensor_parallel_size=2, data_parallel_size=2), prompts, 32)
-    assert two < once  # two replicas
-    tokens = float(prompts.input_tokens.sum())
+
+    def fill_s(prompts: Trace = prompts, **flags: Value) -> float:
+        return m.fill_s(config(2, "", **flags), prompts, 32) or math.nan
+
+    once, tokens = fill_s(), float(prompts.input_tokens.sum())
+    assert fill_s(trace(n=200, prefix_tokens=16 * 300)) < once / 2  # most prompts are within what all share
+    assert fill_s(data_parallel_size=2) < once
     assert once > tokens * 2 * 31e9 / (2 * 989e12)  # the arithmetic of 32 B weights on two GPUs at their peak
-    assert m.fill_s(config(gpus=2, max_num_batched_tokens=64), prompts, 32) > 2 * once  # a step reads all weights
-    assert m.fill_s(config(gpus=1, gpu_memory_utilization=0.5), prompts, 32) is None
+    assert fill_s(max_num_batched_tokens=64) > 2 * once  # a step reads all weights
+    assert math.isnan(fill_s(gpu_memory_utilization=0.3))  # it does not fit
+
+
+def test_of_ranks_that_share_their_gpus_attention_alone_is_there_once_for_each() -> None:
+    """SGLang's DP attention: more KV cache than tensor parallelism has, for the weights of attention."""
+    m = model(trace(rate=20), "deepseek-r1", "H200", engine="sglang", slos=())
+    configs = config(8), config(8, dp_size=8, enable_dp_attention=True)
+    (whole, inside), (together, apart) = map(m.fit, configs), (m.predict(c, 0.5) for c in configs)
+    shape = m.shape
+    attention = sum(a.layers * a.weights for a in shape.attention) * shape.precision.linear_bits / 8
+    table = shape.vocab * shape.hidden * shape.precision.embedding_bits / 8  # of the embedding; the head is spread
+    assert inside.parts["weights"] - whole.parts["weights"] == pytest.approx((attention + table) * 7 / 8)
+    assert inside.kv_tokens * 8 > 4 * whole.kv_tokens  # every rank of MLA keeps a copy, where they are one
+    rate = "goodput_output_tokens_per_s"
+    usd = [found.metrics["cost_usd_per_mtok_output"] * found.metrics[rate] for found in (together, apart)]
+    assert usd[0] == pytest.approx(usd[1])  # as many GPUs
+    assert apart.metrics["tpot_mean_s"] < together.metrics["tpot_mean_s"]

@@ -134,6 +134,20 @@ def test_sglang_prefills_first_and_leaves_memory_for_its_chunk() -> None:
     assert not read({}).prefill_first
 
 
+def test_sglang_s_attention_ranks_lie_within_its_tensor_parallelism() -> None:
+    """They share its GPUs, what SGLang is told of a step is theirs together, and each keeps sequences of its own."""
+    sizes = {"tp-size": 8, "dp-size": 4, "chunked-prefill-size": 8192, "max-running-requests": 256}
+    inside, beside = (read({**sizes, **more}, engine="sglang") for more in ({"enable-dp-attention": None}, {}))
+    assert (inside.gpus, inside.tp, inside.dp, inside.sharing) == (8, 2, 4, 4)
+    assert (inside.max_batched_tokens, inside.max_seqs) == (2048, 64)
+    assert (beside.gpus, beside.tp, beside.dp, beside.sharing) == (32, 8, 4, 1)
+    assert read({"tp-size": 8, "enable-dp-attention": None}, engine="sglang").tp == 8
+    default = read({"tp-size": 8, "dp-size": 8, "enable-dp-attention": None}, engine="sglang")
+    assert default.max_seqs == read({}, engine="sglang").max_seqs and default.memory_share == inside.memory_share
+    odd = read({"tp-size": 8, "dp-size": 3, "enable-dp-attention": None}, engine="sglang")
+    assert odd.refused == "8 GPUs cannot be split over 3 ranks of DP attention (tp-size, dp-size)"
+
+
 def test_gpus_that_no_known_flag_spreads_a_model_over_split_its_layers() -> None:
     """An attached server, or one behind a command with flags of its own."""
     shape, row = ModelShape.from_folder(SHAPES / "llama-3.1-8b.json"), table.table()["H100-SXM"]

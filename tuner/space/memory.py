@@ -139,12 +139,12 @@ def _parts(
 ) -> dict[str, float]:
     p, ranks = settings.precision, settings.tp * settings.pp
     weights = (
-        shape.linear_weights * p.linear_bits / 8 / ranks
+        shape.linear_of_rank(settings.sharing) * p.linear_bits / 8 / ranks
         + shape.expert_weights
         * p.expert_bits
         / 8
-        / (ranks * settings.dp)  # vLLM spreads experts over the data-parallel ranks
-        + shape.embedding_weights * p.embedding_bits / 8 / settings.tp
+        / (ranks * settings.dp)  # engines spread experts over the data-parallel ranks
+        + shape.embedding_of_rank(settings.sharing) * p.embedding_bits / 8 / settings.tp
     ) * learned.weights_share
     kv_per_token, kv_fixed = _cache(shape, settings)
     held = min(_held(shape, settings), settings.max_model_len)

@@ -52,14 +52,16 @@ class StepTime:
         self._hardware, self._k, self._settings = hardware, constants, settings
         self.host = constants.host(settings.engine, hardware.kind)
         self.bandwidth = hardware.bandwidth_bytes_per_s * constants.bandwidth_share
-        self._linear_bytes = shape.linear_weights * p.linear_bits / 8 / tp
+        mine = shape.linear_of_rank(settings.sharing)
+        self._linear_bytes = mine * p.linear_bits / 8 / tp
         if hardware.unpack_weights_per_s and p.compute == "bf16" and p.linear_bits < 16:
-            unpacked = shape.linear_weights / tp / hardware.unpack_weights_per_s
+            unpacked = mine / tp / hardware.unpack_weights_per_s
             self._linear_bytes += unpacked * self.bandwidth  # as if the time were spent reading
         self._linear_ops = 2 * shape.linear_weights / tp
         self._linear_rate = hardware.rate(p.compute) * constants.flops_share
         self._expert_rate = hardware.rate(p.expert_compute) * constants.expert_flops_share
-        self._head_bytes = shape.vocab * shape.hidden * p.embedding_bits / 8 / tp
+        head = shape.vocab * shape.hidden / (1 if shape.tied else settings.sharing)
+        self._head_bytes = head * p.embedding_bits / 8 / tp
         self._head_ops = 2 * shape.vocab * shape.hidden / tp
         self._wide_rate = hardware.rate("bf16") * constants.flops_share
         self._attention_rate = hardware.rate("bf16") * constants.attention_share
@@ -80,9 +82,10 @@ class StepTime:
         self.kernels = (
             sum(a.layers * (a.kernels + quantizing) for a in shape.attention)
             + sum(f.layers * f.kernels for f in shape.ffn)
-            - (2 * shape.layers if tp == 1 else 0)  # no all-reduce
+            - (2 * shape.layers if tp == settings.sharing == 1 else 0)  # no all-reduce
         )
-        self._reduces = 2 * shape.layers if tp > 1 else 0
+        self._gathers = shape.layers if settings.joint else 0
+        self._reduces = 2 * shape.layers - self._gathers if tp > 1 else 0
         self._row_bytes = shape.hidden * 2.0
         self._row_traffic = _row_traffic(shape, settings) / self.bandwidth
         self._dp = settings.dp
@@ -164,10 +167,12 @@ class StepTime:
 
     def reduce_s(self, tokens: float) -> float:
         """Communication of one step: all-reduces move 2 (t - 1) / t of the rows over the link (ring, Patarasu and Yuan
-        2009); data-parallel ranks send each token to its experts' ranks and back."""
+        2009); data-parallel ranks send each token to its experts' ranks and back, or gather those of all of them before
+        a feed-forward block that they share and scatter them after it."""
         tp, dp = self._settings.tp, self._dp
         moved = self._reduces * 2 * (tp - 1) / tp * tokens * self._row_bytes
-        if dp > 1:
+        moved += self._gathers * 2 * (tp * dp - 1) / tp * tokens * self._row_bytes
+        if dp > 1 and not self._gathers:
             moved += (
                 sum(e.layers * 2 * min(e.top_k, dp) * (dp - 1) / dp for e in self._experts)
                 * tokens
@@ -182,7 +187,7 @@ class StepTime:
         eager = self._settings.eager or tokens > _GRAPH_TOKENS
         kernel = h.op_s if h.op_s is not None else self.host.eager_kernel_s if eager else k.kernel_s
         kernel *= _UNFUSED if self._settings.eager else 1.0
-        latency = max(h.link_latency_s - 10e-6, 0.0) * self._reduces  # over NVLink's, which is in the kernel time
+        latency = max(h.link_latency_s - 10e-6, 0.0) * (self._reduces + self._gathers)  # over NVLink's: in the kernels
         return self.kernels * kernel + latency + self.host.step_s + sequences * self.host.sequence_s
 
 

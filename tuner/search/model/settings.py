@@ -12,7 +12,7 @@ from tuner.search.model import precision as precisions
 from tuner.search.model.precision import Precision
 from tuner.search.model.shape import ModelShape
 from tuner.space.config import ServingConfig, Value, number
-from tuner.space.space import DATA, PIPELINE, TENSOR
+from tuner.space.space import DATA, PIPELINE, SHARED, TENSOR
 
 _GIB = 2**30
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB of KV cache of a server on a CPU
@@ -44,7 +44,9 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One server's settings, every default resolved. ``prefill_first``: the scheduler stops decoding while there are
+    """One server's settings, every default resolved. ``tp`` GPUs share the attention of one of ``dp`` ranks; ``joint``:
+    the ranks share the feed-forward blocks and the head (SGLang's DP attention), else each has its own (experts are
+    spread over all ranks either way). ``prefill_first``: the scheduler stops decoding while there are
     prompts (SGLang's default), instead of mixing both in one step. ``refused`` is what the server does not take of its
     environment, in words."""
 
@@ -66,6 +68,12 @@ class Settings:
     prefill_first: bool = False
     engine: str = "vllm"
     refused: str = ""
+    joint: bool = False
+
+    @property
+    def sharing(self) -> int:
+        """Over how many ranks the feed-forward blocks and the head are spread."""
+        return self.dp if self.joint else 1
 
     @property
     def gpus(self) -> int:
@@ -89,6 +97,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     tp = _int(flags, 1, *TENSOR)
     pp = _int(flags, 1, *PIPELINE)
     dp = ranks(flags)
+    joint = SHARED in flags and dp > 1
     if tp * pp * dp == 1 and shape.heads % max(config.gpus, 1) == 0:
         tp = max(config.gpus, 1)  # no flag that is known here says how they are used
     speculation = _speculation(flags)
@@ -101,8 +110,15 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     kv_bytes = None if gib is None else float(gib) * _GIB
     if isinstance(explicit_kv, int) and not isinstance(explicit_kv, bool):
         kv_bytes = float(explicit_kv)
+    if joint and tp % dp:
+        refused = f"{tp} GPUs cannot be split over {dp} ranks of DP attention (tp-size, dp-size)"
     model_len = _int(flags, shape.max_model_len, "max-model-len", "context-length")
     batched = _int(flags, max(tokens, 0), "max-num-batched-tokens", "chunked-prefill-size")
+    share = _float(flags, memory_default(hardware, batched, engine), "gpu-memory-utilization", "mem-fraction-static")
+    most = _int(flags, seqs, "max-num-seqs", "max-running-requests")
+    if joint:  # SGLang divides what it is told by the ranks, and takes its own default of sequences for each
+        tp, batched = max(tp // dp, 1), max(batched // dp, 1)
+        most = seqs if "max-running-requests" not in flags else max(most // dp, 1)
     chunked = _switch(flags, "chunked-prefill", True)
     return Settings(
         tp=tp,
@@ -110,11 +126,9 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
         dp=dp,
         expert_parallel="enable-expert-parallel" in flags or _int(flags, 1, "ep-size", "ep") > 1,
         max_batched_tokens=batched if chunked else max(batched, model_len),
-        max_seqs=_int(flags, seqs, "max-num-seqs", "max-running-requests"),
+        max_seqs=most,
         block_size=_int(flags, 128 if on_cpu else 16, "block-size", "page-size"),
-        memory_share=_float(
-            flags, memory_default(hardware, batched, engine), "gpu-memory-utilization", "mem-fraction-static"
-        ),
+        memory_share=share,
         kv_bytes=kv_bytes,
         chunked_prefill=chunked,
         prefix_caching=caches_prefixes(flags),
@@ -125,6 +139,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
         prefill_first=engine == "sglang" and "enable-mixed-chunk" not in flags,
         engine=engine,
         refused=refused,
+        joint=joint,
     )
 
 

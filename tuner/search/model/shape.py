@@ -78,7 +78,11 @@ class ModelShape:
     @property
     def linear_weights(self) -> float:
         """Parameters of all linear layers but the routed experts and the head."""
-        return sum(a.layers * a.weights for a in self.attention) + sum(f.layers * f.weights for f in self.ffn)
+        return self.linear_of_rank(1)
+
+    def linear_of_rank(self, sharing: int) -> float:
+        """:attr:`linear_weights`, of the feed-forward blocks' the part that one of ``sharing`` ranks has."""
+        return sum(a.layers * a.weights for a in self.attention) + sum(f.layers * f.weights for f in self.ffn) / sharing
 
     @property
     def expert_weights(self) -> float:
@@ -87,7 +91,11 @@ class ModelShape:
 
     @property
     def embedding_weights(self) -> float:
-        return self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.embedding_of_rank(1)
+
+    def embedding_of_rank(self, sharing: int) -> float:
+        """:attr:`embedding_weights`, of a head of its own the part that one of ``sharing`` ranks has."""
+        return self.vocab * self.hidden * (1 if self.tied else 1 + 1 / sharing)
 
     @property
     def parameters(self) -> float:
