@@ -288,14 +288,17 @@ def test_a_study_that_earlier_versions_began_makes_the_configurations_that_it_ma
 
 
 def test_studies_that_share_a_database_are_one_only_where_pins_and_sizes_mean_the_same(workplace):
-    def identity(pins, args="x: 1", **before):
-        study = load(workplace, OWN + f"parameters: {{{pins}}}\n", kind("emulator", args))
+    def identity(pins, args="x: 1", fixed="swap: 1", **before):
+        text = OWN.replace("name: own\n", f"name: own\n  fixed: {{{fixed}}}\n")
+        study = load(workplace, text + f"parameters: {{{pins}}}\n", kind("emulator", args))
         return mirror.identity(replace(study, space=replace(study.space, **before)))["space"]
 
     earlier = {"gpus": 1, "variant": "", "joined": frozenset(), "sized": ()}
     assert identity("seqs: 64") == identity("seqs: 64", **earlier), "one that was begun before goes on"
     for pins, args in (("tp: 2", "x: 1"), ("weights: int4", "x: 1"), ("", "pp-size: 2"), ("", "a.b: 1")):
         assert identity(pins, args) != identity(pins, args, **earlier)
+    whole = "speculative-config: '{}'"  # into which the tuned parts are put; before they took its place
+    assert identity("", fixed=whole) != identity("", fixed=whole, **earlier)
 
 
 def test_flags_named_alike_keep_the_part_of_a_json_flag_as_it_stands(workplace):
