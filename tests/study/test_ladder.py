@@ -209,9 +209,10 @@ def test_a_failure_of_the_default_that_may_pass_leaves_the_ladder_to_a_second_la
     assert settle(runner, engine).load.ladder != studyfile.USUAL_LADDER and len(engine.launched) == 2
 
 
-def test_a_gpu_that_stays_somebody_elses_settles_no_ladder(runner):
+@pytest.mark.parametrize("stage", ["before launch", "start-up"])
+def test_a_gpu_that_stays_somebody_elses_settles_no_ladder_and_costs_nothing(runner, stage):
     engine = Limited(2.5)
-    engine.fail = lambda _c: Infeasible("gpu-busy", "GPU 0 is in use", stage="before launch", transient=True)
+    engine.fail = lambda _c: Infeasible("gpu-busy", "GPU 0 is in use", stage=stage, transient=True)
     with pytest.raises(EnvironmentFault, match="GPU 0 is in use"):
         settle(runner, engine)
     assert not runner.store.launched("search")

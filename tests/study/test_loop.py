@@ -229,8 +229,9 @@ def test_the_default_that_finds_its_gpu_held_at_start_up_is_never_at_fault(runne
     for launches in (2, 3):
         with pytest.raises(EnvironmentFault, match=HELD.message):
             runner.run(engine)
-        assert len(engine.launched) == launches
-    runner.run(engine)
+        assert len(engine.launched) == launches and not runner.store.launched("search")
+    assert runner.run(engine) == "the search's 6 launches are spent"
+    assert len(engine.launched) == 9 == len(runner.store.launched("search")) + 3
     assert [isinstance(t.outcome, Measured) for t in runner.store.trials() if t.baseline] == [False] * 3 + [True]
 
 

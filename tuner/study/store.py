@@ -15,7 +15,7 @@ from typing import Any
 from tuner.errors import EnvironmentFault, naming
 from tuner.space.config import ServingConfig
 from tuner.spec.storage import sqlite_url
-from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Infeasible, Outcome, from_dict, to_dict
+from tuner.study.outcome import ENVIRONMENT_CAUSES, GPU_BUSY, Aborted, Infeasible, Outcome, from_dict, to_dict
 
 CHECKED = "quality.json"  # in a trial's folder: how its answers compare with the default's
 EXHAUSTED = "every configuration of the space has been tried"  # why a search ended
@@ -108,7 +108,7 @@ class Store:
         """What the budget has paid for: trials of these roles, and the launch that settled the ladder. Those that are
         made again for the machine's fault, or since somebody interrupted them, cost nothing."""
         trials = [t for t in self.trials() if t.role in roles] + Store(self.ladder_folder).trials()
-        return [t for t in trials if not (t.again and _free(t.outcome))]
+        return [t for t in trials if not (t.again and _free(t))]
 
     def trial_folder(self, number: int) -> Path:
         """``trials/0007``; created when asked for."""
@@ -265,9 +265,11 @@ def finite(data: Any) -> Any:
 _VERBATIM = {"params", "flags", "env", "reason", "reasons", "message", "evidence", "fix"}  # whose ``inf`` is a word
 
 
-def _free(outcome: Outcome) -> bool:
+def _free(trial: TrialRecord) -> bool:
+    outcome = trial.outcome
     if isinstance(outcome, Infeasible):
-        return outcome.machines or outcome.cause in ENVIRONMENT_CAUSES
+        held = trial.baseline and outcome.cause == GPU_BUSY  # at start-up: what ought to serve was not tried
+        return outcome.machines or outcome.cause in ENVIRONMENT_CAUSES or held
     return isinstance(outcome, Aborted)
 
 

@@ -25,7 +25,7 @@ from tuner.spec.study import Study
 from tuner.study import budget
 from tuner.study.evaluate import Bench, of_trial, unchecked
 from tuner.study.loop import Recorder, nothing_left, unservable
-from tuner.study.outcome import ENVIRONMENT_CAUSES, Aborted, Boot, Infeasible, Measured, Outcome, Step
+from tuner.study.outcome import ENVIRONMENT_CAUSES, GPU_BUSY, Aborted, Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.price import per_hour
 from tuner.study.session import Prepared, gpu_here
 from tuner.study.store import AsWritten, Store, TrialRecord, read_json, write_json
@@ -88,6 +88,9 @@ def launcher(
             outcome = Measured(tuple(steps), boot)
         except LaunchFailed as failure:
             outcome = failure.outcome
+            if role == LADDER and outcome.cause == GPU_BUSY:  # whoever launches it goes on with none
+                machines = True
+                raise
             # what ablation puts together has not served before: it may be at fault itself
             if machines := outcome.cause in ENVIRONMENT_CAUSES and (role != "ablate" or bool(notes["baseline"])):
                 raise unservable(outcome, folder) from failure
