@@ -163,6 +163,53 @@ def test_a_rig_raises_what_the_server_died_of(rigged):
     assert failed.value.outcome.cause == "infeasible"
 
 
+OCCUPIED = """\
+import os, pathlib, ray, tuner, tuner.engines.function as engine
+from tuner.study.outcome import Infeasible
+def evaluate(config, load):
+    here = ray.get_runtime_context().get_node_id() + os.environ["CUDA_VISIBLE_DEVICES"]
+    first = pathlib.Path(__file__).with_name("first")
+    if not first.exists():
+        first.write_text(here)
+    if first.read_text() != here:
+        return {"ttft_p99_s": 0.1, "tpot_p99_s": 0.01 * load, "output_tokens_per_s": config["seqs"] * load}
+    engine.Infeasible = lambda *_, **__: Infeasible("gpu-busy", here, transient=True)
+    raise tuner.Infeasible("the engine's own word for that is another")
+"""
+
+
+@pytest.mark.slow
+def test_on_a_cluster_too_the_gpu_that_somebody_else_is_on_is_taken_last(cluster, workplace):
+    """Somebody is on the first of six that a trial gets; later, others have all but that one."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    made = Rigged(workplace, "ray", OCCUPIED, 2, [0.5])
+    with executor(made.bench) as where:
+
+        def outcome(number):
+            where.submit(made.job(number))
+            (end,) = made.all(where, 1)
+            return end.outcome
+
+        def rig(number):
+            with where.rig(made.job(number, window=False)) as server:
+                return server.measure(0.5, WINDOW, "")
+
+        assert outcome(0).cause == "gpu-busy"
+        assert isinstance(outcome(1), Measured) and rig(2).ok and isinstance(outcome(3), Measured)
+        for seat in [seat for seat in where._seats._held if not seat.shunned]:
+            where._seats.release(seat)
+        (others := placement_group([{"GPU": 1}] * 5)).wait(30)
+        assert outcome(4).cause == "gpu-busy"
+        with pytest.raises(LaunchFailed, match=outcome(0).message):
+            rig(5)
+        remove_placement_group(others)
+        while ray.available_resources().get("GPU", 0) < 5:
+            time.sleep(0.1)
+        assert rig(6).ok and isinstance(outcome(7), Measured)
+
+
 def test_closing_ends_what_runs_and_may_be_done_twice(rigged):
     made = rigged()
     with executor(made.bench) as where:

@@ -22,7 +22,7 @@ from tuner.load.trace import Trace
 from tuner.study.evaluate import Bench, unbeaten
 from tuner.study.guard import FILE as QUALITY
 from tuner.study.guard import QualityGuard
-from tuner.study.outcome import Aborted, Boot, Infeasible, Step
+from tuner.study.outcome import GPU_BUSY, Aborted, Boot, Infeasible, Outcome, Step
 
 #: The node, not the configuration, is at fault: another node is tried.
 NODE_CAUSES = frozenset({"no-gpu", "too-few-gpus", "gpu-broken"})
@@ -96,15 +96,18 @@ class RayExecutor:
     def rig(self, job: Job) -> Iterator[Rig]:
         """See the protocol."""
         run = _Run(job, self._seats.take(job))
-        seat = run.seat
         try:
-            place = seat.place or self._arrived(seat, self.call(run, seat.arrived))
+            place, seat = self._seated(run), run.seat
             self._show()
             tell_launch(self._bench.of_trial(job.number), job, node=place.node)
             self._stopwatch.start(job.number)
             yield RayRig(told(self.call(run, seat.actor.open.remote(job, place, _beside(job)))), place, self, run)
+        except LaunchFailed as failure:
+            run.seat.shunned = _busy(failure.outcome)
+            raise
         finally:
-            if seat in self._seats:
+            seat = run.seat
+            if seat in self._seats and seat.place:
                 with contextlib.suppress(NodeLost):
                     report: Report = self.call(run, seat.actor.shut.remote())
                     self.left_over += report.teardown.left_over
@@ -132,12 +135,8 @@ class RayExecutor:
         self._desk.close()
 
     def call(self, run: _Run, ref: Any) -> Any:
-        """What ``ref`` resolves to, listening meanwhile. Raises NodeLost, and Cancelled while nothing is launched."""
+        """What ``ref`` resolves to, listening meanwhile. Raises NodeLost."""
         while not self._desk.is_there(ref):
-            if ref is run.seat.arrived and self._bench.cancel.is_set():
-                self._seats.release(run.seat)
-                raise Cancelled
-            self._patience(run)
             self._desk.listen([ref], 0.5)
         try:
             return self._desk.get(ref)
@@ -145,6 +144,17 @@ class RayExecutor:
             why = self._why(run.seat, str(lost))
             self._seats.release(run.seat)
             raise NodeLost(why) from None
+
+    def _seated(self, run: _Run) -> Place:
+        """Waits for the run's seat. Raises NodeLost, and Cancelled."""
+        while not (run.seat.place or self._desk.is_there(run.seat.arrived)):
+            if self._bench.cancel.is_set():
+                self._seats.release(run.seat)
+                raise Cancelled
+            self._patience(run)
+            self._desk.listen([run.seat.arrived], 0.5)
+            run.seat = self._seats.retake(run.seat)
+        return run.seat.place or self._arrived(run.seat, self.call(run, run.seat.arrived))
 
     def _start(self, run: _Run) -> None:
         self._runs[run.job.number] = run
@@ -193,7 +203,7 @@ class RayExecutor:
             self._watch.avoid.add(seat.node_id)
             return self._again(run, f"{place.node} is left alone from now on: {outcome.message}")
         report.bring_home(run.job.folder)
-        seat.job = None
+        seat.job, seat.shunned = None, _busy(outcome)
         return Ended(run.job, outcome, report.teardown, place, self.seconds(run.job.number))
 
     def _again(self, run: _Run, why: str) -> Ended | None:
@@ -242,6 +252,11 @@ class RayExecutor:
         if rows != self._shown:
             self._shown = rows
             self._bench.on_event("nodes", {"nodes": rows})
+
+
+def _busy(outcome: Outcome | None) -> bool:
+    """Whether somebody else was on the GPUs."""
+    return isinstance(outcome, Infeasible) and outcome.cause == GPU_BUSY
 
 
 def _beside(job: Job) -> dict[str, bytes]:

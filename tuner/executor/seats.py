@@ -21,7 +21,7 @@ _GRANT_S = 0.5  # Ray grants free resources within that
 @dataclass(slots=True)
 class Held:
     """``shape`` is what the seat takes of its node; ``arrived`` resolves to the node's id and the place when the actor
-    is there; ``job`` is what it runs."""
+    is there; ``job`` is what it runs; ``shunned``: somebody outside the cluster was on its GPUs."""
 
     shape: dict[str, float]
     group: Any
@@ -31,6 +31,7 @@ class Held:
     node_id: str = ""
     place: Place | None = None
     asked_s: float = field(default_factory=time.monotonic)
+    shunned: bool = False
 
     @property
     def size(self) -> float:
@@ -60,12 +61,14 @@ class Seats:
             held.size for held in coming if not held.node_id
         )
 
-    def take(self, job: Job) -> Held:
-        """An idle seat of the job's shape, or a new one; idle seats of other shapes make way. Raises
+    def take(self, job: Job, *, any_idle: bool = False) -> Held:
+        """An idle seat of the job's shape, or a new one; idle seats of other shapes make way. Those that are shunned
+        are left alone, so that Ray gives no trial their GPUs, and come last where ``any_idle`` will do. Raises
         ``EnvironmentFault`` where the job's type of GPU does not exist."""
         shape = self._shape(job)
         usable = {node.id for node in self._watch.usable()}
-        for held in [held for held in self._held if held.job is None]:
+        idle = [held for held in self._held if held.job is None and (any_idle or not held.shunned)]
+        for held in sorted(idle, key=lambda held: held.shunned):
             if held.shape == shape and held.node_id in usable:
                 held.job = job
                 return held
@@ -75,7 +78,7 @@ class Seats:
 
     def retake(self, held: Held) -> Held:
         """For a trial whose seat still waits for its GPUs: a seat that is idle by now, if its shape is right; idle ones
-        of other shapes make way. They may hold what it waits for, as after the end of a node."""
+        of other shapes make way. They may hold what it waits for, as after the end of a node; so may a shunned one."""
         idle = any(other.job is None for other in self._held)
         gone = held.node_id and held.node_id not in {node.id for node in self._watch.usable()}
         if held.job is None or not (idle or gone) or self._granted(held):
@@ -83,7 +86,7 @@ class Seats:
         job, held.job = held.job, None
         self._held.remove(held)
         self.release(held)
-        return self.take(job)
+        return self.take(job, any_idle=True)
 
     def release(self, held: Held) -> None:
         """Gives the seat's GPUs back; whatever still runs there ends with it."""
@@ -118,7 +121,7 @@ class Seats:
         return True
 
     def _free(self, node: Node) -> float:
-        here = sum(held.size for held in self._held if held.node_id == node.id and held.job)
+        here = sum(held.size for held in self._held if held.node_id == node.id and (held.job or held.shunned))
         if self._study.hardware.gpus:
             return node.gpus - here
         return (1.0 if node.cpus or not self._study.executor.cpus else 0.0) - here
