@@ -32,7 +32,7 @@ from tuner.spec.storage import sqlite_file
 from tuner.spec.study import Budget, ExecutorSpec
 from tuner.study import budget, queue, session, verifying, workload
 from tuner.study.evaluate import Bench, evaluate, to_fill
-from tuner.study.outcome import Aborted, Boot, Infeasible, Measured
+from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Step, Untrusted
 from tuner.study.session import Prepared
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.promise import Promise
@@ -602,6 +602,92 @@ def test_a_resumed_study_that_once_served_is_not_given_up(runner):
     engine = FakeEngine(fail=lambda c: Infeasible("crash", "no module named x", "ImportError"))
     runner.run(engine, replace={"launches: 6": "launches: 18"})
     assert len(engine.launched) == 12
+
+
+CRASH = Infeasible("crash", "no module named x", "ImportError")
+KILLED = Infeasible("killed", "somebody killed it", transient=True)
+SERVED = Measured((Step(1.0, "w", {"cost_usd_per_mtok_output": 1.0, "tpot_p99_s": 0.01}),))
+ALIKE = "8 launches failed in the same way and none served: no module named x"
+
+
+def ending(runner, monkeypatch, *outcomes, launches=0):
+    """Why a search ends whose launches, one after the other, end so (those after them serve), and its trials."""
+    left = iter(outcomes)
+    monkeypatch.setattr("tuner.executor.local.evaluate", lambda *_: (next(left, SERVED), Teardown()))
+    one = {
+        "sampler: random": "sampler: random\nparallel: 1",
+        "launches: 6": f"launches: {launches or len(outcomes) + 1}",
+    }
+    return runner.run(replace=one), runner.store.trials()
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "given_up"),
+    [
+        ([CRASH] * 8, True),
+        ([BUSY, *[CRASH] * 4, BUSY, *[CRASH] * 4], True),  # nothing of a configuration was tried
+        ([Aborted("its node was lost twice"), *[CRASH] * 8], True),
+        ([replace(CRASH, message=f"at {n}") for n in range(8)], False),
+        ([*[CRASH] * 7, replace(CRASH, message="another")], False),
+        ([replace(CRASH, cause="oom-weights")] * 8, False),  # what does not fit is part of the search
+        ([Untrusted(("the client was late",)), *[CRASH] * 8], False),  # it served
+        ([*[CRASH] * 7, SERVED, CRASH], False),
+    ],
+)
+def test_a_search_is_given_up_where_all_launches_crash_in_the_same_words_only(runner, monkeypatch, outcomes, given_up):
+    why, trials = ending(runner, monkeypatch, *outcomes)
+    assert (why == ALIKE) is given_up
+    assert len(trials) == len(outcomes) if given_up else len(trials) > len(outcomes)
+
+
+def test_what_no_configuration_can_cure_gives_up_a_search_whose_default_may_not_be_launched(runner, monkeypatch):
+    monkeypatch.setattr(Prepared, "why_not", lambda self, config: "" if config.flags else "refused")
+    why, trials = ending(runner, monkeypatch, *[replace(CRASH, cause="missing-dependency")] * 8)
+    assert why == ALIKE and len(trials) == 8
+
+
+def test_what_failed_by_itself_or_served_ends_a_row_of_launches_that_the_machine_failed(runner, monkeypatch):
+    row = [BUSY, BUSY]
+    why, trials = ending(runner, monkeypatch, *row, SERVED, *row, CRASH, *row, KILLED, *row, SERVED, *row)
+    assert why.endswith("launches are spent") and sum(t.outcome == BUSY for t in trials) == 10
+
+
+def test_passing_failures_of_two_configurations_are_the_first_of_each(runner, monkeypatch):
+    _, trials = ending(runner, monkeypatch, SERVED, KILLED, SERVED, KILLED, SERVED)
+    failed = [t for t in trials if isinstance(t.outcome, Infeasible)]
+    assert len({t.config.hash for t in failed}) == 2 and all(t.again and t.outcome.transient for t in failed)
+
+
+def test_the_default_that_failed_in_passing_twice_is_at_fault_itself_and_the_search_goes_on(runner, monkeypatch):
+    _, trials = ending(runner, monkeypatch, KILLED, KILLED, SERVED)
+    assert [t.baseline for t in trials] == [True, True, False, False]
+    assert [(t.again, t.outcome) for t in trials[:2]] == [(True, KILLED), (False, replace(KILLED, transient=False))]
+
+
+def test_what_the_machine_fails_after_a_passing_failure_is_no_second_one(runner, monkeypatch):
+    _, trials = ending(runner, monkeypatch, SERVED, KILLED, BUSY, BUSY, SERVED)
+    assert len({t.config.hash for t in trials[1:5]}) == 1
+    assert [(t.again, t.outcome) for t in trials[1:5]] == [(True, KILLED), (True, BUSY), (True, BUSY), (False, SERVED)]
+
+
+def test_a_passing_failure_of_verification_is_not_the_first_of_two_in_the_search(runner, monkeypatch):
+    import optuna
+
+    ending(runner, monkeypatch)
+    study, store = runner.study(), runner.store
+    params = {**study.space.default(), "max_num_seqs": 64}
+    store.start_trial(1, study.space.config(params, study.model), params, role="verify", label="verify 1")
+    store.end_trial(1, KILLED, 1.0)
+    optuna.load_study(study_name="s", storage=store.database).enqueue_trial(params)
+    _, trials = ending(runner, monkeypatch, KILLED, launches=4)
+    assert len({t.config.hash for t in trials[1:]}) == 1
+    assert [(t.again, t.outcome) for t in trials[2:]] == [(True, KILLED), (False, SERVED)]
+
+
+def test_what_no_configuration_can_cure_is_the_fault_of_any_but_the_default(runner, monkeypatch):
+    full = Infeasible("disk-full", "a disk is full")
+    _, trials = ending(runner, monkeypatch, SERVED, full, SERVED)
+    assert [(t.again, t.outcome) for t in trials[:3]] == [(False, SERVED), (False, full), (False, SERVED)]
 
 
 def test_where_nothing_runs_and_there_is_no_room_the_executor_is_asked_to_wait_for_it(runner, monkeypatch):
