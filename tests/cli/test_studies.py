@@ -17,8 +17,9 @@ from tuner.cli import check, plan
 from tuner.cli.live import View
 from tuner.cli.tune import Flags, read
 from tuner.errors import EnvironmentFault, UsageError, alike
+from tuner.spec import studyfile
 from tuner.spec.study import Budget
-from tuner.study import session
+from tuner.study import ladder, session
 from tuner.study.budget import Spent, search_is_over
 from tuner.study.outcome import Aborted, Measured, Step
 from tuner.study.store import Store
@@ -285,6 +286,33 @@ def test_a_plan_has_the_windows_of_verification_and_says_what_bounds_it(workplac
         planned(workplace, budget)
         plan.run(workplace / "study.yaml", json=False)
         assert re.search(says, " ".join(capsys.readouterr().out.split()))
+
+
+def test_a_plan_has_the_ladder_that_the_default_is_foretold_to_settle(workplace: Path, capsys) -> None:
+    path = write(workplace, GOOD.replace("[1, 2, 4]", "auto").replace("300ms", "28ms").replace("H100-SXM", "L40S"))
+    study = read(path, Flags())
+    ready = session.prepare(study, launching=False)
+    assert ready.predictor and plan.plan(ready)["ladder"] == list(studyfile.USUAL_LADDER)
+    plan.run(path, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["ladder_foretold"] and found["ladder"] != list(studyfile.USUAL_LADDER)
+    plan.run(path, json=False)
+    said = ", ".join(f"{load:g}" for load in found["ladder"])
+    assert f"Ladder: {said}, if the default does as predicted;" in " ".join(capsys.readouterr().out.split())
+    settled = ladder.foretold(ready, lambda s: replace(ready, study=s))
+    assert settled and list(settled.study.load.ladder) == found["ladder"]
+    default = study.space.config(study.space.default(), study.model)
+    top = max(load for load in found["ladder"] if not misses(ready, default, load))
+    assert all(misses(ready, default, load) for load in found["ladder"] if load > top)
+    fixed = write(workplace, GOOD)
+    plan.run(fixed, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["ladder"] == [1, 2, 4] and not found["ladder_foretold"]
+
+
+def misses(ready, config, load: float) -> bool:
+    metrics = ready.predictor.predict(config, load).metrics
+    return any(slo.miss(metrics) for slo in ready.study.objective.slos if slo.latency)
 
 
 def test_a_plan_has_the_filling_of_the_prefix_cache_where_the_model_can_tell_it(workplace: Path, capsys) -> None:

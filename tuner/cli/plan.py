@@ -6,6 +6,7 @@ import json as json_
 import math
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ MOST = 5_000  # configurations that are predicted; a larger space is sampled
 def run(path: Path, json: bool) -> None:
     """Prints the plan. Nothing is launched; every figure is the model's and says so."""
     from tuner.study import session
+    from tuner.study.ladder import foretold
 
     study = read(path, Flags())
-    data = plan(session.prepare(study, launching=False))
+    ready = session.prepare(study, launching=False)
+    laid = foretold(ready, partial(session.prepare, launching=False))
+    data = plan(laid or ready) | {"ladder_foretold": laid is not None}
     if json:
         print(json_.dumps(data, indent=1))
         return
@@ -39,6 +43,9 @@ def run(path: Path, json: bool) -> None:
         console.print(f"  Not checked: {data['unchecked']}.")
     for reason, count in alike(data["refused"]).items():
         console.print(f"  {count} refused: {reason}")
+    if laid:
+        loads = ", ".join(f"{load:g}" for load in data["ladder"])
+        console.print(f"Ladder: {loads}, if the default does as predicted; its launch settles it (load.ladder: auto).")
     console.print(_effort(study, data))
     if study.engine.kind == "emulator":
         console.print(
@@ -80,6 +87,7 @@ def plan(ready: Any) -> dict[str, Any]:
         "looked_at": len(candidates),
         "allowed": len(allowed),
         "refused": dict(Counter(filter(None, reasons))),
+        "ladder": list(study.load.ladder),
         "trace_notes": list(ready.traffic.notes),
         "fills_cache": ready.traffic.fill_s > 0,
         **_cost(ready, allowed, steps, len(allowed) if whole else math.inf),

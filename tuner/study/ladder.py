@@ -19,7 +19,7 @@ from typing import Any
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.spec import studyfile
 from tuner.spec.study import Study
-from tuner.study import session, verifying
+from tuner.study import session, verifying, workload
 from tuner.study.evaluate import Bench
 from tuner.study.loop import Recorder
 from tuner.study.outcome import Measured, Outcome, Step, to_dict
@@ -124,14 +124,13 @@ def _capacity(
     def tell(name: str, data: Mapping[str, Any]) -> None:
         on_event(name, {**data, "trial": verifying.LADDER})  # it is no trial of the study
 
-    ready = prepare(replace(study, load=replace(study.load, ladder=(LOWEST, HIGHEST))))
+    ready = prepare(_unbound(study))
     params = study.space.default()
     default = study.space.config(params, study.model)
     if why := study.space.denied(params) or ready.why_not(default):
         raise Unsettled(f"the engine's default is refused before a launch: {why}")
     on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
-    window = ready.traffic.search[0]
-    top = min(HIGHEST, max(LOWEST, _below(float(window.arrival_s[-1]) / study.trace.window_s)))
+    window, top = ready.traffic.search[0], _top(ready.traffic, study)
     bench = Bench(ready.study, ready.engine, cancel, tell, session.guard(ready, store, tell))
     with executor(bench) as where:
         launch = verifying.launcher(
@@ -165,6 +164,38 @@ def _capacity(
     if isinstance(found, Unsettled):
         raise found
     return found[0], top, found[1]
+
+
+def foretold(ready: session.Prepared, prepare: Callable[[Study], session.Prepared]) -> session.Prepared | None:
+    """``ready`` with the ladder that :func:`settled` would lay if the default did as the model says. None where it lays
+    none, where there is no model, and where the model says that the default meets the SLOs nowhere."""
+    study, model = ready.study, ready.predictor
+    if not study.load.auto or study.storage or study.engine.kind == "function" or model is None:
+        return None
+    default = study.space.config(study.space.default(), study.model)
+    asked: list[float] = []
+
+    def holds(load: float) -> bool:
+        asked.append(load)
+        metrics = model.predict(default, load).metrics
+        return bool(metrics) and not any(slo.miss(metrics) for slo in study.objective.slos if slo.latency)
+
+    top = _top(workload.read(_unbound(study)), study)
+    try:
+        found = rungs(bracket(holds, top), top, asked)
+    except Unsettled:
+        return None
+    return prepare(replace(study, load=replace(study.load, ladder=found)))
+
+
+def _unbound(study: Study) -> Study:
+    """``study`` before anybody knows which loads are worth measuring."""
+    return replace(study, load=replace(study.load, ladder=(LOWEST, HIGHEST)))
+
+
+def _top(traffic: workload.Workload, study: Study) -> float:
+    """The highest load that the trace can fill."""
+    return min(HIGHEST, max(LOWEST, _below(float(traffic.search[0].arrival_s[-1]) / study.trace.window_s)))
 
 
 def as_trial(ready: session.Prepared, store: Store, recorder: Recorder, on_event: OnEvent) -> None:
