@@ -30,7 +30,7 @@ def run(path: Path, json: bool) -> None:
     study = read(path, Flags())
     ready = session.prepare(study, launching=False)
     laid = foretold(ready, partial(session.prepare, launching=False))
-    data = plan(laid or ready) | {"ladder_foretold": laid is not None}
+    data: dict[str, Any] = plan(laid or ready) | {"ladder_foretold": laid is not None}
     if json:
         print(json_.dumps(data, indent=1))
         return
