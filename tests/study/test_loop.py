@@ -184,6 +184,19 @@ def test_a_gpu_that_somebody_else_is_on_ends_nothing_while_the_others_serve(runn
     assert len(engine.launched) == 6 == len(runner.store.launched("search"))
 
 
+def test_after_three_launches_that_the_machine_failed_nothing_is_launched_beside_what_runs(runner):
+    engine, tried = Occupied(), []
+
+    def during(_config, _plan):
+        assert engine.thrice.wait(30)
+        time.sleep(0.0 if tried else 1.0)
+        tried.append(sum(gpus == (0,) for gpus in engine.launches))
+
+    engine.during = during
+    runner.run(engine, replace=PARALLEL)
+    assert tried[0] == 3
+
+
 def test_where_somebody_else_is_on_every_gpu_the_session_ends_soon(runner):
     engine = Occupied(taken=(0, 1))
     with pytest.raises(EnvironmentFault, match=BUSY.message):
