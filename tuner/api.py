@@ -28,6 +28,7 @@ from tuner.executor.cluster import place_of, price_of
 from tuner.executor.local import at_price
 from tuner.pareto.choice import Choice, choose
 from tuner.pareto.front import Point, front, points, searched
+from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
 from tuner.spec.study import Study
 from tuner.spec.text import Document
@@ -59,8 +60,9 @@ class AskTell:
         self._guess_usd = session.launch_usd(ready)
         self.store = self._stack.enter_context(session.opened(study))
         peers = self._stack.enter_context(joined(study, self.store, lambda _name, _data: None))
-        book = session.book(ready, self.store, peers)
-        self._queue = Queue(study, self.store, book, ready.unfit, ready.predicted, peers)
+        book = session.book(ready, self.store, self._out_of_reach, peers)
+        refuse = lambda config: self._out_of_reach(config) or ready.unfit(config)  # noqa: E731
+        self._queue = Queue(study, self.store, book, refuse, ready.predicted, peers)
         self._queue.over = self._over
         # asked and not told yet: number to the config's hash, and when (monotonic)
         self._open: dict[int, tuple[str, float]] = {}
@@ -115,6 +117,11 @@ class AskTell:
     def choice(self) -> Choice:
         """What to deploy by what was told so far, in words and figures."""
         return choose(self.store.trials(), self.study.objective)
+
+    def _out_of_reach(self, config: ServingConfig) -> str:
+        """Why whoever launches cannot: the GPUs of this machine say nothing of it, those that the study names do."""
+        has = (self.study.frozen.get("hardware") or {}).get("gpus", "auto")
+        return f"it wants {config.gpus} GPUs, the study has {has}" if has != "auto" and config.gpus > has else ""
 
     def _over(self, running: int) -> str:
         paid = self.store.launched("search", "verify")

@@ -57,7 +57,7 @@ def search(runner, engine, launches=6, predictor=None):
     with session.opened(runner.study(replace=AUTO | changes)) as store:
         ladder.as_trial(ready, store, runner.recorder, tell)
         session.search(ready, store, runner.recorder, threading.Event(), tell)
-        return ready, session.book(ready, store)
+        return ready, session.book(ready, store, ready.out_of_reach)
 
 
 @given(st.floats(0.01, 100), st.floats(0.5, 200))

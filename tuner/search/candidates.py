@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ SAMPLE = 3_000  # seeded combinations beyond that
 ASKED_GRID = 1_500  # the same where an analytic model is asked of each (a few milliseconds for a ladder)
 ASKED_SAMPLE = 1_000
 Key = tuple[int, ...]
+Refuse = Callable[[Mapping[str, Value]], str]
 
 
 @dataclass(slots=True)
@@ -31,24 +32,26 @@ class Candidates:
 
     A candidate's code has one integer per parameter: the index in its grid, -1 where the parameter does not apply.
     ``numbers[i]`` are the parameters that have the snapped configuration ``params[i]``; its key is its code.
+    ``refuse`` says why the machine cannot carry a configuration that no rule denies (None: it carries all).
     """
 
     space: SearchSpace
+    refuse: Refuse | None = None
     params: list[dict[str, Value]] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     index: dict[Key, int] = field(default_factory=dict)
     whole: bool = False
 
     @classmethod
-    def of(cls, space: SearchSpace, seed: int, *, asked: bool = False) -> Candidates:
-        """The whole grid where it is small enough, else a seeded sample; what rules deny is left out. ``asked``: an
-        analytic model will be asked of each."""
-        found = cls(space)
+    def of(cls, space: SearchSpace, seed: int, *, asked: bool = False, refuse: Refuse | None = None) -> Candidates:
+        """The whole grid where it is small enough, else a seeded sample; what rules deny, or the machine cannot carry,
+        is left out. ``asked``: an analytic model will be asked of each."""
+        found = cls(space, refuse)
         if space.size() <= (ASKED_GRID if asked else WHOLE_GRID):
             found.whole = True
             found.add(space.grid())
             if not found.params:
-                raise _all_denied(space)
+                raise _all_denied(space, refuse)
             return found
         from numpy.random import default_rng
 
@@ -63,7 +66,7 @@ class Candidates:
         if rare:
             found.add([space.snap(space.default()), *(_mended(space, rng) for _ in range(MENDED))])
         if not found.params:
-            raise _all_denied(space)
+            raise _all_denied(space, refuse)
         return found
 
     def key(self, params: Mapping[str, Value]) -> Key:
@@ -72,18 +75,22 @@ class Candidates:
         return tuple(_code(p, active[p.name]) if p.name in active else -1 for p in self.space.parameters)
 
     def add(self, many: Iterable[Mapping[str, Value]]) -> list[int]:
-        """Adds configurations that no rule denies and that are not there yet; returns the new indices."""
+        """Adds configurations that may be launched and are not there yet; returns the new indices."""
         new = []
         for params in many:
             snapped = self.space.snap(params)
             key = self.key(snapped)
-            if key in self.index or self.space.denied(snapped):
+            if key in self.index or not self.admits(snapped):
                 continue
             self.index[key] = len(self.params)
             new.append(len(self.params))
             self.params.append(snapped)
             self.keys.append(key)
         return new
+
+    def admits(self, params: Mapping[str, Value]) -> bool:
+        """Whether a snapped configuration may be launched: no rule denies it, and the machine carries it."""
+        return not self.space.denied(params) and not (self.refuse and self.refuse(params))
 
     def neighbours(self, params: Mapping[str, Value]) -> list[dict[str, Value]]:
         """Every configuration that differs in one parameter: by one step on a numeric grid, by any other category."""
@@ -127,8 +134,9 @@ def _mended(space: SearchSpace, rng: Any) -> dict[str, Value]:
     return params
 
 
-def _all_denied(space: SearchSpace) -> UsageError:
-    reason = space.denied(space.snap(space.default()))
+def _all_denied(space: SearchSpace, refuse: Refuse | None) -> UsageError:
+    default = space.snap(space.default())
+    reason = space.denied(default) or (refuse(default) if refuse else "")
     return UsageError(
         f"no configuration of the space {space.name!r} was found that its rules allow"
         + (f"; of the default they say: {reason}" if reason else ""),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from tuner.search.acquisition import LaunchCost
+    from tuner.search.candidates import Refuse
     from tuner.search.warmstart import Earlier
 
 NAMES = ("auto", "gp", "tpe", "nsga2", "random", "grid")
@@ -30,9 +31,11 @@ def sampler(
     seed: int = 0,
     cost: LaunchCost | None = None,
     earlier: Sequence[Earlier] = (),
+    refuse: Refuse | None = None,
 ) -> BaseSampler:
     """The sampler called ``name``: ``auto`` is :class:`tuner.search.sampler.TunerSampler`, the others are Optuna's,
-    which see a trial's two values and its constraint. ``grid`` goes through the whole grid in a seeded order.
+    which see a trial's two values and its constraint. ``grid`` goes through the whole grid in a seeded order. Neither of
+    ours proposes what ``refuse`` says the machine cannot carry.
 
     Raises :class:`UsageError` for another name, and where a sampler cannot work on this space.
     """
@@ -41,7 +44,7 @@ def sampler(
     if name == "auto":
         from tuner.search.sampler import TunerSampler
 
-        return TunerSampler(space, objective, loads, predictor, model, seed, cost, earlier)
+        return TunerSampler(space, objective, loads, predictor, model, seed, cost, earlier, refuse=refuse)
     from optuna import samplers
 
     if name == "gp":
@@ -59,4 +62,4 @@ def sampler(
         return samplers.RandomSampler(seed=seed)
     from tuner.search.grid import ShuffledGrid
 
-    return ShuffledGrid(space, seed)
+    return ShuffledGrid(space, seed, refuse)

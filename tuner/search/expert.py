@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -51,10 +52,10 @@ def effects(space: SearchSpace) -> list[Array]:
     """Per parameter a table (values + 1, 3): the rules' effects on log latency and log capacity, and expected crashes.
     The last row stands for "does not apply"."""
     counted = any(p.counts_gpus for p in space.parameters)  # then what GPUs do is a prior mean of its own
-    experts, found = _experts(space), []
+    experts, told, found = _experts(space), sizes_told(space), []
     for p in space.parameters:
         parallel = _parallel(p, experts)
-        if p.counts_gpus or (parallel and counted):
+        if (p.counts_gpus and not told) or (parallel and counted and not p.counts_gpus):
             known = [NOTHING] * len(p.values)
         elif parallel:
             least = math.sqrt(min(map(float, p.values)))  # a model that needs more GPUs gains by more of them
@@ -63,6 +64,13 @@ def effects(space: SearchSpace) -> list[Array]:
             known = _effects(p, experts)
         found.append(np.array([*known, NOTHING]))
     return found
+
+
+def sizes_told(space: SearchSpace) -> bool:
+    """Whether several parameters count GPUs and the names of all tell of which parallelism they are the size: a GPU
+    more does not do the same in each."""
+    counting, experts = [p for p in space.parameters if p.counts_gpus], _experts(space)
+    return len(counting) > 1 and all(_parallel(p, experts) for p in counting)
 
 
 def by_looks(space: SearchSpace) -> SearchSpace | None:
@@ -92,18 +100,21 @@ def _looks(p: Parameter) -> str:
     return "max_num_batched_tokens" if low >= 256 and high >= 2048 else ""
 
 
-def gpu_counts(space: SearchSpace) -> list[tuple[dict[str, Value], str]]:
+def gpu_counts(
+    space: SearchSpace, admits: Callable[[Mapping[str, Value]], bool]
+) -> list[tuple[dict[str, Value], str]]:
     """The engine's default on the most GPUs and on few, with the reason: worth a launch where nothing is known of the
-    parameters but which of them counts GPUs. What a rule of the space denies is left out."""
-    found = []
-    for place, words in ((-1, "most GPUs"), (1, "few GPUs")):
-        params = space.default()
-        for p in space.parameters:
-            if p.counts_gpus:
-                params[p.name] = p.values[min(place, len(p.values) - 1)]
-        snapped = space.snap(params)
-        if snapped != space.snap(space.default()) and not space.denied(snapped):
-            found.append((snapped, f"the engine's default on the {words}"))
+    parameters but which of them count GPUs. What may not be launched is left out."""
+    counting = [p for p in space.parameters if p.counts_gpus]
+    default, found = space.snap(space.default()), []
+    made = [dict(zip([p.name for p in counting], sizes, strict=True)) for sizes in product(*(p.values for p in counting))]
+    by_size = sorted(made, key=lambda sizes: math.prod(map(float, sizes.values())))
+    few = {p.name: p.values[min(1, len(p.values) - 1)] for p in counting[:1]}
+    for words, sizes in (("most GPUs", reversed(by_size)), ("few GPUs", [few])):
+        allowed = (params for of in sizes if admits(params := space.snap(default | of)))
+        params = next(allowed, default)
+        if params != default:
+            found.append((params, f"the engine's default on the {words}"))
     return found
 
 

@@ -83,7 +83,7 @@ class Foresight:
         compared = False
         for i in having[np.linspace(0, len(having) - 1, min(ASKED_OF, len(having))).astype(np.int64)]:
             variants = [space.snap({**self.candidates.params[i], p.name: value}) for value in p.values]
-            variants = [v for v in variants if not space.denied(v)]
+            variants = [v for v in variants if self.candidates.admits(v)]
             said = np.array([np.hstack(self._ask(space.config(v, self.model))[1:]) for v in variants])
             if not np.allclose(said, said[0], equal_nan=True):
                 return False

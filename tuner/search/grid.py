@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler
 
-from tuner.search.candidates import WHOLE_GRID, Candidates, distribution_values
+from tuner.search.candidates import WHOLE_GRID, Candidates, Refuse, distribution_values
 from tuner.search.ledger import read
 from tuner.space.space import SearchSpace
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class ShuffledGrid(BaseSampler):
-    """Every configuration that no rule denies, once, in an order that the seed decides; then from the start again.
+    """Every configuration that may be launched, once, in an order that the seed decides; then from the start again.
 
     Up to :data:`WHOLE_GRID` combinations the order is a permutation; beyond, combinations are drawn without repeats.
     """
 
-    def __init__(self, space: SearchSpace, seed: int = 0) -> None:
-        self.space, self.seed = space, seed
-        self._whole = Candidates.of(space, seed) if space.size() <= WHOLE_GRID else None
+    def __init__(self, space: SearchSpace, seed: int = 0, refuse: Refuse | None = None) -> None:
+        self.space, self.seed, self.refuse = space, seed, refuse
+        self._whole = Candidates.of(space, seed, refuse=refuse) if space.size() <= WHOLE_GRID else None
         self._independent = RandomSampler(seed=seed)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -34,7 +34,7 @@ class ShuffledGrid(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        rows = self._whole or Candidates(self.space)
+        rows = self._whole or Candidates(self.space, self.refuse)
         done = {rows.key(s.params) for s in read(study, self.space) if s.number != trial.number}
         if self._whole is not None:
             order = np.random.default_rng([self.seed, 3]).permutation(len(rows.params))
@@ -46,7 +46,7 @@ class ShuffledGrid(BaseSampler):
             picked = self.space.snap(
                 {p.name: p.values[int(rng.integers(len(p.values)))] for p in self.space.parameters}
             )
-            if rows.key(picked) not in done and not self.space.denied(picked):
+            if rows.key(picked) not in done and rows.admits(picked):
                 break
         return distribution_values(self.space, picked)
 

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tuner.search.acquisition import Front, LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
 from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability
-from tuner.search.candidates import Candidates, Key, distribution_values, spread
+from tuner.search.candidates import Candidates, Key, Refuse, distribution_values, spread
 from tuner.search.expert import gpu_counts
 from tuner.search.foresight import Foresight
 from tuner.search.ledger import Proposal, Seen, answered, read
@@ -84,7 +84,7 @@ class TunerSampler(BaseSampler):
     """Proposes serving configurations for ``space`` under ``objective``, measured at ``loads`` (the ladder, low to
     high). ``predictor`` is the analytic model, None where there is none for this hardware; ``model`` the model's name
     or folder (it goes into serving configs); ``cost`` a first estimate of a launch's seconds, replaced by what launches
-    really took; ``earlier`` studies to start warm from.
+    really took; ``earlier`` studies to start warm from; ``refuse`` says why the machine cannot carry a configuration.
 
     ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share
     (corrected by what earlier promises kept);
@@ -103,13 +103,14 @@ class TunerSampler(BaseSampler):
         cost: LaunchCost | None = None,
         earlier: Sequence[Earlier] = (),
         options: Options | None = None,
+        refuse: Refuse | None = None,
     ) -> None:
         if not loads or min(loads) <= 0:
             raise ValueError("a ladder needs at least one load, all above zero")
         self.space, self.objective, self.loads = space, objective, tuple(sorted(loads))
         self.seed, self.cost, self.options = seed, cost or LaunchCost(), options or Options()
         self.predictor = predictor
-        self.candidates = Candidates.of(space, seed, asked=predictor is not None)
+        self.candidates = Candidates.of(space, seed, asked=predictor is not None, refuse=refuse)
         self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
         self.beliefs = Beliefs(self.candidates, Sources(self.candidates, self.foresight, earlier))
         self.expected_gain: float | None = None
@@ -370,7 +371,7 @@ class TunerSampler(BaseSampler):
 
         What differs in everything from a server that works mostly does not work, and its points say nothing of which
         difference they come from (group screening: Watson 1961, Technometrics 3(3))."""
-        for params, why in gpu_counts(self.space):
+        for params, why in gpu_counts(self.space, self.candidates.admits):
             index = self.beliefs.index(params)
             if index is not None and index not in taken:
                 return index, why

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.search.candidates import Candidates
-from tuner.search.expert import World, by_looks, effects
+from tuner.search.expert import World, by_looks, effects, sizes_told
 from tuner.search.foresight import Foresight, Source
 from tuner.search.surrogate import Array, Codes
 from tuner.search.warmstart import Earlier
@@ -42,6 +42,7 @@ class Sources:
     rules: list[Array] = field(default_factory=list)
     centres: dict[str, Array] = field(default_factory=dict)
     world: World = field(init=False)
+    told: bool = field(init=False)  # whether rules tell what each of several numbers of GPUs does
     guessed: bool = field(init=False)  # whether rules go by what values look like: names say nothing, nor anything else
     named: NDArray[np.bool_] = field(init=False)  # parameters of which rules know an effect
     _silent: NDArray[np.bool_] | None = None
@@ -50,7 +51,7 @@ class Sources:
         space = self.candidates.space
         known = self.earlier or self.foresight.predictor is not None
         looks = None if known else by_looks(space)
-        self.guessed, self.world = looks is not None, World.of(looks or space)
+        self.guessed, self.world, self.told = looks is not None, World.of(looks or space), sizes_told(space)
         self.rules = [BY_LOOKS * table for table in effects(looks)] if looks else effects(space)
         self.named = np.array([table[:, :2].any() for table in self.rules], dtype=bool)
 
@@ -91,7 +92,7 @@ class Sources:
         if name == "cost":
             found.append(Source("price x GPUs / load", self._structure(at), 1.0, 0.2))
         else:
-            if not modelled and not self.world.sizes:  # else rules say more of them
+            if not modelled and not self.world.sizes and not self.told:  # else rules say more of them
                 gpus = np.repeat(np.log(self.foresight.gpus[at])[:, None], width, axis=1)
                 found.append(Source("number of GPUs", gpus, -0.4 if name == "latency" else 0.7, 0.3))
             if self.ruled and (not modelled or self.left_out().any()):

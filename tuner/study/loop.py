@@ -15,7 +15,7 @@ from tuner.executor.protocol import Ended, Executor, Job
 from tuner.pareto.front import searched
 from tuner.study.outcome import ENVIRONMENT_CAUSES, GPU_BUSY, IN_A_ROW, Aborted, Infeasible, Measured, Outcome
 from tuner.study.queue import Proposal, Queue
-from tuner.study.store import EXHAUSTED, Store
+from tuner.study.store import Store
 from tuner.study.workload import Workload
 
 
@@ -62,7 +62,7 @@ class Loop:
             if not running and self.fault:
                 raise self.fault
             if not running:
-                return ended or over or EXHAUSTED
+                return ended or over or self.queue.nothing_new
             for end in self.executor.wait(0.5):
                 dry = False
                 with self._held(running):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from tuner.pareto.front import searched
@@ -14,7 +15,7 @@ from tuner.space.config import ServingConfig, Value
 from tuner.spec.study import Study
 from tuner.study.database import Away
 from tuner.study.outcome import Aborted, Infeasible, Outcome
-from tuner.study.store import Store, TrialRecord
+from tuner.study.store import EXHAUSTED, UNFOUND, Store, TrialRecord
 from tuner.study.upkeep import Look
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tuner.study.peers import Peers
 
 PATIENCE = 40  # proposals in a row that were refused or known, before the grid is walked for something new
+WHOLE, WALKED, DRAWN = 20_000, 200_000, 5_000  # grids above are drawn from first; above, not walked; draws
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class Queue:
         self.peers = peers
         self.over: Callable[[int], str] = lambda _running: ""
         self.awaited: Callable[[], bool] = lambda: False
+        self.nothing_new = EXHAUSTED  # what a None of propose() says
         self.stood_back = False  # the last None of propose() was not for want of configurations
         self._busy_elsewhere: set[str] = set()
         self.space = study.space
@@ -219,13 +222,20 @@ class Queue:
             self._tell(trial, record.outcome, free=True)
 
     def _walk(self) -> Proposal | None:
-        """Samplers that only repeat themselves: the next untried configuration of the grid, if there is one."""
+        """Samplers that only repeat themselves: an untried configuration at random, if there is one."""
         import random
 
-        if self.space.size() > 200_000:
-            return None
-        grid = list(self.space.grid())
-        random.Random(self.study.seed + self._next).shuffle(grid)
+        rng = random.Random(self.study.seed + self._next)
+        grid: Iterable[Mapping[str, Value]] = ()
+        if self.space.size() > WHOLE:  # a draw finds one where not nearly all are refused
+            drawn = ({p.name: rng.choice(p.values) for p in self.space.parameters} for _ in range(DRAWN))
+            grid = map(self.space.snap, drawn)
+        if self.space.size() <= WALKED:
+            whole = list(self.space.grid())
+            rng.shuffle(whole)
+            grid = chain(grid, whole)
+        else:
+            self.nothing_new = UNFOUND
         for params in grid:
             config = self.space.config(params, self.study.model)
             if config.hash not in self._known and not self.why_not(params):

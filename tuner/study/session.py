@@ -100,12 +100,16 @@ class Prepared:
 
     def why_not(self, config: ServingConfig) -> str:
         """Why ``config`` cannot be launched here, or the model refuses it; empty where it may run."""
+        return self.out_of_reach(config) or self.unfit(config)
+
+    def out_of_reach(self, config: ServingConfig) -> str:
+        """Why no server here can have the GPUs that ``config`` wants; empty where one can."""
         has, local = self.study.hardware.gpus, self.study.executor.kind == "local"  # a cluster may get a larger node
         if local and config.gpus > has:
             return f"it wants {config.gpus} GPUs, the study has {has}"
         if local and config.gpu and device_of(config.gpu) != (here := gpu_here(self.study, config.gpu)):
             return f"it wants a {device_of(config.gpu)}, servers here get a {here}"
-        return self.unfit(config)
+        return ""
 
     def unfit(self, config: ServingConfig) -> str:
         """Why the model (its memory arithmetic, mostly) refuses ``config``; empty where it may run."""
@@ -413,7 +417,8 @@ def _search(
     from tuner.verify import racing
 
     study = ready.study
-    proposals = queue.Queue(study, store, book(ready, store, peers, on_event), ready.why_not, ready.notes, peers)
+    ledger = book(ready, store, ready.out_of_reach, peers, on_event)
+    proposals = queue.Queue(study, store, ledger, ready.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
 
     worth, guess_usd, windows = Stopping(), launch_usd(ready), len(ready.traffic.heldout)
@@ -461,10 +466,14 @@ def _ledger(where: str, private: bool) -> Iterator[None]:
 
 
 def book(
-    ready: Prepared, store: Store, peers: Peers | None = None, on_event: OnEvent = lambda *_: None
+    ready: Prepared,
+    store: Store,
+    refuse: Callable[[ServingConfig], str],
+    peers: Peers | None = None,
+    on_event: OnEvent = lambda *_: None,
 ) -> optuna.Study:
-    """Optuna's study, opened or made, with the sampler of the user's choice. Tuners that share a study draw different
-    random numbers."""
+    """Optuna's study, opened or made, with the sampler of the user's choice, which knows what is out of reach
+    (``refuse``). Tuners that share a study draw different random numbers."""
     import optuna
 
     from tuner.search import choose
@@ -484,6 +493,7 @@ def book(
         seed=study.seed + later,
         cost=LaunchCost(start_s=60.0, step_s=step_seconds(ready)),
         earlier=_earlier(study, on_event),
+        refuse=lambda params: refuse(study.space.config(params, study.model)),
     )
     return optuna.create_study(
         storage=peers.database.storage if peers else storage(store),

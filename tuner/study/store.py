@@ -18,7 +18,9 @@ from tuner.spec.storage import sqlite_url
 from tuner.study.outcome import ENVIRONMENT_CAUSES, GPU_BUSY, Aborted, Infeasible, Outcome, from_dict, to_dict
 
 CHECKED = "quality.json"  # in a trial's folder: how its answers compare with the default's
-EXHAUSTED = "every configuration of the space has been tried"  # why a search ended
+# why a search ended
+EXHAUSTED = "every configuration of the space has been tried"
+UNFOUND = "nothing was proposed, or found by thousands of draws, that is neither refused nor launched already"
 
 
 @dataclass(frozen=True, slots=True)

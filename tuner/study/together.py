@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tuner.study.database import Away
 from tuner.study.queue import Queue
-from tuner.study.store import EXHAUSTED
+from tuner.study.store import EXHAUSTED, UNFOUND
 
 if TYPE_CHECKING:
     from tuner.study.peers import Peers
@@ -36,9 +36,9 @@ class Together:
         """Runs ``loop`` again whenever another tuner leaves something to do; returns why the search ended, in words."""
         while True:
             ended = loop()
-            if ended == EXHAUSTED and self.queue.stood_back:
+            if ended in (EXHAUSTED, UNFOUND) and self.queue.stood_back:
                 ended = self._said = AWAY
-            if self.cancel.is_set() or ended not in (AWAY, EXHAUSTED, self._said):
+            if self.cancel.is_set() or ended not in (AWAY, EXHAUSTED, UNFOUND, self._said):
                 return ended
             agreed = self._wait(ended)
             if agreed:
@@ -67,7 +67,7 @@ class Together:
                 with self.peers.turn():
                     running, queued = len(self.queue.catch_up().running), self.peers.waiting()
                     why = self._over(running)
-                    exhausted = ended == EXHAUSTED and not queued
+                    exhausted = ended in (EXHAUSTED, UNFOUND) and not queued
                     if not running and (why or exhausted):
                         self.peers.agree(why or ended, self._budget)
                         return why or ended
