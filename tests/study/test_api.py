@@ -211,3 +211,25 @@ def test_rules_that_leave_nothing_are_said_to(study):
         AskTell({**study, "search_space": {**study["search_space"], **denied}}),
     ):
         pass
+
+
+def sized(study, **hardware):
+    sizes = {"values": [1, 2, 4, 8], "default": 1, "counts_gpus": True}
+    parameters = {"tensor_parallel_size": sizes, "data_parallel_size": sizes, **study["search_space"]["parameters"]}
+    space = {**study["search_space"], "parameters": parameters}
+    return {**study, "search_space": space, "hardware": {"gpu": "H100-SXM", **hardware}, "budget": "12 launches"}
+
+
+def asked_gpus(study) -> list[int]:
+    found = []
+    with AskTell(study) as search:
+        while (proposal := search.ask()) is not None:
+            found.append(proposal.config.gpus)
+            search.tell(proposal, {load: measure(proposal.params, load) for load in (1.0, 2.0)})
+    return found
+
+
+def test_no_more_gpus_are_asked_for_than_the_study_names(study):
+    named = asked_gpus(sized(study, gpus=8))
+    assert max(named) <= 8 and len(named) > 2
+    assert max(asked_gpus({**sized(study), "name": "other"})) > 1  # those of this machine say nothing of who launches

@@ -70,6 +70,19 @@ def test_a_space_that_is_exhausted_ends_the_study_before_its_budget(runner, samp
     assert len(engine.launched) == len(set(engine.launched)) == 4
 
 
+def test_a_large_space_of_which_hardly_anything_may_run_is_not_called_tried(runner, monkeypatch):
+    """Samplers that know of no GPUs propose little else than what is refused; a draw finds what may run."""
+    monkeypatch.setattr("tuner.study.queue.WHOLE", 10)
+    monkeypatch.setattr("tuner.study.queue.WALKED", 20)
+    monkeypatch.setattr(Prepared, "why_not", lambda _self, config: "" if config.hash[0] == "0" else "too many GPUs")
+    engine = FakeEngine()
+    assert runner.run(engine).startswith("the search's 6 launches are spent") and len(engine.launched) == 6
+    monkeypatch.setattr("tuner.study.queue.DRAWN", 1)
+    monkeypatch.setattr(Prepared, "why_not", lambda *_: "too many GPUs")
+    ended = runner.run(engine, replace={"launches: 6": "launches: 9"})
+    assert "neither refused nor launched already" in ended and len(engine.launched) == 6
+
+
 def test_the_ladder_goes_up_and_ends_at_the_first_miss_on_one_launch(runner):
     engine = FakeEngine()
     runner.run(engine, replace={"launches: 6": "launches: 1"})

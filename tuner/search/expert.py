@@ -100,14 +100,14 @@ def _looks(p: Parameter) -> str:
     return "max_num_batched_tokens" if low >= 256 and high >= 2048 else ""
 
 
-def gpu_counts(
-    space: SearchSpace, admits: Callable[[Mapping[str, Value]], bool]
-) -> list[tuple[dict[str, Value], str]]:
+def gpu_counts(space: SearchSpace, admits: Callable[[Mapping[str, Value]], bool]) -> list[tuple[dict[str, Value], str]]:
     """The engine's default on the most GPUs and on few, with the reason: worth a launch where nothing is known of the
     parameters but which of them count GPUs. What may not be launched is left out."""
     counting = [p for p in space.parameters if p.counts_gpus]
     default, found = space.snap(space.default()), []
-    made = [dict(zip([p.name for p in counting], sizes, strict=True)) for sizes in product(*(p.values for p in counting))]
+    made = [
+        dict(zip([p.name for p in counting], sizes, strict=True)) for sizes in product(*(p.values for p in counting))
+    ]
     by_size = sorted(made, key=lambda sizes: math.prod(map(float, sizes.values())))
     few = {p.name: p.values[min(1, len(p.values) - 1)] for p in counting[:1]}
     for words, sizes in (("most GPUs", reversed(by_size)), ("few GPUs", [few])):
