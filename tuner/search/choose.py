@@ -34,8 +34,8 @@ def sampler(
     refuse: Refuse | None = None,
 ) -> BaseSampler:
     """The sampler called ``name``: ``auto`` is :class:`tuner.search.sampler.TunerSampler`, the others are Optuna's,
-    which see a trial's two values and its constraint. ``grid`` goes through the whole grid in a seeded order. Neither of
-    ours proposes what ``refuse`` says the machine cannot carry.
+    which see a trial's two values and its constraint. ``grid`` goes through the whole grid in a seeded order. These two
+    never propose what ``refuse`` says the machine cannot carry.
 
     Raises :class:`UsageError` for another name, and where a sampler cannot work on this space.
     """
