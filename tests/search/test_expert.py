@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -214,14 +213,6 @@ def test_where_0_means_that_the_engine_chooses_it_is_like_the_others():
     for name in ("num_tokens_per_iter", "max_num_seqs", "max_total_tokens", "ubatch_size"):
         table = effects(SearchSpace("one", "lmdeploy", (knob(name, 0, 1024, 4096, default=0),)))[0]
         assert table[1, 1] < table[0, 1] < table[2, 1]
-
-
-def test_a_batch_that_is_computed_in_parts_is_of_tokens():
-    """llama.cpp's -b and -ub; alone, a batch's size is of sequences."""
-    batch, part = knob("batch_size", 256, 2048, default=2048), knob("ubatch_size", 64, 512, default=512)
-    alone, beside = (effects(SearchSpace("one", "llama", of))[0] for of in ((batch,), (batch, part)))
-    tokens = effects(SearchSpace("one", "vllm", (replace(batch, name="max_num_batched_tokens"),)))[0]
-    assert (beside == tokens).all() and (alone != tokens).any()
 
 
 def test_a_model_that_needs_more_gpus_gains_more_by_twice_as_many():

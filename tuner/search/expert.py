@@ -53,7 +53,6 @@ def effects(space: SearchSpace) -> list[Array]:
     The last row stands for "does not apply"."""
     counted = any(p.counts_gpus for p in space.parameters)  # then what GPUs do is a prior mean of its own
     experts, told, found = _experts(space), sizes_told(space), []
-    parts = any(re.search(PART, _plain(p.name)) for p in space.parameters)
     for p in space.parameters:
         parallel = _parallel(p, experts)
         if (p.counts_gpus and not told) or (parallel and counted and not p.counts_gpus):
@@ -62,7 +61,7 @@ def effects(space: SearchSpace) -> list[Array]:
             least = math.sqrt(min(map(float, p.values)))  # a model that needs more GPUs gains by more of them
             known = [parallel(float(v) / least) for v in p.values]
         else:
-            known = _effects(p, experts, parts)
+            known = _effects(p, experts)
         found.append(np.array([*known, NOTHING]))
     return found
 
@@ -222,7 +221,6 @@ def _replicas(n: float) -> Effect:
     return -0.15 * math.log2(n), 0.55 * math.log2(n), 0.0
 
 
-PART = r"_u_?batch_"  # of a batch, what is computed at once
 DP_INSIDE = r"^_dp_size_$|dp_attention_size"
 # names that have a known one's words, and mean something about it
 ABOUT = r"top_?k|lookup_m(ax|in)|_min_|threshold|_hash|evict|cascade|balance|_lora|_kv.*offload"
@@ -254,7 +252,7 @@ NUMBERS: Sequence[tuple[str, Callable[[Parameter, float], Effect]]] = (
         r"|ragged_batch_size|_num_batch_",
         _budget,
     ),
-    (PART, _part),
+    (r"_u_?batch_", _part),
     (
         r"_seqs_|_sequences?_(?!len)|running_req|ongoing_req|max_req|max_concurren|batch_size|max_batch_$|_n_?seq_"
         r"|^_(n_|num_|ollama_num_)?parallel_$|_slots_",
@@ -331,14 +329,12 @@ def _parallel(p: Parameter, experts: bool) -> Callable[[float], Effect] | None:
     return next((effect for has, effect in PARALLEL if re.search(has, name)), None)
 
 
-def _effects(p: Parameter, experts: bool, parts: bool) -> list[Effect]:
+def _effects(p: Parameter, experts: bool) -> list[Effect]:
     """What the rules say of each value. Where they know numbers alone, a word is no drafts, or like the mean of the
-    numbers ("auto"). A ``batch_size`` that is computed in ``parts`` is of tokens (llama.cpp), else of sequences."""
+    numbers ("auto")."""
     name = _plain(p.name)
     inside = experts and re.search(DP_INSIDE, name)
     rule = _attention if inside else next((rule for has, rule in NUMBERS if re.search(has, name)), None)
-    if parts and name == "_batch_size_":
-        rule = _budget
     no_length = "parallel" in name and rule is not _sequences  # a draft model's own parallel size
     if no_length or re.search(ABOUT, name):
         return [NOTHING] * len(p.values)
