@@ -127,7 +127,7 @@ class AskTell:
         paid = self.store.launched("search", "verify")
         both = (budget.of_search(paid), paid)
         used, whole = (budget.spent(self.study, trials, running, self._guess_usd) for trials in both)
-        return budget.search_is_over(self.study, used, whole)
+        return session.why_over(self.study, self._queue.book, used, whole)
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
         try:

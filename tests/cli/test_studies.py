@@ -107,6 +107,8 @@ def test_a_rehearsal_keeps_what_the_emulator_knows_of_the_engine_and_says_what_i
         ("8", {"verify_share": 0.5}, Budget(launches=8, verify_share=0.5)),
         ("{launches: 5, verify_share: 0}", {"budget": "2h"}, Budget(hours=2, verify_share=0)),
         ("{hours: 5}", {"budget": "20 launches", "verify_share": 0.3}, Budget(launches=20, verify_share=0.3)),
+        ("{launches: 5, min_gain: 0}", {"budget": "2h"}, Budget(hours=2, min_gain=0)),
+        ("{min_gain: 1%}", {"verify_share": 0}, Budget(launches=20, verify_share=0, min_gain=0.01)),
     ],
 )
 def test_the_budget_from_the_command_line_keeps_what_it_does_not_name(workplace: Path, said, flags, budget) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.search.problem import LOADS, Model, knob, launch, objective, run, space, study, truth
 from tuner.pareto.volume import hypervolume
-from tuner.search import ledger
+from tuner.search import choose, ledger
 from tuner.search.acquisition import LaunchCost
 from tuner.search.ledger import Proposal
 from tuner.search.reading import read as read_outcome
@@ -387,3 +387,10 @@ def test_what_no_server_served_with_is_of_parameters_without_order():
     assert set(found.values()) == {"half True", "guess ngram"}
     running = next(i for i, words in found.items() if words == "half True")
     assert set(Scan(one.beliefs, LOADS, trials, [running]).unseen(list(found)).values()) <= {"guess ngram"}
+
+
+@pytest.mark.parametrize(("min_gain", "last"), [(0.9, 0.9), (0.0, 0.003)])
+def test_what_is_new_is_tried_where_less_is_promised_than_the_study_asks_for(min_gain: float, last: float):
+    """With 0 nothing ends a search, but it still tries what is new where the usual one would end."""
+    one = choose.sampler("auto", space(), objective(), LOADS, min_gain=min_gain)
+    assert isinstance(one, TunerSampler) and one.at_last.min_gain == last

@@ -43,3 +43,7 @@ def test_the_threshold_is_the_users():
     assert Stopping(min_gain=0.05).reason(seen) and not Stopping(min_gain=0.01).reason(seen)
     with pytest.raises(ValueError, match="patience"):
         Stopping(patience=0)
+
+
+def test_with_0_no_promise_is_too_little():
+    assert Stopping(min_gain=0.0).reason(trials(*[0.0] * 30)) == ""

@@ -7,6 +7,7 @@ from ruamel.yaml import YAML
 
 from tuner.errors import UsageError
 from tuner.spec import shipped, studyfile
+from tuner.spec.text import Document
 from tuner.study import session
 from tuner.study.store import Store
 
@@ -255,3 +256,14 @@ def test_the_study_folders_file_gives_back_every_text(workplace, tmp_path, note)
     session.write_study(study.frozen, store)
     again = studyfile.load(store.folder)
     assert again.engine.env == {"NOTE": note} and studyfile.differences(again, study) == []
+
+
+@pytest.mark.parametrize(("said", "gain"), [("", 0.003), (", min_gain: 0", 0.0), (", min_gain: 0.5%", 0.005)])
+def test_what_a_launch_has_to_promise_may_change_and_is_kept(workplace, said, gain):
+    """With the default, tuners of a shared study say of their budget what those of earlier versions say."""
+    before = studyfile.load(write(workplace, GOOD))
+    study = studyfile.load(write(workplace, GOOD.replace("launches: 5", f"launches: 5{said}")))
+    assert study.budget.min_gain == pytest.approx(gain)
+    assert studyfile.resolve(Document("study.yaml", dict(study.frozen)), workplace).budget == study.budget
+    assert studyfile.differences(before, study) == []
+    assert repr(study.budget) == "Budget(launches=5, hours=None, usd=None, verify_share=0.3)"

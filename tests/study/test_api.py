@@ -233,3 +233,22 @@ def test_no_more_gpus_are_asked_for_than_the_study_names(study):
     named = asked_gpus(sized(study, gpus=8))
     assert max(named) <= 8 and len(named) > 2
     assert max(asked_gpus({**sized(study), "name": "other"})) > 1  # those of this machine say nothing of who launches
+
+
+def flat(study, min_gain):
+    """How many launches are asked for of 70 configurations that all measure the same."""
+    parameters = {
+        "batch": STUDY["search_space"]["parameters"]["batch"],
+        "colour": {"flag": "colour", "values": list("abcdefghij"), "default": "a"},
+    }
+    space = {**study["search_space"], "parameters": parameters}
+    budget = {"launches": 25, "verify_share": 0, "min_gain": min_gain}
+    with AskTell({**study, "search_space": space, "budget": budget}) as search:
+        while (proposal := search.ask()) is not None:
+            search.tell(proposal, {1.0: GOOD})
+        return len(search.store.trials())
+
+
+def test_a_search_ends_where_nothing_promises_what_the_study_asks_for(study):
+    assert flat(study, "50%") == 10
+    assert flat(study, 0) == 25  # it goes on from there, in the same folder

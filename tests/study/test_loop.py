@@ -1001,6 +1001,18 @@ def test_every_finished_trial_is_recorded_once(runner):
     assert sorted(runner.recorder.trials) == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_search_that_ends_for_want_of_gain_says_what_it_leaves_and_goes_on_without_that(runner):
+    ended = {"sampler: random": "sampler: auto", "launches: 6, verify_share: 0": "launches: 20, min_gain: 90%"}
+    said = runner.run(replace=ended)
+    assert said.startswith("the best untried configuration promised") and "a launch has to promise 90.00%" in said
+    assert said.endswith("Left unspent by the search: 4 of its 14 launches (budget.min_gain: 0 spends them)")
+    ended["launches: 6, verify_share: 0"] = "launches: 20, min_gain: 0"
+    assert "the search's 14 launches are spent" in runner.run(replace=ended)
+    spent = budget.Spent(3, 0.5, 1.0, 60.0, 0.3)
+    left = budget.unspent(replace(runner.study(), budget=Budget(None, 4, 10.0)), spent, spent)
+    assert "2.30 of its 2.8 h, 6.00 of its 7.00 USD" in left
+
+
 def test_parallel_trials_count_once_in_hours_and_each_in_usd(runner):
     from dataclasses import replace
 

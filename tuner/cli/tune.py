@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,10 +198,10 @@ def _budget(said: Any, flags: Flags) -> dict[str, Any]:
     found = dict(said) if isinstance(said, dict) else {}
     if text := flags.budget or ("" if said is None or isinstance(said, dict) else str(said)):
         try:
-            limits = asdict(parse_budget(text))
+            limits = parse_budget(text)
         except ValueError as error:
             raise UsageError(f"--budget: {error}" if flags.budget else str(error)) from None
-        found = {**limits, "verify_share": found.get("verify_share", limits["verify_share"])}
+        found |= {"launches": limits.launches, "hours": limits.hours, "usd": limits.usd}
     return found | ({} if flags.verify_share is None else {"verify_share": flags.verify_share})
 
 

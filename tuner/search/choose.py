@@ -9,6 +9,7 @@ from tuner.errors import UsageError
 from tuner.search.prediction import Predictor
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
+from tuner.spec.study import MIN_GAIN
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -32,6 +33,7 @@ def sampler(
     cost: LaunchCost | None = None,
     earlier: Sequence[Earlier] = (),
     refuse: Refuse | None = None,
+    min_gain: float = MIN_GAIN,
 ) -> BaseSampler:
     """The sampler called ``name``: ``auto`` is :class:`tuner.search.sampler.TunerSampler`, the others are Optuna's,
     which see a trial's two values and its constraint. ``grid`` goes through the whole grid in a seeded order. These two
@@ -42,9 +44,10 @@ def sampler(
     if name not in NAMES:
         raise UsageError(f"unknown sampler {name!r}", fix=f"Write one of {', '.join(NAMES)}.")
     if name == "auto":
-        from tuner.search.sampler import TunerSampler
+        from tuner.search.sampler import Options, TunerSampler
 
-        return TunerSampler(space, objective, loads, predictor, model, seed, cost, earlier, refuse=refuse)
+        options = Options(min_gain=min_gain)
+        return TunerSampler(space, objective, loads, predictor, model, seed, cost, earlier, options, refuse)
     from optuna import samplers
 
     if name == "gp":

@@ -37,6 +37,7 @@ from tuner.search.surrogate import Array
 from tuner.search.warmstart import Earlier
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
+from tuner.spec.study import MIN_GAIN
 from tuner.study.outcome import Measured
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 LONG = 3 * LAUNCHES  # launches of a study whose resumption leaves the model's constants alone
 DRAWN = 200  # variations of the default of which the newest is launched
 NEWS = 0.05  # log units by which a constant moves before the model is asked again
-AT_LAST = Stopping()  # what promises less than this may end the search
 SECOND_HAND = 3.0  # times that the doubt counts of a value which no server has served with
 SURE = 0.95  # probability of serving from which a proposal's reason leaves it unsaid
 SHARE_SD = 0.2  # at least, of how much of what the learnt constants change is so: the truth may lie between
@@ -68,7 +68,7 @@ class Options:
     ``shortlist`` candidates get the full expectation; ``neighbours`` at most join a sampled pool at a time. Measuring a
     point again may take one launch in ``remeasure_every`` (0: never). Where nothing is known of any parameter but
     what its values look like, the first ``near_until`` launches differ in at most ``near`` parameters (0: in any) from
-    one that served."""
+    one that served. ``min_gain`` is the study's (:class:`tuner.search.stopping.Stopping`)."""
 
     first: int = 4
     shortlist: int = 160
@@ -78,6 +78,7 @@ class Options:
     by_gain: int = 12
     near: int = 3
     near_until: int = 10
+    min_gain: float = MIN_GAIN
 
 
 class TunerSampler(BaseSampler):
@@ -109,6 +110,8 @@ class TunerSampler(BaseSampler):
             raise ValueError("a ladder needs at least one load, all above zero")
         self.space, self.objective, self.loads = space, objective, tuple(sorted(loads))
         self.seed, self.cost, self.options = seed, cost or LaunchCost(), options or Options()
+        # what promises less may end the search; where nothing ends it so, the usual rule says when to try what is new
+        self.at_last = Stopping(self.options.min_gain or MIN_GAIN)
         self.predictor = predictor
         self.candidates = Candidates.of(space, seed, asked=predictor is not None, refuse=refuse)
         self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
@@ -255,10 +258,9 @@ class TunerSampler(BaseSampler):
     def _ends(self, readings: Sequence[Reading], launched: int) -> bool:
         """Whether this may be one of the last proposals of a search that ends by itself (one that goes on all the same
         goes by what is promised)."""
-        little = (self.expected_gain or 0.0) < AT_LAST.min_gain
-        return (
-            little and launched >= AT_LAST.fewest - AT_LAST.patience and not AT_LAST.reason([r.seen for r in readings])
-        )
+        last = self.at_last
+        little = (self.expected_gain or 0.0) < last.min_gain
+        return little and launched >= last.fewest - last.patience and not last.reason([r.seen for r in readings])
 
     def _unseen(
         self, scan: Scan, free: Sequence[int], front: Front, cost: LaunchCost, normal: Array, power: float

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuner.search.ledger import Seen
+from tuner.spec.study import MIN_GAIN
 
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
     """A search ends when ``patience`` proposals in a row each promised less than ``min_gain`` (a share of the front's
-    hypervolume), but not before ``fewest`` launches: what few launches promise is not to be believed."""
+    hypervolume; 0: never), but not before ``fewest`` launches: what few launches promise is not to be believed."""
 
-    min_gain: float = 0.003
+    min_gain: float = MIN_GAIN
     patience: int = 3
     fewest: int = 10
 

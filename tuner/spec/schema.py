@@ -73,6 +73,7 @@ class BudgetFile(Strict):
     hours: Number | None = None
     usd: Number | None = None
     verify_share: Number = 0.3
+    min_gain: Limit = "0.3%"
 
 
 class StorageFile(Strict):

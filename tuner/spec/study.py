@@ -10,6 +10,7 @@ from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.storage import StorageSpec
 
+MIN_GAIN = 0.003  # budget.min_gain where the study says none
 COUNTED = "counts_fixed"  # see spacefile.as_before
 RULES = ("planned_ends", "fills_cache", COUNTED)  # that are newer than some studies: those go on without
 
@@ -67,12 +68,14 @@ class LoadSpec:
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Whichever is spent first ends the search; None does not limit. ``verify_share`` is kept for verification: of 20
-    launches, three each of the default and a finalist. Two say little of what launches differ by."""
+    launches, three each of the default and a finalist. Two say little of what launches differ by. A search whose
+    proposals promise less than ``min_gain`` (a share of the front's hypervolume) ends before; 0: none does."""
 
     launches: int | None = None
     hours: float | None = None
     usd: float | None = None
     verify_share: float = 0.3
+    min_gain: float = field(default=MIN_GAIN, repr=False)  # tuners of earlier versions agree on the rest in words
 
 
 @dataclass(frozen=True, slots=True)

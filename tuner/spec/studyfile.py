@@ -184,8 +184,22 @@ def _budget(file: BudgetFile | str | int, document: Document) -> Budget:
             document.refuse(f"budget.{key} must be a number above zero, not {value}", ("budget", key))
     if not 0 <= file.verify_share < 1:
         raise document.error("budget.verify_share is a share from 0 to below 1", ("budget", "verify_share"))
-    budget = Budget(file.launches, file.hours, file.usd, file.verify_share)
-    return budget if (file.launches or file.hours or file.usd) else Budget(20, None, None, file.verify_share)
+    launches = file.launches if (file.launches or file.hours or file.usd) else 20
+    return Budget(launches, file.hours, file.usd, file.verify_share, _min_gain(file.min_gain, document))
+
+
+def _min_gain(said: str | float, document: Document) -> float:
+    """``0.3%`` or ``0.003``."""
+    at, word = ("budget", "min_gain"), str(said).strip()
+    try:
+        found = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < 1:
+        raise document.error(f"budget.min_gain is a share such as 0.3%, from 0 to below 1, not {said}", at)
+    if found > 0.1 and not word.endswith("%"):
+        document.refuse(f"budget.min_gain: {word} is {found:.0%} of the front", at, f"write for example {word}%")
+    return found
 
 
 def parse_budget(text: str) -> Budget:

@@ -86,30 +86,48 @@ def search_is_over(study: Study, used: Spent, whole: Spent | None = None, verify
     """Why no further launch fits into the search's part of the budget, in words; empty while one does. ``whole`` is
     what search and verification took together (None: nothing was verified): the search has no more than it leaves.
     ``verify_s`` is what a launch of verification takes (0: not known)."""
-    budget, share = study.budget, study.budget.verify_share
-    whole = whole or used
-    if budget.launches is not None:
-        verified = whole.launches - used.launches
-        launches = max(min(for_search(budget), budget.launches - verified), 0)
-        if used.launches >= launches:
-            kept = budget.launches - launches
-            to = "went to" if kept == verified else "are kept for"
-            rest = f" (of the budget's {budget.launches}, {kept} {to} verification)" if kept else ""
-            return f"the search's {launches} launches are spent{rest}"
-    if budget.hours is not None:
-        verified = whole.hours - used.hours
-        hours = max(min(without(share, budget.hours, verify_s / 3600), budget.hours - verified), 0)
-        if used.hours + used.launch_s / 3600 > hours:
-            rest_min = max(hours - used.hours, 0) * 60
-            return f"{rest_min:.0f} minutes of {hours:.4g} h are left, and a launch takes {used.launch_s / 60:.1f}"
-    if budget.usd is not None:
-        verify_usd = used.launch_usd * verify_s / used.launch_s if used.launch_s else 0.0
-        verified = whole.usd - used.usd
-        usd = max(min(without(share, budget.usd, verify_usd), budget.usd - verified), 0)
-        if used.launches and used.usd + used.launch_usd > usd:
-            rest = max(usd - used.usd, 0)
-            return f"{_usd(rest)} of {_usd(usd)} USD are left, and a launch costs {_usd(used.launch_usd)}"
+    budget, whole = study.budget, whole or used
+    launches, hours, usd = _of_search(budget, used, whole, verify_s)
+    if budget.launches is not None and launches is not None and used.launches >= launches:
+        kept = budget.launches - launches
+        to = "went to" if kept == whole.launches - used.launches else "are kept for"
+        rest = f" (of the budget's {budget.launches}, {kept} {to} verification)" if kept else ""
+        return f"the search's {launches} launches are spent{rest}"
+    if hours is not None and used.hours + used.launch_s / 3600 > hours:
+        rest_min = max(hours - used.hours, 0) * 60
+        return f"{rest_min:.0f} minutes of {hours:.4g} h are left, and a launch takes {used.launch_s / 60:.1f}"
+    if usd is not None and used.launches and used.usd + used.launch_usd > usd:
+        rest = max(usd - used.usd, 0)
+        return f"{_usd(rest)} of {_usd(usd)} USD are left, and a launch costs {_usd(used.launch_usd)}"
     return ""
+
+
+def unspent(study: Study, used: Spent, whole: Spent, verify_s: float = 0.0) -> str:
+    """What a search that ends for want of gain leaves of its part of the budget, and what would spend it."""
+    launches, hours, usd = _of_search(study.budget, used, whole, verify_s)
+    parts = [] if launches is None else [f"{launches - used.launches} of its {launches} launches"]
+    if hours is not None:
+        parts.append(f"{max(hours - used.hours, 0):.2f} of its {hours:.4g} h")
+    if usd is not None:
+        parts.append(f"{_usd(max(usd - used.usd, 0))} of its {_usd(usd)} USD")
+    return f"Left unspent by the search: {', '.join(parts)} (budget.min_gain: 0 spends them)"
+
+
+def _of_search(
+    budget: Budget, used: Spent, whole: Spent, verify_s: float
+) -> tuple[int | None, float | None, float | None]:
+    """The launches, hours and USD of the search; None where the budget does not limit them."""
+    launches, hours, usd = budget.launches, budget.hours, budget.usd
+    if launches is not None:
+        launches = max(min(for_search(budget), launches - (whole.launches - used.launches)), 0)
+    if hours is not None:
+        mine = without(budget.verify_share, hours, verify_s / 3600)
+        hours = max(min(mine, hours - (whole.hours - used.hours)), 0)
+    if usd is not None:
+        verify_usd = used.launch_usd * verify_s / used.launch_s if used.launch_s else 0.0
+        mine = without(budget.verify_share, usd, verify_usd)
+        usd = max(min(mine, usd - (whole.usd - used.usd)), 0)
+    return launches, hours, usd
 
 
 def left(study: Study, used: Spent) -> str:

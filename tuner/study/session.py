@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tuner.search.model.predictor import AnalyticModel
     from tuner.search.model.shape import ModelShape
     from tuner.search.warmstart import Earlier
+    from tuner.study.budget import Spent
     from tuner.study.ownmodel import OwnModel
     from tuner.study.peers import Peers
     from tuner.verify.fingerprint import Fingerprint
@@ -412,8 +413,6 @@ def _search(
     peers: Peers | None,
 ) -> str:
     from tuner.pareto.front import front, points, searched
-    from tuner.search.ledger import read
-    from tuner.search.stopping import Stopping
     from tuner.verify import racing
 
     study = ready.study
@@ -421,7 +420,7 @@ def _search(
     proposals = queue.Queue(study, store, ledger, ready.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
 
-    worth, guess_usd, windows = Stopping(), launch_usd(ready), len(ready.traffic.heldout)
+    guess_usd, windows = launch_usd(ready), len(ready.traffic.heldout)
     races = study.load.early_stop and study.engine.kind != "function"  # whose figures need not be a server's
 
     def stop_reason(running: int) -> str:
@@ -429,9 +428,7 @@ def _search(
         mine = budget.of_search(paid)
         used, whole = (budget.spent(study, trials, running, guess_usd) for trials in (mine, paid))
         on_event("budget", {"left": budget.left(study, whole), "launches": used.launches})
-        if why := budget.search_is_over(study, used, whole, budget.verify_launch_s(mine, windows)):
-            return why
-        return worth.reason(read(proposals.book, study.space), used.launch_usd)
+        return why_over(study, proposals.book, used, whole, budget.verify_launch_s(mine, windows))
 
     def beaten(steps: Sequence[Step]) -> str:
         found = front(points(searched(store.trials()), study.objective))
@@ -445,6 +442,18 @@ def _search(
     with executor(bench) as where:
         loop = Loop(where, store, proposals, ready.traffic, recorder, on_event, reason, cancel)
         return together.run(loop.run) if together else loop.run()
+
+
+def why_over(study: Study, book: optuna.Study, used: Spent, whole: Spent, verify_s: float = 0.0) -> str:
+    """Why no further launch of the search is to be made (as :func:`tuner.study.budget.search_is_over`), or worth it;
+    empty while one is."""
+    from tuner.search.ledger import read
+    from tuner.search.stopping import Stopping
+
+    if why := budget.search_is_over(study, used, whole, verify_s):
+        return why
+    why = Stopping(study.budget.min_gain).reason(read(book, study.space), used.launch_usd)
+    return why and f"{why}. {budget.unspent(study, used, whole, verify_s)}"
 
 
 @contextmanager
@@ -494,6 +503,7 @@ def book(
         cost=LaunchCost(start_s=60.0, step_s=step_seconds(ready)),
         earlier=_earlier(study, on_event),
         refuse=lambda params: refuse(study.space.config(params, study.model)),
+        min_gain=study.budget.min_gain,
     )
     return optuna.create_study(
         storage=peers.database.storage if peers else storage(store),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tuner.spec.study import MIN_GAIN
 from tuner.study.database import Away
 from tuner.study.queue import Queue
 from tuner.study.store import EXHAUSTED, UNFOUND
@@ -58,7 +59,8 @@ class Together:
 
     @property
     def _budget(self) -> str:
-        return repr(self.queue.study.budget)
+        budget = self.queue.study.budget
+        return repr(budget) + (f" {budget.min_gain:g}" if budget.min_gain != MIN_GAIN else "")
 
     def _wait(self, ended: str) -> str:
         """Until there is something to launch (empty), or the search is over for all (why)."""
