@@ -5,7 +5,7 @@
     with AskTell("study.yaml") as search:
         while (proposal := search.ask()) is not None:
             search.tell(proposal, {load: measure(proposal.config, load) for load in (1.0, 2.0)})
-        print(search.choice().text)
+        print(search.ended, search.choice().text)
 
 The study's folder is kept as by ``tuner tune``: ``tuner front``, ``tuner report`` and a later session read it.
 """
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
@@ -37,19 +38,24 @@ from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.study.peers import joined
 from tuner.study.price import priced
 from tuner.study.queue import Proposal, Queue
+from tuner.study.together import AWAY
 
 
 class AskTell:
     """One session of a study, whose trials the caller evaluates. Use it in a ``with``: the folder is locked meanwhile.
 
     ``study`` is a study file, the same as a mapping (relative paths are then relative to the current folder), or a
-    :class:`Study`. Raises UsageError for what a study file may not say.
+    :class:`Study`. Raises UsageError for what a study file may not say. Nothing is verified here: the search has the
+    whole budget, unless the study says a ``verify_share``, which then is kept for a later ``tuner tune``.
+
+    ``ended`` says why :meth:`ask` had nothing more to propose, in words; empty while it has.
     """
 
     def __init__(self, study: Study | str | Path | Mapping[str, Any]) -> None:
         if isinstance(study, Mapping):
             study = studyfile.resolve(Document("study", dict(study)), Path())
         self.study = study if isinstance(study, Study) else studyfile.load(Path(study))
+        self.ended = ""
         self._stack = ExitStack()
 
     def __enter__(self) -> AskTell:
@@ -64,6 +70,9 @@ class AskTell:
         refuse = lambda config: self._out_of_reach(config) or ready.unfit(config)  # noqa: E731
         self._queue = Queue(study, self.store, book, refuse, ready.predicted, peers)
         self._queue.over = self._over
+        said = study.frozen.get("budget")
+        kept = study.budget.verify_share if isinstance(said, Mapping) and "verify_share" in said else 0.0
+        self._within = replace(study, budget=replace(study.budget, verify_share=kept))
         # asked and not told yet: number to the config's hash, and when (monotonic)
         self._open: dict[int, tuple[str, float]] = {}
         return self
@@ -74,10 +83,12 @@ class AskTell:
         self._stack.close()
 
     def ask(self) -> Proposal | None:
-        """The next configuration to measure; None once the budget is spent or the space is exhausted."""
+        """The next configuration to measure; None once the search has ended: :attr:`ended` says why."""
         proposal = None if self._over(len(self._open)) else self._queue.propose()
         if proposal is not None:
             self._open[proposal.number] = (proposal.config.hash, time.monotonic())
+        elif not self.ended:
+            self.ended = AWAY if self._queue.stood_back else self._queue.nothing_new
         return proposal
 
     def tell(self, proposal: Proposal, outcome: Outcome | Refused | Mapping[float, Mapping[str, float]]) -> None:
@@ -127,7 +138,8 @@ class AskTell:
         paid = self.store.launched("search", "verify")
         both = (budget.of_search(paid), paid)
         used, whole = (budget.spent(self.study, trials, running, self._guess_usd) for trials in both)
-        return session.why_over(self.study, self._queue.book, used, whole)
+        self.ended = session.why_over(self._within, self._queue.book, used, whole)
+        return self.ended
 
     def _step(self, proposal: Proposal, load: float, metrics: Mapping[str, float]) -> Step:
         try:

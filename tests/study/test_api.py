@@ -252,3 +252,22 @@ def flat(study, min_gain):
 def test_a_search_ends_where_nothing_promises_what_the_study_asks_for(study):
     assert flat(study, "50%") == 10
     assert flat(study, 0) == 25  # it goes on from there, in the same folder
+
+
+@pytest.mark.parametrize(("said", "asked"), [({}, 10), ({"verify_share": 0.3}, 7)])
+def test_the_whole_budget_is_the_searchs_unless_the_study_keeps_a_share_of_it(study, said, asked):
+    with AskTell({**study, "budget": {"launches": 10, **said}}) as search:
+        while (proposal := search.ask()) is not None:
+            assert search.ended == ""
+            search.tell(proposal, {load: measure(proposal.params, load) for load in (1.0, 2.0)})
+        assert len(search.store.trials()) == asked
+        assert search.ended.startswith(f"the search's {asked} launches are spent")
+
+
+def test_why_nothing_more_is_asked_is_said(study):
+    pinned = {"parameters": {"batch": 32}, "budget": 10}
+    with AskTell({**study, **pinned}) as search:
+        asked = [search.ask(), search.ask()]
+        assert search.ask() is None and search.ended == "every configuration of the space has been tried"
+        for proposal in asked:
+            search.tell(proposal, {1.0: GOOD})
