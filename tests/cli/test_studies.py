@@ -403,6 +403,29 @@ def test_a_launch_on_several_windows_or_stopped_is_not_said_to_have_a_capacity(w
     assert {trial for trial, *_ in view.points} == {0, 1}
 
 
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ("{launches: 30}", "30 launches (up to 21 for the search, the rest for verification)"),
+        ("{launches: 30, verify_share: 0}", "30 launches (all for the search)"),
+        ("{launches: 1}", "1 launch (all for the search)"),
+        ("{hours: 4}", "4 h (up to 2.8 for the search, the rest for verification)"),
+        (
+            "{launches: 20, usd: 15}",
+            "20 launches, 15.00 USD (up to 14 launches, 10.50 USD for the search, the rest for verification)",
+        ),
+    ],
+)
+def test_what_of_the_budget_is_the_searchs_is_said_beforehand(workplace: Path, capsys, budget, says) -> None:
+    path = write(workplace, GOOD.replace("{launches: 5}", budget))
+    for command in (check.run, plan.run):
+        command(path, json=False)
+        assert f"Budget: {says}" in " ".join(capsys.readouterr().out.split())
+    study = read(path, Flags())
+    View(study, plain=True).begin(session.prepare(study))
+    assert f"Budget: {says}.\n" in capsys.readouterr().err
+
+
 def test_the_usual_budget_verifies_in_three_rounds(workplace: Path) -> None:
     found = read(write(workplace, GOOD.replace("budget: {launches: 5}", "")), Flags()).budget
     assert found == Budget(launches=20, verify_share=0.3)

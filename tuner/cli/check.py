@@ -31,6 +31,8 @@ def run(path: Path, json: bool) -> None:
 
 
 def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
+    from tuner.study.budget import shared_out
+
     console = printer()
     valid = f" is valid. {data['engine']} would serve {study.model} on {data['hardware']}."
     console.print(Text.assemble((study.name, "bold"), valid))
@@ -44,7 +46,7 @@ def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
     ladder = "laid around what the default's first launch holds" if study.load.auto else f"loads {loads}"
     console.print(f"Ladder: {ladder}; a step takes {data['step_seconds']}")
     console.print(
-        f"Budget: {data['budget']}; sampler {study.sampler}; "
+        f"Budget: {shared_out(study.budget)}; sampler {study.sampler}; "
         f"model: {study.predictor or ready.no_model or 'analytic, of this hardware'}"
     )
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))

@@ -66,6 +66,7 @@ class View:
 
     def begin(self, ready: Prepared) -> None:
         from tuner.executor.cluster import device
+        from tuner.study.budget import shared_out
 
         study, rps = self.study, ready.traffic.rps
         on = device(study, study.space.gpu)
@@ -75,6 +76,7 @@ class View:
             f"up to {len(ready.traffic.search[0])} requests each"
             + (f"; load 1 is {figure(rps)} requests/s" if rps else "")
         )
+        self.say(f"Budget: {shared_out(study.budget)}.")
         for note in ready.traffic.notes:
             self.say(f"Trace: {note}")
         if ready.no_model:

@@ -25,6 +25,7 @@ MOST = 5_000  # configurations that are predicted; a larger space is sampled
 def run(path: Path, json: bool) -> None:
     """Prints the plan. Nothing is launched; every figure is the model's and says so."""
     from tuner.study import session
+    from tuner.study.budget import shared_out
     from tuner.study.ladder import foretold
 
     study = read(path, Flags())
@@ -46,6 +47,7 @@ def run(path: Path, json: bool) -> None:
     if laid:
         loads = ", ".join(f"{load:g}" for load in data["ladder"])
         console.print(f"Ladder: {loads}, if the default does as predicted; its launch settles it (load.ladder: auto).")
+    console.print(f"Budget: {shared_out(study.budget)}.")
     console.print(_effort(study, data))
     if study.engine.kind == "emulator":
         console.print(

@@ -59,6 +59,25 @@ def for_search(budget: Budget) -> int:
     return max(math.floor((budget.launches or 0) * (1 - budget.verify_share) + 1e-9), 1)
 
 
+def shared_out(budget: Budget) -> str:
+    """The whole budget, and what of it the search may take, in words."""
+    whole = _amounts(budget.launches, budget.hours, budget.usd)
+    rest = 1 - budget.verify_share
+    launches = budget.launches and for_search(budget)
+    mine = _amounts(launches, budget.hours and budget.hours * rest, budget.usd and budget.usd * rest)
+    if mine == whole:
+        return f"{whole} (all for the search)"
+    mine = mine if "," in mine else mine.partition(" ")[0]
+    return f"{whole} (up to {mine} for the search, the rest for verification)"
+
+
+def _amounts(launches: int | None, hours: float | None, usd: float | None) -> str:
+    parts = [] if launches is None else [f"{launches} launch{'' if launches == 1 else 'es'}"]
+    parts += [] if hours is None else [f"{hours:.3g} h"]
+    parts += [] if usd is None else [f"{_usd(usd)} USD"]
+    return ", ".join(parts) or "no limit"
+
+
 def without(share: float, amount: float, launch: float) -> float:
     """Of ``amount`` (hours, USD) what the search has: all but verification's ``share``, or but what two launches of it
     take, without which nothing is verified, where that is more and not over half."""
