@@ -380,6 +380,20 @@ def test_variables_that_servers_do_not_get_are_named_once(workplace: Path, capsy
     assert told.count("Not handed on to servers from your shell: OMP_NUM_THREADS, VLLM_FOO.") == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "waits"),
+    [("emulator", ": the running server is shut down first"), ("function", " when the function has answered")],
+)
+def test_an_interrupt_is_said_to_wait_for_what_runs(workplace: Path, capsys, kind, waits) -> None:
+    (workplace / "mine.py").write_text("def evaluate(config, load): ...\n")
+    view = View(read(write(workplace, GOOD if kind == "emulator" else MINE, f"{kind}.yaml"), Flags()), plain=True)
+    view.stopping()
+    view.on_event("launch", {"trial": 0, "config": view.default, "why": "the engine's default"})
+    view.stopping()
+    told = capsys.readouterr().err.splitlines()
+    assert (told[0], told[-1]) == ("Stopping. Again to leave at once.", f"Stopping{waits}. Again to leave at once.")
+
+
 def test_a_launch_on_several_windows_or_stopped_is_not_said_to_have_a_capacity(workplace: Path, capsys) -> None:
     view = View(read(write(workplace, GOOD), Flags()), plain=True)
     metrics = {"cost_usd_per_mtok_output": 0.2, view.study.objective.latency_key: 0.02}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,16 @@ import pytest
 from ruamel.yaml import YAML
 
 from tuner.api import AskTell
+from tuner.cli import check
+from tuner.cli import plan as plan_
 from tuner.cli.plan import plan
 from tuner.errors import UsageError
 from tuner.report.page import build
 from tuner.spec import studyfile
 from tuner.spec.text import Document
-from tuner.study.session import prepare
+from tuner.study import ownmodel
+from tuner.study.session import opened, prepare, search
+from tuner.study.store import Store
 
 COLOURS = ["red", "green", "blue", "gold", "grey"]
 TRUE_STEP_S = 0.03
@@ -197,3 +204,56 @@ def foresee(config, load, *, share=0.18):
         while (proposal := search.ask()) is not None:
             search.tell(proposal, {load: slow(proposal.params, load) for load in (0.5, 1.0, 2.0, 4.0)})
         assert len(search.store.trials()) == 6
+
+
+class Nobody:
+    def trial_finished(self, number: int) -> None: ...
+
+
+def searched_(ready: Any, cancel: threading.Event) -> tuple[str, list[str]]:
+    """Why the search ended, and what was said meanwhile."""
+    said: list[str] = []
+
+    def on_event(name: str, data: Any) -> None:
+        said.extend([data["text"]] if name == "say" else [])
+
+    with opened(ready.study) as store:
+        return search(ready, store, Nobody(), cancel, on_event), said
+
+
+@pytest.mark.parametrize("after", [0, 50, 250])  # while the grid is walked, while the sampler asks for the candidates
+def test_an_interrupt_ends_the_asking_and_the_study_goes_on_from_there(study: Any, after: int) -> None:
+    ready, cancel, calls = prepare_(study()), threading.Event(), count()
+    foresee = ready.predictor.foresee
+
+    def interrupted(*args: Any, **constants: Any) -> Any:
+        if next(calls) == after:
+            cancel.set()
+        return foresee(*args, **constants)
+
+    slow = replace(ready, predictor=replace(ready.predictor, foresee=interrupted))
+    assert searched_(slow, cancel)[0] == "interrupted"
+    assert next(calls) <= after + 1 + len(ready.study.load.ladder)
+    assert "launches are spent" in searched_(ready, threading.Event())[0]
+    assert len(Store(Path(ready.study.folder)).trials()) == 6
+
+
+def test_how_long_a_slow_model_is_asked_is_said_beforehand(
+    study: Any, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepare_(study(sampler="random", budget={"launches": 1, "verify_share": 0}))
+    assert 0 < ready.predictor.call_s < 0.1
+    slow = replace(ready, predictor=replace(ready.predictor, call_s=0.5))
+    assert searched_(slow, threading.Event())[1] == [
+        "Asking mine.py:foresee takes about 18 seconds: 35 calls of 500 ms."
+    ]
+    slow = replace(slow, study=replace(slow.study, sampler="auto", folder=str(tmp_path / "auto")))
+    said = searched_(slow, threading.Event())[1]
+    assert "175 calls of" in said[0] and said[0].endswith("candidates whenever its constants have moved.")
+    assert slow.predictor.takes(5) == "" and "about 2 minutes" in slow.predictor.takes(240)
+    YAML().dump(study() | {"engine": {"kind": "function", "target": "mine.py:foresee"}}, tmp_path / "s.yaml")
+    for command, limit_s, calls in ((check.run, 5, 0), (check.run, 0, 35), (plan_.run, 0, 35 * 5)):
+        monkeypatch.setattr(ownmodel, "SLOW_S", limit_s)
+        command(tmp_path / "s.yaml", True)
+        told = capsys.readouterr().err
+        assert f"{calls} calls of" in told if calls else told == ""

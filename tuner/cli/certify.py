@@ -7,12 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tuner.cli.read import opened
-from tuner.cli.signals import STOPPING, stopping
+from tuner.cli.signals import stopping
 from tuner.errors import UsageError
 from tuner.pareto.recommend import plain
 
@@ -136,7 +135,7 @@ def _session(path: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
         with (
             session.opened(study) as store,
             View(study, not sys.stderr.isatty()) as view,
-            stopping(cancel, partial(view.say, STOPPING)),
+            stopping(cancel, view.stopping),
         ):
             ready = session.prepare(study)
             guard = session.guard(ready, store, view.on_event)

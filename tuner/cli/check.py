@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def run(path: Path, json: bool) -> None:
 
     study = read(path, Flags())
     ready = session.prepare(study, launching=False)
+    tell_how_long(ready, study.space.size() if study.space.size() <= session.TRIED else 0)
     data = describe(ready)
     if json:
         print(json_.dumps(data, indent=1))
@@ -87,9 +89,18 @@ def _starts(study: Any) -> list[str]:
     return starts.get(kind, [kind, "serve", study.model])
 
 
+def tell_how_long(ready: Any, calls: int) -> None:
+    """Says on stderr how long a user's own model is asked, where that is not at once."""
+    takes = getattr(ready.predictor, "takes", None)
+    if takes and (said := takes(calls)):
+        print(said, file=sys.stderr, flush=True)
+
+
 def combinations(space: Any) -> list[Any]:
     """Every combination of the space, none twice; empty where they are too many to try each."""
-    return list(space.grid()) if space.size() <= 20_000 else []
+    from tuner.study.session import TRIED
+
+    return list(space.grid()) if space.size() <= TRIED else []
 
 
 def describe(ready: Any) -> dict[str, Any]:

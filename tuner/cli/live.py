@@ -64,6 +64,14 @@ class View:
         else:
             self.console.print(text)
 
+    def stopping(self) -> None:
+        """What an interrupt ends, and what it waits for."""
+        waits = {
+            "function": " when the function has answered",
+            "attach": ": the running replay is ended first",
+        }.get(self.study.engine.kind, ": the running server is shut down first")
+        self.say(f"Stopping{waits if self.running else ''}. Again to leave at once.")
+
     def begin(self, ready: Prepared) -> None:
         from tuner.executor.cluster import device
         from tuner.study.budget import shared_out

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tuner.cli.check import combinations
+from tuner.cli.check import combinations, tell_how_long
 from tuner.cli.tune import Flags, read
 from tuner.errors import alike
 from tuner.report.console import printer
@@ -31,6 +31,7 @@ def run(path: Path, json: bool) -> None:
     study = read(path, Flags())
     ready = session.prepare(study, launching=False)
     laid = foretold(ready, partial(session.prepare, launching=False))
+    tell_how_long(ready, min(study.space.size(), MOST) * (1 + len(study.load.ladder)))
     data: dict[str, Any] = plan(laid or ready) | {"ladder_foretold": laid is not None}
     if json:
         print(json_.dumps(data, indent=1))

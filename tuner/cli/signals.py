@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-STOPPING = "Stopping: the running server is shut down first. Again to leave at once."
 AGAIN_S = 1.0  # one Ctrl-C may come twice: from the terminal, and from what runs the command
 
 

@@ -7,11 +7,10 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tuner.cli.signals import STOPPING, stopping
+from tuner.cli.signals import stopping
 from tuner.errors import NothingFeasible, UsageError
 
 
@@ -51,7 +50,7 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     interrupted = f"Interrupted; everything measured is kept. Resume: {again}"
     with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study, view.say) as store:
         try:
-            with stopping(cancel, partial(view.say, STOPPING)):
+            with stopping(cancel, view.stopping):
                 view.study = study = ladder.settled(study, store, cancel, view.on_event)
                 ready = session.prepare(study)
                 with (

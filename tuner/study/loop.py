@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from tuner.engines.protocol import OnEvent
+from tuner.engines.protocol import Cancelled, OnEvent
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Executor, Job
 from tuner.pareto.front import searched
@@ -53,7 +53,10 @@ class Loop:
                     break  # whether the machine serves at all is told by what runs
                 with self._held(running):
                     over = "interrupted" if self.cancel.is_set() else self.stop_reason(len(running))
-                    proposal = None if over else self.queue.propose()
+                    try:
+                        proposal = None if over else self.queue.propose()
+                    except Cancelled:  # while a user's model was asked
+                        proposal, over = None, "interrupted"
                     if proposal is None:
                         dry = True
                         break

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuner.engines.function import beside, checked, load_target, needed, printing_aside, raised_in
+from tuner.engines.protocol import Cancelled
 from tuner.errors import Infeasible, UsageError
 from tuner.search.prediction import Prediction
 from tuner.space.config import ServingConfig
@@ -16,9 +19,12 @@ from tuner.spec.objective import Objective
 from tuner.spec.study import Study
 from tuner.study.outcome import Step
 from tuner.study.price import priced
+from tuner.words import figure
 
 DOUBT = 0.35  # standard deviation of a constant's logarithm: it may be off by a third
 FAR = 1e6  # an infinite latency, in seconds
+AT_ONCE_S = 0.001  # a first call that took longer may have had something to prepare
+SLOW_S = 5.0  # asking that takes longer is said beforehand
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,9 @@ class OwnModel:
     default are the model's constants: it is called with other values of them, as launches teach (a
     :class:`tuner.search.calibration.Calibratable`). Any other exception, and an answer that lacks a metric of the
     objective, is a ``UsageError``; with constants that the callable did not choose, it is no answer.
+
+    A call takes about ``call_s`` (0: not known). Once ``cancel`` is set, every further question raises
+    :class:`tuner.engines.protocol.Cancelled`.
     """
 
     target: str
@@ -39,15 +48,23 @@ class OwnModel:
     needed: tuple[str, ...]
     lowest_load: float
     constants: Mapping[str, float]
+    call_s: float = 0.0
+    cancel: threading.Event = field(default_factory=threading.Event, compare=False)
 
     @classmethod
     def of(cls, study: Study) -> OwnModel:
-        """The model that ``study`` names, asked once (of the default) so that a bad one is refused before anything is
-        launched."""
+        """The model that ``study`` names. It is asked of the default: a bad one is refused before anything is launched,
+        and a slow one is known for that."""
         foresee = load_target(study.predictor, beside(study))
         model = cls.over(foresee, study.predictor, study.objective, study.load.ladder[0])
-        model.fit(study.space.config(study.space.default(), study.model))
-        return model
+        default, took_s = study.space.config(study.space.default(), study.model), math.inf
+        for _ in range(2):
+            began_s = time.perf_counter()
+            model.fit(default)
+            took_s = min(took_s, time.perf_counter() - began_s)
+            if took_s < AT_ONCE_S:
+                break
+        return replace(model, call_s=took_s)
 
     @classmethod
     def over(cls, foresee: Callable[..., Any], name: str, objective: Objective, lowest_load: float) -> OwnModel:
@@ -56,6 +73,8 @@ class OwnModel:
 
     def predict(self, config: ServingConfig, load: float) -> Prediction:
         """What the callable says of ``config`` at ``load`` times the trace's rate, with a cost."""
+        if self.cancel.is_set():
+            raise Cancelled
         try:
             return self._predict(config, load)
         except UsageError as error:
@@ -84,6 +103,15 @@ class OwnModel:
     def fit(self, config: ServingConfig) -> Prediction:
         """Whether ``config`` can run at all: what is said of the lowest load."""
         return self.predict(config, self.lowest_load)
+
+    def takes(self, calls: int) -> str:
+        """How long so many calls take, in words; empty where it is some seconds."""
+        seconds = calls * self.call_s
+        if seconds < SLOW_S:
+            return ""
+        unit, name = (60.0, "minutes") if seconds >= 100 else (1.0, "seconds")
+        about = f"about {figure(seconds / unit, 2)} {name}"
+        return f"Asking {self.target} takes {about}: {calls:,} calls of {figure(self.call_s * 1e3, 2)} ms."
 
     def doubts(self) -> dict[str, float]:
         """How little is known of each constant."""

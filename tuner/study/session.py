@@ -7,6 +7,7 @@ import os
 import re
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.engines import build
-from tuner.engines.protocol import Engine, LaunchFailed, OnEvent
+from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
 from tuner.executor.cluster import device, price_of
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 BUSY_S = 60  # how long the ledger may be locked by somebody else
 # A server's start before this machine has shown one; on GPUs as vLLM 0.25.1 took on an H100, caches cold (93 to 145 s).
 START_S, GPU_START_S = 60.0, 110.0
+TRIED = 20_000  # combinations up to which each is asked whether it may be launched
 REFUSE_MARGIN = 0.05  # memory arithmetic may be wrong by this share of a GPU before it refuses a launch
 
 
@@ -401,7 +403,10 @@ def search(
     """Runs the search until budget, gain or the user ends it; returns why, in words. With ``peers`` it ends when it
     ends for all of them."""
     with _ledger(peers.database.shown if peers else str(store.folder / "study.db"), private=peers is None):
-        return _search(ready, store, recorder, cancel, on_event, peers)
+        try:
+            return _search(ready, store, recorder, cancel, on_event, peers)
+        except Cancelled:  # while a user's model was asked
+            return "interrupted"
 
 
 def _search(
@@ -413,11 +418,15 @@ def _search(
     peers: Peers | None,
 ) -> str:
     from tuner.pareto.front import front, points, searched
+    from tuner.study.ownmodel import OwnModel
     from tuner.verify import racing
 
-    study = ready.study
-    ledger = book(ready, store, ready.out_of_reach, peers, on_event)
-    proposals = queue.Queue(study, store, ledger, ready.why_not, ready.notes, peers)
+    study, asked = ready.study, ready
+    if isinstance(ready.predictor, OwnModel):
+        _tell_how_long(study, ready.predictor, on_event)
+        asked = replace(ready, predictor=replace(ready.predictor, cancel=cancel))
+    ledger = book(asked, store, ready.out_of_reach, peers, on_event)
+    proposals = queue.Queue(study, store, ledger, asked.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
 
     guess_usd, windows = launch_usd(ready), len(ready.traffic.heldout)
@@ -562,15 +571,30 @@ def _earlier(study: Study, on_event: OnEvent) -> list[Earlier]:
     return found
 
 
+def _tell_how_long(study: Study, model: OwnModel, on_event: OnEvent) -> None:
+    """How long a user's model is asked before the first launch: of the grid whether each may run, of the candidates
+    what to expect."""
+    from tuner.search.candidates import ASKED_GRID, ASKED_SAMPLE
+
+    size = study.space.size()
+    calls = size if size <= TRIED else 0
+    if study.sampler == "auto":
+        calls += (size if size <= ASKED_GRID else ASKED_SAMPLE) * len(study.load.ladder)
+    if said := model.takes(calls):
+        learns = study.sampler == "auto" and model.constants
+        again = " It is asked again of the candidates whenever its constants have moved." if learns else ""
+        on_event("say", {"text": said + again})
+
+
 def _tell_refusals(study: Study, store: Store, proposals: queue.Queue, on_event: OnEvent) -> None:
     """What of the space is refused before any launch, by reason (the whole grid, where it can be walked)."""
-    if study.space.size() > 20_000:
+    if study.space.size() > TRIED:
         return
     grid = list(study.space.grid())
-    by_reason = queue.refusals(grid, proposals.why_not)
+    reasons = [proposals.why_not(params) for params in grid]  # asked once: a user's model may be slow
+    by_reason = Counter(filter(None, reasons))
     on_event("refused", {"of": len(grid), "reasons": dict(by_reason)})
     if not store.refused():  # one example of each reason, with how many combinations it refuses
-        for params in grid:
-            reason = proposals.why_not(params)
+        for params, reason in zip(grid, reasons, strict=True):
             if count := by_reason.pop(reason, 0):
                 store.refuse(params, reason, count)
