@@ -365,7 +365,9 @@ def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Pa
         plan.run(path, json=False)
         assert f"{says} a launch takes is the function's affair." in capsys.readouterr().out
     check.run(path, json=False)
-    assert "the function mine.py:evaluate, called with" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the engine's default: the function mine.py:evaluate, called with batch=8" in told
+    assert "a step is one call" in told and "Trace:" not in told
 
 
 def test_reasons_that_differ_in_their_figures_are_told_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -394,3 +395,17 @@ def test_what_is_new_is_tried_where_less_is_promised_than_the_study_asks_for(min
     """With 0 nothing ends a search, but it still tries what is new where the usual one would end."""
     one = choose.sampler("auto", space(), objective(), LOADS, min_gain=min_gain)
     assert isinstance(one, TunerSampler) and one.at_last.min_gain == last
+
+
+@pytest.mark.parametrize(
+    ("platform", "minutes", "says"),
+    [
+        ("cuda", 1.04, ", for 1 GPU-minute"),
+        ("cuda", 3.26, ", for 3.3 GPU-minutes"),
+        ("cpu", 12.0, ", for 12 minutes"),
+        ("cpu", 0.001, ""),
+    ],
+)
+def test_what_a_launch_takes_is_said_in_the_hardwares_words(platform: str, minutes: float, says: str):
+    one = TunerSampler(replace(space(), facts={"platform": platform}), objective(), LOADS)
+    assert one._price(minutes) == says

@@ -17,6 +17,8 @@ def test_three_promises_in_a_row_below_the_threshold_end_the_search():
     words = Stopping().reason(trials(*[0.2] * 9, 0.002, 0.001, 0.0005), launch_usd=1.25)
     assert "0.05%" in words and "0.20%, 0.10%, 0.05%" in words and "$1.25" in words and "0.30%" in words
 
+    assert "$" not in Stopping().reason(trials(*[0.2] * 9, 0.002, 0.001, 0.0005), launch_usd=0.0049)
+
 
 @pytest.mark.parametrize(
     "seen",

@@ -212,7 +212,9 @@ def test_a_function_may_ignore_a_trace_that_nobody_replays(workplace):
     with pytest.raises(UsageError, match="nothing to measure"):
         workload.read(replayed)
     function = replace(replayed, engine=replace(replayed.engine, kind="function"))
-    assert not [note for note in workload.read(function).notes if note.startswith("uneven")]
+    assert workload.read(function).notes == ()
+    higher = replace(function, load=replace(function.load, ladder=(1.0, 64.0)))
+    assert workload.read(higher).notes == ()
 
 
 def test_filling_a_cache_from_a_trace_that_shares_nothing_is_refused_by_its_line(workplace):

@@ -40,13 +40,15 @@ def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
     console.print(Text.assemble((study.name, "bold"), valid))
     if data["unchecked"]:
         console.print(f"Not checked: {data['unchecked']}.")
-    console.print(f"Trace: {data['trace']}")
+    if study.trace.file:
+        console.print(f"Trace: {data['trace']}")
     for note in data["trace_notes"]:
         console.print(f"  {note}")
     console.print(f"Goal: {data['goal']}")
     loads = ", ".join(f"{x:g}" for x in study.load.ladder)
     ladder = "laid around what the default's first launch holds" if study.load.auto else f"loads {loads}"
-    console.print(f"Ladder: {ladder}; a step takes {data['step_seconds']}")
+    function = study.engine.kind == "function"
+    console.print(f"Ladder: {ladder}; a step {'is one call' if function else 'takes ' + data['step_seconds']}")
     console.print(
         f"Budget: {shared_out(study.budget)}; sampler {study.sampler}; "
         f"model: {study.predictor or ready.no_model or 'analytic, of this hardware'}"
@@ -122,6 +124,12 @@ def describe(ready: Any) -> dict[str, Any]:
     budget = study.budget
     limits = {"launches": budget.launches, "hours": budget.hours, "usd": budget.usd}
     default = space.config(space.default(), study.model)
+    function = study.engine.kind == "function"
+    given = [f"{name}={value}" for name, value in default.params.items()] if function else default.args()
+    replayed = (
+        f"{len(ready.traffic.search)} search and {len(ready.traffic.heldout)} held-out windows, "
+        f"{study.trace.window_s:g} s each at every load{_filled(ready)} (up to {len(window)} requests)"
+    )
     return {
         "name": study.name,
         "folder": study.folder,
@@ -129,11 +137,8 @@ def describe(ready: Any) -> dict[str, Any]:
         "engine": study.engine.kind if ready.unchecked else f"{study.engine.kind} {ready.engine.version()}",
         "unchecked": ready.unchecked,
         "hardware": f"{gpus} x {on}" if gpus else on,
-        "trace": (
-            f"{len(ready.traffic.whole)} requests{_rate(ready)}; {len(ready.traffic.search)} search and "
-            f"{len(ready.traffic.heldout)} held-out windows, {study.trace.window_s:g} s each at every load"
-            f"{_filled(ready)} (up to {len(window)} requests)"
-        ),
+        "trace": f"{len(ready.traffic.whole)} requests{_rate(ready)}; "
+        + ("nothing is replayed to a function" if function else replayed),
         "trace_notes": list(ready.traffic.notes),
         "goal": (
             f"lowest USD per million output tokens ({price_words(study.objective, gpus, price_of(study, default))}) "
@@ -149,5 +154,5 @@ def describe(ready: Any) -> dict[str, Any]:
         "combinations": len(grid) or space.size(),
         "allowed": len(grid) - sum(refused.values()) if grid else None,
         "refused": dict(refused),
-        "default_command": " ".join([*_starts(study), *default.args()]),
+        "default_command": " ".join([*_starts(study), *given]),
     }

@@ -80,8 +80,8 @@ class View:
         on = device(study, study.space.gpu)
         self.say(
             f"Study {study.name}: {study.engine.kind} {ready.engine.version()} on {on}, "
-            f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)} with "
-            f"up to {len(ready.traffic.search[0])} requests each"
+            f"{len(study.space.parameters)} parameters, ladder {', '.join(f'{x:g}' for x in study.load.ladder)}"
+            + ("" if study.engine.kind == "function" else f" with up to {len(ready.traffic.search[0])} requests each")
             + (f"; load 1 is {figure(rps)} requests/s" if rps else "")
         )
         self.say(f"Budget: {shared_out(study.budget)}.")

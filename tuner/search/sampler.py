@@ -39,6 +39,7 @@ from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.study import MIN_GAIN
 from tuner.study.outcome import Measured
+from tuner.words import figure
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -245,7 +246,7 @@ class TunerSampler(BaseSampler):
         reason = "expected to be the first point within SLO"
         if promised is not None:
             reason = f"{min(promised * kept, 9.99):.1%} more hypervolume expected"
-        reason += f", for {values.gpu_seconds[best] / 60:.0f} GPU-minutes"
+        reason += self._price(values.gpu_seconds[best] / 60)
         serves = round(float(believed.works[best]), 3)
         if serves < SURE:
             reason += f"; {serves:.0%} likely to serve"
@@ -254,6 +255,14 @@ class TunerSampler(BaseSampler):
             reason = f"spread over {source}: {reason}"
             promised = None  # a prediction that no launch has corrected
         return shortlist[best], Proposal(reason, self.expected_gain, serves=serves, promised=promised, kept=kept)
+
+    def _price(self, minutes: float) -> str:
+        """What a launch takes, in words; empty where that is next to nothing (of a function)."""
+        if minutes < 0.05:
+            return ""
+        unit = "minute" if self.space.facts.get("platform") == "cpu" else "GPU-minute"
+        said = figure(minutes, 2)
+        return f", for {said} {unit}{'' if said == '1' else 's'}"
 
     def _ends(self, readings: Sequence[Reading], launched: int) -> bool:
         """Whether this may be one of the last proposals of a search that ends by itself (one that goes on all the same

@@ -30,7 +30,7 @@ class Stopping:
         if len(launched) < self.fewest or len(gains) < self.patience or max(gains) >= self.min_gain:
             return ""
         each = ", ".join(f"{gain:.2%}" for gain in gains)
-        price = f" for ${launch_usd:.2f}" if launch_usd > 0 else ""
+        price = f" for ${launch_usd:.2f}" if launch_usd >= 0.005 else ""
         return (
             f"the best untried configuration promised {gains[-1]:.2%} more hypervolume of the front{price}"
             f" (the last {self.patience} proposals: {each}); a launch has to promise {self.min_gain:.2%}"

@@ -94,6 +94,8 @@ def _read(study: Study) -> Workload:
         earlier_s=fill_s,
     )
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
+    if study.engine.kind == "function":  # it never sees the trace: nothing is replayed
+        return Workload(trace, search, parts.held_out, tuple(notes), fill_s=fill_s)
     shortest_s = min(_lasts_s(trace, window) for window in parts.windows)
     fills = shortest_s / spec.window_s
     if fills < top:
@@ -109,8 +111,6 @@ def _read(study: Study) -> Workload:
             "at its end. Take a trace.window of many responses' length, or add an SLO on tpot_p99"
         )
     found = Workload(trace, search, parts.held_out, fills=fills, fill_s=fill_s)
-    if study.engine.kind == "function":  # it may ignore the trace: nothing is replayed
-        return replace(found, notes=tuple(notes))
     _refuse_empty(study, found)
     return replace(found, notes=(*notes, *_uneven(study, found), *_colder(study, found)))
 
