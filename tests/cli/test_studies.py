@@ -306,6 +306,12 @@ def test_a_plan_has_the_ladder_that_the_default_is_foretold_to_settle(workplace:
     default = study.space.config(study.space.default(), study.model)
     top = max(load for load in found["ladder"] if not misses(ready, default, load))
     assert all(misses(ready, default, load) for load in found["ladder"] if load > top)
+    with session.opened(study) as store:
+        store.trial_folder(0)  # begun
+        ladder._freeze(replace(study, load=replace(study.load, ladder=(3.0, 4.0))), store)
+    plan.run(path, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["ladder"] == [3, 4] and not found["ladder_foretold"], "what a session has settled is known"
     fixed = write(workplace, GOOD)
     plan.run(fixed, json=True)
     found = json.loads(capsys.readouterr().out)

@@ -164,6 +164,92 @@ def test_a_ladder_that_was_not_measured_to_its_end_leaves_the_default_to_the_sea
     assert len(engine.launched) == 3 == len(runner.store.launched("search"))
 
 
+def told(book, space):
+    """What the samplers see of the default, and the trial that it is said to be."""
+    (one,) = (s for s in ledger.read(book, space) if s.params == space.snap(space.default()))
+    return one, book.get_trials()[one.number].user_attrs.get("trial")
+
+
+def test_after_an_interrupt_the_search_learns_of_the_default_as_of_any_launch(runner):
+    """The interrupted session has queued the default; told free of charge it would be no launch to the sampler."""
+    cancel, engine = threading.Event(), Limited(0.36)
+    cancel.set()
+    study = settle(runner, engine, cancel)
+    ready = Prepared(study, engine, workload.read(study), None, "none in this test")
+    with session.opened(runner.study(replace=AUTO)) as store:
+        assert session.search(ready, store, runner.recorder, cancel, lambda *_: None) == "interrupted"
+    ready, book = search(runner, engine, launches=3)
+    default, trial = told(book, ready.study.space)
+    assert not default.free and default.seconds > 0 and trial == 0
+    assert len(engine.launched) == 3
+
+
+def test_a_ladder_that_is_not_settled_makes_no_trial(runner):
+    engine = Limited(0.36)
+    settle(runner, engine)
+    study = runner.study(replace=AUTO)  # its ladder is provisional
+    with session.opened(study) as store:
+        loads = replace(study.load, ladder=(0.5,))  # measured, and missed
+        ready = Prepared(replace(study, load=loads), engine, workload.read(study), None, "none in this test")
+        ladder.as_trial(ready, store, runner.recorder, lambda *_: None)
+        assert not store.numbers()
+
+
+@pytest.mark.parametrize("lucky", [{0.5: True}, {0.17: False}, {0.25: False}])
+def test_where_the_loads_of_that_launch_contradict_each_other_the_default_is_launched_again(runner, lucky):
+    engine = Limited(0.36)
+    launch = engine.launch
+
+    def moody(config, site):
+        server, first = launch(config, site), len(engine.launched) == 1
+        measure = server.measure
+
+        def once(plan):
+            said = lucky.get(plan.load) if first else None
+            step = measure(plan)
+            return step if said is None else replace(step, slo_misses=() if said else ("ttft_p99 too long",))
+
+        server.measure = once
+        return server
+
+    engine.launch = moody
+    ready, _ = search(runner, engine, launches=3)
+    first = runner.store.trial(0)
+    held = [s.load for s in first.outcome.steps if s.ok]
+    missed = [s.load for s in first.outcome.steps if not s.ok]
+    assert held and max(held) < min(missed)
+    assert (engine.launched.count(first.config.hash) == 2) == runner.store.ladder_folder.exists()
+
+
+def test_a_trace_that_arrives_at_once_has_a_ladder(runner):
+    one = SimpleNamespace(search=[SimpleNamespace(arrival_s=[0.0])])
+    assert ladder._top(one, runner.study()) == pytest.approx(ladder.LOWEST, rel=0.01)
+
+
+def test_the_default_is_asked_for_its_answers_on_that_launch(runner, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session, "guard", lambda *_: lambda server, config, folder: asked.append(folder))
+    settle(runner, Limited(0.36))
+    assert [folder.parents[1].name for folder in asked] == ["ladder"]
+
+
+def test_answers_that_an_executor_brought_home_beside_that_launch_are_the_studys(runner):
+    engine = Limited(0.36)
+    study = settle(runner, engine)
+    (runner.store.ladder_folder / "quality.json").write_text("{}")
+    ready = Prepared(study, engine, workload.read(study), None, "none in this test")
+    ladder.as_trial(ready, runner.store, runner.recorder, lambda *_: None)
+    assert (runner.store.folder / "quality.json").exists() and not runner.store.ladder_folder.exists()
+    assert runner.store.trial(0).extra["loads"] == 5
+
+
+def test_the_rungs_are_measured_with_the_prompts_of_every_trial(runner):
+    engine, seeds = Limited(0.36), {}
+    engine.during = lambda config, plan: seeds.setdefault(plan.load, set()).add(plan.seed)
+    search(runner, engine, launches=4)
+    assert all(len(seeds[load]) == 1 for load in (0.17, 0.25, 0.35))
+
+
 def test_a_rung_next_to_a_load_that_was_measured_is_that_load():
     assert ladder.rungs(2.8, 100, (1.0, 2.0, 4.0, 2.8)) == (1.4, 2.0, 2.8, 4.0, 5.6, 7.8)  # not 3.9
     assert ladder.rungs(2.8, 100) == (1.4, 2.0, 2.8, 3.9, 5.6, 7.8)

@@ -46,6 +46,21 @@ def test_two_arms_in_few_rounds_give_the_t_test_of_two_samples():
     assert gap.mean / gap.error == pytest.approx(statistic, rel=1e-6)
 
 
+def test_an_arm_that_was_launched_once_does_not_borrow_the_others_spread():
+    values = table(np.random.default_rng(0), {"a": 0.0, "b": -0.1}, 3, launch=0.005)
+    values = {key: value for key, value in values.items() if key[0] == "a" or key[1] == 0}
+    assert Repeats(values).difference("b", "a").doubt() == 1.0
+    two = {key: value for key, value in values.items() if key[1] < 2}
+    assert Repeats(two).difference("b", "a").doubt() == 1.0
+
+
+def test_a_third_arm_says_nothing_of_what_launches_of_two_differ_by():
+    rng = np.random.default_rng(1)
+    loud = table(rng, {"a": 0.0, "b": 0.0}, 3, launch=0.1)
+    quiet = {("c", number, w): 0.0 for number in range(1) for w in WINDOWS}
+    assert Repeats(loud | quiet).difference("b", "a").error == pytest.approx(Repeats(loud).difference("b", "a").error)
+
+
 def test_drift_and_hard_windows_cancel_in_a_difference_but_not_in_a_mean():
     rng = np.random.default_rng(1)
     repeats = Repeats(table(rng, {"a": 0.0, "b": -0.1}, 4, drift=0.2, window=0.3, launch=0.01))

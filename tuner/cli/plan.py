@@ -26,9 +26,11 @@ def run(path: Path, json: bool) -> None:
     """Prints the plan. Nothing is launched; every figure is the model's and says so."""
     from tuner.study import session
     from tuner.study.budget import shared_out
-    from tuner.study.ladder import foretold
+    from tuner.study.ladder import foretold, kept
+    from tuner.study.store import Store
 
     study = read(path, Flags())
+    study = kept(study, Store(Path(study.folder)))
     ready = session.prepare(study, launching=False)
     laid = foretold(ready, partial(session.prepare, launching=False))
     tell_how_long(ready, min(study.space.size(), MOST) * (1 + len(study.load.ladder)))

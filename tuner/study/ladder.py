@@ -21,6 +21,7 @@ from tuner.spec import studyfile
 from tuner.spec.study import Study
 from tuner.study import session, verifying, workload
 from tuner.study.evaluate import Bench
+from tuner.study.guard import FILE as ANSWERS
 from tuner.study.loop import Recorder
 from tuner.study.outcome import Measured, Outcome, Step, to_dict
 from tuner.study.store import Store, read_json, write_json
@@ -48,9 +49,9 @@ def settled(
     """
     if not study.load.auto:
         return study
-    kept = studyfile.load(store.folder)
-    if not kept.load.auto:
-        return replace(study, load=kept.load, frozen=kept.frozen)
+    before = kept(study, store)
+    if not before.load.auto:
+        return before
     if study.storage or study.engine.kind == "function":
         return replace(study, load=replace(study.load, auto=False))
     try:
@@ -65,6 +66,14 @@ def settled(
     on_event("say", {"text": text})
     store.log("ladder", capacity=capacity, ladder=found)
     return _freeze(replace(study, load=replace(study.load, ladder=found, auto=False)), store)
+
+
+def kept(study: Study, store: Store) -> Study:
+    """``study`` with the ladder that an earlier session of its folder has settled; as it is where none has."""
+    if not study.load.auto or not (store.study_file.exists() and store.begun()):
+        return study
+    before = studyfile.load(store.folder)
+    return study if before.load.auto else replace(study, load=before.load, frozen=before.frozen)
 
 
 class Unsettled(Exception):
@@ -195,14 +204,17 @@ def _unbound(study: Study) -> Study:
 
 def _top(traffic: workload.Workload, study: Study) -> float:
     """The highest load that the trace can fill."""
-    return min(HIGHEST, max(LOWEST, _below(float(traffic.search[0].arrival_s[-1]) / study.trace.window_s)))
+    return min(HIGHEST, _below(max(LOWEST, float(traffic.search[0].arrival_s[-1]) / study.trace.window_s)))
 
 
 def as_trial(ready: session.Prepared, store: Store, recorder: Recorder, on_event: OnEvent) -> None:
     """Makes the launch that settled the ladder the study's first trial, where it measured all that this would: every
-    rung up to the first miss, each of them believed. Nothing where it did not, or where there are trials already.
+    rung up to the first miss, each of them believed. Nothing where it did not, where what it measured between the rungs
+    says otherwise, where the ladder is not settled, or where there are trials already.
 
     What it measured between the rungs stays in its records and is no part of the trial."""
+    if ready.study.load.auto:
+        return
     default = ready.study.space.default()
     config = ready.study.space.config(default, ready.study.model)
     for launch in Store(store.ladder_folder).trials() if not store.numbers() else ():
@@ -212,7 +224,10 @@ def as_trial(ready: session.Prepared, store: Store, recorder: Recorder, on_event
             outcome = Measured(steps, launch.outcome.boot)
             start, end = (launch.folder / name for name in ("config.json", "outcome.json"))
             write_json(start, read_json(start) | said | ready.predicted(config))
-            write_json(end, read_json(end) | {"outcome": to_dict(outcome)})
+            write_json(end, read_json(end) | {"outcome": to_dict(outcome), "loads": len(launch.outcome.steps)})
+            answers = store.ladder_folder / ANSWERS  # where an executor on other machines brings them home
+            if answers.exists() and not (store.folder / ANSWERS).exists():
+                answers.rename(store.folder / ANSWERS)
             (store.folder / "trials").mkdir(exist_ok=True)
             launch.folder.rename(store.folder / "trials" / "0000")
             with suppress(OSError):  # another launch lies there, which settled nothing
@@ -224,7 +239,8 @@ def as_trial(ready: session.Prepared, store: Store, recorder: Recorder, on_event
 
 
 def _rungs_of(outcome: Outcome, ladder: tuple[float, ...]) -> tuple[Step, ...]:
-    """The steps of a trial at ``ladder``; empty where one is missing, or is not believed."""
+    """The steps of a trial at ``ladder``; empty where one is missing or not believed, where none holds, and where a load
+    that was missed lies below one that held: one of them was luck."""
     measured = {step.load: step for step in outcome.steps} if isinstance(outcome, Measured) else {}
     steps: list[Step] = []
     for load in ladder:
@@ -233,7 +249,10 @@ def _rungs_of(outcome: Outcome, ladder: tuple[float, ...]) -> tuple[Step, ...]:
         steps.append(step)
         if not step.ok:
             break
-    return tuple(steps)
+    held = [step.load for step in measured.values() if step.ok]
+    missed = [step.load for step in measured.values() if not step.ok]
+    clear = any(step.ok for step in steps) and max(held) < min(missed, default=math.inf)
+    return tuple(steps) if clear else ()
 
 
 def _freeze(study: Study, store: Store) -> Study:

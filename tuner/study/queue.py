@@ -283,8 +283,11 @@ class Queue:
         for number in self._unfinished(records):
             self.store.shelve(number)
         heard = any("optuna" in (record.extra or {}) for record in records)
-        if not heard and not self.book.get_trials(deepcopy=False):
-            self.book.enqueue_trial(self.space.default(), user_attrs={"why": "the engine's default"})
+        told = [t for t in self.book.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+        if not heard and not told:
+            default = self.space.default()
+            if not any(params and self.space.snap(params) == self.space.snap(default) for params in waiting):
+                self.book.enqueue_trial(default, user_attrs={"why": "the engine's default"})
             if (first := self._known.get(self.baseline_hash)) is not None:  # the launch that settled the ladder
                 trial, _ = ledger.ask(self.book, self.space)
                 trial.set_user_attr("trial", first.number)

@@ -102,8 +102,9 @@ class Repeats:
         """``arm`` minus ``other``: paired by round and window, by least squares of the launch means on arm and round
         (for two arms in every round: the paired t test). The error holds the launch spread and the change of the
         difference from window to window, each pooled over the arms. Where pairing leaves
-        fewer than :data:`FEW` degrees of freedom (two arms in three rounds: two) the launch spread is :meth:`spread`,
-        which holds what rounds differ by as well and so is rather too large, but is surer (four).
+        fewer than :data:`FEW` degrees of freedom (two arms in three rounds: two) the launch spread is what launches of
+        these two differ by, whatever the round: that holds what rounds differ by as well and so is rather too large,
+        but is surer (four). It is the same for both arms only if their launches differ alike.
 
         ``more`` rounds of the two and ``wider`` windows are imagined that differ as the measured ones do: how sure the
         difference would then be. Where no rounds link the two (:meth:`linked`), nothing is known: NaN.
@@ -114,8 +115,10 @@ class Repeats:
         design, contrast = self._design(arm, other)
         solution = np.linalg.lstsq(design, means, rcond=None)[0]
         paired = self._inside()
-        seen = self.spread() if paired.freedom < FEW else paired
-        freedom = seen.freedom + 2 * more if paired.freedom + more < FEW else paired.freedom + more
+        own = self._own(arm, other)
+        seen = own if _surer(own.freedom, paired.freedom) else paired
+        then = own.freedom + 2 * more, paired.freedom + more
+        freedom = then[0] if _surer(*then) else then[1]
         leverage = float(contrast @ np.linalg.pinv(design.T @ design) @ contrast)
         launches = (seen.variance / (1 / leverage + more / 2), freedom)
         windows, rest, width = NOTHING, 0.0, len(self.windows)
@@ -172,6 +175,11 @@ class Repeats:
         residual, freedom = means - design @ solution, len(means) - int(rank)
         return Spread(float(residual @ residual) / freedom, freedom) if freedom > 0 else NO_SPREAD
 
+    def _own(self, arm: str, other: str) -> Spread:
+        """The launch spread of these two; unknown where one of them was launched once (it would borrow the other's)."""
+        both = [_variance(self._of(name).mean(axis=1)) for name in (arm, other)]
+        return Spread(*pool(both)) if all(freedom > 0 for _, freedom in both) else NO_SPREAD
+
     def _design(self, arm: str, other: str) -> tuple[np.ndarray, np.ndarray]:
         columns = [*self.arms, *self.rounds[1:]]
         design = np.zeros((len(self.launches), len(columns)))
@@ -194,6 +202,11 @@ class Repeats:
             squares += float(np.sum(left**2))
             freedom += (rows - 1) * (columns - 1)
         return (squares / freedom if freedom > 0 else 0.0), freedom
+
+
+def _surer(own: float, paired: float) -> bool:
+    """Whether so many degrees of freedom of two arms' own launches are worth more than those of their pairs."""
+    return paired < FEW and own > paired
 
 
 def _variance(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
