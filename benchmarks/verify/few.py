@@ -43,9 +43,8 @@ def told_apart(rounds: int, ratio: float, drift: float, seed: int = 0) -> tuple[
 
 
 def main() -> None:
-    print(
-        "| rounds | ratio | drift | called cheaper | reach | paired: called cheaper | reach |\n|---|---|---|---|---|---|---|"
-    )
+    print("| rounds | ratio | drift | called cheaper | reach | paired: called cheaper | reach |")
+    print("|" + "---|" * 7)
     few = repeats.FEW
     for rounds in (2, 3):
         for ratio, drift in ((1, 0), (1, 1), (1, 3), (2, 0), (3, 0), (5, 0)):

@@ -213,7 +213,7 @@ def test_where_the_loads_of_that_launch_contradict_each_other_the_default_is_lau
         return server
 
     engine.launch = moody
-    ready, _ = search(runner, engine, launches=3)
+    search(runner, engine, launches=3)
     first = runner.store.trial(0)
     held = [s.load for s in first.outcome.steps if s.ok]
     missed = [s.load for s in first.outcome.steps if not s.ok]

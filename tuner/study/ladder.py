@@ -239,8 +239,8 @@ def as_trial(ready: session.Prepared, store: Store, recorder: Recorder, on_event
 
 
 def _rungs_of(outcome: Outcome, ladder: tuple[float, ...]) -> tuple[Step, ...]:
-    """The steps of a trial at ``ladder``; empty where one is missing or not believed, where none holds, and where a load
-    that was missed lies below one that held: one of them was luck."""
+    """The steps of a trial at ``ladder``; empty where one is missing or not believed, where none holds, and where a
+    load that was missed lies below one that held: one of them was luck."""
     measured = {step.load: step for step in outcome.steps} if isinstance(outcome, Measured) else {}
     steps: list[Step] = []
     for load in ladder:
