@@ -224,7 +224,8 @@ def as_trial(ready: session.Prepared, store: Store, recorder: Recorder, on_event
             outcome = Measured(steps, launch.outcome.boot)
             start, end = (launch.folder / name for name in ("config.json", "outcome.json"))
             write_json(start, read_json(start) | said | ready.predicted(config))
-            write_json(end, read_json(end) | {"outcome": to_dict(outcome), "loads": len(launch.outcome.steps)})
+            loads = {"loads": len(launch.outcome.steps)}  # a kill may have come after this was written
+            write_json(end, loads | read_json(end) | {"outcome": to_dict(outcome)})
             answers = store.ladder_folder / ANSWERS  # where an executor on other machines brings them home
             if answers.exists() and not (store.folder / ANSWERS).exists():
                 answers.rename(store.folder / ANSWERS)
