@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.search.problem import LOADS, Model, knob, launch, objective, space, study
@@ -13,6 +14,7 @@ from tuner.search import choose, ledger
 from tuner.search.expert import gpu_counts
 from tuner.search.sampler import TunerSampler
 from tuner.space.space import SearchSpace
+from tuner.study.outcome import Infeasible
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,71 @@ def test_what_the_machine_cannot_carry_is_never_proposed(wide, predictor):
             tried.append(params)
             ledger.tell(book, trial, of, objective(), launch({**params, "gpus": params["tensor_parallel_size"]}))
         assert not any(map(beyond, tried)) and len({tuple(p.values()) for p in tried}) >= 13  # one may be a repeat
+
+
+TYPES = knob("gpu", "H100", "A100", default="H100")
+BUSY = Infeasible("gpu-busy", "busy", transient=True)
+SERVER = {"gpus": 1, "half": False, "guess": "none"}  # where a space does not say it
+
+
+def types(*parameters) -> SearchSpace:
+    return SearchSpace("types", "emulator", (TYPES, *parameters))
+
+
+@pytest.mark.parametrize("predictor", [None, Model(lambda _params: 1.0)], ids=["none", "model"])
+@pytest.mark.parametrize(
+    "of",
+    [
+        types(*space().parameters),
+        types(*space().parameters, *(knob(f"x{i}", *"abcdef", default="a") for i in range(4))),
+        types(space().parameters[1]),
+    ],
+    ids=["whole", "sampled", "all tried"],
+)
+def test_what_was_measured_beyond_this_machines_reach_is_learnt_from_and_never_proposed(of, predictor):
+    """Another tuner has A100s, and they are twice as fast; here, with H100s, everything may have been tried before."""
+    one = choose.sampler(
+        "auto", of, objective(), LOADS, predictor=predictor, refuse=lambda p: "no A100" if p["gpu"] == "A100" else ""
+    )
+    assert isinstance(one, TunerSampler)
+    book = study(one)
+    elsewhere = [{**of.default(), "gpu": "A100", "batch": batch} for batch in (16, 32, 64, 128)]
+    elsewhere += [{**params, "gpus": 2} for params in elsewhere if "gpus" in params]
+    faulty = {**of.default(), "gpu": "A100", "batch": 8}  # has no answer yet: nothing but its reach speaks against it
+    for params in (faulty, *elsewhere):
+        book.enqueue_trial({**params, **({"length": 2} if "length" in params else {})})
+    tried = []
+    for n in range(1 + len(elsewhere) + 10):
+        trial, params = ledger.ask(book, of)
+        tried.append(params)
+        told = launch({**SERVER, **params}, noise=-0.7 if params["gpu"] == "A100" else 0.0) if n else BUSY
+        ledger.tell(book, trial, of, objective(), told, started_s=1000.0 * n + 1, ended_s=1000.0 * n + 200)
+    here = tried[1 + len(elsewhere) :]
+    assert here[0] == of.snap(of.default()) and {params["gpu"] for params in here} == {"H100"}
+    rows = one.beliefs.fitted["capacity"].rows.codes[:, 0]
+    assert np.count_nonzero(rows == TYPES.values.index("A100")) == len(elsewhere)
+
+
+def test_a_default_beyond_reach_that_was_measured_elsewhere_is_not_proposed():
+    of = types(*space().parameters)
+    book = study(choose.sampler("auto", of, objective(), LOADS, refuse=lambda p: "no" if p["gpu"] == "H100" else ""))
+    asked = []
+    for faulty in (True, *(False,) * 5):  # the first launch, elsewhere, has no answer: it is not taken
+        if faulty:
+            book.enqueue_trial({**of.default(), "length": 2})
+        trial, params = ledger.ask(book, of)
+        asked.append(params["gpu"])
+        ledger.tell(book, trial, of, objective(), BUSY if faulty else launch(params))
+    assert asked == ["H100", *["A100"] * 5]
+
+
+def test_what_lies_near_the_default_is_within_reach_too():
+    of = SearchSpace("nameless", "emulator", tuple(knob(f"x{i}", *"abc", default="a") for i in range(6)))
+    book = study(choose.sampler("auto", of, objective(), LOADS, refuse=lambda p: "no" if p["x0"] != "a" else ""))
+    for _ in range(4):
+        trial, params = ledger.ask(book, of)
+        assert (params["x0"] == "a" and "off the default" in trial.user_attrs["reason"]) or params == of.default()
+        ledger.tell(book, trial, of, objective(), launch({**SERVER, "batch": 16}))
 
 
 def test_where_several_sizes_count_gpus_and_no_name_says_of_what_the_most_that_there_are_come_first():

@@ -92,7 +92,7 @@ class Beliefs:
         return found
 
     def _known(self, readings: Sequence[Reading]) -> list[Reading]:
-        """The readings of launches that have ended, of configurations that may be launched."""
+        """The readings of launches that have ended, of configurations that no rule denies."""
         known = [r for r in readings if r.seen.outcome is not None and self.index(r.seen.params) is not None]
         self.foresight.look()
         return known
@@ -241,11 +241,9 @@ class Beliefs:
         return Rows(codes, use, y, values.reshape(len(points), len(sources)), extra), sources
 
     def index(self, params: Mapping[str, Value]) -> int | None:
-        """The candidate's number of a configuration, which becomes one if it was none (None: a rule denies it)."""
-        key = self.candidates.key(params)
-        if key not in self.candidates.index:
-            self.candidates.add([params])
-        return self.candidates.index.get(key)
+        """The candidate's number of a configuration that was launched, here or elsewhere; it becomes one if it was none
+        (None: a rule denies it)."""
+        return self.candidates.number(params, seen=True)
 
 
 def _normal_cdf(x: Array) -> Array:

@@ -32,7 +32,8 @@ class Candidates:
 
     A candidate's code has one integer per parameter: the index in its grid, -1 where the parameter does not apply.
     ``numbers[i]`` are the parameters that have the snapped configuration ``params[i]``; its key is its code.
-    ``refuse`` says why the machine cannot carry a configuration that no rule denies (None: it carries all).
+    ``refuse`` says why the machine cannot carry a configuration that no rule denies (None: it carries all): one that
+    was launched all the same, elsewhere, is a candidate to learn from, and its number is in ``beyond``.
     """
 
     space: SearchSpace
@@ -41,6 +42,7 @@ class Candidates:
     keys: list[Key] = field(default_factory=list)
     index: dict[Key, int] = field(default_factory=dict)
     whole: bool = False
+    beyond: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, space: SearchSpace, seed: int, *, asked: bool = False, refuse: Refuse | None = None) -> Candidates:
@@ -74,14 +76,27 @@ class Candidates:
         active = self.space.active(params)
         return tuple(_code(p, active[p.name]) if p.name in active else -1 for p in self.space.parameters)
 
-    def add(self, many: Iterable[Mapping[str, Value]]) -> list[int]:
-        """Adds configurations that may be launched and are not there yet; returns the new indices."""
+    def number(self, params: Mapping[str, Value], *, seen: bool = False) -> int | None:
+        """The number of a configuration, which becomes a candidate if it was none (None: a rule denies it). One that
+        the machine cannot carry has a number only for who asks of what was ``seen``, not of what may be launched."""
+        key = self.key(params)
+        if key not in self.index:
+            self.add([params], seen=seen)
+        found = self.index.get(key)
+        return found if seen or found not in self.beyond else None
+
+    def add(self, many: Iterable[Mapping[str, Value]], *, seen: bool = False) -> list[int]:
+        """Adds configurations that may be launched (or were: ``seen``) and are not there yet; returns the new
+        indices."""
         new = []
         for params in many:
             snapped = self.space.snap(params)
             key = self.key(snapped)
-            if key in self.index or not self.admits(snapped):
+            admitted = key not in self.index and self.admits(snapped)
+            if key in self.index or (not admitted and (not seen or self.space.denied(snapped))):
                 continue
+            if not admitted:
+                self.beyond.add(len(self.params))
             self.index[key] = len(self.params)
             new.append(len(self.params))
             self.params.append(snapped)

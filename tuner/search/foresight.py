@@ -79,7 +79,9 @@ class Foresight:
         model, it is silent on all."""
         space, p = self.candidates.space, self.candidates.space.parameters[parameter]
         self.look()
-        having = np.nonzero((self.short_bytes <= 0) & (self.candidates.codes()[:, parameter] >= 0))[0]
+        having = (self.short_bytes <= 0) & (self.candidates.codes()[:, parameter] >= 0)
+        having[list(self.candidates.beyond)] = False
+        having = np.nonzero(having)[0]
         compared = False
         for i in having[np.linspace(0, len(having) - 1, min(ASKED_OF, len(having))).astype(np.int64)]:
             variants = [space.snap({**self.candidates.params[i], p.name: value}) for value in p.values]

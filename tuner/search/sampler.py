@@ -184,7 +184,7 @@ class TunerSampler(BaseSampler):
     @ONE_THREAD
     def _propose(self, seen: Sequence[Seen], number: int) -> tuple[int, Proposal]:
         rng = np.random.default_rng([self.seed, number])
-        default = self.beliefs.index(self.space.snap(self.space.default()))
+        default = self.candidates.number(self.space.snap(self.space.default()))
         taken = self._taken(seen)
         if default is not None and default not in taken:
             return default, Proposal("the engine's default: the baseline of every comparison")
@@ -370,10 +370,10 @@ class TunerSampler(BaseSampler):
         return taken
 
     def _admitted(self, taken: set[int]) -> list[int]:
-        """Candidates that may be launched: new ones that fit in memory, as far as the model can tell."""
+        """Candidates that may be launched: new ones within reach that fit in memory, as far as the model can tell."""
         self.foresight.look()
         fits = self.foresight.short_bytes <= 0
-        fits[list(taken)] = False
+        fits[list(taken | self.candidates.beyond)] = False
         return np.nonzero(fits)[0].tolist()
 
     def _without_model(self, taken: set[int], default: int | None, rng: Any) -> tuple[int | None, str]:
@@ -383,15 +383,16 @@ class TunerSampler(BaseSampler):
         What differs in everything from a server that works mostly does not work, and its points say nothing of which
         difference they come from (group screening: Watson 1961, Technometrics 3(3))."""
         for params, why in gpu_counts(self.space, self.candidates.admits):
-            index = self.beliefs.index(params)
+            index = self.candidates.number(params)
             if index is not None and index not in taken:
                 return index, why
-        if len(taken) >= len(self.candidates.params):
+        away = taken | self.candidates.beyond
+        if len(away) >= len(self.candidates.params):
             return None, ""
         if default is not None and (index := self._off(default, taken, rng)) is not None:
             off = sum(a != b for a, b in zip(self.candidates.keys[index], self.candidates.keys[default], strict=True))
             return index, f"{off} parameter{'s' * (off > 1)} off the default, of those that were varied least"
-        left = [i for i in range(len(self.candidates.params)) if i not in taken]
+        left = [i for i in range(len(self.candidates.params)) if i not in away]
         few = rng.choice(left, size=min(8, len(left)), replace=False).tolist()  # the farthest of all is a corner
         index = spread(self.candidates.codes(), self.beliefs.tables, sorted(taken), few)
         return index, "least like anything launched so far"
@@ -412,7 +413,7 @@ class TunerSampler(BaseSampler):
             params = dict(self.candidates.params[base])
             for k in rng.choice(len(wide), size=min(self.options.near, len(wide)), replace=False):
                 params[wide[k].name] = wide[k].values[int(rng.integers(len(wide[k].values)))]
-            index = self.beliefs.index(self.space.snap(params))
+            index = self.candidates.number(self.space.snap(params))
             if index is not None and index not in taken and news(known[index]) > most:
                 best, most = index, news(known[index])
         return best
@@ -448,7 +449,8 @@ class TunerSampler(BaseSampler):
         """Neighbours of the incumbents (and of what is believed best) join the pool, some at a time."""
         good = [i for r in readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
         believed = Scan(self.beliefs, self.loads, readings, []).leaders(self._admitted(set()), 6)
-        usual = self._usual(self.candidates.params[good[0]] if good else self.space.default())
+        own = [i for i in good if i not in self.candidates.beyond]
+        usual = self._usual(self.candidates.params[own[0]] if own else self.space.default())
         many = [n for i in sorted({*good[-10:], *believed}) for n in self._around(i, usual)]
         before = len(self.candidates.params)
         for params in rng.permutation(np.array(many, dtype=object)).tolist():

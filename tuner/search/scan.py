@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -116,7 +116,7 @@ class Scan:
         first: dict[int, Reading] = {}
         for r in launched:
             index = self.beliefs.index(r.seen.params)
-            if r.steps and index is not None and r.seen.params not in repeats:
+            if r.steps and self._within(index) and r.seen.params not in repeats:
                 first.setdefault(index, r)
         if not first:
             return None
@@ -151,8 +151,12 @@ class Scan:
 
     def again(self, rng: Any) -> int:
         """A candidate to measure again when nothing else is left: one of the front, else any."""
-        good = [i for r in self.readings if r.good and (i := self.beliefs.index(r.seen.params)) is not None]
+        good = [i for r in self.readings if r.good and self._within(i := self.beliefs.index(r.seen.params))]
         return int(rng.choice(good)) if good else 0
+
+    def _within(self, index: int | None) -> TypeGuard[int]:
+        """Whether a candidate is within this machine's reach."""
+        return index is not None and index not in self.beliefs.candidates.beyond
 
     @cached_property
     def _measured(self) -> tuple[Codes, Array]:
