@@ -11,6 +11,7 @@ import pytest
 from tests.search.problem import LOADS, Model, knob, launch, objective, space, study
 from tuner.errors import UsageError
 from tuner.search import choose, ledger
+from tuner.search.candidates import SAMPLE, Candidates
 from tuner.search.expert import gpu_counts
 from tuner.search.sampler import TunerSampler
 from tuner.space.space import SearchSpace
@@ -81,6 +82,24 @@ def test_what_the_machine_cannot_carry_is_never_proposed(wide, predictor):
             tried.append(params)
             ledger.tell(book, trial, of, objective(), launch({**params, "gpus": params["tensor_parallel_size"]}))
         assert not any(map(beyond, tried)) and len({tuple(p.values()) for p in tried}) >= 13  # one may be a repeat
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_sample_of_several_sizes_is_as_large_on_a_small_machine(gpus):
+    """Of five sizes, one draw in a thousand is within one GPU."""
+    counting = [knob(f"n{i}", 1, 2, 4, 8, default=1, numeric=True, log=True, counts_gpus=True) for i in range(5)]
+    of = SearchSpace("sizes", "emulator", (*counting, *(knob(f"x{i}", *"abcdef", default="a") for i in range(5))))
+
+    def refuse(params) -> str:
+        return "no" if math.prod(params[p.name] for p in counting) > gpus else ""
+
+    drawn, found = Candidates.of(of, 0), Candidates.of(of, 0, refuse=refuse)
+    assert len(drawn.params) == len(found.params) == SAMPLE and not any(map(refuse, found.params))
+    assert found.keys == Candidates.of(of, 0, refuse=refuse).keys
+    assert Candidates.of(of, 0, refuse=lambda _params: "").keys == drawn.keys
+    assert {drawn.key(params) for params in drawn.params if not refuse(params)} <= found.index.keys()
+    largest = {p.name: {params[p.name] for params in found.params} for p in counting}
+    assert all(values == {n for n in (1, 2, 4, 8) if n <= gpus} for values in largest.values())
 
 
 TYPES = knob("gpu", "H100", "A100", default="H100")

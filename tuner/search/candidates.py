@@ -57,16 +57,17 @@ class Candidates:
             return found
         from numpy.random import default_rng
 
-        rng = default_rng([seed, 1])
+        rng, order = default_rng([seed, 1]), default_rng([seed, 1, 1])
         sample = ASKED_SAMPLE if asked else SAMPLE
         rare = False  # hardly any draw is allowed
         for drawn in range(8 * sample):
             rare = drawn >= sample and len(found.params) < drawn // 200
             if rare or len(found.params) >= sample:
                 break
-            found.add([_drawn(space, rng)])
+            found.add([found._within_reach(_drawn(space, rng), order)])
         if rare:
-            found.add([space.snap(space.default()), *(_mended(space, rng) for _ in range(MENDED))])
+            mended = (found._within_reach(_mended(space, rng), order) for _ in range(MENDED))
+            found.add([space.snap(space.default()), *mended])
         if not found.params:
             raise _all_denied(space, refuse)
         return found
@@ -106,6 +107,19 @@ class Candidates:
     def admits(self, params: Mapping[str, Value]) -> bool:
         """Whether a snapped configuration may be launched: no rule denies it, and the machine carries it."""
         return not self.space.denied(params) and not (self.refuse and self.refuse(params))
+
+    def _within_reach(self, params: dict[str, Value], rng: Any) -> dict[str, Value]:
+        """A draw of which only the machine's size may speak against: what counts GPUs is set to its least, one after
+        another in random order, until it is carried. Most draws of several sizes are beyond a small machine."""
+        counting = [p for p in self.space.parameters if p.counts_gpus]
+        if self.refuse is None or not counting:
+            return params
+        tried = self.space.snap(params)
+        for j in rng.permutation(len(counting)) if self.refuse(tried) else ():
+            tried = self.space.snap({**tried, counting[j].name: min(counting[j].values, key=float)})
+            if not self.refuse(tried):
+                return tried
+        return params
 
     def neighbours(self, params: Mapping[str, Value]) -> list[dict[str, Value]]:
         """Every configuration that differs in one parameter: by one step on a numeric grid, by any other category."""
