@@ -130,9 +130,11 @@ class AskTell:
         return choose(self.store.trials(), self.study.objective)
 
     def _out_of_reach(self, config: ServingConfig) -> str:
-        """Why whoever launches cannot: the GPUs of this machine say nothing of it, those that the study names do."""
-        has = (self.study.frozen.get("hardware") or {}).get("gpus", "auto")
-        return f"it wants {config.gpus} GPUs, the study has {has}" if has != "auto" and config.gpus > has else ""
+        """Why whoever launches cannot: the GPUs of this machine say nothing of it, those that the study names do (a
+        cluster may get a larger node)."""
+        said = (self.study.frozen.get("hardware") or {}).get("gpus", "auto")
+        has, bound = self.study.hardware.gpus, said != "auto" and self.study.executor.kind == "local"
+        return f"it wants {config.gpus} GPUs, the study has {has}" if bound and config.gpus > has else ""
 
     def _over(self, running: int) -> str:
         paid = self.store.launched("search", "verify")

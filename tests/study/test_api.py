@@ -230,8 +230,12 @@ def asked_gpus(study) -> list[int]:
 
 
 def test_no_more_gpus_are_asked_for_than_the_study_names(study):
-    named = asked_gpus(sized(study, gpus=8))
+    named = asked_gpus(sized(study, gpus="8"))
     assert max(named) <= 8 and len(named) > 2
+    own = {**sized(study, gpus=2), "name": "random", "sampler": "random"}  # Optuna's samplers know of no GPUs
+    assert max(asked_gpus(own)) == 2
+    cluster = {**own, "name": "cluster", "executor": {"kind": "ray"}}
+    assert max(asked_gpus(cluster)) > 2  # which may get a larger node
     assert max(asked_gpus({**sized(study), "name": "other"})) > 1  # those of this machine say nothing of who launches
 
 
