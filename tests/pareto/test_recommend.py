@@ -14,7 +14,7 @@ from tuner.pareto.choice import choose
 from tuner.pareto.recommend import ablation, recommended
 from tuner.study.outcome import Measured
 from tuner.study.price import COST, GOODPUT
-from tuner.study.store import EXHAUSTED, write_json
+from tuner.study.store import EXHAUSTED, UNFOUND, write_json
 from tuner.study.verifying import verification
 from tuner.verify.judge import Arm
 
@@ -81,6 +81,8 @@ def test_a_search_of_which_everything_is_refused_says_why(tmp_path: Path):
     store.log("ended", why=EXHAUSTED)
     refused = "Every configuration of the space is refused before a launch: nothing fits."
     assert recommended(store, study).text == refused
+    store.log("ended", why=UNFOUND)  # of a space too large to be walked
+    assert recommended(store, study).text == refused.replace("of the space", "that was looked at")
     store.log("ended", why="interrupted")
     assert recommended(store, study).text == "No trial has finished yet."
 

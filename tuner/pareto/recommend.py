@@ -14,7 +14,7 @@ from tuner.pareto.front import Interval, Point, trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.price import COST, GOODPUT
-from tuner.study.store import EXHAUSTED, AsWritten, Store, TrialRecord, read_json
+from tuner.study.store import EXHAUSTED, UNFOUND, AsWritten, Store, TrialRecord, read_json
 from tuner.verify.arm import as_range
 from tuner.verify.fill import WHY, unfilled
 from tuner.words import figure
@@ -61,9 +61,10 @@ def _all_refused(store: Store) -> str:
     """What a search without a launch says, where it has ended; else nothing."""
     ended = [event.get("why") for event in store.events() if event.get("event") == "ended"]
     reasons = {str(row["reason"]): 1 for row in store.refused()}
-    if EXHAUSTED not in ended[-1:] or not reasons:
+    which = {EXHAUSTED: "of the space", UNFOUND: "that was looked at"}.get(str(ended[-1]) if ended else "")
+    if which is None or not reasons:
         return ""
-    return f"Every configuration of the space is refused before a launch: {'; '.join(alike(reasons))}."
+    return f"Every configuration {which} is refused before a launch: {'; '.join(alike(reasons))}."
 
 
 def _told(verdict: Mapping[str, Any], store: Store, study: Study, trials: Sequence[TrialRecord]) -> Choice:
