@@ -135,6 +135,15 @@ def test_experts_are_spread_over_data_parallel_ranks() -> None:
     assert spread.parts["weights"] == pytest.approx(17e9 + 654e9 / 8, rel=0.05)
 
 
+def test_dp_attention_copies_attention_and_spreads_the_feed_forward_blocks_and_the_head() -> None:
+    flags: dict[str, Value | None] = {"tp-size": 8, "dp-size": 4, "enable-dp-attention": None}  # each copy on two GPUs
+    shape = ModelShape.from_folder(SHAPES / "llama-3.1-8b.json")
+    found = fits(shape, table.table()["H100-SXM"], ServingConfig("m", {}, flags, {}), "sglang")
+    attention, blocks = 32 * 4096 * (2 * 4096 + 2 * 1024), 32 * 3 * 4096 * 14336
+    words = (attention + blocks / 4 + 128256 * 4096 * (1 + 1 / 4)) / 2
+    assert found.parts["weights"] == pytest.approx(2 * words, rel=0.01)
+
+
 def test_a_cpu_server_s_cache_is_what_the_variable_says() -> None:
     found = fit("qwen2.5-0.5b-awq", "cpu-avx512", {"max-model-len": 4096}, VLLM_CPU_KVCACHE_SPACE="1")
     assert found.fits

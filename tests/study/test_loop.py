@@ -34,7 +34,7 @@ from tuner.study import budget, queue, session, verifying, workload
 from tuner.study.evaluate import Bench, evaluate, to_fill
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Step, Untrusted
 from tuner.study.session import Prepared
-from tuner.study.store import Store, read_json, write_json
+from tuner.study.store import EXHAUSTED, Store, read_json, write_json
 from tuner.verify.promise import Promise
 
 # no quality floor: other trials start beside the default, whose answers nothing is compared with
@@ -81,6 +81,18 @@ def test_a_large_space_of_which_hardly_anything_may_run_is_not_called_tried(runn
     monkeypatch.setattr(Prepared, "why_not", lambda *_: "too many GPUs")
     ended = runner.run(engine, replace={"launches: 6": "launches: 9"})
     assert "neither refused nor launched already" in ended and len(engine.launched) == 6
+
+
+def test_what_a_draw_does_not_find_of_a_grid_that_can_be_walked_is_walked_to(runner, monkeypatch):
+    monkeypatch.setattr("tuner.study.queue.WHOLE", 10)
+    monkeypatch.setattr("tuner.study.queue.DRAWN", 1)
+    space = runner.study().space
+    hashes = {space.config(params, "m").hash for params in space.grid() if not space.denied(params)}
+    assert len(hashes) > 20
+    few = {*sorted(hashes)[:3]}
+    monkeypatch.setattr(Prepared, "why_not", lambda _self, c: "" if replace(c, model="m").hash in few else "no room")
+    engine = FakeEngine()
+    assert runner.run(engine) == EXHAUSTED and len(engine.launched) == len(few)
 
 
 def test_the_ladder_goes_up_and_ends_at_the_first_miss_on_one_launch(runner):

@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -18,12 +20,13 @@ from tests.study import postgres
 from tuner.api import AskTell
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec import studyfile
-from tuner.spec.study import RULES
+from tuner.spec.study import RULES, Budget
 from tuner.study import database, mirror, session
 from tuner.study.outcome import Measured
 from tuner.study.peers import joined
 from tuner.study.pulse import Owner
-from tuner.study.store import Store, read_json
+from tuner.study.store import EXHAUSTED, UNFOUND, Store, read_json
+from tuner.study.together import Together
 
 pytest.importorskip("psycopg", reason='no driver: pip install "tuner[postgres]"')
 ROOT = Path(__file__).parents[2]
@@ -257,6 +260,20 @@ def test_a_tuner_that_waits_for_a_suspended_one_says_so_and_can_be_interrupted(o
         pass
     suspended.release()
     assert said == ["Another tuner of this study has had its turn for 0 s: is it suspended?"]
+
+
+@pytest.mark.parametrize("why", [EXHAUSTED, UNFOUND])
+def test_a_search_that_finds_nothing_new_ends_for_all(why):
+    agreed, ways = [], iter([why])  # a second round of the loop would have nothing to say
+    peers = SimpleNamespace(
+        turn=nullcontext, waiting=lambda: 0, ended=lambda _budget: "", agree=lambda said, _budget: agreed.append(said)
+    )
+    study = SimpleNamespace(budget=Budget(launches=4))
+    queue = SimpleNamespace(
+        study=study, stood_back=False, catch_up=lambda: SimpleNamespace(running=()), waits=lambda: False
+    )
+    together = Together(peers, queue, lambda _running: "", threading.Event())
+    assert together.run(lambda: next(ways)) == why and agreed == [why]
 
 
 def test_what_another_tuner_verified_is_taken_over_until_there_is_more_budget_to_verify_with(on_sqlite):
