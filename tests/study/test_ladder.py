@@ -121,6 +121,7 @@ def test_the_launch_that_settled_the_ladder_is_the_first_trial_and_is_paid_once(
     assert [(s.load, s.ok) for s in first.outcome.steps] == [(0.17, True), (0.25, True), (0.35, True), (0.5, False)]
     assert all((first.folder / s.records).exists() for s in first.outcome.steps)
     assert first.params == ready.study.space.default() and first.extra["why"] == "the engine's default"
+    assert "label" not in first.extra
     assert first.config.hash not in {t.config.hash for t in others} and len(others) == 2
     assert runner.recorder.trials == [0, 1, 2] and not runner.store.ladder_folder.exists()
     assert [d["trial"] for n, d in runner.events if n == "trial"] == [verifying.LADDER, 0, 1, 2]

@@ -223,7 +223,8 @@ def as_trial(ready: session.Prepared, store: Store, recorder: Recorder, on_event
             said = {"number": 0, "role": "search", "params": default, "why": "the engine's default", "repeat": 0}
             outcome = Measured(steps, launch.outcome.boot)
             start, end = (launch.folder / name for name in ("config.json", "outcome.json"))
-            write_json(start, read_json(start) | said | ready.predicted(config))
+            noted = {key: value for key, value in read_json(start).items() if key != "label"}
+            write_json(start, noted | said | ready.predicted(config))
             loads = {"loads": len(launch.outcome.steps)}  # a kill may have come after this was written
             write_json(end, loads | read_json(end) | {"outcome": to_dict(outcome)})
             answers = store.ladder_folder / ANSWERS  # where an executor on other machines brings them home
