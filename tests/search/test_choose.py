@@ -167,6 +167,12 @@ def test_what_lies_near_the_default_is_within_reach_too():
         ledger.tell(book, trial, of, objective(), launch({**SERVER, "batch": 16}))
 
 
+def test_a_space_of_which_nothing_is_within_reach_is_refused_in_words_of_the_machine_and_not_of_rules():
+    with pytest.raises(UsageError, match="no configuration of the space 'sizes' is within reach: no GPU") as raised:
+        choose.sampler("auto", sizes(), objective(), LOADS, refuse=lambda _params: "no GPU")
+    assert "hardware" in str(raised.value.fix)
+
+
 def test_where_several_sizes_count_gpus_and_no_name_says_of_what_the_most_that_there_are_come_first():
     parameters = [replace(p, name=f"n{j}") if p.counts_gpus else p for j, p in enumerate(sizes().parameters)]
     of = SearchSpace("nameless", "emulator", tuple(parameters))

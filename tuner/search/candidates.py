@@ -165,7 +165,10 @@ def _mended(space: SearchSpace, rng: Any) -> dict[str, Value]:
 
 def _all_denied(space: SearchSpace, refuse: Refuse | None) -> UsageError:
     default = space.snap(space.default())
-    reason = space.denied(default) or (refuse(default) if refuse else "")
+    reason = space.denied(default)
+    if not reason and refuse and (beyond := refuse(default)):
+        fix = "Name the GPUs that there are (hardware), or smaller sizes in the space"
+        return UsageError(f"no configuration of the space {space.name!r} is within reach: {beyond}", fix=fix)
     return UsageError(
         f"no configuration of the space {space.name!r} was found that its rules allow"
         + (f"; of the default they say: {reason}" if reason else ""),

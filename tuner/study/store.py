@@ -21,6 +21,7 @@ CHECKED = "quality.json"  # in a trial's folder: how its answers compare with th
 # why a search ended
 EXHAUSTED = "every configuration of the space has been tried"
 UNFOUND = "nothing was proposed, or found by thousands of draws, that is neither refused nor launched already"
+NOTHING_NEW = (EXHAUSTED, UNFOUND)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tuner.spec.study import MIN_GAIN
 from tuner.study.database import Away
 from tuner.study.queue import Queue
-from tuner.study.store import EXHAUSTED, UNFOUND
+from tuner.study.store import NOTHING_NEW
 
 if TYPE_CHECKING:
     from tuner.study.peers import Peers
@@ -37,9 +37,9 @@ class Together:
         """Runs ``loop`` again whenever another tuner leaves something to do; returns why the search ended, in words."""
         while True:
             ended = loop()
-            if ended in (EXHAUSTED, UNFOUND) and self.queue.stood_back:
+            if ended in NOTHING_NEW and self.queue.stood_back:
                 ended = self._said = AWAY
-            if self.cancel.is_set() or ended not in (AWAY, EXHAUSTED, UNFOUND, self._said):
+            if self.cancel.is_set() or ended not in (AWAY, *NOTHING_NEW, self._said):
                 return ended
             agreed = self._wait(ended)
             if agreed:
@@ -69,7 +69,7 @@ class Together:
                 with self.peers.turn():
                     running, queued = len(self.queue.catch_up().running), self.peers.waiting()
                     why = self._over(running)
-                    exhausted = ended in (EXHAUSTED, UNFOUND) and not queued
+                    exhausted = ended in NOTHING_NEW and not queued
                     if not running and (why or exhausted):
                         self.peers.agree(why or ended, self._budget)
                         return why or ended
