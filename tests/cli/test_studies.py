@@ -290,7 +290,8 @@ def test_a_plan_has_the_windows_of_verification_and_says_what_bounds_it(workplac
         assert re.search(says, " ".join(capsys.readouterr().out.split()))
 
 
-def test_a_plan_has_the_ladder_that_the_default_is_foretold_to_settle(workplace: Path, capsys) -> None:
+def test_a_plan_has_the_ladder_that_the_default_is_foretold_to_settle(workplace: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(workplace)
     path = write(workplace, GOOD.replace("[1, 2, 4]", "auto").replace("300ms", "28ms").replace("H100-SXM", "L40S"))
     study = read(path, Flags())
     ready = session.prepare(study, launching=False)
@@ -374,6 +375,27 @@ def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Pa
     told = " ".join(capsys.readouterr().out.split())
     assert "the engine's default: the function mine.py:evaluate, called with batch=8" in told
     assert "a step is one call" in told and "Trace:" not in told
+
+
+def test_check_and_tune_say_which_names_the_search_knows_nothing_of(workplace: Path, capsys) -> None:
+    (workplace / "mine.py").write_text(
+        "def evaluate(config, load):\n    return {'tpot_p99_s': 0.01, 'output_tokens_per_s': 900.0}\n"
+    )
+    said = "The search knows nothing of batch. Where one is like"
+    for text, told in (
+        (MINE, True),
+        (MINE.replace("default: 8", "default: 8, like: max-num-seqs"), False),
+        (MINE.replace("flag: batch", "flag: max_num_seqs"), False),
+        (MINE.replace("name: mine\n", "name: mine\nsampler: tpe\n", 1), False),
+        (MINE.replace("name: mine\n", "name: mine\npredictor: mine.py:evaluate\n", 1), False),
+    ):
+        path = write(workplace, text, "mine.yaml")
+        study = read(path, Flags())
+        with View(study, True) as view:
+            view.begin(session.prepare(study, launching=False))
+        check.run(path, json=False)
+        shown = capsys.readouterr()
+        assert (said in shown.err) == (said in " ".join(shown.out.split())) == told
 
 
 def test_reasons_that_differ_in_their_figures_are_told_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +15,14 @@ from tests.search.problem import LOADS, knob, objective, study
 from tuner.search import ledger
 from tuner.search.beliefs import Beliefs
 from tuner.search.candidates import Candidates
-from tuner.search.expert import SOME_SIZE, World, by_looks, effects, gpu_counts, speculation
+from tuner.search.causes import Causes
+from tuner.search.expert import SOME_SIZE, World, by_looks, effects, gpu_counts, knows, speculation
 from tuner.search.foresight import Foresight
 from tuner.search.prediction import Prediction
 from tuner.search.reading import read
 from tuner.search.sampler import Options, TunerSampler
 from tuner.search.sources import Sources
-from tuner.space.space import SearchSpace
+from tuner.space.space import Emission, Parameter, SearchSpace
 from tuner.study.outcome import Boot, Infeasible, Measured, Step
 
 NAMED = SearchSpace(
@@ -384,6 +386,29 @@ def test_values_are_looked_at_only_where_nothing_says_more():
     assert works[1] < works[0], "what its looks let fear"
     asked = Sources(candidates, Foresight(candidates, objective(), LOADS, SimpleNamespace(), "m"))
     assert not asked.guessed and not asked.rules[0].any() and not asked.world.sizes
+
+
+def test_what_a_parameter_is_like_is_what_rules_know_of_it():
+    likes = {"lanes": "max-num-seqs", "pack": "quantization", "copies": "replicas"}
+    values = {"lanes": (16, 256), "pack": ("none", "awq"), "copies": (1, 2)}
+    mine = [knob(n, *v, default=v[0], numeric=n != "pack") for n, v in values.items()]
+    theirs = tuple(replace(p, name=likes[p.name]) for p in mine)
+    told = SearchSpace("one", "function", tuple(replace(p, like=likes[p.name]) for p in mine))
+    assert not any(map(knows, mine)) and all(map(knows, told.parameters))
+    for one, other in zip(effects(told), effects(SearchSpace("one", "function", theirs)), strict=True):
+        assert one.any() and (one == other).all()
+    assert by_looks(told) is None
+    assert World.of(told).sizes.keys() == {2}
+    assert {test.first for test in Causes(told).tests if test.weight(frozenset({"speculative", "oom"}))} == {0}
+
+
+def test_a_name_that_no_rule_knows_is_known_by_its_one_flag():
+    by_flag = Parameter("lanes", (16, 256), tuple(Emission({"max-num-seqs": v}) for v in (16, 256)), 16, numeric=True)
+    several = replace(by_flag, emissions=(Emission({"max-num-seqs": 16}), Emission({"max-num-seqs": 256, "x": 1})))
+    own = replace(by_flag, name="kv_cache_tokens_total_tokens")
+    named = knob("max-num-seqs", 16, 256, default=16, numeric=True)
+    read = [effects(SearchSpace("one", "command", (p,)))[0].tolist() for p in (by_flag, named, several, own)]
+    assert read[0] == read[1] and not np.any(read[2]) and np.any(read[3]) and read[3] != read[1]
 
 
 def test_a_few_drafted_tokens_are_worth_more_than_one_and_many_no_more_than_a_few():

@@ -295,6 +295,8 @@ def test_studies_that_share_a_database_are_one_only_where_pins_and_sizes_mean_th
 
     earlier = {"gpus": 1, "variant": "", "joined": frozenset(), "sized": ()}
     assert identity("seqs: 64") == identity("seqs: 64", **earlier), "one that was begun before goes on"
+    like = tuple(replace(p, like="max-num-seqs") for p in load(workplace, OWN).space.parameters)
+    assert identity("") == identity("", parameters=like), "nothing is measured otherwise"
     for pins, args in (("tp: 2", "x: 1"), ("weights: int4", "x: 1"), ("", "pp-size: 2"), ("", "a.b: 1")):
         assert identity(pins, args) != identity(pins, args, **earlier)
     whole = "speculative-config: '{}'"  # into which the tuned parts are put; before they took its place

@@ -436,3 +436,10 @@ def test_what_a_new_study_is_refused_for_is_no_mistake_of_one_that_has_begun(wor
     text = OWN.replace(old, new)
     assert refusal(workplace, text)
     load(workplace, text + begun)
+
+
+@pytest.mark.parametrize("like", ["max-num-sqs", "quantization"])
+def test_what_a_parameter_is_like_is_something_that_the_search_knows(workplace, like):
+    assert load(workplace, OWN.replace("scale: log2", "scale: log2\n      like: max_num_seqs")).space["seqs"].like
+    mistake = refusal(workplace, OWN.replace("scale: log2", f"scale: log2\n      like: {like}"))
+    assert mistake.startswith(f"11: seqs is like nothing that the search knows: {like} with the values 8, 16, 32, 64")

@@ -53,6 +53,8 @@ def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
         f"Budget: {shared_out(study.budget)}; sampler {study.sampler}; "
         f"model: {study.predictor or ready.no_model or 'analytic, of this hardware'}"
     )
+    if data["unread"]:
+        console.print(data["unread"])
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("parameter", "values", "default", "trades"):
         table.add_column(title, no_wrap=title == "parameter", overflow="fold")
@@ -151,6 +153,7 @@ def describe(ready: Any) -> dict[str, Any]:
             {"name": p.name, "values": list(p.values), "default": p.default, "trades": p.trades}
             for p in space.parameters
         ],
+        "unread": ready.unread(),
         "combinations": len(grid) or space.size(),
         "allowed": len(grid) - sum(refused.values()) if grid else None,
         "refused": dict(refused),

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.search.candidates import Candidates
-from tuner.search.expert import World, effects
+from tuner.search.expert import World, effects, meant
 from tuner.search.reading import cause
 from tuner.search.surrogate import Array, Codes
 from tuner.space.config import Value
@@ -252,17 +252,18 @@ def _all_hold(holds: Holds, tests: Codes) -> Holds:
 def _tests(space: SearchSpace) -> Iterator[Test]:
     """Every condition that is looked at: a value; above or below a number; a product or a ratio of two numbers."""
     varied = [(j, p) for j, p in enumerate(space.parameters) if len(p.values) > 1]
+    known = meant(space).parameters
     for j, p in varied:
-        yield from _single(j, p)
+        yield from _single(j, p, known[j].name)
     numbers = [(j, p) for j, p in varied if p.numeric and min(p.values) > 0]  # type: ignore[type-var]
     for (i, one), (j, other) in itertools.combinations(numbers, 2):
         yield from _of_two(i, one, j, other)
 
 
-def _single(j: int, p: Parameter) -> Iterator[Test]:
-    plain = f"_{'_'.join(_words(p.name))}_"
+def _single(j: int, p: Parameter, meant: str) -> Iterator[Test]:
+    plain = f"_{'_'.join(_words(meant))}_"
     called = {word for has, words in CALLED if re.search(has, plain) for word in words.split()}
-    names = frozenset(w for text in (p.name, *_flags(p)) for w in _words(text)) - PLAIN | called
+    names = frozenset(w for text in (p.name, meant, *_flags(p)) for w in _words(text)) - PLAIN | called
     for value in p.values:
         conditions = [(f"{p.name} = {value}", [v == value for v in p.values])]
         if p.numeric:

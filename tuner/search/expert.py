@@ -3,11 +3,11 @@
 Every rule gives three numbers per value. Two are logarithms: the latency of a token, and the capacity (the load that
 keeps the SLOs). They are a prior mean of the surrogate (:mod:`tuner.search.sources`), so that launches correct them.
 The third is the number of crashes to be expected of the value (:mod:`tuner.search.causes`), until a server with it has
-served: what leaves little memory for graphs and activations, and what engines combine with few other features. A name
-or a value that no rule knows counts nothing. Sources: vLLM's guides "Optimization and Tuning", "Conserving Memory",
-"Quantization", "Speculative Decoding", "Expert Parallel Deployment" and its "Compatibility Matrix", SGLang's
-"Hyperparameter Tuning"; a decode step reads all weights, so that halving them halves most of it. How many
-crashes: docs/search.md.
+served: what leaves little memory for graphs and activations, and what engines combine with few other features. A space
+may say which known name a parameter is like. A name or a value that no rule knows counts nothing. Sources: vLLM's
+guides "Optimization and Tuning", "Conserving Memory", "Quantization", "Speculative Decoding", "Expert Parallel
+Deployment" and its "Compatibility Matrix", SGLang's "Hyperparameter Tuning"; a decode step reads all weights, so that
+halving them halves most of it. How many crashes: docs/search.md.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ Effect = tuple[float, float, float]  # on log latency, on log capacity; expected
 def effects(space: SearchSpace) -> list[Array]:
     """Per parameter a table (values + 1, 3): the rules' effects on log latency and log capacity, and expected crashes.
     The last row stands for "does not apply"."""
+    space = meant(space)
     counted = any(p.counts_gpus for p in space.parameters)  # then what GPUs do is a prior mean of its own
     experts, told, found = _experts(space), sizes_told(space), []
     for p in space.parameters:
@@ -66,9 +67,30 @@ def effects(space: SearchSpace) -> list[Array]:
     return found
 
 
+def meant(space: SearchSpace) -> SearchSpace:
+    """The space under the names that rules read: what it says that a parameter is ``like``, else the parameter's own,
+    or, where no rule knows that, its flag's."""
+    return replace(space, parameters=tuple(replace(p, name=_meant(p), like="") for p in space.parameters))
+
+
+def _meant(p: Parameter) -> str:
+    flags = {flag for emission in p.emissions for flag in emission.flags}
+    if p.like or len(flags) != 1 or knows(p):
+        return p.like or p.name
+    flag = flags.pop()
+    return flag if knows(replace(p, name=flag)) else p.name
+
+
+def knows(p: Parameter) -> bool:
+    """Whether a rule has something to say of the parameter by its name (of what it is ``like``, where that is said)."""
+    p = replace(p, name=p.like or p.name)
+    return _parallel(p, False) is not None or any(effect != NOTHING for effect in _effects(p, False))
+
+
 def sizes_told(space: SearchSpace) -> bool:
     """Whether several parameters count GPUs and the names of all tell of which parallelism they are the size: a GPU
     more does not do the same in each."""
+    space = meant(space)
     counting, experts = [p for p in space.parameters if p.counts_gpus], _experts(space)
     return len(counting) > 1 and all(_parallel(p, experts) for p in counting)
 
@@ -136,6 +158,7 @@ class World:
 
     @classmethod
     def of(cls, space: SearchSpace) -> World:
+        space = meant(space)
         named = {} if any(p.counts_gpus for p in space.parameters) else dict(enumerate(space.parameters))
         experts = _experts(space)
         named = {j: p for j, p in named.items() if _parallel(p, experts)}

@@ -41,7 +41,8 @@ class Parameter:
     categories. At its ``default`` a parameter adds no flag: the engine's own default is the baseline. ``when`` says
     under which other parameters it applies at all. ``alters_answers`` marks what can change the model's output (the
     quality floor is checked). ``counts_gpus``: its value is the number of GPUs of one replica. ``always``: the flag
-    is passed at the default too, because the engine has none of its own.
+    is passed at the default too, because the engine has none of its own. ``like``: what an engine calls what this is,
+    for the search to expect its effect.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Parameter:
     alters_answers: bool = False
     counts_gpus: bool = False
     always: bool = False
+    like: str = field(default="", repr=False)  # by what it looks like, two studies are the same with it and without
 
     def snap(self, value: Value) -> Value:
         """The grid value nearest to ``value`` (in logarithms on a log grid); raises ``ValueError`` for a category

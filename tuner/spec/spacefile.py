@@ -50,6 +50,7 @@ class ParameterFile(Strict):
     alters_answers: bool = False
     counts_gpus: bool = False
     always: bool = False
+    like: str = ""
 
 
 class RuleFile(Strict):
@@ -345,7 +346,7 @@ def _parameter(
     if numeric:  # a neighbour is one step away, and the ends are the least and the most
         pairs = sorted(zip(values, emissions, strict=True), key=lambda p: p[0])
         values, emissions = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
-    return Parameter(
+    parameter = Parameter(
         name=name,
         values=values,
         emissions=emissions,
@@ -357,7 +358,20 @@ def _parameter(
         alters_answers=spec.alters_answers,
         counts_gpus=spec.counts_gpus,
         always=spec.always,
+        like=spec.like,
     )
+    if spec.like:
+        _check_like(parameter, document, (*at, "like"))
+    return parameter
+
+
+def _check_like(parameter: Parameter, document: Document, at: tuple[str, ...]) -> None:
+    from tuner.search.expert import knows
+
+    if not knows(parameter):
+        of = f"{parameter.like} with the values {', '.join(map(str, parameter.values))}"
+        fix = "write what vLLM or SGLang calls it (max-num-seqs), with values that they know, or leave it out"
+        document.refuse(f"{parameter.name} is like nothing that the search knows: {of}", at, fix)
 
 
 def _grid(

@@ -114,6 +114,23 @@ class Prepared:
             return f"it wants a {device_of(config.gpu)}, servers here get a {here}"
         return ""
 
+    def unread(self) -> str:
+        """What to do about parameters whose names say nothing to the search, where nothing else says more: an engine's
+        of which nobody but the user knows; empty where there are none."""
+        from tuner.search.expert import knows, meant
+
+        study = self.study
+        if study.engine.kind not in ("function", "command") or self.predictor is not None or study.sampler != "auto":
+            return ""
+        parameters = [p for p in meant(study.space).parameters if len(p.values) > 1 and not p.counts_gpus]
+        names = [p.name for p in parameters if not knows(p)]
+        if not names:
+            return ""
+        return (
+            f"The search knows nothing of {', '.join(names)}. Where one is like a parameter of vLLM or SGLang, its "
+            "space can say so (like: max-num-seqs): fewer launches are needed then."
+        )
+
     def unfit(self, config: ServingConfig) -> str:
         """Why the model (its memory arithmetic, mostly) refuses ``config``; empty where it may run."""
         if self.predictor is None:
