@@ -189,6 +189,8 @@ def test_kubernetes_objects_fit_together(made):
         ("1" * 33 + "-b", "study-" + "1" * 33),
         ("日本", "study"),
         ("...", "study"),
+        ("on", "study-on"),  # the chart writes it without quotes
+        ("null", "study-null"),
     ],
 )
 def test_kubernetes_takes_the_name_of_any_study(made, study, name):
@@ -226,6 +228,30 @@ def test_helm_values_say_outright_whether_prefixes_are_cached(made):
     assert model["requestGPU"] == 2 and "--tensor-parallel-size" not in model["vllmConfig"]["extraArgs"]
 
 
+def test_the_chart_gives_every_server_of_several_gpus_its_shared_memory(made):
+    """It does so where tensorParallelSize is set; replicas of one server (data parallel) need it as well."""
+    what = replace(deployment(*made), flags={"data-parallel-size": 2}, gpus=2)
+    (model,) = yaml.safe_load(containers.helm(what))["servingEngineSpec"]["modelSpec"]
+    assert model["vllmConfig"]["tensorParallelSize"] == 1
+    assert model["vllmConfig"]["extraArgs"] == ["--data-parallel-size", "2"]
+
+
+def test_a_cpu_server_asks_the_chart_for_no_gpu_runtime(made):
+    cpu = yaml.safe_load(containers.helm(replace(deployment(*made), gpus=0)))["servingEngineSpec"]
+    gpu = yaml.safe_load(containers.helm(deployment(*made)))["servingEngineSpec"]
+    assert cpu["runtimeClassName"] == "" and "runtimeClassName" not in gpu  # the chart's default is nvidia
+
+
+@pytest.mark.parametrize("study", ["h100-qwen3-8b-azure-conversation", "x" * 200])
+def test_the_host_names_that_the_chart_makes_are_no_longer_than_a_label_may_be(made, study):
+    store, known = made
+    text = export(store, replace(known, name=study), "helm")["values.yaml"]
+    (model,) = yaml.safe_load(text)["servingEngineSpec"]["modelSpec"]
+    (release,) = re.findall(r"# helm install (\S+) ", text)
+    for theirs in ("engine-service", "vllm-stack"):
+        assert max(len(f"{name}-{model['name']}-{theirs}") for name in (release, "x" * 17)) <= 63
+
+
 def test_a_local_model_is_mounted_where_it_was(tmp_path: Path):
     store = Store(tmp_path / "s")
     config = studies.space().config({}, "/models/qwen")
@@ -260,6 +286,7 @@ def test_dollars_and_colons_reach_the_container_as_they_were_measured(made):
         "--x",
         "$$(A)",
     ]
+    assert model["modelURL"] == "/models/a$$b:c"  # a word of the command
 
 
 def test_a_variant_is_exported_as_the_folder_or_id_that_was_served(tmp_path: Path):

@@ -6,9 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import studies
-from tuner.export.formats import best_config
+from tuner.export.formats import best_config, export
 from tuner.study.outcome import Measured
 from tuner.study.store import Store
 
@@ -21,7 +22,8 @@ outer = FlexibleArgumentParser()  # as `vllm serve` builds it: a parser whose on
 commands = outer.add_subparsers(dest="subparser")
 for command in serve.cmd_init():
     command.subparser_init(commands)
-print("ARGS " + json.dumps(vars(outer.parse_args(["serve", "--config", sys.argv[1]])), default=str))
+found = [vars(outer.parse_args(["serve", *words])) for words in json.loads(sys.argv[1])]
+print("ARGS " + json.dumps(found, default=str))
 """
 
 
@@ -32,13 +34,26 @@ def vllm_python() -> Path:
     return path
 
 
-def parsed(path: Path) -> dict:
+def parsed(*lines: list[str]) -> list[dict]:
+    """What vLLM understands of each command line after ``vllm serve``."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [str(vllm_python()), "-c", PARSE, str(path)], capture_output=True, text=True, env=env, cwd=path.parent
-    )
+    words = [str(vllm_python()), "-c", PARSE, json.dumps(lines)]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ARGS "))[5:])
+
+
+def charts_command(values: str) -> list[str]:
+    """The words after ``vllm serve`` that vLLM's production-stack chart (0.1.16) writes into the container's command
+    for the values that we set, as Kubernetes hands them on."""
+    (model,) = yaml.safe_load(values)["servingEngineSpec"]["modelSpec"]
+    config = model["vllmConfig"]
+    words = [model["modelURL"], "--host", "0.0.0.0", "--port", "8000"]
+    words.append("--enable-prefix-caching" if config.get("enablePrefixCaching") else "--no-enable-prefix-caching")
+    if "tensorParallelSize" in config:
+        words += ["--tensor-parallel-size", str(config["tensorParallelSize"])]
+    assert config.keys() <= {"enablePrefixCaching", "tensorParallelSize", "extraArgs"}
+    return [word.replace("$$", "$") for word in (*words, *config["extraArgs"])]
 
 
 @pytest.mark.vllm
@@ -46,7 +61,7 @@ def test_vllm_serves_a_folder_under_its_name(tmp_path: Path):
     store = Store(tmp_path / "s")
     store.start_trial(0, studies.space().config({}, "/models/qwen"), {}, started_s=1.0)
     store.end_trial(0, Measured((studies.step(1.0, studies.objective()),)), ended_s=2.0)
-    args = parsed(best_config(store, studies.study(tmp_path / "s"))[0])
+    (args,) = parsed(["--config", str(best_config(store, studies.study(tmp_path / "s"))[0])])
     assert (args["model"], args["served_model_name"]) == ("/models/qwen", ["qwen"])
 
 
@@ -64,7 +79,11 @@ def test_vllm_serve_takes_the_exported_file_unchanged(tmp_path: Path):
     }
     studies.measured(0, (studies.step(1.0, want),), store, params=params)
     path, _ = best_config(store, studies.study(tmp_path / "s"))
-    args = parsed(path)
+    values = export(store, studies.study(tmp_path / "s"), "helm")["values.yaml"]
+    args, chart = parsed(["--config", str(path)], charts_command(values))
+    others = ("config", "model", "model_tag", "host", "port")  # the file's name, and the model beside its key
+    assert {k: v for k, v in chart.items() if k not in others} == {k: v for k, v in args.items() if k not in others}
+    assert chart["model_tag"] == args["model"]
     assert args["model"] == "Qwen/Qwen3-8B"
     assert (args["max_num_batched_tokens"], args["max_num_seqs"], args["max_model_len"]) == (8192, 128, 4096)
     assert args["enable_prefix_caching"] is False and args["kv_cache_dtype"] == "fp8"

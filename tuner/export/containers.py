@@ -12,6 +12,7 @@ from tuner.space.config import ServingConfig
 
 CONFIG = f"/config/{YAML_NAME}"
 CPU_IMAGE = "public.ecr.aws/q9t5s3a7/vllm-cpu-release-repo"
+RELEASE = "vllm"
 HEALTH = "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=5)"
 
 
@@ -112,21 +113,21 @@ def kubernetes(what: Deployment) -> str:
 def helm(what: Deployment) -> str:
     """Values for vLLM's production-stack chart, which builds the command line itself: it adds
     ``--no-enable-prefix-caching`` unless told otherwise, so that switch is always written; the rest are extra
-    arguments."""
+    arguments. It makes labels of the release's and the model's name and up to 16 letters of its own, 63 in all."""
     repository, tag = image(what)
     flags = {**what.served, **what.flags}
     caching = "no-enable-prefix-caching" not in flags
     for name in ("enable-prefix-caching", "no-enable-prefix-caching"):
         flags.pop(name, None)
     vllm: dict[str, Any] = {"enablePrefixCaching": caching}
-    if "tensor-parallel-size" in flags:
-        vllm["tensorParallelSize"] = int(flags.pop("tensor-parallel-size") or 1)  # the chart adds /dev/shm with it
+    if "tensor-parallel-size" in flags or what.gpus > 1:  # the chart adds /dev/shm with it: data parallel needs it too
+        vllm["tensorParallelSize"] = int(flags.pop("tensor-parallel-size", 1) or 1)
     vllm["extraArgs"] = [_literal(word) for word in ServingConfig(what.model, {}, flags).args()]
     model: dict[str, Any] = {
-        "name": what.name,
+        "name": what.name[:30].rstrip("-"),
         "repository": repository,
         "tag": tag,
-        "modelURL": what.model,
+        "modelURL": _literal(what.model),
         "replicaCount": 1,
         "requestCPU": 8,
         "requestMemory": "32Gi",
@@ -147,12 +148,18 @@ def helm(what: Deployment) -> str:
     }
     notes = [
         "helm repo add vllm https://vllm-project.github.io/production-stack",
-        f"helm install {what.name} vllm/vllm-stack -f values.yaml",
+        f"helm install {RELEASE} vllm/vllm-stack -f values.yaml",
+        "(a release name of your own: at most 17 letters, since the chart makes host names of it and the model's name)",
+        "A gated model needs hf_token in modelSpec, a bearer key vllmApiKey in servingEngineSpec: each is",
+        f"{{secretName: ..., secretKey: ...}} of a Secret of yours (not {RELEASE}-secrets: the chart makes that).",
         "requestCPU and requestMemory are guesses for the node, not measured.",
     ]
     if what.local_model:
         notes.append(f"PersistentVolumeClaim {what.name}-model must hold what was in {what.model} (create it first).")
-    data = {"servingEngineSpec": {"enableEngine": True, "startupProbe": probe, "modelSpec": [model]}}
+    spec: dict[str, Any] = {"enableEngine": True, "startupProbe": probe, "modelSpec": [model]}
+    if not what.gpus:
+        spec["runtimeClassName"] = ""  # the chart's own default is nvidia
+    data = {"servingEngineSpec": spec}
     return what.header() + comments(notes) + dump(data)
 
 

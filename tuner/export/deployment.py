@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import NothingFeasible
-from tuner.export.text import comments
+from tuner.export.text import ambiguous, comments
 from tuner.pareto.changes import baseline_of, no_baseline
 from tuner.pareto.choice import Choice
 from tuner.pareto.front import Interval, Point
@@ -115,9 +115,10 @@ def deployment(
 
 def _name(study: str) -> str:
     """The study's name as one of a Kubernetes Service, which is the strictest (RFC 1035): small letters, digits and
-    hyphens, a letter first and no hyphen last. Short enough for ``-secrets`` after it."""
+    hyphens, a letter first and no hyphen last. Short enough for ``-secrets`` after it, and no word that YAML reads as
+    something else (``on``): vLLM's chart writes it without quotes."""
     name = re.sub(r"[^a-z0-9]+", "-", study.lower()).strip("-")
-    return (name if name[:1].isalpha() else f"study-{name}")[:40].strip("-")
+    return (name if name[:1].isalpha() and not ambiguous(name) else f"study-{name}")[:40].strip("-")
 
 
 def _model(store: Store, study: Study, config: ServingConfig, served: str) -> str:

@@ -46,7 +46,7 @@ def _plain(data: Any) -> Any:
         return [_plain(value) for value in data]
     if isinstance(data, str) and "\n" in data and _block(data):
         return LiteralScalarString(data)
-    if isinstance(data, str) and ("\n" in data or _ambiguous(data)):
+    if isinstance(data, str) and ("\n" in data or ambiguous(data)):
         return DoubleQuotedScalarString(data)
     return data
 
@@ -68,7 +68,7 @@ def _block(text: str) -> bool:
     return plain and bool(text.strip("\n")) and not text.startswith((" ", "\n"))
 
 
-def _ambiguous(text: str) -> bool:
+def ambiguous(text: str) -> bool:
     """Whether a reader of either version would not give ``text`` back if it stood there bare."""
     from ruamel.yaml import YAML
 
