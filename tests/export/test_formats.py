@@ -14,7 +14,7 @@ from tuner.export import containers
 from tuner.export.deployment import deployment
 from tuner.export.formats import FORMATS, best_config, export
 from tuner.export.text import dump
-from tuner.export.vllm import config_text
+from tuner.export.vllm import config_text, env_text
 from tuner.pareto.choice import of_trial
 from tuner.space.config import ServingConfig
 from tuner.spec.study import EngineSpec
@@ -250,6 +250,34 @@ def test_the_host_names_that_the_chart_makes_are_no_longer_than_a_label_may_be(m
     (release,) = re.findall(r"# helm install (\S+) ", text)
     for theirs in ("engine-service", "vllm-stack"):
         assert max(len(f"{name}-{model['name']}-{theirs}") for name in (release, "x" * 17)) <= 63
+
+
+@pytest.mark.parametrize("format", ["compose", "k8s"])
+def test_a_configuration_that_changed_changes_the_containers_description(made, format):
+    """Neither Compose nor Kubernetes starts a container anew because a file that it is given has changed."""
+
+    def described(what) -> object:
+        if format == "compose":
+            return yaml.safe_load(containers.compose(what))["services"]
+        return list(yaml.safe_load_all(containers.kubernetes(what)))[1]["spec"]["template"]
+
+    what = deployment(*made)
+    assert described(what) == described(what) != described(replace(what, flags={"max-num-seqs": 8}))
+
+
+def test_a_rollout_is_not_given_up_before_the_server_may_have_started(made):
+    deploy = list(yaml.safe_load_all(containers.kubernetes(replace(deployment(*made), boot_s=400.0))))[1]["spec"]
+    (container,) = deploy["template"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    assert deploy["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"] == 1600
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_secret_that_has_no_place_in_a_file_is_named_there(made, format):
+    store, study = made
+    make = {"compose": containers.compose, "k8s": containers.kubernetes, "helm": containers.helm, "vllm": env_text}
+    text = make[format](replace(deployment(store, study), secrets=("S3_SECRET_KEY",)))
+    assert "# S3_SECRET_KEY was set during the study and is a secret: set it yourself.\n" in text
 
 
 def test_a_local_model_is_mounted_where_it_was(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from tuner.space.config import ServingConfig
 
 CONFIG = f"/config/{YAML_NAME}"
 CPU_IMAGE = "public.ecr.aws/q9t5s3a7/vllm-cpu-release-repo"
+CHECKSUM = "tuner/config-sha256"
 RELEASE = "vllm"
 HEALTH = "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=5)"
 
@@ -32,6 +34,7 @@ def compose(what: Deployment) -> str:
         "entrypoint": command(CONFIG),
         "configs": [{"source": "serving", "target": CONFIG}],
         "environment": env,
+        "labels": _checksum(what),
         "ports": ["127.0.0.1:8000:8000"],
         "volumes": ["${HOME}/.cache/huggingface:/root/.cache/huggingface"],
         "healthcheck": {
@@ -54,7 +57,7 @@ def compose(what: Deployment) -> str:
         service |= {"shm_size": "4gb", "cap_add": ["SYS_NICE"]}
     content = _literal(config_text(what))
     data = {"services": {what.name: service}, "configs": {"serving": {"content": content}}}
-    return what.header() + dump(data)
+    return what.header() + comments(_secrets(what)) + dump(data)
 
 
 def kubernetes(what: Deployment) -> str:
@@ -71,6 +74,7 @@ def kubernetes(what: Deployment) -> str:
     env: list[dict[str, Any]] = [{"name": name, "value": _literal(value)} for name, value in what.env.items()]
     env.append(_secret("VLLM_API_KEY", f"{what.name}-secrets", "api-key"))
     notes = [f"Secret {what.name}-secrets may hold api-key (bearer key) and hf-token; both are optional."]
+    notes += _secrets(what)
     if what.local_model:
         notes.append(f"PersistentVolumeClaim {what.name}-model must hold what was in {what.model} (create it first).")
         mounts.append({"name": "model", "mountPath": what.model})
@@ -100,8 +104,9 @@ def kubernetes(what: Deployment) -> str:
         | {
             "spec": {
                 "replicas": 1,
+                "progressDeadlineSeconds": start_limit_s(what) + 600,  # an image of some 10 GB is pulled before
                 "selector": {"matchLabels": select},
-                "template": {"metadata": {"labels": labels}, "spec": pod},
+                "template": {"metadata": {"labels": labels, "annotations": _checksum(what)}, "spec": pod},
             }
         },
         _object("v1", "Service", what.name, labels)
@@ -152,6 +157,7 @@ def helm(what: Deployment) -> str:
         "(a release name of your own: at most 17 letters, since the chart makes host names of it and the model's name)",
         "A gated model needs hf_token in modelSpec, a bearer key vllmApiKey in servingEngineSpec: each is",
         f"{{secretName: ..., secretKey: ...}} of a Secret of yours (not {RELEASE}-secrets: the chart makes that).",
+        *_secrets(what),
         "requestCPU and requestMemory are guesses for the node, not measured.",
     ]
     if what.local_model:
@@ -167,6 +173,18 @@ def _literal(text: str) -> str:
     """``text`` for readers that put variables in: Compose at ``$NAME`` and ``${NAME}``, Kubernetes (in the values of
     variables, and in words of a command) at ``$(NAME)``. Both read ``$$`` as a dollar."""
     return text.replace("$", "$$")
+
+
+def _checksum(what: Deployment) -> dict[str, str]:
+    """What changes with the config file: neither Compose nor Kubernetes starts a container anew because a file that it
+    is given has changed, and the old flags would go on being served."""
+    return {CHECKSUM: hashlib.sha256(config_text(what).encode()).hexdigest()[:16]}
+
+
+def _secrets(what: Deployment) -> list[str]:
+    """A line for every secret of the study that has no place in the file."""
+    names = [name for name in what.secrets if name not in ("HF_TOKEN", "VLLM_API_KEY")]
+    return [f"{name} was set during the study and is a secret: set it yourself." for name in names]
 
 
 def start_limit_s(what: Deployment) -> int:
