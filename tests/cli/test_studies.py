@@ -17,6 +17,7 @@ from tuner.cli import check, plan
 from tuner.cli.live import View
 from tuner.cli.tune import Flags, read
 from tuner.errors import EnvironmentFault, UsageError, alike
+from tuner.search import hardware
 from tuner.spec import studyfile
 from tuner.spec.study import Budget
 from tuner.study import ladder, session
@@ -400,6 +401,16 @@ def test_check_and_tune_say_which_names_the_search_knows_nothing_of(workplace: P
 
 def test_reasons_that_differ_in_their_figures_are_told_once() -> None:
     assert alike({"3.5 GiB short": 1, "an odd size": 2, "65 GiB short": 4}) == {"3.5 GiB short": 5, "an odd size": 2}
+
+
+@pytest.mark.parametrize(("kind", "gpus", "told"), [("vllm", 0, 1), ("vllm", 2, 0), ("emulator", 0, 0)])
+def test_a_gpu_that_cannot_be_tuned_is_named_where_a_cpu_server_is(workplace, monkeypatch, capsys, kind, gpus, told):
+    monkeypatch.setattr(hardware, "strangers", lambda: "an AMD GPU")
+    study = read(write(workplace, GOOD), Flags())
+    study = replace(study, engine=replace(study.engine, kind=kind), hardware=replace(study.hardware, gpus=gpus))
+    with View(study, plain=True):
+        pass
+    assert capsys.readouterr().err.count("This machine has an AMD GPU, which tuner cannot tune: all is ") == told
 
 
 def test_variables_that_servers_do_not_get_are_named_once(workplace: Path, capsys) -> None:

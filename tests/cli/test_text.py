@@ -67,7 +67,8 @@ def test_what_a_function_says_is_printed_as_it_is(run):
 def test_the_live_view_prints_what_a_server_says_as_it_is(capsys):
     study = SimpleNamespace(
         name=ODD, model="m", space=SimpleNamespace(default=dict, config=lambda *_: None),
-        engine=SimpleNamespace(kind="vllm"), objective=SimpleNamespace(latency=ODD, latency_key="x"),
+        engine=SimpleNamespace(kind="vllm"), hardware=SimpleNamespace(gpus=1),
+        objective=SimpleNamespace(latency=ODD, latency_key="x"),
     )  # fmt: skip
     with View(study, plain=False) as view:  # type: ignore[arg-type]
         view.on_event("say", {"text": ODD})

@@ -138,3 +138,31 @@ def test_only_the_gpus_that_are_visible_count_and_the_first_of_them_is_looked_at
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert facts.of_gpus() == {}
     assert hardware.detect()[1].startswith("no GPU; ")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, ""),
+        ({"sys/class/drm/renderD128/device/vendor": "0x10de\n"}, ""),  # NVIDIA's: NVML's affair
+        ({"sys/class/drm/renderD128/device/vendor": "0x1002\n"}, "an AMD GPU"),
+        (
+            {"sys/class/drm/renderD128/device/vendor": "0x8086\n", "dev/accel/accel0": ""},
+            "an Intel GPU and an accelerator (a TPU, Gaudi or NPU)",
+        ),
+        ({"dev/accel0": "", "dev/accel1": ""}, "an accelerator (a TPU, Gaudi or NPU)"),
+    ],
+)
+def test_accelerators_of_other_makers_are_seen(tmp_path: Path, files, words):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert hardware.strangers(tmp_path) == words
+
+
+def test_a_gpu_that_tuner_cannot_tune_is_not_called_none(monkeypatch):
+    monkeypatch.setattr(hardware, "strangers", lambda: "an AMD GPU")
+    row, words = hardware.detect(probe=lambda: None)
+    assert (
+        row and row.kind == "cpu" and words.startswith("no NVIDIA GPU (an AMD GPU is here, which tuner cannot tune);")
+    )

@@ -67,7 +67,7 @@ def gpu() -> Finding:
     if shutil.which("nvidia-smi"):
         return Finding("GPU", "warn", "nvidia-smi is here, but NVML finds no GPU", "check the driver: nvidia-smi")
     return Finding(
-        "GPU", "warn", words, "without a GPU only vLLM's CPU build can be tuned (search space vllm-cpu/quick)"
+        "GPU", "warn", words, "without an NVIDIA GPU only vLLM's CPU build can be tuned (search space vllm-cpu/quick)"
     )
 
 

@@ -51,6 +51,11 @@ class View:
             live.start()
         if self.study.engine.kind == "emulator":
             self.say(f"EMULATED: a model of the hardware answers, nothing is measured{_slow(self.study)}.")
+        if self.study.hardware.gpus == 0 and self.study.engine.kind in ("vllm", "sglang", "command"):
+            from tuner.search.hardware import strangers
+
+            if here := strangers():
+                self.say(f"This machine has {here}, which tuner cannot tune: all is measured as a CPU server's.")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -113,7 +114,9 @@ def detect(
     found = (probe or _nvml)()
     if found is None:
         cpu = _cpu(rows)
-        return cpu, f"no GPU; {cpu.cores} CPU cores as {cpu.name}"
+        strange = strangers()
+        none = f"no NVIDIA GPU ({strange} is here, which tuner cannot tune)" if strange else "no GPU"
+        return cpu, f"{none}; {cpu.cores} CPU cores as {cpu.name}"
     name, memory_bytes = found
     row = lookup(name, rows)
     if row is None:
@@ -123,6 +126,19 @@ def detect(
             f"Nearest by memory is {near.name}; copy its row from {_TABLE.name} and put {name}'s figures in"
         )
     return replace(row, memory_bytes=memory_bytes), f"{name} as {row.name}"
+
+
+def strangers(root: Path = Path("/")) -> str:
+    """This machine's accelerators that are not NVIDIA's, in words; empty where there are none. A CPU's own graphics
+    count: Linux tells them from a card by name alone."""
+    vendors = {"0x1002": "an AMD GPU", "0x8086": "an Intel GPU"}
+    found = set()
+    for file in (root / "sys/class/drm").glob("renderD*/device/vendor"):
+        with contextlib.suppress(OSError):
+            found.add(vendors.get(file.read_text().strip(), ""))
+    if [*(root / "dev").glob("accel[0-9]*"), *(root / "dev").glob("accel/accel*")]:
+        found.add("an accelerator (a TPU, Gaudi or NPU)")
+    return " and ".join(sorted(found - {""}))
 
 
 def nearest(memory_bytes: int, rows: Mapping[str, Hardware]) -> Hardware:
