@@ -13,7 +13,7 @@ import yaml
 from tests import studies
 from tuner.export import containers
 from tuner.export.deployment import Deployment, deployment
-from tuner.export.vllm import config_text
+from tuner.export.vllm import config_text, env_text
 from tuner.study.store import Store
 
 SPECULATION = '{"method": "eagle3", "model": "org/draft$x", "num_speculative_tokens": 4}'
@@ -87,3 +87,14 @@ def test_another_configuration_replaces_the_container(plain, tmp_path):
     first, again = (composed(containers.compose(plain), tmp_path, "--hash", "*") for _ in range(2))
     other = composed(containers.compose(replace(plain, flags={"max-num-seqs": 64})), tmp_path, "--hash", "*")
     assert first == again != other
+
+
+def test_the_environment_is_read_alike_by_a_shell_and_by_compose(plain, tmp_path):
+    env = {"A": 'it\'s $HOME "x" \\n', "B": "0|1", "C": "a 'b'\nc", "D": "$HOME \\", "E": ""}
+    (tmp_path / "best-config.env").write_text(env_text(replace(plain, env=env)))
+    script = "set -a; . ./best-config.env; set +a; env -0"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert dict(line.split("=", 1) for line in done.stdout.split("\0") if line).items() >= env.items()
+    text = "services: {a: {image: x, env_file: best-config.env}}"
+    read = json.loads(composed(text, tmp_path, "--format", "json"))["services"]["a"]["environment"]
+    assert {name: value.replace("$$", "$") for name, value in read.items()} == env

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from typing import Any
 
@@ -71,7 +72,14 @@ def env_text(what: Deployment) -> str:
         f"# {name} was {comment(value)}, filled at each launch: set it yourself.\n" for name, value in filled.items()
     ]
     kept = {name: value for name, value in what.env.items() if name not in filled}
-    return "".join([*lines, *(f"{name}={shlex.quote(value)}\n" for name, value in kept.items())])
+    return "".join([*lines, *(f"{name}={_quoted(value)}\n" for name, value in kept.items())])
+
+
+def _quoted(value: str) -> str:
+    """In single quotes Compose takes a backslash before the last one for an escape, and no ``'"'"'`` at all."""
+    if "'" in value or "\\" in value:
+        return '"' + re.sub(r'([$"\\`])', r"\\\1", value) + '"'
+    return shlex.quote(value)
 
 
 def command(config: str) -> list[str]:
