@@ -44,8 +44,9 @@ def test_a_bracket_ends_with_the_first_load_on_the_other_side():
 
 
 def test_a_bracket_goes_on_until_the_ends_of_the_ladder():
-    assert bracket(1.0, 100.0)[-1] == 8.0
-    assert bracket(2.0, 0.0)[-1] == 0.25  # half of the lowest
+    assert bracket(1.1, 100.0) == pytest.approx([1.1 * up for up in (1, 1.06, 1.2, 1.5, 2, 4)] + [8.0])
+    assert bracket(1.9, 0.0)[-1] == 0.25  # half of the lowest
+    assert bracket(0.1, 100.0)[0] == 0.25
     assert bracket(8.0, 100.0) == [8.0]
 
 
@@ -116,7 +117,7 @@ def test_a_metric_between_two_loads_is_read_off_the_line_in_logarithms():
 def test_a_load_beyond_one_that_missed_is_missed_by_more():
     steps = [step(2.0, 0.5), step(4.0, 2.0)]
     assert margin_at(steps, 4.0, [SLO]) == pytest.approx(math.log(2.0))
-    assert margin_at(steps, 8.0, [SLO]) == pytest.approx(math.log(8.0))
+    assert margin_at(steps, 8.0, [SLO]) == margin_at([*steps, steps[-1]], 8.0, [SLO]) == pytest.approx(math.log(8.0))
     assert margin_at([step(2.0, 0.5), step(4.0, 0.4)], 8.0, [SLO]) == pytest.approx(math.log(0.4))
 
 
@@ -195,7 +196,7 @@ def test_where_to_look_first_is_the_crossing_or_as_far_as_the_last_two_loads_poi
     assert expected([step(1.0, 0.25), step(2.0, 0.5)], [SLO]) == pytest.approx(4.0)  # twice the load, twice the TTFT
     assert expected([step(1.0, 0.1), step(2.0, 0.11)], [SLO]) == pytest.approx(4.0)  # at most twice the last
     assert expected([step(1.0, 0.2), step(2.0, 0.1)], [SLO]) == 2.0
-    assert expected([step(2.0, 0.5)], [SLO]) == 2.0
+    assert expected([step(1.0, 0.1), step(2.0, 0.1)], [SLO]) == expected([step(2.0, 0.5)], [SLO]) == 2.0
 
 
 def test_the_highest_load_that_held_is_where_the_next_round_begins():
@@ -206,8 +207,8 @@ def test_the_highest_load_that_held_is_where_the_next_round_begins():
 
 def test_above_the_ladder_a_server_is_followed_for_as_long_as_that_can_save_money():
     assert still_pays([step(2.0, 0.5)])
-    assert still_pays([step(2.0, 0.5, cost=1.0), step(2.5, 0.5, cost=0.8)])
-    assert not still_pays([step(2.0, 0.5, cost=1.0), step(2.5, 0.5, cost=0.99)])  # saturated, and no SLO minds
+    assert still_pays([step(2.0, 0.5, cost=2.0), step(2.5, 0.5, cost=1.6)])
+    assert not still_pays([step(2.0, 0.5, cost=0.5), step(2.5, 0.5, cost=0.495)])  # saturated, and no SLO minds
     asked = step(2.0, 0.5, cost=1.0, goodput_window_s=8.0)
     # the traffic of the two steps differs a little: as measured on an H100, 2.1 % for 6 % more load
     assert still_pays([asked, step(2.12, 0.5, cost=0.979, goodput_window_s=8.0)])

@@ -50,6 +50,7 @@ def test_an_arm_that_was_launched_once_does_not_borrow_the_others_spread():
     values = table(np.random.default_rng(0), {"a": 0.0, "b": -0.1}, 3, launch=0.005)
     values = {key: value for key, value in values.items() if key[0] == "a" or key[1] == 0}
     assert Repeats(values).difference("b", "a").doubt() == 1.0
+    assert Repeats(values).spread().freedom == 2 and 0 < Repeats(values).spread().variance < 0.01
     two = {key: value for key, value in values.items() if key[1] < 2}
     assert Repeats(two).difference("b", "a").doubt() == 1.0
 
@@ -84,6 +85,23 @@ def test_a_difference_is_as_sure_as_the_windows_say_where_launches_are_all_alike
     assert Repeats(values).difference("b", "a").error == pytest.approx(stats.sem([*shifts.values()]))
 
 
+def test_what_neither_launch_nor_window_explains_counts_once():
+    """It is in what launches differ by, and in what windows do."""
+    rounds, width = 4, len(WINDOWS)
+    values = table(np.random.default_rng(11), {"a": 0.0, "b": 0.0}, rounds, rest=0.01, window=0.05)
+    for i, name in enumerate(WINDOWS):  # the difference itself changes from window to window
+        values |= {("b", n, name): values["b", n, name] + 0.05 * i for n in range(rounds)}
+    cells = {arm: np.array([[values[arm, n, w] for w in WINDOWS] for n in range(rounds)]) for arm in "ab"}
+    left = [c - c.mean(axis=1, keepdims=True) - c.mean(axis=0) + c.mean() for c in cells.values()]
+    rest = sum(float(np.sum(x**2)) for x in left) / (2 * (rounds - 1) * (width - 1))
+    own = cells["a"].mean(axis=0).var(ddof=1) / width - rest / (rounds * width)
+    assert Repeats(values).estimate("a").parts[1] == (pytest.approx(own), width - 1)
+    gaps = (cells["b"] - cells["a"]).mean(axis=0).var(ddof=1) / width - 2 * rest / (rounds * width)
+    assert Repeats(values).difference("b", "a").parts[1] == (pytest.approx(gaps), width - 1)
+    three = table(np.random.default_rng(11), {"a": 0.0, "b": 0.0, "c": 0.0}, rounds, rest=0.01, window=0.05)
+    assert Repeats(three).difference("b", "a").parts[1][1] == 2 * (width - 1)
+
+
 def test_arms_that_left_the_race_early_still_count_with_what_they_have():
     rng = np.random.default_rng(3)
     values = table(rng, {"a": 0.0, "b": -0.1, "c": 0.2}, 4, launch=0.005)
@@ -92,6 +110,8 @@ def test_arms_that_left_the_race_early_still_count_with_what_they_have():
     assert repeats.count("c") == 2 and repeats.count("a") == 4
     assert repeats.difference("c", "a").mean == pytest.approx(0.2, abs=0.02)
     assert repeats.difference("c", "a").error > repeats.difference("b", "a").error
+    _, sure, less_sure = np.std(repeats.draws(4000, 0), axis=0)
+    assert less_sure == pytest.approx(math.sqrt(4 / 2) * sure, rel=0.1)
 
 
 def test_a_launch_that_missed_a_window_is_left_out():
@@ -153,6 +173,8 @@ def test_drift_of_the_session_does_not_average_out():
     """The search saw launches differ by 5 % over hours, these rounds by 1 %: the mean may be 5 % off."""
     values = table(np.random.default_rng(7), {"a": 0.0, "b": 0.0}, 6, launch=0.01)
     assert Repeats(values, Spread(0.05**2, 30)).estimate("a").error > 0.03
+    calm = Repeats(values, Spread(0.001**2, 30))  # or less than these rounds: together they tell, and all averages out
+    assert calm.estimate("a").parts[0] == pytest.approx((calm.total().variance / 6, calm.total().freedom))
 
 
 @pytest.mark.parametrize("rounds", [2, 3, 5])

@@ -17,7 +17,9 @@ from tuner.study.outcome import Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
 from tuner.verify.capacity import REACH, cost_at, margin_of_all, slope_below
-from tuner.verify.judge import Arm, Judgement, Table, judge
+from tuner.verify.judge import COST_SHARE, Arm, Judgement, Table, judge
+from tuner.verify.power import power
+from tuner.verify.repeats import Repeats
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification, figures
 from tuner.verify.verification import VerifyBudget, _narrow, verify
@@ -267,7 +269,8 @@ def test_a_latency_is_followed_down_as_it_rises_where_both_loads_were_measured()
     first = [step("a", 4.0, 0.4), step("a", 5.0, 0.5), step("b", 5.0, 0.6)]
     second = [step("a", 2.0, 0.2), step("a", 4.0, 0.4), step("b", 2.0, 0.3), step("b", 4.0, 0.6)]
     above = Table([Launched("x", 1, tuple(first))], ())
-    both = Table([Launched("x", 1, tuple(first)), Launched("x", 2, tuple(second))], ())
+    flat = tuple(step(window, load, 0.4) for window in "ab" for load in (2.0, 4.0))  # another arm says nothing of it
+    both = Table([Launched("x", 1, tuple(first)), Launched("x", 2, tuple(second)), Launched("y", 1, flat)], ())
     assert not above.measured_as_low("x", 2.0) and both.measured_as_low("x", 2.0)
     assert not Table([Launched("x", 1, (*second[:2], step("b", 2.6, 0.3)))], ()).measured_as_low("x", 2.0)
     assert above.values_at({"x": 2.0}, "ttft_p99_s")["x", 1, "a"] == pytest.approx(math.log(0.4))
@@ -373,6 +376,41 @@ def test_what_others_do_beyond_their_capacity_is_no_part_of_an_interval():
     arm = _judged(launches, ("default", "v1"))[0].arms["v1"]
     width, own = (math.log(a.load_cost[2] / a.load_cost[1]) for a in (arm, alone.arms["default"]))
     assert width < own
+    assert arm.common_load == pytest.approx(2.0, rel=0.05), "latencies are compared where both hold"
+
+
+def test_an_interval_is_that_of_the_highest_load_that_held():
+    def step(window, load, high, missed=False, untrusted=()):
+        return Step(load, window, {}, {COST: (1.0, high)}, slo_misses=("ttft_p99",) * missed, untrusted=untrusted)
+
+    held = (step("a", 1.0, 1.2), step("a", 2.0, 1.1), step("a", 3.0, 1.5, True), step("a", 4.0, 1.6, untrusted=("x",)))
+    none = (step("b", 1.0, 1.3, True), step("b", 2.0, 1.4, True), step("c", 1.0, math.inf))
+    found = Table([Launched("x", 1, held + none)], ()).within(COST)
+    sizes = {window: math.exp(2 * 1.96 * math.sqrt(variance)) for (_, _, window), variance in found.items()}
+    assert sizes == pytest.approx({"a": 1.1, "b": 1.3})
+
+
+def test_an_arm_whose_every_step_was_ended_early_has_no_cost_and_does_not_hold():
+    early = Step(1.0, "a", {"ttft_p99_s": 99.0, "output_tokens_per_s": 5.0}, slo_misses=("ttft_p99",))
+    early = replace(early, stopped_early="ttft_p99 cannot hold")
+    launches = [*_cells({"a": 2.0}), *(Launched("v1", number, (early,)) for number in (1, 2))]
+    found, _ = _judged(launches, ("default", "v1"))
+    assert found.choice == "default" and not found.arms["v1"].holds and not found.arms["v1"].failure
+
+
+def test_what_could_have_been_proven_is_said_of_the_cheapest_with_its_share_of_the_doubt():
+    bench = Bench(dict.fromkeys(("v0", "v1", "v2"), 1.0))
+    costs = {"default": 1.0, "v1": 1.01, "v2": 0.97}
+    launches = [
+        Launched(label, n, (Step(1.0, "a", {COST: cost * (1 + 0.05 * ((n + i) % 2)), "ttft_p99_s": 0.1}),))
+        for n in (1, 2, 3, 4)
+        for i, (label, cost) in enumerate(costs.items())
+    ]
+    arms = [bench.finalist("v0"), bench.finalist("v1", promise=1.0), bench.finalist("v2", promise=3.0)]
+    found = judge(arms, launches, (), "ttft_p99_s")
+    share = 3 / (1 + 3) * COST_SHARE
+    assert found.reason == "nothing-proven"
+    assert found.power == power(Repeats(Table(launches, ()).costs()), "v2", "default", 0.01, 0.025 * share)
 
 
 def test_a_default_that_holds_below_the_ladders_first_load_is_compared_and_not_said_to_fail():
@@ -514,10 +552,17 @@ def test_configurations_never_measured_in_one_round_are_not_compared(price):
     assert math.isnan(found.arms["v1"].difference[0]) and found.arms["v1"].best == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize(("cost", "choice", "reason"), [(1.0, "v1", "faster"), (1.1, "default", "nothing-proven")])
-def test_half_the_latency_is_recommended_where_it_costs_no_more(cost, choice, reason):
+@pytest.mark.parametrize(
+    ("cost", "ttft_s", "choice", "reason"),
+    [
+        (1.0, 0.1, "v1", "faster"),
+        (1.1, 0.1, "default", "nothing-proven"),
+        (1.0, 0.2, "default", "nothing-proven"),  # as cheap is not enough
+    ],
+)
+def test_half_the_latency_is_recommended_where_it_costs_no_more(cost, ttft_s, choice, reason):
     arms = [Bench({"v0": 1.0, "v1": 1.0}).finalist(variant) for variant in ("v0", "v1")]
-    metrics = {"default": {COST: 1.0, "ttft_p99_s": 0.2}, "v1": {COST: cost, "ttft_p99_s": 0.1}}
+    metrics = {"default": {COST: 1.0, "ttft_p99_s": 0.2}, "v1": {COST: cost, "ttft_p99_s": ttft_s}}
     launches = [
         Launched(label, number, tuple(Step(1.0, w.name, told) for w in WINDOWS))
         for number in (1, 2, 3)

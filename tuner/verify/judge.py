@@ -147,7 +147,7 @@ def judge(
             latency_doubt=latency_doubts.get(label, math.nan),
             best=ahead.get(label, 0.0),
             failure=failures.get(label, ""),
-            at_most=label in promised and not table.measured_as_low(label, promised[label]),
+            at_most=not table.measured_as_low(label, promised[label]),
         )
     hope = min(gains, key=lambda label: gains[label].mean, default=None)
     could = None

@@ -89,7 +89,7 @@ class Repeats:
             raise ValueError(f"{arm} was not measured")
         count, width = mine.shape
         here, over_time = self.spread(), self.total()
-        averaged = min(here.variance, over_time.variance) if here.freedom > 0 else 0.0
+        averaged = min(here.variance, over_time.variance)
         launches = (averaged / count + over_time.variance - averaged, over_time.freedom)
         windows, rest = NOTHING, 0.0
         if width > 1:
@@ -122,7 +122,7 @@ class Repeats:
         leverage = float(contrast @ np.linalg.pinv(design.T @ design) @ contrast)
         launches = (seen.variance / (1 / leverage + more / 2), freedom)
         windows, rest, width = NOTHING, 0.0, len(self.windows)
-        if width > 1 and len(arms) > 1:
+        if width > 1:
             profile = np.array([self._of(name).mean(axis=0) for name in arms])
             profile = profile - profile.mean(axis=1, keepdims=True) - profile.mean(axis=0) + profile.mean()
             squares = float(np.sum(profile**2)) / ((len(arms) - 1) * (width - 1))
@@ -144,7 +144,7 @@ class Repeats:
             return rng.normal(size=(count, len(arms)))
         # every arm carries its own half of the pairwise error, so differences between any two come out right
         share = float(np.mean([g.error for g in gaps])) / math.sqrt(2)
-        weight = np.array([math.sqrt(len(self.rounds) / max(self.count(arm), 1)) for arm in arms])
+        weight = np.array([math.sqrt(len(self.rounds) / self.count(arm)) for arm in arms])
         middle = np.array([0.0, *(g.mean for g in gaps)])
         scale = np.sqrt(freedom / rng.chisquare(freedom, size=(count, 1)))
         return middle + rng.normal(size=(count, len(arms))) * share * weight * scale
