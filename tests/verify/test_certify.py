@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from benchmarks.verify.machine import Machine, Noise
@@ -11,10 +12,11 @@ from tests.verify.test_verification import WINDOWS, Unserved
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec.slo import Slo
-from tuner.study.outcome import Infeasible
+from tuner.study.outcome import Infeasible, Step
 from tuner.verify.certify import recertify
 from tuner.verify.promise import Promise
 from tuner.verify.repeats import Spread
+from tuner.verify.statistics import Estimate
 
 STUDY = study(LATENCY, ("v0",), 1, 10)
 
@@ -96,7 +98,11 @@ def test_a_window_that_misses_its_slo_is_named_and_pays_for_itself(times, holds)
     assert ("the SLOs hold over all windows together, not on heldout-1: ttft_p99 too high" in slos.text) == holds
 
 
-def test_a_window_that_was_ended_early_while_it_was_answering_is_not_called_unserved():
+@pytest.mark.parametrize(
+    ("windows", "broke"),
+    [({"heldout-1"}, []), ({w.name for w in WINDOWS}, ["slos", "cost"])],  # of all, there is no cost to compare
+)
+def test_a_window_that_was_ended_early_while_it_was_answering_is_not_called_unserved(windows, broke):
     loose = tuple(Slo(slo.metric, slo.limit * 1e3) for slo in promised().slos)
 
     @contextlib.contextmanager
@@ -104,7 +110,7 @@ def test_a_window_that_was_ended_early_while_it_was_answering_is_not_called_unse
         class Rig:
             def measure(self, load, trace, window):
                 step = rig.measure(load, trace, window)
-                if window != "heldout-1":
+                if window not in windows:
                     return step
                 metrics = {name: value for name, value in step.metrics.items() if "cost" not in name}
                 return dataclasses.replace(step, metrics=metrics, slo_misses=("ttft_p99",), stopped_early="ttft_p99")
@@ -112,7 +118,9 @@ def test_a_window_that_was_ended_early_while_it_was_answering_is_not_called_unse
         with machine(1.0).launch(config, label) as rig:
             yield Rig()
 
-    assert recertify(dataclasses.replace(promised(), slos=loose), launch, WINDOWS, MARK).holds
+    found = recertify(dataclasses.replace(promised(), slos=loose), launch, WINDOWS, MARK)
+    assert [check.name for check in found.checks if not check.holds] == broke
+    assert ("BROKEN: cost was not measured" in found.text) == bool(broke) and "unserved" not in found.text
 
 
 def test_a_cost_or_latency_proven_worse_breaks_the_promise_on_its_own():
@@ -137,7 +145,7 @@ def test_a_promise_that_does_not_say_how_sure_it_is_is_not_taken_for_the_truth()
 def test_what_the_file_does_not_promise_is_not_judged():
     unknown = (math.nan, math.nan, math.nan)
     found = recertify(dataclasses.replace(promised(), latency=unknown), machine(0.95).launch, WINDOWS, MARK)
-    assert "of ttft_p99 the file promises nothing" in found.text and "nan" not in found.text
+    assert "ok: of ttft_p99 the file promises nothing" in found.text and "nan" not in found.text
 
 
 def test_what_is_dearer_but_not_proven_so_says_what_would_be():
@@ -146,6 +154,36 @@ def test_what_is_dearer_but_not_proven_so_says_what_would_be():
     text = next(check.text for check in found.checks if check.name == "cost")
     assert "broken would be +" in text
     assert "broken would be" not in next(check.text for check in certificate(1.5).checks if check.name == "cost")
+
+
+def test_the_doubt_is_what_launches_windows_and_the_promise_leave_open():
+    """The spread of launches, which this promise does not tell, is what is assumed of it and what is seen, together."""
+    costs = {"certify 1": [1.0, 1.2, 1.1], "certify 2": [1.1, 1.3, 1.2]}
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        class Rig:
+            def measure(self, load, trace, window):
+                told = dict(zip((w.name for w in WINDOWS), costs[label], strict=True))
+                return Step(load, window, {"cost_usd_per_mtok_output": told[window], "ttft_p99_s": 0.1})
+
+        yield Rig()
+
+    told = {"slos": (), "cost": (1.1, 0.99, 1.2222), "latency": (0.1, 0.09, 0.11), "spread": Spread(0.0, 0.0)}
+    found = recertify(dataclasses.replace(promised(), **told), launch, WINDOWS, MARK)
+    logs = np.log(list(costs.values()))
+    means = logs.mean(axis=1)
+    seen = (10 * 0.03**2 + float(means.var(ddof=1))) / (10 + 1)
+    parts = ((seen / 2, 11.0), (float(logs.var(axis=1, ddof=1).mean()) / 3, 2.0))
+    now = Estimate(float(means.mean()), parts)
+    check = found.checks[1]
+    assert check.measured == pytest.approx((math.exp(now.mean), *map(math.exp, now.interval(0.95))))
+    own = (math.log(1.2222 / 0.99) / (2 * 1.959964)) ** 2
+    limit = math.expm1(Estimate(0.0, (*parts, (own, math.inf))).reach(0.05)) * 100
+    change = (math.exp(now.mean) / 1.1 - 1) * 100
+    words = f"cost {math.exp(now.mean):.3f} USD per million output tokens, promised 1.1 ({change:+.1f} %)"
+    assert check.text.startswith(f"{words}; broken would be {limit:+.0f} % or more")
+    assert found.checks[2].text == "ttft_p99 100 ms, promised 100 (+0.0 %)"
 
 
 def test_a_cheaper_or_faster_machine_keeps_it():
@@ -210,7 +248,7 @@ def test_a_server_that_does_not_start_breaks_the_promise():
         yield
 
     found = recertify(promised(), launch, WINDOWS, MARK)
-    assert not found.holds and "unrecognized arguments: --old" in found.text
+    assert not found.holds and found.launches == 1 and "unrecognized arguments: --old" in found.text
 
 
 @pytest.mark.parametrize(

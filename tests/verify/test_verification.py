@@ -570,6 +570,7 @@ def test_half_the_latency_is_recommended_where_it_costs_no_more(cost, ttft_s, ch
     ]
     found = judge(arms, launches, (), "ttft_p99_s")
     assert (found.choice, found.reason) == (choice, reason)
+    assert found.arms["v1"].latency_difference == pytest.approx((ttft_s / 0.2,) * 3)
 
 
 def test_the_interval_of_the_chosen_one_leaves_more_room_where_it_may_flatter_itself():
