@@ -12,8 +12,9 @@ import json
 import math
 
 import numpy as np
+from scipy import stats
 
-from tuner.verify.statistics import block_bootstrap, mean
+from tuner.verify.statistics import mean
 
 REPEATS, SPREAD = 1000, 0.5
 
@@ -21,13 +22,12 @@ REPEATS, SPREAD = 1000, 0.5
 def main() -> None:
     rng = np.random.default_rng(0)
     for parts in (3, 5, 10, 20, 40):
-        hits = {"percentile": 0, "bca": 0, "t": 0}
+        hits = {"percentile": 0, "BCa": 0, "t": 0}
         for seed in range(REPEATS):
             values = rng.lognormal(0, SPREAD, parts)
-            for method in ("percentile", "bca"):
-                low, high = block_bootstrap(
-                    [np.array([v]) for v in values], np.mean, seed=seed, draws=400, method=method
-                )
+            for method in ("percentile", "BCa"):
+                found = stats.bootstrap((values,), np.mean, n_resamples=400, method=method, random_state=seed)
+                low, high = found.confidence_interval
                 hits[method] += low <= math.exp(SPREAD**2 / 2) <= high
             low, high = mean(list(np.log(values))).interval()
             hits["t"] += low <= 0 <= high

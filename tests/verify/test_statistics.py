@@ -6,10 +6,7 @@ from scipy import stats
 
 from tuner.verify.statistics import (
     Estimate,
-    block_bootstrap,
-    blocks,
     chosen_tails,
-    combine,
     holm,
     mean,
     share_best,
@@ -54,9 +51,10 @@ def test_intervals_of_two_sources_of_noise_cover_at_least_as_often_as_they_say(l
 
 
 def test_degrees_of_freedom_of_a_sum_are_those_of_its_larger_part():
-    total, freedom = combine([(4.0, 3.0), (1e-9, 50.0)])
-    assert total == pytest.approx(4.0)
-    assert freedom == pytest.approx(3.0)
+    assert Estimate(0.0, ((4.0, 3.0), (1e-9, 50.0))).freedom == pytest.approx(3.0)
+    assert Estimate(0.0, ((2.0, 3.0), (1.0, 2.0))).freedom == pytest.approx(3**2 / (4 / 3 + 1 / 2))
+    assert Estimate(0.0, ((0.0, 3.0), (0.0, 2.0))).freedom == 3.0
+    assert Estimate(0.0, ((4.0, 3.0), (1.0, 0.0))).freedom == Estimate(0.0, ()).freedom == 0.0
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_decreases():
@@ -86,28 +84,6 @@ def test_the_interval_of_the_lowest_of_equal_means_still_covers(candidates: int)
     assert covered.mean() == pytest.approx(0.95, abs=0.006)
     if candidates == 4:  # what the usual interval would do
         assert (np.abs(lowest) <= 1.96).mean() < 0.92
-
-
-def test_resampling_blocks_sees_the_noise_that_resampling_requests_misses():
-    """Neighbours share a queue: their errors go together. The variance of the mean is then larger than s2 / n."""
-    rng = np.random.default_rng(2)
-    hits = {1: 0, 40: 0}
-    for trial in range(120):
-        noise = np.zeros(800)
-        for i in range(1, 800):
-            noise[i] = 0.9 * noise[i - 1] + rng.normal()
-        for length in hits:
-            low, high = block_bootstrap(blocks(noise, length), np.mean, seed=trial, draws=300, method="percentile")
-            hits[length] += low <= 0 <= high
-    assert hits[1] / 120 < 0.6
-    assert hits[40] / 120 > 0.8
-
-
-def test_bca_follows_the_skew_that_percentiles_ignore():
-    values = np.random.default_rng(3).exponential(size=60)
-    plain = block_bootstrap(blocks(values, 1), np.mean, seed=0, method="percentile")
-    corrected = block_bootstrap(blocks(values, 1), np.mean, seed=0, method="bca")
-    assert corrected[0] > plain[0] and corrected[1] > plain[1]
 
 
 def test_share_best_counts_how_often_each_is_lowest():

@@ -7,7 +7,7 @@ logarithms is a ratio ("8 % cheaper"). Arguments named ``values`` are already on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,11 @@ class Estimate:
 
     @property
     def freedom(self) -> float:
-        """Degrees of freedom of the parts together (Satterthwaite 1946)."""
-        return combine(self.parts)[1] if self.known else 0.0
+        """Degrees of freedom of the parts together: ``(sum v)^2 / sum(v^2 / f)`` (Satterthwaite 1946)."""
+        if not self.known:
+            return 0.0
+        below = sum(variance**2 / freedom for variance, freedom in self.parts)
+        return self.error**4 / below if below > 0 else max(freedom for _, freedom in self.parts)
 
     @property
     def known(self) -> bool:
@@ -86,66 +89,10 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), ((spread / n, n - 1),))
 
 
-def combine(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Adds variances that were each estimated: ``(variance, freedom)`` pairs -> the sum and its degrees of freedom.
-
-    ``freedom = (sum v)^2 / sum(v^2 / f)`` (Satterthwaite 1946). A part without freedom makes the sum unknown (0).
-    """
-    total = sum(variance for variance, _ in parts)
-    if any(variance > 0 and freedom <= 0 for variance, freedom in parts):
-        return total, 0.0
-    below = sum(variance**2 / freedom for variance, freedom in parts if freedom > 0)
-    return total, total**2 / below if below > 0 else max((freedom for _, freedom in parts), default=0.0)
-
-
 def pool(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """One variance from several estimates of the same variance, weighted by their degrees of freedom."""
     freedom = sum(f for _, f in parts)
     return (sum(v * f for v, f in parts) / freedom if freedom > 0 else 0.0), freedom
-
-
-def blocks(values: np.ndarray, length: int) -> list[np.ndarray]:
-    """``values`` (n,) in order, cut into runs of about ``length``. Requests that follow each other share a queue, so
-    runs of requests, not requests, are resampled (Kuensch 1989; Lahiri 2003, chapter 2)."""
-    count = max(len(values) // max(length, 1), 1)
-    return [part for part in np.array_split(np.asarray(values), count) if len(part)]
-
-
-def block_bootstrap(
-    parts: Sequence[np.ndarray],
-    statistic: Callable[[np.ndarray], float],
-    *,
-    seed: int,
-    confidence: float = 0.95,
-    draws: int = 2000,
-    method: str = "bca",
-) -> Interval:
-    """The interval of ``statistic`` over ``parts`` (windows, or blocks of requests), whole parts resampled.
-
-    ``method`` is ``percentile`` or ``bca`` (bias-corrected and accelerated, Efron 1987; the acceleration comes from
-    leaving out one part at a time). With fewer than about 20 parts either is too short (docs/statistics.md has the
-    measured coverage): for a handful of windows or launches take :func:`mean`.
-    """
-    if len(parts) < 2:
-        return (-math.inf, math.inf)
-    rng = np.random.default_rng(seed)
-    seen = statistic(np.concatenate(parts))
-    picks = rng.integers(0, len(parts), size=(draws, len(parts)))
-    replicas = np.sort([statistic(np.concatenate([parts[i] for i in pick])) for pick in picks])
-    levels = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    if method == "bca":
-        share = (np.sum(replicas < seen) + 0.5 * np.sum(replicas == seen)) / draws
-        bias = special.ndtri(np.clip(share, 1 / draws, 1 - 1 / draws))
-        left_out = np.array(
-            [statistic(np.concatenate([p for j, p in enumerate(parts) if j != i])) for i in range(len(parts))]
-        )
-        gaps = left_out.mean() - left_out
-        scale = float(np.sum(gaps**2)) ** 1.5
-        skew = float(np.sum(gaps**3)) / (6 * scale) if scale > 0 else 0.0
-        shifted = bias + special.ndtri(levels)
-        levels = special.ndtr(bias + shifted / (1 - skew * shifted))
-    low, high = np.quantile(replicas, levels)
-    return (float(low), float(high))
 
 
 def holm(doubts: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
