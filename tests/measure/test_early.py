@@ -85,6 +85,20 @@ def test_an_output_that_may_end_with_any_token_has_lasted_until_its_last_one():
     stream = [Running(50, ns(50), ns(50.5), ns(50.9), 3)]
     assert watch(100, "e2e_max=1s").verdict(ns(51.1), stream)
     assert watch(100, "e2e_max=1s", forced=False).verdict(ns(51.1), stream) == ""
+    assert watch(100, "e2e_max=1s", forced=False).verdict(ns(51.1), [Running(50, ns(50))])  # without one it still waits
+
+
+@pytest.mark.parametrize(
+    ("slo", "fits_s", "late_s"), [("tpot_max=100ms", 1.0, 1.1), ("norm_latency_max=1s", 9.0, 11.0)]
+)
+def test_a_stream_that_ended_counts_with_its_latency_by_token(slo, fits_s, late_s):
+    """Eleven tokens, the first of them after a second; a single token has no time between tokens."""
+    lost = watch(100, slo, slo.replace("max", "mean"), wanted=11)
+    lost.done(request(50, [50.5]))
+    for number, lasts_s in ((51, fits_s), (52, late_s)):
+        assert lost.verdict(ns(60), []) == ""
+        lost.done(request(number, number + 1 + lasts_s / 10 * np.arange(11)))
+    assert f"{slo.partition('=')[0]} cannot hold" in lost.verdict(ns(60), [])
 
 
 def test_gaps_over_the_limit_lose_an_itl_slo():

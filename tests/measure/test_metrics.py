@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from tests.measure.made import records, request
 from tuner.measure import metrics as m
@@ -354,6 +355,13 @@ def test_itl_intervals_know_that_the_gaps_of_a_request_resemble_each_other(tmp_p
         low, high = intervals["itl_p50_s"]
         width[name] = high - low
     assert width["clustered"] > 5 * width["free"]
+
+
+def test_a_rates_interval_is_students_over_twenty_parts_and_never_negative():
+    rates = np.random.default_rng(0).exponential(5.0, 20)
+    half = stats.sem(rates) * stats.t.ppf(0.975, 19)
+    assert m._batch_means(rates) == pytest.approx((rates.mean() - half, rates.mean() + half))
+    assert m._batch_means(np.array([0.0] * 19 + [1.0]))[0] == 0.0
 
 
 requests = st.builds(

@@ -64,6 +64,7 @@ def test_too_few_requests_bound_a_high_percentile_from_one_side_only():
     assert 0 < low < 99 and high == math.inf
     _, (_, high) = quantile.summary(np.arange(1000.0), 0.99)
     assert high < math.inf
+    assert quantile.summary(np.arange(1.0, 7.0), 0.5) == (3.0, (1.0, 6.0))  # the whole sample just bounds its median
 
 
 def test_failures_are_the_largest_values():
@@ -95,6 +96,7 @@ def test_the_share_beyond_a_limit_lies_on_the_percentiles_and_on_lines_between_a
     assert [quantile.beyond(x, values, levels) for x in values] == levels
     assert quantile.beyond(math.sqrt(2), values, levels) == pytest.approx(math.sqrt(0.05))
     assert quantile.beyond(8.0, values, levels) == pytest.approx(0.001)
+    assert quantile.beyond(0.5, [2.0, 4.0], [0.5, 0.1]) == 0.875
     assert quantile.beyond(0.5, values, levels) == 0.75 and quantile.beyond(-1.0, values, levels) == 1.0
     assert quantile.beyond(2.0, [1.0], [0.01]) == pytest.approx(1e-4)  # one alone: exponentially
     assert quantile.beyond(9.0, [1.0, 2.0, 2.0], levels) == quantile.RARE

@@ -22,7 +22,7 @@ from tuner.verify.power import power
 from tuner.verify.repeats import Repeats
 from tuner.verify.rounds import Done
 from tuner.verify.verdict import Verification, figures
-from tuner.verify.verification import VerifyBudget, _narrow, verify
+from tuner.verify.verification import VerifyBudget, _narrow, _Race, verify
 
 WINDOWS = [window(70 + i, name=f"heldout-{i}") for i in range(3)]
 
@@ -591,9 +591,30 @@ def test_the_interval_of_the_chosen_one_leaves_more_room_where_it_may_flatter_it
 
 @pytest.mark.parametrize(("low", "settled"), [(0.95, False), (0.97, True)])
 def test_the_default_is_not_settled_for_while_another_may_be_cheaper(low, settled):
-    rival = Arm("v1", 4, True, difference=(0.98, low, 1.01), best=0.6)
-    arms = {"default": Arm("default", 4, True, cost=(1.0, 0.99, 1.01)), "v1": rival}
+    rival = Arm("v1", 4, True, cost=(0.98, 0.97, 1.0), difference=(0.98, low, 1.01), best=0.6)
+    arms = {"default": Arm("default", 4, True, cost=(1.0, 0.99, 1.01), best=0.4), "v1": rival}
     assert _narrow(Judgement("default", "nothing-proven", arms), 0.08) == settled
+    assert _narrow(Judgement("v1", "cheaper", arms), 0.08) and not _narrow(Judgement("", "nothing-holds", arms), 0.08)
+
+
+@pytest.mark.parametrize(("high", "narrow"), [(2.07, True), (2.1, False)])
+def test_intervals_are_narrow_by_their_share_of_the_value(high, narrow):
+    arms = {"default": Arm("default", 4, True, cost=(2.0, 1.93, high))}
+    assert _narrow(Judgement("default", "nothing-proven", arms), 0.08) == narrow
+
+
+@pytest.mark.parametrize(
+    ("left", "stay"), [(3, ["default", "v1", "v2"]), (2, ["default", "v1"]), (1, ["default", "v1"])]
+)
+def test_who_has_no_hope_leaves_the_race_then_the_dearest_and_never_the_default(left, stay):
+    bench = Bench(dict.fromkeys(("v0", "v1", "v2", "v3"), 1.0))
+    arms = [bench.finalist(v) for v in ("v0", "v1", "v2", "v3")]
+    costs = {"default": 3.0, "v1": 1.0, "v2": 1.1, "v3": 0.9}
+    best = {"default": 0.0, "v1": 0.6, "v2": 0.35, "v3": 0.05}
+    found = {label: Arm(label, 2, True, cost=(cost,) * 3, best=best[label]) for label, cost in costs.items()}
+    race = _Race(bench.study, arms, None, VerifyBudget(12), None, arms)
+    race._drop(Judgement("default", "nothing-proven", found), left)
+    assert [a.label for a in race.active] == stay
 
 
 def test_a_launch_of_which_the_node_was_lost_is_made_once_more():

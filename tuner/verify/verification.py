@@ -16,7 +16,7 @@ from tuner.errors import UsageError
 from tuner.load.trace import Trace
 from tuner.spec.study import Study
 from tuner.verify.arm import Finalist
-from tuner.verify.judge import Arm, Judgement, judge
+from tuner.verify.judge import Judgement, judge
 from tuner.verify.repeats import Spread
 from tuner.verify.rounds import Done, Launcher, Rounds
 from tuner.verify.verdict import Verification, verdict
@@ -147,21 +147,11 @@ class _Race:
 
     def _drop(self, found: Judgement, left: int) -> None:
         """Finalists without hope leave the race, and the least promising ones where not all can be launched again."""
-        standing = [found.arms[a.label] for a in self.active if found.arms[a.label].holds]
-        best = min(standing, key=lambda arm: arm.cost[0], default=None)
-        for arm in [a for a in self.active if not a.baseline]:
-            state = found.arms[arm.label]
-            if not state.holds or state.best < LITTLE_HOPE or _beaten(state, best):
-                self.active.remove(arm)
+        self.active = [a for a in self.active if a.baseline or found.arms[a.label].best >= LITTLE_HOPE]
         while left < len(self.active) > 2:
             self.active.remove(
                 max((a for a in self.active if not a.baseline), key=lambda a: found.arms[a.label].cost[0])
             )
-
-
-def _beaten(state: Arm, best: Arm | None) -> bool:
-    """Whether even the low end of the arm's cost lies above the high end of the best one's."""
-    return best is not None and state.label != best.label and state.cost[1] > best.cost[2]
 
 
 def _narrow(found: Judgement, width: float) -> bool:
