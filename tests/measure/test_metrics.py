@@ -11,6 +11,7 @@ from scipy import stats
 
 from tests.measure.made import records, request
 from tuner.measure import metrics as m
+from tuner.measure import quantile
 from tuner.measure.metrics import compute
 from tuner.measure.window import Window, window
 from tuner.spec.slo import parse
@@ -284,6 +285,20 @@ def test_a_good_request_meets_every_limit_on_its_own(tmp_path, slo, good):
     assert m.is_good(made, (parse(slo),)).sum() == good
 
 
+def test_answers_are_as_long_as_they_came_of_what_was_asked_for_where_none_failed(tmp_path):
+    rows = [request(k / 10, k / 10 + 0.01 * np.arange(1, 11), wanted=40) for k in range(40)]
+    rows[35] = request(3.5, [3.6], error="boom", wanted=900)
+    assert compute(records(tmp_path, rows), (), Q)[0]["output_share"] == 0.25
+
+
+def test_the_offered_rate_is_of_all_the_planned_traffic_though_a_ramp_ends_with_an_arrival(tmp_path):
+    at_s = np.sort(np.random.default_rng(2).random(40)) * 10
+    rows = [request(t, t + 0.02 * np.arange(1, 101)) for t in at_s.tolist()]
+    values, _ = compute(records(tmp_path, rows, lasts_s=10.0), (), Q)
+    assert values["measured_requests"] < 40
+    assert values["offered_requests_per_s"] == values["sent_requests_per_s"] == pytest.approx(4.0)
+
+
 def test_mean_tokens_are_of_the_late_and_long_requests_too_but_of_none_that_failed(tmp_path):
     rows = steady(40, input_tokens=100)
     for k in range(10, 30):
@@ -351,10 +366,13 @@ def test_itl_intervals_know_that_the_gaps_of_a_request_resemble_each_other(tmp_p
     width = {}
     for name, rows in (("clustered", clustered), ("free", free)):
         (tmp_path / name).mkdir()
-        _, intervals = compute(records(tmp_path / name, rows), (), (0.5,))
+        values, intervals = compute(records(tmp_path / name, rows), (), (0.5,))
         low, high = intervals["itl_p50_s"]
+        assert 0 < low < values["itl_p50_s"] < high
         width[name] = high - low
     assert width["clustered"] > 5 * width["free"]
+    low, high = quantile.summary(np.concatenate([np.diff(row.token_ns) for row in free]) / 1e9, 0.5)[1]
+    assert width["free"] == pytest.approx(high - low, rel=0.3), "as if each gap were of a request of its own"
 
 
 def test_a_rates_interval_is_students_over_twenty_parts_and_never_negative():
