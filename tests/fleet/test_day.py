@@ -62,6 +62,13 @@ def test_what_arrives_above_the_top_rate_piles_up_and_the_hours_in_which_it_wait
     assert found.counted[1].max() < 0.011  # a wait is no time between tokens
 
 
+def test_below_the_top_rate_a_replica_fills_and_empties_as_fast_as_requests_pass_through():
+    found = serves([(1, 0.5), (10, 5)]).curve
+    for rate, before, rest, pass_s in ((4.0, 0.0, 2.0, 0.5), (4.0, 5.0, 2.0, 0.5), (0.0, 5.0, 0.0, 0.5)):
+        after, _ = found.follow(np.array([before]), np.array([rate]), pass_s)
+        assert after == pytest.approx(rest + (before - rest) * math.exp(-1))
+
+
 def test_both_simulations_count_the_same():
     offer = made.offer(rps=2)
     plan, given = fixed(6, 3, allowed=2.0), traffic(4, 8, 10.5)

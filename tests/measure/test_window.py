@@ -20,6 +20,8 @@ def test_the_ramp_is_at_most_a_quarter(tmp_path):
     """A queue that only grows reaches its median in the middle: that is no ramp but an overload."""
     rows = [request(t / 10, [40 + t, 41 + t]) for t in range(400)]
     assert window(records(tmp_path, rows)).start_ns == pytest.approx(0.25 * ns(39.9), rel=0.01)
+    warm = window(records(tmp_path, rows, warmup_s=8.0)).start_ns
+    assert warm == pytest.approx(ns(8 + 0.25 * 31.9), rel=0.01), "of what follows the warm-up"
 
 
 def test_the_warm_up_is_outside(tmp_path):
@@ -43,6 +45,8 @@ def test_a_burst_is_measured_until_its_last_response(tmp_path):
     rows = [request(0.0, [1 + t, 2 + t]) for t in range(10)]
     span = window(records(tmp_path, rows))
     assert (span.start_ns, span.end_ns) == (0, ns(11))
+    one_failed = [*rows[:9], request(0.1, error="boom"), rows[9]]
+    assert window(records(tmp_path, one_failed)).end_ns == ns(11)
 
 
 def test_a_long_run_past_the_window_is_still_measured(tmp_path):
