@@ -9,11 +9,14 @@ from tests import studies
 from tests.fleet.made import demand
 from tuner.errors import NothingFeasible, UsageError
 from tuner.fleet import account, fleet, measured
+from tuner.fleet.capacity import kept
 from tuner.fleet.offer import offers_of, shop
 from tuner.fleet.plan import Terms
 from tuner.study.outcome import Boot, Measured
 from tuner.study.store import Store
 from tuner.verify.capacity import capacity
+from tuner.verify.judge import Arm
+from tuner.verify.racing import LAUNCH_SPREAD
 
 WANT = studies.objective()
 BOOT = Boot(72.5, {"weights": 8.4}, {})
@@ -63,10 +66,24 @@ def test_a_capacity_is_read_off_every_launch_and_window_of_the_verification(tmp_
     middle, low, high = offer.capacity
     logs = [math.log(5 * x) for pair in launches.values() for x in pair]
     assert middle == pytest.approx(math.exp(sum(logs) / 6))
-    assert low < middle < high
-    assert "verified: 3 launches on 2 held-out windows" in offer.basis
+    assert low < middle < high and low * high == pytest.approx(middle**2)
+    assert "verified: 3 launches on 2 held-out windows" in offer.basis and "assumed" not in offer.basis
     surer = next(o for o in offers_of(study, store, 0.99)[0] if o.gpus == 1)
     assert surer.capacity[1] < low
+
+
+def test_where_one_launch_tells_no_limit_launches_are_assumed_to_differ(tmp_path):
+    study, store = studies.write(tmp_path / "s", trials=1, verified=True)
+    own = [step for i in range(2) for step in steps(1.5, 2.5, window=f"heldout-{i}")]
+    add(store, 7, Measured(tuple(own), BOOT), role="verify", label="verify 1 trial 0")
+    (offer,) = [o for o in offers_of(study, store, 0.95)[0] if o.gpus == 1]
+    times = math.exp(1.644854 * LAUNCH_SPREAD)
+    assert offer.capacity == pytest.approx((10.0, 10.0 / times, 10.0 * times))
+    assert "on 2 held-out windows, too few for a limit: launches are assumed to differ by" in offer.basis
+    unproven = Arm("trial 0", 1, True, capacity=(2.0, 1.8, 2.2))
+    assert kept(study, unproven, (), store.trials(), 0.95)[0] == pytest.approx((10.0, 10.0 / times, 11.0))
+    with pytest.raises(UsageError, match="no arrival rate was measured"):
+        kept(study, unproven, (), (), 0.95)
 
 
 def test_a_study_that_was_not_verified_offers_what_its_search_saw_and_says_so(tmp_path):
