@@ -10,7 +10,7 @@ from tests.fleet import made
 from tuner.fleet import day, requests
 from tuner.fleet.curve import Point, curve, limits_of
 from tuner.fleet.day import Traffic
-from tuner.fleet.headroom import allowed_rps
+from tuner.fleet.headroom import allowed_rps, table
 from tuner.fleet.plan import Plan, Pool
 from tuner.spec.slo import parse
 
@@ -60,6 +60,13 @@ def test_what_arrives_above_the_top_rate_piles_up_and_the_hours_in_which_it_wait
     assert found.counted[0, 1] > 0.95  # TTFT
     assert found.counted[0, 2] == pytest.approx(1 / 3, abs=0.05)  # those that came while 12 or more waited per second
     assert found.counted[1].max() < 0.011  # a wait is no time between tokens
+
+
+def test_an_hour_without_requests_has_a_plan_and_what_hours_share_is_never_too_high():
+    offer = made.offer(rps=2)
+    found = table((offer,), np.array([0.0, 5.0, 5.1, 50.0]), 0.0, "two-choices", 60.0)[0]
+    exact = [allowed_rps(offer, total, 0.0, "two-choices", 60.0) for total in (5.0, 5.1, 50.0)]
+    assert found[0] > 0 and (found[1:] <= np.array(exact) + 1e-9).all() and found[1:] == pytest.approx(exact, rel=0.02)
 
 
 def test_below_the_top_rate_a_replica_fills_and_empties_as_fast_as_requests_pass_through():
@@ -118,7 +125,7 @@ def share_beyond(offer, rate, window_s, swing, noise):
     return float((offer.curve.score(inside)[0] * counts).sum() / counts.sum())
 
 
-@pytest.mark.parametrize("swing", [0.0, 0.1])
+@pytest.mark.parametrize("swing", [0.0, 0.1, 0.3, 0.5])
 def test_headroom_is_the_highest_rate_whose_mean_over_windows_is_allowed(swing):
     offer, noise = made.offer(rps=10), np.random.default_rng(0)
     rate = allowed_rps(offer, 100, swing, "random", 60.0)
