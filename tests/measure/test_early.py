@@ -198,6 +198,7 @@ def test_an_overload_is_recognised_within_the_first_minute(seed):
     arrival_s = poisson(200, 4, seed)
     verdict, at_s = simulate(arrival_s, np.full(len(arrival_s), 1_000), rate=2_000)  # twice what it can do
     assert verdict.startswith("saturated: the queue has grown for 30 s") and at_s < 60
+    assert 70 <= simulate(arrival_s, np.full(len(arrival_s), 1_000), rate=2_000, warmup_s=40)[1] < 100
 
 
 @pytest.mark.parametrize("seed", range(20))
