@@ -196,9 +196,18 @@ def test_a_ladder_that_is_not_settled_makes_no_trial(runner):
         assert not store.numbers()
 
 
-@pytest.mark.parametrize("lucky", [{0.5: True}, {0.17: False}, {0.25: False}])
-def test_where_the_loads_of_that_launch_contradict_each_other_the_default_is_launched_again(runner, lucky):
-    engine = Limited(0.36)
+@pytest.mark.parametrize(
+    ("capacity", "lucky", "launches"),
+    [
+        (0.3, {0.5: True}, 2),  # it held above a rung that it missed
+        (0.36, {0.17: False}, 2),
+        (0.36, {0.25: False}, 1),  # no contradiction: all below held
+    ],
+)
+def test_where_the_loads_of_that_launch_contradict_each_other_the_default_is_launched_again(
+    runner, capacity, lucky, launches
+):
+    engine = Limited(capacity)
     launch = engine.launch
 
     def moody(config, site):
@@ -219,7 +228,8 @@ def test_where_the_loads_of_that_launch_contradict_each_other_the_default_is_lau
     held = [s.load for s in first.outcome.steps if s.ok]
     missed = [s.load for s in first.outcome.steps if not s.ok]
     assert held and max(held) < min(missed)
-    assert (engine.launched.count(first.config.hash) == 2) == runner.store.ladder_folder.exists()
+    assert engine.launched.count(first.config.hash) == launches
+    assert (launches == 2) == runner.store.ladder_folder.exists()
 
 
 def test_a_trace_that_arrives_at_once_has_a_ladder(runner):
