@@ -6,7 +6,7 @@ import pytest
 from tests.studies import objective, space, step
 from tuner.measure.quantile import summary
 from tuner.pareto.front import Point
-from tuner.verify.racing import end, should_stop
+from tuner.verify.racing import UNKNOWN, end, log_error, should_stop
 
 WANT = objective()
 LADDER = (1.0, 2.0, 3.0, 4.0)
@@ -94,3 +94,13 @@ def test_limits_widen_with_the_interval_and_the_launch_spread():
     assert end(1.0, (0.9, 1.1), 0.0, 0.95, low=True) < narrow < 1.0
     assert end(1.0, (0.99, 1.01), 0.05, 0.95, low=True) < narrow
     assert end(1.0, None, 0.03, 0.95, low=False) == pytest.approx(1.0506, abs=0.0005)  # e^(1.645 x 0.03)
+
+
+def test_a_point_is_as_sure_as_its_interval_and_its_launches_make_it():
+    """Of a percentile without an upper end the lower half says it, where there is one."""
+    twice = dataclasses.replace(point(1.0, 0.02, launches=4), latency_interval=(0.016, np.inf))
+    inside = np.log(1.01 / 0.99) / (2 * 1.96)
+    assert log_error(twice, "cost", 0.06) == pytest.approx(np.hypot(inside, 0.06 / 2))
+    assert log_error(twice, "latency", 0.06) == pytest.approx(np.hypot(np.log(0.02 / 0.016), 0.06 / 2))
+    nothing = dataclasses.replace(twice, latency_interval=(0.02, np.inf))
+    assert log_error(nothing, "latency", 0.0) == UNKNOWN
