@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from tuner.errors import EnvironmentFault, NothingFeasible
 from tuner.export.deployment import deployment
 from tuner.export.formats import best_config
 from tuner.pareto.choice import choose
-from tuner.pareto.recommend import ablation, recommended
+from tuner.pareto.recommend import _further, _times, ablation, recommended
 from tuner.study.outcome import Measured
 from tuner.study.price import COST, GOODPUT
 from tuner.study.store import EXHAUSTED, UNFOUND, write_json
@@ -207,3 +208,10 @@ def test_what_the_quality_floor_said_stands_beside_the_recommendation(tmp_path: 
     path.write_text(json.dumps({**json.loads(path.read_text()), "quality": said}))
     assert recommended(store, study).text.endswith("\n\nThe quality floor was not checked: HTTP 500.")
     assert "quality: The quality floor was not checked: HTTP 500." in deployment(store, study).header()
+
+
+def test_a_factor_that_is_not_known_changes_nothing_and_what_has_no_interval_gets_none():
+    half = (0.5, 0.4, 0.6)
+    assert _times(2.0, (1.0, 4.0), (math.nan,) * 3) == (2.0, (1.0, 4.0))
+    assert _times(2.0, None, half) == _times(2.0, (0.0, 4.0), half) == (1.0, None)
+    assert _further(None, half) is None

@@ -13,7 +13,7 @@ from tuner.executor.protocol import NodeLost, Place
 from tuner.spec.study import Budget
 from tuner.spec.studyfile import parse_budget
 from tuner.study import budget, verifying
-from tuner.study.outcome import Boot, Infeasible
+from tuner.study.outcome import Boot, Infeasible, Measured
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.arm import Finalist
 
@@ -214,6 +214,36 @@ def test_the_search_ends_early_enough_for_what_verification_takes(tmp_path, more
     used = budget.spent(study, took)
     assert used.launch_usd == pytest.approx(1.0) and not budget.search_is_over(study, used)
     assert left in budget.search_is_over(study, used, verify_s=750.0)
+
+
+def test_what_runs_counts_as_the_dearest_so_far_and_more_while_few_have_ended(tmp_path):
+    study, store = studies.write(tmp_path / "s", trials=1)
+    (one,) = store.trials()
+    study = replace(study, objective=replace(study.objective, price_usd_per_gpu_hour=10.0))
+    took = [replace(one, started_s=0.0, ended_s=3600.0), replace(one, started_s=600.0, ended_s=2400.0)]
+    used = budget.spent(study, took, running=2)
+    assert used == budget.Spent(4, 1.0, 15.0 + 2 * 10.0 * (1 + 1 / 2), 2700.0, 7.5)
+    assert budget.spent(study, [], running=1, guess_usd=3.0) == budget.Spent(1, 0.0, 3.0 * 2, 0.0, 3.0)
+    verified = replace(one, role="verify")
+    assert budget.of_search([one, verified]) == [one]
+    assert budget.for_search(Budget(launches=30, verify_share=0.9)) == 3  # though 30 x (1 - .9) is a little less
+
+
+@pytest.mark.parametrize(
+    ("took_s", "extra", "expected_s"),
+    [
+        (360.0, None, 60 + 6 * 300 / 4),
+        (360.0, {"loads": 10}, 60 + 6 * 300 / 10),  # steps that are no part of the trial took their time
+        (40.0, None, 6 * 40 / 4),  # on a virtual clock a start takes longer than all
+    ],
+)
+def test_a_launch_of_verification_takes_a_start_and_its_steps(tmp_path, took_s, extra, expected_s):
+    _study, store = studies.write(tmp_path / "s", trials=1)
+    (one,) = store.trials()
+    outcome = Measured((one.outcome.steps * 4)[:4], Boot(60.0, {}, {}))
+    trial = replace(one, started_s=100.0, ended_s=100.0 + took_s, extra=extra, outcome=outcome)
+    assert budget.verify_launch_s([trial], 2) == pytest.approx(expected_s)
+    assert budget.verify_launch_s([], 2) == 0
 
 
 def told(study, store, more):
