@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.search.problem import LOADS, Model, knob, launch, objective, space
@@ -196,3 +197,21 @@ def test_a_condition_is_feared_as_its_values_are_on_average_and_one_between_is_s
 def test_memory_that_was_short_of_nothing_is_a_cause_like_another():
     reading = read(Seen(0, DEFAULT, Infeasible("oom", "no room", short_bytes=0)), objective(), LOADS)
     assert (reading.cause, reading.works) == ("oom: no room", -1.0)
+
+
+def test_of_many_launches_fewer_loads_are_learnt_from_and_then_fewer_launches(monkeypatch: pytest.MonkeyPatch):
+    grid = [(params, launch(params)) for params in SPACE.grid()]
+    many = [(params, outcome) for params, outcome in grid if isinstance(outcome, Measured) and len(outcome.steps) > 2]
+    full, loads, launches = beliefs(), beliefs(), beliefs()
+    learn(full, *many)
+    rows = len(full.fitted["latency"].rows.y)
+    assert rows == sum(len(outcome.steps) for _, outcome in many)
+    for fewer, most in ((loads, rows - 1), (launches, len(many) // 2)):
+        monkeypatch.setattr("tuner.search.beliefs.MOST_ROWS", most)
+        learn(fewer, *many)
+        seen = fewer.fitted["latency"].rows
+        assert len(seen.y) <= most
+        assert len(np.unique(seen.codes, axis=0)) == (len(many) if fewer is loads else len(many) // 2)
+    asked = [full.index(params) for params, _ in many]
+    one, other = (b.posterior([i for i in asked if i is not None]).latency[:, 0] for b in (full, loads))
+    assert np.abs(one - other).max() < 0.05

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ ROOM_AT_FIRST, ROOM_DOUBT = 1.0, 0.5
 MISS_NOISE = 0.01  # variance added to a step that missed an SLO: its server was overloaded
 FOLLOWED = 10  # launches; what a model leaves out is not seen where it is followed, so more may be wrong afterwards
 JUDGES = 16  # launches that say whether the model is believed
+MOST_ROWS = 1500  # steps that are learnt from, about: time grows with their third power
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,7 @@ class Beliefs:
     def _rows(self, name: str, known: Sequence[Reading]) -> tuple[Rows, list[Source]]:
         """The launches' values of one quantity, with the sources at the same places."""
         points: list[tuple[int, int, float, float, float]] = []  # candidate, place in the ladder, use, value, noise
-        numbered = [(index, r) for r in known if (index := self.index(r.seen.params)) is not None]
+        numbered = [(index, r) for r in _fewer(known) if (index := self.index(r.seen.params)) is not None]
         use = self._places(name, [index for index, _ in numbered])
         for i, (index, r) in enumerate(numbered):
             if name == "capacity" and r.capacity is not None:
@@ -244,6 +245,16 @@ class Beliefs:
         """The candidate's number of a configuration that was launched, here or elsewhere; it becomes one if it was none
         (None: a rule denies it)."""
         return self.candidates.number(params, seen=True)
+
+
+def _fewer(known: Sequence[Reading]) -> Sequence[Reading]:
+    """Where there are more than :data:`MOST_ROWS` steps, every other of a launch's, or fewer (its loads say nearly the
+    same); of more launches than that, every other one."""
+    if sum(len(r.steps) or 1 for r in known) <= MOST_ROWS:
+        return known
+    known = known[:: math.ceil(len(known) / MOST_ROWS)]
+    each = MOST_ROWS // len(known)
+    return [replace(r, steps=r.steps[:: max(math.ceil(len(r.steps) / each), 1)]) for r in known]
 
 
 def _normal_cdf(x: Array) -> Array:
