@@ -455,10 +455,13 @@ def test_a_study_in_which_nothing_was_measured_is_begun_anew_with_another_file(r
         pass
 
 
+FULL = Infeasible("disk-full", "a disk is full")
+
+
 @contextlib.contextmanager
-def launching_on_a_full_disk(runner, role):
+def launching_on_a_full_disk(runner, role, failure=FULL):
     study = runner.study()
-    engine = FakeEngine(fail=lambda _c: Infeasible("disk-full", "a disk is full"))
+    engine = FakeEngine(fail=lambda _c: failure)
     ready = Prepared(study, engine, workload.read(study), None, "none in this test")
     with (
         session.opened(study) as store,
@@ -467,9 +470,10 @@ def launching_on_a_full_disk(runner, role):
         yield study, store, verifying.launcher(ready, store, runner.recorder, where, bench.on_event, role)
 
 
-def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verification(runner):
-    with launching_on_a_full_disk(runner, "verify") as (study, store, launch):
-        with pytest.raises(EnvironmentFault, match="a disk is full"), launch(study.space.config({}, study.model), "v"):
+@pytest.mark.parametrize(("failure", "error"), [(FULL, EnvironmentFault), (HELD, LaunchFailed)])
+def test_what_the_machine_was_at_fault_for_says_nothing_of_an_arm_of_verification(runner, failure, error):
+    with launching_on_a_full_disk(runner, "verify", failure) as (study, store, launch):
+        with pytest.raises(error, match=failure.message), launch(study.space.config({}, study.model), "v"):
             pass
         assert not verifying._done(store.trials(), "verify") and not store.launched("verify")
 

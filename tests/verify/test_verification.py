@@ -733,11 +733,12 @@ KILLED = Infeasible("killed", "somebody killed it", transient=True)
 BUSY = Infeasible("gpu-busy", "GPU 0 is in use", fix="end it", stage="before launch", transient=True)
 
 
-def test_what_somebody_else_had_is_launched_again_at_once_and_says_nothing_of_the_arm():
-    bench = failing(Bench({"v0": 1.0, "v1": 0.9}), lambda label, n: BUSY if "default" in label and n < 3 else None)
+@pytest.mark.parametrize(("busy", "tries"), [(BUSY, 2), (replace(BUSY, stage="start-up"), 1)])
+def test_what_somebody_else_had_is_launched_again_at_once_and_says_nothing_of_the_arm(busy: Infeasible, tries: int):
+    bench = failing(Bench({"v0": 1.0, "v1": 0.9}), lambda label, n: busy if "default" in label and n <= tries else None)
     found = bench.verify("v1")
     assert found.is_default and found.arms[0].holds and found.launches == len(bench.machine.labels)
-    bench = failing(Bench({"v0": 1.0, "v1": 0.9}), lambda label, n: BUSY if "default" in label else None)
+    bench = failing(Bench({"v0": 1.0, "v1": 0.9}), lambda label, n: busy if "default" in label else None)
     with pytest.raises(EnvironmentFault, match="GPU 0 is in use"):
         bench.verify("v1")
 

@@ -88,7 +88,7 @@ def launcher(
             outcome = Measured(tuple(steps), boot)
         except LaunchFailed as failure:
             outcome = failure.outcome
-            if role == LADDER and outcome.cause == GPU_BUSY:  # whoever launches it goes on with none
+            if outcome.cause == GPU_BUSY:  # whoever launches it tries again, and then says so
                 machines = True
                 raise
             # what ablation puts together has not served before: it may be at fault itself

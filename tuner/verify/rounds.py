@@ -144,7 +144,7 @@ class Rounds:
                 for window in self.windows if self.number % 2 else self.windows[::-1]:
                     steps += self._bracket(rig, arm, window, steps)
         except LaunchFailed as failure:
-            if failure.outcome.machines:
+            if failure.outcome.machines or failure.outcome.cause == GPU_BUSY:
                 raise
             return Launched(arm.label, self.number, tuple(steps), failure.outcome)
         return Launched(arm.label, self.number, tuple(steps))
