@@ -306,6 +306,27 @@ def test_a_failure_of_the_default_that_may_pass_leaves_the_ladder_to_a_second_la
     assert settle(runner, engine).load.ladder != studyfile.USUAL_LADDER and len(engine.launched) == 2
 
 
+@pytest.mark.parametrize("capacity", [0.25, 1.3, 2.0, 3.7])
+def test_a_kill_between_the_end_of_that_launch_and_the_writing_of_its_ladder_costs_no_second_one(
+    runner, monkeypatch, capacity
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(study, _store):
+        asked.append(study.load.ladder)
+        raise Killed
+
+    engine, asked, freeze = Limited(capacity), [], ladder._freeze
+    monkeypatch.setattr(ladder, "_freeze", kill)
+    with pytest.raises(Killed):
+        settle(runner, engine)
+    monkeypatch.setattr(ladder, "_freeze", freeze)
+    assert [settle(runner, engine).load.ladder] == asked and len(engine.launched) == 1
+    ready, _ = search(runner, engine, launches=2)
+    assert len(engine.launched) == 2 and ready.study.load.ladder == asked[0]
+
+
 @pytest.mark.parametrize("stage", ["before launch", "start-up"])
 def test_a_gpu_that_stays_somebody_elses_settles_no_ladder_and_costs_nothing(runner, stage):
     engine = Limited(2.5)

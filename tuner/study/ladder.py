@@ -138,8 +138,13 @@ def _capacity(
     default = study.space.config(params, study.model)
     if why := study.space.denied(params) or ready.why_not(default):
         raise Unsettled(f"the engine's default is refused before a launch: {why}")
-    on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     window, top = ready.traffic.search[0], _top(ready.traffic, study)
+    for ended in Store(store.ladder_folder).trials():  # before a kill
+        known = {step.load: step for step in ended.outcome.steps} if isinstance(ended.outcome, Measured) else {}
+        with suppress(KeyError):
+            capacity, ladder = _laid(known.__getitem__, top, known)
+            return capacity, top, ladder
+    on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     bench = Bench(ready.study, ready.engine, cancel, tell, session.guard(ready, store, tell))
     with executor(bench) as where:
         launch = verifying.launcher(
@@ -155,16 +160,10 @@ def _capacity(
                         steps[load] = rig.measure(load, window, window.name)
                     return steps[load]
 
-                def holds(load: float) -> bool:
-                    if untrusted := measured(load).untrusted:
-                        raise Unsettled("; ".join(untrusted))
-                    return measured(load).ok
-
                 try:
-                    capacity = bracket(holds, top)
+                    capacity, ladder = _laid(measured, top, steps)
                 except Unsettled as failure:
                     return failure  # not raised yet: what was measured is kept
-                ladder = rungs(capacity, top, steps)
                 with suppress(LaunchFailed):  # the ladder is settled: what a trial does at it, one will show
                     all(measured(load).ok for load in ladder)
             return capacity, ladder
@@ -200,6 +199,18 @@ def foretold(ready: session.Prepared, prepare: Callable[[Study], session.Prepare
 def _unbound(study: Study) -> Study:
     """``study`` before anybody knows which loads are worth measuring."""
     return replace(study, load=replace(study.load, ladder=(LOWEST, HIGHEST)))
+
+
+def _laid(measured: Callable[[float], Step], top: float, seen: Collection[float]) -> tuple[float, tuple[float, ...]]:
+    """(The capacity, the ladder) by what is ``measured`` at a load, which is ``seen`` then. Raises Unsettled."""
+
+    def holds(load: float) -> bool:
+        if untrusted := measured(load).untrusted:
+            raise Unsettled("; ".join(untrusted))
+        return measured(load).ok
+
+    capacity = bracket(holds, top)
+    return capacity, rungs(capacity, top, seen)
 
 
 def _top(traffic: workload.Workload, study: Study) -> float:
