@@ -22,6 +22,7 @@ from tuner.record import writer
 from tuner.record.ledger import Ledger, note_file
 from tuner.record.mlflow import Recorder, sync, unsent
 from tuner.record.place import Place, place, ui_command, ui_page
+from tuner.spec.storage import sqlite_file
 from tuner.study.outcome import Infeasible
 from tuner.study.store import Store, write_json
 
@@ -394,6 +395,42 @@ def test_an_error_of_the_database_is_a_problem_that_is_noted_not_a_traceback(mad
 
 
 @pytest.mark.slow
+def test_a_store_that_a_kill_left_half_made_is_made_anew(tmp_path: Path, database: Path, monkeypatch):
+    from mlflow.store.tracking import sqlalchemy_store
+
+    study, store = studies.write(tmp_path / "s", trials=1)
+
+    class Killed(sqlalchemy_store.SqlAlchemyStore):
+        def __init__(self, uri: str, root: str) -> None:
+            sqlite_file(uri).write_bytes(database.read_bytes()[:5000])
+            raise KeyboardInterrupt
+
+    class Quick(sqlalchemy_store.SqlAlchemyStore):
+        def __init__(self, uri: str, root: str) -> None:
+            if not sqlite_file(uri).exists():
+                shutil.copy(database, sqlite_file(uri))
+            super().__init__(uri, root)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(sqlalchemy_store, "SqlAlchemyStore", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            sync(study, store, env=NOWHERE)
+    assert not (tmp_path / "mlflow.db").exists()
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", Quick)
+    sync(study, store, env=NOWHERE)
+    assert len(runs_of(study)[2]) == 1
+    assert not list(tmp_path.glob(".mlflow.db.half*"))
+
+
+def test_of_a_store_without_a_run_it_is_said_that_it_may_be_moved_away(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=1)
+    with sqlite3.connect(tmp_path / "mlflow.db") as half:  # of MLflow's hundreds of commits the first few
+        half.execute("CREATE TABLE experiments (experiment_id INTEGER)")
+    with pytest.raises(EnvironmentFault) as error:
+        sync(study, store, env=NOWHERE)
+    assert "move it away (no run is in it)" in str(error.value)
+
+
 def test_what_an_absent_server_missed_is_sent_when_it_is_back(tmp_path: Path, database: Path, capfd):
     port = _free_port()
     study, store = studies.write(tmp_path / "s", trials=3, tracking_uri=f"http://127.0.0.1:{port}")

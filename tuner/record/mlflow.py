@@ -153,6 +153,7 @@ def sync(study: Study, store: Store, *, env: Mapping[str, str] = os.environ) -> 
         raise  # of the study folder
     except Exception as error:
         mend = "Start it" if where.server else "Mend it, or move it away"
+        mend += " (no run is in it)" if where.blank() else ""
         raise EnvironmentFault(
             f"MLflow at {where.shown} was not reached: {where.words(error)}",
             fix=f"{mend}, or name another store with --to, then run the same command again; nothing is lost.",

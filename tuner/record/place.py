@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -37,6 +39,21 @@ class Place:
         """The URI as MLflow is given it. Where the driver is not named it makes the folder of a SQLite database as the
         URI spells it, ``odd%3Fname`` beside ``odd?name``."""
         return self.uri.replace("sqlite:", "sqlite+pysqlite:", 1) if "%" in self.uri else self.uri
+
+    @property
+    def file(self) -> Path | None:
+        """The store's SQLite file; None where it is no such."""
+        return sqlite_file(self.uri) if self.uri.startswith("sqlite:///") else None
+
+    def blank(self) -> bool:
+        """Whether the store is a SQLite file without any run in it."""
+        if not self.file or not self.file.exists():
+            return False
+        try:
+            with closing(sqlite3.connect(self.file)) as database:
+                return not database.execute("SELECT 1 FROM runs LIMIT 1").fetchall()
+        except sqlite3.Error as error:
+            return "no such table" in str(error)
 
     def words(self, error: Exception) -> str:
         """The first line of what MLflow raised, without that password."""
@@ -90,8 +107,8 @@ def ui_command(where: Study | Path, port: int = 5000, env: Mapping[str, str] = o
         known = default_place(parent)
     if known.server:
         raise UsageError(f"this study is logged to {known.shown}", fix="Open that address in a browser.")
-    if known.uri.startswith("sqlite:") and not (database := sqlite_file(known.uri)).exists():
-        raise UsageError(f"there is no {database}", fix="Run a study first, or `tuner sync` one that was not logged.")
+    if known.file and not known.file.exists():
+        raise UsageError(f"there is no {known.file}", fix="Run a study first, or `tuner sync` one that was not logged.")
     words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", known.given]
     if known.artifacts:
         words += ["--default-artifact-root", known.artifacts]

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tuner.record.content import TAG_CHARACTERS, Content, content, legal
 from tuner.record.ledger import Ledger, Sent, note_file
 from tuner.record.place import Place
 from tuner.record.secrets import hide, secrets
+from tuner.spec.storage import sqlite_url
 from tuner.spec.study import Study
 from tuner.study.store import Store, TrialRecord
 
@@ -48,6 +50,7 @@ def flush(study: Study, store: Store, place: Place, *, running: bool = False, en
         end = "FINISHED" if note else end
         if running and not end and sent.parent and not sent.end and not _unsent(trials, sent):
             return 0  # the usual wake-up with nothing to do: MLflow is not even imported
+        _make(place)
         connection = _Connection(study, store, place, ledger, sent, secrets(study, trials))
         sent = connection.open_parent(trials)
         if running and not end:
@@ -72,6 +75,21 @@ def elsewhere(trial: TrialRecord) -> bool:
 
 def _unsent(trials: Sequence[TrialRecord], sent: Sent) -> bool:
     return any(str(t.number) not in sent.trials for t in trials if not elsewhere(t))
+
+
+def _make(place: Place) -> None:
+    """A SQLite store that is not there yet, under another name until it is whole: MLflow makes it by hundreds of
+    commits, and goes on with none that a kill left in the middle of them."""
+    if not place.file or (place.file.exists() and place.file.stat().st_size):
+        return
+    _quiet()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    half = place.file.with_name(f".{place.file.name}.half")
+    for end in ("", "-journal", "-wal", "-shm"):
+        half.with_name(half.name + end).unlink(missing_ok=True)
+    SqlAlchemyStore(replace(place, uri=sqlite_url(half)).given, place.artifacts).engine.dispose()
+    half.replace(place.file)
 
 
 class _Connection:
