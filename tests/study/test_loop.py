@@ -799,6 +799,52 @@ def test_a_trial_that_ended_before_the_kill_but_was_not_told_is_told_and_not_lau
     assert told.state.name == "COMPLETE" and "free" not in told.user_attrs
 
 
+def test_a_lost_ledger_is_made_again_from_the_trials(runner):
+    import optuna
+
+    def told() -> dict[int, tuple]:
+        trials = optuna.load_study(study_name="s", storage=runner.store.database).trials
+        known = [t for t in trials if t.state.name == "COMPLETE" and not t.user_attrs.get("free")]
+        keys = ("params", "outcome", "started_s")
+        found = {t.user_attrs["trial"]: (*(t.user_attrs[k] for k in keys), t.values, t.constraints) for t in known}
+        assert len(found) == len(known)  # none of them twice
+        return found
+
+    runner.run(replace={"launches: 6": "launches: 4"})
+    before = told()
+    sqlite_file(runner.store.database).unlink()
+    engine = FakeEngine()
+    runner.run(engine, replace={"launches: 6": "launches: 4"})
+    assert not engine.launched and told() == before
+    runner.run(engine)
+    assert len(engine.launched) == 2 and len(told()) == 6 == len({t.config.hash for t in runner.store.trials()})
+
+
+def test_a_trial_that_a_kill_cut_off_after_the_ledger_was_lost_gets_no_other_ones_outcome(runner):
+    import optuna
+
+    runner.run(replace={"launches: 6": "launches: 4"})
+    sqlite_file(runner.store.database).unlink()
+    begun = []
+
+    def kill(config, _plan):
+        begun.append(config.hash)
+        raise Killed
+
+    with pytest.raises(Killed):
+        runner.run(FakeEngine(during=kill))
+    asked, first = read_json(runner.store.trial_folder(4) / "config.json"), runner.store.trial_folder(0) / "config.json"
+    write_json(first, {**read_json(first), "optuna": asked["optuna"]})  # the number that it had in the lost ledger
+    engine = FakeEngine()
+    runner.run(engine)
+    assert engine.launched[0] == begun[0]
+    for told in optuna.load_study(study_name="s", storage=runner.store.database).trials:
+        if told.state.name == "COMPLETE" and "trial" in told.user_attrs:
+            of = runner.store.trial_folder(told.user_attrs["trial"]) / "outcome.json"
+            assert told.user_attrs["outcome"] == read_json(of)["outcome"]
+    assert len(runner.store.trials()) == 6 == len({t.config.hash for t in runner.store.trials()})
+
+
 def test_a_remeasurement_that_a_kill_cut_off_is_one_when_it_is_queued_again(runner):
     import optuna
 

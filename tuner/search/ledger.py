@@ -80,6 +80,22 @@ def ask(study: Study, space: SearchSpace) -> tuple[Trial, dict[str, Value]]:
     return trial, params
 
 
+def add(study: Study, space: SearchSpace, params: Mapping[str, Value], **notes: Any) -> Trial:
+    """A trial that runs though the study was never asked for it (the ledger was lost, say): to be told as any other."""
+    import optuna
+
+    from tuner.search.candidates import distribution_values
+
+    notes["params"] = dict(params)
+    made = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.RUNNING,
+        params=distribution_values(space, params),
+        distributions=space.distributions(),
+        user_attrs=notes,
+    )
+    return optuna.Trial(study, study._storage.create_new_trial(study._study_id, template_trial=made))
+
+
 def note(trial: Trial, proposal: Proposal) -> None:
     """Writes what a proposal says to its trial, from where :func:`read` has it."""
     for name in Proposal.__slots__:

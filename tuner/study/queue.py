@@ -20,10 +20,12 @@ from tuner.study.upkeep import Look
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
     from tuner.study.peers import Peers
 
 PATIENCE = 40  # proposals in a row that were refused or known, before the grid is walked for something new
+BELIEVED = ("learnt", "serves", "promised", "kept")  # what the sampler says of a proposal that the trial's record keeps
 WHOLE, WALKED, DRAWN = 20_000, 200_000, 5_000  # grids above are drawn from first; above, not walked; draws
 
 
@@ -73,7 +75,7 @@ class Queue:
             self._remember(record.config.hash, record, again=record.again)
         self._launches = Counter(record.config.hash for record in known)
         self._next = max((record.number for record in records), default=-1) + 1
-        self._refused = {str(sorted(entry["params"].items())) for entry in store.refused()}
+        self._refused = {_key(entry["params"]) for entry in store.refused()}
         if peers is None:
             self._recover(records)
         else:
@@ -185,7 +187,7 @@ class Queue:
         self._launches[config.hash] += 1
         earlier = self._known.setdefault(config.hash, None)
         first = earlier.number if earlier and remeasure else None
-        believed = {key: told[key] for key in ("learnt", "serves", "promised", "kept") if key in told}
+        believed = {key: told[key] for key in BELIEVED if key in told}
         self.store.start_trial(
             number,
             config,
@@ -208,7 +210,7 @@ class Queue:
             self._known.pop(key, None)
 
     def _refuse(self, params: Mapping[str, Value], reason: str) -> None:
-        key = str(sorted(params.items()))
+        key = _key(params)
         if key not in self._refused:
             self._refused.add(key)
             self.store.refuse(params, reason)
@@ -255,20 +257,38 @@ class Queue:
             self.book.enqueue_trial(self.space.default(), user_attrs={"why": "the engine's default"})
 
     def _recover(self, records: list[TrialRecord]) -> None:
-        """After a kill: trials that ended but were not told are told; those that did not end never happened."""
+        """After a kill: trials that ended but were not told are told; those that did not end never happened. So is what
+        the ledger was never asked for: the launch that settled the ladder, and all there is where it was lost."""
         import optuna
         from optuna.trial import TrialState
 
-        ended = {int((record.extra or {})["optuna"]): record for record in records if "optuna" in (record.extra or {})}
-        queued = self.book.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        waiting = [t.system_attrs.get("fixed_params") for t in queued]
-        for frozen in self.book.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            trial = optuna.Trial(self.book, frozen._trial_id)
-            record = ended.get(frozen.number)
-            if record is not None:
-                self._tell(trial, record.outcome, record)
+        trials = self.book.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE))
+        begun = any(t.state == TrialState.COMPLETE for t in trials)
+        # by their configuration, too: a ledger that was lost began to count anew
+        noted = {
+            (t.user_attrs["trial"], _key(t.user_attrs.get("params", {}))): t for t in trials if "trial" in t.user_attrs
+        }
+        told = set()
+        for record in searched(records):
+            frozen = noted.get((record.number, _key(record.params)))
+            if frozen is None:
+                kept = {k: v for k, v in (record.extra or {}).items() if k in BELIEVED}
+                if record.remeasure_of is not None:
+                    kept["remeasure_of"] = record.remeasure_of
+                for asked in self._queued(record.params):  # before it was launched for the ladder
+                    self.book._storage.set_trial_state_values(asked._trial_id, state=TrialState.FAIL)
+                trial = ledger.add(self.book, self.space, record.params, trial=record.number, **kept)
+            elif frozen.state == TrialState.RUNNING:
+                trial = optuna.Trial(self.book, frozen._trial_id)
+                told.add(frozen.number)
+            else:
                 continue
-            self._fail(trial)
+            self._tell(trial, record.outcome, record)
+        waiting = [t.system_attrs["fixed_params"] for t in self._queued()]
+        for frozen in trials:
+            if frozen.state == TrialState.COMPLETE or frozen.number in told:
+                continue
+            self._fail(optuna.Trial(self.book, frozen._trial_id))
             params = dict(frozen.user_attrs.get("params") or frozen.system_attrs.get("fixed_params") or {})
             if params and params not in waiting:  # else the kill came before the sampler had an answer
                 waiting.append(params)
@@ -282,18 +302,19 @@ class Queue:
                 )
         for number in self._unfinished(records):
             self.store.shelve(number)
-        heard = any("optuna" in (record.extra or {}) for record in records)
-        told = [t for t in self.book.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-        if not heard and not told:
-            default = self.space.default()
-            if not any(params and self.space.snap(params) == self.space.snap(default) for params in waiting):
-                self.book.enqueue_trial(default, user_attrs={"why": "the engine's default"})
-            if (first := self._known.get(self.baseline_hash)) is not None:  # the launch that settled the ladder
-                trial, _ = ledger.ask(self.book, self.space)
-                trial.set_user_attr("trial", first.number)
-                self._tell(trial, first.outcome, first)
+        default = self.space.default()
+        if not begun and self.baseline_hash not in self._known and not self._queued(default):
+            self.book.enqueue_trial(default, user_attrs={"why": "the engine's default"})
 
-    def _as_before(self, frozen: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    def _queued(self, params: Mapping[str, Value] | None = None) -> list[FrozenTrial]:
+        """What is to be asked for next (of one configuration)."""
+        from optuna.trial import TrialState
+
+        snap, found = self.space.snap, self.book.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        found = [t for t in found if t.system_attrs.get("fixed_params")]
+        return [t for t in found if params is None or snap(t.system_attrs["fixed_params"]) == snap(params)]
+
+    def _as_before(self, frozen: FrozenTrial) -> dict[str, Any]:
         """What a trial that a kill cut off is queued again with: why, and of which trial it is another measurement."""
         told = frozen.user_attrs
         if "trial" in told:
@@ -305,6 +326,10 @@ class Queue:
 
     def _unfinished(self, records: list[TrialRecord]) -> set[int]:
         return set(self.store.numbers()) - {record.number for record in records}
+
+
+def _key(params: Mapping[str, Value]) -> str:
+    return str(sorted(params.items()))
 
 
 def refusals(

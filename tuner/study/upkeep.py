@@ -180,7 +180,6 @@ class Upkeep:
 
     def _add(self, record: TrialRecord, trials: list[FrozenTrial]) -> None:
         """A trial that was given up while it ran (or whose ledger was lost): told unless it was measured again."""
-        import optuna
         from optuna.trial import TrialState
 
         word = self.word(record)
@@ -195,21 +194,8 @@ class Upkeep:
                 self.store.log("given-up", trial=record.number, kept=str(shelf))
                 return
             self.fail(other._trial_id)
-        notes = {"params": dict(record.params), NUMBER: record.number, CLAIM: word, OWNER: self.owner.to_dict()}
-        self.book.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.RUNNING,
-                params=dict(record.params),
-                distributions=self.study.space.distributions(),
-                user_attrs=notes,
-            )
-        )
-        added = next(
-            t
-            for t in self.book.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if t.user_attrs.get(CLAIM) == word
-        )
-        self.tell(optuna.Trial(self.book, added._trial_id), record)
+        notes = {NUMBER: record.number, CLAIM: word, OWNER: self.owner.to_dict()}
+        self.tell(ledger.add(self.book, self.study.space, record.params, **notes), record)
 
     def _mirrored(self, trial: FrozenTrial) -> TrialRecord | None:
         """A finished trial of another tuner, copied into this folder; None where it is here already."""
