@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -89,3 +90,17 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """``with replacing(path) as half:`` gives the file beside ``path`` that takes its place when it is written, so that
+    a reader (or a kill) never sees half of it. An error leaves nothing of it; an OSError names ``path``."""
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            yield half
+            half.replace(path)
+        except BaseException:
+            half.unlink(missing_ok=True)
+            raise

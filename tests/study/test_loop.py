@@ -1,8 +1,10 @@
 """The loop: what is launched, what is told, and what survives."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import threading
 import time
 from collections import Counter
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests import studies
 from tests.study.fake import FakeEngine, FakeServer, oom
 from tuner.api import AskTell
 from tuner.engines.emulator.engine import EmulatorEngine
@@ -23,9 +26,11 @@ from tuner.engines.vllm import VllmEngine
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.build import executor
 from tuner.executor.cluster import price_of
+from tuner.export.formats import best_config
 from tuner.load import windows
 from tuner.load.trace import Trace
 from tuner.record.place import place
+from tuner.report import page
 from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
 from tuner.spec.storage import sqlite_file
@@ -453,6 +458,59 @@ def test_a_study_in_which_nothing_was_measured_is_begun_anew_with_another_file(r
     runner.run(replace={"chat": "batch"})
     with pytest.raises(UsageError, match="begun with another objective"), session.opened(runner.study()):
         pass
+
+
+def test_a_kill_while_a_beginning_is_set_aside_mixes_no_two_studies(runner, monkeypatch):
+    with pytest.raises(EnvironmentFault):
+        runner.run(FakeEngine(fail=lambda _c: Infeasible("model-not-found", "no such folder")))
+    folder, rename, moved = runner.store.folder, Path.rename, []
+    (folder / "quality.json").write_text("{}")
+
+    def kill(path, target):
+        if moved:
+            raise Killed
+        moved.append(path)
+        return rename(path, target)
+
+    while (folder / "quality.json").exists() or runner.store.begun():  # one file at each attempt
+        moved.clear()
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Path, "rename", kill)
+            with session.opened(runner.study(replace={"chat": "batch"})):
+                pass
+        assert moved and moved[0].name != "study.yaml"
+    with session.opened(runner.study(replace={"chat": "batch"})) as store:
+        assert {path.name for path in folder.iterdir()} == {".lock", "interrupted", "study.yaml"}
+        assert not store.begun()
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "report.html", "best-config.env", "mlflow.json"])
+def test_a_full_disk_is_told_with_the_files_name_and_leaves_nothing(tmp_path, name):
+    study, store = studies.write(tmp_path / "s", trials=3)
+    path, there = store.folder / name, sorted(store.folder.iterdir())
+    write = {
+        "study.yaml": lambda: session.write_study({"name": "s"}, store),
+        "report.html": lambda: page.build(store, study, path),
+        "best-config.env": lambda: best_config(store, study),
+        "mlflow.json": lambda: write_json(path, {}),
+    }
+    path.with_name(f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError) as failure:
+        write[name]()
+    assert (failure.value.errno, failure.value.filename) == (errno.ENOSPC, str(path))
+    assert sorted(p for p in store.folder.iterdir() if p.name != "best-config.yaml") == there
+
+
+def test_what_a_kill_left_half_written_is_removed_when_the_study_is_opened(runner):
+    runner.run()
+    folder = runner.store.folder
+    halves = [folder / ".report.html.12.tmp", folder / "trials/0001/.outcome.json.12.tmp"]
+    others = [folder / ".report.html.13.tmp", folder / "trials/0001/.mine.tmp"]  # at work; no such file
+    for path in halves + others:
+        path.write_text("{")
+        os.utime(path, (0, 0) if path != others[0] else None)
+    with session.opened(runner.study()):
+        assert not any(path.exists() for path in halves) and all(path.exists() for path in others)
 
 
 FULL = Infeasible("disk-full", "a disk is full")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.errors import EnvironmentFault, UsageError
+from tuner.errors import EnvironmentFault, UsageError, replacing
 
 _FLAG = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
 _HELP_S = 600.0
@@ -91,9 +91,8 @@ class Installation:
             raise EnvironmentFault(f"{self.python} {' '.join(self.help_argv)} names no flags")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            half = path.with_suffix(f".{os.getpid()}.tmp")
-            half.write_text(json.dumps(sorted(flags)), encoding="utf-8")
-            half.replace(path)
+            with replacing(path) as half:
+                half.write_text(json.dumps(sorted(flags)), encoding="utf-8")
         except OSError:
             pass  # a cache that cannot be written costs time, nothing else
         return flags

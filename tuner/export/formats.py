@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tuner.errors import UsageError
+from tuner.errors import UsageError, replacing
 from tuner.export import containers, vllm
 from tuner.export.deployment import Deployment, deployment
 from tuner.export.text import dump
@@ -49,9 +49,8 @@ def best_config(store: Store, study: Study, *, choice: Choice | None = None) -> 
     files = export(store, study, choice=choice)
     paths = [store.folder / name for name in files]
     for path, text in zip(paths, files.values(), strict=True):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as half:
+            half.write_text(text, encoding="utf-8")
     return paths[0], paths[1]
 
 

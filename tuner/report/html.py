@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tuner.errors import replacing
 from tuner.record.secrets import hide
 from tuner.report.style import Figure
 from tuner.report.summary import clean
@@ -43,9 +44,8 @@ def write(
     if out.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # reports are made side by side
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out)
+    with replacing(out) as half:
+        half.write_text(text, encoding="utf-8")
     return out
 
 

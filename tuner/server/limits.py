@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tuner.errors import replacing
 from tuner.study.outcome import Boot
 
 _ENOUGH = 3  # start-ups after which history counts
@@ -79,9 +80,8 @@ class History:
         data[self.key] = entry
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            half = self.path.with_suffix(".tmp")
-            half.write_text(json.dumps(data), encoding="utf-8")
-            half.replace(self.path)
+            with replacing(self.path) as half:
+                half.write_text(json.dumps(data), encoding="utf-8")
         except OSError:
             return
 

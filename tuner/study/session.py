@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.engines import build
 from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent
-from tuner.errors import EnvironmentFault, UsageError
+from tuner.errors import EnvironmentFault, UsageError, replacing
 from tuner.executor.build import executor
 from tuner.executor.cluster import device, price_of
 from tuner.search.hardware import device_of
@@ -324,6 +324,7 @@ def opened(study: Study, say: Callable[[str], None] = lambda _text: None) -> Ite
         lock.truncate()
         lock.write(str(os.getpid()))
         lock.flush()
+        store.sweep()
         _freeze(study, store, say)
         yield store
 
@@ -404,9 +405,8 @@ def write_study(document: Mapping[str, Any], store: Store) -> None:
     """``study.yaml``, atomically."""
     from tuner.export.text import dump
 
-    temporary = store.study_file.with_suffix(".tmp")
-    temporary.write_text(dump(document), encoding="utf-8")
-    temporary.replace(store.study_file)
+    with replacing(store.study_file) as half:
+        half.write_text(dump(document), encoding="utf-8")
 
 
 def search(

@@ -8,16 +8,19 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.errors import EnvironmentFault, naming
+from tuner.errors import EnvironmentFault, naming, replacing
 from tuner.space.config import ServingConfig
 from tuner.spec.storage import sqlite_url
 from tuner.study.outcome import ENVIRONMENT_CAUSES, GPU_BUSY, Aborted, Infeasible, Outcome, from_dict, to_dict
 
 CHECKED = "quality.json"  # in a trial's folder: how its answers compare with the default's
+BEGUN = ("study.db", "trials", "ladder")  # where any of it is, something was asked or launched
+HALF_S = 60.0  # no file takes so long to be written
 # why a search ended
 EXHAUSTED = "every configuration of the space has been tried"
 UNFOUND = "nothing was proposed, or found by thousands of draws, that is neither refused nor launched already"
@@ -84,7 +87,7 @@ class Store:
 
     def begun(self) -> bool:
         """Whether anything was asked or launched here: until then the study file may still change."""
-        return any((self.folder / name).exists() for name in ("study.db", "trials")) or self.ladder_folder.exists()
+        return any((self.folder / name).exists() for name in BEGUN)
 
     def measured(self) -> bool:
         """Whether any load was ever measured here."""
@@ -94,10 +97,18 @@ class Store:
         """Moves all that is here, but for the lock, to a folder of its own under ``interrupted/``; returns that."""
         aside = self.folder / "interrupted" / f"study-{time.time_ns()}"
         aside.mkdir(parents=True)
-        for path in self.folder.iterdir():
-            if path.name not in (".lock", "interrupted"):
-                path.rename(aside / path.name)
+        there = [path for path in self.folder.iterdir() if path.name not in (".lock", "interrupted")]
+        for path in sorted(there, key=lambda p: (p == self.study_file, p.name in BEGUN)):  # a kill leaves it to be done
+            path.rename(aside / path.name)
         return aside
+
+    def sweep(self) -> None:
+        """Removes what kills left half written. Reports are made without the lock: what is new may be one."""
+        for depth in ("", "*/", "*/*/", "*/*/*/"):
+            for half in self.folder.glob(f"{depth}.*.[0-9]*.tmp"):
+                with suppress(FileNotFoundError):
+                    if time.time() - half.stat().st_mtime > HALF_S:
+                        half.unlink()
 
     def shelve(self, number: int) -> None:
         """Moves the folder of a trial that never ended, if there is one, to ``interrupted/``."""
@@ -195,14 +206,11 @@ class Store:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes through a temporary file and a rename, so that a reader (or a kill) never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with naming(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(finite(data), file, indent=1, allow_nan=False, default=str)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    """Atomically, and on the disk when it returns."""
+    with replacing(path) as half, half.open("w", encoding="utf-8") as file:
+        json.dump(finite(data), file, indent=1, allow_nan=False, default=str)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:
