@@ -1,5 +1,6 @@
 """Several client processes, one schedule."""
 
+import subprocess
 import threading
 import time
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.load.replays import endpoint, plan, poisson, seconds, trace
 from tests.load.stub import stub
+from tuner.errors import EnvironmentFault
 from tuner.load.flight import Tower
 from tuner.load.records import read
 from tuner.load.shards import Fleet, Job, most_within, shard_count
@@ -101,6 +103,26 @@ def test_a_client_process_that_dies_makes_the_step_untrusted_and_misses_no_slo(t
     assert len(killed) == shards
     assert any("a client process died" in reason for reason in step.untrusted) and not step.slo_misses
     assert step.metrics["client_processes_lost"] == 1
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_client_process_that_is_killed_before_the_replay_is_told_with_its_signal(monkeypatch, at_once):
+    class Killed(subprocess.Popen):
+        def __init__(self, *args, **more) -> None:
+            super().__init__(*args, **more)
+            self.kill()
+            self.wait()
+
+    def request(_number: int) -> bytes:
+        for child in psutil.Process().children():
+            child.kill()
+        return b"x"
+
+    if at_once:
+        monkeypatch.setattr("tuner.load.shards.subprocess.Popen", Killed)
+    with pytest.raises(EnvironmentFault, match=r"signal 9, SIGKILL.* before the replay began.*memory"):
+        with Fleet(Job(target("http://127.0.0.1:9"), [0], request, 5.0)):
+            pass
 
 
 def test_a_client_that_cannot_parse_what_it_receives_gives_up_and_says_so(tmp_path, monkeypatch):

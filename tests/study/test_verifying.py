@@ -8,12 +8,12 @@ import pytest
 
 from tests import studies
 from tuner.engines.protocol import Cancelled, LaunchFailed
-from tuner.errors import UsageError
+from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.protocol import NodeLost, Place
 from tuner.spec.study import Budget
 from tuner.spec.studyfile import parse_budget
 from tuner.study import budget, verifying
-from tuner.study.outcome import Boot, Infeasible, Measured
+from tuner.study.outcome import Aborted, Boot, Infeasible, Measured
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.arm import Finalist
 
@@ -64,17 +64,28 @@ def test_the_time_that_is_left_bounds_the_arms_by_three_rounds_of_what_their_lau
         assert within and within.arms == 3, "those that were launched before count as they did"
 
 
-@pytest.mark.parametrize("fault", [Cancelled, lambda: NodeLost("node 2 is gone")])
-def test_a_launch_of_verification_that_was_broken_off_costs_no_launch(tmp_path, fault):
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Cancelled, "interrupted"),
+        (lambda: NodeLost("node 2 is gone"), "node 2 is gone"),
+        (lambda: EnvironmentFault("a client process ended", fix="Run it again"), "a client process ended"),
+    ],
+)
+def test_a_launch_of_verification_that_was_broken_off_costs_no_launch(tmp_path, fault, reason):
     study, store = studies.write(tmp_path / "s", trials=3)
     rig = SimpleNamespace(boot=Boot(), place=Place())
     where = SimpleNamespace(rig=lambda _job: contextlib.nullcontext(rig), seconds=lambda _number: 3.0, left_over=())
     ready = SimpleNamespace(study=study, notes=lambda _config: {})
     launch = verifying.launcher(ready, store, verifying.Nobody(), where, lambda _name, _data: None, "verify")
     before = store.launched("verify")
-    with contextlib.suppress(Cancelled, NodeLost), launch(study.space.config({}, study.model), "default"):
+    with (
+        contextlib.suppress(Cancelled, NodeLost, EnvironmentFault),
+        launch(study.space.config({}, study.model), "default"),
+    ):
         raise fault()
     assert store.trials()[-1].again and store.launched("verify") == before
+    assert store.trials()[-1].outcome == Aborted(reason)
 
 
 def test_a_launch_that_fails_is_charged_at_the_price_of_its_type_of_gpu(tmp_path):

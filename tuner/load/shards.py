@@ -9,6 +9,7 @@ import contextlib
 import marshal
 import os
 import selectors
+import signal
 import socket
 import struct
 import subprocess
@@ -141,7 +142,10 @@ class Fleet:
             stdout = process.stdout
             if process.stdin is None or stdout is None:
                 raise EnvironmentFault("the client process has no pipes")
-            process.stdin.write(LENGTH.pack(len(header)) + header)
+            try:
+                process.stdin.write(LENGTH.pack(len(header)) + header)
+            except BrokenPipeError:
+                raise _ended(process) from None
             self._selector.register(stdout.fileno(), selectors.EVENT_READ)
             self._rests[stdout.fileno()] = b""
         for feeder in self._feeders:
@@ -149,7 +153,8 @@ class Fleet:
         self._await_ready()
         self.epoch_ns = time.monotonic_ns() + _START_DELAY_NS
         for control in self._controls:
-            os.write(control, struct.pack("<q", self.epoch_ns))
+            with contextlib.suppress(BrokenPipeError):  # one that is gone is missed by whoever waits for its events
+                os.write(control, struct.pack("<q", self.epoch_ns))
 
     def _await_ready(self) -> None:
         waiting = set(self._rests)
@@ -158,7 +163,7 @@ class Fleet:
                 if self._read(key.fd):
                     waiting.discard(key.fd)
                 elif key.fd not in self._rests:
-                    raise EnvironmentFault("a client process ended before the replay began", fix="See the lines above")
+                    raise _ended(next(p for p in self._processes if p.stdout and p.stdout.fileno() == key.fd))
             if self._feed_error:
                 raise self._feed_error
 
@@ -260,6 +265,20 @@ class Fleet:
         self._processes.clear()
         self._selector.close()
         self._rests.clear()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> EnvironmentFault:
+    """How a client process ended that should have begun its part of the replay."""
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its output: it ends at once
+        process.wait(2.0)
+    code, fix = process.returncode or 0, "It says why above"
+    how = f"exit code {code}"
+    if code < 0:
+        how = f"signal {-code}, {signal.Signals(-code).name}"
+        fix = "Run the same command again; what a study has measured is kept"
+    if code == -signal.SIGKILL:
+        fix = f"Often the machine's memory ran out: free some. {fix}"
+    return EnvironmentFault(f"a client process ended ({how}) before the replay began", fix=fix)
 
 
 def resolve(target: Target) -> list[tuple[int, tuple]]:

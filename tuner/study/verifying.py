@@ -102,6 +102,9 @@ def launcher(
         except Cancelled:
             outcome = Aborted("interrupted", tuple(steps), boot)
             raise
+        except Exception as error:  # not the server's: the client's, the executor's
+            outcome = Aborted(getattr(error, "message", repr(error)), tuple(steps), boot)
+            raise
         finally:
             again = machines or isinstance(outcome, Aborted) or (isinstance(outcome, Infeasible) and outcome.machines)
             store.end_trial(number, outcome, where.seconds(number), again=again, **place.notes())
