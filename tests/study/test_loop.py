@@ -1140,7 +1140,7 @@ def test_parallel_trials_count_once_in_hours_and_each_in_usd(runner):
     study = runner.study(replace={"launches: 6": "hours: 1"})
     one, two = runner.store.trials()
     one = replace(one, started_s=0.0, ended_s=1800.0)
-    two = replace(two, started_s=0.0, ended_s=3600.0)
+    two = replace(two, started_s=0.0, ended_s=3600.0, extra={"alone": False})
     used = budget.spent(study, [one, two])
     assert used.hours == pytest.approx(1.0)
     assert used.usd == pytest.approx(1.5 * study.objective.price_usd_per_gpu_hour)
@@ -1179,6 +1179,13 @@ def test_a_clock_that_is_set_changes_no_budget(runner, monkeypatch, jump_s, limi
     runner.run(engine, replace={"launches: 6, verify_share: 0}": more, "[1, 2, 3, 4]": "[1]"})
     assert 2 < len(engine.launched) <= 10
     assert all(0 < trial.ended_s - trial.started_s < 60 for trial in runner.store.trials())
+
+
+def test_a_clock_that_is_set_back_makes_no_hour_of_what_ran_one_after_the_other(runner):
+    runner.run(replace={"launches: 6": "launches: 3"})
+    study, times = runner.study(), [(7200.0, 9000.0), (5400.0, 9000.0), (9000.0, 9900.0)]
+    trials = [replace(t, started_s=a, ended_s=b) for t, (a, b) in zip(runner.store.trials(), times, strict=True)]
+    assert budget.spent(study, trials).hours == pytest.approx(1.75)
 
 
 def test_what_a_launch_waited_for_is_not_charged(runner):

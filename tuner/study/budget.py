@@ -25,17 +25,20 @@ class Spent:
 
 
 def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0, guess_usd: float = 0.0) -> Spent:
-    """What the trials took. Hours are wall time in which at least one trial ran (parallel trials count once); USD is
-    GPU-time (parallel trials count each).
+    """What the trials took, by number. Hours are wall time in which at least one trial ran (parallel trials count once,
+    and a clock that is set back makes none of those that ran alone); USD is GPU-time (parallel trials count each).
 
     ``running`` launches count as launched, and with what the dearest so far cost (``guess_usd`` before the first has
     ended), and more while few have ended: of those that run side by side the cheap ones end first, so that the average
     promises too little.
     """
-    wall_s, reached = 0.0, -math.inf
-    for start, end in sorted((t.started_s, t.ended_s) for t in trials):
-        wall_s += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+    wall_s, beside = 0.0, list[TrialRecord]()
+    for trial in trials:
+        if trial.alone and not study.storage:  # all before it had ended, whatever the clock says
+            wall_s += _wall_s(beside)
+            beside = []
+        beside.append(trial)
+    wall_s += _wall_s(beside)
     seconds = [max(0.0, t.ended_s - t.started_s) for t in trials]
     usd = [s / 3600 * per_hour(t.config, study.objective, t.price) for s, t in zip(seconds, trials, strict=True)]
     count = max(len(trials), 1)
@@ -47,6 +50,15 @@ def spent(study: Study, trials: Sequence[TrialRecord], running: int = 0, guess_u
         launch_s=math.fsum(seconds) / count,
         launch_usd=math.fsum(usd) / count if usd else guess_usd,
     )
+
+
+def _wall_s(trials: Sequence[TrialRecord]) -> float:
+    """For how long at least one of them ran, by the clock."""
+    wall_s, reached = 0.0, -math.inf
+    for start, end in sorted((t.started_s, t.ended_s) for t in trials):
+        wall_s += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return wall_s
 
 
 def of_search(paid: Sequence[TrialRecord]) -> list[TrialRecord]:

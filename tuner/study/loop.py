@@ -60,6 +60,7 @@ class Loop:
                     if proposal is None:
                         dry = True
                         break
+                    proposal.alone = not running
                     self.executor.submit(self._job(proposal))
                     running[proposal.number] = proposal
             if not running and self.fault:
@@ -105,7 +106,7 @@ class Loop:
             again = outcome.transient
         else:
             self.in_a_row = 0
-        notes = {"teardown_s": teardown.seconds, "killed": teardown.killed}
+        notes = {"teardown_s": teardown.seconds, "killed": teardown.killed, "alone": proposal.alone}
         self.store.end_trial(proposal.number, outcome, end.seconds, again=again, **notes, **end.place.notes())
         self.queue.tell(proposal, outcome, again)
         self.recorder.trial_finished(proposal.number)

@@ -31,7 +31,8 @@ WHOLE, WALKED, DRAWN = 20_000, 200_000, 5_000  # grids above are drawn from firs
 
 @dataclass(slots=True)
 class Proposal:
-    """One trial to run. ``repeat`` counts earlier launches of the same config; ``gpus`` are leased just before it."""
+    """One trial to run. ``repeat`` counts earlier launches of the same config; ``gpus`` are leased just before it;
+    ``alone`` says that none of this tuner's ran when it began."""
 
     number: int
     trial: optuna.Trial
@@ -42,6 +43,7 @@ class Proposal:
     repeat: int = 0
     remeasure_of: int | None = None
     gpus: tuple[int, ...] = field(default=())
+    alone: bool = False
 
 
 class Queue:

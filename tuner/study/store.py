@@ -57,6 +57,11 @@ class TrialRecord:
         return (self.extra or {}).get("price_usd_per_gpu_hour")
 
     @property
+    def alone(self) -> bool:
+        """Whether its tuner had no other launch when it began (False: not known)."""
+        return self.role != "search" or bool((self.extra or {}).get("alone"))
+
+    @property
     def quality(self) -> str:
         """What the quality floor said of it, in words; empty where nothing was to be checked."""
         found = (self.extra or {}).get("quality") or {}
