@@ -265,6 +265,14 @@ def test_a_search_is_planned_for_what_the_space_has(workplace: Path) -> None:
     assert verified["hours"] == pytest.approx(seconds / 3600) and verified["launches"] == 20
 
 
+def test_of_what_is_predicted_alike_the_plan_shows_what_changes_least(workplace: Path) -> None:
+    """The others' flags say nothing to the model, so they are no part of what it expects."""
+    silent = "{name: s, parameters: {level: {flag: uvicorn-log-level, values: [debug, info, error], default: info}}}"
+    path = write(workplace, GOOD.replace("search_space: vllm/quick", f"search_space: {silent}"))
+    front = plan.plan(session.prepare(read(path, Flags()), launching=False))["front"]
+    assert {row["flags"] for row in front} == {"engine default"}
+
+
 def test_a_launch_is_planned_up_to_the_first_load_that_is_predicted_to_miss(workplace: Path) -> None:
     took_s = []
     for more in ("", ", 400000", ", 400000, 800000"):

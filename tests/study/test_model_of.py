@@ -133,3 +133,24 @@ def test_the_model_is_of_the_type_of_gpu_that_is_pinned(workplace: Path) -> None
         model, why = model_of(study, workload.read(study))
         assert isinstance(model, AnalyticModel), why
         assert (model.hardware.name, model.price_usd_per_gpu_hour) == (name, price)
+
+
+@pytest.mark.parametrize(
+    ("space_engine", "log", "modelled"),
+    [("vllm", "", True), ("sglang", "", True), ("llama.cpp", "", False), ("", "", False), ("", "vllm", True)],
+)
+def test_a_command_s_server_has_a_model_where_its_flags_are_those_of_an_engine_that_is_known(
+    workplace: Path, space_engine: str, log: str, modelled: bool
+) -> None:
+    """To it a 4-bit file of another engine would be 16-bit weights, which fit nowhere."""
+    space = "{name: s, ENGINE parameters: {weights: {flag: quant, values: [q8_0, q4_0], default: q4_0}}}"
+    space = space.replace("ENGINE", f"engine: {space_engine}," if space_engine else "")
+    text = CPU.replace("KIND", "command\n  command: [s, '{port}', '{quant}']").replace("VALUE", "'1'")
+    text += f"search_space: {space}\nprice_usd_per_gpu_hour: 1\n"
+    options = "  options: {log: vllm}\nhardware" if log else "hardware"
+    (workplace / "study.yaml").write_text(text.replace("WHERE", "T4, gpus: 1").replace("hardware", options))
+    shutil.copy(ROOT / "tests/search/shapes/llama-3.3-70b.json", workplace / "model" / "config.json")
+    ready = prepare(studyfile.load(workplace / "study.yaml"), launching=False)
+    assert (ready.predictor is not None) == modelled
+    assert ("neither vLLM's nor SGLang's" in ready.no_model) == (not modelled)
+    assert bool(ready.why_not(ready.study.space.config({}, ready.study.model))) == modelled

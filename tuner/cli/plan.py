@@ -219,7 +219,7 @@ def _filling(data: dict[str, Any]) -> str:
 def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int, float]:
     """Non-dominated (configuration, load) points by prediction, how many configurations meet the SLOs at all, and how
     many loads a launch of one of those measures: up to the first that misses."""
-    from tuner.pareto.changes import describe
+    from tuner.pareto.changes import changes, describe
     from tuner.study.price import COST
 
     study = ready.study
@@ -236,7 +236,8 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int, f
         found += good
     default = study.space.config(study.space.default(), study.model)
     front, best = [], float("inf")
-    for cost, latency, load, config in sorted(found, key=lambda p: p[:2]):
+    # of those that are predicted alike, the one that changes least: the others' flags say nothing to the model
+    for cost, latency, load, config in sorted(found, key=lambda p: (*p[:2], len(changes(p[3], default)))):
         if latency < best:
             best = latency
             flags = describe(config, default)

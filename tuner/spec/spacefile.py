@@ -61,7 +61,7 @@ class RuleFile(Strict):
 
 class SpaceFile(Strict):
     name: str = ""
-    engine: str = "vllm"
+    engine: str = ""  # whose flags they are; unsaid: command where the study's engine is that, else vllm
     checked_with: list[str] = []
     fixed: dict[str, bool | int | float | str | None] = {}
     env: dict[str, Word] = {}
@@ -80,6 +80,9 @@ def build(
     """The space of ``data``, which stands in ``document`` at ``prefix``, narrowed by the ``limits`` (parameter -> value
     or values) of ``study``. Raises UsageError with file:line for whatever cannot be meant."""
     file = validate(SpaceFile, document, data, prefix)
+    if not file.engine:
+        kind = study.data.get("engine", {}).get("kind")
+        file = file.model_copy(update={"engine": "command" if kind == "command" else "vllm"})
     if file.engine == "function":  # it has no flags: names tell configs apart
         named = {
             name: spec if spec.flag or isinstance(spec.values, dict) else spec.model_copy(update={"flag": name})

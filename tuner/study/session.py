@@ -264,6 +264,8 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
     said = study.frozen.get("hardware") or {}
     if study.engine.kind in ("function", "attach") and (not study.trace.file or said.get("gpu", "auto") == "auto"):
         return None, f"the {study.engine.kind} engine says nothing about its hardware, and the study names none"
+    if study.engine.kind == "command" and not _known_flags(study):
+        return None, "nothing is known of a server whose flags are neither vLLM's nor SGLang's"
     on = device(study, study.space.gpu)
     row = hardware.detect()[0] if study.hardware.gpus == 0 else hardware.lookup(on)
     if row is None:
@@ -286,6 +288,12 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
         drafts=_drafts(study),
     )
     return model, ""
+
+
+def _known_flags(study: Study) -> bool:
+    """Whether the space's flags are those of an engine that the analytic model knows: it would read the others as that
+    engine's defaults, 16-bit weights among them."""
+    return study.space.engine in ("vllm", "sglang") or study.engine.options.get("log") == "vllm"
 
 
 def _drafts(study: Study) -> dict[str, ModelShape]:
