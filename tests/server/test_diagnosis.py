@@ -56,6 +56,27 @@ def test_a_real_refusal_is_recognised(name, cause, proof):
     assert "Traceback" not in found.message and "[type=" not in found.message
 
 
+# The same of llama.cpp's server, with what the message has to say.
+LLAMA_CPP = [
+    ("flag", "unknown-flag", "--no-such-flag", "does not know --no-such-flag"),
+    ("value", "invalid-value", "--cache-type-k", "--cache-type-k: Unsupported cache type: q3_x"),
+    ("notint", "invalid-value", "--parallel", "--parallel takes a number"),
+    ("nomodel", "model-not-found", "model-q2_k.gguf", "is not there"),
+    ("gguf", "model-broken", "invalid magic characters", "damaged"),
+    ("memory", "oom-kv", "failed to allocate buffer for kv cache", "KV cache does not fit"),
+    ("vcache", "invalid-combination", "quantized V cache", "quantized V cache requires flash_attn to be enabled"),
+    ("port", "port-in-use", "couldn't bind", "port was taken"),
+]
+
+
+@pytest.mark.parametrize("name, cause, proof, says", LLAMA_CPP, ids=[row[0] for row in LLAMA_CPP])
+def test_a_real_refusal_of_llama_cpp_is_recognised(name, cause, proof, says):
+    found = diagnose(Evidence((LOGS / f"llama.cpp-b11434-{name}.log").read_text(encoding="utf-8"), 1, "start"))
+    assert (found.cause, found.transient) == (cause, cause == "port-in-use")
+    assert proof in found.evidence and says in found.message and "0.00." not in found.message + found.evidence
+    assert found.fix
+
+
 def test_a_worker_that_was_killed_under_load_is_told_from_the_log_of_the_server_that_then_ended_well():
     log, _ = real("workerkilled")
     found = diagnose(Evidence(log, 0, "load", stage="under load"))

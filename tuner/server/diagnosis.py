@@ -11,8 +11,11 @@ from tuner.server.faults import CONSEQUENCES, RULES, SIGNALS, WRONG_CONFIG, Rule
 from tuner.study.outcome import Infeasible
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "bytes": 1}
-_PREFIX = re.compile(r"^(\([^)]*pid=\d+[^)]*\) )?((INFO|DEBUG|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
-_QUIET = re.compile(r"^(\([^)]*pid=\d+[^)]*\) )?(INFO|DEBUG|WARNING)\b")
+_CLOCK = r"\d+\.\d\d\.\d{3}\.\d{3}"  # llama.cpp's, before the level's letter
+_PREFIX = re.compile(
+    rf"^{_CLOCK} [A-Z] +|^(\([^)]*pid=\d+[^)]*\) )?((INFO|DEBUG|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)?"
+)
+_QUIET = re.compile(rf"^{_CLOCK} [DITW] |^(\([^)]*pid=\d+[^)]*\) )?(INFO|DEBUG|WARNING)\b")
 _EXCEPTION = re.compile(r"^\s*(?:[\w.]+\.)?(?P<type>\w*(?:Error|Exception|Failure|Interrupt))\b(?:: (?P<text>.*))?$")
 _FRAME = re.compile(r'^File ".+", line \d+')
 _PYDANTIC = re.compile(r"^Value error, | \[type=.*$")

@@ -1,7 +1,8 @@
 """The table of faults: what servers print when they cannot serve, what it means and what to do.
 
-The texts are those of vLLM 0.25 to 0.33, SGLang, PyTorch, CUDA, NCCL, Hugging Face and Linux. The first rule whose
-pattern is in the log wins, so causes stand before their consequences and the particular before the general.
+The texts are those of vLLM 0.25 to 0.33, SGLang, llama.cpp (b11434), PyTorch, CUDA, NCCL, Hugging Face and Linux. The
+first rule whose pattern is in the log wins, so causes stand before their consequences and the particular before the
+general.
 """
 
 from __future__ import annotations
@@ -57,10 +58,28 @@ RULES: tuple[Rule, ...] = (
         "{why}",
         "correct the flags of the search space",
     ),
+    _rule(
+        "unknown-flag",
+        r"error: invalid argument: (?P<what>.+)",
+        "the installed version does not know {what}",
+        "take the parameter out of the search space, or install a version that has it",
+    ),
+    _rule(
+        "invalid-value",
+        r'error while handling argument "(?P<what>[^"]+)": sto[a-z]+$',
+        "{what} takes a number",
+        "correct the value in the search space or in engine.args",
+    ),
+    _rule(
+        "invalid-value",
+        r'error while handling argument "(?P<what>[^"]+)": (error: )?(?P<why>.+)',
+        "{what}: {why}",
+        "correct the value in the search space or in engine.args",
+    ),
     # The machine
     _rule(
         "port-in-use",
-        r"(?i)address already in use|EADDRINUSE",
+        r"(?i)address already in use|EADDRINUSE|couldn't bind HTTP server socket",
         "the port was taken by another process between our lease and the server's own bind",
         "nothing: the next launch takes another port",
         transient=True,
@@ -133,7 +152,7 @@ RULES: tuple[Rule, ...] = (
     _rule(
         "model-unsupported",
         r"Model architectures? .* (are|is) not supported|does not recognize this architecture|"
-        r"has no vLLM implementation|No supported config format found",
+        r"has no vLLM implementation|No supported config format found|unknown (model architecture|pre-tokenizer type):",
         "this version does not know the model's architecture",
         "install a version that supports the model",
     ),
@@ -142,14 +161,16 @@ RULES: tuple[Rule, ...] = (
         r"Repository Not Found|is not a valid model identifier|Invalid repository ID or local directory|"
         r"does not appear to have a file named|Can't load the configuration of|Cannot find any model weights|"
         r"LocalEntryNotFound|OfflineModeIsEnabled|Repo id must|couldn't connect to 'https://huggingface\.co'|"
-        r"Couldn't connect to the Hub|Incorrect path_or_model_id|No such file or directory: '[^']*config\.json'",
+        r"Couldn't connect to the Hub|Incorrect path_or_model_id|No such file or directory: '[^']*config\.json'|"
+        r"failed to open GGUF file",
         "the model (or a file of it) is not there",
         "check the model's path or id; download it first if this machine is offline",
     ),
     _rule(
         "model-broken",
         r"SafetensorError|JSONDecodeError|Error while deserializing header|"
-        r"weights were not initialized from checkpoint|size mismatch for|Following weights were not initialized",
+        r"weights were not initialized from checkpoint|size mismatch for|Following weights were not initialized|"
+        r"invalid magic characters|not within the file bounds|model is corrupted or incomplete",
         "a file of the model is damaged, or does not belong to its config",
         "download the model again and compare checksums",
     ),
@@ -199,6 +220,24 @@ RULES: tuple[Rule, ...] = (
         r"Not enough memory\. Please try to increase --mem-fraction-static",
         "weights and activations leave no memory for the KV cache",
         _LESS_KV,
+    ),
+    _rule(
+        "oom-kv",
+        r"failed to allocate buffer for kv cache",
+        "the KV cache does not fit",
+        "lower ctx-size (or kv-unified-per-slot) or parallel, or quantize it: cache-type-k, cache-type-v",
+    ),
+    _rule(
+        "oom-weights",
+        r"error loading model: unable to allocate (?P<what>\S+) buffer",
+        "the weights do not fit ({what})",
+        "put fewer layers on the GPU (n-gpu-layers), or serve a smaller quantization",
+    ),
+    _rule(
+        "oom-activations",
+        r"failed to allocate compute (pp |tg )?buffers",
+        "the buffers of a batch do not fit beside the weights",
+        "lower ubatch-size",
     ),
     _rule(
         "oom-warmup",
@@ -325,6 +364,12 @@ RULES: tuple[Rule, ...] = (
         r".{0,40}not supported for quantization method|"
         r"Bfloat16 is only supported|Chunked prefill|.{0,60}(must be|is not) divisible by|"
         r".{0,80}not compatible with|.{0,80}cannot be (used|combined) with).*)",
+        "{why}",
+        "deny the combination in the search space (rules)",
+    ),
+    _rule(
+        "invalid-combination",
+        r"llama_init_from_model: (?P<why>.*\b(requires?|must|cannot|does not|not supported)\b.*)",
         "{why}",
         "deny the combination in the search space (rules)",
     ),
