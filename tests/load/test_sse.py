@@ -174,6 +174,14 @@ def test_several_tokens_in_one_event_are_several_tokens():
     assert whole(raw, "usage").tokens == [[1, 3], [1, 2]]
 
 
+def test_tokens_without_a_text_of_their_own_came_with_the_end():
+    """llama.cpp holds back the bytes of a character until it is whole; at the end they are gone."""
+    last = {"choices": [{"text": "", "finish_reason": "length"}], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}
+    raw = HEAD + chunked(event({"choices": [{"text": "", "finish_reason": None}]}), event(last), b"data: [DONE]\n\n")
+    response = whole(raw, "total")
+    assert (response.error, response.output_tokens, response.tokens) == ("", 2, [[1, 2]])
+
+
 def test_the_first_chat_chunk_carries_the_role_and_no_token():
     role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
     word = {"choices": [{"index": 0, "delta": {"content": "hi"}}]}

@@ -290,6 +290,8 @@ class Response:
             self.prompt_tokens = _number(usage.get("prompt_tokens"), self.prompt_tokens)
             self.output_tokens = _number(usage.get("completion_tokens"), self.output_tokens)
             self.done = self.done or not choices  # the totals, and nothing else
+            if self.counting == "total" and self.done and self.output_tokens and not self.times:
+                self._came(time, self.output_tokens)  # none has a text of its own: markers, parts of a character
 
     def _totals(self, data: bytes, total: int) -> None:
         self.output_tokens, self.done = total, True
