@@ -387,6 +387,33 @@ def test_a_default_without_flags_is_the_model_alone_and_of_a_function_its_parame
         assert len(given) == 3
 
 
+def test_of_a_command_the_words_that_start_it_are_said_with_what_every_launch_chooses_left_open(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    config = ServingConfig("org/model", {}, {"quant": "q4_0", "note": "a b"}, {})
+    store.start_trial(0, config, {}, started_s=1.0, baseline=True)
+    store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
+    words = [
+        "serve",
+        "{model}/{quant=f16}.gguf",
+        "--port",
+        "{port}",
+        "--api-key",
+        "{api_key}",
+        "--hf-token",
+        "hf_abcdef",
+    ]
+    for command, said in (
+        (
+            words,
+            "# serve org/model/q4_0.gguf --port {port} --api-key {api_key} --hf-token (secret) --note 'a b'",
+        ),
+        (["serve", "{port}", "{password}"], ""),
+    ):
+        text = export(store, studies.study(tmp_path / "s", engine=EngineSpec("command", command=tuple(command))))
+        body = text["best-config.yaml"]
+        assert said in body.splitlines() and "hf_abcdef" not in body
+
+
 @given(st.dictionaries(st.from_regex(r"[a-z-]{1,8}", fullmatch=True), st.text(max_size=12), max_size=4))
 def test_any_text_is_read_back_alike_by_a_yaml_1_1_reader(data):
     clean = {k: "".join(c for c in v if c.isprintable()) for k, v in data.items()}

@@ -20,6 +20,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 
 PLACE = re.compile(r"\{([A-Za-z][\w-]*)(?:=([^{}]*))?\}")
+LAUNCHERS = ("port", "host", "served", "api_key", "gpus", "folder")  # places that every launch fills anew
 _STOP_COMMAND_S = 60.0
 
 
@@ -112,26 +113,7 @@ class CommandEngine:
             "gpus": ",".join(map(str, binding.gpus)),
             "folder": str(site.folder.resolve()),
         }
-        placed = {match[1].replace("_", "-") for word in template for match in PLACE.finditer(word)}
-        rest = {name: value for name, value in config.flags.items() if name not in placed}
-        given = ServingConfig(config.model, {}, rest).args()
-
-        def fill(match: re.Match[str]) -> str:
-            name, default = match[1], match[2]
-            if name in places:
-                return places[name]
-            value = config.flags.get(name.replace("_", "-"), default)
-            if value is None:
-                raise UsageError(
-                    f"engine.command: {{{name}}} is neither {', '.join(places)}, flags nor a flag of this config",
-                    fix=f"write {{{name}=VALUE}} for configs without it",
-                )
-            return str(value)
-
-        filled: list[str] = []
-        for word in template:
-            filled += given if word == "{flags}" and flags else [PLACE.sub(fill, word)]
-        return filled + (given if flags and "{flags}" not in template else [])
+        return filled(template, config, places, flags)
 
     def _recipe(self, config: ServingConfig, site: Site, words: Callable[[Binding], list[str]]) -> Recipe:
         def env(binding: Binding) -> dict[str, str]:
@@ -156,3 +138,28 @@ class CommandEngine:
             warm_s=WARM_S,
             dialect=DIALECT if self.log == "vllm" else SILENT,
         )
+
+
+def filled(template: Sequence[str], config: ServingConfig, places: Mapping[str, str], flags: bool = False) -> list[str]:
+    """``template`` with ``places`` and those of the config's flags filled; with ``flags`` its other flags are put in or
+    appended. Raises ``UsageError`` for a place that is none of these."""
+    placed = {match[1].replace("_", "-") for word in template for match in PLACE.finditer(word)}
+    rest = {name: value for name, value in config.flags.items() if name not in placed}
+    given = ServingConfig(config.model, {}, rest).args()
+
+    def fill(match: re.Match[str]) -> str:
+        name, default = match[1], match[2]
+        if name in places:
+            return places[name]
+        value = config.flags.get(name.replace("_", "-"), default)
+        if value is None:
+            raise UsageError(
+                f"engine.command: {{{name}}} is neither {', '.join(places)}, flags nor a flag of this config",
+                fix=f"write {{{name}=VALUE}} for configs without it",
+            )
+        return str(value)
+
+    words: list[str] = []
+    for word in template:
+        words += given if word == "{flags}" and flags else [PLACE.sub(fill, word)]
+    return words + (given if flags and "{flags}" not in template else [])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tuner.engines.command import LAUNCHERS, PLACE, filled
 from tuner.errors import UsageError, replacing
 from tuner.export import containers, vllm
 from tuner.export.deployment import Deployment, deployment
-from tuner.export.text import dump
+from tuner.export.text import comments, dump
 from tuner.pareto.choice import Choice
+from tuner.record.secrets import hide, secrets
+from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.store import Store
 
@@ -28,7 +32,7 @@ def export(store: Store, study: Study, format: str = "vllm", *, choice: Choice |
     """
     what = deployment(store, study, choice)
     if format == "vllm":
-        body = vllm.config_text(what) if what.engine in ("vllm", "emulator") else _generic(what, store)
+        body = vllm.config_text(what) if what.engine in ("vllm", "emulator") else _generic(what, store, study)
         return {vllm.YAML_NAME: body, vllm.ENV_NAME: vllm.env_text(what)}
     if format not in _CONTAINERS:
         raise UsageError(f"there is no export format {format!r}", fix=f"It is one of {', '.join(FORMATS)}.")
@@ -59,9 +63,24 @@ def exported(store: Store) -> list[tuple[str, Path]]:
     return [(form, path) for form, (name, _) in _CONTAINERS.items() if (path := store.folder / name).exists()]
 
 
-def _generic(what: Deployment, store: Store) -> str:
-    """Flags of another engine by name; of a function without any the parameters."""
+def _generic(what: Deployment, store: Store, study: Study) -> str:
+    """Flags of another engine by name, of the command engine below the command that they make; of a function without
+    any the parameters."""
     flags = {flag: True if value is None else value for flag, value in {**what.served, **what.flags}.items()}
     if what.engine == "function" and not flags and (trial := store.trial(what.promise.trial or 0)):
         flags = dict(trial.params)
-    return what.header() + "\n" + dump({"model": what.model, **flags})
+    return what.header() + _started(what, study) + "\n" + dump({"model": what.model, **flags})
+
+
+def _started(what: Deployment, study: Study) -> str:
+    """A comment: the command that starts this server, with the places of every launch left open."""
+    if what.engine != "command" or not study.engine.command:
+        return ""
+    places = {name: f"{{{name}}}" for name in LAUNCHERS} | {"model": what.model}
+    try:
+        words = filled(study.engine.command, ServingConfig(what.model, {}, what.flags), places, flags=True)
+    except UsageError:  # a place of a flag that is not exported
+        return ""
+    line = " ".join(word if PLACE.fullmatch(word) else shlex.quote(word) for word in words)
+    said = "Started as follows; what stands in braces is chosen at every launch."
+    return comments((said, hide(line, (known for known in secrets(study, ()) if not PLACE.fullmatch(known)))))
