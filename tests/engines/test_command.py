@@ -110,11 +110,21 @@ def test_the_stop_command_runs_after_a_launch_that_failed(config: ServingConfig,
     assert mark.exists()
 
 
-def test_a_program_that_does_not_exist_is_an_outcome(config: ServingConfig, site: Site) -> None:
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("/no/such/program", "directory: /no/such/program"),
+        ("no-such-program", "directory: no-such-program (on the PATH)"),
+    ],
+)
+def test_a_program_that_does_not_exist_is_an_outcome(
+    config: ServingConfig, site: Site, program: str, says: str
+) -> None:
     with pytest.raises(LaunchFailed) as failure:
-        CommandEngine(command=["/no/such/program", "{port}"], host_alone=False).launch(config, site)
+        CommandEngine(command=[program, "{port}"], host_alone=False).launch(config, site)
 
     assert failure.value.outcome.cause == "missing-dependency"
+    assert failure.value.outcome.message.endswith(says)
 
 
 class Daemon:

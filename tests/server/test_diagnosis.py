@@ -61,7 +61,7 @@ LLAMA_CPP = [
     ("flag", "unknown-flag", "--no-such-flag", "does not know --no-such-flag"),
     ("value", "invalid-value", "--cache-type-k", "--cache-type-k: Unsupported cache type: q3_x"),
     ("notint", "invalid-value", "--parallel", "--parallel takes a number"),
-    ("nomodel", "model-not-found", "model-q2_k.gguf", "is not there"),
+    ("nomodel", "model-not-found", "model-q2_k.gguf", "no file /models/tiny-qwen3/model-q2_k.gguf"),
     ("gguf", "model-broken", "invalid magic characters", "damaged"),
     ("memory", "oom-kv", "failed to allocate buffer for kv cache", "KV cache does not fit"),
     ("vcache", "invalid-combination", "quantized V cache", "quantized V cache requires flash_attn to be enabled"),

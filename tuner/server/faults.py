@@ -161,10 +161,15 @@ RULES: tuple[Rule, ...] = (
         r"Repository Not Found|is not a valid model identifier|Invalid repository ID or local directory|"
         r"does not appear to have a file named|Can't load the configuration of|Cannot find any model weights|"
         r"LocalEntryNotFound|OfflineModeIsEnabled|Repo id must|couldn't connect to 'https://huggingface\.co'|"
-        r"Couldn't connect to the Hub|Incorrect path_or_model_id|No such file or directory: '[^']*config\.json'|"
-        r"failed to open GGUF file",
+        r"Couldn't connect to the Hub|Incorrect path_or_model_id|No such file or directory: '[^']*config\.json'",
         "the model (or a file of it) is not there",
         "check the model's path or id; download it first if this machine is offline",
+    ),
+    _rule(
+        "model-not-found",
+        r"failed to open GGUF file '(?P<what>[^']+)'",
+        "there is no file {what}, or it cannot be read",
+        "check engine.command and the values that fill its places",
     ),
     _rule(
         "model-broken",

@@ -70,7 +70,10 @@ class Guard:
                 os.chdir(self.job["cwd"])
                 self.become(self.job)
             except OSError as error:
-                os.write(failed_write, f"{error.strerror}: {error.filename or self.job['argv'][0]}".encode())
+                program = self.job["argv"][0]
+                on_path = os.sep not in program and isinstance(error.filename, bytes)  # the last place that was tried
+                what = f"{program} (on the PATH)" if on_path else error.filename or program
+                os.write(failed_write, f"{error.strerror}: {what}".encode())
             finally:
                 os._exit(127)
         os.close(failed_write)
