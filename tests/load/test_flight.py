@@ -145,7 +145,28 @@ def test_a_token_read_with_a_later_one_may_be_misdated_by_the_time_since_the_las
     times, facts = heard((10, 5, 11, HEAD + tokens(1, 1)), (30, 25, 31, tokens(2, 1)), (48, 41, 49, last))
     assert times == [10, 30, *[48] * (len(times) - 2)] and len(times) == 2 + last.count(b"data:")
     assert facts["stamp_error_p99_s"] == pytest.approx(error_s, rel=1 / 32)
+    assert facts["read_lag_p99_s"] == pytest.approx(error_s + 0.001, rel=1 / 32)
     assert facts["kernel_stamped_share"] == 1.0
+
+
+def test_the_share_of_misdated_tokens_is_one_of_all_tokens():
+    """One of 123 is less than one in a hundred, whether the others came in reads beside it or in other batches."""
+    reads = [(10 * k, 10 * k - 5, 10 * k + 1, tokens(k, 1)) for k in range(1, 122)]
+    records = []
+    tower = Tower(0, "usage", np.full(1, 8), np.full(1, 200), 0, records.append)
+    tower.take([(client.SENT, 0, 0, 0), told((10, 5, 11, HEAD + tokens(1, 1)), *reads[1:60])])
+    tower.take([told(*reads[60:120], (1210, 1205, 1211, tokens(121, 2)))])
+    assert tower.facts()["stamp_error_p99_s"] == 0
+    tower.take([told((1220, 1215, 1221, tokens(123, 2)))])
+    assert tower.facts()["stamp_error_p99_s"] == pytest.approx(0.005, rel=1 / 32)
+
+
+def test_a_client_process_used_of_a_core_what_it_used_since_it_was_first_heard_and_the_busiest_counts():
+    tower = Tower(0, "usage", np.full(1, 8), np.full(1, 4), 0, lambda record: None, shards=2)
+    assert tower.facts()["client_cpu_share"] == 0
+    for now_ns, cpu_ns in ((1_000, 200), (1_500, 500), (2_000, 800)):
+        tower.take([(client.TICK, now_ns, now_ns, 0, cpu_ns, 71), (client.TICK, now_ns, now_ns, 0, 300, 72)])
+    assert tower.facts()["client_cpu_share"] == pytest.approx(0.6)
 
 
 def test_a_token_without_a_stamp_is_misdated_by_no_more_than_since_the_last_look():
@@ -237,6 +258,16 @@ def test_a_request_waits_until_its_first_token_and_is_owed_the_rest_of_its_answe
         tower.take([event, (client.TICK, 2 * 10**9, 10**9, 0, 0, 71)])
         watch.verdict(tower)
     assert looks == [(26, 26, 0), (0, 7, 0.99)]  # waiting, owed, for how long the running have run
+
+
+@pytest.mark.parametrize(("at", "lost"), [(10, False), (30, True), (None, True)])
+def test_an_answer_that_may_end_with_any_token_has_lasted_until_its_last(tmp_path, at, lost):
+    replayed = trace(np.zeros(1), input_tokens=16, output_tokens=10)
+    tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
+    read = [told((at, at - 1, at + 1, HEAD + tokens(1, 1)))] if at else []
+    tower.take([(client.SENT, 0, 0, 0), *read, (client.TICK, 2 * 10**9, 10**9, 0, 0, 71)])
+    watch = Watch(plan(tmp_path, replayed, "e2e_max=20ms"), np.zeros(1, dtype=np.int64), False)
+    assert bool(watch.verdict(tower)) == lost
 
 
 def test_what_was_sent_after_the_time_until_which_all_is_known_is_no_backlog(tmp_path, monkeypatch):
