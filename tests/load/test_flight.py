@@ -250,18 +250,22 @@ def test_the_timeout_counts_from_when_a_request_was_to_be_sent():
 
 
 def test_a_request_waits_until_its_first_token_and_is_owed_the_rest_of_its_answer(tmp_path, monkeypatch):
-    replayed, looks = trace(np.zeros(1), input_tokens=16, output_tokens=10), []
+    replayed, looks = trace(np.zeros(2), input_tokens=16, output_tokens=10), []
     tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
-    watch = Watch(plan(tmp_path, replayed), np.zeros(1, dtype=np.int64), True)
+    watch = Watch(plan(tmp_path, replayed), np.zeros(2, dtype=np.int64), True)
     monkeypatch.setattr(watch._queue, "verdict", lambda now_s, *look: looks.append(look) or "")
-    for event in ((client.SENT, 0, 0, 0), told((10, 5, 11, HEAD + tokens(1, 3)))):
+    other = (client.READ, 1, *told((30, 25, 31, HEAD + tokens(1, 1)))[2:])
+    for event in ((client.SENT, 0, 0, 0), told((10, 5, 11, HEAD + tokens(1, 3))), (client.SENT, 1, 0, 0), other):
         tower.take([event, (client.TICK, 2 * 10**9, 10**9, 0, 0, 71)])
         watch.verdict(tower)
-    assert looks == [(26, 26, 0), (0, 7, 0.99)]  # waiting, owed, for how long the running have run
+    # waiting, owed, for how long the running have run on average
+    assert looks == [(26, 26, 0), (0, 7, 0.99), (26, 33, 0.99), (0, 16, pytest.approx(0.98))]
 
 
 @pytest.mark.parametrize(("at", "lost"), [(10, False), (30, True), (None, True)])
-def test_an_answer_that_may_end_with_any_token_has_lasted_until_its_last(tmp_path, at, lost):
+def test_an_answer_that_may_end_with_any_token_has_lasted_until_its_last(tmp_path, monkeypatch, at, lost):
+    """And is owed no more, so that its queue is not watched."""
+    monkeypatch.setattr("tuner.load.step.QueueWatch.verdict", lambda *_: "saturated")
     replayed = trace(np.zeros(1), input_tokens=16, output_tokens=10)
     tower = Tower(0, "usage", replayed.input_tokens, replayed.output_tokens, 0, lambda record: None)
     read = [told((at, at - 1, at + 1, HEAD + tokens(1, 1)))] if at else []

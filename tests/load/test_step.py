@@ -3,6 +3,7 @@
 import errno
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def test_warm_up_is_sent_but_not_counted(tmp_path):
         asked = plan(tmp_path, trace(np.arange(40) / 40), warmup_s=0.5)
         step = measure(endpoint(url), asked)
     made = read(asked.records)
+    assert abs(made.meta["epoch_unix_s"] + 1 - time.time()) < 20
     assert len(made) == 40 and made.columns["warmup"].sum() == 20
     assert step.metrics["measured_requests"] <= 20
 
@@ -84,6 +86,8 @@ def test_the_prefix_share_is_that_of_what_was_sent(tmp_path):
     found = Found(Dialect("stub"), 100, (), False)
     ended = _Replay(endpoint("http://x"), plan(tmp_path, replayed), found, lambda: True, 0, None)
     assert ended._meta(0.0, tower, 1, {})["client"]["trace_prefix_share"] == pytest.approx(59 / 90)
+    ended.plan = replace(ended.plan, trace=replace(trace(np.arange(n)), texts=("the same",) * n))
+    assert "trace_prefix_share" not in ended._meta(0.0, tower, 1, {})["client"], "nobody knows what texts share"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +176,7 @@ def test_progress_is_told(tmp_path):
     assert len(told) >= 3 and told[-1]["total"] == 60
     assert [t["done"] for t in told] == sorted(t["done"] for t in told)
     assert all(set(t) == {"done", "total", "elapsed_s", "remaining_s"} for t in told)
+    assert all(t["elapsed_s"] + t["remaining_s"] == pytest.approx(59 / 30) for t in told if 0 < t["elapsed_s"] < 1.9)
 
 
 def test_another_load_window_or_seed_means_other_prompts(tmp_path):

@@ -9,6 +9,8 @@ from tests import studies
 from tuner.errors import NothingFeasible, UsageError
 from tuner.pareto.changes import describe
 from tuner.pareto.choice import Change, choose, compare, nearest, of_trial
+from tuner.pareto.front import front, points
+from tuner.spec.slo import parse
 from tuner.study.outcome import Infeasible, Measured, Outcome, Step
 from tuner.study.price import COST
 from tuner.study.store import Store
@@ -75,8 +77,23 @@ def test_a_launch_of_the_verification_is_not_picked_for_it_stands_for_one_window
     with pytest.raises(UsageError, match="trial 2 is a launch of the verification, not of the search") as refused:
         of_trial(store.trials(), OBJECTIVE, 2)
     assert refused.value.fix == "Trial 1 is the same configuration in the search"
+    studies.measured(3, served(900), store, params={"max_num_seqs": 512}, role="ablate")
+    with pytest.raises(UsageError, match="trial 3 is a launch of the ablation, not of the search"):
+        of_trial(store.trials(), OBJECTIVE, 3)
     picked = of_trial(store.trials(), OBJECTIVE, 1)
     assert picked.cost_change and picked.cost_change.value == pytest.approx(-0.5)
+
+
+def test_one_point_is_marked_as_chosen_also_where_it_was_measured_again(tmp_path: Path):
+    store = Store(tmp_path)
+    studies.measured(0, served(1000, tpot_s=0.01), store, baseline=True)
+    studies.measured(1, served(2000), store, params=FASTER)
+    choice = choose(store.trials(), OBJECTIVE)
+    best = front(points(store.trials(), OBJECTIVE))
+    assert choice.off(best) is None and [choice.marks(p, best) for p in best] == [True, False]
+    again = replace(choice, point=replace(choice.point, role="verify"))
+    assert again.off(best) is again.point and not any(again.marks(p, best) for p in best)
+    assert again.marks(again.point, best)
 
 
 def test_of_equally_cheap_configurations_the_faster_is_chosen(tmp_path: Path):
@@ -232,6 +249,8 @@ def test_the_nearest_is_judged_by_its_worst_slo(tmp_path: Path):
     studies.measured(1, served(1000, tpot_s=0.10), store, params=FASTER)  # 100 % over
     found = nearest(store.trials(), OBJECTIVE)
     assert found and found.trial == 1 and found.excess == pytest.approx(1.0)
+    strict = nearest(store.trials(), replace(OBJECTIVE, slos=(*OBJECTIVE.slos, parse("error_rate=0%"))))
+    assert strict and strict.excess == pytest.approx(1.0)  # what may be missed by nothing is not missed
 
 
 def test_a_step_without_a_finite_latency_can_be_the_only_nearest(tmp_path: Path):

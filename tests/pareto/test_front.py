@@ -182,6 +182,23 @@ def test_equal_repeats_without_intervals_are_their_value(value, launches):
     assert _one_point([step] * launches).latency_interval == (value, value)
 
 
+@pytest.mark.parametrize("off", [0.02, 0.2])  # believed alone, and with what is assumed of launches
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_what_repeats_differ_by_comes_on_top_of_their_intervals_where_they_share_a_window(off, windows):
+    t = {2: 4.302653, 5: 2.570582}
+    squares, half = 2 * off**2, math.log(1.05)
+    spread = min(t[2] * math.sqrt(squares / 2 / 3), t[5] * math.sqrt((squares + 3 * 0.03**2) / 5 / 3))
+    steps = []
+    for n, log in enumerate((-off, 0.0, off)):
+        value = 0.02 * math.exp(log)
+        step = studies.step(1.0, OBJECTIVE, tpot_s=value, window=f"w{n % windows}")
+        steps.append(replace(step, intervals={"tpot_p99_s": (value / 1.05, value * 1.05)}))
+    share = {1: half, 2: half * math.hypot(2 / 3, 1 / 3), 3: half / math.sqrt(3)}[windows]
+    reach = max(spread, share) if windows == 3 else math.hypot(spread, share)
+    low, high = _one_point(steps).latency_interval or (0, 0)
+    assert (math.log(0.02 / low), math.log(high / 0.02)) == pytest.approx((reach, reach))
+
+
 def _one_point(steps: Sequence[Step]) -> Point:
     config = ServingConfig("m", {}, {})
     trials = [TrialRecord(n, Path(), config, Measured((s,)), {}, 0, 0, False) for n, s in enumerate(steps)]

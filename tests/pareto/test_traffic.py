@@ -11,6 +11,7 @@ from rich.console import Console
 from tests import studies
 from tuner.cli import certify
 from tuner.export.formats import best_config
+from tuner.pareto.front import points
 from tuner.pareto.traffic import per_request, price_words, traffic
 from tuner.report.page import build
 from tuner.report.summary import summarize
@@ -20,6 +21,7 @@ from tuner.study.outcome import Step
 from tuner.study.store import Store
 
 OBJECTIVE = replace(studies.objective(), price_assumed=True)
+FASTER = {"max_num_batched_tokens": 8192}
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def made(tmp_path: Path):
     """The default at load 1, and what serves twice as much at half the cost; 5 requests/s at load 1."""
     store = Store(tmp_path / "s")
     more = {"measured_requests": 300.0, "goodput_requests_per_s": 10.0, "goodput_total_tokens_per_s": 12_000.0}
-    for number, params in enumerate(({}, {"max_num_batched_tokens": 8192})):
+    for number, params in enumerate(({}, FASTER)):
         step = studies.step(1.0 + number, OBJECTIVE, tokens_per_s=1000 * (1 + number))
         step = replace(step, metrics={**step.metrics, **more})
         studies.measured(number, (step,), store, params=params, baseline=not number)
@@ -39,6 +41,16 @@ def test_a_point_is_told_in_requests_per_second_tokens_and_money_a_month(made):
     assert found and (found.rps, found.trace_rps, found.requests, found.windows) == (10.0, 5.0, 300, 1)
     assert (found.input_tokens, found.output_tokens) == (1000.0, 200.0)
     assert found.month_usd == 1825 and found.default_usd == pytest.approx(3650)
+
+
+def test_what_a_replica_takes_is_of_the_launches_of_its_point_and_not_of_its_configurations_others(made):
+    store, study = made
+    step = studies.step(3.0, OBJECTIVE, tokens_per_s=2500, window="heldout-0")
+    asked = {"offered_requests_per_s": 24.0, "measured_requests": 50.0}
+    studies.measured(2, (replace(step, metrics=step.metrics | asked),), store, params=FASTER, role="verify")
+    (point,) = [p for p in points(store.trials(), OBJECTIVE) if p.role == "verify"]
+    found = traffic(store.trials(), OBJECTIVE, point, None)
+    assert found and (found.trace_rps, found.requests, found.loads) == (8.0, 50, (3.0, 3.0))
 
 
 def test_tokens_per_request_are_of_the_requests_that_brought_them():

@@ -118,8 +118,6 @@ class _Replay:
                 counting = self.found.dialect.counting
                 tower = Tower(epoch_ns, counting, trace.input_tokens, trace.output_tokens, warmup_ns, done, shards)
                 self._follow(fleet, tower, watch, float(offsets_s[-1]))
-                if tower.behind:
-                    self.stopped = self.stopped or CLIENT_BEHIND
                 end_ns = time.monotonic_ns()
             sampler.settle(tower.output_tokens)
             server = fold(sampler.samples, epoch_ns + warmup_ns, min(end_ns, epoch_ns + int(offsets_ns[-1])))
