@@ -63,6 +63,17 @@ def test_counters_are_differences_and_gauges_are_taken_while_the_load_is_on():
     assert "server_draft_acceptance" not in metrics  # no speculation, no figure
 
 
+def test_of_two_samples_outside_the_load_the_last_tells_and_a_share_of_nothing_is_none():
+    still = {"prefix_query_tokens": 10, "prefix_hit_tokens": 5, "draft_tokens": 7, "accepted_tokens": 7}
+    first = sample(0, waiting_requests=3, **still)
+    last = sample(9, waiting_requests=2, **(still | {"prefix_query_tokens": 30}), preemptions=4)
+    assert fold([first, last], 10**9, 2 * 10**9) == {
+        "server_queue_mean": 2,
+        "server_queue_max": 2,
+        "server_prefix_hit_rate": 0,  # of what was asked for since
+    }
+
+
 def test_a_restarted_server_gives_no_differences():
     metrics = fold([sample(0, output_tokens=500), sample(1, output_tokens=20)], 0, 10**9)
     assert "server_output_tokens" not in metrics
@@ -96,12 +107,16 @@ def test_the_sampler_looks_until_the_server_has_counted_everything():
 
     with HTTPServer(("127.0.0.1", 0), Counting) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        begun_s = time.monotonic()
         with Sampler(target(f"http://127.0.0.1:{server.server_port}"), every_s=0.05) as sampler:
             while len(sampler.samples) < 3:
                 threading.Event().wait(0.01)
+        assert time.monotonic() - begun_s >= 0.1  # it is measured, and is not to be busy with that
         first = sampler.samples[0].row["output_tokens"]
-        sampler.settle(len(sampler.samples) * 1000 + 2000)
-        assert sampler.samples[-1].row["output_tokens"] - first >= len(sampler.samples) * 1000 - 1000
+        wanted = len(sampler.samples) * 1000 + 1000
+        sampler.settle(wanted)
+        assert sampler.samples[-1].row["output_tokens"] - first == wanted
+        sampler.settle(10**9, wait_s=0.01)  # which it never counts
         server.shutdown()
 
 

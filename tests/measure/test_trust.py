@@ -65,6 +65,7 @@ def test_a_clean_measurement_is_believed():
         ({"send_lag_p99_s": 0.02, "ttft_p99_s": math.inf}, (), "sent late"),
         # under the floor, however short the latency
         ({"send_lag_p99_s": 0.004, "ttft_p99_s": 0.001}, (), ""),
+        ({"send_lag_p99_s": 0.006, "ttft_p99_s": 0.001}, (), "sent late"),
         ({"stamp_error_p99_s": 0.003}, (), "read late"),
         ({"stamp_error_p99_s": 0.003}, ("itl_p99=100ms",), ""),
         ({"stamp_error_p99_s": 0.0015, "itl_p99_s": 0.001}, (), ""),
@@ -72,11 +73,18 @@ def test_a_clean_measurement_is_believed():
         ({"read_lag_p99_s": 0.05}, (), ""),
         ({"sent_requests_per_s": 19.7}, (), "19.7 requests/s were sent"),
         ({"sent_requests_per_s": 19.9}, (), ""),
+        ({"sent_requests_per_s": 0.45, "offered_requests_per_s": 0.5}, (), "0.45 requests/s were sent"),
+        ({"fill_failures": 1.0, "fill_requests": 40.0}, (), "1 of the 40 prompts failed"),
+        ({"fill_failures": 1.0, "fill_requests": 100.0}, (), ""),
+        # a server that misses an SLO is not measured again for its cache
+        ({"fill_failures": 9.0, "fill_requests": 40.0, "error_rate": 0.2}, ("error_rate=1%", "ttft_p99=1s"), ""),
         ({"client_cpu_share": 0.71}, (), "71% of a core"),
         ({"client_failures": 3}, (), "3 requests could not be sent"),
         ({"client_fell_behind": 1.0}, (), "could not keep up"),
         ({"server_output_tokens": 10_200.0}, (), "somebody else"),
         ({"server_output_tokens": 10_020.0}, (), ""),
+        ({"server_output_tokens": 1_032.0, "client_output_tokens": 1_000.0}, (), ""),
+        ({"server_output_tokens": 1_033.0, "client_output_tokens": 1_000.0}, (), "somebody else"),
         # tokens of requests that were cut off are counted by the server alone
         ({"server_output_tokens": 10_200.0, "cut_off_requests": 1.0}, (), ""),
         ({"client_ttft_mean_s": 0.05}, (), "the client's way is longer"),
@@ -95,4 +103,4 @@ def test_the_rules(change, slos, words):
 
 def test_a_server_without_counters_is_no_reason():
     client = {name: value for name, value in CLEAN.items() if not name.startswith("server_")}
-    assert untrusted(client, ()) == ()
+    assert untrusted(client, ()) == () == untrusted({}, ())

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from optuna.trial import TrialState
 
 from tests.search.problem import LOADS, launch, objective, space, study
 from tuner.search import choose, ledger, reading
@@ -84,6 +85,13 @@ def test_what_was_told_is_read_back():
     first, second = ledger.read(book, space())
     assert (first.params, first.outcome, first.seconds, first.free) == (params, good(), 60.0, False)
     assert (second.number, second.params, second.outcome) == (running.number, other, None)
+    ledger.tell(book, running, space(), objective(), Infeasible("rule", "no"), free=True)
+    assert ledger.read(book, space())[1].free
+    book.ask()  # of which no parameter was drawn so far
+    book.tell(book.ask(), state=TrialState.FAIL)  # and which has no outcome
+    assert len(ledger.read(book, space())) == 2
+    drawn = book.ask(space().distributions())  # as another process has it between the draw and its note
+    assert ledger.read(book, space())[2:] == [ledger.Seen(drawn.number, space().snap(drawn.params))]
 
 
 def test_what_answers_for_a_configuration():

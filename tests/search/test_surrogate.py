@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import special
 
 from tests.search.problem import LOADS, launch, objective, space
 from tuner.search.acquisition import Front, LaunchCost, draws, gains, improvement, worth
@@ -202,6 +203,26 @@ def test_a_new_cheapest_point_gains_the_area_up_to_the_next_one():
     point = np.log([[[[0.5, 0.05]]]])
     found = improvement(point[..., 0], point[..., 1], front)
     assert found[0, 0] == pytest.approx(math.log(4) * math.log(2), rel=0.06)
+
+
+def test_the_volume_is_the_area_that_the_points_dominate():
+    """(2, .05) and (16, .001) add nothing: one is dominated, the other beyond the reference."""
+    front = Front(np.log([[4.0, 0.010], [2.0, 0.015], [2.0, 0.05], [16.0, 0.001]]), np.log([8.0, 0.1]))
+    expected = math.log(8 / 2) * math.log(0.1 / 0.015) + math.log(8 / 4) * math.log(0.015 / 0.010)
+    assert front.volume() == pytest.approx(expected)
+
+
+def test_a_draw_is_off_by_as_many_deviations_in_capacity_latency_and_cost():
+    front = Front(np.zeros((0, 2)), np.log([8.0, 0.1]))
+    one = replace(posterior(0.2, 0.1), cost_sd=np.full((1, 4), 0.3), capacity_sd=np.full(1, 0.5))
+    sure = replace(
+        posterior(1e-9, 0.1 + 0.5 * 1.0),  # 1.1 times becomes 1.8 times: one load more
+        cost=one.cost + 0.3 * 0.5, cost_sd=np.full((1, 4), 1e-9), latency=one.latency - 0.2 * 0.7,
+    )  # fmt: skip
+    drawn = gains(one, front, LOADS, np.array([[1.0, -0.7, 0.5]]))
+    assert drawn == pytest.approx(gains(sure, front, LOADS, np.zeros((1, 3))), rel=1e-6) and drawn > 0
+    sorted_in = np.sort(np.floor(special.ndtr(draws(3)) * len(draws(3))), axis=0)
+    assert (sorted_in == np.arange(len(draws(3)))[:, None]).all()  # one in each part of the same probability
 
 
 def test_what_may_crash_gains_less_and_what_is_beaten_gains_nothing():

@@ -105,9 +105,8 @@ class Sampler:
 
     def _look(self) -> None:
         with contextlib.suppress(EnvironmentFault, ValueError):
-            status, page = asked(self._target, "/metrics", self._api_key, _TIMEOUT_S)
-            row = parse(page.decode("utf-8", "replace")) if status == 200 else {}
-            if row:
+            _, page = asked(self._target, "/metrics", self._api_key, _TIMEOUT_S)
+            if row := parse(page.decode("utf-8", "replace")):
                 self.samples.append(Sample(time.monotonic_ns(), row))
 
 
