@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tuner.export.vllm import config_text, env_text
 from tuner.pareto.choice import of_trial
 from tuner.space.config import ServingConfig
 from tuner.spec.study import EngineSpec
-from tuner.study.outcome import Measured
+from tuner.study.outcome import Boot, Measured
 from tuner.study.store import Store, write_json
 from tuner.verify.promise import read_promise
 
@@ -333,6 +334,19 @@ def test_remote_code_is_trusted_in_the_export_where_the_study_trusted_it(made):
     store, _ = made
     trusting = studies.study(store.folder, engine=EngineSpec("vllm", trust_remote_code=True))
     assert "trust-remote-code: true" in export(store, trusting)["best-config.yaml"]
+
+
+def test_a_file_tells_of_its_configurations_own_launch_and_no_interval_where_none_is_known(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    for number, (params, tokens_per_s, boot_s) in enumerate(((PARAMS, 2000, 90.0), ({}, 1000, 30.0))):
+        step = replace(studies.step(2.0, OBJECTIVE, tokens_per_s=tokens_per_s), intervals={})
+        studies.add(number, Measured((step,), Boot(boot_s)), store, params=params, baseline=not params)
+    what = deployment(store, studies.study(tmp_path / "s"))
+    path, _ = best_config(store, studies.study(tmp_path / "s"))
+    promise = read_promise(path)
+    assert (promise.trial, what.boot_s) == (0, 90.0)
+    assert promise.cost[0] == pytest.approx(0.3472, abs=1e-4) and promise.latency[0] == 0.02
+    assert all(map(math.isnan, (*promise.cost[1:], *promise.latency[1:]))) and "95 %" not in "".join(what.about[:4])
 
 
 def test_a_verified_study_exports_what_verification_promised(tmp_path: Path):

@@ -44,7 +44,7 @@ def test_a_point_is_told_in_requests_per_second_tokens_and_money_a_month(made):
 
 
 def test_what_a_replica_takes_is_of_the_launches_of_its_point_and_not_of_its_configurations_others(made):
-    store, study = made
+    store, _ = made
     step = studies.step(3.0, OBJECTIVE, tokens_per_s=2500, window="heldout-0")
     asked = {"offered_requests_per_s": 24.0, "measured_requests": 50.0}
     studies.measured(2, (replace(step, metrics=step.metrics | asked),), store, params=FASTER, role="verify")

@@ -51,6 +51,7 @@ def test_more_in_doubt_than_can_be_verified_are_cut_and_counted():
 def test_a_default_that_met_no_slo_is_verified_at_the_lowest_load():
     found = shortlist([trial(0, 2048, 1000, ttft_s=9.0), trial(1, 4096, 2000)], WANT, default(), LADDER)
     assert found.baseline.load == 1.0 and found.baseline.value is None
+    assert found.baseline.baseline and not found.finalists[0].baseline
 
 
 def test_verification_begins_where_the_searchs_steps_point_to():
@@ -71,6 +72,14 @@ def test_repeats_in_the_search_tell_how_much_launches_differ():
     seen = launch_spread([trial(i, 2048, 1000 * factor) for i, factor in enumerate((2.0, 1.0, 1.1, 0.9))])
     assert seen.freedom == 2
     assert seen.variance == pytest.approx(0.0101, abs=0.0005)
+    more = [trial(i, 2048, 1000 * factor, role="verify") for i, factor in enumerate((1.0, 2.0, 3.0))]
+    assert launch_spread([*(trial(i, 2048, 1000) for i in range(2)), *more]).freedom == 0  # on other windows, later
+
+
+def test_launches_that_differ_by_nothing_leave_the_cheapest():
+    same = [trial(i, 2048 if i < 5 else 4096, 1000 if i < 5 else 1001, spread=0.0) for i in range(10)]
+    found = shortlist(same, WANT, default(), LADDER)
+    assert [f.trial for f in found.finalists] == [5] and "assuming" not in found.text
 
 
 def test_costs_of_what_was_asked_for_teach_nothing_of_launches_latencies_do():

@@ -34,6 +34,8 @@ def test_a_promise_is_read_back_as_it_was_written(tmp_path):
     path = tmp_path / "best-config.yaml"
     path.write_text(f"# made by hand\n{promise_block(promise())}max-num-batched-tokens: 4096\n")
     assert read_promise(path) == promise()
+    path.write_text(promise_block(promise(details={})))
+    assert read_promise(path) == promise(details={})
 
 
 def test_every_line_of_a_promise_is_a_comment():
