@@ -71,6 +71,14 @@ def test_nothing_is_promised_to_prove_a_gain_that_is_not_worth_it():
     assert found.rounds is None and found.seen > 1
 
 
+def test_more_rounds_are_imagined_as_those_of_which_something_was_seen():
+    """Of one launch of each, or of one that was not launched in the second round, nobody knows how launches differ."""
+    once = {(arm, n, window): v for (arm, n, window), v in two(2, gain=-0.06).items() if (arm, n) != ("a", 1)}
+    for values in (two(1, gain=-0.06), once):
+        found = power(Repeats(values), "a", "default", WORTH, TAIL)
+        assert (found.provable, found.rounds, found.windows) == (0, None, 0) and found.seen < 0.97
+
+
 def test_the_verdict_says_what_could_have_been_proven_and_what_it_would_have_taken():
     found = Bench({"v0": 1.0, "v1": 1.05}, seed=3).verify("v1", launches=4)
     assert found.reason == "nothing-proven"

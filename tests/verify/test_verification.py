@@ -13,14 +13,14 @@ from benchmarks.verify.small_study import LATENCY, THROUGHPUT, run, study, truth
 from tuner.engines.protocol import Cancelled, LaunchFailed
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.executor.protocol import NodeLost
-from tuner.study.outcome import Infeasible, Measured, Step
+from tuner.study.outcome import IN_A_ROW, Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
 from tuner.verify.capacity import REACH, cost_at, margin_of_all, slope_below
 from tuner.verify.judge import COST_SHARE, Arm, Judgement, Table, judge
 from tuner.verify.power import power
 from tuner.verify.repeats import Repeats
-from tuner.verify.rounds import Done
+from tuner.verify.rounds import Done, insist
 from tuner.verify.verdict import Verification, figures
 from tuner.verify.verification import VerifyBudget, _narrow, _Race, verify
 
@@ -631,6 +631,46 @@ def test_a_launch_of_which_the_node_was_lost_is_made_once_more():
 
     bench.launch = launch
     assert bench.verify("v1").choice == "v1" and lost
+
+
+MACHINES = Infeasible("port", "taken", stage="before launch", transient=True)
+PASSING = Infeasible("died", "died", stage="start-up", transient=True)
+
+
+@pytest.mark.parametrize(
+    ("failures", "made", "raised"),
+    [
+        ([], 1, None),
+        ([replace(PASSING, transient=False)], 1, LaunchFailed),  # it would fail again
+        ([PASSING], 2, None),
+        ([PASSING] * 2, 2, LaunchFailed),
+        ([NodeLost("gone")] * 2, 2, NodeLost),
+        ([MACHINES] * (IN_A_ROW - 1), IN_A_ROW, None),
+        ([MACHINES] * IN_A_ROW, IN_A_ROW, EnvironmentFault),
+        ([MACHINES, PASSING], 3, None),
+    ],
+)
+def test_a_launch_that_ought_to_serve_is_tried_again_as_often_as_its_failure_may_pass(failures, made, raised):
+    tried, left = [], list(failures)
+
+    def attempt():
+        tried.append(1)
+        if not left:
+            return "served"
+        failure = left.pop(0)
+        raise LaunchFailed(failure) if isinstance(failure, Infeasible) else failure
+
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+        assert insist(attempt) == "served"
+    assert len(tried) == made
+
+
+def test_what_did_not_serve_before_the_interruption_is_not_launched_again():
+    bench = Bench({"v0": 1.0, "v1": 1.25}, broken={"v1": Infeasible("oom", "no room")})
+    first = bench.verify("v1", launches=6)
+    launched = len(bench.done)
+    again = bench.verify("v1", launches=6, done=tuple(bench.done))
+    assert (again.choice, again.launches, len(bench.done)) == (first.choice, first.launches, launched)
 
 
 def test_launches_too_few_for_all_go_to_the_most_promising():

@@ -31,12 +31,11 @@ def power(costs: Repeats, label: str, base: str, worth: float, tail: float) -> P
     now = costs.difference(label, base)
     provable = math.exp(-(worth + now.reach(tail))) if now.known else 0.0
     seen = math.exp(now.mean)
-    if now.mean >= -worth:
+    if now.mean >= -worth or not now.known:  # a spread that nothing was seen of is not known to be none
         return Power(label, provable, seen)
     for windows in (0, 1, 2, 4, 8, 16, MOST_WINDOWS):
         for rounds in range(MOST_ROUNDS + 1):
-            # a spread that nothing was seen of is not known to be none
             imagined = costs.difference(label, base, rounds, windows)
-            if len(costs.rounds) > 1 and imagined.mean + imagined.reach(tail) < -worth:
+            if imagined.mean + imagined.reach(tail) < -worth:
                 return Power(label, provable, seen, rounds, windows)
     return Power(label, provable, seen)
