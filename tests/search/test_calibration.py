@@ -14,7 +14,7 @@ from tests.search.test_model_predictor import config, model
 from tests.search.test_sampler import regret, sampler
 from tuner.search import ledger
 from tuner.search.acquisition import LaunchCost
-from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability
+from tuner.search.calibration import LAUNCHES, Calibratable, Launched, _groups, _loss, calibrate, improbability
 from tuner.search.candidates import Candidates
 from tuner.search.foresight import Foresight
 from tuner.search.model.predictor import AnalyticModel
@@ -92,6 +92,29 @@ def test_how_hopelessly_an_slo_was_missed_says_nothing(machine: AnalyticModel) -
     more = Launched(FEW, [*ordinary.steps, endless, ended, broken])
     found = calibrate(model(slos=SLOS), [more], OBJECTIVE)
     assert found == pytest.approx(want, rel=0.15)
+
+
+def test_a_launch_teaches_what_its_steps_measured_and_of_a_limit_that_was_missed_little_more_than_that() -> None:
+    one = {"ttft_p99_s": 0.1, "tpot_p99_s": 0.01, "error_rate": 0.0, ledger.COST_KEY: 2.0}
+    steps = (
+        Step(1.0, "w", one),
+        Step(2.0, "w", one | {"ttft_p99_s": 90.0, ledger.COST_KEY: 1.0}, slo_misses=("ttft",)),
+        Step(3.0, "w", one, slo_misses=("saturated",), stopped_early="saturated: the queue grows"),
+        Step(4.0, "w", one, untrusted=("lag",)),
+    )
+    wanted = (*SLOS, parse("error_rate=1%"))
+    tpot, ttft, cost = _groups([Launched(FEW, steps)], Objective("chat", "tpot_p99", wanted, 2.0))
+    assert np.exp(tpot.measured) == pytest.approx([0.01, 0.01, 0.1 * math.exp(0.3)]) and tpot.scale == 1
+    assert np.exp(ttft.measured) == pytest.approx([0.1, *[3 * math.exp(0.3)] * 2]) and ttft.scale == 2.5
+    assert np.exp(cost.measured) == pytest.approx([2.0]) and cost.loads == (1.0,)  # what missed an SLO has none
+
+
+def test_what_no_constants_explain_counts_less_than_by_its_square() -> None:
+    sd = math.hypot(0.12, 0.06)
+    none = np.zeros(1)
+    assert _loss([np.array([1.2 * sd])], none, none + 1) == pytest.approx(0.5 * 1.2**2)
+    assert _loss([np.array([4 * sd])], none, none + 1) == pytest.approx(1.5 * 4 - 0.5 * 1.5**2)
+    assert _loss([], np.array([0.3]), np.array([0.1])) == pytest.approx(0.5 * 9)
 
 
 def test_the_first_launches_are_enough(machine: AnalyticModel) -> None:

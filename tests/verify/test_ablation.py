@@ -84,8 +84,10 @@ def test_flags_that_stand_in_for_each_other_are_not_both_dropped():
 
 
 def test_without_any_effect_the_smallest_config_is_the_default():
-    found, _ = quiet(lambda _config: 1.0)
+    found, machine = quiet(lambda _config: 1.0)
     assert found.params == {} and found.config.flags == {}
+    assert sum("without a" in label for label in machine.labels) == AblationBudget(60).alone
+    assert AblationBudget(3).tests == 0
 
 
 def test_what_is_left_is_measured_where_it_is_promised(monkeypatch):

@@ -9,7 +9,7 @@ from tuner.engines.protocol import Endpoint
 from tuner.spec.objective import QualityFloor
 from tuner.study.store import read_json, write_json
 from tuner.verify.completions import Unanswered
-from tuner.verify.quality import Profile, _judge, check, divergence, profile
+from tuner.verify.quality import Profile, _agreement, _judge, check, divergence, profile
 from tuner.verify.statistics import Estimate
 
 FLOOR = QualityFloor(kl_max=0.05, top1_min=0.8)
@@ -79,6 +79,15 @@ def test_merging_all_unlisted_tokens_never_overstates_the_divergence():
     assert covered == pytest.approx(0.7)
     assert kl == pytest.approx(0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.4))
     assert divergence(p, p)[0] == 0.0
+    assert divergence({1: 0.0}, {1: math.log(0.5)}) == (pytest.approx(math.log(2)), 1.0)  # nothing is unlisted
+
+
+@pytest.mark.parametrize(
+    ("found", "share"),
+    [((1, 2, 3, 4), 1.0), ((1, 2, 9, 4), 0.5), ((1, 2), 0.5), ((9, 2, 3, 4), 0.0), ((1, 2, 3, 4, 5), 1.0), ((), 0.0)],
+)
+def test_greedy_answers_agree_until_they_part(found, share):
+    assert _agreement((1, 2, 3, 4), found) == share and _agreement((), found) == 1.0
 
 
 def test_a_token_that_only_one_side_lists_goes_into_the_bucket():
