@@ -267,6 +267,15 @@ def test_a_part_of_a_servegen_profile_starts_at_its_own_zero(tmp_path):
     assert len(times) == 600 and times[0] > 0 and times[-1] < 600
     with pytest.raises(UsageError, match="runs from 0 s to 1800 s"):
         read_rates(path).between(5000, 6000)
+    path.write_text("0,1,0,,0,0\n600,1,3,Gamma,1,1\n")
+    even, bursty = np.split(read_rates(path).times(np.random.default_rng(0)), 2)
+    assert gaps_cv(even) < 0.05 and 2 < gaps_cv(bursty) < 4
+    for wrong, words in (("0,1,1,Gamma,1,1\n", "was there before"), ("0,1,1,Cauchy,1,1\n", "unknown distribution")):
+        path.write_text("0,1,1,Gamma,1,1\n" * (words != "unknown distribution") + wrong * 20)
+        with pytest.raises(UsageError, match=words):
+            read_rates(path)
+    assert Arrivals.parse("diurnal:4:0.8:3600:1.2") == Arrivals(4, 1.2, 0.8, 3600)
+    assert Arrivals.parse("diurnal:4:0.8") == Arrivals(4, 1.0, 0.8, 24 * 3600)
     path.write_text("0,1,1,Gamma,1,1\n")
     with pytest.raises(UsageError, match="two windows"):
         read_rates(path)

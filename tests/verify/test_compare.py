@@ -167,7 +167,11 @@ def test_the_table_shows_at_each_latency_what_either_offers():
     first = side("old", trial(0, 2048, 1000, tpot_s=0.02))
     second = side("new", trial(0, 2048, 2000, tpot_s=0.02), trial(1, 4096, 3000, tpot_s=0.04))
     drawn = Console(width=100, file=io.StringIO(), force_terminal=False)
-    drawn.print(comparison_table(compare(first, second), "tpot_p99"))
+    found = compare(first, second)
+    drawn.print(comparison_table(found, "tpot_p99"))
+    assert (found.rows[0]["ratio"], found.rows[0]["proven"]) == (pytest.approx(0.5), "new")
+    assert found.rows[0]["ratio_low"] < 0.5 < found.rows[0]["ratio_high"] < 1
+    assert found.rows[0]["cost old"] == pytest.approx(2 * found.rows[0]["cost new"])
     text = drawn.file.getvalue()
     assert "at most ms" in text and "0.50 (" in text and text.count("new") >= 2
 
