@@ -175,7 +175,7 @@ class QueueWatch:
         without bound, or is empty. ``waiting`` are the tokens of requests without a first token, ``owed`` those and
         what the responses under way are owed, ``running_s`` for how long these have run on the mean."""
         if now_s < self._from_s:
-            return ""  # the load is not on yet, or off already
+            return ""  # the load is not on yet
         self._times_s.append(now_s)
         self._waiting.append(waiting)
         self._owed.append(owed)
