@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
-from tuner.errors import UsageError
+from tuner.errors import UsageError, replacing
 from tuner.load.formats import values
 from tuner.load.formats.parts import Parts
 from tuner.load.formats.report import BadLine, Tally
@@ -26,13 +25,9 @@ def write(trace: Trace, path: str | Path) -> None:
     if path.suffix not in (".jsonl", ".parquet"):
         raise UsageError("a trace is written as .jsonl or .parquet", where=str(path), fix="Name it so")
     _check(Parts(trace.arrival_s, trace.input_tokens, trace.output_tokens), trace.arrival_s, path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        try:
-            (_write_jsonl if path.suffix == ".jsonl" else _write_parquet)(trace, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as half:
+            (_write_jsonl if path.suffix == ".jsonl" else _write_parquet)(trace, half)
     except OSError as error:
         raise UsageError(f"cannot be written ({error.strerror or error})", where=str(path)) from error
 

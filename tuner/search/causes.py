@@ -260,10 +260,10 @@ def _tests(space: SearchSpace) -> Iterator[Test]:
         yield from _of_two(i, one, j, other)
 
 
-def _single(j: int, p: Parameter, meant: str) -> Iterator[Test]:
-    plain = f"_{'_'.join(_words(meant))}_"
+def _single(j: int, p: Parameter, known: str) -> Iterator[Test]:
+    plain = f"_{'_'.join(_words(known))}_"
     called = {word for has, words in CALLED if re.search(has, plain) for word in words.split()}
-    names = frozenset(w for text in (p.name, meant, *_flags(p)) for w in _words(text)) - PLAIN | called
+    names = frozenset(w for text in (p.name, known, *_flags(p)) for w in _words(text)) - PLAIN | called
     for value in p.values:
         conditions = [(f"{p.name} = {value}", [v == value for v in p.values])]
         if p.numeric:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tuner.errors import EnvironmentFault
+from tuner.errors import EnvironmentFault, replacing
 from tuner.server.tree import Pid, describe, kill, members, shared_memory
 
 _GUARD_WAIT_S = 8.0
@@ -73,9 +73,8 @@ class Ownership:
         self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        half = self.path.with_suffix(f".{os.getpid()}.tmp")
-        half.write_text(json.dumps(self._data), encoding="utf-8")
-        half.replace(self.path)
+        with replacing(self.path) as half:
+            half.write_text(json.dumps(self._data), encoding="utf-8")
 
 
 def _short(launch_id: str) -> Path:
