@@ -127,6 +127,31 @@ def test_a_program_that_does_not_exist_is_an_outcome(
     assert failure.value.outcome.message.endswith(says)
 
 
+@pytest.mark.parametrize(
+    ("words", "flags", "own"),
+    [
+        (["--ctx-sise", "4"], {}, True),
+        (["--ctx-sise=4"], {"parallel": 2}, True),
+        (["--parallel", "4"], {"no-such-flag": 2}, False),
+        (["--parallel", "4"], {"parallel": 2, "no-such-flag": 2}, False),
+    ],
+)
+def test_an_unknown_flag_of_the_commands_own_words_ends_the_study_and_one_of_the_space_is_an_outcome(
+    model: str, site: Site, words: list[str], flags: dict[str, int], own: bool
+) -> None:
+    parse = "import argparse; p = argparse.ArgumentParser(); p.add_argument('port'); p.add_argument('--parallel')"
+    command = [sys.executable, "-c", f"{parse}; p.parse_args()", "{port}", *words]
+    config = ServingConfig(model, {}, flags)
+
+    with pytest.raises(UsageError if own else LaunchFailed) as failure:
+        CommandEngine(command=command, host_alone=False).launch(config, site)
+
+    if isinstance(failure.value, LaunchFailed):
+        assert failure.value.outcome.cause == "unknown-flag"
+    else:
+        assert "does not know --ctx-sise, which stands in engine.command" in str(failure.value)
+
+
 class Daemon:
     """Serves outside of the launched tree, as a container's daemon does: on the port that the command wrote into
     ``asked``, until somebody gets ``/stop``."""

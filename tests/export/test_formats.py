@@ -75,6 +75,9 @@ def test_a_trial_picked_by_hand_says_so_and_compares_itself_with_the_default(mad
     assert text.startswith("# Configuration, picked by hand, of study 's': trial 1,") and "cost -50.0 % (" in text
     default = config_text(deployment(store, study, of_trial(store.trials(), OBJECTIVE, 0)))
     assert "This is the engine's default.\n" in default
+    studies.measured(2, (studies.step(2.0, OBJECTIVE, tokens_per_s=2000),), store, params=PARAMS, role="verify")
+    verified = config_text(deployment(store, study, of_trial(store.trials(), OBJECTIVE, 1)))
+    assert "(search windows; on held-out windows: trial 2)." in verified and "not verified yet" in text
 
 
 def test_the_promise_can_be_read_back(made):

@@ -44,7 +44,7 @@ def test_a_miss_is_told_in_milliseconds_and_an_unmeasured_metric_is_a_miss():
     limit = slo.parse("ttft_p99=500ms")
     assert limit.miss({"ttft_p99_s": 0.5}) == ""
     assert limit.miss({"ttft_p99_s": 0.8124}) == "ttft_p99 812.4 ms > 500 ms"
-    endless = "ttft_p99 without end (requests failed or went unanswered) > 500 ms"
+    endless = "ttft_p99 without end (requests failed, went unanswered, or were cut off when over the limit) > 500 ms"
     assert limit.miss({"ttft_p99_s": float("inf")}) == endless
     assert limit.miss({"ttft_p99_s": 0.1 * 5 + 1e-16}) == "" and limit.gap({"ttft_p99_s": 0.5 * (1 + 1e-12)}) <= 0
     assert limit.miss({"ttft_p99_s": 12.3456}) == "ttft_p99 12,346 ms > 500 ms"

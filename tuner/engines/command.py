@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tuner.engines.http import HttpServer, launch
 from tuner.engines.modelfolder import local_model
-from tuner.engines.protocol import Site
+from tuner.engines.protocol import LaunchFailed, Site
 from tuner.engines.vllmlog import DIALECT
 from tuner.errors import UsageError
 from tuner.server.bootlog import SILENT
@@ -18,6 +18,7 @@ from tuner.server.limits import Limits, PhaseLimit, fixed
 from tuner.server.start import WARM_S, Binding, Recipe
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
+from tuner.study.outcome import Infeasible
 
 PLACE = re.compile(r"\{([A-Za-z][\w-]*)(?:=([^{}]*))?\}")
 LAUNCHERS = ("port", "host", "served", "api_key", "gpus", "folder")  # places that every launch fills anew
@@ -85,7 +86,8 @@ class CommandEngine:
         return None
 
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
-        """See the protocol. Raises ``UsageError`` for a place that is neither known nor a flag of the config."""
+        """See the protocol. Raises ``UsageError`` for a place that is neither known nor a flag of the config, and where
+        the server does not know a flag of the command's own words, which every launch has."""
         stops: list[list[str]] = []
 
         def words(binding: Binding) -> list[str]:
@@ -98,7 +100,21 @@ class CommandEngine:
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     subprocess.run(stops.pop(), stdin=subprocess.DEVNULL, capture_output=True, timeout=_STOP_COMMAND_S)
 
-        return launch(replace(self._recipe(config, site, words), clean=clean), site)
+        try:
+            return launch(replace(self._recipe(config, site, words), clean=clean), site)
+        except LaunchFailed as failed:
+            if own := self._own_unknown(failed.outcome, config):
+                text = f"the server does not know {own}, which stands in engine.command: {failed.outcome.evidence}"
+                raise UsageError(text, where=str(site.folder), fix="correct engine.command") from None
+            raise
+
+    def _own_unknown(self, outcome: Infeasible, config: ServingConfig) -> str:
+        """The flag of the command's own words that the server named as unknown; empty where it named none."""
+        if outcome.cause != "unknown-flag":
+            return ""
+        named = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", outcome.evidence.rpartition(": ")[2]))
+        own = [word.partition("=")[0] for word in self.command]
+        return next((flag for flag in own if flag in named.difference(config.args())), "")
 
     def words(
         self, template: Sequence[str], config: ServingConfig, site: Site, binding: Binding, flags: bool = False

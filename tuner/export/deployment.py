@@ -190,8 +190,7 @@ def _about(
     lines = [
         f"{title} of study {study.name!r}: trial {point.trial}, {on.date}, by tuner.",
         f"Measured on {on.engine} {on.engine_version}, {machine}, with {on.trace} at "
-        f"load {figure(point.load, 4)}{repeats}"
-        + (" (held-out windows)." if point.role == "verify" else " (search windows: not verified yet)."),
+        f"load {figure(point.load, 4)}{repeats} ({_windows(trials, point)}).",
         f"Cost {figure(point.cost, 4)} USD per million output tokens within SLO{_between(point.cost_interval)}, at "
         f"{price_words(objective, point.config.gpus, promise.price)}.",
         f"{objective.latency} {figure(point.latency * 1e3, 4)} ms{_between(point.latency_interval, 1e3)}. "
@@ -216,6 +215,13 @@ def _about(
     if point.config.model_variant:
         lines.append(f"The model was served as its variant {point.config.model_variant!r}.")
     return tuple(lines)
+
+
+def _windows(trials: Sequence[TrialRecord], point: Point) -> str:
+    if point.role == "verify":
+        return "held-out windows"
+    held_out = ", ".join(str(t.number) for t in trials if t.role == "verify" and t.config.hash == point.config.hash)
+    return f"search windows; on held-out windows: trial {held_out}" if held_out else "search windows: not verified yet"
 
 
 def _effects(store: Store, study: Study, config: ServingConfig) -> dict[str, str]:

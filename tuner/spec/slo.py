@@ -65,7 +65,7 @@ class Slo:
         if self.metric == "error_rate":
             return f"{value * 100:.3g} %"
         if math.isinf(value):
-            return "without end (requests failed or went unanswered)"
+            return "without end (requests failed, went unanswered, or were cut off when over the limit)"
         return f"{figure(value * 1e3, 4)} ms"
 
     def __str__(self) -> str:
