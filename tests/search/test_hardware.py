@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,43 @@ def test_a_user_s_row_adds_to_the_table_and_wins(tmp_path: Path) -> None:
     assert hardware.lookup("NVIDIA R100", rows) is rows["R100"]
 
 
+def test_a_user_s_row_that_matches_as_ours_does_wins_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("- {name: mine, match: [H100], memory_gib: 80, bandwidth: 3000, tflops: {bf16: 900}, source: s}\n")
+    found = hardware.lookup("NVIDIA H100 80GB HBM3", hardware.table(file))
+    assert found is not None and found.name == "mine"
+
+
+def test_what_a_row_says_is_read_in_its_units(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "- {name: X, kind: cpu, memory_gib: 2, bandwidth: 3, bandwidth_limit: 7, tflops: {bf16: 4, int8: 5}, link: 6,"
+        " link_latency_us: 8, op_us: 9, unpack_gweights: 10, price: 11, capability: 12.5, match: [X, 3], source: s}\n"
+        "- {name: Y, memory_gib: 2, bandwidth: 3, tflops: {bf16: 4}, source: s}\n"
+    )
+    rows = hardware.table(file)
+    assert rows["X"] == hardware.Hardware(
+        name="X",
+        memory_bytes=2 * GIB,
+        bandwidth_bytes_per_s=3e9,
+        flops={"bf16": 4e12, "int8": 5e12},
+        link_bytes_per_s=6e9,
+        link_latency_s=pytest.approx(8e-6),
+        price_usd_per_hour=11,
+        kind="cpu",
+        op_s=pytest.approx(9e-6),
+        unpack_weights_per_s=10e9,
+        capability=12.5,
+        match=("X", "3"),
+        source="s",
+        bandwidth_limit=7e9,
+    )
+    plain = rows["Y"]
+    assert (plain.kind, plain.op_s, plain.unpack_weights_per_s, plain.match) == ("gpu", None, 0, ())
+    assert plain.bandwidth_limit == math.inf and plain.link_bytes_per_s == 32e9  # PCIe 4.0
+    assert plain.link_latency_s == pytest.approx(25e-6)
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
@@ -89,6 +127,15 @@ def test_a_user_s_row_adds_to_the_table_and_wins(tmp_path: Path) -> None:
         ("{name: X, memory_gib: 10, bandwith: 1, bandwidth: 1, tflops: {bf16: 1}, source: s}", "bandwith"),
         ("{name: X, memory_gib: 0, bandwidth: 1, tflops: {bf16: 1}, source: s}", "above zero"),
         ("{name: X, memory_gib: 10, bandwidth: 1, tflops: {fp8: 1}, source: s}", "needs bf16"),
+        ("{name: X, memory_gib: 10, bandwidth: 1, tflops: {bf16: 1, fp9: 1}, source: s}", "needs bf16"),
+        ("{name: X, memory_gib: 10, bandwidth: 1, tflops: 1, source: s}", "needs bf16"),
+        ("{1: 2, memory_gib: 10, bandwidth: 1, tflops: {bf16: 1}, source: s}", "does not know 1"),
+        ("{name: X, memory_gib: .inf, bandwidth: 1, tflops: {bf16: 1}, source: s}", "memory_gib must be a number"),
+        ("{name: X, memory_gib: many, bandwidth: 1, tflops: {bf16: 1}, source: s}", "X: could not convert"),
+        ("{name: X, memory_gib: 10, bandwidth: 1, tflops: {bf16: 1}, source: s, link: 0}", "link must be a number"),
+        ("{name: X, memory_gib: 10, bandwidth: 1, tflops: {bf16: 1}, source: s, kind: GPU}", "kind is gpu or cpu"),
+        ("{name: X, memory_gib: 10, bandwidth: 1, tflops: {bf16: 1}, source: s, match: H100}", "a list of words"),
+        ("X", "is a mapping"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_line(tmp_path: Path, row: str, says: str) -> None:
@@ -97,6 +144,19 @@ def test_a_wrong_row_is_refused_with_its_line(tmp_path: Path, row: str, says: st
     with pytest.raises(UsageError, match=says) as caught:
         hardware.table(file)
     assert caught.value.where == f"{file}:3"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "no such hardware table"), ("- {", "cannot read the hardware table"), ("name: X", "is a list of rows")],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str | None, says: str) -> None:
+    file = tmp_path / "mine.yaml"
+    if text:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=says) as caught:
+        hardware.table(file)
+    assert caught.value.where == str(file)
 
 
 def test_detection_takes_memory_from_the_driver() -> None:
@@ -108,7 +168,8 @@ def test_detection_takes_memory_from_the_driver() -> None:
 def test_an_unknown_gpu_is_none_and_names_the_nearest() -> None:
     found, line = hardware.detect(probe=lambda: ("NVIDIA Rubin", 139 * GIB))
     assert found is None
-    assert "H200" in line and "without a model" in line
+    assert "H200" in line and "without a model" in line and "(139 GiB)" in line
+    assert "cpu" not in hardware.detect(probe=lambda: ("NVIDIA Rubin", 256 * GIB))[1]  # though its row has as much
 
 
 def test_without_a_gpu_the_cores_are_the_hardware() -> None:
@@ -119,9 +180,21 @@ def test_without_a_gpu_the_cores_are_the_hardware() -> None:
 
 def test_cpu_cores_scale_up_to_the_socket_s_bandwidth() -> None:
     row = hardware.table()["cpu-avx512"]
-    two, many = row.with_cores(2), row.with_cores(64)
+    two, many = row.with_cores(2), row.with_cores(64, 3 * GIB)
+    assert (two.cores, two.memory_bytes, many.memory_bytes) == (2, row.memory_bytes, 3 * GIB)
+    for of in ("price_usd_per_hour", "unpack_weights_per_s"):
+        assert getattr(many, of) == 32 * getattr(two, of) == 64 * getattr(row, of) > 0
     assert many.flops["bf16"] == 32 * two.flops["bf16"]
     assert many.bandwidth_bytes_per_s == row.bandwidth_limit < 32 * two.bandwidth_bytes_per_s
+
+
+def test_ranks_on_one_cpu_server_have_equal_parts_of_it() -> None:
+    server = hardware.table()["cpu-avx512"].with_cores(8)
+    rank = server.shared_by(2)
+    assert rank.cores == 4
+    assert rank.bandwidth_bytes_per_s == server.bandwidth_bytes_per_s / 2
+    assert rank.unpack_weights_per_s == server.unpack_weights_per_s / 2
+    assert rank.flops == {fmt: rate / 2 for fmt, rate in server.flops.items()}
 
 
 def test_detection_imports_no_torch() -> None:

@@ -1,13 +1,16 @@
 """The analytic model of a study knows the models that the study may draft with."""
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.server.test_gpu import Nvml
 from tests.spec.conftest import workplace as workplace
 from tuner.errors import UsageError
+from tuner.search import hardware
 from tuner.search.model.predictor import AnalyticModel
 from tuner.spec import studyfile
 from tuner.spec.study import Study
@@ -62,6 +65,23 @@ def test_an_environment_that_no_server_can_read_is_refused_with_its_line(workpla
     assert refused.value.where == f"{workplace}/study.yaml:5"
     check_env(made("'4'"))
     check_env(made("lots", "H100-SXM"))  # where no server reads it
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA L4", "NVIDIA Rubin"])
+def test_a_study_of_a_machines_cpus_is_one_of_its_cpus_whatever_gpu_it_has(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, gpu: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml({"name": gpu}))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (file := workplace / "study.yaml").write_text(
+        CPU.replace("KIND", "vllm").replace("VALUE", "4").replace("WHERE", "cpu")
+    )
+    study = studyfile.load(file)
+    here = hardware.cpu()
+    assert (study.hardware.gpus, study.hardware.name, study.space.facts["platform"]) == (0, here.name, "cpu")
+    assert study.objective.price_usd_per_gpu_hour == here.price_usd_per_hour
+    model, _ = model_of(study, workload.read(study))
+    assert model is not None and model.hardware == here
 
 
 @pytest.mark.parametrize("kind", ["emulator", "vllm"])

@@ -62,8 +62,7 @@ def gpu() -> Finding:
     found = of_gpus()
     if found:
         state = "ok" if row else "warn"
-        fix = "" if row else "add a row to your own table: the search then has an analytic model"
-        return Finding("GPU", state, f"{found['gpus']} x {words}", fix)
+        return Finding("GPU", state, f"{found['gpus']} x {words}")
     if shutil.which("nvidia-smi"):
         return Finding("GPU", "warn", "nvidia-smi is here, but NVML finds no GPU", "check the driver: nvidia-smi")
     return Finding(

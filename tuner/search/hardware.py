@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -46,7 +47,7 @@ class Hardware:
     capability: float = 0.0
     match: tuple[str, ...] = ()
     source: str = ""
-    bandwidth_limit: float = field(default=float("inf"), repr=False)
+    bandwidth_limit: float = field(default=math.inf, repr=False)
 
     def rate(self, fmt: str) -> float:
         """Operations per second in ``fmt``. fp4 without its own units is widened to bf16 while it is read; a missing
@@ -85,14 +86,14 @@ def table(extra: str | Path | None = None) -> dict[str, Hardware]:
 
 def lookup(name: str, rows: Mapping[str, Hardware] | None = None) -> Hardware | None:
     """The row that ``name`` means: the row's own name (``H100-SXM``, in any case, with any of ``-_ ``), or a name as
-    the driver writes it (``NVIDIA H100 80GB HBM3``); None where no row matches."""
+    the driver writes it (``NVIDIA H100 80GB HBM3``), the later of two rows that match alike; None where none does."""
     rows = table() if rows is None else rows
     wanted = _plain(name)
     for row in rows.values():
         if _plain(row.name) == wanted:
             return row
     words = set(name.replace("-", " ").replace("_", " ").replace("/", " ").lower().split())
-    matching = [row for row in rows.values() if row.match and {m.lower() for m in row.match} <= words]
+    matching = [row for row in reversed(rows.values()) if row.match and {m.lower() for m in row.match} <= words]
     return max(matching, key=lambda row: len(row.match), default=None)
 
 
@@ -102,28 +103,26 @@ def device_of(word: str) -> str:
     return row.name if row else word
 
 
-def detect(
-    extra: str | Path | None = None, probe: Callable[[], tuple[str, int] | None] | None = None
-) -> tuple[Hardware | None, str]:
+def detect(probe: Callable[[], tuple[str, int] | None] | None = None) -> tuple[Hardware | None, str]:
     """The hardware of this machine and a line that says what was found.
 
     ``probe`` gives the first GPU's name and memory in bytes, or None without a GPU (NVML by default).
     A GPU without a row: None, and which row to add; no GPU: the CPU's row.
     """
-    rows = table(extra)
     found = (probe or _nvml)()
     if found is None:
-        cpu = _cpu(rows)
+        row = cpu()
         strange = strangers()
         none = f"no NVIDIA GPU ({strange} is here, which tuner cannot tune)" if strange else "no GPU"
-        return cpu, f"{none}; {cpu.cores} CPU cores as {cpu.name}"
+        return row, f"{none}; {row.cores} CPU cores as {row.name}"
+    rows = table()
     name, memory_bytes = found
     row = lookup(name, rows)
     if row is None:
         near = nearest(memory_bytes, rows)
         return None, (
             f"{name} ({memory_bytes / 2**30:.0f} GiB) is not in the hardware table: the search works without a model. "
-            f"Nearest by memory is {near.name}; copy its row from {_TABLE.name} and put {name}'s figures in"
+            f"Nearest by memory is {near.name}; copy its row in {_TABLE} and put {name}'s figures in"
         )
     return replace(row, memory_bytes=memory_bytes), f"{name} as {row.name}"
 
@@ -154,13 +153,14 @@ def _nvml() -> tuple[str, int] | None:
     return (gpus.name(mine[0]), gpus.memory_total(mine[0])) if mine else None
 
 
-def _cpu(rows: Mapping[str, Hardware]) -> Hardware:
+def cpu() -> Hardware:
+    """This machine's CPUs, whatever GPUs it has."""
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     flags = cpu_flags()
     name = "cpu-amx" if "amx_bf16" in flags else "cpu-avx512" if "avx512f" in flags else "cpu-avx2"
-    return rows[name].with_cores(cores, int(psutil.virtual_memory().total))
+    return table()[name].with_cores(cores, int(psutil.virtual_memory().total))
 
 
 def _read(path: Path) -> dict[str, Hardware]:
@@ -183,7 +183,7 @@ def _read(path: Path) -> dict[str, Hardware]:
 def _row(entry: Any, where: str) -> Hardware:
     if not isinstance(entry, Mapping):
         raise UsageError("a row of the hardware table is a mapping", where=where)
-    unknown = sorted(set(entry) - _KEYS)
+    unknown = sorted(str(key) for key in set(entry) - _KEYS)
     missing = sorted(_NEEDED - set(entry))
     if unknown or missing:
         what = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
@@ -191,31 +191,35 @@ def _row(entry: Any, where: str) -> Hardware:
     tflops = entry["tflops"]
     if not isinstance(tflops, Mapping) or "bf16" not in tflops or set(tflops) - _FORMATS:
         raise UsageError(f"tflops maps {', '.join(sorted(_FORMATS))} to numbers and needs bf16", where=where)
+    if entry.get("kind", "gpu") not in ("gpu", "cpu") or not isinstance(entry.get("match", []), list):
+        raise UsageError(f"{entry['name']}: kind is gpu or cpu, and match a list of words", where=where)
     try:
         return Hardware(
             name=str(entry["name"]),
             memory_bytes=round(_positive(entry, "memory_gib") * 2**30),
             bandwidth_bytes_per_s=_positive(entry, "bandwidth") * 1e9,
             flops={str(fmt): _positive(tflops, fmt) * 1e12 for fmt in tflops},
-            link_bytes_per_s=float(entry.get("link", 32)) * 1e9,
-            link_latency_s=float(entry.get("link_latency_us", 25)) * 1e-6,
-            price_usd_per_hour=float(entry.get("price", 0.0)),
-            kind=str(entry.get("kind", "gpu")),
-            op_s=float(entry["op_us"]) * 1e-6 if "op_us" in entry else None,
-            unpack_weights_per_s=float(entry.get("unpack_gweights", 0.0)) * 1e9,
-            capability=float(entry.get("capability", 0.0)),
-            match=tuple(str(word) for word in entry.get("match", ())),
+            link_bytes_per_s=_positive(entry, "link", 32) * 1e9,
+            link_latency_s=_positive(entry, "link_latency_us", 25) * 1e-6,
+            price_usd_per_hour=_positive(entry, "price", 0.0),
+            kind=entry.get("kind", "gpu"),
+            op_s=_positive(entry, "op_us") * 1e-6 if "op_us" in entry else None,
+            unpack_weights_per_s=_positive(entry, "unpack_gweights", 0.0) * 1e9,
+            capability=_positive(entry, "capability", 0.0),
+            match=tuple(map(str, entry.get("match", ()))),
             source=str(entry["source"]),
-            bandwidth_limit=float(entry.get("bandwidth_limit", float("inf"))) * 1e9,
+            bandwidth_limit=_positive(entry, "bandwidth_limit", math.inf) * 1e9,
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"{entry['name']}: {error}", where=where) from None
 
 
-def _positive(entry: Mapping[str, Any], key: str) -> float:
+def _positive(entry: Mapping[str, Any], key: str, absent: float | None = None) -> float:
+    if key not in entry and absent is not None:
+        return absent
     value = float(entry[key])
-    if not value > 0:
-        raise ValueError(f"{key} must be above zero, not {entry[key]!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{key} must be a number above zero, not {entry[key]!r}")
     return value
 
 

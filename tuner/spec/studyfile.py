@@ -356,7 +356,7 @@ def gpu_facts(
         if row is None:
             raise document.error(found, ("hardware",), "or name a row: hardware: {gpu: NAME}")
     else:
-        row = hardware.detect()[0] if wanted == "cpu" else hardware.lookup(wanted)
+        row = hardware.cpu() if wanted == "cpu" else hardware.lookup(wanted)
         if row is None:
             raise document.error(f"unknown GPU {wanted!r}", at, suggest(wanted, hardware.table()))
     if row.kind == "cpu":
@@ -504,7 +504,7 @@ def _objective(
     if price is None:
         from tuner.search import hardware as table
 
-        row = table.detect()[0] if hardware.gpus == 0 else table.lookup(hardware.name)
+        row = table.cpu() if hardware.gpus == 0 else table.lookup(hardware.name)
         price = row.price_usd_per_hour if row else 1.0
     if not all(0 < usd < math.inf for usd in (price, *prices.values())):
         document.refuse("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))

@@ -267,7 +267,7 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
     if study.engine.kind == "command" and not _known_flags(study):
         return None, "nothing is known of a server whose flags are neither vLLM's nor SGLang's"
     on = device(study, study.space.gpu)
-    row = hardware.detect()[0] if study.hardware.gpus == 0 else hardware.lookup(on)
+    row = hardware.cpu() if study.hardware.gpus == 0 else hardware.lookup(on)
     if row is None:
         return None, f"{on} is not in the hardware table"
     if not model_config(study.model):
