@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from tests.search.problem import LOADS, launch, objective, space
 from tuner.search.acquisition import Front, LaunchCost, draws, gains, improvement, worth
@@ -15,7 +16,7 @@ from tuner.search.beliefs import Posterior
 from tuner.search.candidates import Candidates, correlations
 from tuner.search.ledger import Seen
 from tuner.search.reading import capacity, margin, read
-from tuner.search.surrogate import Prior, Rows, Surrogate, _components, fit
+from tuner.search.surrogate import LOAD_LENGTH, LOAD_SHARE, Prior, Rows, Surrogate, _components, fit
 from tuner.study.outcome import Infeasible, Measured
 
 
@@ -116,6 +117,49 @@ def test_the_fit_is_a_maximum():
             other = s.variances.copy()
             other[i] *= factor
             assert density(other) < here + 0.25
+
+
+def covariance(s: Surrogate, one: tuple, other: tuple) -> float:
+    """Of two points (code, place of the load, the sources' values), part by part as the module says."""
+    (code, place, sources), (known, there, theirs) = one, other
+    r = math.sqrt(5) * abs(place - there) / LOAD_LENGTH
+    near = (1 + r + r * r / 3) * math.exp(-r)  # Matern 5/2
+    mixed = (1 - LOAD_SHARE) + LOAD_SHARE * near
+    alike = [float(t[a, b]) for t, a, b in zip(s.tables, code, known, strict=True)]
+    constant, load, *singles, pair, own, _ = s.variances.tolist()
+    both = [
+        (s.importance[i] * s.importance[j], alike[i] * alike[j])
+        for i, j in itertools.combinations(range(len(alike)), 2)
+    ]
+    of_pairs = sum(w * k for w, k in both) / sum(w for w, _ in both) if both else 0.0
+    found = constant + load * near + mixed * sum(v * k for v, k in zip(singles, alike, strict=True))
+    found += pair * of_pairs * mixed + own * near * (tuple(code) == tuple(known))
+    return found + sum(f * g * sd**2 for f, g, sd in zip(sources, theirs, s.weight_sd, strict=True))
+
+
+@pytest.mark.parametrize("parameters", [0, 1, 5])
+def test_predictions_and_their_evidence_are_those_of_a_gaussian_process_worked_by_hand(parameters: int):
+    made = replace(space(), parameters=space().parameters[:parameters], rules=())
+    tables, rng = correlations(made), np.random.default_rng(parameters)
+    sizes = [len(t) - 1 for t in tables]
+    codes = np.array([[rng.integers(size) for size in sizes] for _ in range(4)], np.int64).reshape(4, parameters)
+    known = Rows(codes[[0, 0, 1, 2, 2]], rng.random(5), rng.normal(size=5), rng.normal(size=(5, 2)), rng.random(5) / 9)
+    s = fit(tables, known, Prior(), mean=0.3, prior_weights=[1.0, -0.5], weight_sd=[0.4, 0.2])
+    points = list(zip(known.codes.tolist(), known.load, known.sources, strict=True))
+    kernel = np.array([[covariance(s, one, other) for other in points] for one in points])
+    kernel += np.diag(s.variances[-1] + known.extra)
+    expected = s.mean + known.sources @ [1.0, -0.5]
+    asked, sources = rng.random((4, 3)), rng.normal(size=(4, 3, 2))
+    mean, sd = s.predict(codes, asked, sources)
+    for i, place in itertools.product(range(4), range(3)):
+        point = (codes[i].tolist(), asked[i, place], sources[i, place])
+        k = np.array([covariance(s, point, other) for other in points])
+        by_hand = s.mean + sources[i, place] @ [1.0, -0.5] + k @ np.linalg.solve(kernel, known.y - expected)
+        assert mean[i, place] == pytest.approx(by_hand, abs=1e-4)
+        left = covariance(s, point, point) - k @ np.linalg.solve(kernel, k)
+        assert sd[i, place] == pytest.approx(math.sqrt(left), rel=1e-4)
+    likelihood = stats.multivariate_normal.logpdf(known.y, expected, kernel)
+    assert s.evidence() == pytest.approx(likelihood + 2.5 * math.log(2 * math.pi), rel=1e-6)
 
 
 def test_two_configurations_that_give_the_same_server_are_one_candidate():
@@ -223,6 +267,21 @@ def test_a_draw_is_off_by_as_many_deviations_in_capacity_latency_and_cost():
     assert drawn == pytest.approx(gains(sure, front, LOADS, np.zeros((1, 3))), rel=1e-6) and drawn > 0
     sorted_in = np.sort(np.floor(special.ndtr(draws(3)) * len(draws(3))), axis=0)
     assert (sorted_in == np.arange(len(draws(3)))[:, None]).all()  # one in each part of the same probability
+
+
+def test_the_expected_gain_is_that_of_plain_draws_of_ladders_and_areas_counted_exactly():
+    """The growth of the hypervolume over 4,000 draws without strata, without a grid along the cost."""
+    front = Front(np.log([[2.0, 0.012], [1.2, 0.02]]), np.log([8.0, 0.1]))
+    one = replace(posterior(0.2, 0.6), cost_sd=np.full((1, 4), 0.15), capacity_sd=np.full(1, 0.6))
+    rng, grown, steps = np.random.default_rng(0), [], []
+    for capacity_off, latency_off, cost_off in rng.normal(size=(4000, 3)):
+        within = np.log(LOADS) <= one.capacity[0] + 0.6 * capacity_off
+        ladder = np.stack([one.cost[0] + 0.15 * cost_off, one.latency[0] + 0.2 * latency_off], axis=1)[within]
+        grown.append(front.with_points(ladder).volume() - front.volume())
+        steps.append(min(within.sum() + 1, len(LOADS)))
+    found = [worth(one, front, LOADS, LaunchCost(60, 30), draws(seed)) for seed in range(20)]
+    assert np.mean([f.gain[0] for f in found]) == pytest.approx(np.mean(grown), rel=0.04)
+    assert np.mean([f.gpu_seconds[0] for f in found]) == pytest.approx(60 + 30 * np.mean(steps), rel=0.02)
 
 
 def test_what_may_crash_gains_less_and_what_is_beaten_gains_nothing():

@@ -114,7 +114,7 @@ class Surrogate:
             table[:, c] = near[:, row_of == c].sum(1)
         level = self.mean + steady @ np.bincount(row_of, self.alpha, len(launched))
         mean, sd = np.empty((len(codes), n_loads)), np.zeros((len(codes), n_loads))
-        total = v[:-1].sum() if d else v[0] + v[1]
+        total = v[:-1].sum() - (v[2 + d] if d < 2 else 0.0)  # of one parameter there are no pairs
         for i in range(n_loads):
             f = sources[:, i, :]
             at = np.clip(places[:, i] / far, 0.0, 1.0) * LOOKUP
