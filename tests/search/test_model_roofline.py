@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 from tuner.search import hardware as table
 from tuner.search.hardware import Hardware
 from tuner.search.model import settings
-from tuner.search.model.constants import Constants
+from tuner.search.model.constants import Constants, Host
+from tuner.search.model.precision import Precision
 from tuner.search.model.roofline import StepTime
-from tuner.search.model.shape import ModelShape
+from tuner.search.model.settings import Settings, Speculation
+from tuner.search.model.shape import Attention, FeedForward, ModelShape
 from tuner.space.config import ServingConfig, Value
 
 SHAPES = Path(__file__).with_name("shapes")
@@ -29,6 +33,108 @@ def hardware(gpu: str) -> Hardware:
     found = table.lookup(gpu)
     assert found is not None
     return found
+
+
+# A server made up for its arithmetic: every number is another, so that none can stand for another unseen.
+MADE = ModelShape(
+    "made",
+    hidden=1024,
+    vocab=10_000,
+    tied=False,
+    attention=(
+        Attention("full", 3, 4e6, cache=512, heads=16, kv_heads=4, pair=128, decode_pair=130, kernels=9),
+        Attention("window", 2, 4e6, cache=512, heads=16, kv_heads=4, pair=128, decode_pair=130, kernels=9, window=100),
+        Attention("linear", 1, 5e6, cache=0, heads=16, kv_heads=16, pair=0, decode_pair=0, kernels=7, state=3000),
+        Attention(
+            "dsa", 2, 7e6, cache=640, heads=16, kv_heads=1, pair=300, decode_pair=310, kernels=20, window=200,
+            scan=64, scan_pair=500,
+        ),
+    ),
+    ffn=(FeedForward(3, 6e6, kernels=5), FeedForward(5, 1e6, experts=16, top_k=2, expert_weights=3e6, kernels=12)),
+    precision=Precision(),
+    heads=16,
+    kv_heads=4,
+    max_model_len=8192,
+)  # fmt: skip
+CARD = Hardware("made", 80 * 2**30, 1e12, {"bf16": 100e12, "fp8": 210e12}, 50e9, 30e-6, 1.0)
+EIGHT_BITS = Precision(8, 4, 16, "fp8", "bf16", act_quant=True, kv_bits=8)
+SHARES = Constants(0.8, 0.5, 0.25, 0.4, 0.6, 5e-6, {"vllm": Host(1e-3, 1e-5, 2e-2, 2e-5)})
+TWO_BY_THREE = Settings(2, 1, 3, True, 2048, 256, 16, 0.9, None, True, True, False, 8192, EIGHT_BITS)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    ("decodes", "context", "prefill", "seen", "drafts"),
+    [
+        (16, 1000, 0, 0, 0),
+        (16, 50, 100, 40, 0),  # within every window
+        (4, 1000, 700, 500, 2),  # without a graph
+        (0, 0, 300, 150, 0),
+        (300, 2000, 0, 0, 1),  # the head's arithmetic is longer than its reading
+    ],
+)
+def test_a_step_is_the_sum_of_its_parts_worked_by_hand(
+    decodes: int, context: int, prefill: int, seen: int, drafts: int, eager: bool, joint: bool
+) -> None:
+    step = StepTime(MADE, replace(TWO_BY_THREE, eager=eager, joint=joint), CARD, SHARES)
+    tp, dp, read, write = 2, 3, 1e12 * 0.8, 50e9 * 0.6
+    queries = decodes * (1 + drafts)
+    tokens = queries + prefill
+    mixing, feeding = 3 * 4e6 + 2 * 4e6 + 5e6 + 2 * 7e6, 3 * 6e6 + 5 * 1e6
+    mine = mixing + feeding / (dp if joint else 1)  # one byte each
+    linear = math.hypot(mine / tp / read, tokens * 2 * (mixing + feeding) / tp / (210e12 * 0.5))
+    head_bytes = 10_000 * 1024 * 2 / tp / (dp if joint else 1)
+    sampled = queries + (1 if prefill else 0)
+    head = max(head_bytes / read, sampled * 2 * 10_000 * 1024 / tp / (100e12 * 0.5))
+    touched = 16 * (1 - (1 - 2 / 16) ** (tokens * dp))
+    experts = math.hypot(
+        5 * touched * 3e6 / 2 / (tp * dp) / read,  # half a byte each
+        5 * tokens * 2 * 2 * 3e6 / tp / (100e12 * 0.25),
+    )
+    passes = 20 * 1024 * 8 + (3 * 6e6 + 5 * 2 * 3e6) / 3 / 1024 * 6 / tp + 5 * 2 * 4 * 1024
+    rows = tokens * 2 * passes / read
+    # one byte of cache; full and window split by 2; the latent cache lies on both ranks, its index of 64 is scanned
+    keys = [(3, 512 / 2, 0, math.inf, 130, 128), (2, 512 / 2, 0, 100, 130, 128), (2, 640 - 64, 64, 200, 310, 300)]
+    attention = decodes * 2 * 3000 * 2 / tp / read  # the state, read and written in 16 bits
+    for layers, cache, scan, window, pair, prompt_pair in keys:
+        reading = decodes * layers * (min(context, window) * cache + context * scan) / read
+        pairs = queries * min(context, window) * 2 * 16 / tp * layers * pair / (100e12 * 0.5)
+        index = 2 * 500 * layers / (210e12 * 0.4) if scan else 0.0
+        attention += max(reading, pairs + queries * context * index)
+        attention += prefill * min(seen, window) * 2 * 16 / tp * layers * prompt_pair / (100e12 * 0.4)
+        attention += prefill * seen * index
+    row = tokens * 1024 * 2
+    if joint:  # 8 blocks' rows are gathered and scattered over six, the other 8 reduced over two
+        sent, messages = 8 * 2 * (1 / 2) * row + 8 * 2 * (5 / 2) * row, 16
+    else:  # each token to its 2 experts' ranks and back
+        sent, messages = 16 * 2 * (1 / 2) * row + 5 * 2 * 2 * (2 / 3) * row / tp, 16
+    kernels = 3 * 13 + 2 * 13 + 11 + 2 * 24 + 3 * 5 + 5 * 12  # 4 more in each layer to quantize
+    kernel = 2e-5 * 1.5 if eager else 2e-5 if tokens > 512 else 5e-6
+    overhead = kernels * kernel + messages * 20e-6 + 1e-3 + decodes * 1e-5
+    expected = linear + head + experts + rows + attention + sent / write + overhead
+    assert step.step(decodes, context, prefill, seen, drafts) == pytest.approx(expected, rel=1e-9)
+
+
+def test_prompts_attention_and_drafts_take_what_their_parts_take() -> None:
+    step = StepTime(MADE, TWO_BY_THREE, CARD, SHARES)
+    tokens, seen = np.array([50.0, 3000.0]), np.array([25.0, 1500.0])
+    found = step.prefill_attention_s(tokens, seen)
+    for n, span, s in zip(tokens, seen, found, strict=True):
+        heads = 2 * 16 / 2 / (100e12 * 0.4)
+        pairs = 3 * span * 128 + 2 * min(span, 100) * 128 + 2 * min(span, 200) * 300
+        assert s == pytest.approx(n * (heads * pairs + span * 2 * 500 * 2 / (210e12 * 0.4)))
+    whole, draft = step.step(8, 1000), replace(MADE, ffn=(FeedForward(8, 1e6),))
+
+    def drafting(method: str, shape: ModelShape | None = None) -> float:
+        return step.draft_s(Speculation(method, 3, 0.7), 8, 1000, MADE, shape)
+
+    assert drafting("ngram") == drafting("suffix") == 0.2e-3
+    head = max(10_000 * 1024 * 2 / 2 / 0.8e12, 8 * 2 * 10_000 * 1024 / 2 / 50e12)
+    for layer_and_head in ("eagle", "mtp", "medusa"):
+        assert drafting(layer_and_head) == pytest.approx(3 * ((whole - 1e-3) / 8 + head))
+    assert drafting("draft_model") == pytest.approx(3 * 0.1 * whole)
+    assert drafting("draft_model", draft) == 3 * StepTime(draft, TWO_BY_THREE, CARD, SHARES).step(8, 1000)
 
 
 def test_decoding_one_sequence_is_at_least_reading_the_weights_once() -> None:
