@@ -1,5 +1,7 @@
 """What a study file may not say: numbers that would spoil or waste a study, and files that are something else."""
 
+from pathlib import Path
+
 import pytest
 from ruamel.yaml import YAML
 
@@ -199,3 +201,20 @@ def test_a_copy_of_a_study_folders_file_is_no_study_of_its_own(workplace):
 def test_lists_in_lists_without_end_are_no_study(tmp_path):
     with pytest.raises(UsageError, match="nested too deeply"):
         studyfile.load(write(tmp_path, "[" * 100_000))
+
+
+def test_a_file_that_nobody_wrote_by_hand_is_refused_before_it_is_read(tmp_path):
+    rows = "".join(f"{i * 0.25},100,10\n" for i in range(100_000))  # a trace: as YAML it takes seconds and gigabytes
+    path = write(tmp_path, "arrival_s,input_tokens,output_tokens\n" + rows, "traffic.csv")
+    with pytest.raises(UsageError) as error:
+        studyfile.load(path)
+    assert str(error.value) == f"{path}: more than 1 MiB is no study file. Is it a trace? Name the YAML file"
+    with pytest.raises(UsageError, match="more than 1 MiB"):
+        studyfile.load(Path("/dev/zero"))
+
+
+def test_a_link_to_nothing_is_not_suggested_in_its_own_place(tmp_path):
+    (tmp_path / "study.yaml").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError) as error:
+        studyfile.load(tmp_path / "study.yaml")
+    assert str(error.value) == f"{tmp_path}/study.yaml: no such study file"

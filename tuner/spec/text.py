@@ -24,6 +24,7 @@ M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 Loc = Sequence[str | int]
 MOST_ENTRIES = 200_000
+MOST_BYTES = 1 << 20  # a minute of reading; nobody writes so much, but a trace may be named in place of a study
 
 
 def _no_switch(why: str) -> BeforeValidator:
@@ -118,9 +119,13 @@ def read(path: Path, kind: str) -> Document:
     """Reads a YAML mapping. ``kind`` names it in errors (``study``, ``search space``)."""
     shown = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise UsageError(f"more than 1 MiB is no {kind} file", where=shown, fix="Is it a trace? Name the YAML file")
+        text = raw.decode("utf-8")
     except FileNotFoundError:
-        near = suggest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        near = suggest(path.name, [p.name for p in path.parent.glob("*.y*ml") if p.exists()])
         raise UsageError(f"no such {kind} file", where=shown, fix=near) from None
     except OSError as error:
         raise UsageError(f"cannot read this {kind} file ({error})", where=shown) from None
