@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,10 @@ def test_a_gpu_that_tuner_cannot_tune_is_not_called_none(monkeypatch):
     assert (
         row and row.kind == "cpu" and words.startswith("no NVIDIA GPU (an AMD GPU is here, which tuner cannot tune);")
     )
+
+
+def test_our_table_is_read_once_and_nobody_changes_it():
+    hardware.table().clear()
+    began = time.process_time()
+    assert len({hardware.device_of(f"{name} ") for name in hardware.table()}) == len(hardware.table())
+    assert time.process_time() - began < 1  # a reading takes a fifth of a second

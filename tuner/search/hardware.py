@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,8 +81,12 @@ class Hardware:
 def table(extra: str | Path | None = None) -> dict[str, Hardware]:
     """All rows by name: ours, then the user's file ``extra``, whose rows win. Raises :class:`UsageError` with file and
     line where a row is wrong."""
-    rows = _read(_TABLE)
-    return {**rows, **_read(Path(extra))} if extra else rows
+    return {**_ours(), **(_read(Path(extra)) if extra else {})}
+
+
+@cache
+def _ours() -> Mapping[str, Hardware]:
+    return _read(_TABLE)  # once: every price and every name of a GPU asks for it
 
 
 def lookup(name: str, rows: Mapping[str, Hardware] | None = None) -> Hardware | None:
