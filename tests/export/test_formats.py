@@ -339,6 +339,21 @@ def test_remote_code_is_trusted_in_the_export_where_the_study_trusted_it(made):
     assert "trust-remote-code: true" in export(store, trusting)["best-config.yaml"]
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_serves_random_weights_says_so_and_how_to_serve_the_model(tmp_path: Path, format):
+    # a study of speed alone may take them; whoever deploys its file would serve them
+    store = Store(tmp_path / "s")
+    config = ServingConfig("Qwen/Qwen3-8B", {}, {"load-format": "dummy"})
+    store.start_trial(0, config, {}, baseline=True, started_s=studies.START_S)
+    store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=studies.START_S + 60)
+    texts = export(store, studies.study(tmp_path / "s"), format)
+    head = next(text for name, text in texts.items() if not name.endswith(".env"))
+    assert "# RANDOM WEIGHTS (load-format dummy)" in head
+    if format == "vllm":
+        lines = head.splitlines()
+        assert lines[lines.index("load-format: dummy") - 1].endswith("take this out to serve the model")
+
+
 def test_a_file_tells_of_its_configurations_own_launch_and_no_interval_where_none_is_known(tmp_path: Path):
     store = Store(tmp_path / "s")
     for number, (params, tokens_per_s, boot_s) in enumerate(((PARAMS, 2000, 90.0), ({}, 1000, 30.0))):

@@ -71,6 +71,11 @@ class Deployment:
         return comments((*lines, *self.about)) + promise_block(self.promise)
 
 
+def random_weights(flags: Mapping[str, Value | None]) -> bool:
+    """Whether a server with ``flags`` makes its weights up: good for a measurement, not for answers."""
+    return flags.get("load-format") == "dummy"
+
+
 def _is_folder(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~")) or Path(model).is_dir()
 
@@ -214,6 +219,8 @@ def _about(
         lines.append(f"quality: {said}")
     if point.config.model_variant:
         lines.append(f"The model was served as its variant {point.config.model_variant!r}.")
+    if random_weights(point.config.flags):
+        lines.append("RANDOM WEIGHTS (load-format dummy): the answers mean nothing until that flag is taken out.")
     return tuple(lines)
 
 
@@ -263,5 +270,7 @@ def _comments(study: Study, flags: Mapping[str, Value | None], effects: Mapping[
             words.append(f"{p.name} (default {default})" + (f": {p.trades}" if p.trades else ""))
         if not parameters:
             words.append("given to every server, not tuned")
+        if random_weights({flag: flags[flag]}):
+            words.append("RANDOM WEIGHTS: take this out to serve the model")
         found[flag] = "; ".join(words)
     return found
