@@ -83,6 +83,27 @@ def test_flags_that_stand_in_for_each_other_are_not_both_dropped():
     assert any(e.why == "needed together with others" for e in found.effects)
 
 
+@pytest.mark.parametrize(("launches", "kept"), [(18, "be"), (24, "b")])
+def test_of_flags_that_stand_in_for_each_other_one_goes_where_launches_are_left_to_measure_the_rest(launches, kept):
+    found, machine = quiet(lambda config: 1.1 if on(config, "b") or on(config, "e") else 1.0, launches, "be")
+    assert sorted(found.params) == list(kept) and len(machine.labels) == launches
+
+
+@pytest.mark.parametrize(("launches", "looks"), [(29, 1), (30, 2)])
+def test_flags_return_one_by_one_while_launches_are_left_to_look_twice_again(launches, looks):
+    """Each of two is worth a little alone, and together more: with the launches for one look more both return."""
+    found, machine = quiet(lambda config: (1.0, 1.065, 1.1)[on(config, "b") + on(config, "e")], launches, "be")
+    assert sorted(found.params) == ["b", "e"]
+    assert len({label.split(" ", 2)[2] for label in machine.labels if "keeping" in label}) == looks
+
+
+def test_a_flag_is_set_back_again_until_its_effect_is_proven_and_no_longer():
+    found, machine = quiet(lambda config: 0.96 ** (2 - on(config, "b") - on(config, "e")))
+    assert {e.parameter for e in found.effects if e.why == "its effect is proven"} == {"b", "e"}
+    rounds = {name: sum(f"without {name}" in label for label in machine.labels) for name in FLAGS}
+    assert rounds == {**dict.fromkeys(FLAGS, 4), "e": 3}
+
+
 def test_without_any_effect_the_smallest_config_is_the_default():
     found, machine = quiet(lambda _config: 1.0)
     assert found.params == {} and found.config.flags == {}
