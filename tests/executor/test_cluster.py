@@ -27,6 +27,12 @@ def test_nodes_have_short_unique_names_and_say_what_gpu_they_have():
     assert (three.name, three.alive, three.device, three.why_gone) == ("box/000003", False, "L4", "preempted")
 
 
+def test_a_node_has_the_name_that_the_studys_own_table_gives_its_gpu():
+    own = [dict(name="mine", match=["H100"], memory_gib=80, bandwidth=3000, tflops={"bf16": 900}, source="s")]
+    (node,) = cluster.named([entry(1, GPU=4.0, **{"accelerator_type:H100": 1.0})], own)
+    assert node.device == "mine"
+
+
 def test_a_node_costs_what_the_study_says_of_its_type_else_what_the_table_says(tmp_path):
     study = studies.study(tmp_path)
     objective = replace(study.objective, price_usd_per_gpu_hour=1.5, prices={"H100": 2.25})

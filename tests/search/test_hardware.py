@@ -77,7 +77,7 @@ def test_a_user_s_row_adds_to_the_table_and_wins(tmp_path: Path) -> None:
         "- {name: R100, match: [R100], memory_gib: 288, bandwidth: 13000, tflops: {bf16: 4000}, source: mine}\n"
         "- {name: L4, match: [L4], memory_gib: 22.5, bandwidth: 250, tflops: {bf16: 100}, source: measured here}\n"
     )
-    rows = hardware.table(file)
+    rows = hardware.table(hardware.written(file))
     assert rows["R100"].memory_bytes == 288 * GIB
     assert rows["L4"].bandwidth_bytes_per_s == 250e9
     assert "H200" in rows
@@ -87,7 +87,7 @@ def test_a_user_s_row_adds_to_the_table_and_wins(tmp_path: Path) -> None:
 def test_a_user_s_row_that_matches_as_ours_does_wins_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("- {name: mine, match: [H100], memory_gib: 80, bandwidth: 3000, tflops: {bf16: 900}, source: s}\n")
-    found = hardware.lookup("NVIDIA H100 80GB HBM3", hardware.table(file))
+    found = hardware.lookup("NVIDIA H100 80GB HBM3", hardware.table(hardware.written(file)))
     assert found is not None and found.name == "mine"
 
 
@@ -98,7 +98,7 @@ def test_what_a_row_says_is_read_in_its_units(tmp_path: Path) -> None:
         " link_latency_us: 8, op_us: 9, unpack_gweights: 10, price: 11, capability: 12.5, match: [X, 3], source: s}\n"
         "- {name: Y, memory_gib: 2, bandwidth: 3, tflops: {bf16: 4}, source: s}\n"
     )
-    rows = hardware.table(file)
+    rows = hardware.table(hardware.written(file))
     assert rows["X"] == hardware.Hardware(
         name="X",
         memory_bytes=2 * GIB,
@@ -143,7 +143,7 @@ def test_a_wrong_row_is_refused_with_its_line(tmp_path: Path, row: str, says: st
     file = tmp_path / "mine.yaml"
     file.write_text(f"# mine\n- {{name: ok, memory_gib: 1, bandwidth: 1, tflops: {{bf16: 1}}, source: s}}\n- {row}\n")
     with pytest.raises(UsageError, match=says) as caught:
-        hardware.table(file)
+        hardware.table(hardware.written(file))
     assert caught.value.where == f"{file}:3"
 
 
@@ -156,7 +156,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str | None, says: str
     if text:
         file.write_text(text)
     with pytest.raises(UsageError, match=says) as caught:
-        hardware.table(file)
+        hardware.table(hardware.written(file))
     assert caught.value.where == str(file)
 
 

@@ -10,12 +10,13 @@ import pytest
 from tests.server.test_gpu import Nvml
 from tests.spec.conftest import workplace as workplace
 from tuner.errors import UsageError
+from tuner.executor import cluster
 from tuner.search import hardware
 from tuner.search.model.predictor import AnalyticModel
 from tuner.spec import studyfile
 from tuner.spec.study import Study
 from tuner.study import workload
-from tuner.study.session import check_env, model_of, prepare
+from tuner.study.session import check_env, gpu_here, model_of, opened, prepare
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -82,6 +83,67 @@ def test_a_study_of_a_machines_cpus_is_one_of_its_cpus_whatever_gpu_it_has(
     assert study.objective.price_usd_per_gpu_hour == here.price_usd_per_hour
     model, _ = model_of(study, workload.read(study))
     assert model is not None and model.hardware == here
+
+
+OWN = (
+    "- {name: R100, match: [Rubin], memory_gib: 288, bandwidth: 13000, tflops: {bf16: 4000}, price: 7, source: mine}\n"
+)
+
+
+def of_gpu(workplace: Path, monkeypatch: pytest.MonkeyPatch, hardware: str) -> Study:
+    """A study on a machine with two GPUs that have no row in the hardware table."""
+    gpu = {"name": "NVIDIA Rubin", "total": 100 * 2**30, "capability": (12, 0)}
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(gpu, gpu))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (workplace / "rows.yaml").write_text(OWN)
+    (file := workplace / "study.yaml").write_text(
+        CPU.replace("KIND", "vllm").replace("VALUE", "4").replace("{gpu: WHERE}", hardware)
+    )
+    return studyfile.load(file)
+
+
+def test_a_gpu_without_a_row_is_studied_without_a_model_as_its_driver_describes_it(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = of_gpu(workplace, monkeypatch, "{gpu: auto}")
+    assert (study.hardware.name, study.hardware.gpus) == ("NVIDIA Rubin", 2)
+    assert study.hardware.memory_bytes == 100 * 2**30
+    assert (study.space.facts["platform"], study.space.facts["compute_capability"]) == ("cuda", 12.0)
+    model, why = model_of(study, workload.read(study))
+    assert model is None and "NVIDIA Rubin is not in the hardware table (hardware: {table: FILE}" in why
+    assert study.objective.price_assumed
+
+
+def test_a_studys_own_table_names_its_gpu_prices_it_and_gives_it_a_model_also_when_the_file_is_gone(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = of_gpu(workplace, monkeypatch, "{table: rows.yaml}")
+    assert (study.hardware.name, study.hardware.gpus, study.objective.price_usd_per_gpu_hour) == ("R100", 2, 7)
+    study = replace(study, folder=str(workplace / "study"))
+    with opened(study):
+        pass
+    (workplace / "rows.yaml").unlink()
+    kept = studyfile.load(workplace / "study")
+    assert not studyfile.differences(kept, study)
+    for one in (study, kept):
+        model, _ = model_of(one, workload.read(one))
+        assert model is not None and model.hardware.bandwidth_bytes_per_s == 13e12
+        assert gpu_here(one) == cluster.device(one, "Rubin") == "R100"  # as drivers and Ray call it
+        assert cluster.price(one, "R100") == 7
+
+
+def test_an_own_row_is_what_hardware_names_and_a_wrong_one_has_its_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = of_gpu(workplace, monkeypatch, "{table: rows.yaml, gpu: r100, gpus: 4}")
+    assert (study.hardware.name, study.hardware.gpus, study.hardware.memory_bytes) == ("R100", 4, 288 * 2**30)
+    with pytest.raises(UsageError, match=r"unknown GPU .* hardware: \{table: FILE\}"):
+        of_gpu(workplace, monkeypatch, "{gpu: R200}")
+    with pytest.raises(UsageError, match=r"study.yaml:6: no such hardware table: row.yaml"):
+        of_gpu(workplace, monkeypatch, "{table: row.yaml}")
+    monkeypatch.setattr(sys.modules[__name__], "OWN", OWN + "- {name: X}\n")
+    with pytest.raises(UsageError, match=r"rows.yaml:2: a row of the hardware table needs bandwidth"):
+        of_gpu(workplace, monkeypatch, "{table: rows.yaml}")
 
 
 @pytest.mark.parametrize("kind", ["emulator", "vllm"])

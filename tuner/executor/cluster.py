@@ -14,7 +14,7 @@ from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Place
 from tuner.search import hardware
 from tuner.space.config import ServingConfig
-from tuner.spec.study import Study
+from tuner.spec.study import Rows, Study
 
 TYPE = "accelerator_type:"  # Ray's own resource for the type of a node's accelerator
 _INSTALL = 'pip install -e ".[ray]" in tuner\'s checkout'
@@ -41,8 +41,9 @@ class Node:
 class Watch:
     """The connected cluster's nodes, at most a second old. ``avoid``: the ids of those that get no more trials."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: Rows = ()) -> None:
         self.avoid: set[str] = set()
+        self._own = own  # the study's rows of the hardware table
         self.lost = False  # the head is gone: whatever is asked of Ray would wait for it
         self._nodes: list[Node] = []
         self._looked_s = -_LOOK_S
@@ -51,7 +52,7 @@ class Watch:
     def nodes(self, fresh: bool = False) -> list[Node]:
         """Every node that the cluster has or had. Raises ``EnvironmentFault`` where its head is gone."""
         if (fresh or time.monotonic() - self._looked_s >= _LOOK_S) and self._head_answers():
-            self._looked_s, self._nodes = time.monotonic(), nodes()
+            self._looked_s, self._nodes = time.monotonic(), nodes(self._own)
         return self._nodes
 
     def _head_answers(self) -> bool:
@@ -102,21 +103,21 @@ def _reach(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
 
 
-def nodes() -> list[Node]:
-    """Every node that the connected cluster has or had."""
+def nodes(own: Rows = ()) -> list[Node]:
+    """Every node that the connected cluster has or had, by the names of the hardware table with a study's ``own``."""
     import ray
 
-    return named(sorted(ray.nodes(), key=lambda entry: entry["NodeID"]))
+    return named(sorted(ray.nodes(), key=lambda entry: entry["NodeID"]), own)
 
 
-def survey(address: str, wanted: str = "") -> Node:
+def survey(address: str, wanted: str = "", own: Rows = ()) -> Node:
     """The node with the most GPUs (of the type ``wanted``): what a study on this cluster may use per launch.
 
     Raises ``EnvironmentFault`` where the cluster has several types and none is named.
     """
     connect(address)
-    alive = [node for node in nodes() if node.alive]
-    same = [node for node in alive if not wanted or node.device == hardware.device_of(wanted)] or alive
+    alive = [node for node in nodes(own) if node.alive]
+    same = [node for node in alive if not wanted or node.device == hardware.device_of(wanted, own)] or alive
     types = sorted({node.device for node in same if node.gpus and node.device})
     if len(types) > 1:
         fix = f"name one: hardware: {{gpu: {types[0]}}}; a parameter of the search space may compare them"
@@ -128,19 +129,19 @@ def survey(address: str, wanted: str = "") -> Node:
 
 def price(study: Study, device: str) -> float:
     """USD per GPU-hour on ``device``: the study's mapping, else its price for its own hardware, else the table's."""
-    objective = study.objective
-    given = {hardware.device_of(name): usd for name, usd in objective.prices.items()}
+    objective, own = study.objective, study.hardware.rows
+    given = {hardware.device_of(name, own): usd for name, usd in objective.prices.items()}
     if device in given:
         return given[device]
     if not device or device == study.hardware.name:
         return objective.price_usd_per_gpu_hour
-    row = hardware.lookup(device)
+    row = hardware.lookup(device, hardware.table(own))
     return row.price_usd_per_hour if row and row.kind == "gpu" else objective.price_usd_per_gpu_hour
 
 
 def device(study: Study, wanted: str) -> str:
     """The hardware table's name for the type of GPU that is ``wanted`` (empty: the study's own)."""
-    return hardware.device_of(wanted) or study.hardware.name
+    return hardware.device_of(wanted, study.hardware.rows) or study.hardware.name
 
 
 def price_of(study: Study, config: ServingConfig) -> float:
@@ -153,8 +154,8 @@ def place_of(study: Study, config: ServingConfig) -> Place:
     return Place("", device(study, config.gpu), price_of(study, config))
 
 
-def named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:
-    """Ray's node entries as nodes."""
+def named(entries: Iterable[Mapping[str, Any]], own: Rows = ()) -> list[Node]:
+    """Ray's node entries as nodes; ``own`` as for :func:`nodes`."""
     found, seen = [], set[str]()
     for entry in entries:
         resources, labels = entry.get("Resources") or {}, entry.get("Labels") or {}
@@ -173,7 +174,7 @@ def named(entries: Iterable[Mapping[str, Any]]) -> list[Node]:
                 gpus=int(resources.get("GPU", 0)),
                 cpus=int(resources.get("CPU", 0)),
                 type=word,
-                device=hardware.device_of(word),
+                device=hardware.device_of(word, own),
                 why_gone=str(entry.get("DeathReasonMessage") or ""),
             )
         )

@@ -63,7 +63,7 @@ class RayExecutor:
         guard = bench.quality if isinstance(bench.quality, QualityGuard) else None
         races = bench.beaten is not unbeaten
         kit = Kit(self._study, guard.prompts if guard else None, races, self._study.executor.store)
-        self._watch = cluster.Watch()
+        self._watch = cluster.Watch(self._study.hardware.rows)
         self._desk = Desk(self._ray, bench)
         self._seats = Seats(self._ray, kit, self._desk.line, self._watch, bench.engine.emulated)
         self._runs: dict[int, _Run] = {}

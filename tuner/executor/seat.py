@@ -16,7 +16,6 @@ from tuner.executor.line import Home
 from tuner.executor.local import at_price, check, engine_of
 from tuner.executor.protocol import Job, Place
 from tuner.load.trace import Trace
-from tuner.search import hardware
 from tuner.server.gpu import Gpus
 from tuner.server.tree import Pid
 from tuner.spec.study import Study
@@ -73,7 +72,7 @@ class Seat:
         import ray
 
         node_id = ray.get_runtime_context().get_node_id()
-        node = next(node for node in cluster.nodes() if node.id == node_id)
+        node = next(node for node in cluster.nodes(self._kit.study.hardware.rows) if node.id == node_id)
         return node_id, self._place(node)
 
     def trial(self, job: Job, place: Place, beside: Mapping[str, bytes]) -> Report:
@@ -137,9 +136,9 @@ class Seat:
         from tuner.verify.fingerprint import driver
 
         gpus, mine = Gpus(), gpu_indices()
-        device = hardware.device_of(gpus.name(mine[0])) if mine and len(gpus) else node.device
-        device = device or self._kit.study.hardware.name
-        return Place(node.name, device, cluster.price(self._kit.study, device), driver())
+        study = self._kit.study
+        device = cluster.device(study, gpus.name(mine[0]) if mine and len(gpus) else node.device)
+        return Place(node.name, device, cluster.price(study, device), driver())
 
     def _begin(self, job: Job, place: Place, beside: Mapping[str, bytes]) -> _Launch:
         root = Path(tempfile.mkdtemp(prefix=_prefix()))

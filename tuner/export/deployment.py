@@ -166,18 +166,19 @@ def _promise(
         cost=(point.cost, *(point.cost_interval or unknown)),
         latency_metric=study.objective.latency,
         latency=(point.latency, *(point.latency_interval or unknown)),
-        fingerprint=Fingerprint.from_dict(known | dict(noted.get("fingerprint") or {}) | _node(noted)),
+        fingerprint=Fingerprint.from_dict(known | dict(noted.get("fingerprint") or {}) | _node(study, noted)),
         spread=spread,
         confidence=confidence,
         details={"role": point.role, PRICE: trial.price or study.objective.price_usd_per_gpu_hour},
     )
 
 
-def _node(noted: Mapping[str, Any]) -> dict[str, str]:
+def _node(study: Study, noted: Mapping[str, Any]) -> dict[str, str]:
     """GPU and driver of a trial that ran on another machine: the fingerprint of its record is of the tuner's own."""
     if not noted.get("node"):
         return {}
-    return {"gpu": device_of(str(noted.get("device") or "")), "driver": str(noted.get("driver") or "")}
+    gpu = device_of(str(noted.get("device") or ""), study.hardware.rows)
+    return {"gpu": gpu, "driver": str(noted.get("driver") or "")}
 
 
 def _about(

@@ -21,7 +21,6 @@ from tuner.pareto.changes import baseline_of, describe
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import recommended
 from tuner.pareto.traffic import per_request
-from tuner.search.hardware import device_of
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo
 from tuner.spec.study import Study
@@ -132,17 +131,19 @@ def _verified(
         raise NothingFeasible(choice.text)
     rows = {str(row["config"]): row for row in known.rows}
     configs = {t.number: t.config for t in trials}
-    by_kind: dict[tuple[str, int], tuple[Arm, ServingConfig]] = {_kind(known.config): (known.chosen, known.config)}
+    by_kind: dict[tuple[str, int], tuple[Arm, ServingConfig]] = {
+        _kind(study, known.config): (known.chosen, known.config)
+    }
     left = []
     for arm in sorted(known.arms, key=lambda a: a.cost[0]):
         number = rows.get(arm.label, {}).get("trial")
         config = configs.get(number) if number is not None else None
         if not arm.holds or config is None or arm.label == known.choice:
             continue
-        if _kind(config) in by_kind:
+        if _kind(study, config) in by_kind:
             left.append(arm.label)
         else:
-            by_kind[_kind(config)] = (arm, config)
+            by_kind[_kind(study, config)] = (arm, config)
     notes = [f"{study.name}: {', '.join(left)} held too, at the same price per replica: not offered."] if left else []
     offers = []
     for arm, config in by_kind.values():
@@ -167,8 +168,8 @@ def _searched(study: Study, trials: Sequence[TrialRecord], confidence: float) ->
     spread = launch_spread(trials)
     sd, learnt = launch_sd(spread)
     offers = []
-    by_kind = sorted(search, key=lambda t: _kind(t.config))
-    for _, group in itertools.groupby(by_kind, key=lambda t: _kind(t.config)):
+    by_kind = sorted(search, key=lambda t: _kind(study, t.config))
+    for _, group in itertools.groupby(by_kind, key=lambda t: _kind(study, t.config)):
         own = list(group)
         choice = choose(own, study.objective)
         if choice.point is None:
@@ -235,9 +236,9 @@ def _offer(
     )
 
 
-def _kind(config: ServingConfig) -> tuple[str, int]:
+def _kind(study: Study, config: ServingConfig) -> tuple[str, int]:
     """What decides the price of a replica."""
-    return device_of(config.gpu), config.gpus
+    return device(study, config.gpu), config.gpus
 
 
 def _named(offers: Sequence[Offer]) -> tuple[Offer, ...]:

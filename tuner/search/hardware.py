@@ -1,4 +1,4 @@
-"""The hardware a study runs on: a row of the table in gpus.yaml, or of the user's own."""
+"""The hardware a study runs on: a row of the table in gpus.yaml, or of the study's own (``hardware.table``)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any, cast
 from tuner.errors import UsageError
 from tuner.server.gpu import Gpus
 from tuner.spec.facts import cpu_flags
+from tuner.spec.study import Rows
+from tuner.spec.text import plain
 
 _TABLE = Path(__file__).with_name("gpus.yaml")
 _NEEDED = frozenset({"name", "memory_gib", "bandwidth", "tflops", "source"})
@@ -78,15 +80,14 @@ class Hardware:
         )
 
 
-def table(extra: str | Path | None = None) -> dict[str, Hardware]:
-    """All rows by name: ours, then the user's file ``extra``, whose rows win. Raises :class:`UsageError` with file and
-    line where a row is wrong."""
-    return {**_ours(), **(_read(Path(extra)) if extra else {})}
+def table(own: Rows = ()) -> dict[str, Hardware]:
+    """All rows by name: ours, then a study's ``own`` (:func:`written`), which win."""
+    return {**_ours(), **{str(row["name"]): _row(row, "hardware.table") for row in own}}
 
 
 @cache
 def _ours() -> Mapping[str, Hardware]:
-    return _read(_TABLE)  # once: every price and every name of a GPU asks for it
+    return {row.name: row for _, row in _read(_TABLE)}  # once: every price and every name of a GPU asks for it
 
 
 def lookup(name: str, rows: Mapping[str, Hardware] | None = None) -> Hardware | None:
@@ -102,32 +103,33 @@ def lookup(name: str, rows: Mapping[str, Hardware] | None = None) -> Hardware | 
     return max(matching, key=lambda row: len(row.match), default=None)
 
 
-def device_of(word: str) -> str:
+def device_of(word: str, own: Rows = ()) -> str:
     """The hardware table's name for what Ray, a driver or a user calls a GPU; the word itself where it has no row."""
-    row = lookup(word) if word else None
+    row = lookup(word, table(own)) if word else None
     return row.name if row else word
 
 
-def detect(probe: Callable[[], tuple[str, int] | None] | None = None) -> tuple[Hardware | None, str]:
+def detect(own: Rows = (), probe: Callable[[], tuple[str, int] | None] | None = None) -> tuple[Hardware | None, str]:
     """The hardware of this machine and a line that says what was found.
 
     ``probe`` gives the first GPU's name and memory in bytes, or None without a GPU (NVML by default).
-    A GPU without a row: None, and which row to add; no GPU: the CPU's row.
+    A GPU without a row: None, and how to give it one; no GPU: the CPU's row.
     """
-    found = (probe or _nvml)()
+    found = (probe or gpu)()
     if found is None:
         row = cpu()
         strange = strangers()
         none = f"no NVIDIA GPU ({strange} is here, which tuner cannot tune)" if strange else "no GPU"
         return row, f"{none}; {row.cores} CPU cores as {row.name}"
-    rows = table()
+    rows = table(own)
     name, memory_bytes = found
     row = lookup(name, rows)
     if row is None:
         near = nearest(memory_bytes, rows)
         return None, (
             f"{name} ({memory_bytes / 2**30:.0f} GiB) is not in the hardware table: the search works without a model. "
-            f"Nearest by memory is {near.name}; copy its row in {_TABLE} and put {name}'s figures in"
+            f"A row of your own gives it one (hardware: {{table: FILE}}): copy that of {near.name}, the nearest by "
+            f"memory, from {_TABLE} and put {name}'s figures in"
         )
     return replace(row, memory_bytes=memory_bytes), f"{name} as {row.name}"
 
@@ -151,8 +153,8 @@ def nearest(memory_bytes: int, rows: Mapping[str, Hardware]) -> Hardware:
     return min(gpus, key=lambda row: abs(row.memory_bytes - memory_bytes))
 
 
-def _nvml() -> tuple[str, int] | None:
-    """Name and memory of the first GPU that this process may use; None where there is none."""
+def gpu() -> tuple[str, int] | None:
+    """Name and memory in bytes of the first GPU that this process may use; None where there is none."""
     gpus = Gpus()
     mine = gpus.visible()
     return (gpus.name(mine[0]), gpus.memory_total(mine[0])) if mine else None
@@ -168,7 +170,13 @@ def cpu() -> Hardware:
     return table()[name].with_cores(cores, int(psutil.virtual_memory().total))
 
 
-def _read(path: Path) -> dict[str, Hardware]:
+def written(path: Path) -> tuple[dict[str, Any], ...]:
+    """The rows of the user's file as they stand there, for :func:`table`. Raises :class:`UsageError` with file and line
+    where one is wrong."""
+    return tuple(entry for entry, _ in _read(path))
+
+
+def _read(path: Path) -> list[tuple[dict[str, Any], Hardware]]:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -176,13 +184,12 @@ def _read(path: Path) -> dict[str, Hardware]:
         entries: Any = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError("no such hardware table", where=str(path)) from None
-    except (OSError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise UsageError(f"cannot read the hardware table: {error}", where=str(path)) from None
     if not isinstance(entries, list):
         raise UsageError("a hardware table is a list of rows", where=str(path), fix=f"See {_TABLE}")
     lines = cast(Any, entries).lc  # ruamel keeps where each item stood
-    rows = [_row(entry, f"{path}:{lines.item(i)[0] + 1}") for i, entry in enumerate(entries)]
-    return {row.name: row for row in rows}
+    return [(plain(entry), _row(entry, f"{path}:{lines.item(i)[0] + 1}")) for i, entry in enumerate(entries)]
 
 
 def _row(entry: Any, where: str) -> Hardware:

@@ -37,6 +37,7 @@ class ExecutorFile(Strict):
 
 class HardwareFile(Strict):
     gpu: str = "auto"
+    table: str = ""  # a file of rows like those of tuner/search/gpus.yaml, which win over them
     gpus: Annotated[int | Literal["auto"], NUMERIC] = "auto"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from tuner.spec.storage import StorageSpec
 MIN_GAIN = 0.003  # budget.min_gain where the study says none
 COUNTED = "counts_fixed"  # see spacefile.as_before
 RULES = ("planned_ends", "fills_cache", COUNTED)  # that are newer than some studies: those go on without
+
+
+Rows = Sequence[Mapping[str, Any]]  # of a study's own hardware table, as its user wrote them
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class HardwareSpec:
-    """``name`` of the GPU (a row of the hardware table) or ``cpu``; how many ``gpus`` the study may use."""
+    """``name`` of the GPU (a row of the hardware table, else as its driver calls it) or ``cpu``; how many ``gpus`` the
+    study may use. ``rows`` are the study's own of the hardware table (``tuner.search.hardware.table``)."""
 
     name: str
     gpus: int
     memory_bytes: int = 0
+    rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

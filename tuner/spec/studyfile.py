@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,23 @@ from tuner.spec import storage as storage_
 from tuner.spec.objective import Objective, QualityFloor
 from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFile, StorageFile, StudyFile, TraceFile
 from tuner.spec.spacefile import NO_SWITCH, as_before, build, off
-from tuner.spec.study import COUNTED, RULES, Budget, EngineSpec, ExecutorSpec, HardwareSpec, LoadSpec, Study, TraceSpec
+from tuner.spec.study import (
+    COUNTED,
+    RULES,
+    Budget,
+    EngineSpec,
+    ExecutorSpec,
+    HardwareSpec,
+    LoadSpec,
+    Rows,
+    Study,
+    TraceSpec,
+)
 from tuner.spec.text import Document, check_env, check_flags, read, suggest, twice, validate
 
 MOST_WINDOWS, MOST_TOKENS = 1_000, 10_000_000
 USUAL_LADDER = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # until the ladder is settled, or where nobody can ask
+_ROWS = "write rows like those of tuner/search/gpus.yaml into a file, and name it: hardware: {table: FILE}"
 _DURATION = re.compile(r"^\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*(s|min|m|h|d)?\s*$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 
@@ -58,8 +71,9 @@ def resolve(document: Document, beside: Path) -> Study:
         if not file.model and engine.kind == "function"
         else _model(file.model, document, base, must_exist=not frozen)
     )
-    facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace)
-    hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(facts)
+    own = () if frozen else _rows(file.hardware, document, base)
+    facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace, own)
+    hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(facts, own)
     space = _with_args(_space(file, document, base, facts), engine, file, document)
     settled = facts if frozen else {**facts, **facts_.of_flags(space.fixed, facts)}
     if settled != facts:  # by the space's own flags: its conditions are to see that
@@ -310,9 +324,9 @@ def _model(model: str, document: Document, base: Path, must_exist: bool, at: str
 
 
 def _facts(
-    file: StudyFile, document: Document, base: Path, model: str, engine: EngineSpec, trace: TraceSpec
+    file: StudyFile, document: Document, base: Path, model: str, engine: EngineSpec, trace: TraceSpec, own: Rows
 ) -> dict[str, Any]:
-    """Facts of machine, model and trace as they are now."""
+    """Facts of machine, model and trace as they are now; ``own`` rows of the hardware table."""
     from tuner.load import formats
 
     facts = {**facts_.of_machine(), **facts_.of_model(model)}
@@ -323,22 +337,22 @@ def _facts(
     if trace.file:
         whole = formats.read(Path(trace.file), trace.format)
         facts |= facts_.of_trace(whole.input_tokens, whole.output_tokens)
-    facts |= gpu_facts(file.hardware, document, engine, _executor(file))
+    facts |= _gpu_facts(file.hardware, document, engine, _executor(file), own)
     return facts | facts_.of_flags(engine.args, facts)
 
 
-def gpu_facts(
-    file: HardwareFile, document: Document, engine: EngineSpec, executor: ExecutorSpec | None = None
+def _gpu_facts(
+    file: HardwareFile, document: Document, engine: EngineSpec, executor: ExecutorSpec, own: Rows
 ) -> dict[str, Any]:
     """Platform and GPU: from the study where it names them (an emulated GPU always is), else from the cluster that it
     runs on, else from this machine."""
     from tuner.search import hardware
 
     wanted, at = file.gpu, ("hardware", "gpu")
-    if executor is not None and executor.kind == "ray" and wanted != "cpu" and "auto" in (wanted, file.gpus):
+    if executor.kind == "ray" and wanted != "cpu" and "auto" in (wanted, file.gpus):
         from tuner.executor import cluster
 
-        found = cluster.survey(executor.address, "" if wanted == "auto" else wanted)
+        found = cluster.survey(executor.address, "" if wanted == "auto" else wanted, own)
         if found.gpus and wanted == "auto" and engine.kind != "emulator":
             if not found.device:
                 raise document.error(
@@ -352,28 +366,38 @@ def gpu_facts(
         elif wanted == "auto":
             wanted = "H100-SXM"
     if wanted == "auto":
-        row, found = hardware.detect()
-        if row is None:
-            raise document.error(found, ("hardware",), "or name a row: hardware: {gpu: NAME}")
+        row = hardware.detect(own)[0]
     else:
-        row = hardware.cpu() if wanted == "cpu" else hardware.lookup(wanted)
+        row = hardware.cpu() if wanted == "cpu" else hardware.lookup(wanted, hardware.table(own))
         if row is None:
-            raise document.error(f"unknown GPU {wanted!r}", at, suggest(wanted, hardware.table()))
-    if row.kind == "cpu":
+            near = filter(None, (suggest(wanted, hardware.table(own)), _ROWS))
+            raise document.error(f"unknown GPU {wanted!r}", at, " Else ".join(near))
+    if row is not None and row.kind == "cpu":
         return {"platform": "cpu", "gpus": 0, "gpu_name": row.name}
     here = facts_.of_gpus()
+    name, memory_bytes = (row.name, row.memory_bytes) if row else hardware.gpu() or ("", 0)
     gpus = here.get("gpus", 1) if file.gpus == "auto" else int(file.gpus)
     if gpus < 1:
         raise document.error(f"hardware.gpus must be at least 1, not {gpus}", ("hardware", "gpus"))
-    capability = row.capability if wanted != "auto" else here.get("compute_capability")
+    capability = row.capability if row and wanted != "auto" else here.get("compute_capability")
     known = {"compute_capability": capability} if capability else {}
-    memory_gib = round(row.memory_bytes / 2**30, 1)
-    return {"platform": "cuda", "gpus": gpus, "gpu_name": row.name, "gpu_memory_gib": memory_gib, **known}
+    memory_gib = round(memory_bytes / 2**30, 1)
+    return {"platform": "cuda", "gpus": gpus, "gpu_name": name, "gpu_memory_gib": memory_gib, **known}
 
 
-def _hardware(facts: Mapping[str, Any]) -> HardwareSpec:
+def _rows(file: HardwareFile, document: Document, base: Path) -> Rows:
+    from tuner.search.hardware import written
+
+    if not file.table:
+        return ()
+    if not (path := base / Path(file.table).expanduser()).is_file():
+        raise document.error(f"no such hardware table: {file.table}", ("hardware", "table"), _ROWS)
+    return written(path)
+
+
+def _hardware(facts: Mapping[str, Any], own: Rows) -> HardwareSpec:
     memory = int(facts.get("gpu_memory_gib", facts.get("memory_gib", 0)) * 2**30)
-    return HardwareSpec(str(facts["gpu_name"]), int(facts["gpus"]), memory)
+    return HardwareSpec(str(facts["gpu_name"]), int(facts["gpus"]), memory, tuple(own))
 
 
 def _part(
@@ -493,8 +517,9 @@ def _objective(
     assumed = price is None
     price = price or frozen.get("price_usd_per_gpu_hour", price)
     if prices:
-        from tuner.search.hardware import device_of
+        from tuner.search import hardware as table
 
+        device_of = partial(table.device_of, own=hardware.rows)
         if pair := twice(prices, device_of):
             at = ("price_usd_per_gpu_hour", pair[1])
             document.refuse(f"{pair[1]}: {device_of(pair[1])} has a price already", at, "keep one of them")
@@ -504,7 +529,7 @@ def _objective(
     if price is None:
         from tuner.search import hardware as table
 
-        row = table.cpu() if hardware.gpus == 0 else table.lookup(hardware.name)
+        row = table.cpu() if hardware.gpus == 0 else table.lookup(hardware.name, table.table(hardware.rows))
         price = row.price_usd_per_hour if row else 1.0
     if not all(0 < usd < math.inf for usd in (price, *prices.values())):
         document.refuse("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))

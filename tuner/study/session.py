@@ -20,7 +20,6 @@ from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError, replacing
 from tuner.executor.build import executor
 from tuner.executor.cluster import device, price_of
-from tuner.search.hardware import device_of
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
 from tuner.space.space import heads, join
@@ -110,8 +109,12 @@ class Prepared:
         has, local = self.study.hardware.gpus, self.study.executor.kind == "local"  # a cluster may get a larger node
         if local and config.gpus > has:
             return f"it wants {config.gpus} GPUs, the study has {has}"
-        if local and config.gpu and device_of(config.gpu) != (here := gpu_here(self.study, config.gpu)):
-            return f"it wants a {device_of(config.gpu)}, servers here get a {here}"
+        if (
+            local
+            and config.gpu
+            and (wanted := device(self.study, config.gpu)) != (here := gpu_here(self.study, wanted))
+        ):
+            return f"it wants a {wanted}, servers here get a {here}"
         return ""
 
     def unread(self) -> str:
@@ -267,9 +270,9 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
     if study.engine.kind == "command" and not _known_flags(study):
         return None, "nothing is known of a server whose flags are neither vLLM's nor SGLang's"
     on = device(study, study.space.gpu)
-    row = hardware.cpu() if study.hardware.gpus == 0 else hardware.lookup(on)
+    row = hardware.cpu() if study.hardware.gpus == 0 else hardware.lookup(on, hardware.table(study.hardware.rows))
     if row is None:
-        return None, f"{on} is not in the hardware table"
+        return None, f"{on} is not in the hardware table (hardware: {{table: FILE}} adds a row of yours)"
     if not model_config(study.model):
         return None, f"{study.model} has no config.json on this machine"
     try:

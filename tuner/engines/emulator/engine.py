@@ -23,7 +23,7 @@ from tuner.engines.protocol import LaunchFailed, Server, Site, StepPlan, Teardow
 from tuner.engines.vllm import RESERVED
 from tuner.errors import UsageError
 from tuner.space.config import ServingConfig
-from tuner.spec.study import Study
+from tuner.spec.study import Rows, Study
 from tuner.study.outcome import Boot, Infeasible, Step
 
 _ROOT = Path(__file__).parents[3]
@@ -68,8 +68,9 @@ class EmulatorEngine:
         start_limit_s: float = 3600.0,
         phase_limit_s: float | Mapping[str, float] | None = None,
         stop_wait_s: float = 5.0,
+        rows: Rows = (),
     ) -> None:
-        """Raises ``UsageError`` for an unknown GPU, fault or clock."""
+        """Raises ``UsageError`` for an unknown GPU, fault or clock. ``rows``: the study's own of the hardware table."""
         if clock not in ("wall", "virtual"):
             raise UsageError(f"engine.options.clock is wall or virtual, not {clock!r}")
         if time_scale <= 0 or boot_scale < 0:
@@ -80,7 +81,7 @@ class EmulatorEngine:
         except ValueError as error:
             raise UsageError(f"engine.options: {error}") from None
         options = {"gpus": gpus, "boot_scale": boot_scale, "noise": noise, "acceptance": acceptance, "kl": kl}
-        self.options = {name: value for name, value in options.items() if value is not None} | _datasheet(gpu)
+        self.options = {name: value for name, value in options.items() if value is not None} | _datasheet(gpu, rows)
         self.gpu, self.clock, self.time_scale, self.seed = gpu, clock, time_scale, seed
         self.fault, self.faults, self.fault_share = fault, tuple(faults), fault_share
         self.models = models
@@ -93,7 +94,8 @@ class EmulatorEngine:
         model on this machine whose sizes are not known."""
         with suppress(FileNotFoundError):
             read_shape(study.model)
-        given = {"gpu": study.hardware.name, "gpus": max(study.hardware.gpus, 1), "seed": study.seed}
+        on = study.hardware
+        given = {"gpu": on.name, "gpus": max(on.gpus, 1), "seed": study.seed, "rows": on.rows}
         engine = cls(**{**given, "models": Path(study.folder) / "models", **study.engine.options})
         engine.axis = study.objective.latency
         return engine
@@ -260,15 +262,15 @@ def _absent(model: str) -> Infeasible:
     )
 
 
-def _datasheet(gpu: str) -> dict[str, Any]:
+def _datasheet(gpu: str, own: Rows) -> dict[str, Any]:
     """Nothing for a GPU of the emulator's own table; for another row of the hardware table its data sheet."""
     try:
         find_gpu(gpu)
         return {}
     except ValueError as unknown:
-        from tuner.search.hardware import lookup
+        from tuner.search import hardware
 
-        row = lookup(gpu)
+        row = hardware.lookup(gpu, hardware.table(own))
         if row is None:
             raise UsageError(str(unknown)) from None
         flops = {16: row.flops["bf16"], 8: row.flops.get("fp8") or row.flops.get("int8") or row.flops["bf16"]}
