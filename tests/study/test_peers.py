@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,11 +16,13 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+import sqlalchemy
 
 from tests.study import postgres
 from tuner.api import AskTell
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.spec import studyfile
+from tuner.spec.storage import StorageSpec
 from tuner.spec.study import RULES, Budget
 from tuner.study import database, mirror, session
 from tuner.study.outcome import Measured
@@ -348,6 +351,37 @@ def test_a_database_that_goes_away_while_a_tuner_starts_is_an_environment_fault(
     monkeypatch.setattr(optuna.Study, "get_trials", away)
     with pytest.raises(EnvironmentFault, match="was not reached: connection refused"), AskTell(on_sqlite[0]):
         pass
+
+
+def test_a_way_that_swallows_what_is_sent_is_given_up_at_both_ends(server):
+    made = database.Database(StorageSpec(server.database()), "s")
+    try:
+        with made.storage.engine.connect() as one, made._locks.connect() as other:
+            for link in (one, other):
+                raw = link.connection.dbapi_connection
+                with socket.socket(fileno=os.dup(raw.fileno())) as wire:
+                    assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+                    assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+                shown = link.execute(sqlalchemy.text("SHOW tcp_keepalives_idle")).scalar()
+                assert shown == "30"
+    finally:
+        made.close()
+
+
+def test_what_a_suspended_tuner_locked_in_the_middle_of_a_transaction_is_free_again(server, monkeypatch):
+    monkeypatch.setitem(database._SESSION, "idle_in_transaction_session_timeout", 500)
+    made = database.Database(StorageSpec(server.database()), "s")
+    try:
+        book = optuna.create_study(storage=made.storage, study_name="s")
+        with made.storage.engine.connect() as suspended:
+            suspended.execute(sqlalchemy.text("SELECT * FROM studies FOR UPDATE"))
+            book.ask()
+            with pytest.raises(database.Away), database.answering():
+                suspended.execute(sqlalchemy.text("SELECT 1"))
+        book.ask()
+        assert len(book.trials) == 2
+    finally:
+        made.close()
 
 
 def test_a_database_that_grants_no_right_says_which_to_give(server, tmp_path):

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
 
 CONNECT_S = 10
+SILENT_S = 60  # after which whoever is at the other end of a connection is taken for gone
+# What the server is asked for on every connection: a tuner that is suspended, or whose machine is gone without a word,
+# must not keep what it had locked.
+_SESSION = {
+    "tcp_keepalives_idle": SILENT_S // 2,
+    "tcp_keepalives_interval": SILENT_S // 6,
+    "tcp_keepalives_count": 3,
+    "idle_in_transaction_session_timeout": SILENT_S * 1000,
+}
 LATE_S = 10.0  # another tuner's turn takes seconds: after that it is worth a word
 LEAVE_S = 2.0  # what an interrupted tuner still waits for its turn, to tell what it has
 _EXTRAS = {"postgresql": "postgres", "mysql": "mysql"}
@@ -87,6 +96,7 @@ class Database:
             extra = _EXTRAS.get(url.get_backend_name(), "postgres")
             fix = f'pip install -e ".[{extra}]" in tuner\'s checkout'
             raise EnvironmentFault(f"no driver for {self.shown} is installed ({error})", fix=fix) from None
+        self._settle(self._locks)
         self._folder = Path(url.database or ".").resolve().parent
         with self.starting(), answering(), self.turn("open"):  # tables that two tuners make at once are an error
             self.storage = self._open(url.render_as_string(hide_password=False))
@@ -149,15 +159,37 @@ class Database:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-            return optuna.storages.RDBStorage(
+            storage = optuna.storages.RDBStorage(
                 url,
                 {"pool_pre_ping": True, "connect_args": self._arguments()},
                 heartbeat_interval=self.spec.heartbeat_s,
                 grace_period=self.spec.grace_s,
             )
+        self._settle(storage.engine)
+        storage.engine.dispose()  # the connections that it was opened with
+        return storage
+
+    def _settle(self, engine: Engine) -> None:
+        """Has the server forget connections of which nobody is heard any more."""
+        from sqlalchemy import event
+
+        def ask(connection: Any, _record: object) -> None:
+            with connection.cursor() as cursor:
+                for name, value in _SESSION.items():
+                    cursor.execute(f"SET {name} = {value}")
+            connection.commit()
+
+        if self.kind == "postgresql":
+            event.listen(engine, "connect", ask)
 
     def _arguments(self) -> dict[str, Any]:
-        return {"timeout": 60} if self.kind == "sqlite" else {"connect_timeout": CONNECT_S}
+        if self.kind == "sqlite":
+            return {"timeout": 60}
+        arguments = {"connect_timeout": CONNECT_S}
+        if self.kind == "postgresql":  # a way that swallows what is sent would be waited on for a quarter of an hour
+            arguments |= {"tcp_user_timeout": SILENT_S * 1000, "keepalives_idle": SILENT_S // 2}
+            arguments |= {"keepalives_interval": SILENT_S // 6, "keepalives_count": 3}
+        return arguments
 
 
 class Hold:
@@ -214,14 +246,12 @@ class FileHold(Hold):
 
 
 def _take(engine: Engine, kind: str, key: int) -> Hold | None:
-    """One attempt. A holder whose machine is gone without a word is forgotten after about a minute."""
+    """One attempt. A holder whose machine is gone without a word is forgotten after :data:`SILENT_S`."""
     import sqlalchemy
 
     connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
     try:
         if kind == "postgresql":
-            for name, value in (("idle", 30), ("interval", 10), ("count", 3)):
-                connection.execute(sqlalchemy.text(f"SET tcp_keepalives_{name} = {value}"))
             got = connection.execute(sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), {"key": key}).scalar()
         else:
             got = connection.execute(sqlalchemy.text("SELECT GET_LOCK(:key, 0)"), {"key": f"tuner-{key}"}).scalar()
