@@ -51,6 +51,15 @@ class Unreachable(EnvironmentFault):
     """A server does not answer, or not as one that serves: it, not this machine, is at fault."""
 
 
+class NoCompletions(UsageError):
+    """A server answers, and streams no completions (of that model, to that key); ``why``, in words that name neither
+    its address nor the model."""
+
+    def __init__(self, message: str, *, why: str, fix: str) -> None:
+        super().__init__(message, fix=fix)
+        self.why = why
+
+
 class Infeasible(Exception):
     """Raised by a function engine's callable, or a predictor's: this configuration cannot serve, and why."""
 

@@ -12,7 +12,7 @@ from tests.server.test_start import Stage
 from tuner.engines.http import HttpServer
 from tuner.engines.protocol import LaunchFailed, StepPlan
 from tuner.engines.vllmlog import DIALECT
-from tuner.errors import EnvironmentFault, Unreachable
+from tuner.errors import EnvironmentFault, NoCompletions, Unreachable
 from tuner.load.step import prompt_seed
 from tuner.load.trace import Trace
 from tuner.server import probe
@@ -258,16 +258,26 @@ def test_errors_of_a_server_that_is_well_are_part_of_the_measurement(stage, monk
     server.stop()
 
 
-def test_a_server_that_nobody_can_reach_is_unhealthy_even_if_its_health_check_answers(stage, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("{url} is not serving: HTTP 503", "unhealthy"),
+        ("{url} does not stream completions", "no-completions"),
+    ],
+)
+def test_a_server_that_nobody_can_measure_is_at_fault_even_if_its_health_check_answers(stage, monkeypatch, said, cause):
     server = launched(stage)
 
     def act(endpoint, plan, alive):
-        raise Unreachable("nothing answers on the port")
+        text = said.format(url=endpoint.url)
+        raise Unreachable(text) if cause == "unhealthy" else NoCompletions(text, why="HTTP 503", fix="")
 
     replay(monkeypatch, act)
-    with pytest.raises(LaunchFailed, match="nothing answers") as failed:
+    with pytest.raises(LaunchFailed) as failed:
         server.measure(plan(stage))
-    assert failed.value.outcome.cause == "unhealthy" and failed.value.outcome.transient
+    found = failed.value.outcome
+    assert found.cause == cause and found.transient and "HTTP 503" in found.message
+    assert "127.0.0.1" in found.evidence and "127.0.0.1" not in found.message  # the same words at every launch
     server.stop()
 
 

@@ -327,6 +327,15 @@ def test_a_kill_between_the_end_of_that_launch_and_the_writing_of_its_ladder_cos
     assert len(engine.launched) == 2 and ready.study.load.ladder == asked[0]
 
 
+def test_a_default_that_streams_no_completions_settles_no_ladder(runner):
+    engine = Limited(2.5)
+    engine.fail = lambda _c: Infeasible("no-completions", "a chat window", stage="under load", transient=True)
+    with pytest.raises(EnvironmentFault, match="a chat window"):
+        settle(runner, engine)
+    engine.fail = None
+    assert settle(runner, engine).load.ladder != studyfile.USUAL_LADDER
+
+
 @pytest.mark.parametrize("stage", ["before launch", "start-up"])
 def test_a_gpu_that_stays_somebody_elses_settles_no_ladder_and_costs_nothing(runner, stage):
     engine = Limited(2.5)

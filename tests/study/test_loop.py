@@ -170,6 +170,7 @@ def test_what_failed_in_passing_twice_is_the_configurations_own_fault(runner):
 
 BUSY = Infeasible("gpu-busy", "GPU 0 is in use by pid 4711", stage="before launch", transient=True)
 HELD = Infeasible("gpu-busy", "another process holds the GPU exclusively", transient=True)
+MUTE = Infeasible("no-completions", "the server does not stream completions", stage="under load", transient=True)
 
 
 def test_what_somebody_else_had_costs_nothing_and_three_such_launches_end_the_session(runner):
@@ -257,8 +258,9 @@ def test_verification_too_is_launched_on_another_gpu_than_the_one_that_somebody_
     assert engine.launches == [(0,), (1,)]
 
 
-def test_a_configuration_that_finds_its_gpu_held_at_start_up_twice_is_at_fault_and_the_search_goes_on(runner):
-    engine = FakeEngine(fail=lambda c: HELD if [c.hash] == engine.launched[1:2] else None)
+@pytest.mark.parametrize("failure", [HELD, MUTE])
+def test_a_configuration_that_finds_its_gpu_held_at_start_up_twice_is_at_fault_and_the_search_goes_on(runner, failure):
+    engine = FakeEngine(fail=lambda c: failure if [c.hash] == engine.launched[1:2] else None)
     assert runner.run(engine) == "the search's 6 launches are spent"
     failed = [(t.outcome.transient, t.again) for t in runner.store.trials() if isinstance(t.outcome, Infeasible)]
     assert failed == [(True, True), (False, False)] and len(engine.launched) == 6
@@ -271,10 +273,11 @@ def test_what_somebody_else_had_before_is_not_the_first_of_two_failures_in_passi
     assert len(set(engine.launched[1:4])) == 1 and all(t.outcome.transient for t in runner.store.trials()[1:3])
 
 
-def test_the_default_that_finds_its_gpu_held_at_start_up_is_never_at_fault(runner):
-    engine = FakeEngine(fail=lambda _c: HELD if len(engine.launched) <= 3 else None)
+@pytest.mark.parametrize("failure", [HELD, MUTE])
+def test_the_default_that_finds_its_gpu_held_at_start_up_or_is_no_such_server_is_never_at_fault(runner, failure):
+    engine = FakeEngine(fail=lambda _c: failure if len(engine.launched) <= 3 else None)
     for launches in (2, 3):
-        with pytest.raises(EnvironmentFault, match=HELD.message):
+        with pytest.raises(EnvironmentFault, match=failure.message):
             runner.run(engine)
         assert len(engine.launched) == launches and not runner.store.launched("search")
     assert runner.run(engine) == "the search's 6 launches are spent"

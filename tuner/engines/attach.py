@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 
+from tuner.engines.http import unserving
 from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
-from tuner.errors import EnvironmentFault, Unreachable, UsageError
+from tuner.errors import EnvironmentFault, NoCompletions, Unreachable, UsageError
 from tuner.load import wire
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
@@ -123,6 +124,8 @@ class AttachedServer:
             step = measure(self.endpoint, plan)
         except Unreachable as error:
             raise _gone(error) from None
+        except NoCompletions as error:
+            raise LaunchFailed(unserving(error, self.endpoint)) from None
         if step.metrics.get("error_rate", 0.0) > 0:
             self._check()
         return step

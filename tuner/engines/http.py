@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from tuner.engines.protocol import Endpoint, LaunchFailed, Site, StepPlan, Teardown
-from tuner.errors import Unreachable
+from tuner.errors import NoCompletions, Unreachable
 from tuner.load.windows import cut_time
 from tuner.server import probe
 from tuner.server.diagnosis import Evidence, diagnose
 from tuner.server.running import Running
 from tuner.server.start import Recipe, start
 from tuner.server.telemetry import Sample, summary, throttling
-from tuner.study.outcome import Boot, Infeasible, Step
+from tuner.study.outcome import NO_COMPLETIONS, Boot, Infeasible, Step
 
 _DYING_S = 5.0  # a server whose engine died takes moments to end itself; its exit code says more than its silence
 _HEALTH_TRIES = 3
@@ -62,8 +62,8 @@ class HttpServer:
             raise LaunchFailed(Infeasible("crash", "the server was never started", stage="under load"))
         try:
             step = measure(self.endpoint, plan, alive=self.alive)
-        except Unreachable as error:
-            raise LaunchFailed(self._fault(errors=True) or _unreachable(error)) from None
+        except (Unreachable, NoCompletions) as error:
+            raise LaunchFailed(self._fault(errors=True) or unserving(error, self.endpoint)) from None
         if fault := self._fault(errors=step.metrics.get("error_rate", 0.0) > 0):
             raise LaunchFailed(fault)
         return step
@@ -149,8 +149,12 @@ def _window(records: Path) -> tuple[float, float] | None:
     return (epoch_s + span.start_ns / 1e9, epoch_s + span.end_ns / 1e9) if epoch_s and span.duration_s > 0 else None
 
 
-def _unreachable(error: Exception) -> Infeasible:
-    fix = "see the server's log"
-    return Infeasible(
-        "unhealthy", f"the server does not answer: {error}", str(error), fix, "under load", transient=True
-    )
+def unserving(error: Unreachable | NoCompletions, endpoint: Endpoint) -> Infeasible:
+    """Of a server that lives, and gives no answers that could be measured. The message names no port, which is another
+    at every launch: failures are told apart by their words."""
+    if isinstance(error, NoCompletions):
+        cause, what = NO_COMPLETIONS, f"the server streams no completions: {error.why}"
+    else:
+        said = error.message.replace(endpoint.url, "it").replace(endpoint.url.partition("//")[2], "it")
+        cause, what = "unhealthy", f"the server does not answer: {said}"
+    return Infeasible(cause, what, str(error), "see the server's log", "under load", transient=True)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from tuner.engines.protocol import Endpoint
-from tuner.errors import EnvironmentFault, Unreachable, UsageError
+from tuner.errors import EnvironmentFault, NoCompletions, Unreachable, UsageError
 from tuner.load.client import OUR_ERRORS
 from tuner.load.prompts import vocabulary
 from tuner.load.sse import CUT_OFF, Response
@@ -55,8 +55,8 @@ class Found:
 def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120.0) -> Found:
     """What the server at ``endpoint`` takes, found by asking for a few tokens in ever simpler ways.
 
-    ``text_only`` is for traces that hold texts. Raises Unreachable where nothing answers, UsageError where it is
-    no OpenAI-compatible server or does not know the model.
+    ``text_only`` is for traces that hold texts. Raises Unreachable where nothing answers, NoCompletions where it
+    streams none of the model, UsageError where it is no OpenAI-compatible server.
     """
     where = target(endpoint.url)
     model = endpoint.model or _first_model(where, endpoint)
@@ -80,8 +80,10 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
                 refusal = refusal or answer.error
                 if answer.error == CUT_OFF:
                     refusal = "its streams do not say that they end (no [DONE], no usage, no finish_reason)"
-    raise UsageError(
-        f"{endpoint.url} does not stream completions of model {model!r}: {refusal or 'no tokens came'}",
+    refusal = refusal or "no tokens came"
+    raise NoCompletions(
+        f"{endpoint.url} does not stream completions of model {model!r}: {refusal}",
+        why=refusal,
         fix="Give the URL of an OpenAI-compatible server and the model's served name",
     )
 
@@ -137,7 +139,8 @@ def _first_model(where: Target, endpoint: Endpoint) -> str:
 def _check(endpoint: Endpoint, status: int, error: str) -> None:
     """Raises for a status that says nothing about what the server takes."""
     if status in (401, 403):
-        raise UsageError(f"{endpoint.url} refuses the key: {error}", fix="Give the right API key")
+        message = f"{endpoint.url} refuses the key: {error}"
+        raise NoCompletions(message, why=f"it refuses the key: {error}", fix="Give the right API key")
     if status in (429, 500, 502, 503, 504):
         raise Unreachable(f"{endpoint.url} is not serving: {error}")
 
@@ -172,6 +175,8 @@ def _exchanged(
 
 def unreachable(where: Target, error: Exception) -> EnvironmentFault:
     """In one line why a server could not be talked to: Unreachable, unless it is this machine that cannot."""
+    if isinstance(error, http.client.IncompleteRead | http.client.RemoteDisconnected):
+        return Unreachable(f"{where.authority} broke off its answer", fix="Look into its log")
     if isinstance(error, http.client.HTTPException):
         return Unreachable(f"{where.authority} does not speak HTTP: {error!r}", fix="Check the URL's port")
     if isinstance(error, ssl.SSLError):

@@ -13,7 +13,7 @@ from tuner.engines.protocol import Cancelled, OnEvent
 from tuner.errors import EnvironmentFault
 from tuner.executor.protocol import Ended, Executor, Job
 from tuner.pareto.front import searched
-from tuner.study.outcome import ENVIRONMENT_CAUSES, GPU_BUSY, IN_A_ROW, Aborted, Infeasible, Measured, Outcome
+from tuner.study.outcome import ENVIRONMENT_CAUSES, IN_A_ROW, UNTRIED, Aborted, Infeasible, Measured, Outcome
 from tuner.study.queue import Proposal, Queue
 from tuner.study.store import Store
 from tuner.study.workload import Workload
@@ -140,7 +140,7 @@ class Loop:
         with, where no other launch would fare better: not while another trial runs, which may serve."""
         self.in_a_row = self.in_a_row + 1 if outcome.machines else 0
         lasts = outcome.transient and not outcome.machines and self._failed_before(proposal.config.hash)
-        unfit = outcome.cause in ENVIRONMENT_CAUSES or (lasts and outcome.cause == GPU_BUSY)
+        unfit = outcome.cause in ENVIRONMENT_CAUSES or (lasts and outcome.cause in UNTRIED)
         if (alone and self.in_a_row >= IN_A_ROW) or (proposal.baseline and unfit):
             fault = unservable(outcome, self.store.trial_folder(proposal.number))
             return replace(outcome, transient=True), fault
@@ -170,5 +170,5 @@ ALIKE = 8  # launches that fail in the same words, before the study gives up
 #: Failures that any configuration may meet. What does not fit, or a refusal in words, is part of the search.
 CRASHES = frozenset(
     {"crash", "crash-under-load", "gpu-fault", "hang", "killed", "memory-taken", "nccl", "terminated"}
-    | {"too-many-files", "too-slow-to-start", "unhealthy"}
+    | {"too-many-files", "too-slow-to-start", "unhealthy", "no-completions"}
 )

@@ -129,6 +129,8 @@ ENVIRONMENT_CAUSES = frozenset(
     {"no-gpu", "driver-too-old", "model-not-found", "model-not-allowed", "missing-dependency", "disk-full"}
 )
 GPU_BUSY = "gpu-busy"  # somebody else is on a GPU: seen before the launch, or met at start-up (exclusive mode)
+NO_COMPLETIONS = "no-completions"  # a server that answers, and otherwise
+UNTRIED = frozenset({GPU_BUSY, NO_COMPLETIONS})  # met twice by what ought to serve, the session ends likewise
 IN_A_ROW = 3  # launches that fail by the machine's fault, before the session ends with exit code 4
 _KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Measured, Infeasible, Untrusted, Aborted)}
 

@@ -16,7 +16,7 @@ from typing import Any
 from tuner.errors import EnvironmentFault, naming, replacing
 from tuner.space.config import ServingConfig
 from tuner.spec.storage import sqlite_url
-from tuner.study.outcome import ENVIRONMENT_CAUSES, GPU_BUSY, Aborted, Infeasible, Outcome, from_dict, to_dict
+from tuner.study.outcome import ENVIRONMENT_CAUSES, UNTRIED, Aborted, Infeasible, Outcome, from_dict, to_dict
 
 CHECKED = "quality.json"  # in a trial's folder: how its answers compare with the default's
 BEGUN = ("study.db", "trials", "ladder")  # where any of it is, something was asked or launched
@@ -284,7 +284,7 @@ _VERBATIM = {"params", "flags", "env", "reason", "reasons", "message", "evidence
 def _free(trial: TrialRecord) -> bool:
     outcome = trial.outcome
     if isinstance(outcome, Infeasible):
-        held = trial.baseline and outcome.cause == GPU_BUSY  # at start-up: what ought to serve was not tried
+        held = trial.baseline and outcome.cause in UNTRIED  # what ought to serve was not tried
         return outcome.machines or outcome.cause in ENVIRONMENT_CAUSES or held
     return isinstance(outcome, Aborted)
 

@@ -17,7 +17,7 @@ from tuner.executor.protocol import NodeLost
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.study.outcome import GPU_BUSY, IN_A_ROW, Infeasible, Measured, Outcome, Step
+from tuner.study.outcome import GPU_BUSY, IN_A_ROW, UNTRIED, Infeasible, Measured, Outcome, Step
 from tuner.verify.arm import Finalist, Launched
 from tuner.verify.capacity import NEAR, REACH, held, highest_load, loads, still_pays
 from tuner.verify.judge import Table
@@ -51,7 +51,8 @@ class Done:
 def insist(attempt: Callable[[], T]) -> T:
     """What ``attempt`` returns, which launches something. It is made once more where it raises a passing failure or its
     node was lost, and again where the failure is the machine's: :data:`IN_A_ROW` of those raise EnvironmentFault, as
-    does a GPU that somebody else holds at start-up twice: what is launched here ought to serve."""
+    does one of :data:`UNTRIED` (a GPU that somebody else holds at start-up) twice: what is launched here ought to
+    serve."""
     machines = others = 0
     while True:
         try:
@@ -63,7 +64,7 @@ def insist(attempt: Callable[[], T]) -> T:
         except LaunchFailed as failed:
             found = failed.outcome
             machines, others = machines + found.machines, others + (not found.machines)
-            if machines >= IN_A_ROW or (others > 1 and found.cause == GPU_BUSY):
+            if machines >= IN_A_ROW or (others > 1 and found.cause in UNTRIED):
                 raise EnvironmentFault(found.message, fix=found.fix) from failed
             if others > 1 or not found.transient:
                 raise
