@@ -13,7 +13,6 @@ from tests.engines.conftest import plan, trace
 from tuner.engines.emulator import EmulatorEngine
 from tuner.engines.emulator.faults import CATALOGUE, PHASES
 from tuner.engines.protocol import LaunchFailed, Server, Site
-from tuner.errors import TunerError
 from tuner.space.config import ServingConfig
 from tuner.study.outcome import Infeasible, Step
 
@@ -117,6 +116,7 @@ LOAD = {
     "silent-death-load": "crash-under-load",
     "refuse": "unhealthy",  # stops listening
     "unhealthy": "unhealthy",  # /health answers 503
+    "garbage": "no-completions",  # events that are no JSON
 }
 
 
@@ -140,7 +140,7 @@ def test_a_server_that_fails_under_load_is_diagnosed(fault: str, cause: str, con
 
 def test_every_fault_of_the_catalogue_is_tested_here() -> None:
     elsewhere = {"slow-health", "log-flood", "hang-load", "stall", "reset", "http-500", "wrong-usage", "short-output"}
-    elsewhere |= {"garbage", "ignore-sigterm", "leave-children"}
+    elsewhere |= {"ignore-sigterm", "leave-children"}
     tested = {fault.partition(":")[0] for fault in (*BOOT, *LOAD)} | elsewhere
 
     assert tested == set(CATALOGUE)
@@ -229,23 +229,15 @@ def test_a_share_of_errors_is_an_error_rate(config: ServingConfig, site: Site) -
     assert not step.ok
 
 
-def test_wrong_token_counts_show_as_more_output_than_was_asked_for(config: ServingConfig, site: Site) -> None:
+def test_wrong_token_counts_are_not_believed(config: ServingConfig, site: Site) -> None:
     """The server reports three tokens more than it sends; the trace wants 20 per request, so 23 cannot be right."""
     step, _ = measured("wrong-usage:3", config, site)
 
     assert step.metrics["output_share"] == pytest.approx(23 / 20)
+    assert any("115.0% of the output tokens came" in reason for reason in step.untrusted)
 
 
 def test_answers_that_are_too_short_show_as_output_that_did_not_come(config: ServingConfig, site: Site) -> None:
     step, _ = measured("short-output", config, site)
 
     assert step.metrics["output_share"] == pytest.approx(0.5)
-
-
-def test_a_server_that_sends_garbage_is_not_measured(config: ServingConfig, site: Site) -> None:
-    server = engine("garbage").launch(config, site)
-    try:
-        with pytest.raises((LaunchFailed, TunerError)):
-            server.measure(plan(site))
-    finally:
-        server.stop()

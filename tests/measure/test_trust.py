@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tuner.measure.trust import ended_before_their_length, untrusted
+from tuner.measure.trust import not_their_length, untrusted
 from tuner.spec.slo import parse
 
 CLEAN = {
@@ -33,17 +33,23 @@ def test_a_burst_that_left_within_milliseconds_of_its_plan_is_the_load_that_was_
 
 def test_answers_shorter_than_their_forced_length_are_no_speed():
     forced = {"output": "forced", "dialect": {"forced": True}}
-    assert "only 21.0% of the output tokens" in ended_before_their_length(forced, {"output_share": 0.21})[0]
+    assert "only 21.0% of the output tokens" in not_their_length(forced, {"output_share": 0.21})[0]
     for meta in (
         {"output": "free", "dialect": {"forced": True}},
         {"output": "forced", "dialect": {"forced": False}},
         {},
     ):
-        assert not ended_before_their_length(meta, {"output_share": 0.21})
-    assert not ended_before_their_length(forced, {"output_share": 0.995})
-    assert not ended_before_their_length(forced, {"error_rate": 1.0})  # none came
+        assert not not_their_length(meta, {"output_share": 0.21})
+    assert not not_their_length(forced, {"output_share": 0.995})
+    assert not not_their_length(forced, {"error_rate": 1.0})  # none came
     chunks = {"output": "forced", "dialect": {"forced": True, "counting": "chunks"}}
-    assert "its chunks hold several" in ended_before_their_length(chunks, {"output_share": 0.21})[0]
+    assert "its chunks hold several" in not_their_length(chunks, {"output_share": 0.21})[0]
+
+
+@pytest.mark.parametrize(("output", "share", "tokens", "more"), [("free", 2.0, 48, True), ("forced", 1.04, 25, False)])
+def test_answers_longer_than_they_may_be_are_no_tokens(output, share, tokens, more):
+    said = not_their_length({"output": output}, {"output_share": share, "mean_output_tokens": tokens})
+    assert ("200.0% of the output tokens came" in "".join(said)) == bool(said) == more
 
 
 def test_a_clean_measurement_is_believed():

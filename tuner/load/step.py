@@ -288,7 +288,7 @@ def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> 
     nothing certain about others: the step is then untrusted, and misses none.
     """
     from tuner.measure.metrics import compute
-    from tuner.measure.trust import ended_before_their_length, untrusted
+    from tuner.measure.trust import not_their_length, untrusted
 
     if not records.meta.keys() >= {"load", "window", "stopped"}:
         raise UsageError("does not say which load step it is of", where=str(records.path))
@@ -303,7 +303,7 @@ def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> 
         metrics=metrics,
         intervals=intervals,
         slo_misses=() if reasons else _and_why(misses(metrics, slos, stopped), records),
-        untrusted=(*untrusted(metrics, slos), *ended_before_their_length(records.meta, metrics), *reasons),
+        untrusted=(*untrusted(metrics, slos), *not_their_length(records.meta, metrics), *reasons),
         stopped_early=stopped,
         records=records.path.name,
     )

@@ -62,11 +62,15 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
     return tuple(reasons)
 
 
-def ended_before_their_length(meta: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
+def not_their_length(meta: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
     """Where answers that did not fail were shorter than the server was told to make them: less work passes for speed.
-    ``meta`` is the records'."""
+    And where they were longer than they may be, which no count of tokens is. ``meta`` is the records'."""
     forced = meta.get("output") == "forced" and meta.get("dialect", {}).get("forced")
     share = metrics.get("output_share", 1.0)
+    more = metrics.get("mean_output_tokens", 0.0) * (1 - 1 / share) if share > 1 + TOKENS_OFF else 0.0
+    if more > 1:  # one: a server may count the end of an answer
+        by = "by chunks" if meta.get("dialect", {}).get("counting") == "chunks" else "by the server's count"
+        return [f"{share:.1%} of the output tokens came, {by}, that were asked for at most: it is no count of tokens"]
     if not forced or share >= 1 - TOKENS_OFF:
         return []
     if meta["dialect"].get("counting") == "chunks":
