@@ -1,5 +1,7 @@
 """Ports and GPUs have one owner at a time, and a dead owner is none."""
 
+import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -43,6 +45,15 @@ def test_a_gpu_leased_by_another_process_is_refused_and_its_owner_is_named(tmp_p
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_file_system_without_locks_is_named_and_not_waited_for(tmp_path, monkeypatch):
+    def none(_fd, _how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(OSError, match=r"No locks available: .*/leases/host"):
+        Leases(tmp_path).host(wait_s=60.0)
 
 
 def test_all_gpus_or_none(tmp_path):

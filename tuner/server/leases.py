@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tuner.errors import EnvironmentFault
+from tuner.errors import EnvironmentFault, naming
 from tuner.server.probe import listens
 from tuner.server.runtime import runtime_root
 from tuner.server.tree import Pid
@@ -40,15 +40,18 @@ class Lease:
 
     @classmethod
     def take(cls, path: Path, label: str = "") -> Lease | None:
-        """The lease, or None where somebody who still lives has it."""
+        """The lease, or None where somebody who still lives has it. Raises OSError where files cannot be locked."""
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                with naming(path):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
                 os.close(fd)
-                return None
+                if isinstance(error, BlockingIOError):
+                    return None
+                raise  # this file system knows no locks: nobody has it, and nobody can
             if _still(fd, path):  # else its last owner removed the file between our open and our lock
                 break
             os.close(fd)

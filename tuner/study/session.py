@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.engines import build
 from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent
-from tuner.errors import EnvironmentFault, UsageError, replacing
+from tuner.errors import EnvironmentFault, UsageError, naming, replacing
 from tuner.executor.build import executor
 from tuner.executor.cluster import device, price_of
 from tuner.server.gpu import Gpus
@@ -323,7 +323,8 @@ def opened(study: Study, say: Callable[[str], None] = lambda _text: None) -> Ite
     store.folder.mkdir(parents=True, exist_ok=True)
     with (store.folder / ".lock").open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(store.folder / ".lock"):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise UsageError(
