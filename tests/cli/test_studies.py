@@ -56,6 +56,15 @@ def test_a_study_is_found_again_by_the_file_it_was_begun_with_whatever_that_is_c
         assert done.stderr == f"tuner: no such study: {path}. Give a study file, or the folder of a study\n"
 
 
+def test_a_locale_without_an_arrow_costs_the_arrow_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def evaluate(config, load):\n    return {'tpot_p99_s': 0.01, 'output_tokens_per_s': 900.0}\n"
+    )
+    (tmp_path / "study.yaml").write_text(MINE)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert "\n|? " in tuner("tune", "study.yaml", cwd=tmp_path, check=0).stdout
+
+
 def test_a_storage_in_the_environment_is_for_new_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
         "def evaluate(config, load):\n    return {'tpot_p99_s': 0.01, 'output_tokens_per_s': 900.0}\n"

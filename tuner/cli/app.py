@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -305,6 +306,8 @@ app.add_typer(
 def main() -> None:
     """Entry point: one clear line and the right exit code instead of a traceback; a bug keeps its traceback."""
     code: object = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks an arrow shows the rest
     try:
         as_interrupts()
         code = app(standalone_mode=False)
