@@ -21,11 +21,12 @@ import sqlalchemy
 from tests.study import postgres
 from tuner.api import AskTell
 from tuner.errors import EnvironmentFault, UsageError
+from tuner.search import ledger
 from tuner.spec import studyfile
 from tuner.spec.storage import StorageSpec
 from tuner.spec.study import RULES, Budget
 from tuner.study import database, mirror, session
-from tuner.study.outcome import Measured
+from tuner.study.outcome import Infeasible, Measured
 from tuner.study.peers import joined
 from tuner.study.pulse import Owner
 from tuner.study.store import EXHAUSTED, UNFOUND, Store, read_json
@@ -173,26 +174,170 @@ def test_an_outage_of_the_database_loses_nothing(server, tmp_path):
     assert {type(t.outcome) for t in tuner.trials} == {Measured}
 
 
-@pytest.mark.parametrize("reads", range(1, 7))
-def test_a_trial_that_ends_while_another_tuner_looks_is_not_measured_again(reads, tmp_path, monkeypatch):
-    """Outcomes are told without the turn: at any moment of the other's look, here after so many reads of the ledger."""
+TOLD = {load: {"tpot_p99_s": 0.01, "output_tokens_per_s": load} for load in (0.5, 1.0)}
+PASSED = Infeasible("killed", "somebody killed it", transient=True)
+
+
+@pytest.fixture
+def session_of(tmp_path, monkeypatch):
+    """Sessions of a study of two configurations, by the name of the tuner's folder; a database of SQLite."""
     monkeypatch.setenv("TUNER_TEST_DATABASE", f"sqlite:///{tmp_path}/ledger.db")
-    told = {load: {"tpot_p99_s": 0.01, "output_tokens_per_s": load} for load in (0.5, 1.0)}
-    tuners = []
-    for name in ("a", "b"):
+
+    def session_of(name, text=TWO):
         path = tmp_path / f"{name}.yaml"
-        path.write_text(f"{TWO}reports: {tmp_path / name}\n")
-        tuners.append(AskTell(path))
-    with tuners[0] as a, tuners[1] as b:
+        path.write_text(f"{text}reports: {tmp_path / name}\n")
+        return AskTell(path)
+
+    return session_of
+
+
+def peers_of(tuner):
+    return tuner._queue.peers
+
+
+def colours(tuner):
+    """Of every trial in the tuner's folder: its number, its configuration, and whether it was measured there."""
+    return [(t.number, t.params["colour"], "elsewhere" not in t.extra) for t in tuner.store.trials()]
+
+
+def test_what_was_given_up_too_early_and_measured_again_is_put_aside_where_it_ends_late(session_of):
+    with session_of("a") as a, session_of("b") as b:
+        slow, quick = a.ask(), b.ask()
+        peers_of(b).upkeep.fail(slow.trial._trial_id)  # as after its grace period
+        again = b.ask()
+        assert (again.number, again.config.hash) == (2, slow.config.hash) and "is gone" in again.why
+        b.tell(again, TOLD)
+        b.tell(quick, TOLD)
+        a.tell(slow, TOLD)
+        assert a.ask() is None and b.ask() is None
+        assert colours(a) == [(1, "green", False), (2, "red", False)]
+        assert colours(b) == [(1, "green", True), (2, "red", True)]
+        (kept,) = (a.store.folder / "interrupted").iterdir()
+        assert kept.name.startswith("0000-") and (kept / "outcome.json").exists()
+        assert [e["kept"] for e in a.store.events() if e["event"] == "given-up"] == [str(kept)]
+
+
+def test_what_was_given_up_too_early_and_ends_before_anybody_took_it_up_is_not_measured_again(session_of):
+    with session_of("a") as a, session_of("b") as b:
+        slow, quick = a.ask(), b.ask()
+        peers_of(b).upkeep.fail(slow.trial._trial_id)
+        with peers_of(b).turn():
+            assert slow.config.hash not in b._queue.catch_up().running
+        assert peers_of(b).waiting()
+        a.tell(slow, TOLD)
+        b.tell(quick, TOLD)
+        assert a.ask() is None and b.ask() is None
+        assert colours(a) == [(0, "red", True), (1, "green", False)]
+        assert colours(b) == [(0, "red", False), (1, "green", True)]
+
+
+def test_what_a_killed_tuner_was_at_is_launched_again_when_it_is_resumed_and_what_others_are_at_is_not(session_of):
+    with session_of("b") as b:
+        with session_of("a") as a:
+            cut, running = a.ask(), b.ask()
+        with session_of("a") as a:
+            again = a.ask()
+            assert again.config.hash == cut.config.hash and again.number == 2
+            assert a.ask() is None
+            b.tell(running, TOLD)
+            a.tell(again, TOLD)
+            assert a.ask() is None and b.ask() is None
+            assert colours(a) == [(1, "green", False), (2, "red", True)]
+
+
+def test_what_failed_in_passing_is_launched_once_more_by_whoever_asks_next_and_only_once(session_of):
+    with session_of("a") as a, session_of("b") as b:
+        first, other = a.ask(), b.ask()
+        a.store.end_trial(first.number, PASSED, again=True)
+        a._queue.tell(first, PASSED, again=True)
+        again = b.ask()
+        assert (again.config.hash, again.repeat, again.why) == (first.config.hash, 1, "again after killed")
+        assert a.ask() is None
+        b.tell(again, TOLD)
+        b.tell(other, TOLD)
+        assert a.ask() is None and b.ask() is None
+        assert [type(t.outcome) for t in a.store.trials()] == [Infeasible, Measured, Measured]
+
+
+def test_what_is_measured_once_more_is_a_remeasurement_whoever_takes_it_up(session_of):
+    with session_of("a") as a, session_of("b") as b:
+        first = a.ask()
+        a.tell(first, TOLD)
+        a._queue.book.enqueue_trial(dict(first.params), user_attrs={"remeasure_of": 0, "why": "doubtful"})
+        again = a.ask()
+        assert again.remeasure_of == 0
+        peers_of(b).upkeep.fail(again.trial._trial_id)
+        other = b.ask()
+        assert (other.config.hash, other.remeasure_of) == (first.config.hash, 0)
+        b.tell(other, TOLD)
+        assert [t.remeasure_of for t in b.store.trials()] == [None, 0]
+
+
+def test_what_is_handed_back_before_its_launch_is_anybodys(session_of):
+    with session_of("a") as a, session_of("b") as b:
+        taken = a.ask()
+        a._queue.withdraw(taken)
+        handed = b.ask()
+        assert (handed.config.hash, handed.why) == (taken.config.hash, taken.why)
+        assert a.ask().config.hash != taken.config.hash and a.ask() is None
+
+
+def test_launches_after_the_search_are_in_every_tuners_folder_once(session_of):
+    with session_of("a") as a, session_of("b") as b:
+        first = a.ask()
+        a.tell(first, TOLD)
+        for number, role in ((1, "verify"), (2, "ablate")):
+            a.store.start_trial(number, first.config, first.params, role=role)
+            a.store.end_trial(number, a.store.trial(0).outcome)
+            peers_of(a).publish()
+        peers_of(a).publish()
+        assert b.ask().number == 3 and a.ask() is None
+        assert [(t.number, t.role) for t in b.store.trials()] == [(0, "search"), (1, "verify"), (2, "ablate")]
+        assert len(a.store.trials()) == 3
+
+
+def test_an_outcome_that_could_not_be_told_is_told_at_the_end_of_the_session(session_of, monkeypatch):
+    tell = ledger.tell
+
+    def away(*_words, **_more):
+        raise optuna.exceptions.StorageInternalError("the database is away")
+
+    with session_of("b") as b:
+        with session_of("a") as a:
+            first = a.ask()
+            monkeypatch.setattr(ledger, "tell", away)
+            a.tell(first, TOLD)
+            monkeypatch.setattr(ledger, "tell", tell)
+        assert b.ask().config.hash != first.config.hash
+        assert colours(b) == [(0, "red", False)]
+
+
+def test_after_an_outage_nobody_is_taken_for_dead_before_all_could_be_heard_again(session_of, monkeypatch):
+    looked = []
+    monkeypatch.setattr(optuna.storages, "fail_stale_trials", lambda _book: looked.append(1))
+    with session_of("a", TWO.replace("grace: 4s", "grace: 1h")) as a:
+        looked.clear()
+        peers_of(a).away(database.Away("connection refused"))
+        a.ask()
+        assert not looked
+        monkeypatch.setattr(peers_of(a).pulse, "_doubt_until_s", 0.0)
+        a.ask()
+        assert looked
+
+
+@pytest.mark.parametrize("reads", range(1, 7))
+def test_a_trial_that_ends_while_another_tuner_looks_is_not_measured_again(reads, session_of, monkeypatch):
+    """Outcomes are told without the turn: at any moment of the other's look, here after so many reads of the ledger."""
+    with session_of("a") as a, session_of("b") as b:
         slow, quick = a.ask(), b.ask()
         assert slow is not None and quick is not None
-        b.tell(quick, told)
+        b.tell(quick, TOLD)
         read, done = optuna.Study.get_trials, count(1)
 
         def between(*args, **more):
             found = read(*args, **more)
             if next(done) == reads:
-                a.tell(slow, told)
+                a.tell(slow, TOLD)
             return found
 
         monkeypatch.setattr(optuna.Study, "get_trials", between)
@@ -203,9 +348,8 @@ def test_a_trial_that_ends_while_another_tuner_looks_is_not_measured_again(reads
 
 
 @pytest.mark.parametrize(("cut", "own"), [("trial", True), ("owner", False), ("claim", True)])
-def test_a_claim_that_is_cut_off_between_two_writes_loses_nothing(cut, own, tmp_path, monkeypatch):
+def test_a_claim_that_is_cut_off_between_two_writes_loses_nothing(cut, own, session_of, monkeypatch):
     """By the end of its tuner, or by the database's: the next to ask, be it another tuner, has the trial."""
-    monkeypatch.setenv("TUNER_TEST_DATABASE", f"sqlite:///{tmp_path}/ledger.db")
     write, writes = optuna.Trial.set_user_attr, []
 
     def cut_off(trial, key, value):
@@ -215,12 +359,7 @@ def test_a_claim_that_is_cut_off_between_two_writes_loses_nothing(cut, own, tmp_
         write(trial, key, value)
 
     monkeypatch.setattr(optuna.Trial, "set_user_attr", cut_off)
-    tuners = []
-    for name in ("a", "b"):
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(f"{TWO}reports: {tmp_path / name}\n")
-        tuners.append(AskTell(path))
-    with tuners[0] as a, tuners[1] as b:
+    with session_of("a") as a, session_of("b") as b:
         assert a.ask() is None
         asked = list(iter((a if own else b).ask, None))
         assert len({proposal.config.hash for proposal in asked}) == len(asked) == 2
