@@ -344,8 +344,8 @@ def test_a_server_that_hangs_while_its_cache_is_filled_is_left_alone(tmp_path, m
     monkeypatch.setattr("tuner.load.step._HANGING_S", 0.5)
     told = []
     with stub(first_s=0.0, gap_s=0.0, hang_every=1) as (_, url):
-        asked = plan(tmp_path, after(40), "error_rate=1%", request_timeout_s=2.0, early_stop=True)
+        asked = plan(tmp_path, after(40), "ttft_p99=100ms", request_timeout_s=300.0, early_stop=True)
         step = measure(endpoint(url), replace(asked, on_event=lambda name, data: told.append((name, dict(data)))))
     [filled] = [data for name, data in told if name == "filled"]
-    assert (filled["fill_requests"], filled["fill_failures"]) == (40, 40) and 0.5 < filled["fill_s"] < 1.9
+    assert (filled["fill_requests"], filled["fill_failures"]) == (40, 40) and 0.5 < filled["fill_s"] < 200
     assert step.slo_misses and not step.untrusted
