@@ -12,6 +12,7 @@ from tests.study.fake import FakeEngine
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault
 from tuner.executor.build import executor
+from tuner.spec.objective import QualityFloor
 from tuner.study import session, verifying, workload
 from tuner.study.evaluate import Bench
 from tuner.study.guard import QualityGuard
@@ -61,6 +62,38 @@ def test_a_configuration_that_leaves_the_answers_alone_is_not_compared_nor_taken
     config = study.space.config({**study.space.default(), "max_num_seqs": 512}, study.model)
     assert config.hash != floor.default.hash
     assert floor.ask(0.0, config) == (None, None) and floor.guard.awaited()
+
+
+def test_a_default_that_cannot_be_asked_is_told_and_ends_no_study(floor):
+    assert floor.ask(0.0, floor.default, prompt_logprobs=False) == (None, None)
+    assert [text.partition(":")[0] for text in floor.said if text] == ["The quality floor cannot be checked"]
+    assert floor.guard.awaited()
+
+
+def test_the_default_is_asked_once_for_its_answers_and_not_at_all_where_there_is_no_floor(floor):
+    study = floor.guard.study
+    floor.guard.study = dataclasses.replace(
+        study, objective=dataclasses.replace(study.objective, quality=QualityFloor())
+    )
+    assert floor.ask(0.0, floor.default) == (None, None) and not floor.said and not floor.guard.awaited()
+    floor.guard.study = study
+    floor.ask(0.0, floor.default)
+    answers = (floor.store.folder / "quality.json").read_bytes()
+    floor.ask(0.5, floor.default)  # launched again, as verification does
+    assert (floor.store.folder / "quality.json").read_bytes() == answers
+
+
+def test_nothing_waits_for_answers_that_nothing_is_compared_with(floor):
+    guard, study = floor.guard, floor.guard.study
+    space = study.space
+    alike = dataclasses.replace(
+        space, parameters=tuple(dataclasses.replace(p, alters_answers=False) for p in space.parameters)
+    )
+    function = dataclasses.replace(study.engine, kind="function")
+    assert guard.awaited()
+    for other in (dataclasses.replace(study, space=alike), dataclasses.replace(study, engine=function)):
+        guard.study = other
+        assert not guard.awaited()
 
 
 def test_where_there_is_no_server_to_ask_the_floor_is_said_to_be_unchecked(floor):

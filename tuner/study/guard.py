@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tuner.engines.protocol import OnEvent, Server
+from tuner.engines.protocol import Endpoint, OnEvent, Server
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible
@@ -27,7 +26,6 @@ class QualityGuard:
 
     def __init__(self, study: Study, store: Store, prompts: Sequence[str], on_event: OnEvent) -> None:
         self.study, self.store, self.prompts, self.on_event = study, store, prompts, on_event
-        self._lock = threading.Lock()
 
     def awaited(self) -> bool:
         """Whether the space has values to be compared with the default's answers, which nobody has yet."""
@@ -42,8 +40,8 @@ class QualityGuard:
             if self._alters(config):
                 self._note(config, folder, "unknown", "there is no server to ask")
             return None
-        if not config.params or config.hash == self._baseline():
-            self._ask_baseline(server, config)
+        if config.hash == self._baseline():
+            self._ask_baseline(server.endpoint, config)
             return None
         if not self._alters(config):
             return None
@@ -77,18 +75,17 @@ class QualityGuard:
             p.alters_answers and config.params.get(p.name, p.default) != p.default for p in self.study.space.parameters
         )
 
-    def _ask_baseline(self, server: Server, config: ServingConfig) -> None:
+    def _ask_baseline(self, endpoint: Endpoint, config: ServingConfig) -> None:
         path = self.store.folder / FILE
-        if path.exists() or server.endpoint is None:
+        if path.exists():
             return
         self.on_event("phase", {"name": "asking for the default's answers"})
         try:
-            profile = quality.profile(server.endpoint, config.hash, self.prompts, seed=self.study.seed)
+            profile = quality.profile(endpoint, config.hash, self.prompts, seed=self.study.seed)
         except quality.Unanswered as error:
             self.on_event("say", {"text": f"The quality floor cannot be checked: {error}"})
             return
-        with self._lock:
-            write_json(path, profile.to_dict())
+        write_json(path, profile.to_dict())
 
     def _profile(self) -> quality.Profile | None:
         path = self.store.folder / FILE
