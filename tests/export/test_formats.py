@@ -20,8 +20,9 @@ from tuner.pareto.choice import of_trial
 from tuner.space.config import ServingConfig
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Boot, Measured
-from tuner.study.store import Store, write_json
+from tuner.study.store import Store, read_json, write_json
 from tuner.verify.promise import read_promise
+from tuner.verify.repeats import Spread
 
 OBJECTIVE = studies.objective()
 PARAMS = {"max_num_batched_tokens": 8192, "prefix_caching": False, "speculation": "ngram", "draft_tokens": 4}
@@ -52,9 +53,10 @@ def test_the_config_file_holds_the_model_and_the_flags_as_vllm_reads_them(made):
 def test_the_comments_say_what_was_measured_on_what_and_what_each_flag_trades(made):
     store, study = made
     text = best_config(store, study)[0].read_text()
-    assert "trial 1" in text and "h100-sxm-80gb" in text and "conversation.csv at load 2" in text
+    assert "trial 1" in text and "1 x h100-sxm-80gb, " in text and "conversation.csv at load 2" in text
     assert "cost -50.0 % (" in text and "tpot_p99 +0.0 %" in text
     assert "not verified yet" in text
+    assert "tpot_p99 20 ms (95 %: 19.4 to 20.6)." in text
     lines = text.splitlines()
     above = lines[lines.index("max-num-batched-tokens: 8192") - 1]
     assert above == ("# max_num_batched_tokens (default 2048): prefill throughput against the smoothness of decoding")
@@ -101,6 +103,14 @@ def test_gpu_driver_and_price_are_those_of_the_node_that_measured_it(tmp_path: P
     assert "1 x L40S" in text and "2.5 USD" not in text and text.count("1.1 USD per GPU-hour") == 2
 
 
+def test_what_the_launch_noted_of_weights_and_driver_is_promised_for_who_certifies_it_elsewhere(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    noted = {"fingerprint": {"driver": "550.1", "model_hash": "0123456789ab"}}
+    studies.measured(0, (studies.step(1.0, OBJECTIVE),), store, **noted)
+    found = read_promise(best_config(store, studies.study(tmp_path / "s"))[0]).fingerprint
+    assert (found.driver, found.model_hash, found.gpu) == ("550.1", "0123456789ab", "h100-sxm-80gb")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_carries_the_promise(made, tmp_path: Path, format):
     (path := tmp_path / "file").write_text(next(iter(export(*made, format).values())))
@@ -115,7 +125,7 @@ def test_the_environment_is_written_for_a_shell_and_secrets_are_left_out(tmp_pat
     store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
     files = export(store, studies.study(tmp_path / "s"))
     text = files["best-config.env"]
-    assert "VLLM_CPU_OMP_THREADS_BIND='0|1'" in text
+    assert "VLLM_CPU_OMP_THREADS_BIND='0|1'" in text and 'A="it\'s"' in text.splitlines()  # as Compose reads it, too
     assert "hf_abc" not in "".join(files.values()) and "HF_TOKEN was set during the study" in text
     import subprocess
 
@@ -166,9 +176,10 @@ def test_compose_runs_the_measured_version_with_the_config_inside_and_its_gpus(m
     assert inside == yaml.safe_load(export(store, study)["best-config.yaml"])
 
 
-def test_kubernetes_objects_fit_together(made):
-    store, study = made
-    config, deploy, service = yaml.safe_load_all(export(store, study, "k8s")["k8s.yaml"])
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "/models/qwen"])
+def test_kubernetes_objects_fit_together(made, model):
+    text = containers.kubernetes(replace(deployment(*made), model=model))
+    config, deploy, service = yaml.safe_load_all(text)
     assert [o["kind"] for o in (config, deploy, service)] == ["ConfigMap", "Deployment", "Service"]
     pod = deploy["spec"]["template"]
     (container,) = pod["spec"]["containers"]
@@ -182,6 +193,33 @@ def test_kubernetes_objects_fit_together(made):
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
     assert container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"] >= 600
     assert yaml.safe_load(config["data"]["best-config.yaml"])["max-num-batched-tokens"] == 8192
+
+
+@pytest.mark.parametrize(
+    ("version", "gpus", "repository", "tag"),
+    [
+        ("0.32.0", 2, "vllm/vllm-openai", "v0.32.0"),
+        ("0.32.0+cpu", 0, containers.CPU_IMAGE, "v0.32.0"),
+        ("0.33.0rc1", 1, "vllm/vllm-openai", "latest"),
+        ("", 1, "vllm/vllm-openai", "latest"),
+    ],
+)
+def test_a_container_runs_the_build_and_the_version_that_were_measured(made, version, gpus, repository, tag):
+    what = replace(deployment(*made), version=version, gpus=gpus)
+    (service,) = yaml.safe_load(containers.compose(what))["services"].values()
+    deploy = list(yaml.safe_load_all(containers.kubernetes(what)))[1]["spec"]["template"]["spec"]
+    (model,) = yaml.safe_load(containers.helm(what))["servingEngineSpec"]["modelSpec"]
+    images = {service["image"], deploy["containers"][0]["image"], f"{model['repository']}:{model['tag']}"}
+    assert images == {f"{repository}:{tag}"}
+
+
+def test_a_gated_model_is_downloaded_with_the_users_token_where_there_is_one(made):
+    (service,) = yaml.safe_load(containers.compose(deployment(*made)))["services"].values()
+    assert service["environment"]["HF_TOKEN"] == "${HF_TOKEN:-}"
+    deploy = list(yaml.safe_load_all(containers.kubernetes(deployment(*made))))[1]["spec"]["template"]["spec"]
+    given = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in deploy["containers"][0]["env"] if "valueFrom" in e}
+    secret = {"name": "s-secrets", "optional": True}
+    assert given == {"HF_TOKEN": {**secret, "key": "hf-token"}, "VLLM_API_KEY": {**secret, "key": "api-key"}}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +276,10 @@ def test_the_chart_gives_every_server_of_several_gpus_its_shared_memory(made):
     (model,) = yaml.safe_load(containers.helm(what))["servingEngineSpec"]["modelSpec"]
     assert model["vllmConfig"]["tensorParallelSize"] == 1
     assert model["vllmConfig"]["extraArgs"] == ["--data-parallel-size", "2"]
+    cpu = yaml.safe_load(containers.helm(replace(what, flags={"tensor-parallel-size": 2}, gpus=0)))
+    assert cpu["servingEngineSpec"]["modelSpec"][0]["vllmConfig"]["tensorParallelSize"] == 2
+    one = yaml.safe_load(containers.helm(replace(what, flags={}, gpus=1)))
+    assert "tensorParallelSize" not in one["servingEngineSpec"]["modelSpec"][0]["vllmConfig"]
 
 
 def test_a_cpu_server_asks_the_chart_for_no_gpu_runtime(made):
@@ -299,6 +341,9 @@ def test_a_local_model_is_mounted_where_it_was(tmp_path: Path):
     written = [next(iter(export(store, study, format).values())) for format in ("vllm", "compose", "k8s")]
     assert all("served-model-name: qwen\n" in text for text in written)  # what clients ask for
     assert "--served-model-name\n" in export(store, study, "helm")["values.yaml"]
+    for format in ("k8s", "helm"):
+        text = "".join(export(store, study, format).values())
+        assert "# PersistentVolumeClaim s-model must hold what was in /models/qwen (create it first)." in text
     assert "served-model-name" not in read_promise(best_config(store, study)[0]).config.flags
 
 
@@ -365,6 +410,7 @@ def test_a_file_tells_of_its_configurations_own_launch_and_no_interval_where_non
     assert (promise.trial, what.boot_s) == (0, 90.0)
     assert promise.cost[0] == pytest.approx(0.3472, abs=1e-4) and promise.latency[0] == 0.02
     assert all(map(math.isnan, (*promise.cost[1:], *promise.latency[1:]))) and "95 %" not in "".join(what.about[:4])
+    assert "Launched once" not in "".join(what.about)  # which is said of a verification
 
 
 def test_a_verified_study_exports_what_verification_promised(tmp_path: Path):
@@ -373,6 +419,15 @@ def test_a_verified_study_exports_what_verification_promised(tmp_path: Path):
     promise = read_promise(path)
     assert (promise.load, promise.cost, promise.latency) == (1.8, (0.47, 0.45, 0.49), (0.031, 0.029, 0.034))
     assert promise.details["role"] == "verify" and "held-out windows" in path.read_text()
+    assert "Launched once" not in path.read_text()
+
+
+def test_a_promise_carries_how_far_launches_differed_and_how_sure_verification_was(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=12, verified=True)
+    verdict = read_json(store.folder / "verify.json")
+    write_json(store.folder / "verify.json", verdict | {"spread": {"variance": 0.01, "freedom": 7}, "confidence": 0.9})
+    promise = read_promise(best_config(store, study)[0])
+    assert promise.spread == Spread(0.01, 7.0) and promise.confidence == 0.9
 
 
 def test_after_ablation_the_smallest_configuration_is_exported_with_what_each_flag_is_worth(tmp_path: Path):
@@ -421,7 +476,7 @@ def test_a_default_without_flags_is_the_model_alone_and_of_a_function_its_parame
 
 def test_of_a_command_the_words_that_start_it_are_said_with_what_every_launch_chooses_left_open(tmp_path: Path):
     store = Store(tmp_path / "s")
-    config = ServingConfig("org/model", {}, {"quant": "q4_0", "note": "a b"}, {})
+    config = ServingConfig("org/model", {}, {"quant": "q4_0", "note": "a b", "fast": None}, {})
     store.start_trial(0, config, {}, started_s=1.0, baseline=True)
     store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
     words = [
@@ -437,13 +492,25 @@ def test_of_a_command_the_words_that_start_it_are_said_with_what_every_launch_ch
     for command, said in (
         (
             words,
-            "# serve org/model/q4_0.gguf --port {port} --api-key {api_key} --hf-token (secret) --note 'a b'",
+            "# serve org/model/q4_0.gguf --port {port} --api-key {api_key} --hf-token (secret) --note 'a b' --fast",
         ),
         (["serve", "{port}", "{password}"], ""),
     ):
         text = export(store, studies.study(tmp_path / "s", engine=EngineSpec("command", command=tuple(command))))
         body = text["best-config.yaml"]
         assert said in body.splitlines() and "hf_abcdef" not in body
+        assert yaml.safe_load(body) == {"model": "org/model", "quant": "q4_0", "note": "a b", "fast": True}
+
+
+def test_of_a_function_the_parameters_of_what_was_chosen_are_exported(tmp_path: Path):
+    store = Store(tmp_path / "s")
+    for number, (seqs, tokens_per_s) in enumerate(((256, 1000), (512, 2000))):
+        config = ServingConfig("m", {"max_num_seqs": seqs}, {}, {"N": str(seqs)})
+        store.start_trial(number, config, {"max_num_seqs": seqs}, started_s=1.0 + number, baseline=not number)
+        step = studies.step(1.0, OBJECTIVE, tokens_per_s=tokens_per_s)
+        store.end_trial(number, Measured((step,)), ended_s=2.0 + number)
+    files = export(store, studies.study(tmp_path / "s", engine=EngineSpec("function")))
+    assert yaml.safe_load(files["best-config.yaml"]) == {"model": "m", "max_num_seqs": 512}
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z-]{1,8}", fullmatch=True), st.text(max_size=12), max_size=4))

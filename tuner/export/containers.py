@@ -21,7 +21,7 @@ HEALTH = "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', 
 def image(what: Deployment) -> tuple[str, str]:
     """Repository and tag: the very version that was measured (``latest`` where it is not known)."""
     version = what.version.split("+")[0]
-    known = version and all(part.isdigit() for part in version.split("."))
+    known = all(part.isdigit() for part in version.split("."))
     return ("vllm/vllm-openai" if what.gpus else CPU_IMAGE), (f"v{version}" if known else "latest")
 
 

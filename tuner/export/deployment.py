@@ -150,8 +150,8 @@ def _promise(
         "trace": Path(study.trace.file).name,
         "date": datetime.fromtimestamp(trial.ended_s, UTC).strftime("%Y-%m-%d"),
     }
-    path = store.folder / "verify.json"  # absent where verification was cut off, and one of its trials picked by hand
-    verdict = read_json(path) if point.role == "verify" and path.exists() else {}
+    path = store.folder / "verify.json"
+    verdict = read_json(path) if point.role == "verify" else {}
     with AsWritten(path):
         said = verdict.get("spread")
         spread = Spread(float(said["variance"]), float(said["freedom"])) if said else NO_SPREAD

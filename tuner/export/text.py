@@ -63,9 +63,9 @@ def comment(text: str) -> str:
 
 
 def _block(text: str) -> bool:
-    """Whether a literal block gives ``text`` back: it has no escapes, and its first line sets the indentation."""
+    """Whether a literal block gives ``text`` back, which has no escapes."""
     plain = all(c == "\n" or c.isprintable() for c in text) and "\ufeff" not in text
-    return plain and bool(text.strip("\n")) and not text.startswith((" ", "\n"))
+    return plain and bool(text.strip("\n"))
 
 
 def ambiguous(text: str) -> bool:
