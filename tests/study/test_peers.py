@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -25,7 +25,8 @@ from tuner.search import ledger
 from tuner.spec import studyfile
 from tuner.spec.storage import StorageSpec
 from tuner.spec.study import RULES, Budget
-from tuner.study import database, mirror, session
+from tuner.study import database, finish, mirror, session, verifying
+from tuner.study.evaluate import Bench
 from tuner.study.outcome import Infeasible, Measured
 from tuner.study.peers import joined
 from tuner.study.pulse import Owner
@@ -287,12 +288,14 @@ def test_launches_after_the_search_are_in_every_tuners_folder_once(session_of):
         first = a.ask()
         a.tell(first, TOLD)
         for number, role in ((1, "verify"), (2, "ablate")):
-            a.store.start_trial(number, first.config, first.params, role=role)
+            a.store.start_trial(number, first.config, first.params, role=role, label=f"{role} 1 default")
             a.store.end_trial(number, a.store.trial(0).outcome)
             peers_of(a).publish()
         peers_of(a).publish()
         assert b.ask().number == 3 and a.ask() is None
-        assert [(t.number, t.role) for t in b.store.trials()] == [(0, "search"), (1, "verify"), (2, "ablate")]
+        assert [t.role for t in b.store.trials()] == ["search", "verify", "ablate"]
+        assert verifying._done(b.store.trials(), "verify") == verifying._done(a.store.trials(), "verify")
+        assert len(verifying._done(b.store.trials(), "verify")) == 1, "nor is it launched again by whoever goes on"
         assert len(a.store.trials()) == 3
 
 
@@ -433,6 +436,38 @@ def test_what_another_tuner_verified_is_taken_over_until_there_is_more_budget_to
     assert verify(more, 12) and not verify(more, 12)
     verdict.unlink()
     assert not verify(more, 0) and "12" in verdict.read_text(), "the folder has what another one's launches said"
+
+
+def test_a_verification_whose_turn_the_database_forgot_launches_nothing_more(tmp_path):
+    told, hold = [], database.FileHold.take(tmp_path / "lock")
+    assert hold is not None
+    tell = finish._while_held(lambda name, _data: told.append(name), hold)
+    tell("verify-launch", {})
+    hold.release()  # as by a database that was restarted
+    tell("step", {})  # what runs is measured to its end
+    with pytest.raises(database.Away):
+        tell("verify-launch", {})
+    assert told == ["verify-launch", "step"]
+
+
+def test_a_verification_that_an_outage_cut_off_goes_on_when_the_database_is_back(monkeypatch):
+    monkeypatch.setattr(finish, "AGAIN_S", 0.0)
+    ways, said, verified = iter([database.Away("gone"), None, SimpleNamespace(alive=lambda: True)]), [], []
+
+    @contextmanager
+    def verifying_(_cancel):
+        way = next(ways)
+        if isinstance(way, Exception):
+            raise way
+        yield way
+
+    monkeypatch.setattr(verifying, "run", lambda *_words: verified.append(1))
+    peers = SimpleNamespace(verifying=verifying_, away=said.append)
+    bench = Bench(None, None, threading.Event(), lambda _name, _data: None)
+    finish._verify_for_all(None, None, None, bench, peers)
+    assert [str(error) for error in said] == ["gone"] and not verified, "another tuner has verified meanwhile"
+    finish._verify_for_all(None, None, None, bench, peers)
+    assert verified == [1]
 
 
 @pytest.mark.parametrize("begun_with", [RULES, ("planned_ends",), (), None])  # None: earlier versions did not write it
