@@ -270,6 +270,19 @@ def test_an_overload_of_a_server_of_many_slots_is_recognised(load, within_s, see
     assert verdict.startswith("saturated") and when_s < within_s
 
 
+@pytest.mark.parametrize(
+    ("begun", "done"), [pytest.param(1_000, 300, id="it fills"), pytest.param(300, 1_000, id="it is full")]
+)
+@pytest.mark.parametrize(("rest", "lost"), [(900, False), (1_100, True)])
+def test_what_a_server_begins_or_does_per_second_whichever_is_more_is_what_the_rest_may_bring(begun, done, rest, lost):
+    """A minute of twice as much, and then what it can just do, or a tenth more."""
+    arrived = np.concatenate([np.arange(0, 60, 1 / 20), np.arange(60, 400, 100 / rest)])
+    queue, said = QueueWatch((arrived * 1e9).astype(np.int64), np.full(len(arrived), 100), 0), ""
+    for now in range(60):
+        said = said or queue.verdict(now, (2_000 - begun) * now, 70_000 + (2_000 - done) * now, 10.0)
+    assert ("for a server that does 1,000 per second" in said) == bool(said) == lost
+
+
 def test_a_burst_that_the_rest_of_the_trace_forgives_is_waited_for():
     """Five times the usual rate for a minute, then next to nothing: the queue will drain."""
     arrival_s = np.concatenate([np.arange(0, 60, 0.1), np.arange(60, 400, 2.0)])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.search.problem import LOADS, Model, knob, launch, objective, run, space, study, truth
 from tuner.pareto.volume import hypervolume
 from tuner.search import choose, ledger
-from tuner.search.acquisition import LaunchCost
+from tuner.search.acquisition import LaunchCost, draws, worth
 from tuner.search.ledger import Proposal
 from tuner.search.reading import read as read_outcome
 from tuner.search.sampler import Options, TunerSampler
@@ -388,6 +389,55 @@ def test_what_no_server_served_with_is_of_parameters_without_order():
     assert set(found.values()) == {"half True", "guess ngram"}
     running = next(i for i, words in found.items() if words == "half True")
     assert set(Scan(one.beliefs, LOADS, trials, [running]).unseen(list(found)).values()) <= {"guess ngram"}
+
+
+def scanned(launches: int, repeats: int = 0) -> Scan:
+    """A scan after so many launches, of which the last ones were repetitions of the first ones."""
+    one = sampler(Model())
+    book = study(one)
+    run(book, launches - repeats)
+    seen = ledger.read(book, space())
+    seen += [replace(seen[k], number=len(seen) + k, remeasure_of=k) for k in range(repeats)]
+    trials = [read_outcome(s, objective(), LOADS) for s in seen]
+    one.beliefs.learn(trials, 0)
+    return Scan(one.beliefs, LOADS, trials, [])
+
+
+@pytest.mark.parametrize(("launches", "repeats", "due"), [(3, 0, False), (4, 0, True), (7, 1, False), (8, 1, True)])
+def test_repetitions_take_no_more_than_their_share_of_the_launches(launches, repeats, due):
+    scan = scanned(launches, repeats)
+    doubt = scan.doubtful(scan.front(None), LaunchCost(60, 30), draws(0), every=4)
+    assert (doubt is not None) == due
+    assert scan.doubtful(scan.front(None), LaunchCost(60, 30), draws(0), every=0) is None
+
+
+def test_what_was_measured_twice_is_not_measured_again():
+    scan = scanned(8, repeats=4)
+    assert scan.doubtful(scan.front(None), LaunchCost(60, 30), draws(0), every=1) is None
+
+
+def test_a_shortlist_has_the_most_promising_of_what_is_free_and_a_few_at_random():
+    scan = scanned(3)
+    free = [i for i in range(len(scan.beliefs.candidates.params)) if i % 3]
+    mean = scan.beliefs.posterior(free, spread=False)
+    front = scan.front(mean)
+    values = worth(scan.beliefs.posterior(free), front, LOADS, LaunchCost(60, 30), draws(0))
+    best = free[int(np.argmax(values.gain / values.gpu_seconds**0.5))]
+    first, second = (scan.shortlist(free, mean, front, 20, np.random.default_rng(n)) for n in (0, 1))
+    for listed in (first, second):
+        assert set(listed) <= set(free) and len(listed) == len(set(listed)) <= 20 and best in listed
+    assert set(first) != set(second)
+    assert scan.shortlist(free, mean, front, len(free), np.random.default_rng(0)) == free
+
+
+def test_leaders_are_candidates_of_which_each_adds_to_the_front_that_those_before_it_make():
+    scan = scanned(6)
+    free = [i for i in range(len(scan.beliefs.candidates.params)) if i % 3]
+    leaders = scan.leaders(free, 4)
+    assert leaders and set(leaders) <= set(free) and len(set(leaders)) == len(leaders) <= 4
+    assert scan.leaders(free, 1) == leaders[:1]
+    assert len(scan.leaders(free, len(free))) < len(free), "what adds nothing is none"
+    assert scan.leaders([], 4) == []
 
 
 @pytest.mark.parametrize(("min_gain", "last"), [(0.9, 0.9), (0.0, 0.003)])

@@ -256,6 +256,9 @@ def test_what_failed_in_passing_is_launched_once_more_by_whoever_asks_next_and_o
         assert a.ask() is None
         b.tell(again, TOLD)
         b.tell(other, TOLD)
+        with peers_of(a).turn():
+            a._queue.catch_up()
+            assert not peers_of(a).waiting(), "what was measured is not queued again"
         assert a.ask() is None and b.ask() is None
         assert [type(t.outcome) for t in a.store.trials()] == [Infeasible, Measured, Measured]
 
