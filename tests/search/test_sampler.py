@@ -245,6 +245,19 @@ def test_a_point_of_uncertain_worth_is_measured_again_and_flagged():
     assert len(flagged) <= 24 / 4
 
 
+def test_what_one_worker_measures_again_no_other_measures_again_beside_it():
+    one = sampler(options=Options(remeasure_every=4))
+    book, n, again = study(one), 0, []
+    for _ in range(9):
+        running = [ledger.ask(book, space()) for _ in range(3)]
+        again += [t.user_attrs["remeasure_of"] for t, _ in running if "remeasure_of" in t.user_attrs]
+        for trial, params in running:
+            noise, n = 0.35 * ((n * 7919) % 13 - 6) / 6, n + 1
+            times = {"started_s": 100.0 * n, "ended_s": 100.0 * n + 90}
+            ledger.tell(book, trial, space(), objective(), launch(params, noise=noise), **times)
+    assert again and len(again) == len(set(again)) <= 27 / 4
+
+
 def test_a_grid_too_large_to_hold_is_searched_by_samples_and_neighbours():
     from tests.search.problem import knob
 

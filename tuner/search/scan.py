@@ -108,9 +108,9 @@ class Scan:
     def doubtful(self, front: Front, cost: LaunchCost, normal: Array, every: int, power: float = 1.0) -> Doubt | None:
         """The measured configuration whose repetition would say most: whose part of the front (points that a lucky run
         may have put there, loads that a narrow miss may have taken away) is the least certain, per GPU-second to the
-        ``power``. None where repetitions have had their share of the launches (one in ``every``)."""
+        ``power``. None where repetitions, running ones too, have had their share of the launches (one in ``every``)."""
         launched = [r for r in self.readings if r.seen.outcome is not None]
-        repeats = [r.seen.params for r in launched if r.seen.remeasure_of is not None]
+        repeats = [r.seen.params for r in self.readings if r.seen.remeasure_of is not None]
         if not every or len(launched) < every * (len(repeats) + 1):
             return None
         first: dict[int, Reading] = {}
