@@ -62,7 +62,15 @@ SHARES = Constants(0.8, 0.5, 0.25, 0.4, 0.6, 5e-6, {"vllm": Host(1e-3, 1e-5, 2e-
 TWO_BY_THREE = Settings(2, 1, 3, True, 2048, 256, 16, 0.9, None, True, True, False, 8192, EIGHT_BITS)
 
 
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(
+    "server",
+    [
+        TWO_BY_THREE,
+        replace(TWO_BY_THREE, joint=True),
+        replace(TWO_BY_THREE, tp=1, dp=2),
+        replace(TWO_BY_THREE, tp=1, dp=1, precision=Precision()),
+    ],
+)
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize(
     ("decodes", "context", "prefill", "seen", "drafts"),
@@ -71,34 +79,37 @@ TWO_BY_THREE = Settings(2, 1, 3, True, 2048, 256, 16, 0.9, None, True, True, Fal
         (16, 50, 100, 40, 0),  # within every window
         (4, 1000, 700, 500, 2),  # without a graph
         (0, 0, 300, 150, 0),
-        (300, 2000, 0, 0, 1),  # the head's arithmetic is longer than its reading
+        (300, 2000, 9, 9, 1),  # the head's arithmetic is longer than its reading
     ],
 )
 def test_a_step_is_the_sum_of_its_parts_worked_by_hand(
-    decodes: int, context: int, prefill: int, seen: int, drafts: int, eager: bool, joint: bool
+    decodes: int, context: int, prefill: int, seen: int, drafts: int, eager: bool, server: Settings
 ) -> None:
-    step = StepTime(MADE, replace(TWO_BY_THREE, eager=eager, joint=joint), CARD, SHARES)
-    tp, dp, read, write = 2, 3, 1e12 * 0.8, 50e9 * 0.6
+    step = StepTime(MADE, replace(server, eager=eager), CARD, SHARES)
+    tp, dp, joint, read, write = server.tp, server.dp, server.joint, 1e12 * 0.8, 50e9 * 0.6
+    quantized = server.precision is EIGHT_BITS
+    weight, of_expert, cached = (1, 0.5, 1) if quantized else (2, 2, 2)  # bytes
+    rate = 210e12 if quantized else 100e12
     queries = decodes * (1 + drafts)
     tokens = queries + prefill
     mixing, feeding = 3 * 4e6 + 2 * 4e6 + 5e6 + 2 * 7e6, 3 * 6e6 + 5 * 1e6
-    mine = mixing + feeding / (dp if joint else 1)  # one byte each
-    linear = math.hypot(mine / tp / read, tokens * 2 * (mixing + feeding) / tp / (210e12 * 0.5))
+    mine = mixing + feeding / (dp if joint else 1)
+    linear = math.hypot(mine * weight / tp / read, tokens * 2 * (mixing + feeding) / tp / (rate * 0.5))
     head_bytes = 10_000 * 1024 * 2 / tp / (dp if joint else 1)
     sampled = queries + (1 if prefill else 0)
     head = max(head_bytes / read, sampled * 2 * 10_000 * 1024 / tp / (100e12 * 0.5))
     touched = 16 * (1 - (1 - 2 / 16) ** (tokens * dp))
     experts = math.hypot(
-        5 * touched * 3e6 / 2 / (tp * dp) / read,  # half a byte each
+        5 * touched * 3e6 * of_expert / (tp * dp) / read,
         5 * tokens * 2 * 2 * 3e6 / tp / (100e12 * 0.25),
     )
     passes = 20 * 1024 * 8 + (3 * 6e6 + 5 * 2 * 3e6) / 3 / 1024 * 6 / tp + 5 * 2 * 4 * 1024
     rows = tokens * 2 * passes / read
-    # one byte of cache; full and window split by 2; the latent cache lies on both ranks, its index of 64 is scanned
-    keys = [(3, 512 / 2, 0, math.inf, 130, 128), (2, 512 / 2, 0, 100, 130, 128), (2, 640 - 64, 64, 200, 310, 300)]
+    # full and window are split over the ranks; the latent cache lies on all of them, its index of 64 is scanned
+    keys = [(3, 512 / tp, 0, math.inf, 130, 128), (2, 512 / tp, 0, 100, 130, 128), (2, 640 - 64, 64, 200, 310, 300)]
     attention = decodes * 2 * 3000 * 2 / tp / read  # the state, read and written in 16 bits
     for layers, cache, scan, window, pair, prompt_pair in keys:
-        reading = decodes * layers * (min(context, window) * cache + context * scan) / read
+        reading = decodes * layers * (min(context, window) * cache + context * scan) * cached / read
         pairs = queries * min(context, window) * 2 * 16 / tp * layers * pair / (100e12 * 0.5)
         index = 2 * 500 * layers / (210e12 * 0.4) if scan else 0.0
         attention += max(reading, pairs + queries * context * index)
@@ -108,8 +119,9 @@ def test_a_step_is_the_sum_of_its_parts_worked_by_hand(
     if joint:  # 8 blocks' rows are gathered and scattered over six, the other 8 reduced over two
         sent, messages = 8 * 2 * (1 / 2) * row + 8 * 2 * (5 / 2) * row, 16
     else:  # each token to its 2 experts' ranks and back
-        sent, messages = 16 * 2 * (1 / 2) * row + 5 * 2 * 2 * (2 / 3) * row / tp, 16
-    kernels = 3 * 13 + 2 * 13 + 11 + 2 * 24 + 3 * 5 + 5 * 12  # 4 more in each layer to quantize
+        sent, messages = 16 * 2 * (tp - 1) / tp * row + 5 * 2 * 2 * (dp - 1) / dp * row / tp, 16 if tp > 1 else 0
+    kernels = 3 * 9 + 2 * 9 + 7 + 2 * 20 + 3 * 5 + 5 * 12
+    kernels += (8 * 4 if quantized else 0) - (2 * 8 if tp == 1 else 0)  # four products in each layer; all-reduces
     kernel = 2e-5 * 1.5 if eager else 2e-5 if tokens > 512 else 5e-6
     overhead = kernels * kernel + messages * 20e-6 + 1e-3 + decodes * 1e-5
     expected = linear + head + experts + rows + attention + sent / write + overhead
