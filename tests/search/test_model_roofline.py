@@ -79,6 +79,7 @@ TWO_BY_THREE = Settings(2, 1, 3, True, 2048, 256, 16, 0.9, None, True, True, Fal
         (16, 50, 100, 40, 0),  # within every window
         (4, 1000, 700, 500, 2),  # without a graph
         (0, 0, 300, 150, 0),
+        (2, 1000, 0, 0, 99),  # the queries' arithmetic is longer than reading the keys
         (300, 2000, 9, 9, 1),  # the head's arithmetic is longer than its reading
     ],
 )
@@ -136,17 +137,49 @@ def test_prompts_attention_and_drafts_take_what_their_parts_take() -> None:
         heads = 2 * 16 / 2 / (100e12 * 0.4)
         pairs = 3 * span * 128 + 2 * min(span, 100) * 128 + 2 * min(span, 200) * 300
         assert s == pytest.approx(n * (heads * pairs + span * 2 * 500 * 2 / (210e12 * 0.4)))
-    whole, draft = step.step(8, 1000), replace(MADE, ffn=(FeedForward(8, 1e6),))
+    whole, draft = step.step(500, 1000), replace(MADE, ffn=(FeedForward(8, 1e6),))
 
     def drafting(method: str, shape: ModelShape | None = None) -> float:
-        return step.draft_s(Speculation(method, 3, 0.7), 8, 1000, MADE, shape)
+        return step.draft_s(Speculation(method, 3, 0.7), 500, 1000, MADE, shape)
 
     assert drafting("ngram") == drafting("suffix") == 0.2e-3
-    head = max(10_000 * 1024 * 2 / 2 / 0.8e12, 8 * 2 * 10_000 * 1024 / 2 / 50e12)
+    head = 500 * 2 * 10_000 * 1024 / 2 / 50e12  # its arithmetic: reading it is shorter
     for layer_and_head in ("eagle", "mtp", "medusa"):
         assert drafting(layer_and_head) == pytest.approx(3 * ((whole - 1e-3) / 8 + head))
     assert drafting("draft_model") == pytest.approx(3 * 0.1 * whole)
-    assert drafting("draft_model", draft) == 3 * StepTime(draft, TWO_BY_THREE, CARD, SHARES).step(8, 1000)
+    assert drafting("draft_model", draft) == 3 * StepTime(draft, TWO_BY_THREE, CARD, SHARES).step(500, 1000)
+
+
+def test_on_cpus_an_operation_takes_what_the_row_says_with_and_without_graphs() -> None:
+    server, one = replace(CARD, kind="cpu", op_s=7e-6), replace(TWO_BY_THREE, tp=1, dp=1, precision=Precision())
+    operations = 3 * 9 + 2 * 9 + 7 + 2 * 20 + 3 * 5 + 5 * 12 - 2 * 8
+    for eager, times in ((False, 1.0), (True, 1.5)):
+        step = StepTime(MADE, replace(one, eager=eager), server, SHARES)
+        host = SHARES.host("vllm", "cpu")
+        assert step.overhead_s(4, 3) == pytest.approx(operations * 7e-6 * times + host.step_s + 3 * host.sequence_s)
+
+
+def test_ranks_on_one_cpu_server_share_its_cores_and_unpack_their_own_weights() -> None:
+    """Weights of four bits are widened where the products are in bf16: as long as reading so many bytes more."""
+    server = replace(CARD, kind="cpu", op_s=7e-6, unpack_weights_per_s=1e9)
+    packed = Precision(linear_bits=4)
+    two = replace(TWO_BY_THREE, dp=1, precision=packed)
+    linear = MADE.linear_weights
+
+    def reading(settings: Settings) -> float:
+        return StepTime(MADE, settings, server, SHARES)._linear_bytes
+
+    assert StepTime(MADE, two, server, SHARES).bandwidth == 1e12 * 0.8 / 2
+    assert reading(two) == pytest.approx(linear / 2 / 2 + linear / 2 / (1e9 / 2) * (1e12 * 0.8 / 2))
+    assert reading(replace(two, precision=replace(packed, compute="int8"))) == linear / 2 / 2
+    assert reading(replace(two, precision=Precision())) == linear / 2 * 2
+    assert StepTime(MADE, two, replace(server, unpack_weights_per_s=0.0), SHARES)._linear_bytes == linear / 2 / 2
+
+
+def test_a_head_that_is_the_embedding_lies_on_every_rank_whole() -> None:
+    joint = replace(TWO_BY_THREE, joint=True)
+    heads = [StepTime(replace(MADE, tied=tied), joint, CARD, SHARES)._head_bytes for tied in (True, False)]
+    assert heads == [10_000 * 1024 * 2 / 2, 10_000 * 1024 * 2 / 2 / 3]
 
 
 def test_decoding_one_sequence_is_at_least_reading_the_weights_once() -> None:

@@ -172,7 +172,7 @@ class StepTime:
         tp, dp = self._settings.tp, self._dp
         moved = self._reduces * 2 * (tp - 1) / tp * tokens * self._row_bytes
         moved += self._gathers * 2 * (tp * dp - 1) / tp * tokens * self._row_bytes
-        if dp > 1 and not self._gathers:
+        if not self._gathers:
             moved += (
                 sum(e.layers * 2 * min(e.top_k, dp) * (dp - 1) / dp for e in self._experts)
                 * tokens
@@ -206,7 +206,7 @@ def _row_traffic(shape: ModelShape, settings: Settings) -> float:
 
 def _mixing(a: Attention, settings: Settings) -> _Mixing:
     tp, kv = settings.tp, settings.precision.kv_bits / 8
-    split = min(tp, a.kv_heads) if a.kind != "linear" else tp  # heads that cannot be split further are copied
+    split = min(tp, a.kv_heads)  # heads that cannot be split further are copied
     ops = 2.0 * a.heads / tp * a.layers
     return _Mixing(
         window=a.window,
