@@ -14,7 +14,10 @@ import pytest
 from tuner.load.trace import Trace
 from tuner.load.windows import cut
 from tuner.search import hardware as table
+from tuner.search.model import settings as settings_of
+from tuner.search.model.metrics import gaps, money, statistics
 from tuner.search.model.predictor import AnalyticModel, build
+from tuner.search.model.roofline import StepTime
 from tuner.search.model.shape import ModelShape
 from tuner.search.model.workload import Workload
 from tuner.search.prediction import Predictor
@@ -83,6 +86,86 @@ def test_an_idle_server_takes_one_prefill_and_one_step() -> None:
     assert found["e2e_mean_s"] == pytest.approx(
         found["ttft_mean_s"] + found["tpot_mean_s"] * (trace().output_tokens.mean() - 1), rel=0.02
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "engine", "flags"),
+    [
+        (1000, "vllm", {}),
+        (20_000, "vllm", {"max_num_seqs": 64}),  # two whole chunks and a part
+        (1000, "vllm", {"pipeline_parallel_size": 2, "data_parallel_size": 2}),
+        (1000, "sglang", {}),  # prompts share no step with decoding
+        (1000, "vllm", {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 3}'}),
+    ],
+)
+def test_a_request_alone_takes_its_parts_worked_by_hand(prompt: int, engine: str, flags: dict[str, Value]) -> None:
+    none = np.zeros(0, np.int64)
+    one = Trace("one", np.zeros(1), np.array([prompt]), np.array([201]), 0, none, np.zeros(2, np.int64))
+    m, asked = model(one, engine=engine, slos=()), config(2, "", max_model_len=32768, **flags)
+    settings = settings_of.of(asked, m.shape, m.hardware, engine)
+    step = StepTime(m.shape, settings, m.hardware, m.constants)
+    context, spec = prompt + 201 / 2, settings.speculation
+    decode_s = step.step(1 / settings.pp, context)
+    if spec is not None:
+        decode_s = step.step(1, context, drafts=3) + 0.2e-3
+    slots = min(settings.max_seqs, m.fit(asked).kv_tokens / (context + 16 / 2))
+    budget = settings.max_batched_tokens - math.sqrt(slots)
+    sizes = [budget] * int(prompt // budget) + [prompt % budget]
+    prefill_s = float(step.prefill_s(np.array([*sizes, budget]), math.sqrt(slots))[:-1].sum())
+    prefill_s += float(step.prefill_attention_s(np.array([float(prompt)]), np.array([prompt / 2]))[0])
+    shared = 0 if engine == "sglang" else len(sizes)
+    ttft_s = m.constants.host(engine).request_s + prefill_s + (0.5 + shared) * decode_s
+    token_s = decode_s / (spec.per_step if spec is not None else 1)
+    found = m.predict(asked, 1e-3).metrics
+    for stat in ("p50", "p99", "mean", "max"):
+        assert found[f"ttft_{stat}_s"] == pytest.approx(ttft_s, rel=1e-3)
+        assert found[f"tpot_{stat}_s"] == pytest.approx(token_s, rel=1e-3)
+        assert found[f"e2e_{stat}_s"] == pytest.approx(ttft_s + 200 * token_s, rel=1e-3)
+        assert found[f"norm_latency_{stat}_s"] == pytest.approx((ttft_s + 200 * token_s) / 201, rel=1e-3)
+    assert found["itl_p50_s"] == pytest.approx(decode_s, rel=1e-3)
+    assert found["itl_max_s"] == pytest.approx(decode_s + prefill_s / len(sizes), rel=1e-3)
+    assert found["output_tokens_per_s"] == pytest.approx(201 * 1e-3)  # one request a second at load 1
+    assert found["cost_usd_per_mtok_output"] == pytest.approx(settings.gpus * 2.0 / 3600 * 1e6 / 0.201)
+
+
+def test_quantiles_of_a_step_are_those_of_numpy_and_its_gaps_those_of_steps_with_and_without_a_prompt() -> None:
+    rng = np.random.default_rng(0)
+    columns = {"ttft": rng.random(37), "tpot": rng.random(37)}
+    found = statistics(columns, (0.5, 0.9, 0.999))
+    for name, values in columns.items():
+        for q, key in ((0.5, "p50"), (0.9, "p90"), (0.999, "p99.9")):
+            assert found[f"{name}_{key}_s"] == pytest.approx(np.quantile(values, q))
+        assert found[f"{name}_mean_s"] == pytest.approx(values.mean())
+        assert found[f"{name}_max_s"] == values.max()
+    steps, pieces = np.array([3.0, 1.0, 2.0]), np.array([30.0, 10.0, 20.0])
+    # one gap in five holds a piece of a prompt: the fifth slowest of all
+    found = gaps(steps, pieces, 0.2, (0.4, 0.8, 0.9, 1.0))
+    assert list(found.values()) == [2.0, 3.0, 2.0 + 20.0, 2.0 + 30.0, 3.0 + 30.0]
+    assert [*found] == ["itl_p40_s", "itl_p80_s", "itl_p90_s", "itl_p100_s", "itl_max_s"]
+
+
+def test_money_counts_the_tokens_of_requests_that_were_in_time_by_every_limit_on_one() -> None:
+    inputs, outputs = np.array([100.0, 100.0]), np.array([10.0, 30.0])
+    latencies = {"ttft": np.array([0.1, 0.9]), "tpot": np.array([0.05, 0.01])}
+
+    def of(*slos: str) -> dict[str, float]:
+        return money(inputs, outputs, latencies, [parse(slo) for slo in slos], 8.0, 3.6)
+
+    found = of("ttft_p99=500ms", "tpot_p50=20ms", "itl_p99=1ms", "error_rate=1%")  # of each the first alone counts
+    assert found == pytest.approx(
+        {
+            "requests_per_s": 8 / 20,
+            "output_tokens_per_s": 8,
+            "total_tokens_per_s": 8 * 6,
+            "goodput_output_tokens_per_s": 2,
+            "slo_share": 0.25,
+            "error_rate": 0,
+            "cost_usd_per_mtok_output": 1e3 / 2,
+            "cost_usd_per_mtok_total": 1e3 / 2 / 6,
+        }
+    )
+    assert of()["slo_share"] == 1 and of("ttft_p99=900ms")["slo_share"] == 1
+    assert of("ttft_p99=500ms", "tpot_p99=20ms")["cost_usd_per_mtok_output"] == pytest.approx(1e3 / 8e-6)  # none
 
 
 def test_latency_grows_with_load_and_stays_finite_past_saturation() -> None:
