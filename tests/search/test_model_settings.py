@@ -9,6 +9,7 @@ import pytest
 
 from tuner.search import hardware as table
 from tuner.search.model import settings
+from tuner.search.model.precision import Precision
 from tuner.search.model.settings import Settings
 from tuner.search.model.shape import ModelShape
 from tuner.space import memory
@@ -43,6 +44,55 @@ def test_flags_are_read_whatever_their_type() -> None:
     found = read({"tensor-parallel-size": "2", "max-num-seqs": 64, "gpu-memory-utilization": 0.8, "block-size": 32})
     assert (found.tp, found.max_seqs, found.memory_share, found.block_size) == (2, 64, 0.8, 32)
     assert found.gpus == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "flags", "said"),
+    [
+        ("vllm", {"enforce-eager": None}, {"eager": True}),
+        ("sglang", {"disable-cuda-graph": None}, {"eager": True}),
+        ("vllm", {}, {"eager": False, "expert_parallel": False, "prefix_caching": True, "kv_bytes": None}),
+        ("vllm", {"enable-expert-parallel": None}, {"expert_parallel": True}),
+        ("sglang", {"ep-size": 2}, {"expert_parallel": True}),
+        ("sglang", {"ep": 1}, {"expert_parallel": False}),
+        ("sglang", {"disable-radix-cache": None}, {"prefix_caching": False}),
+        ("sglang", {"enable-mixed-chunk": None}, {"prefill_first": False}),
+        ("sglang", {"context-length": 1000, "page-size": 64}, {"max_model_len": 1000, "block_size": 64}),
+        ("sglang", {"tp-size": 2, "pp-size": 3, "dp-size": 4}, {"tp": 2, "pp": 3, "dp": 4}),
+        ("sglang", {"mem-fraction-static": 0.7, "max-running-requests": 9}, {"memory_share": 0.7, "max_seqs": 9}),
+        ("vllm", {"kv-cache-memory-bytes": 5}, {"kv_bytes": 5}),
+        ("vllm", {"kv-cache-memory-bytes": "5"}, {"kv_bytes": 5}),
+    ],
+)
+def test_each_engines_flags_mean_what_they_say(engine: str, flags: dict[str, Value | None], said: dict) -> None:
+    found = read(flags, engine=engine)
+    assert {name: getattr(found, name) for name in said} == said
+
+
+@pytest.mark.parametrize(("gpu", "tokens"), [("L4", 2048), ("L40S", 4096), ("H100-SXM", 8192)])
+def test_sglang_s_chunk_goes_by_the_size_of_the_memory(gpu: str, tokens: int) -> None:
+    assert read({}, gpu, engine="sglang").max_batched_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "said"),
+    [
+        ("llama-3.1-8b", {}, Precision()),
+        ("llama-3.1-8b", {"dtype": "float32"}, Precision(32, 32, 32, "fp32", "fp32", kv_bits=32)),
+        ("llama-3.1-8b", {"dtype": "bfloat16", "quantization": "awq"}, Precision(4.16, 4.16)),
+        (
+            "llama-3.1-8b",
+            {"dtype": "float32", "kv-cache-dtype": "fp8_e5m2"},
+            Precision(32, 32, 32, "fp32", "fp32", kv_bits=8),
+        ),
+        ("llama-3.1-8b", {"kv-cache-dtype": "nvfp4"}, Precision(kv_bits=4.5)),
+        ("gpt-oss-120b", {"dtype": "float32"}, Precision(32, 4.25, 32, "fp32", "fp4", kv_bits=32)),
+    ],
+)
+def test_the_precision_is_the_checkpoints_as_the_flags_change_it(
+    model: str, flags: dict[str, Value | None], said: Precision
+) -> None:
+    assert read(flags, model=model).precision == said
 
 
 def test_a_flag_that_cannot_be_read_counts_as_absent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tuner.errors import UsageError
 from tuner.search.model.architecture import shape_of
 from tuner.search.model.precision import from_config, method_of
-from tuner.search.model.shape import ModelShape
+from tuner.search.model.shape import Attention, FeedForward, ModelShape
 
 SHAPES = Path(__file__).with_name("shapes")
 
@@ -345,3 +346,77 @@ def test_a_broken_config_is_a_usage_error(tmp_path: Path, content: str) -> None:
 def test_a_folder_without_config_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no config"):
         ModelShape.from_folder(tmp_path)
+
+
+def test_layers_of_every_kind_are_read_with_all_that_a_step_of_them_costs() -> None:
+    """Worked by hand from the sizes, one kind after the other."""
+    qwen = {
+        **{"model_type": "qwen3_next", "hidden_size": 64, "num_hidden_layers": 8, "vocab_size": 100},
+        **{"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "full_attention_interval": 4},
+        **{
+            "linear_num_key_heads": 3,
+            "linear_key_head_dim": 5,
+            "linear_num_value_heads": 6,
+            "linear_value_head_dim": 7,
+        },
+        **{"intermediate_size": 96, "max_position_embeddings": 2048},
+    }
+    found = shape_of(qwen)
+    queries, cached = 8 * 16, 2 * 2 * 16
+    linear = Attention("linear", 6, 64 * (2 * 15 + 2 * 42) + 42 * 64, 0, 8, 8, 0, 0, 9, 0, state=2 * 42 * 5)
+    full = Attention("full", 2, 64 * (3 * queries + cached), cached, 8, 2, 32, 32, 8 + 2, head_dim=16)
+    assert found.attention == (full, linear)  # a norm of queries and keys, and a gate: a kernel each
+    assert found.ffn == (FeedForward(8, 3 * 64 * 96, kernels=5),)
+    assert (found.max_model_len, shape_of({**qwen, "max_position_embeddings": None}).max_model_len) == (2048, 4096)
+    assert shape_of({**qwen, "max_position_embeddings": None, "n_positions": 512}).max_model_len == 512
+
+    plain = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 100}
+    plain |= {"num_attention_heads": 8, "sliding_window": 32, "intermediate_size": 96}
+    layers = ["full_attention", "sliding_attention", "sliding_attention", "chunked_attention"]
+    both = shape_of({**plain, "layer_types": layers}).attention
+    kind = Attention("full", 1, 4 * 64 * 64, 2 * 64, 8, 8, 16, 16, 8, head_dim=8)
+    assert both == (kind, replace(kind, kind="window", layers=3, window=32))
+    every_third = shape_of({**plain, "num_hidden_layers": 7, "sliding_window_pattern": 3}).attention
+    assert [(a.kind, a.layers, a.window) for a in every_third] == [("full", 2, 0), ("window", 5, 32)]
+
+    latent = {"kv_lora_rank": 20, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 12, "q_lora_rank": 30}
+    deep = {**plain, "model_type": "deepseek_v32", **latent}
+    mla = Attention(
+        "mla", 4, 30 * (64 + 8 * 16) + 64 * 26 + 20 * 8 * 22 + 8 * 12 * 64, 26, 8, 1, 16 + 12, 46, 13, head_dim=16
+    )
+    assert shape_of(deep).attention == (mla,)
+    whole = 64 * 8 * 16 - 30 * (64 + 8 * 16)
+    assert shape_of({**deep, "q_lora_rank": None}).attention == (replace(mla, weights=mla.weights + whole),)
+    sparse = shape_of({**deep, "index_topk": 256, "index_n_heads": 5, "index_head_dim": 14}).attention
+    assert sparse == (
+        replace(
+            mla, kind="dsa", weights=mla.weights + 30 * 5 * 14 + 64 * (14 + 5), cache=26 + 7, pair=46,
+            kernels=13 + 10, window=256, scan=7, scan_pair=5 * 14,
+        ),
+    )  # fmt: skip
+
+
+def test_which_layers_have_experts_and_what_they_share_is_read() -> None:
+    base = {"model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 6, "vocab_size": 100}
+    base |= {"num_attention_heads": 8, "intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 2}
+    base |= {"moe_intermediate_size": 24}
+
+    def of(**more: object) -> tuple[FeedForward, ...]:
+        return shape_of({**base, **more}).ffn
+
+    experts, dense = FeedForward(6, 64 * 16, 16, 2, 3 * 64 * 24, 10), FeedForward(6, 3 * 64 * 96, kernels=5)
+
+    def parted(sparse: int) -> tuple[FeedForward, ...]:
+        return replace(dense, layers=6 - sparse), replace(experts, layers=sparse)
+
+    assert of() == (experts,)
+    assert of(mlp_only_layers=[0, 5]) == parted(4)
+    assert of(decoder_sparse_step=3) == parted(2)
+    assert of(first_k_dense_replace=1) == parted(5)
+    assert of(moe_layer_start_index=1, moe_layer_end_index=3) == parted(3)
+    assert of(moe_layer_end_index=99) == (experts,)
+    assert of(moe_layers=[1, 2, 7]) == parted(2)
+    assert of(mlp_layer_types=["dense", *["sparse"] * 5]) == parted(5)
+    shared = replace(experts, weights=64 * 16 + 3 * 64 * 48, kernels=14)
+    assert of(n_shared_experts=2) == of(shared_expert_intermediate_size=48) == (shared,)
+    assert of(first_k_dense_replace=1, dense_intermediate_size=40)[0] == replace(dense, layers=1, weights=3 * 64 * 40)

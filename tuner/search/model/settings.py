@@ -87,7 +87,7 @@ def ranks(flags: Mapping[str, Value | None]) -> int:
 
 def caches_prefixes(flags: Mapping[str, Value | None]) -> bool:
     """Whether the KV of prompts is kept for later ones that begin alike."""
-    return _switch(flags, "prefix-caching", True) and "disable-radix-cache" not in flags
+    return _switch(flags, "prefix-caching") and "disable-radix-cache" not in flags
 
 
 def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str = "vllm") -> Settings:
@@ -106,10 +106,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
         seqs = 48  # what SGLang lowers its default to (server_args.py)
     on_cpu = hardware.kind == "cpu"
     gib, refused = space_gib(config.env) if on_cpu and engine == "vllm" else (None, "")
-    explicit_kv = flags.get("kv-cache-memory-bytes")
-    kv_bytes = None if gib is None else float(gib) * _GIB
-    if isinstance(explicit_kv, int) and not isinstance(explicit_kv, bool):
-        kv_bytes = float(explicit_kv)
+    kv_bytes = _float(flags, 0, "kv-cache-memory-bytes") or (None if gib is None else float(gib) * _GIB)
     if joint and tp % dp:
         refused = f"{tp} GPUs cannot be split over {dp} ranks of DP attention (tp-size, dp-size)"
     model_len = _int(flags, shape.max_model_len, "max-model-len", "context-length")
@@ -119,7 +116,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     if joint:  # SGLang divides what it is told by the ranks, and takes its own default of sequences for each
         tp, batched = max(tp // dp, 1), max(batched // dp, 1)
         most = seqs if "max-running-requests" not in flags else max(most // dp, 1)
-    chunked = _switch(flags, "chunked-prefill", True)
+    chunked = _switch(flags, "chunked-prefill")
     return Settings(
         tp=tp,
         pp=pp,
@@ -243,8 +240,5 @@ def _float(flags: Mapping[str, Value | None], default: float, *names: str) -> fl
     return default
 
 
-def _switch(flags: Mapping[str, Value | None], name: str, default: bool) -> bool:
-    if f"no-enable-{name}" in flags:
-        return False
-    value = flags.get(f"enable-{name}", default)
-    return default if value is default else value is None or str(value).lower() != "false"
+def _switch(flags: Mapping[str, Value | None], name: str) -> bool:
+    return f"no-enable-{name}" not in flags and str(flags.get(f"enable-{name}")).lower() != "false"
