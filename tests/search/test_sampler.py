@@ -453,6 +453,18 @@ def test_leaders_are_candidates_of_which_each_adds_to_the_front_that_those_befor
     assert scan.leaders([], 4) == []
 
 
+def test_a_parameter_that_does_not_apply_is_no_value_that_nothing_served_with():
+    of = SearchSpace("of", "emulator", (*space().parameters[:3], knob("mode", "a", "b", default="a", when={"gpus": 2})))
+    one = TunerSampler(of, objective(), LOADS, None, "m")
+    both = [of.snap({"gpus": 2, "batch": 16, "half": half, "mode": "a"}) for half in (False, True)]
+    seen = [ledger.Seen(n, params, launch({**params, "guess": "none"})) for n, params in enumerate(both)]
+    found = Scan(one.beliefs, LOADS, [read_outcome(s, objective(), LOADS) for s in seen], []).unseen(
+        range(len(one.candidates.params))
+    )
+    named = {one.candidates.params[i]["gpus"]: words for i, words in found.items()}
+    assert named == {2: "mode b"}, "of numbers of GPUs, neighbours say something"
+
+
 @pytest.mark.parametrize(("min_gain", "last"), [(0.9, 0.9), (0.0, 0.003)])
 def test_what_is_new_is_tried_where_less_is_promised_than_the_study_asks_for(min_gain: float, last: float):
     """With 0 nothing ends a search, but it still tries what is new where the usual one would end."""

@@ -100,7 +100,7 @@ class Scan:
         for j, p in enumerate(candidates.space.parameters):
             if p.numeric:
                 continue
-            new = (codes[:, j] < len(p.values)) & ~np.isin(codes[:, j], known[:, j])
+            new = (codes[:, j] >= 0) & ~np.isin(codes[:, j], known[:, j])
             for row in np.nonzero(new)[0].tolist():
                 found.setdefault(free[row], f"{p.name} {p.values[codes[row, j]]}")
         return found
