@@ -17,7 +17,8 @@ from tuner.search.candidates import Candidates, correlations
 from tuner.search.ledger import Seen
 from tuner.search.reading import capacity, margin, read
 from tuner.search.surrogate import LOAD_LENGTH, LOAD_SHARE, Prior, Rows, Surrogate, _components, fit
-from tuner.study.outcome import Infeasible, Measured
+from tuner.spec.objective import Objective
+from tuner.study.outcome import Boot, Infeasible, Measured, Step
 
 
 def rows(codes: list[tuple[int, ...]], y: list[float], sources: list[list[float]] | None = None) -> Rows:
@@ -189,6 +190,54 @@ def test_the_worst_slo_decides_the_margin_and_an_absent_metric_is_a_miss():
     assert margin({"ttft_p99_s": 0.25, "tpot_p99_s": 0.03}, slos) == pytest.approx(math.log(0.5))
     assert margin({"ttft_p99_s": 0.01, "tpot_p99_s": 0.12}, slos) > 0
     assert margin({"ttft_p99_s": 0.01}, slos) > 1
+
+
+def test_a_capacity_is_read_off_the_margins_of_the_two_loads_beside_it_worked_by_hand():
+    hopeless = 1.2 * (1 - math.exp(-math.log(4) / 1.2))  # a miss by a factor of four, flattened
+    assert margin({"ttft_p99_s": 2.0, "tpot_p99_s": 0.03}, objective().slos) == pytest.approx(hopeless)
+    bracketed = math.log(2) + math.log(2) * 0.25, 0.25 * math.log(2)
+    assert capacity([1.0, 2.0, 4.0], [-1.0, -0.2, 0.6]) == pytest.approx(bracketed)
+    assert capacity([1.0, 2.0, 4.0], [-1.0, -9.0, 0.01])[0] == pytest.approx(math.log(2) + 0.98 * math.log(2))
+    assert capacity([1.0, 2.0], [0.0, 0.6])[0] == pytest.approx(0.02 * math.log(2))  # at its limit is within it
+    assert capacity([1.0, 1.05], [-1.0, 1.0])[1] == 0.02
+    assert capacity([1.0, 2.0], [-math.inf, 1.2])[0] == pytest.approx(0.5 * math.log(2))  # no SLO was measured near
+    assert capacity([2.0, 4.0], [0.6, 1.0]) == pytest.approx((math.log(2) - 0.02 - 0.2, 0.15))
+    # none missed: the rest of the way by the slope of the last two, from 1 to 8, and by 0.4 at most
+    slope = (0.6 - 0.3) / math.log(2)
+    assert slope < 1 and capacity([1.0, 2.0], [-0.6, -0.3]) == pytest.approx((math.log(2) + 0.3, 0.15))
+    assert capacity([1.0, 2.0], [-2.3, -0.9])[0] == pytest.approx(math.log(2) + 0.4)
+    assert capacity([1.0, 2.0], [-2.4, -0.4])[0] == pytest.approx(math.log(2) + 0.4 * math.log(2) / 2.0)
+    assert capacity([1.0, 1.1], [-2.4, -0.4])[0] == pytest.approx(math.log(1.1) + 0.4 / 8)
+    assert capacity([2.0], [-0.3])[0] == pytest.approx(math.log(2) + 0.1)
+    assert capacity([2.0], [-math.inf])[0] == pytest.approx(math.log(2) + 0.4)
+
+
+def test_a_step_that_missed_another_limit_says_what_its_latency_is_and_one_that_missed_its_own_does_not():
+    metrics = {"ttft_p99_s": 9.0, "tpot_p99_s": 0.02, "cost_usd_per_mtok_output": 3.0}
+    late = Step(LOADS[1], "w", metrics, slo_misses=("ttft",))
+    slow = Step(LOADS[1], "w", {**metrics, "tpot_p99_s": 0.2}, slo_misses=("ttft", "tpot"))
+
+    def steps(step: Step, of: Objective) -> tuple:
+        return read(Seen(0, space().default(), Measured((step,))), of, LOADS).steps
+
+    assert steps(late, objective()) == ((1, pytest.approx(math.log(3.0)), pytest.approx(math.log(0.02))),)
+    assert steps(slow, objective()) == ()
+    assert steps(late, replace(objective(), slos=objective().slos[:1])) == ()  # nothing bounds what was missed
+    for key in ("cost_usd_per_mtok_output", "tpot_p99_s"):
+        assert steps(replace(late, metrics={**metrics, key: math.inf}), objective()) == ()
+    found = read(Seen(0, space().default(), Measured((late,))), objective(), LOADS)
+    assert (found.good, found.missed, found.works) == ((), (1,), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "room"), [(None, 1.0), (1.0, 0.25), (4.0, 2 / 3), (8.0, 1.0), (64.0, 1.5), (0.0, 1.0)]
+)
+def test_a_server_that_ran_had_as_much_room_as_its_log_says(at_once: float | None, room: float):
+    boot = Boot(30.0, facts={} if at_once is None else {"max_concurrency": at_once})
+    outcome = launch(space().default())
+    assert isinstance(outcome, Measured)
+    found = read(Seen(0, space().default(), replace(outcome, boot=boot)), objective(), LOADS)
+    assert found.works == pytest.approx(room)
 
 
 def test_a_step_that_was_ended_as_saturated_says_nothing_of_cost_and_latency():

@@ -16,7 +16,8 @@ from tuner.search.reading import Reading
 class ModelError:
     """Per quantity (cost, latency, capacity): ``error`` is the median relative error, ``bias`` the median of measured
     over predicted, ``rank`` Spearman's rank correlation between the two, ``weight`` what is left of the model's weight
-    of 1. ``points`` is over how many measured points, ``wrongly_refused``/``wrongly_admitted`` count memory."""
+    of 1. ``points`` is over how many measured points, ``memory_crashes`` how many launches ran out of memory that it
+    took to fit."""
 
     points: int = 0
     error: Mapping[str, float] = field(default_factory=dict)

@@ -201,7 +201,7 @@ def nondominated(points: Array) -> Array:
 
 
 def launch_cost(guess: LaunchCost, readings: Sequence[Reading]) -> LaunchCost:
-    """Seconds of a launch as they really were: medians over the launches, the first estimate counted as one of them."""
+    """Seconds of a launch as they really were: medians over the launches; the first estimate where there is none."""
     starts, steps = [guess.start_s], [guess.step_s]
     for r in readings:
         outcome = r.seen.outcome
