@@ -142,6 +142,22 @@ def test_records_that_end_early_under_one_rule_decide_nothing_under_another(tmp_
     assert (len(step.slo_misses), sum(r.startswith("undecided: ") for r in step.untrusted)) == (missed, undecided)
 
 
+@pytest.mark.parametrize(
+    "why", ["tpot_p90 cannot hold 500 ms: 5 misses, 4 are allowed among 49", "saturated: it grows"]
+)
+def test_a_step_whose_requests_were_all_cut_off_says_why_it_was_ended(tmp_path, why):
+    # no answer was whole, so there is no TPOT: not what the user has to know
+    made = records(
+        tmp_path,
+        [request(t / 10, [t / 10 + 1, t / 10 + 2], wanted=40, error="stopped") for t in range(49)],
+        stopped=why,
+        slos={"tpot_p90": 0.5},
+    )
+    step = judge(made, (parse("ttft_p90=5s"), parse("tpot_p90=500ms")), (0.5,))
+    assert "tpot_p90_s" not in step.metrics
+    assert step.slo_misses == (why,)
+
+
 def test_recomputing_under_other_slos_says_what_it_cannot_decide(tmp_path):
     records(tmp_path, [request(t / 10, [t / 10 + 0.15, t / 10 + 0.16]) for t in range(40)], **LOST)
     again = ["replay", "--recompute", "--records", str(tmp_path / "records.parquet")]

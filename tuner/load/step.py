@@ -311,9 +311,10 @@ def judge(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -> 
 
 def misses(metrics: Mapping[str, float], slos: Sequence[Slo], stopped: str) -> tuple[str, ...]:
     """Each SLO's miss in words. A step that was ``stopped`` because its queue grows without bound holds no SLO on a
-    latency, though the waits had not reached the limit when it was stopped."""
-    missed = tuple(miss for slo in slos if (miss := slo.miss(metrics)))
+    latency, though the waits had not reached the limit when it was stopped; what it has no figure of by then (the TPOT
+    of requests that were all cut off) is no miss of its own beside the reason for which it was stopped."""
     ended = stopped and stopped not in (CLIENT_DIED, CLIENT_BEHIND) and any(slo.latency for slo in slos)
+    missed = tuple(miss for slo in slos if (miss := slo.miss(metrics)) and (slo.key in metrics or not ended))
     return missed or ((stopped,) if ended else ())
 
 
