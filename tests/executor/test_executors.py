@@ -141,6 +141,43 @@ def test_an_interrupt_ends_what_runs(rigged):
     assert len(made.seen("step")) < 200
 
 
+def test_a_job_that_waits_for_gpus_when_the_user_interrupts_was_never_launched(rigged):
+    made = rigged(ladder=[1 + step / 1000 for step in range(1000)])
+    with executor(made.bench) as where:
+        for number in range(3):  # on two GPUs
+            where.submit(made.job(number))
+        while len({data["trial"] for data in made.seen("step")}) < 2:
+            assert where.wait(0.05) == []
+        assert not where.room()
+        made.cancel.set()
+        ended = {end.job.number: (end.outcome and end.outcome.reason, end.error) for end in made.all(where, 3)}
+    assert ended == {0: ("interrupted", None), 1: ("interrupted", None), 2: (None, None)}
+    assert {data["trial"] for data in made.seen("launch")} == {0, 1}
+
+
+def test_what_wants_more_gpus_than_the_study_has_is_not_waited_for(workplace):
+    made = Rigged(workplace, "local", GOOD, 2, [1])
+    job = made.job(0)
+    with executor(made.bench) as where:
+        with pytest.raises(EnvironmentFault, match="a configuration wants 3 GPUs, the study has 2"):
+            where.submit(replace(job, config=replace(job.config, gpus=3)))
+        assert where.room()
+
+
+def test_a_trial_is_charged_until_it_ends_and_not_until_somebody_looks(workplace, monkeypatch):
+    now_s = [100.0]
+    monkeypatch.setattr("tuner.executor.stopwatch.time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    made = Rigged(workplace, "local", GOOD, 2, [1])
+    with executor(made.bench) as where:
+        where.submit(made.job(0))
+        for thread in threading.enumerate():
+            if thread.name == "trial-0":
+                thread.join()
+        now_s[0] += 3600
+        (end,) = made.all(where, 1)
+    assert isinstance(end.outcome, Measured) and end.seconds == 0
+
+
 def test_a_rig_is_measured_step_by_step_and_says_where_it_is(rigged):
     made = rigged()
     with executor(made.bench) as where:

@@ -227,6 +227,9 @@ def test_what_was_given_up_too_early_and_ends_before_anybody_took_it_up_is_not_m
         assert peers_of(b).waiting()
         a.tell(slow, TOLD)
         b.tell(quick, TOLD)
+        with peers_of(a).turn():
+            a._queue.catch_up()
+            assert not peers_of(a).waiting()
         assert a.ask() is None and b.ask() is None
         assert colours(a) == [(0, "red", True), (1, "green", False)]
         assert colours(b) == [(0, "red", False), (1, "green", True)]
@@ -300,6 +303,26 @@ def test_launches_after_the_search_are_in_every_tuners_folder_once(session_of):
         assert verifying._done(b.store.trials(), "verify") == verifying._done(a.store.trials(), "verify")
         assert len(verifying._done(b.store.trials(), "verify")) == 1, "nor is it launched again by whoever goes on"
         assert len(a.store.trials()) == 3
+
+
+def test_a_launch_that_was_made_without_asking_keeps_its_number_and_the_others_get_another(session_of):
+    """As ``tuner ablate`` makes them: the ledger hears of them when they have ended, or never."""
+    with session_of("a") as a, session_of("b") as b:
+        first = a.ask()
+        a.tell(first, TOLD)
+        assert b.ask().number == 1
+        b.store.start_trial(2, first.config, first.params, role="ablate")
+        b.store.end_trial(2, b.store.trial(0).outcome)
+        for asks, number in ((a, 2), (b, 4)):
+            a._queue.book.enqueue_trial(dict(first.params), user_attrs={"remeasure_of": 0})
+            again = asks.ask()
+            assert again.number == number
+            asks.tell(again, TOLD)
+        assert [(t.number, t.role) for t in b.store.trials()] == [
+            (0, "search"),
+            (2, "ablate"),
+            *((n, "search") for n in (3, 4)),
+        ]
 
 
 def test_an_outcome_that_could_not_be_told_is_told_at_the_end_of_the_session(session_of, monkeypatch):
