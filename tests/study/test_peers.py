@@ -218,13 +218,15 @@ def test_what_was_given_up_too_early_and_measured_again_is_put_aside_where_it_en
         assert [e["kept"] for e in a.store.events() if e["event"] == "given-up"] == [str(kept)]
 
 
-def test_what_was_given_up_too_early_and_ends_before_anybody_took_it_up_is_not_measured_again(session_of):
+@pytest.mark.parametrize("asks", [False, True])  # for another configuration, and is given its own
+def test_what_was_given_up_too_early_and_ends_before_anybody_took_it_up_is_not_measured_again(asks, session_of):
     with session_of("a") as a, session_of("b") as b:
         slow, quick = a.ask(), b.ask()
         peers_of(b).upkeep.fail(slow.trial._trial_id)
         with peers_of(b).turn():
             assert slow.config.hash not in b._queue.catch_up().running
         assert peers_of(b).waiting()
+        assert not asks or a.ask() is None
         a.tell(slow, TOLD)
         b.tell(quick, TOLD)
         with peers_of(a).turn():
@@ -239,6 +241,7 @@ def test_what_a_killed_tuner_was_at_is_launched_again_when_it_is_resumed_and_wha
     with session_of("b") as b:
         with session_of("a") as a:
             cut, running = a.ask(), b.ask()
+            a._queue.book.ask()  # the kill comes before it is claimed
         with session_of("a") as a:
             again = a.ask()
             assert again.config.hash == cut.config.hash and again.number == 2
@@ -286,6 +289,9 @@ def test_what_is_handed_back_before_its_launch_is_anybodys(session_of):
         a._queue.withdraw(taken)
         handed = b.ask()
         assert (handed.config.hash, handed.why) == (taken.config.hash, taken.why)
+        with peers_of(a).turn():
+            a._queue.catch_up()
+            assert not peers_of(a).waiting(), "it is queued once"
         assert a.ask().config.hash != taken.config.hash and a.ask() is None
 
 
