@@ -19,7 +19,7 @@ from tuner.search.model.metrics import gaps, money, statistics
 from tuner.search.model.predictor import AnalyticModel, build
 from tuner.search.model.roofline import StepTime
 from tuner.search.model.shape import ModelShape
-from tuner.search.model.workload import Workload
+from tuner.search.model.workload import _DISTANCES, Workload
 from tuner.search.prediction import Predictor
 from tuner.space.config import ServingConfig, Value
 from tuner.space.memory import MemoryCorrection
@@ -245,6 +245,31 @@ def test_a_small_cache_forgets_prefixes() -> None:
     assert work.cached(1e9, 16)[0] == 0  # nobody came before
     assert not work.cached(100, 16).any()
     assert (work.cached(1e9, 128) % 128 == 0).all()
+
+
+@pytest.mark.parametrize("often", [False, True], ids=["alike", "some more often"])
+def test_prefixes_are_cached_as_long_as_a_simulated_cache_holds_them(often: bool) -> None:
+    """Forty prefixes that many requests share fill a cache by being used again, not only by being new."""
+    rng, n = np.random.default_rng(0), 600
+    prefixes = np.minimum(rng.zipf(1.3, n), 40) - 1 if often else rng.integers(40, size=n)
+    prompts = [
+        [int(p) * 100 + k for k in range(30)] + [10**6 + 7 * i + k for k in range(7)] for i, p in enumerate(prefixes)
+    ]
+    answers, offsets = rng.integers(1, 100, n), 37 * np.arange(n + 1)
+    work = Workload.of(Trace("p", np.arange(n) / 1.0, np.full(n, 37 * 16), answers, 16, np.ravel(prompts), offsets), n)
+    for capacity in _DISTANCES[3:25:3]:
+        held: dict[object, int] = {}  # tokens, the least recently used first
+        hits = []
+        for i, blocks in enumerate(prompts):
+            known = next((k for k, block in enumerate(blocks) if block not in held), len(blocks))
+            hits.append(known * 16)
+            for item, tokens in [*((block, 16) for block in blocks), (f"answer {i}", int(answers[i]))]:
+                held.pop(item, None)
+                held[item] = tokens
+            over = sum(held.values()) - capacity
+            while over > 0:
+                over -= held.pop(next(iter(held)))
+        assert work.cached(capacity * 1.001, 16).tolist() == hits
 
 
 def test_what_came_before_a_window_fills_the_cache_and_is_none_of_its_requests() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from tuner.load.trace import Trace, with_earlier
 
 _REQUESTS = 512  # enough for a p99 of the waiting times; more would cost time in every prediction
-_DISTANCES = np.geomspace(1e3, 1e9, 25)  # tokens; bucket edges of the reuse distances
+_DISTANCES = np.geomspace(1e3, 1e9, 61)  # tokens; bucket edges of the reuse distances
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,25 +63,27 @@ class Workload:
 
 
 def _reuse(trace: Trace) -> np.ndarray | None:
-    """(n, buckets): leading tokens whose blocks were all used before, at most ``_DISTANCES[b]`` tokens of other blocks
-    ago. The distance counts every new block since (an upper bound of the LRU stack distance of Mattson et al. 1970)."""
+    """(n, buckets): leading tokens whose blocks were all used before, with at most ``_DISTANCES[b]`` tokens of blocks
+    used since, themselves included: the LRU stack distance of Mattson et al. 1970, counted by the request."""
     if not trace.block_tokens or len(trace.block_ids) == 0:
         return None
-    last: dict[int, float] = {}
-    written, result = 0.0, np.zeros((len(trace), len(_DISTANCES)))
+    last: dict[int, int] = {}  # which request used a block last
+    held, result = np.zeros(len(trace)), np.zeros((len(trace), len(_DISTANCES)))  # tokens that each used last
     for i in range(len(trace)):
         blocks = trace.block_ids[trace.block_offsets[i] : trace.block_offsets[i + 1]].tolist()
-        farthest, leading = 0.0, True
+        oldest, fits = i, 0
         for position, block in enumerate(blocks):
             seen = last.get(block)
             if seen is None:
-                leading = False
-                written += trace.block_tokens
-            elif leading:
-                farthest = max(farthest, written - seen)
-                fits = int(np.searchsorted(_DISTANCES, farthest))
-                result[i, fits:] = (position + 1) * trace.block_tokens
-            last[block] = written
+                break
+            if seen < oldest:
+                oldest, fits = seen, int(np.searchsorted(_DISTANCES, held[seen:i].sum()))
+            result[i, fits:] = (position + 1) * trace.block_tokens
+        for block in blocks:
+            if (seen := last.get(block)) is not None:
+                held[seen] -= trace.block_tokens
+            last[block] = i
+            held[i] += trace.block_tokens
         result[i] = np.minimum(result[i], float(trace.input_tokens[i]))
-        written += float(trace.output_tokens[i])
+        held[i] += float(trace.output_tokens[i])
     return result
