@@ -231,6 +231,20 @@ def test_a_trial_logged_whole_but_missing_in_the_ledger_is_not_logged_again(made
     assert sorted(runs_of(study)[2]) == list(range(8))
 
 
+def test_of_a_very_long_log_both_ends_are_logged(made):
+    study, store = made
+    with (store.folder / "trials" / "0000" / "server.log").open("wb") as log:
+        log.write(b"first\n")
+        log.truncate(writer.LONG_BYTES)
+        log.seek(0, 2)
+        log.write(b"\nlast\n")
+    sync(study, store, env=NOWHERE)
+    client, _, children = runs_of(study)
+    logged = Path(client.download_artifacts(children[0].info.run_id, "server.log")).read_bytes()
+    assert logged.startswith(b"first\n") and logged.endswith(b"\nlast\n") and len(logged) < writer.LONG_BYTES / 8
+    assert (store.folder / "trials" / "0000" / "server.log").stat().st_size > writer.LONG_BYTES
+
+
 def test_secrets_stay_in_the_study_folder(made):
     study, store = made
     engine = replace(study.engine, command=("serve", "--admin-api-key=adminkey"), args={"api-key": "ARGKEY66"})

@@ -21,11 +21,13 @@ from tuner.record.content import TAG_CHARACTERS, Content, content, legal
 from tuner.record.ledger import Ledger, Sent, note_file
 from tuner.record.place import Place
 from tuner.record.secrets import hide, secrets
+from tuner.server.bootlog import LogFile
 from tuner.spec.storage import sqlite_url
 from tuner.spec.study import Study
 from tuner.study.store import Store, TrialRecord
 
 METRICS_PER_BATCH, OTHERS_PER_BATCH = 1000, 100  # MLflow's own limits
+LONG_BYTES = 64 * 2**20  # of a log: a server may print for hours, and the store may be far away
 PARENT_FILES = ("study.yaml", "best-config.yaml", "best-config.env", "report.html", "verify.json", "ablation.json")
 
 
@@ -263,10 +265,12 @@ class _Connection:
         self.client.log_inputs(run_id, [DatasetInput(self.dataset, [InputTag("mlflow.data.context", "replay")])])
 
     def _artifact(self, run_id: str, path: Path) -> None:
-        """The file as it is; a text that holds a secret of the study's environment without it."""
-        if self.secrets and path.suffix != ".parquet":
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if hide(text, self.secrets) != text:
+        """The file as it is; of a server's log that is very long its beginning and its end; a text that holds a secret
+        of the study's environment without it."""
+        long = path.suffix == ".log" and path.stat().st_size > LONG_BYTES
+        if long or (self.secrets and path.suffix != ".parquet"):
+            text = LogFile(path).text() if long else path.read_text(encoding="utf-8", errors="replace")
+            if long or hide(text, self.secrets) != text:
                 self.client.log_text(run_id, hide(text, self.secrets), path.name)
                 return
         self.client.log_artifact(run_id, str(path))
