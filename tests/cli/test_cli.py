@@ -66,7 +66,7 @@ def test_every_command_is_in_the_help_and_in_the_readme():
     [
         (["tune", "nowhere.yaml"], "no such study file"),
         (["tune"], "tune needs a study file, or --model and --trace"),
-        (["tune", "--model", "m", "--trace", "nowhere.csv"], "no such trace file"),
+        (["tune", "--model", "m", "--trace", "nowhere.csv"], "tuner trace synth"),
         (["front", "nowhere"], "no such study: nowhere"),
         (["report", "nowhere"], "no such study: nowhere"),
         (["front", "."], "no study in"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from tests.cli.test_cli import tuner
 from tests.spec.conftest import workplace as workplace
@@ -18,11 +19,12 @@ from tuner.cli.live import View
 from tuner.cli.tune import Flags, read
 from tuner.errors import EnvironmentFault, UsageError, alike
 from tuner.search import hardware
+from tuner.server.diagnosis import Evidence, diagnose
 from tuner.spec import studyfile
 from tuner.spec.study import Budget
 from tuner.study import ladder, session
 from tuner.study.budget import Spent, search_is_over
-from tuner.study.outcome import Aborted, Measured, Step
+from tuner.study.outcome import Aborted, Infeasible, Measured, Step
 from tuner.study.store import Store
 
 MINE = """\
@@ -393,6 +395,8 @@ def test_what_a_function_launches_takes_no_time_that_anybody_knows(workplace: Pa
     told = " ".join(capsys.readouterr().out.split())
     assert "the engine's default: the function mine.py:evaluate, called with batch=8" in told
     assert "a step is one call" in told and "Trace:" not in told
+    check.run(write(workplace, MINE.replace("load: {ladder: [1]}\n", ""), "mine.yaml"), json=False)
+    assert "Ladder: loads 0.5, 1, 1.5, 2, 3, 4, 6, 8;" in capsys.readouterr().out, "it is not launched to be asked"
 
 
 def test_check_and_tune_say_which_names_the_search_knows_nothing_of(workplace: Path, capsys) -> None:
@@ -450,6 +454,27 @@ def test_an_interrupt_is_said_to_wait_for_what_runs(workplace: Path, capsys, kin
     view.stopping()
     told = capsys.readouterr().err.splitlines()
     assert (told[0], told[-1]) == ("Stopping. Again to leave at once.", f"Stopping{waits}. Again to leave at once.")
+
+
+def test_the_live_view_shows_what_is_launched_in_the_narrowest_terminal(workplace: Path) -> None:
+    view = View(read(write(workplace, GOOD), Flags()), plain=True)
+    config = replace(view.default, flags={**view.default.flags, "max-num-seqs": 7})
+    view.on_event("launch", {"trial": 1, "config": config, "why": "114.8% more hypervolume expected, for 2 minutes"})
+    with (narrow := Console(width=40)).capture() as shown:
+        narrow.print(view)
+    assert "    max-num-seqs=7 (114.8% more" in shown.get()
+    view.on_event("trial", {"trial": 1, "outcome": Infeasible("crash", "it ended", "no such file: a.py"), "role": ""})
+    with narrow.capture() as shown:
+        narrow.print(view)
+    assert "1 trial done" in shown.get() and "working out what comes next" in shown.get()
+
+
+def test_a_crash_of_no_known_kind_is_shown_with_the_line_that_it_ended_with(workplace: Path, capsys) -> None:
+    view = View(read(write(workplace, GOOD), Flags()), plain=True)
+    ended = diagnose(Evidence("python: can't open file '/here/serve.py': [Errno 2]", exit_code=2))
+    view.on_event("trial", {"trial": 0, "outcome": ended, "baseline": True, "role": "search"})
+    told = capsys.readouterr().err
+    assert "(exit code 2) (python: can't open file '/here/serve.py'" in told and "without a word" not in told
 
 
 def test_a_launch_on_several_windows_or_stopped_is_not_said_to_have_a_capacity(workplace: Path, capsys) -> None:

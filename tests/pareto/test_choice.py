@@ -264,9 +264,12 @@ def test_where_nothing_was_measured_the_reasons_are_counted(tmp_path: Path):
     store = Store(tmp_path)
     assert choose([], OBJECTIVE).text == "No trial has finished yet."
     for number in range(3):
-        studies.add(number, Infeasible("oom-kv", "no"), store)
+        studies.add(number, Infeasible("oom-kv", f"{number + 1} GiB short", "ValueError: no room"), store)
     studies.add(3, Measured(()), store)
-    assert choose(store.trials(), OBJECTIVE).text == "No configuration was measured: 3 x oom-kv, 1 x no trusted step."
+    assert choose(store.trials(), OBJECTIVE).text == (
+        "No configuration was measured: 3 x oom-kv, 1 x no trusted step. "
+        "For example trial 0: 1 GiB short (ValueError: no room)."
+    )
 
 
 def test_the_interval_of_a_change_covers_the_truth_about_95_times_in_100():

@@ -38,7 +38,7 @@ FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
         ),
         ("./model", f"./{'x' * 300}", "does not exist"),
         ("./model", "~nobody-of-that-name/x", "write the folder out"),
-        ("trace.csv", "y" * 300, "no such trace file"),
+        ("trace.csv", "y" * 300, "or make one like Azure's: tuner trace synth"),
         ("objective: chat", f"objective: {'z' * 300}", "no objective named"),
         ("vllm/quick", "q" * 300, "no search space named"),
         (

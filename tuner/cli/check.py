@@ -34,6 +34,7 @@ def run(path: Path, json: bool) -> None:
 
 def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
     from tuner.study.budget import shared_out
+    from tuner.study.ladder import asks
 
     console = printer()
     valid = f" is valid. {data['engine']} would serve {study.model} on {data['hardware']}."
@@ -46,7 +47,7 @@ def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
         console.print(f"  {note}")
     console.print(f"Goal: {data['goal']}")
     loads = ", ".join(f"{x:g}" for x in study.load.ladder)
-    ladder = "laid around what the default's first launch holds" if study.load.auto else f"loads {loads}"
+    ladder = "laid around what the default's first launch holds" if asks(study) else f"loads {loads}"
     function = study.engine.kind == "function"
     console.print(f"Ladder: {ladder}; a step {'is one call' if function else 'takes ' + data['step_seconds']}")
     console.print(

@@ -183,7 +183,8 @@ class View:
     def _told(self, outcome: Any, good: list[Step]) -> str:
         if isinstance(outcome, Infeasible):
             self.failures[outcome.cause] += 1
-            return f"cannot serve ({outcome.cause}): {outcome.message}"
+            proof = f" ({outcome.evidence})" if outcome.evidence and outcome.cause == "crash" else ""
+            return f"cannot serve ({outcome.cause}): {outcome.message}{proof}"
         if not isinstance(outcome, Measured) and not good:
             words = getattr(outcome, "reason", "") or "; ".join(getattr(outcome, "reasons", ()))
             self.failures[type(outcome).__name__.lower()] += 1
@@ -209,12 +210,14 @@ class View:
         parts: list[Any] = []
         elapsed = time.monotonic() - self.began_s
         emulated = "  EMULATED" if self.study.engine.kind == "emulator" else ""
-        head = f"{self.study.name}{emulated}  {self.done} trials done, {_clock(elapsed)}"
+        head = f"{self.study.name}{emulated}  {self.done} trial{'s' * (self.done != 1)} done, {_clock(elapsed)}"
         parts.append(Text(head + (f", left: {self.budget}" if self.budget else ""), style="bold"))
         for node in self.nodes:
             runs = f"trial {', '.join(map(str, node['trials']))}" if node["trials"] else "idle"
             text = f"  node {node['name']}  {_gpus(node)}  {runs if node['alive'] else 'gone'}"
             parts.append(Text(text, style="" if node["alive"] else "yellow"))
+        if not self.running and self.done:
+            parts.append(Text("  working out what comes next", style="dim"))
         for number, state in sorted(self.running.items()):
             progress = state.get("progress") or {}
             share = f"  {progress['done']}/{progress['total']} requests" if progress.get("total") else ""
@@ -222,7 +225,8 @@ class View:
             age = _clock(time.monotonic() - state["since_s"])
             name = f"trial {number}" if isinstance(number, int) else number
             parts.append(Text(f"  {name}  {state['phase']}{share}{remaining}  ({age})"))
-            parts.append(Text(f"    {state['why']}: {state['flags']}", style="dim", overflow="ellipsis", no_wrap=True))
+            what = f"    {state['flags']} ({state['why']})"  # a narrow terminal cuts the end off: not what is launched
+            parts.append(Text(what, style="dim", overflow="ellipsis", no_wrap=True))
         front = self._front()
         if front:
             table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

@@ -70,9 +70,7 @@ def run(path: Path | None, flags: Flags, plain: bool) -> int:
     if cancel.is_set():
         print(interrupted, file=sys.stderr)
         return 130
-    if result.best is None:
-        raise NothingFeasible(result.words)
-    return 0
+    return 0 if result.best else NothingFeasible.exit_code  # ``show`` has said why
 
 
 def _shared(path: Path | None, flags: Flags, study: Any) -> Any:
@@ -144,6 +142,8 @@ def _another(said: Any, kind: str, say: Callable[[str], None]) -> dict[str, Any]
 
 
 def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
+    from tuner.spec import studyfile
+
     over: dict[str, Any] = {}
     for key in ("model", "objective", "sampler", "name", "parallel", "storage", "reports"):
         if (value := getattr(flags, key)) not in ("", None):
@@ -154,7 +154,7 @@ def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
         over["search_space"] = flags.space
     if flags.trace is not None:
         if not flags.trace.is_file():
-            raise UsageError(f"no such trace file: {flags.trace}")
+            raise UsageError(f"no such trace file: {flags.trace}", fix=studyfile.NO_TRACE)
         over["trace"] = str(flags.trace.resolve())
     if flags.gpu_price is not None:
         over["price_usd_per_gpu_hour"] = flags.gpu_price

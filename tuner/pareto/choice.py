@@ -287,14 +287,19 @@ def _nothing_measured(trials: Sequence[TrialRecord]) -> str:
     if not trials:
         return "No trial has finished yet."
     reasons: Counter[str] = Counter()
+    said: dict[str, str] = {}
     for trial in trials:
         match trial.outcome:
-            case Infeasible(cause=cause):
+            case Infeasible(cause=cause, message=message, evidence=evidence):
                 reasons[cause] += 1
+                proof = f" ({evidence})" if evidence and evidence not in message else ""
+                said.setdefault(cause, f"trial {trial.number}: {message}{proof}")
             case Untrusted():
                 reasons["untrusted measurement"] += 1
             case Aborted(reason=reason):
                 reasons[reason] += 1
             case _:
                 reasons["no trusted step"] += 1
-    return "No configuration was measured: " + ", ".join(f"{n} x {why}" for why, n in reasons.most_common()) + "."
+    counts = ", ".join(f"{n} x {why}" for why, n in reasons.most_common())
+    first = next((said[why] for why, _ in reasons.most_common() if why in said), "")
+    return f"No configuration was measured: {counts}." + (f" For example {first.rstrip('.')}." if first else "")

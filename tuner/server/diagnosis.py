@@ -176,8 +176,8 @@ def _unexplained(evidence: Evidence, lines: list[str]) -> Infeasible:
             "check engine.command",
             False,
         )
-    message = f"the server ended at start-up (exit code {evidence.exit_code}) without saying why"
-    return _infeasible(evidence, "crash", message, last, "see its log", False)
+    message = f"the server ended at start-up (exit code {evidence.exit_code})" + ("" if last else " without a word")
+    return _infeasible(evidence, "crash", message, last, "see server.log in the trial's folder", False)
 
 
 _LOAD_FIX = "see its log; a lower load, max-num-seqs or max-num-batched-tokens may avoid it"

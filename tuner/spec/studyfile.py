@@ -236,6 +236,12 @@ def parse_budget(text: str) -> Budget:
     return Budget(hours=value) if kind == "hours" else Budget(usd=value)
 
 
+NO_TRACE = (
+    "Give a log of your traffic, or make one like Azure's: "
+    "tuner trace synth trace.parquet --profile azure-conversation --duration-s 3600"
+)
+
+
 def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, must_exist: bool) -> TraceSpec:
     if not file:
         if kind != "function":
@@ -246,7 +252,8 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
     path = Path(os.path.normpath(base / spec.file))
     if must_exist and not os.path.isfile(path):
         near = suggest(path.name, [p.name for p in path.parent.glob("*")] if os.path.isdir(path.parent) else [])
-        raise document.error(f"no such trace file: {spec.file}", at, near)
+        fix = near if near.startswith("Did you mean") else NO_TRACE
+        raise document.error(f"no such trace file: {spec.file}", at, fix)
     if not 1 <= spec.search_windows <= MOST_WINDOWS or not 0 <= spec.heldout_windows <= MOST_WINDOWS:
         raise document.error(
             f"a study has 1 to {MOST_WINDOWS} search windows, and as many held out at most", ("trace",)

@@ -141,8 +141,8 @@ def show(study: Study, store: Store, result: Result) -> None:
     from tuner.report.console import printer
 
     printer().print(terminal.front_table(store, study))
-    print(file=sys.stderr)
-    print(f"Ended: {result.ended}.", file=sys.stderr)
+    console = printer(stderr=True)
+    console.print(f"\nEnded: {result.ended}.", soft_wrap=not console.is_terminal)
     if not sys.stdout.isatty():  # else they stand under the front
         print(printable(result.words), file=sys.stderr)
     for path in result.files:

@@ -52,7 +52,7 @@ def settled(
     before = kept(study, store)
     if not before.load.auto:
         return before
-    if study.storage or study.engine.kind == "function":
+    if not asks(study):
         return replace(study, load=replace(study.load, auto=False))
     try:
         capacity, top, found = _capacity(study, store, cancel, on_event, prepare)
@@ -66,6 +66,12 @@ def settled(
     on_event("say", {"text": text})
     store.log("ladder", capacity=capacity, ladder=found)
     return _freeze(replace(study, load=replace(study.load, ladder=found, auto=False)), store)
+
+
+def asks(study: Study) -> bool:
+    """Whether a launch of the default settles the ladder: of a function, and in a study that tuners share, it is the
+    one that stands there."""
+    return study.load.auto and not study.storage and study.engine.kind != "function"
 
 
 def kept(study: Study, store: Store) -> Study:
@@ -178,7 +184,7 @@ def foretold(ready: session.Prepared, prepare: Callable[[Study], session.Prepare
     """``ready`` with the ladder that :func:`settled` would lay if the default did as the model says. None where it lays
     none, where there is no model, and where the model says that the default meets the SLOs nowhere."""
     study, model = ready.study, ready.predictor
-    if not study.load.auto or study.storage or study.engine.kind == "function" or model is None:
+    if not asks(study) or model is None:
         return None
     default = study.space.config(study.space.default(), study.model)
     asked: list[float] = []
