@@ -1,12 +1,14 @@
 """What users, servers and functions say is printed as it is: it may look like markup or emoji."""
 
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
+from tests import studies
 from tuner.cli import app, doctor
 from tuner.cli.live import View
+from tuner.spec.study import EngineSpec
 
 ODD = "list[int] [/bold] :warning:"
 STUDY = f"""\
@@ -64,12 +66,9 @@ def test_what_a_function_says_is_printed_as_it_is(run):
     assert ODD in run("show", "s.yaml", "0")
 
 
-def test_the_live_view_prints_what_a_server_says_as_it_is(capsys):
-    study = SimpleNamespace(
-        name=ODD, model="m", space=SimpleNamespace(default=dict, config=lambda *_: None),
-        engine=SimpleNamespace(kind="vllm"), hardware=SimpleNamespace(gpus=1),
-        objective=SimpleNamespace(latency=ODD, latency_key="x"),
-    )  # fmt: skip
-    with View(study, plain=False) as view:  # type: ignore[arg-type]
-        view.on_event("say", {"text": ODD})
-    assert ODD in capsys.readouterr().err
+def test_the_live_view_prints_what_a_server_says_as_it_is_but_for_secrets(tmp_path, capsys):
+    study = replace(studies.study(tmp_path), name=ODD, engine=EngineSpec("vllm", env={"HF_TOKEN": "hf_abc"}))
+    for plain in (False, True):
+        with View(study, plain=plain) as view:
+            view.on_event("say", {"text": f"{ODD} hf_abc"})
+        assert f"{ODD} (secret)" in capsys.readouterr().err

@@ -294,6 +294,19 @@ def test_a_promise_is_judged_at_the_price_that_it_names_else_at_the_studys(workp
     assert {t.price for t in Store(made.store.folder / "certify").trials()} == {price or 0.70}
 
 
+def test_what_an_export_keeps_secret_is_the_studys_when_it_is_verified(workplace):
+    made = Rigged(workplace, "local", GOOD, 1, [1])
+    ready, unknown = session.prepare(made.study), (math.nan, math.nan, math.nan)
+    space = replace(made.study.space, env={"A_TOKEN": "t", "B": "c"}, fixed={"api-key": "k", "x": 1})
+    config = replace(made.study.space.config({"seqs": 2}, made.study.model), env={"B": "b"})
+    promise = Promise("s", 0, config, 1.0, made.study.objective.slos, unknown, "tpot_p99", unknown, Fingerprint())
+    ready = replace(ready, study=replace(made.study, space=space))
+    verifying.certify(ready, made.store, made.bench, promise, 60)
+    launched = [t.config for t in Store(made.store.folder / "certify").trials()]
+    assert launched and all(config.env == {"A_TOKEN": "t", "B": "b"} for config in launched)
+    assert all(config.flags["api-key"] == "k" and "x" not in config.flags for config in launched)
+
+
 class Noted(FakeEngine):
     """Notes which GPUs each launch had."""
 

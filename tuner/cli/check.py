@@ -112,6 +112,7 @@ def describe(ready: Any) -> dict[str, Any]:
     """The study in words and figures, as ``--json`` prints it."""
     from tuner.executor.cluster import device, price_of
     from tuner.pareto.traffic import price_words
+    from tuner.record.secrets import hide, secrets
     from tuner.study.queue import refusals
     from tuner.study.session import step_seconds
 
@@ -129,6 +130,7 @@ def describe(ready: Any) -> dict[str, Any]:
     default = space.config(space.default(), study.model)
     function = study.engine.kind == "function"
     given = [f"{name}={value}" for name, value in default.params.items()] if function else default.args()
+    command = hide(" ".join([*_starts(study), *given]), secrets(study, ()))
     replayed = (
         f"{len(ready.traffic.search)} search and {len(ready.traffic.heldout)} held-out windows, "
         f"{study.trace.window_s:g} s each at every load{_filled(ready)} (up to {len(window)} requests)"
@@ -158,5 +160,5 @@ def describe(ready: Any) -> dict[str, Any]:
         "combinations": len(grid) or space.size(),
         "allowed": len(grid) - sum(refused.values()) if grid else None,
         "refused": dict(refused),
-        "default_command": " ".join([*_starts(study), *given]),
+        "default_command": command,
     }

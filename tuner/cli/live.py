@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tuner.errors import alike, printable
 from tuner.pareto.changes import describe
+from tuner.record.secrets import hide, secrets
 from tuner.report.console import printer
 from tuner.study.outcome import Aborted, Infeasible, Measured, Step, held
 from tuner.study.price import COST
@@ -32,6 +33,7 @@ class View:
     def __init__(self, study: Study, plain: bool) -> None:
         self.study = study
         self.plain = plain
+        self.secrets = secrets(study, ())
         self.default = study.space.config(study.space.default(), study.model)
         self.console = printer(stderr=True)
         self.began_s = time.monotonic()
@@ -64,6 +66,7 @@ class View:
 
     def say(self, text: str) -> None:
         """One line that stays."""
+        text = hide(text, self.secrets)
         if self.plain:
             print(printable(text), file=sys.stderr, flush=True)
         else:

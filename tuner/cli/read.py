@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuner.errors import EnvironmentFault, NothingFeasible, UsageError
 
@@ -50,7 +50,7 @@ def front(path: Path, json: bool) -> int:
     study, store = opened(path)
     choice = recommended(store, study)
     if json:
-        print(json_.dumps(terminal.front_data(store, study), indent=1))
+        print(_public(terminal.front_data(store, study), study, store))
     else:
         printer().print(terminal.front_table(store, study))
     if choice.point is None:
@@ -70,9 +70,16 @@ def show(path: Path, number: int, json: bool) -> None:
             f"no finished trial {number} in {store.folder}", fix=f"There are {known}" if known else "There is none yet"
         )
     if json:
-        print(json_.dumps(terminal.trial_data(store, study, number), indent=1))
+        print(_public(terminal.trial_data(store, study, number), study, store))
     else:
         printer().print(terminal.trial_view(store, study, number))
+
+
+def _public(data: Any, study: Study, store: Store) -> str:
+    """``data`` as JSON, without the study's secrets."""
+    from tuner.record.secrets import hide, secrets
+
+    return hide(json_.dumps(data, indent=1), secrets(study, store.trials()))
 
 
 def report(path: Path, out: Path | None) -> None:

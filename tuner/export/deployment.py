@@ -95,7 +95,9 @@ def deployment(
     trial = (served or [t for t in trials if t.number == point.trial])[-1]
     noted = trial.extra or {}
     flags = {flag: value for flag, value in config.flags.items() if flag not in LAUNCHERS_FLAGS}
-    env = {name: value for name, value in config.env.items() if not is_secret(name)}
+    left = [f"--{flag}" for flag, value in flags.items() if isinstance(value, str) and is_secret(flag, value)]
+    flags = {flag: value for flag, value in flags.items() if f"--{flag}" not in left}
+    env = {name: value for name, value in config.env.items() if not is_secret(name, value)}
     version = str(noted.get("engine_version") or "")
     model = _model(store, study, config, str(noted.get("model_folder") or config.model))
     promise = _promise(store, study, trial, point, replace(config, flags=dict(flags), env=env), model, version)
@@ -114,7 +116,7 @@ def deployment(
         about=_about(study, trials, point, choice, promise),
         promise=promise,
         comments=_comments(study, flags, _effects(store, study, config)),
-        secrets=tuple(name for name in config.env if name not in env),
+        secrets=(*(name for name in config.env if name not in env), *left),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tuner.errors import UsageError
 from tuner.pareto.changes import changes
 from tuner.pareto.front import COST, Point
+from tuner.record.secrets import hide
 from tuner.report.summary import Summary, clean, kind, label, ms, spread, summarize, why
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Step, to_dict
@@ -127,7 +128,7 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
     head = f"Trial {trial.number}: {kind(outcome)}" + (", the engine's default" if trial.baseline else "")
     head += (f", {trial.role}" if trial.role != "search" else "") + (", EMULATED" if trial.emulated else "")
     parts: list[RenderableType] = [Text(head, style="bold"), Text(s.name(trial.config))]
-    parts.append(Text(" ".join(trial.config.args()) or "(no flags)", style="dim"))
+    parts.append(Text(hide(" ".join(trial.config.args()), s.secrets) or "(no flags)", style="dim"))
     boot = outcome.boot
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in boot.phases_s.items())
     parts.append(Text(f"Start-up {boot.total_s:.1f} s" + (f" ({phases})" if phases else "")))
@@ -147,10 +148,10 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
         parts.append(table)
     parts += [Text(trial.quality)] if trial.quality and not isinstance(outcome, Infeasible) else []
     if why(outcome):
-        parts.append(Text(why(outcome), style="bold"))
+        parts.append(Text(hide(why(outcome), s.secrets), style="bold"))
     if isinstance(outcome, Infeasible):
-        parts += [Text(f"Evidence: {outcome.evidence}")] if outcome.evidence else []
-        parts += [Text(f"Fix: {outcome.fix}")] if outcome.fix else []
+        parts += [Text(f"Evidence: {hide(outcome.evidence, s.secrets)}")] if outcome.evidence else []
+        parts += [Text(f"Fix: {hide(outcome.fix, s.secrets)}")] if outcome.fix else []
     parts.append(Text(str(trial.folder), style="dim"))
     return Group(*parts)
 

@@ -20,6 +20,7 @@ from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError, naming, replacing
 from tuner.executor.build import executor
 from tuner.executor.cluster import device, price_of
+from tuner.record.secrets import secrets
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
 from tuner.space.space import heads, join
@@ -321,6 +322,9 @@ def opened(study: Study, say: Callable[[str], None] = lambda _text: None) -> Ite
     """
     store = Store(Path(study.folder))
     store.folder.mkdir(parents=True, exist_ok=True)
+    if secrets(study, ()):  # they stand in its files: what it was told, and what servers said
+        with suppress(PermissionError):  # somebody else's folder
+            store.folder.chmod(0o700)
     with (store.folder / ".lock").open("a+") as lock:
         try:
             with naming(store.folder / ".lock"):

@@ -20,6 +20,7 @@ from tuner.executor.local import LocalExecutor
 from tuner.executor.protocol import Executor, Job, NodeLost, Rig
 from tuner.load.trace import Trace
 from tuner.pareto.recommend import ablation
+from tuner.record.secrets import is_secret
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study import budget
@@ -216,6 +217,7 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
     """Launches what ``promise`` describes on this machine, wherever the study ran, and replays held-out windows; the
     launches are kept under ``certify/``, and what was found as an event there (``certified``). Costs are reckoned with
     the promise's own price: what is judged is the server."""
+    promise = replace(promise, config=_with_secrets(promise.config, ready.study))
     own = Store(store.folder / "certify")
     recorder = Nobody()
     windows = ready.traffic.heldout
@@ -228,6 +230,14 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
     found = recertify(promise, launch, windows, now, bench.on_event, seconds=seconds, short=short)
     own.log("certified", **found.to_dict())
     return found
+
+
+def _with_secrets(config: ServingConfig, study: Study) -> ServingConfig:
+    """``config``, of an exported file, with the study's secrets, which no export has."""
+    env = {name: value for name, value in study.space.env.items() if is_secret(name, value)}
+    fixed = {flag: value for flag, value in study.space.fixed.items() if isinstance(value, str)}
+    flags = {flag: value for flag, value in fixed.items() if is_secret(flag, value)}
+    return replace(config, env=env | dict(config.env), flags=flags | dict(config.flags))
 
 
 def _at_its_price(study: Study, promise: Promise) -> Study:
