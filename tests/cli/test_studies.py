@@ -167,6 +167,14 @@ def test_the_interpreter_named_on_the_command_line_is_that_of_the_engine_and_sta
     assert (alone.engine.python, alone.engine.kind) == ("python3", "emulator")
 
 
+def test_flags_that_contradict_each_other_are_refused(workplace: Path) -> None:
+    path = write(workplace, GOOD)
+    with pytest.raises(UsageError, match="--slo tpot_p99 is given twice"):
+        read(path, Flags(slo=("tpot_p99=70ms", " tpot_p99 =2s")))
+    with pytest.raises(UsageError, match="--address names a Ray cluster"):
+        read(path, Flags(executor="local", address="auto"))
+
+
 def test_a_price_of_nothing_is_refused(workplace: Path) -> None:
     with pytest.raises(UsageError, match="price per GPU-hour must be above zero"):
         read(write(workplace, GOOD), Flags(gpu_price=0.0))

@@ -143,11 +143,14 @@ def _another(said: Any, kind: str, say: Callable[[str], None]) -> dict[str, Any]
 
 def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
     from tuner.spec import studyfile
+    from tuner.spec.text import twice
 
     over: dict[str, Any] = {}
     for key in ("model", "objective", "sampler", "name", "parallel", "storage", "reports"):
         if (value := getattr(flags, key)) not in ("", None):
             over[key] = value
+    if flags.address and flags.executor == "local":
+        raise UsageError("--address names a Ray cluster, --executor local uses none", fix="keep one of the two")
     if flags.executor or flags.address:
         over["executor"] = {"kind": flags.executor or "ray", "address": flags.address or "auto"}
     if flags.space:
@@ -165,6 +168,8 @@ def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
         for name, sep, limit in pairs:
             if not sep or not limit:
                 raise UsageError(f"bad SLO {name!r}", fix="write for example --slo ttft_p99=500ms")
+        if pair := twice(pairs, lambda said: said[0].strip()):
+            raise UsageError(f"--slo {pair[0][0].strip()} is given twice", fix="keep one of them")
         over["slo"] = {name.strip(): limit.strip() for name, _, limit in pairs}
         if path is None and not flags.objective:
             over["objective"] = _objective(over["slo"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from tuner.spec.text import NUMERIC, TEXT, Strict
 
@@ -97,6 +97,20 @@ class ObjectiveFile(Strict):
     quality: QualityFile = QualityFile()
 
 
+class FrozenHardware(Strict):
+    name: str
+    gpus: Whole
+    memory_bytes: Whole = 0
+
+
+class FrozenFile(BaseModel):
+    """What every version writes and reads, and more of some of them."""
+
+    beside: str
+    facts: dict[str, Any]
+    hardware: FrozenHardware
+
+
 class StudyFile(Strict):
     name: str = ""
     model: str = ""
@@ -121,4 +135,4 @@ class StudyFile(Strict):
     reports: str = "reports"
     tracking_uri: str = ""
     storage: StorageFile | str = ""
-    frozen: dict[str, Any] | None = None  # what was resolved when the study began; only in a study folder
+    frozen: FrozenFile | None = None  # what was resolved when the study began; only in a study folder

@@ -58,7 +58,7 @@ def load(path: Path) -> Study:
 def resolve(document: Document, beside: Path) -> Study:
     """A study document as a :class:`Study`; relative paths are relative to ``beside``."""
     file = validate(StudyFile, document)
-    frozen = file.frozen or {}
+    frozen = dict(document.data["frozen"]) if file.frozen else {}
     if frozen and document.tree is not None and Path(document.path).name != "study.yaml":
         raise document.error(
             "a copy of a study folder's own file", ("frozen",), "name the folder, or take 'frozen' out to begin anew"
@@ -84,7 +84,8 @@ def resolve(document: Document, beside: Path) -> Study:
             f"the search space {space.name!r} is for {space.engine}, the study's engine is {engine.kind}",
             ("search_space",),
         )
-    objective = _objective(file, document, base, hardware, frozen)
+    gpus = {space.gpu, *(emission.gpu for p in space.parameters for emission in p.emissions)}
+    objective = _objective(file, document, base, hardware, frozen, gpus)
     name = file.name or (Path(document.path).stem if document.tree is not None else Path(model).name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise document.error(f"bad study name {name!r}", ("name",), "use letters, digits, '.', '_' and '-'")
@@ -503,7 +504,12 @@ def _check_both(given: Mapping[str, Any], space: SearchSpace, part: str, documen
 
 
 def _objective(
-    file: StudyFile, document: Document, base: Path, hardware: HardwareSpec, frozen: Mapping[str, Any]
+    file: StudyFile,
+    document: Document,
+    base: Path,
+    hardware: HardwareSpec,
+    frozen: Mapping[str, Any],
+    gpus: set[str],
 ) -> Objective:
     data, source, prefix = _part("objective", file.objective, document, base)
     spec = validate(ObjectiveFile, source, data, prefix)
@@ -526,7 +532,11 @@ def _objective(
     if prices:
         from tuner.search import hardware as table
 
-        device_of = partial(table.device_of, own=hardware.rows)
+        rows, device_of = table.table(hardware.rows), partial(table.device_of, own=hardware.rows)
+        for name in prices:  # a cluster may have others
+            if not table.lookup(name, rows) and name not in (hardware.name, *gpus) and _executor(file).kind == "local":
+                fix = suggest(name, [*rows, hardware.name])
+                document.refuse(f"a price of an unknown GPU {name!r}", ("price_usd_per_gpu_hour", name), fix)
         if pair := twice(prices, device_of):
             at = ("price_usd_per_gpu_hour", pair[1])
             document.refuse(f"{pair[1]}: {device_of(pair[1])} has a price already", at, "keep one of them")
@@ -539,7 +549,8 @@ def _objective(
         row = table.cpu() if hardware.gpus == 0 else table.lookup(hardware.name, table.table(hardware.rows))
         price = row.price_usd_per_hour if row else 1.0
     if not all(0 < usd < math.inf for usd in (price, *prices.values())):
-        document.refuse("the price per GPU-hour must be above zero", ("price_usd_per_gpu_hour",))
+        where, place = (source, prefix) if said is None else (document, ())
+        where.refuse("the price per GPU-hour must be above zero", (*place, "price_usd_per_gpu_hour"))
     floor = QualityFloor(**spec.quality.model_dump())
     for name, most in (("kl_max", math.inf), ("top1_min", 1.0), ("greedy_min", 1.0)):
         value = getattr(floor, name)

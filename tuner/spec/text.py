@@ -196,7 +196,11 @@ def validate(model: type[M], document: Document, data: Any = None, prefix: Loc =
             raise document.error(f"unknown key {loc[-1]!r}", loc, suggest(str(loc[-1]), known)) from None
         if first["type"] == "missing":
             raise document.error(f"{name} is missing", loc[:-1], f"add {loc[-1]}: ...") from None
+        if first["input"] is None:
+            raise document.error(f"{name} is empty", loc, "write a value, or leave the entry out") from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("dict_type", "model_type"):
+            message = f"keys and values are wanted here, not {first['input']!r:.60}"
         expected = first.get("ctx", {}).get("expected", "") if first["type"] == "literal_error" else ""
         words = re.findall(r"'([^']*)'", expected)
         fix = suggest(str(first["input"]), words) if words else ""
