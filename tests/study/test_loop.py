@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -1343,3 +1344,31 @@ def test_the_search_knows_what_a_launch_of_verification_takes(runner, monkeypatc
     monkeypatch.setattr(budget, "search_is_over", lambda *given: (told.append(given[3]), over(*given))[1])
     runner.run()
     assert told[0] == 0 < told[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda end: end["outcome"]["steps"][0]["metrics"].update(ttft_p99_s="1"), "ttft_p99_s is '1', no number"),
+        (lambda end: end["outcome"]["steps"][0].update(load=None), "load is None, no number"),
+        (lambda end: end["outcome"]["steps"][0].update(intervals={"x": [1, "y"]}), "x at most is 'y', no number"),
+        (lambda end: end["outcome"]["boot"].update(total_s=True), "total_s is True, no number"),
+        (None, "maximum recursion depth exceeded"),
+    ],
+)
+def test_an_outcome_that_somebody_edited_is_named_with_what_to_move_away(runner, change, says):
+    runner.run(replace={"launches: 6": "launches: 1"})
+    path = runner.store.folder / "trials" / "0000" / "outcome.json"
+    end = json.loads(path.read_text())
+    if change:
+        change(end)
+    path.write_text(json.dumps(end) if change else "[" * 100_000)
+    with pytest.raises(EnvironmentFault, match=f"{re.escape(says)}.*Move (it|that folder) away"):
+        runner.store.trials()
+
+
+def test_a_folder_that_holds_secrets_is_its_owners_alone(runner):
+    runner.run()
+    shared = runner.store.folder.stat().st_mode & 0o077
+    runner.run(replace={"kind: vllm": "kind: vllm, env: {HF_TOKEN: hf_abc}", "name: s": "name: t"})
+    assert shared and (runner.store.folder.parent / "t").stat().st_mode & 0o777 == 0o700

@@ -141,20 +141,27 @@ def to_dict(outcome: Outcome) -> dict[str, Any]:
 
 
 def from_dict(data: Mapping[str, Any]) -> Outcome:
-    """The inverse of :func:`to_dict`. Raises ``ValueError`` on an unknown kind."""
+    """The inverse of :func:`to_dict`. Raises ``ValueError`` on an unknown kind, and where a figure is no number."""
     fields = dict(data)
     kind = _KINDS.get(fields.pop("kind", ""))
     if kind is None:
         raise ValueError(f"unknown outcome kind {data.get('kind')!r}")
     fields["steps"] = tuple(_step(step) for step in fields.get("steps", ()))
-    fields["boot"] = Boot(**fields.get("boot", {}))
+    fields["boot"] = boot = Boot(**fields.get("boot", {}))
+    _numbers({"total_s": boot.total_s, **boot.phases_s, **boot.facts})
     if "reasons" in fields:
         fields["reasons"] = tuple(fields["reasons"])
     return kind(**fields)
 
 
+def _numbers(data: Mapping[str, Any]) -> None:
+    for name, value in data.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r}, no number")
+
+
 def _step(data: Mapping[str, Any]) -> Step:
-    return Step(
+    step = Step(
         **{
             **data,
             "intervals": {name: (low, high) for name, (low, high) in data.get("intervals", {}).items()},
@@ -162,3 +169,7 @@ def _step(data: Mapping[str, Any]) -> Step:
             "untrusted": tuple(data.get("untrusted", ())),
         }
     )
+    _numbers({"load": step.load, **step.metrics})
+    for name, (low, high) in step.intervals.items():
+        _numbers({f"{name} at least": low, f"{name} at most": high})
+    return step

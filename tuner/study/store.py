@@ -222,7 +222,7 @@ def read_json(path: Path) -> Any:
     """Raises EnvironmentFault where the file is damaged or missing."""
     try:
         return _infinite(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RecursionError) as error:
         raise damaged(path, getattr(error, "strerror", "") or str(error)) from error
 
 
@@ -262,7 +262,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             found.append(_infinite(json.loads(line)))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [row for row in found if isinstance(row, dict)]
 

@@ -81,7 +81,7 @@ def read_promise(path: Path) -> Promise:
             last = number
             try:
                 row = _mapping(json.loads(line[len(PREFIX) :]))
-            except ValueError as failure:
+            except (ValueError, RecursionError) as failure:
                 raise UsageError(f"bad promise line: {failure}", where=f"{path}:{number}", fix=_EXPORT) from failure
             found |= row
             lines |= dict.fromkeys(row, number)
