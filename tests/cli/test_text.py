@@ -1,5 +1,6 @@
 """What users, servers and functions say is printed as it is: it may look like markup or emoji."""
 
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -72,3 +73,9 @@ def test_the_live_view_prints_what_a_server_says_as_it_is_but_for_secrets(tmp_pa
         with View(study, plain=plain) as view:
             view.on_event("say", {"text": f"{ODD} hf_abc"})
         assert f"{ODD} (secret)" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error(run, tmp_path):
+    command = f"{sys.executable} -m tuner check s.yaml | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -98,6 +98,7 @@ def test_the_same_arguments_give_the_same_plan(tuner):
         (["reports/mine", "--demand", "day.csv", "--routing", "sticky"], "It is one of random, two-choices"),
         (["reports/mine", "--demand", "day.csv", "--lead", "soon"], "Write 0s, 90s, 5min or known"),
         (["reports/mine", "--demand", "day.csv", "--max-gpus", "L4=8"], "no study has 'L4'"),
+        (["reports/mine", "--demand", "day.csv", "--max-gpus", "4", "--max-gpus", "5"], "says again how many"),
         (["reports/mine", "--demand", "day.csv", "--max-gpus", "many"], "Write 64, or NAME=64"),
         (["reports/mine", "reports/mine", "--demand", "day.csv"], "the same study is named twice"),
         (["reports/none", "--demand", "day.csv"], "no such study: reports/none"),

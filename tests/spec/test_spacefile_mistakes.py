@@ -252,6 +252,8 @@ def test_facts_are_filled_in_whether_a_value_is_tuned_pinned_or_fixed(workplace)
     [
         ("fixed: {swap-space: 4}", "fixed: {x: false}", "5: --x: false adds no flag"),
         ("int8: {requires: dummy_weights, flags: {", "int8: {flags: {x: false, ", "16: --x: false adds no flag"),
+        ("fixed: {swap-space: 4}", "fixed: {x: .inf}", "5: --x: no server takes inf"),
+        ("int8: {requires: dummy_weights, flags: {", "int8: {flags: {x: .nan, ", "16: --x: no server takes nan"),
         ("fixed: {swap-space: 4}", "fixed: {x: 1, --x: 2}", "5: --x is given twice"),
         ("fixed: {swap-space: 4}", "env: {A-B: 1}", "5: 'A-B' is no name of an environment variable"),
         ("fixed: {swap-space: 4}", "env: {AB: 010}", "5: AB: 010 would be passed on as 10"),
@@ -443,3 +445,10 @@ def test_what_a_parameter_is_like_is_something_that_the_search_knows(workplace, 
     assert load(workplace, OWN.replace("scale: log2", "scale: log2\n      like: max_num_seqs")).space["seqs"].like
     mistake = refusal(workplace, OWN.replace("scale: log2", f"scale: log2\n      like: {like}"))
     assert mistake.startswith(f"11: seqs is like nothing that the search knows: {like} with the values 8, 16, 32, 64")
+
+
+def test_a_mistake_in_a_list_with_a_tag_is_told_with_the_line_of_the_list(workplace):
+    text = "search_space: {parameters: {}, rules: !mine [x]}\n" + GOOD.replace("search_space: vllm/quick\n", "")
+    with pytest.raises(UsageError) as error:
+        studyfile.load(write(workplace, text))
+    assert str(error.value).startswith(f"{workplace}/study.yaml:1: ")

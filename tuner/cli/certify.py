@@ -12,7 +12,7 @@ from typing import Any
 
 from tuner.cli.read import opened
 from tuner.cli.signals import stopping
-from tuner.errors import UsageError
+from tuner.errors import UsageError, printable
 from tuner.pareto.recommend import plain
 
 
@@ -32,7 +32,7 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
     if json:
         print(_dumped(result))
     else:
-        print(plain(result.text))
+        print(printable(plain(result.text)))
     return 0 if result.holds else 3
 
 
@@ -55,7 +55,7 @@ def ablate(path: Path, launches: int, json: bool) -> int:
         return result, store.folder / "ablation.json"
 
     result, written = _session(path, work)
-    print(_dumped(result) if json else plain(result.text))
+    print(_dumped(result) if json else printable(plain(result.text)))
     if result.config.hash != result.winner:
         back = f"move {written} away, then: tuner export {path}; tuner report {path}"
         print(f"The smaller configuration is recommended now. Back to the verified one: {back}", file=sys.stderr)

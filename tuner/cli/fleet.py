@@ -125,6 +125,8 @@ def _terms(flags: Flags, gpus: set[str]) -> Terms:
             raise UsageError(f"--max-gpus {text!r} is no number", fix="Write 64, or NAME=64")
         if name and name not in gpus:
             raise UsageError(f"--max-gpus: no study has {name!r}", fix=f"There is {', '.join(sorted(gpus))}")
+        if name in most:
+            raise UsageError(f"--max-gpus {text} says again how many there are", fix="Keep one")
         most[name] = int(number)
     return Terms(
         spare=flags.spare,

@@ -23,7 +23,9 @@ _WIDTH = 60
 In = Annotated[Path, typer.Argument(help="The trace file.")]
 Out = Annotated[Path, typer.Argument(help="The file to write: .jsonl or .parquet.")]
 FormatName = Annotated[str, typer.Option("--format", help="The file's format, where it is not recognised.")]
-MaxBad = Annotated[int | None, typer.Option(help="Bad lines to skip before giving up. [default: 100, at most 1 in 10]")]
+MaxBad = Annotated[
+    int | None, typer.Option(min=0, help="Bad lines to skip before giving up. [default: 100, at most 1 in 10]")
+]
 ArrivalsSpec = Annotated[
     str | None,
     typer.Option("--arrivals", help="Arrivals for a file without: poisson:RATE, gamma:RATE:CV, diurnal:RATE:SWING."),

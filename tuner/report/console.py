@@ -11,6 +11,9 @@ from tuner.errors import printable
 
 
 class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # as from print: whoever reads has read enough
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))

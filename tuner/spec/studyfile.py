@@ -437,8 +437,6 @@ def _with_args(space: SearchSpace, engine: EngineSpec, file: StudyFile, document
         document.refuse(f"--{flag}: {NO_SWITCH}", ("engine", "args", flag), off(flag, engine.kind))
     given = {name: None if value is True else value for name, value in engine.args.items() if value is not False}
     for flag, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            document.refuse(f"--{flag}: no server takes {value:g}", ("engine", "args", flag))
         if fact := named(value):
             if fact not in space.facts:
                 fix = suggest(fact, space.facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -107,11 +108,9 @@ def _lines(path: str) -> list[str]:
 
 
 def _line(node: Any, key: str | int) -> int | None:
-    if isinstance(node, CommentedMap):
-        place = (node.lc.data or {}).get(key)  # a key merged with << has no line in this mapping
+    if isinstance(node, CommentedMap | CommentedSeq):  # what is merged with <<, or in a list with a tag, has no line
+        place = (node.lc.data or {}).get(key)
         return place[0] + 1 if place else None
-    if isinstance(node, CommentedSeq) and isinstance(key, int) and key < len(node):
-        return node.lc.item(key)[0] + 1
     return None
 
 
@@ -259,6 +258,8 @@ def check_flags(flags: Mapping[str, Any], normal: Callable[[str], str], document
         document.refuse(f"--{normal(pair[1])} is given twice", (*at, pair[1]), "keep one of the two")
     for name, value in flags.items():
         _no_nul(name, value, document, at)
+        if isinstance(value, float) and not math.isfinite(value):
+            document.refuse(f"--{name.lstrip('-')}: no server takes {value:g}", (*at, name))
         word = document.word((*at, name)) if isinstance(value, int | float) else ""
         if re.match(r"[-+]?0[0-9]", word) or (isinstance(value, float) and value.is_integer() and "e" in word.lower()):
             document.refuse(f"{name}: {word} would be passed on as {value}", (*at, name), "write it out, or quote it")
