@@ -144,3 +144,9 @@ def test_a_factor_that_means_nothing_is_refused(tmp_path, more, says):
 def test_a_file_that_is_not_there_is_said(tmp_path):
     with pytest.raises(UsageError, match="no such demand file"):
         read(tmp_path / "nowhere.csv")
+
+
+def test_a_field_that_no_csv_has_is_one_line_with_its_place(tmp_path):
+    (path := tmp_path / "day.csv").write_text("hour,rps\n0," + "9" * 200_000)
+    with pytest.raises(UsageError, match=r"day\.csv:2: is no CSV: field larger than"):
+        read(path)

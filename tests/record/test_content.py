@@ -6,6 +6,7 @@ import pytest
 
 from tests import studies
 from tuner.record.content import content, flag_values, legal, status
+from tuner.record.note import markdown
 from tuner.record.secrets import HIDDEN
 from tuner.server import telemetry
 from tuner.server.gpu import GpuSample
@@ -186,3 +187,14 @@ def test_the_trials_files_are_its_artifacts(one):
 )
 def test_names_are_made_legal_for_mlflow(name, wanted):
     assert legal(name) == wanted
+
+
+def test_no_value_of_a_parameter_leaves_its_code_in_the_note(tmp_path):
+    study, store = studies.write(tmp_path / "s", trials=1)
+    config = replace(store.trials()[0].config, flags={"x": "`<img src=x>` ``|\ny"})
+    store.start_trial(1, config, config.params)
+    store.end_trial(1, Measured((studies.step(2.0, study.objective, tokens_per_s=90_000),)))
+    note = markdown(store, study)
+    (row,) = [line for line in note.splitlines() if line.startswith("|") and "<img" in line]
+    assert "``` " in row and row.count("```") == 2 and r"``\| y" in row
+    assert "<img" not in note.replace(row, "")

@@ -125,8 +125,11 @@ def _csv(path: Path, text: str) -> list[tuple[str, float]] | None:
     rows, first = [], {}
     width = max(at, labelled or 0) + 1
     for number, line in lines:
-        fields = next(csv.reader(io.StringIO(line), delimiter=delimiter))
         where = f"{path}:{number}"
+        try:
+            fields = next(csv.reader(io.StringIO(line), delimiter=delimiter))
+        except csv.Error as failure:
+            raise UsageError(f"is no CSV: {failure}", where=where, fix=_FORM) from failure
         if len(fields) < width:
             raise UsageError(f"{len(fields)} columns, not {len(header)}", where=where, fix=_FORM)
         label = fields[labelled].strip() if labelled is not None else str(len(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tuner.export import vllm
 from tuner.export.deployment import deployment
 from tuner.pareto.changes import baseline_of, describe
@@ -25,7 +27,7 @@ def markdown(store: Store, study: Study) -> str:
     if any(t.emulated for t in trials):
         lines += ["**EMULATED: these numbers come from a model of the hardware, nothing was measured.**", ""]
     served = traffic(trials, objective, choice.point, choice.cost_change)
-    lines += [choice.text, "", *([str(served), ""] if served else [])]
+    lines += [_plain(choice.text), "", *([str(served), ""] if served else [])]
     lines += [f"SLOs: {', '.join(map(str, objective.slos)) or 'none'}.", ""]
     if choice.point:
         lines += ["## Deploy", ""]
@@ -39,8 +41,8 @@ def markdown(store: Store, study: Study) -> str:
     best = front(points(searched(trials), objective))
     rows, off = [], choice.off(best)
     for p in [*([off] if off else []), *best]:
-        name = describe(p.config, default.config if default else None).replace("|", "\\|")
-        name = f"`{name}`" + (" **recommended**" if choice.marks(p, best) else "")
+        name = _code(describe(p.config, default.config if default else None))
+        name += " **recommended**" if choice.marks(p, best) else ""
         rows.append(f"| {figure(p.cost)} | {figure(p.latency * 1e3, 4)} | {figure(p.load)} | {p.trial} | {name} |")
     if rows:
         lines += [
@@ -55,3 +57,15 @@ def markdown(store: Store, study: Study) -> str:
             break
         lines.append(row)
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """``text`` in which no value of a parameter is an element of the page."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+
+
+def _code(text: str) -> str:
+    """``text`` as code in a row of a table, whatever characters it has."""
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    room = " " if "`" in text else ""
+    return f"{fence}{room}{' '.join(text.split())}{room}{fence}".replace("|", "\\|")
