@@ -101,6 +101,7 @@ class FrozenHardware(Strict):
     name: str
     gpus: Whole
     memory_bytes: Whole = 0
+    rows: list[dict[str, Any]] = []
 
 
 class FrozenFile(BaseModel):
