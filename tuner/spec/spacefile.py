@@ -530,15 +530,13 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
                 at,
                 f"name one of its values ({', '.join(map(_word, parameter.values))}), or add it to the space",
             )
-    whole = all(v == int(v) and v >= 0 for v in parameter.values if parameter.numeric)
-    if odd := [
-        v for v in others if parameter.numeric and whole and (v != int(v) or v < -1)
-    ]:  # -1 is what engines read as "auto"
-        document.refuse(f"{parameter.name} has whole numbers as values, not {_shown(odd[0])}", at)
     pairs += [(v, _emit(flag, v)) for v in others]
     if len(wanted) > 1 and parameter.default not in wanted:
         pairs.append((parameter.default, parameter.emissions[parameter.values.index(parameter.default)]))
     _check_values(parameter.name, [pair[0] for pair in pairs], parameter.counts_gpus, document, at)
     if parameter.numeric:
+        whole = all(v == int(v) and v >= 0 for v in parameter.values)
+        if odd := [v for v in others if whole and (v != int(v) or v < -1)]:  # -1 is what engines read as "auto"
+            document.refuse(f"{parameter.name} has whole numbers as values, not {_shown(odd[0])}", at)
         pairs.sort(key=lambda pair: pair[0])
     return replace(parameter, values=tuple(p[0] for p in pairs), emissions=tuple(p[1] for p in pairs))
