@@ -65,13 +65,12 @@ def test_of_rays_long_messages_the_line_that_says_why_is_told():
 
 def test_a_seat_removes_what_seats_that_died_left_and_nothing_else(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(seat.tempfile, "gettempdir", lambda: str(tmp_path))
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
         other = Pid.of(process.pid)
     assert other is not None
     dead = tmp_path / f"tuner-seat-{process.pid}-{other.start}-x"
-    kept = [
-        tmp_path / name for name in (f"{seat._prefix()}x", "tuner-seat-notes", "tuner-seat-a-b-c", "tuner-other-1-1-x")
-    ]
+    others = (f"{seat._prefix()}x", "tuner-seat-5", "tuner-seat-a-b-c", "tuner-other-1-1-x")
+    kept = [tmp_path / name for name in others]
     for folder in (dead, *kept):
         (folder / "study").mkdir(parents=True)
     seat.sweep()
