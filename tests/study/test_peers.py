@@ -18,6 +18,7 @@ import optuna
 import pytest
 import sqlalchemy
 
+from tests import studies
 from tests.study import postgres
 from tuner.api import AskTell
 from tuner.errors import EnvironmentFault, UsageError
@@ -530,6 +531,25 @@ def test_who_fills_the_cache_otherwise_is_of_another_study(on_sqlite):
     study = on_sqlite[0]
     other = replace(study, trace=replace(study.trace, fill_cache_s=60.0))
     assert mirror.identity(study)["trace"] != mirror.identity(other)["trace"]
+
+
+def test_neither_secrets_nor_where_the_model_lies_go_through_the_database(tmp_path):
+    here, there = (
+        studies.study(tmp_path / name, model=f"/{name}/model", space=replace(studies.space(), env={"OWN": name}))
+        for name in ("here", "there")
+    )
+    store, other = Store(tmp_path / "here"), Store(tmp_path / "there")
+    config = here.space.config({}, here.model)
+    config = replace(config, env={**config.env, "HF_TOKEN": "hf_secret", "VLLM_X": "2"})
+    store.start_trial(0, config, {}, started_s=1.0, model_folder=here.model)
+    store.end_trial(0, Measured((studies.step(1.0, here.objective),)))
+    packed = mirror.packed(here, store.trial_folder(0))
+    assert not {word for word in ("hf_secret", "/here/model", "OWN") if word in str(mirror.expanded(packed))}
+    mirror.unpacked(there, packed, other, 7, "claim", "host")
+    copied = other.trial(7)
+    assert copied is not None and copied.outcome == store.trial(0).outcome and mirror.elsewhere(copied) == "host"
+    assert (copied.number, copied.config.model) == (7, "/there/model")
+    assert copied.config.env == {"OWN": "there", "VLLM_X": "2"}
 
 
 def test_another_users_lock_file_can_be_locked_without_writing_it(tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ def packed(study: Study, folder: Path) -> str:
     config = dict(start["config"])
     config["env"] = {k: v for k, v in config["env"].items() if k not in study.space.env and not is_secret(k)}
     config["model"] = MODEL if config["model"] == study.model else config["model"]
-    return squeezed({"start": {**start, "config": config}, "end": end})
+    said = {key: value for key, value in start.items() if key != "model_folder"}  # where the model lies here
+    return squeezed({"start": {**said, "config": config}, "end": end})
 
 
 def unpacked(study: Study, record: str, store: Store, number: int, claim: str, host: str) -> None:
