@@ -155,6 +155,16 @@ def test_a_job_that_waits_for_gpus_when_the_user_interrupts_was_never_launched(r
     assert {data["trial"] for data in made.seen("launch")} == {0, 1}
 
 
+def test_while_a_job_waits_for_gpus_none_is_taken_that_would_replace_it(workplace):
+    made = Rigged(workplace, "local", GOOD, 2, [1])
+    wide = made.job(1)
+    with executor(made.bench) as where:
+        where.submit(made.job(0))
+        where.submit(replace(wide, config=replace(wide.config, gpus=2)))  # one of two is free
+        assert not where.room()
+        assert [(end.job.number, type(end.outcome)) for end in made.all(where, 2)] == [(0, Measured), (1, Measured)]
+
+
 def test_what_wants_more_gpus_than_the_study_has_is_not_waited_for(workplace):
     made = Rigged(workplace, "local", GOOD, 2, [1])
     job = made.job(0)
