@@ -26,6 +26,7 @@ from benchmarks.search.run import SURFACES, load_surface
 from benchmarks.search.surface import Surface
 from tuner.search import ledger
 from tuner.search.acquisition import LaunchCost
+from tuner.search.reading import read
 from tuner.search.sampler import TunerSampler
 from tuner.search.sources import QUANTITIES
 from tuner.study.outcome import Outcome
@@ -107,9 +108,11 @@ def foreseen(surface: Surface, model: str, seed: int) -> list[tuple[str, float]]
             clock += seconds
         study.sampler = sampler = fresh()
         ledger.ask(study, surface.space)
-        sampler.model_error(study)  # learns where the first launches are not proposed from beliefs
-        if not sampler.beliefs.fitted:
-            continue
+        if not sampler.beliefs.fitted:  # the first launches were not proposed from beliefs
+            readings = [read(seen, surface.objective, surface.loads) for seen in ledger.read(study, surface.space)]
+            if all(reading.capacity is None for reading in readings):
+                continue
+            sampler.beliefs.learn(readings, seed)
         found += densities(surface, sampler, asked(surface, sampler, made))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import time
@@ -187,6 +188,22 @@ def test_cpu_cores_scale_up_to_the_socket_s_bandwidth() -> None:
         assert getattr(many, of) == 32 * getattr(two, of) == 64 * getattr(row, of) > 0
     assert many.flops["bf16"] == 32 * two.flops["bf16"]
     assert many.bandwidth_bytes_per_s == row.bandwidth_limit < 32 * two.bandwidth_bytes_per_s
+
+
+@pytest.mark.parametrize(
+    ("flags", "row"),
+    [
+        ({"avx2"}, "cpu-avx2"),
+        ({"avx2", "avx512f"}, "cpu-avx512"),
+        ({"avx2", "avx512f", "amx_bf16"}, "cpu-amx"),
+        (set(), "cpu-avx2"),
+    ],
+)
+def test_a_cpu_s_row_is_that_of_its_widest_instructions(monkeypatch, flags: set[str], row: str) -> None:
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: flags)
+    found = hardware.cpu()
+    assert found.name == row and found.cores == len(os.sched_getaffinity(0))
+    assert found.flops["int8"] == pytest.approx(found.cores * hardware.table()[row].flops["int8"])
 
 
 def test_ranks_on_one_cpu_server_have_equal_parts_of_it() -> None:

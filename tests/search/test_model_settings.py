@@ -86,6 +86,12 @@ def test_sglang_s_chunk_goes_by_the_size_of_the_memory(gpu: str, tokens: int) ->
             Precision(32, 32, 32, "fp32", "fp32", kv_bits=8),
         ),
         ("llama-3.1-8b", {"kv-cache-dtype": "nvfp4"}, Precision(kv_bits=4.5)),
+        ("llama-3.1-8b", {"kv-cache-dtype": "float32"}, Precision(kv_bits=32)),
+        (
+            "llama-3.1-8b",
+            {"dtype": "float32", "kv-cache-dtype": "bfloat16"},
+            Precision(32, 32, 32, "fp32", "fp32", kv_bits=16),
+        ),
         ("gpt-oss-120b", {"dtype": "float32"}, Precision(32, 4.25, 32, "fp32", "fp4", kv_bits=32)),
     ],
 )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ShuffledGrid(BaseSampler):
-    """Every configuration that may be launched, once, in an order that the seed decides; then from the start again.
+    """Every configuration that may be launched, once, in an order that the seed decides; then the first of them again.
 
     Up to :data:`WHOLE_GRID` combinations the order is a permutation; beyond, combinations are drawn without repeats.
     """

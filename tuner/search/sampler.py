@@ -26,7 +26,6 @@ from tuner.search.candidates import Candidates, Key, Refuse, distribution_values
 from tuner.search.expert import gpu_counts
 from tuner.search.foresight import Foresight
 from tuner.search.ledger import Proposal, Seen, answered, read
-from tuner.search.modelerror import ModelError, model_error
 from tuner.search.prediction import Predictor
 from tuner.search.reading import Reading
 from tuner.search.reading import read as read_outcome
@@ -134,18 +133,6 @@ class TunerSampler(BaseSampler):
     def proposal(self, number: int) -> Proposal | None:
         """Why the trial of this number was proposed (None: not by this sampler, in this process)."""
         return self._proposals.get(number)
-
-    @ONE_THREAD
-    def model_error(self, study: Study) -> ModelError:
-        """How wrong the analytic model, with the constants that it has by now, is on what was measured so far, and the
-        weight that it is left with."""
-        readings = [read_outcome(s, self.objective, self.loads) for s in read(study, self.space)]
-        if not self.beliefs.fitted and any(r.capacity is not None for r in readings):
-            self.beliefs.learn(readings, self.seed)
-        numbered = [(i, r) for r in readings if (i := self.beliefs.index(r.seen.params)) is not None]
-        learnt = self.beliefs.sources.learnt
-        foresight = learnt if learnt is not None and self.believed > 0.5 else self.foresight
-        return model_error(numbered, foresight, self.beliefs.weights())
 
     # what Optuna calls
 
