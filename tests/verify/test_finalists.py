@@ -54,6 +54,11 @@ def test_a_default_that_met_no_slo_is_verified_at_the_lowest_load():
     assert found.baseline.baseline and not found.finalists[0].baseline
 
 
+def test_a_default_that_is_alone_is_not_called_none_of_none():
+    found = shortlist([trial(0, 2048, 1000)], WANT, default(), LADDER)
+    assert found.text == "no other configuration met the SLOs in the search, so the default alone is measured."
+
+
 def test_verification_begins_where_the_searchs_steps_point_to():
     config = space().config(space().default(), "m")
     steps = (step(1.0, WANT, ttft_s=0.125, tpot_s=0.01), step(2.0, WANT, ttft_s=0.25, tpot_s=0.01))
@@ -87,7 +92,10 @@ def test_costs_of_what_was_asked_for_teach_nothing_of_launches_latencies_do():
     for one in repeats:
         one.outcome.steps[0].metrics["goodput_window_s"] = 27.0
     assert launch_spread(repeats).freedom == 0
-    assert "assuming that launches differ by 3 %" in shortlist(repeats, WANT, default(), LADDER).text
+    assert (
+        "assuming that launches differ by 3 %"
+        in shortlist([*repeats, trial(5, 4096, 2000)], WANT, default(), LADDER).text
+    )
     assert launch_spread(repeats, WANT.latency_key).freedom == 3
 
 

@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import math
+import urllib.request
 
 import pytest
 
@@ -141,6 +143,13 @@ def test_the_users_own_prompts_are_taken_where_there_are_some():
 
 def test_the_baselines_own_noise_is_kept_beside_it(base):
     assert base.noise == {"kl": 0.0, "top1": 1.0, "greedy": 1.0}
+
+
+@pytest.mark.parametrize("body", [b"data: {}\n\n", b"[]", b'{"choices": []}'])
+def test_a_server_that_answers_with_something_else_is_unknown_in_words(base, body, monkeypatch):
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda *_, **__: io.BytesIO(body))
+    found = check(Endpoint("http://127.0.0.1:1", "m", ""), base, FLOOR)
+    assert found.verdict == "unknown" and "not streamed is answered with something else than JSON" in found.reason
 
 
 def test_a_server_without_prompt_log_probabilities_is_unknown_not_passed(base):

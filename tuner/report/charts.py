@@ -45,6 +45,7 @@ def front_chart(s: Summary) -> Figure | None:
     axes = "USD per million output tokens within SLO", f"{label(s.study.objective.latency)} (ms)"
     shown = [*s.points, *([chosen] if chosen else [])]
     layout = frame(*axes, log_x=[p.cost for p in shown], log_y=[p.latency * 1e3 for p in shown])
+    layout["showlegend"] = True  # of a single kind of point Plotly shows none: rings would not say that they missed
     ranged = [(s.front, "$accent"), (default, "$ink"), ([chosen] if chosen else [], "$chosen")]
     layout["shapes"] = [
         shape

@@ -18,7 +18,7 @@ IDLE, _NAMES = -0.06, -0.2  # below an axis: where its parameter does not apply,
 
 def parallel_chart(s: Summary) -> Figure | None:
     """The varied parameters, and the lowest cost within SLO; one line per configuration. None below two configurations
-    or without a varied parameter."""
+    or two axes that they have a place on."""
     trials = sorted({t.config.hash: t for t in reversed(s.search)}.values(), key=lambda t: t.number)
     varied = [p for p in s.study.space.parameters if len({t.config.params.get(p.name) for t in trials}) > 1]
     if len(trials) < 2 or not varied:
@@ -37,6 +37,8 @@ def parallel_chart(s: Summary) -> Figure | None:
         shown = values if len(values) <= 7 else (values[0], values[len(values) // 2], values[-1])
         notes += [note(x, parameter.position(v), _short(v), "$muted", anchor="left", shift=5) for v in shown]
     last = len(varied)
+    if not best and last < 2:
+        return None  # a single axis joins nothing
     notes.append(note(last, _NAMES, "lowest cost<br>within SLO", "$ink"))
     ends = ((0.0, low), (1.0, high)) if high > low else ((0.0, low),) if best else ()
     notes += [note(last, height, f"${figure(cost)}", "$muted", anchor="left", shift=5) for height, cost in ends]

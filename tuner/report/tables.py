@@ -97,7 +97,7 @@ def trial_row(s: Summary, trial: Any) -> TrialRow:
 def _capacity(outcome: Outcome) -> str:
     """The load that every window held."""
     load = held_everywhere(outcome.steps) if isinstance(outcome, Measured | Aborted) else 0.0
-    return f"{'≥ ' if isinstance(outcome, Aborted) else ''}{load:g}" if load else "-"
+    return f"{'≥ ' if isinstance(outcome, Aborted) else ''}{figure(load)}" if load else "-"
 
 
 def phase_names(s: Summary) -> list[str]:

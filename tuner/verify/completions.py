@@ -110,5 +110,8 @@ class Completions:
             return answer["choices"][0]
         except urllib.error.HTTPError as failure:
             raise Unanswered(f"HTTP {failure.code}: {failure.read(300).decode(errors='replace')}") from failure
-        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as failure:
+        except (ValueError, KeyError, IndexError, TypeError) as failure:
+            what = "a completion that is not streamed is answered with something else than JSON with choices"
+            raise Unanswered(f"{what} ({type(failure).__name__}: {failure})") from failure
+        except (OSError, http.client.HTTPException) as failure:
             raise Unanswered(f"{type(failure).__name__}: {failure}") from failure

@@ -76,6 +76,7 @@ def shortlist(
     text = f"{len(doubtful)} of {len(others)} configurations may be the cheapest at {confidence * 100:g} %"
     text += f"; at most the first {most} are verified" if len(doubtful) > most else ""
     text += "" if learnt else f" (assuming that launches differ by {LAUNCH_SPREAD * 100:g} %)"
+    text = text if others else "no other configuration met the SLOs in the search, so the default alone is measured"
     return Shortlist(chosen, baseline, len(doubtful), len(others), text + ".")
 
 

@@ -135,7 +135,8 @@ def _text(
 ) -> str:
     sure = f"{confidence * 100:g} %"
     how = (
-        f"Measured again: {len(launches)} launches of {len(arms)} configurations on {windows} held-out "
+        f"Measured again: {len(launches)} launch{'es' if len(launches) != 1 else ''} of {len(arms)} "
+        f"configuration{'s' if len(arms) != 1 else ''} on {windows} held-out "
         f"window{'s' if windows != 1 else ''}, in alternating order; ended because {stopped}."
     ) + "".join(f" {arm.label} failed: {arm.failure}." for arm in judgement.arms.values() if arm.failure)
     if state is None:
