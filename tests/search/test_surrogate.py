@@ -99,16 +99,19 @@ def test_the_fit_is_a_maximum():
         [pool.keys[i] for i in range(0, 80, 4)],
         [additive(p) + 0.05 * (i % 3) for i, p in enumerate(pool.params[0:80:4])],
     )
+    explained = np.array([[0.3 * math.log2(p["batch"])] for p in pool.params[0:80:4]])  # a source, of weight 0.5
+    known = replace(known, sources=explained, extra=np.where(known.y > 0.5, 0.05, 0.0))
     tables, prior = correlations(space()), Prior(common=1e-3)
-    s = fit(tables, known, prior)
+    s = fit(tables, known, prior, prior_weights=[0.5], weight_sd=[0.2])
     singles = [prior.single / (1 - t[:-1, :-1].mean()) for t in tables]  # between values, however alike they are
     centre = np.array([prior.constant, prior.load, *singles, prior.pair, prior.own, prior.noise])
     spread = np.array([prior.spread] * 9 + [prior.noise_spread])
 
     def density(v: np.ndarray) -> float:
         parts = _components(tables, known, s.importance)
-        kernel = sum(a * b for a, b in zip(v[:-1], parts, strict=True)) + (v[-1] + 1e-8) * np.eye(len(known.y))
-        target = known.y - s.mean
+        kernel = sum(a * b for a, b in zip(v[:-1], parts, strict=True)) + np.diag(v[-1] + 1e-8 + known.extra)
+        kernel = kernel + explained @ explained.T * 0.2**2
+        target = known.y - s.mean - 0.5 * explained[:, 0]
         away = (np.log(v) - np.log(centre)) / spread
         return -0.5 * (target @ np.linalg.solve(kernel, target) + np.linalg.slogdet(kernel)[1] + (away**2).sum())
 
