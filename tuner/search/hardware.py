@@ -99,7 +99,7 @@ def lookup(name: str, rows: Mapping[str, Hardware] | None = None) -> Hardware | 
         if _plain(row.name) == wanted:
             return row
     words = set(name.replace("-", " ").replace("_", " ").replace("/", " ").lower().split())
-    matching = [row for row in reversed(rows.values()) if row.match and {m.lower() for m in row.match} <= words]
+    matching = [row for row in reversed([*rows.values()]) if row.match and {m.lower() for m in row.match} <= words]
     return max(matching, key=lambda row: len(row.match), default=None)
 
 
