@@ -101,10 +101,11 @@ class Installation:
         if self._found is None:
             entries = json.loads(self.run([self.python, "-c", _ASK_VERSION, *self.packages], _VERSION_S) or "[]")
             if not entries:
-                cpu = f" ({self.packages[1]} without a GPU)" if len(self.packages) > 1 else ""
+                name, *others = self.packages
+                cpu = "".join(f" ({other} without a GPU)" for other in others)
                 raise EnvironmentFault(
                     f"{self.python} has no {' or '.join(self.packages)}",
-                    fix=f"{self.python} -m pip install {self.packages[0]}{cpu}, or name another interpreter: "
+                    fix=f"{self.python} -m pip install {name}{cpu}, or name another interpreter: "
                     "--python PATH (engine.python in a study file)",
                 )
             self._found = (str(entries[0][0]), str(entries[0][1]), str(entries[0][2]))
