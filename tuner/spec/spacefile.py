@@ -535,8 +535,9 @@ def _narrow(parameter: Parameter, limit: Any, document: Document) -> Parameter:
         pairs.append((parameter.default, parameter.emissions[parameter.values.index(parameter.default)]))
     _check_values(parameter.name, [pair[0] for pair in pairs], parameter.counts_gpus, document, at)
     if parameter.numeric:
-        whole = all(v == int(v) and v >= 0 for v in parameter.values)
-        if odd := [v for v in others if whole and (v != int(v) or v < -1)]:  # -1 is what engines read as "auto"
+        whole = all(float(v).is_integer() and float(v) >= 0 for v in parameter.values)
+        odd = [v for v in others if not float(v).is_integer() or float(v) < -1]  # -1 is what engines read as "auto"
+        if whole and odd:
             document.refuse(f"{parameter.name} has whole numbers as values, not {_shown(odd[0])}", at)
         pairs.sort(key=lambda pair: pair[0])
     return replace(parameter, values=tuple(p[0] for p in pairs), emissions=tuple(p[1] for p in pairs))
