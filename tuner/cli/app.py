@@ -57,7 +57,7 @@ def tune(
     objective: Annotated[str, typer.Option(help="chat, code-completion, rag, batch, or a file.")] = "",
     space: Annotated[str, typer.Option(help="A search space: vllm/quick, ..., or a file.")] = "",
     sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2, random or grid.")] = "",
-    engine: Annotated[str, typer.Option(help="vllm, sglang, command, attach, function or emulator.")] = "",
+    engine: Annotated[str, typer.Option(help="vllm, sglang, command, attach, function, emulator or own.")] = "",
     name: Annotated[str, typer.Option(help="The study's name; its folder is reports/NAME.")] = "",
     parallel: Annotated[str, typer.Option(help="Trials at once, or auto: as many as fit.")] = "",
     storage: Annotated[

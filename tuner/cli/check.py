@@ -89,6 +89,7 @@ def _starts(study: Any) -> list[str]:
         "sglang": ["python", "-m", "sglang.launch_server", "--model-path", study.model],
         "command": list(study.engine.command),
         "function": [f"the function {study.engine.options.get('target', '')}, called with"],
+        "own": [f"the engine {study.engine.options.get('target', '')}:"],
         "attach": [f"the server at {study.engine.options.get('url', '')}, taken as it is"],
     }
     return starts.get(kind, [kind, "serve", study.model])

@@ -16,7 +16,7 @@ model: {model} # a model folder, or a Hugging Face id
 # draft_model: ./draft # for speculative decoding with a draft model
 
 engine:
-  kind: vllm # vllm, sglang, command, attach, function, emulator
+  kind: vllm # vllm, sglang, command, attach, function, emulator, own
   # python: /opt/vllm/bin/python # where vLLM is installed, if not beside tuner
   args: {{}} # flags for every server, for example: max-model-len: 8192
 

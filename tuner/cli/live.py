@@ -53,7 +53,7 @@ class View:
             live.start()
         if self.study.engine.kind == "emulator":
             self.say(f"EMULATED: a model of the hardware answers, nothing is measured{_slow(self.study)}.")
-        if self.study.hardware.gpus == 0 and self.study.engine.kind in ("vllm", "sglang", "command"):
+        if self.study.hardware.gpus == 0 and self.study.engine.kind in ("vllm", "sglang", "command", "own"):
             from tuner.search.hardware import strangers
 
             if here := strangers():

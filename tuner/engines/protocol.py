@@ -129,7 +129,8 @@ class Server(Protocol):
 class Engine(Protocol):
     """Launches servers of one kind.
 
-    ``kind`` is the word in the study file; ``emulated`` marks everything it measures as emulated.
+    ``kind`` is the word in the study file (of an engine of the user's own any name); ``emulated`` marks everything it
+    measures as emulated.
     """
 
     kind: str

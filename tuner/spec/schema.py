@@ -16,13 +16,13 @@ Limit = Annotated[str | float | int, NUMERIC]
 
 
 class EngineFile(Strict):
-    kind: Literal["vllm", "sglang", "command", "attach", "function", "emulator"] = "vllm"
+    kind: Literal["vllm", "sglang", "command", "attach", "function", "emulator", "own"] = "vllm"
     command: list[str] | str | None = None
     python: str = ""
     args: dict[str, bool | int | float | str] = {}
     env: dict[str, Annotated[str | int | float, TEXT]] = {}
     trust_remote_code: bool = False
-    target: str = ""  # of the function engine
+    target: str = ""  # of the function engine, and of one of the user's own
     url: str = ""  # of attach
     gpu: str = ""  # of the emulator
     options: dict[str, Any] = {}

@@ -61,7 +61,7 @@ class RuleFile(Strict):
 
 class SpaceFile(Strict):
     name: str = ""
-    engine: str = ""  # whose flags they are; unsaid: command where the study's engine is that, else vllm
+    engine: str = ""  # whose flags they are; unsaid: the study's engine's where that is command or own, else vllm
     checked_with: list[str] = []
     fixed: dict[str, bool | int | float | str | None] = {}
     env: dict[str, Word] = {}
@@ -82,7 +82,7 @@ def build(
     file = validate(SpaceFile, document, data, prefix)
     if not file.engine:
         kind = study.data.get("engine", {}).get("kind")
-        file = file.model_copy(update={"engine": "command" if kind == "command" else "vllm"})
+        file = file.model_copy(update={"engine": kind if kind in ("command", "own") else "vllm"})
     if file.engine == "function":  # it has no flags: names tell configs apart
         named = {
             name: spec if spec.flag or isinstance(spec.values, dict) else spec.model_copy(update={"flag": name})

@@ -124,7 +124,8 @@ class Prepared:
         from tuner.search.expert import knows, meant
 
         study = self.study
-        if study.engine.kind not in ("function", "command") or self.predictor is not None or study.sampler != "auto":
+        known = study.engine.kind not in ("function", "command", "own")
+        if known or self.predictor is not None or study.sampler != "auto":
             return ""
         parameters = [p for p in meant(study.space).parameters if len(p.values) > 1 and not p.counts_gpus]
         names = [p.name for p in parameters if not knows(p)]
@@ -268,7 +269,7 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
     said = study.frozen.get("hardware") or {}
     if study.engine.kind in ("function", "attach") and (not study.trace.file or said.get("gpu", "auto") == "auto"):
         return None, f"the {study.engine.kind} engine says nothing about its hardware, and the study names none"
-    if study.engine.kind == "command" and not _known_flags(study):
+    if study.engine.kind in ("command", "own") and not _known_flags(study):
         return None, "nothing is known of a server whose flags are neither vLLM's nor SGLang's"
     on = device(study, study.space.gpu)
     row = hardware.cpu() if study.hardware.gpus == 0 else hardware.lookup(on, hardware.table(study.hardware.rows))
