@@ -5,6 +5,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.spec.conftest import workplace as workplace
 from tests.spec.test_studyfile import GOOD, write
@@ -31,6 +33,39 @@ def test_where_a_prompt_is_cut_no_text_is_sent_in_its_stead_and_that_is_said(wor
     assert found.whole.texts is None
     assert all(window.texts is None for window in (*found.search, *found.heldout))
     assert any("60 of 120 prompts" in note and "no text is kept" in note for note in found.notes)
+
+
+def test_a_study_counts_a_logs_texts_with_its_models_tokenizer(workplace):
+    """It has no flag that would name one."""
+    Tokenizer(WordLevel({"word": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(workplace / "model" / "tokenizer.json"))
+    rows = [{"timestamp": i, "conversations": talk("word", "word")} for i in range(120)]
+    write(workplace, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
+
+    study = studyfile.load(write(workplace, STUDY))
+    assert study.space.facts["max_input_tokens"] == 1
+    assert workload.read(study).whole.input_tokens.tolist() == [1] * 120
+
+
+def test_a_log_that_counts_by_itself_needs_no_tokenizer(workplace):
+    usage = {"prompt_tokens": 30, "completion_tokens": 7}
+    rows = [
+        {"created": i, "messages": [{"role": "user", "content": "word"}], "response": {"usage": usage}}
+        for i in range(120)
+    ]
+    write(workplace, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
+    assert workload.read(studyfile.load(write(workplace, STUDY))).whole.input_tokens.tolist() == [30] * 120
+
+
+def test_what_a_study_cannot_be_told_of_a_trace_is_asked_for_as_a_command_that_can(workplace):
+    rows = [{"conversations": talk("word", "word")}] * 120
+    write(workplace, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
+    Tokenizer(WordLevel({"word": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(workplace / "model" / "tokenizer.json"))
+    with pytest.raises(UsageError, match=r"tuner trace convert \S+trace.jsonl timed.parquet --arrivals poisson:4"):
+        studyfile.load(write(workplace, STUDY))
+
+
+def talk(prompt, reply):
+    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": reply}]
 
 
 def test_texts_stay_where_no_prompt_is_cut(workplace):

@@ -34,6 +34,10 @@ class EngineSpec:
     trust_remote_code: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def tokenizer(self, model: str) -> str:
+        """The folder or id whose tokenizer counts a trace's texts: the ``tokenizer`` option, else the model."""
+        return str(self.options.get("tokenizer") or model)
+
 
 @dataclass(frozen=True, slots=True)
 class TraceSpec:

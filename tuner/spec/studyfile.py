@@ -343,7 +343,7 @@ def _facts(
         if given:
             facts[key] = _model(given, document, base, True, key)
     if trace.file:
-        whole = formats.read(Path(trace.file), trace.format)
+        whole = formats.read(Path(trace.file), trace.format, tokenizer=engine.tokenizer(model))
         facts |= facts_.of_trace(whole.input_tokens, whole.output_tokens)
     facts |= _gpu_facts(file.hardware, document, engine, _executor(file), own)
     return facts | facts_.of_flags(engine.args, facts)

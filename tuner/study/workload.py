@@ -69,7 +69,9 @@ def _read(study: Study) -> Workload:
         one = np.ones(1, dtype=np.int64)
         none = Trace("none", np.zeros(1), one, one, 0, one[:0], np.zeros(2, dtype=np.int64))
         return Workload(none, (none,), (none,))
-    given, report = formats.read_with_report(Path(spec.file), spec.format)
+    given, report = formats.read_with_report(
+        Path(spec.file), spec.format, tokenizer=study.engine.tokenizer(study.model)
+    )
     longest = study.space.facts.get("max_model_len")
     trace, cut = shorten(given, spec.max_input_tokens, spec.max_output_tokens, longest)
     notes = report.messages()

@@ -85,7 +85,8 @@ def read_with_report(
         raise UsageError(
             f"a {known} file without arrival times",
             where=str(path),
-            fix="Say how requests arrive: --arrivals poisson:4",
+            fix=f"Say how requests arrive: tuner trace convert {path} timed.parquet --arrivals poisson:4 "
+            "(replay and the other trace commands take --arrivals themselves)",
         )
     report = tally.finish(len(arrival_s))
     return trace_of(parts, arrival_s, path.stem, tally), report

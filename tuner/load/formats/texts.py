@@ -52,20 +52,24 @@ class _Talk:
     def time(self, *sources: dict[str, Any]) -> float:
         return math.nan if self.untimed else _time(*sources)
 
-    def parts(self, count: Callable[[list[str]], list[int]] | None) -> Parts:
+    def parts(self, tokenizer: str | None) -> Parts:
+        """``tokenizer`` is loaded only where there is something to count: the model of a study may have none."""
         lengths, tally = [], self.tally
+        unknown = _UNKNOWN in self.input or _UNKNOWN in self.output
+        if unknown and not tokenizer:
+            raise UsageError(
+                f"{tally.format} holds texts without their number of tokens",
+                where=tally.path,
+                fix=f"Have them counted: tuner trace convert {tally.path} counted.parquet --tokenizer MODEL_FOLDER "
+                "(replay and the other trace commands take --tokenizer themselves)",
+            )
+        count = _counter(tokenizer) if unknown and tokenizer else _nothing
         for texts, known in ((self.prompts, self.input), (self.replies, self.output)):
             column = np.array(known, dtype=np.int64)
-            unknown = np.flatnonzero(column == _UNKNOWN)
-            if len(unknown) and count is None:
-                raise UsageError(
-                    f"{tally.format} holds texts without their number of tokens",
-                    where=tally.path,
-                    fix="Give the model's folder with --tokenizer so that they can be counted",
-                )
-            for start in range(0, len(unknown), _BATCH):
-                some = unknown[start : start + _BATCH]
-                column[some] = (count or _nothing)([texts[i] for i in some])
+            uncounted = np.flatnonzero(column == _UNKNOWN)
+            for start in range(0, len(uncounted), _BATCH):
+                some = uncounted[start : start + _BATCH]
+                column[some] = count([texts[i] for i in some])
             lengths.append(column)
         usable = (lengths[0] > 0) & (lengths[1] > 0)
         if not usable.all():
@@ -110,7 +114,7 @@ def read_texts(
                 tally.reject(number, str(mistake))
     else:
         read_rows(path, tally, lambda entry: row(talk, entry))
-    return talk.parts(_counter(tokenizer) if tokenizer else None)
+    return talk.parts(tokenizer)
 
 
 def sharegpt(talk: _Talk, entry: dict[str, Any]) -> None:
