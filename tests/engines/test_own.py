@@ -10,6 +10,7 @@ from tuner.cli import tune
 from tuner.engines import build
 from tuner.errors import UsageError
 from tuner.spec import studyfile
+from tuner.study import session
 from tuner.study.outcome import Measured
 from tuner.study.store import Store
 
@@ -103,6 +104,13 @@ def test_a_class_that_reads_the_study_is_made_by_that(workplace: Path) -> None:
     assert build.engine(studyfile.load(path)).speed == 6  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("checked", "said"), [("1.0.3", ""), ("0.9", "lanes was checked with own 0.9, not with 1.0")])
+def test_a_space_that_was_checked_with_another_version_says_so(workplace: Path, checked: str, said: str) -> None:
+    path = written(workplace, "{name: lanes,", f"{{name: lanes, checked_with: ['{checked}'],")
+    untried = session.prepare(studyfile.load(path)).untried()
+    assert untried.startswith(said) and bool(untried) == bool(said)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -115,7 +123,5 @@ def test_a_class_that_reads_the_study_is_made_by_that(workplace: Path) -> None:
     ],
 )
 def test_what_is_no_engine_is_refused_in_one_line(workplace: Path, old: str, new: str, said: str) -> None:
-    from tuner.study import session
-
     with pytest.raises(UsageError, match=said):
         session.prepare(studyfile.load(written(workplace, old, new)))

@@ -54,8 +54,8 @@ def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
         f"Budget: {shared_out(study.budget)}; sampler {study.sampler}; "
         f"model: {study.predictor or ready.no_model or 'analytic, of this hardware'}"
     )
-    if data["unread"]:
-        console.print(data["unread"])
+    for said in filter(None, (data["untried"], data["unread"])):
+        console.print(said)
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("parameter", "values", "default", "trades"):
         table.add_column(title, no_wrap=title == "parameter", overflow="fold")
@@ -157,6 +157,7 @@ def describe(ready: Any) -> dict[str, Any]:
             {"name": p.name, "values": list(p.values), "default": p.default, "trades": p.trades}
             for p in space.parameters
         ],
+        "untried": ready.untried(),
         "unread": ready.unread(),
         "combinations": len(grid) or space.size(),
         "allowed": len(grid) - sum(refused.values()) if grid else None,

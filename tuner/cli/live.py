@@ -97,8 +97,8 @@ class View:
             self.say(f"Trace: {note}")
         if ready.no_model:
             self.say(f"No analytic model: {ready.no_model}. The search works without one.")
-        if unread := ready.unread():
-            self.say(unread)
+        for said in filter(None, (ready.untried(), ready.unread())):
+            self.say(said)
 
     def on_event(self, name: str, data: Any) -> None:
         """One of the loop's or the engine's events."""

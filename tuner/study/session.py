@@ -136,6 +136,20 @@ class Prepared:
             "space can say so (like: max-num-seqs): fewer launches are needed then."
         )
 
+    def untried(self) -> str:
+        """That the space was not checked with this version of the engine whose flags it has; empty where it was, or
+        names no versions."""
+        space = self.study.space
+        if self.unchecked or not space.checked_with or space.engine != self.study.engine.kind:
+            return ""
+        here = self.engine.version()
+        if any(_minor(version) == _minor(here) for version in space.checked_with):
+            return ""
+        return (
+            f"{space.name} was checked with {space.engine} {', '.join(space.checked_with)}, not with {here}: flags "
+            "that it does not know are refused, but defaults and values may be others there."
+        )
+
     def unfit(self, config: ServingConfig) -> str:
         """Why the model (its memory arithmetic, mostly) refuses ``config``; empty where it may run."""
         if self.predictor is None:
@@ -143,6 +157,10 @@ class Prepared:
         fit = self.predictor.fit(config)
         short_by_little = 0 < fit.short_bytes <= REFUSE_MARGIN * self.study.hardware.memory_bytes
         return "" if fit.fits or short_by_little else fit.reason
+
+
+def _minor(version: str) -> list[str]:
+    return re.split(r"[.+]", version)[:2]
 
 
 def prepare(study: Study, *, launching: bool = True) -> Prepared:
