@@ -11,7 +11,7 @@ import pytest
 
 from tuner.load.wire import target
 from tuner.measure import server as measure_server
-from tuner.measure.server import Sample, Sampler, beside, fold, parse, write
+from tuner.measure.server import Sample, Sampler, beside, fold, in_words, parse, write
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -72,6 +72,18 @@ def test_of_two_samples_outside_the_load_the_last_tells_and_a_share_of_nothing_i
         "server_queue_max": 2,
         "server_prefix_hit_rate": 0,  # of what was asked for since
     }
+
+
+def test_what_a_server_said_is_told_in_one_line():
+    """As far as it said anything: the emulator's virtual clock has no server."""
+    gauges = {"server_running_mean": 3.25, "server_running_max": 8.0, "server_queue_mean": 0.5, "server_queue_max": 4.0}
+    shares = {"server_kv_usage_max": 0.834, "server_prefix_hit_rate": 0.3125, "server_draft_acceptance": 0.7}
+    others = {"server_preemptions": 1200.0, "system_gpu_energy_j_per_output_token": 0.25, "ttft_p99_s": 0.1}
+    assert in_words(gauges | shares | others) == (
+        "3.25 running (at most 8), 0.5 queued (at most 4), KV cache at most 83.4% full, 1,200 preemptions, "
+        "31.2% of prompt tokens found cached, 70% of drafted tokens accepted, 0.25 J per output token"
+    )
+    assert in_words({"ttft_p99_s": 0.1}) == ""
 
 
 def test_a_restarted_server_gives_no_differences():

@@ -123,6 +123,17 @@ def test_emulated_figures_are_called_so(tmp_path: Path):
     assert "EMULATED" in shown(front_table(store, study)) and "EMULATED" in shown(trial_view(store, study, 0))
 
 
+def test_a_trial_shows_what_its_server_said_at_each_load(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=2)
+    path = store.trial_folder(1) / "outcome.json"
+    outcome = json.loads(path.read_text())
+    outcome["outcome"]["steps"][0]["metrics"]["server_prefix_hit_rate"] = 0.5
+    path.write_text(json.dumps(outcome))
+    said = shown(trial_view(store, study, 1))
+    assert said.count("Server at load") == 1
+    assert "Server at load 0.5: 50.0% of prompt tokens found cached" in said
+
+
 def test_a_failed_trial_shows_its_evidence_and_its_fix(made):
     text = shown(trial_view(*made, 2))
     assert "Trial 2: infeasible" in text and "Evidence: ValueError: 3.1 GiB" in text and "Fix: lower it" in text

@@ -212,6 +212,8 @@ def _whole(step: Step, records: Records) -> Mapping[str, float]:
 
 
 def _page(step: Step, slos: tuple[Slo, ...], failures: Mapping[str, int], whole: Mapping[str, float]) -> list[str]:
+    from tuner.measure.server import in_words
+
     m, lines = step.metrics, []
     closed = m.get("closed_loop_concurrency")
     loop = f", CLOSED LOOP with {closed:.0f} in flight: latencies leave out waiting at a given rate" if closed else ""
@@ -225,6 +227,8 @@ def _page(step: Step, slos: tuple[Slo, ...], failures: Mapping[str, int], whole:
         lines.append(f"failed: {sum([*failures.values()][3:]):,} x otherwise, in {len(failures) - 3} more ways")
     if m["measured_requests"]:
         lines += ["", *_latencies(step), "", *_rates(step, whole)]
+    if said := in_words(m):
+        lines += [f"server: {said}"]
     if step.stopped_early:
         lines += ["", f"stopped early: {step.stopped_early}"]
     for slo in slos:

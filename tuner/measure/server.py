@@ -17,6 +17,7 @@ from tuner.errors import EnvironmentFault, naming
 from tuner.load import columns
 from tuner.load.probe import asked
 from tuner.load.wire import Target
+from tuner.words import figure
 
 # column -> vLLM's metric, and how several engines of one server add up
 SERIES: Mapping[str, tuple[str, str]] = {
@@ -135,6 +136,24 @@ def fold(samples: Sequence[Sample], start_ns: int, end_ns: int) -> dict[str, flo
         if grown.get(whole, 0.0) > 0 and grown.get(part, -1.0) >= 0:
             metrics[name] = grown[part] / grown[whole]
     return metrics
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """What the server said of a step, and its GPUs' energy, in one line; empty where nothing is known of them."""
+    m, said = metrics, []
+    for name, word in (("running", "running"), ("queue", "queued")):
+        if f"server_{name}_mean" in m:
+            said.append(f"{figure(m[f'server_{name}_mean'])} {word} (at most {m[f'server_{name}_max']:.0f})")
+    for name, form in (
+        ("server_kv_usage_max", "KV cache at most {:.1%} full"),
+        ("server_preemptions", "{:,.0f} preemptions"),
+        ("server_prefix_hit_rate", "{:.1%} of prompt tokens found cached"),
+        ("server_draft_acceptance", "{:.0%} of drafted tokens accepted"),
+        ("system_gpu_energy_j_per_output_token", "{:.3g} J per output token"),
+    ):
+        if name in m:
+            said.append(form.format(m[name]))
+    return ", ".join(said)
 
 
 def write(path: Path, samples: Sequence[Sample], epoch_ns: int) -> None:

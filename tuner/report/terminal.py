@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import UsageError
+from tuner.measure.server import in_words
 from tuner.pareto.changes import changes
 from tuner.pareto.front import COST, Point
 from tuner.record.secrets import hide
@@ -146,6 +147,10 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
         for step in outcome.steps:
             table.add_row(*([step.window.rpartition("/")[2]] if windows else []), *_step_row(step, latencies))
         parts.append(table)
+        for step in outcome.steps:
+            if said := in_words(step.metrics):
+                window = f", {step.window.rpartition('/')[2]}" if windows else ""
+                parts.append(Text(f"Server at load {figure(step.load, 4)}{window}: {said}"))
     parts += [Text(trial.quality)] if trial.quality and not isinstance(outcome, Infeasible) else []
     if why(outcome):
         parts.append(Text(hide(why(outcome), s.secrets), style="bold"))
