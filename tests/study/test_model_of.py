@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import studies
 from tests.server.test_gpu import Nvml
 from tests.spec.conftest import workplace as workplace
 from tuner.errors import UsageError
@@ -15,7 +16,7 @@ from tuner.search import hardware
 from tuner.search.model.predictor import AnalyticModel
 from tuner.spec import studyfile
 from tuner.spec.study import Study
-from tuner.study import workload
+from tuner.study import session, workload
 from tuner.study.session import check_env, gpu_here, model_of, opened, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -236,3 +237,17 @@ def test_a_command_s_server_has_a_model_where_its_flags_are_those_of_an_engine_t
     assert (ready.predictor is not None) == modelled
     assert ("neither vLLM's nor SGLang's" in ready.no_model) == (not modelled)
     assert bool(ready.why_not(ready.study.space.config({}, ready.study.model))) == modelled
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_study_that_starts_warm_from_an_emulated_one_says_so(tmp_path, emulated):
+    """What a model of the hardware says is a prior like the analytic model, and is no measurement."""
+    studies.write(tmp_path / "before", trials=16, emulated=emulated)
+    frozen = {"frozen": {"beside": str(tmp_path)}}
+    study = replace(studies.study(tmp_path / "now"), sampler="auto", warm_start=("before",), frozen=frozen)
+    said = []
+    earlier = session._earlier(study, lambda _name, data: said.append(data["text"]))
+    assert [one.name for one in earlier] == ["before"]
+    assert said == (
+        ["warm_start: before is emulated: it says where to look first, as a model does"] if emulated else []
+    )

@@ -614,9 +614,13 @@ def _earlier(study: Study, on_event: OnEvent) -> list[Earlier]:
         path = Path(str(study.frozen["frozen"]["beside"])) / folder
         if not (path / "study.yaml").is_file():
             raise UsageError(f"warm_start: no study in {folder}", where=study.source, fix="Name a study folder")
-        trials = [(t.params, t.outcome) for t in searched(Store(path).trials())]
+        before = searched(Store(path).trials())
+        trials = [(t.params, t.outcome) for t in before]
         if one := earlier(path.name, trials, study.space, study.objective, study.load.ladder):
             found.append(one)
+            if learns and any(t.emulated for t in before) and study.engine.kind != "emulator":
+                text = f"warm_start: {folder} is emulated: it says where to look first, as a model does"
+                on_event("say", {"text": text})
         elif learns:
             text = f"warm_start: {folder} is not used: too few of its launches were measured, or it shares too little"
             on_event("say", {"text": text})
