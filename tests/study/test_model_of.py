@@ -251,3 +251,36 @@ def test_a_study_that_starts_warm_from_an_emulated_one_says_so(tmp_path, emulate
     assert said == (
         ["warm_start: before is emulated: it says where to look first, as a model does"] if emulated else []
     )
+
+
+TWO_TYPES = """
+model: target
+engine: {kind: emulator, args: {max-model-len: 4096}}
+hardware: {gpu: L40S, gpus: 1}
+price_usd_per_gpu_hour: {L40S: 1.0, H200: 3.0}
+trace: {file: trace.csv, window: 10s, search_windows: 1, heldout_windows: 1}
+search_space:
+  name: s
+  engine: vllm
+  parameters:
+    kind: {trades: speed against price, values: {l40s: {gpu: L40S}, h200: {gpu: H200}}, default: l40s}
+"""
+
+
+def test_the_model_knows_every_type_of_gpu_that_a_space_compares(workplace: Path) -> None:
+    """What one type has no room for is not refused on another, and costs what it costs there."""
+    (workplace / "target").mkdir()
+    shutil.copy(ROOT / "tests/search/shapes/qwen3-32b.json", workplace / "target/config.json")
+    (workplace / "two.yaml").write_text(TWO_TYPES)
+    ready = prepare(studyfile.load(workplace / "two.yaml"), launching=False)
+    small, large = (ready.study.space.config({"kind": kind}, ready.study.model) for kind in ("l40s", "h200"))
+    assert "do not fit 45 GiB" in ready.unfit(small) and ready.unfit(large) == ""  # 61 GiB of weights
+    model = ready.predictor
+    assert isinstance(model, AnalyticModel)
+    alone = replace(model, hardware=hardware.table()["H200"], price_usd_per_gpu_hour=3.0, types={}, _servers={})
+    assert model.predict(large, 0.5) == alone.predict(small, 0.5)
+    (workplace / "two.yaml").write_text(TWO_TYPES.replace("gpu: H200}", "gpu: H1000}"))
+    assert (
+        "H1000 is not in the hardware table"
+        in prepare(studyfile.load(workplace / "two.yaml"), launching=False).no_model
+    )

@@ -19,7 +19,7 @@ from tuner.engines import build
 from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError, naming, replacing
 from tuner.executor.build import executor
-from tuner.executor.cluster import device, price_of
+from tuner.executor.cluster import device, price, price_of
 from tuner.record.secrets import secrets
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.storages import RDBStorage
 
+    from tuner.search.hardware import Hardware
     from tuner.search.model.predictor import AnalyticModel
     from tuner.search.model.shape import ModelShape
     from tuner.search.warmstart import Earlier
@@ -155,8 +156,11 @@ class Prepared:
         if self.predictor is None:
             return ""
         fit = self.predictor.fit(config)
-        short_by_little = 0 < fit.short_bytes <= REFUSE_MARGIN * self.study.hardware.memory_bytes
-        return "" if fit.fits or short_by_little else fit.reason
+        if fit.fits:
+            return ""
+        row = _row(self.study, config.gpu) if config.gpu else None
+        memory_bytes = row.memory_bytes if row else self.study.hardware.memory_bytes
+        return "" if 0 < fit.short_bytes <= REFUSE_MARGIN * memory_bytes else fit.reason
 
 
 def _minor(version: str) -> list[str]:
@@ -289,10 +293,12 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
         return None, f"the {study.engine.kind} engine says nothing about its hardware, and the study names none"
     if study.engine.kind in ("command", "own") and not _known_flags(study):
         return None, "nothing is known of a server whose flags are neither vLLM's nor SGLang's"
-    on = device(study, study.space.gpu)
-    row = hardware.cpu() if study.hardware.gpus == 0 else hardware.lookup(on, hardware.table(study.hardware.rows))
-    if row is None:
-        return None, f"{on} is not in the hardware table (hardware: {{table: FILE}} adds a row of yours)"
+    row = _row(study, study.space.gpu) if study.hardware.gpus else hardware.cpu()
+    compared = {e.gpu for p in study.space.parameters for e in p.emissions if e.gpu and study.hardware.gpus}
+    types = {gpu: (found, price(study, device(study, gpu))) for gpu in compared if (found := _row(study, gpu))}
+    if row is None or len(types) < len(compared):
+        absent = device(study, study.space.gpu) if row is None else min(compared - types.keys())
+        return None, f"{absent} is not in the hardware table (hardware: {{table: FILE}} adds a row of yours)"
     if not model_config(study.model):
         return None, f"{study.model} has no config.json on this machine"
     try:
@@ -309,8 +315,16 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
         price_of(study, study.space.config({}, study.model)),
         engine="sglang" if study.engine.kind == "sglang" else "vllm",
         drafts=_drafts(study),
+        types=types,
     )
     return model, ""
+
+
+def _row(study: Study, gpu: str) -> Hardware | None:
+    """The row of the hardware table for the type of GPU that a configuration names (empty: the study's own)."""
+    from tuner.search import hardware
+
+    return hardware.lookup(device(study, gpu), hardware.table(study.hardware.rows))
 
 
 def _known_flags(study: Study) -> bool:

@@ -40,9 +40,11 @@ def build(
     constants: Constants | None = None,
     correction: MemoryCorrection | None = None,
     drafts: Mapping[str, ModelShape] | None = None,
+    types: Mapping[str, tuple[Hardware, float]] | None = None,
 ) -> AnalyticModel:
     """The predictor of a study. ``objective_latency`` is the front's latency axis (``tpot_p99``); ``drafts`` maps the
-    ``model`` of a speculative config to its shape. The price is per GPU, or per server on CPU servers. Raises
+    ``model`` of a speculative config to its shape, ``types`` the type of GPU that a config names to its row and its
+    price (what it does not hold runs on ``hardware``). The price is per GPU, or per server on CPU servers. Raises
     ``ValueError`` for an empty trace."""
     quantiles = {*_QUANTILES, *(s.quantile for s in slos if s.quantile)}
     text = objective_latency.rsplit("_p", 1)
@@ -50,7 +52,7 @@ def build(
         quantiles.add(float(text[1]) / 100)
     return AnalyticModel(
         shape, hardware, Workload.of(trace), tuple(slos), tuple(sorted(quantiles)), price_usd_per_gpu_hour, engine,
-        constants or Constants(), correction or MemoryCorrection(), drafts or {},
+        constants or Constants(), correction or MemoryCorrection(), drafts or {}, types or {},
     )  # fmt: skip
 
 
@@ -59,6 +61,7 @@ class _Server:
     """What is known of one serving config whatever the load."""
 
     settings: Settings
+    price_usd_per_hour: float  # of all its GPUs
     fit: Fit
     step: StepTime
     batch: np.ndarray  # (8,) running sequences of one rank
@@ -85,6 +88,7 @@ class AnalyticModel:
     constants: Constants
     correction: MemoryCorrection
     drafts: Mapping[str, ModelShape]
+    types: Mapping[str, tuple[Hardware, float]]
     _servers: dict[tuple[object, ...], _Server] = field(default_factory=dict, repr=False)
 
     def predict(self, config: ServingConfig, load: float) -> Prediction:
@@ -116,11 +120,16 @@ class AnalyticModel:
 
     def fit(self, config: ServingConfig) -> Fit:
         """The memory arithmetic of ``config``, corrections included; a tenth of the cost of :meth:`predict`."""
-        return self._fit(settings_of.of(config, self.shape, self.hardware, self.engine))
+        hardware, _ = self._machine(config)
+        return self._fit(settings_of.of(config, self.shape, hardware, self.engine), hardware)
 
-    def _fit(self, settings: Settings) -> Fit:
+    def _machine(self, config: ServingConfig) -> tuple[Hardware, float]:
+        """What ``config`` runs on, and USD per GPU-hour there."""
+        return self.types.get(config.gpu, (self.hardware, self.price_usd_per_gpu_hour))
+
+    def _fit(self, settings: Settings, hardware: Hardware) -> Fit:
         draft = self.drafts.get(settings.speculation.model) if settings.speculation else None
-        return fits_settings(self.shape, self.hardware, settings, self.correction, draft)
+        return fits_settings(self.shape, hardware, settings, self.correction, draft)
 
     def fill_s(self, config: ServingConfig, prompts: Trace, at_once: int) -> float | None:
         """Seconds until the prefix cache holds ``prompts``, which are sent in order, so many ``at_once``, for one token
@@ -157,7 +166,7 @@ class AnalyticModel:
         return not any(slo.miss(metrics) for slo in self.slos)
 
     def _server(self, config: ServingConfig) -> _Server:
-        key = (*config.flags.items(), *config.env.items(), config.model_variant, config.gpus)
+        key = (*config.flags.items(), *config.env.items(), config.model_variant, config.gpus, config.gpu)
         server = self._servers.get(key)
         if server is None:
             if len(self._servers) > 20_000:
@@ -166,13 +175,15 @@ class AnalyticModel:
         return server
 
     def _make(self, config: ServingConfig) -> _Server:
-        settings = settings_of.of(config, self.shape, self.hardware, self.engine)
-        fit = self._fit(settings)
-        step = StepTime(self.shape, settings, self.hardware, self.constants)
+        hardware, price = self._machine(config)
+        settings = settings_of.of(config, self.shape, hardware, self.engine)
+        price *= settings.gpus if hardware.kind == "gpu" else 1
+        fit = self._fit(settings, hardware)
+        step = StepTime(self.shape, settings, hardware, self.constants)
         work = self.workload
         empty = np.zeros(0)
         if not fit.fits:
-            return _Server(settings, fit, step, empty, empty, empty, empty, empty, empty, 0.0, 0.0)
+            return _Server(settings, price, fit, step, empty, empty, empty, empty, empty, empty, 0.0, 0.0)
         cached = work.cached(fit.kv_tokens, settings.block_size) if settings.prefix_caching else 0.0
         fresh = np.maximum(work.inputs - cached, 1.0)
         stay = work.outputs / work.outputs.sum()  # a request is in the batch as long as it has tokens to say
@@ -189,9 +200,8 @@ class AnalyticModel:
         alone = whole * pieces[-1] + pieces[:-1] + attention
         packed = np.minimum(fresh / budget * pieces[-1] + attention, alone)
         full_s = float(pieces[-1])
-        return _Server(
-            settings, fit, step, batch, decode, fresh / budget, alone, packed, np.ceil(fresh / budget), full_s, slots
-        )
+        chunks = np.ceil(fresh / budget)
+        return _Server(settings, price, fit, step, batch, decode, fresh / budget, alone, packed, chunks, full_s, slots)
 
     def _token_s(self, step: StepTime, settings: Settings, batch: float, context: float) -> float:
         """Seconds per output token of one sequence in a batch of ``batch`` per rank; a pipeline of p stages works on p
@@ -252,8 +262,7 @@ class AnalyticModel:
         found |= gaps(step_s, alone / server.chunks, mixed, self.quantiles)
         found["itl_mean_s"] = found["tpot_mean_s"]
         full = float(total.sum() / self._work_s(server).sum())
-        price = self.price_usd_per_gpu_hour * (s.gpus if self.hardware.kind == "gpu" else 1)
-        return found | money(work.inputs, total, latencies, self.slos, min(rate, full), price)
+        return found | money(work.inputs, total, latencies, self.slos, min(rate, full), server.price_usd_per_hour)
 
     def _balance(self, server: _Server, rate: float, busy: float) -> float:
         """Seconds per token at the batch where tokens served equal tokens asked for (Little's law)."""
