@@ -267,3 +267,19 @@ def test_what_a_launch_has_to_promise_may_change_and_is_kept(workplace, said, ga
     assert studyfile.resolve(Document("study.yaml", dict(study.frozen)), workplace).budget == study.budget
     assert studyfile.differences(before, study) == []
     assert repr(study.budget) == "Budget(launches=5, hours=None, usd=None, verify_share=0.3)"
+
+
+def test_folders_of_the_engines_options_lie_beside_the_study(workplace, monkeypatch, tmp_path_factory):
+    """A server runs in its trial's folder: a relative path that is handed on leads nowhere."""
+    options = "engine: {kind: vllm, options: {variants: {awq: VARIANT, org: some/model-AWQ}}}"
+    text = GOOD.replace("engine: {kind: emulator, options: {gpu: H100-SXM}}", options)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    study = studyfile.load(write(workplace, text.replace("VARIANT", "./model")))
+    assert study.engine.options["variants"] == {"awq": str(workplace / "model"), "org": "some/model-AWQ"}
+    with pytest.raises(UsageError) as refused:
+        studyfile.load(write(workplace, text.replace("VARIANT", "./modl")))
+    assert refused.value.where.endswith("study.yaml:2")
+    assert refused.value.message == "the engine.options.variants.awq folder ./modl does not exist"
+    command = "engine: {kind: command, command: 'server {port}', options: {tokenizer: ./model}}"
+    text = GOOD.replace("engine: {kind: emulator, options: {gpu: H100-SXM}}", command)
+    assert studyfile.load(write(workplace, text)).engine.options["tokenizer"] == str(workplace / "model")

@@ -65,7 +65,7 @@ def resolve(document: Document, beside: Path) -> Study:
         )
     base = Path(frozen.get("beside", beside)).resolve()
     trace = _trace(file.trace, document, base, file.engine.kind, must_exist=not frozen)
-    engine = _engine(file.engine, document, base)
+    engine = _engine(file.engine, document, base, must_exist=not frozen)
     model = (
         ""
         if not file.model and engine.kind == "function"
@@ -288,7 +288,7 @@ def _parallel(file: StudyFile) -> int:
     return max(1, file.parallel or 1)
 
 
-def _engine(file: EngineFile, document: Document, base: Path) -> EngineSpec:
+def _engine(file: EngineFile, document: Document, base: Path, must_exist: bool) -> EngineSpec:
     command = tuple(file.command.split()) if isinstance(file.command, str) else tuple(file.command or ())
     python = os.path.normpath(base / file.python) if file.python.startswith(".") else file.python
     check_flags(file.args, _flag, document, ("engine", "args"))
@@ -297,7 +297,16 @@ def _engine(file: EngineFile, document: Document, base: Path) -> EngineSpec:
     args = {flag(name): value for name, value in file.args.items()}
     env = {name: str(value) for name, value in file.env.items()}
     said = {key: value for key in ("target", "url", "gpu") if (value := getattr(file, key))}
-    return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, {**said, **file.options})
+    options = {**said, **file.options}
+    if isinstance(variants := options.get("variants"), dict):
+        at = ("engine", "options", "variants")
+        options["variants"] = {
+            name: _model(given, document, base, must_exist, *at, name) if isinstance(given, str) else given
+            for name, given in variants.items()
+        }
+    if isinstance(tokenizer := options.get("tokenizer"), str) and tokenizer.startswith("."):
+        options["tokenizer"] = os.path.normpath(base / tokenizer)
+    return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, options)
 
 
 def _flag(name: str) -> str:
@@ -310,24 +319,25 @@ def _flag_before(name: str) -> str:
     return name.lstrip("-").replace("_", "-")
 
 
-def _model(model: str, document: Document, base: Path, must_exist: bool, at: str = "model") -> str:
+def _model(model: str, document: Document, base: Path, must_exist: bool, *at: str) -> str:
+    what, loc = ".".join(at) or "model", at or ("model",)
     if not model:
-        raise document.error(f"{at} is missing", (), f"add {at}: FOLDER or a model id")
+        raise document.error(f"{what} is missing", at[:-1], f"add {what}: FOLDER or a model id")
     try:
         path = Path(model).expanduser()
     except RuntimeError as error:  # ~nobody
-        raise document.error(f"{at} {model!r}: {error}", (at,), "write the folder out") from None
+        raise document.error(f"{what} {model!r}: {error}", loc, "write the folder out") from None
     looks_like_path = model.startswith((".", "/", "~")) or os.path.isdir(base / path) or model.count("/") > 1
     if not looks_like_path:
         if must_exist and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
             raise document.error(
-                f"{at} {model!r} is neither a folder nor a model id", (at,), "write ./folder or org/name"
+                f"{what} {model!r} is neither a folder nor a model id", loc, "write ./folder or org/name"
             )
         return model
     path = Path(os.path.normpath(base / path))
     if must_exist and not os.path.isfile(path / "config.json"):
-        what = "has no config.json" if os.path.isdir(path) else "does not exist"
-        raise document.error(f"the {at} folder {model} {what}", (at,), "give a model folder or a model id")
+        lacks = "has no config.json" if os.path.isdir(path) else "does not exist"
+        raise document.error(f"the {what} folder {model} {lacks}", loc, "give a model folder or a model id")
     return str(path)
 
 
