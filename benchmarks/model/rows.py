@@ -67,7 +67,7 @@ def read(path: Path, shapes: Path, gpus: Path | None = None) -> tuple[list[Row],
     """All rows that can be predicted, and how many of what were left out."""
     known = {file.stem: ModelShape.from_folder(file) for file in sorted(shapes.glob("*.json"))}
     rows, left_out = [], {}
-    table = hardware_table.table(gpus)
+    table = hardware_table.table(hardware_table.written(gpus) if gpus else ())
     for record in csv.DictReader(path.open(newline="", encoding="utf-8")):
         name = record["model_path"].rsplit("/", 1)[-1]
         shape = _shape(name, known)
