@@ -8,6 +8,7 @@ import pytest
 import tuner
 from tuner.api import AskTell
 from tuner.errors import UsageError
+from tuner.report.page import build
 
 STUDY = {
     "name": "mine",
@@ -275,3 +276,20 @@ def test_why_nothing_more_is_asked_is_said(study):
         assert search.ask() is None and search.ended == "every configuration of the space has been tried"
         for proposal in asked:
             search.tell(proposal, {1.0: GOOD})
+
+
+def test_what_an_earlier_study_is_worth_is_noted_and_on_the_page(study, tmp_path):
+    def told(made):
+        with AskTell(made) as search:
+            while (proposal := search.ask()) is not None:
+                search.tell(proposal, {load: measure(proposal.params, load) for load in (1.0, 2.0)})
+            return search
+
+    told(study)
+    search = told({**study, "name": "later", "warm_start": [str(tmp_path / "mine")]})
+    first, *_, last = search.store.trials()
+    assert "learnt" not in first.extra
+    (said,) = [last.extra["learnt"]["earlier"]["mine"]]
+    assert said.keys() == {"latency", "capacity", "cost"}
+    text = build(search.store, search.study, tmp_path / "report.html").read_text()
+    assert f"in the earlier study mine it takes: latency {said['latency']:.2f}, " in text

@@ -30,12 +30,14 @@ class Error:
 class Learnt:
     """What the launches before trial ``by`` say of the model: ``factors`` are (constant in words, factor) as far as one
     moved by 3 % or more, the largest first; ``believed`` is the probability that they are what was wrong; ``weight`` is
-    what the search still takes of the model's differences between configurations, by quantity."""
+    what the search still takes of the model's differences between configurations, by quantity; ``earlier`` the same of
+    those of each earlier study (``warm_start``), by its name."""
 
     by: int
     factors: tuple[tuple[str, float], ...]
     believed: float
     weight: tuple[tuple[str, float], ...]
+    earlier: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = ()
 
 
 def learnt(s: Summary) -> Learnt | None:
@@ -46,12 +48,13 @@ def learnt(s: Summary) -> Learnt | None:
             words = {} if s.study.predictor else WORDS
             factors = {words.get(n, n): f for n, f in _numbers(said.get("factors")).items() if f > 0}
             moved = sorted(factors.items(), key=lambda item: -abs(math.log(item[1])))
-            weight = _numbers(said.get("weight"))
+            earlier = known if isinstance(known := said.get("earlier"), Mapping) else {}
             return Learnt(
                 trial.number,
                 tuple((name, factor) for name, factor in moved if abs(math.log(factor)) > MOVED),
                 _numbers(said).get("believed", 0.0),
-                tuple((name, weight[name]) for name in ("latency", "capacity", "cost") if name in weight),
+                _by_quantity(said.get("weight")),
+                tuple((str(name), _by_quantity(of)) for name, of in earlier.items()),
             )
     return None
 
@@ -87,6 +90,11 @@ def _predicted(extra: Mapping[str, object], load: float) -> Mapping[str, float]:
             if same and isinstance(metrics, Mapping):
                 return metrics
     return {}
+
+
+def _by_quantity(said: object) -> tuple[tuple[str, float], ...]:
+    weight = _numbers(said)
+    return tuple((name, weight[name]) for name in ("latency", "capacity", "cost") if name in weight)
 
 
 def _numbers(said: object) -> dict[str, float]:

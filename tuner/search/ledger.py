@@ -57,7 +57,7 @@ class Proposal:
     the other is corrected already (:meth:`tuner.search.scan.Scan.kept`); ``remeasure_of`` the trial that is measured
     again; ``serves`` the probability that the server serves, None where nothing was believed yet. ``learnt`` is what
     the launches before it say of the analytic model: ``factors`` on its constants, the probability ``believed`` of
-    these, and the ``weight`` that is left of its prediction of each quantity."""
+    these, the ``weight`` that is left of its prediction of each quantity, and by its name of each ``earlier`` study."""
 
     reason: str
     expected_gain: float | None = None

@@ -148,7 +148,7 @@ class TunerSampler(BaseSampler):
         if not self._warned and not any(s.outcome for s in seen):
             self._warn_of_values(study)
         index, proposal = self._propose(seen, trial.number)
-        self._proposals[trial.number] = replace(proposal, learnt=self._learnt_of_model())
+        self._proposals[trial.number] = replace(proposal, learnt=self._learnt())
         return distribution_values(self.space, self.candidates.params[index])
 
     def _warn_of_values(self, study: Study) -> None:
@@ -284,15 +284,23 @@ class TunerSampler(BaseSampler):
         why = f"before the search ends: no server has served with {values[shortlist[best]]} yet"
         return shortlist[best], why, gain, round(float(believed.works[best]), 3)
 
-    def _learnt_of_model(self) -> dict[str, Any] | None:
-        """What a proposal says of the analytic model (:class:`tuner.search.ledger.Proposal`)."""
-        if self.predictor is None or not self.beliefs.fitted:
+    def _learnt(self) -> dict[str, Any] | None:
+        """What a proposal says of the model and of earlier studies (:class:`tuner.search.ledger.Proposal`)."""
+        earlier = [study.name for study in self.beliefs.sources.earlier]
+        if not self.beliefs.fitted or (self.predictor is None and not earlier):
             return None
-        return {
-            "factors": {name: round(factor, 4) for name, factor in self.factors.items()},
-            "believed": round(self.believed, 4),
-            "weight": {name: round(of["model"], 4) for name, of in self.beliefs.weights().items()},
-        }
+        weights, said = self.beliefs.weights(), {}
+        if self.predictor is not None:
+            said = {
+                "factors": {name: round(factor, 4) for name, factor in self.factors.items()},
+                "believed": round(self.believed, 4),
+                "weight": {name: round(of["model"], 4) for name, of in weights.items()},
+            }
+        if earlier:
+            said["earlier"] = {
+                study: {name: round(of[study], 4) for name, of in weights.items() if study in of} for study in earlier
+            }
+        return said
 
     def _calibrate(self, readings: Sequence[Reading]) -> float | None:
         """The model's constants from the launches, where it says which it doubts; returns how improbable they are, None
