@@ -18,6 +18,7 @@ from tuner.export.text import dump
 from tuner.export.vllm import config_text, env_text
 from tuner.pareto.choice import of_trial
 from tuner.space.config import ServingConfig
+from tuner.space.space import Emission, Parameter
 from tuner.spec.study import EngineSpec
 from tuner.study.outcome import Boot, Measured
 from tuner.study.store import Store, read_json, write_json
@@ -443,6 +444,34 @@ def test_after_ablation_the_smallest_configuration_is_exported_with_what_each_fl
     line = "# its effect is proven (cost +30.0 %, +25.0 to +36.0 %, without it); max_num_batched_tokens (default 2048)"
     assert line in files["best-config.yaml"]
     assert "0.4653 USD" in files["best-config.yaml"]  # 0.47 x 0.99, as it was measured
+    for engine in ("sglang", "command", "function"):  # whose files nothing starts from, and people read
+        other = export(store, replace(study, engine=replace(study.engine, kind=engine)))["best-config.yaml"]
+        assert line in other and yaml.safe_load(other)["max-num-batched-tokens"] == 8192
+
+
+def test_variables_variants_and_a_functions_parameters_have_their_comments(tmp_path: Path):
+    threads = tuple(Emission(env={"OMP_NUM_THREADS": str(n)}) for n in (1, 2))
+    weights = (Emission(), Emission(model_variant="int4"))
+    parameters = (
+        Parameter("threads", (1, 2), threads, 1, trades="cores"),
+        Parameter("weights", ("bf16", "int4"), weights, "bf16", trades="speed"),
+    )
+    for kind in ("vllm", "function"):
+        store = Store(tmp_path / kind)
+        params = {"threads": 2, "weights": "int4"}
+        config = ServingConfig("org/m", params, {}, {"OMP_NUM_THREADS": "2", "OWN": "1"}, "int4")
+        store.start_trial(0, config, params, started_s=1.0, baseline=True)
+        store.end_trial(0, Measured((studies.step(1.0, OBJECTIVE),)), ended_s=2.0)
+        study = studies.study(tmp_path / kind, engine=EngineSpec(kind))
+        files = export(store, replace(study, space=replace(study.space, parameters=parameters)))
+        body = files["best-config.yaml"].partition("\n\n")[2].split("\n")
+        assert body[:2] == ["# weights (default bf16): speed", "model: org/m"]
+        assert files["best-config.env"].splitlines()[1:] == [
+            "# threads (default 1): cores",
+            "OMP_NUM_THREADS=2",
+            "OWN=1",
+        ]
+        assert ("# threads (default 1): cores\nthreads: 2" in files["best-config.yaml"]) == (kind == "function")
 
 
 def test_an_unknown_format_and_a_container_of_another_engine_are_refused_in_words(made, tmp_path: Path):

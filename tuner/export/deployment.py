@@ -20,6 +20,7 @@ from tuner.pareto.traffic import price_words, traffic
 from tuner.record.secrets import is_secret
 from tuner.search.hardware import device_of
 from tuner.space.config import ServingConfig, Value
+from tuner.space.space import Parameter
 from tuner.spec.study import Study
 from tuner.study.store import AsWritten, Store, TrialRecord, read_json
 from tuner.verify.fingerprint import Fingerprint
@@ -34,9 +35,9 @@ LAUNCHERS_FLAGS = frozenset({"host", "port", "api-key", "hf-token", "served-mode
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """``flags`` and ``env`` in order, without the launcher's own and without secrets (whose names are in
-    ``secrets``); ``comments`` says per flag what it trades or what it was proven to do; ``about`` are lines on what was
-    measured and on what; ``promise`` is the same as data, for re-certification (``tuner verify``). ``boot_s`` is the
-    measured start-up."""
+    ``secrets``); ``comments`` says per flag, variable and parameter what it trades or what it was proven to do;
+    ``about`` are lines on what was measured and on what; ``promise`` is the same as data, for re-certification
+    (``tuner verify``). ``boot_s`` is the measured start-up."""
 
     name: str
     engine: str
@@ -115,7 +116,7 @@ def deployment(
         boot_s=trial.outcome.boot.total_s,
         about=_about(study, trials, point, choice, promise),
         promise=promise,
-        comments=_comments(study, flags, _effects(store, study, config)),
+        comments=_comments(study, config, flags, _effects(store, study, config)),
         secrets=(*(name for name in config.env if name not in env), *left),
     )
 
@@ -197,7 +198,7 @@ def _about(
     repeats = f", {len(point.trials)} measurements" if len(point.trials) > 1 else ""
     lines = [
         f"{title} of study {study.name!r}: trial {point.trial}, {on.date}, by tuner.",
-        f"Measured on {on.engine} {on.engine_version}, {machine}, with {on.trace} at "
+        f"Measured on {on.engine} {on.engine_version}, {machine}, {f'with {on.trace} ' if on.trace else ''}at "
         f"load {figure(point.load, 4)}{repeats} ({_windows(trials, point)}).",
         f"Cost {figure(point.cost, 4)} USD per million output tokens within SLO{_between(point.cost_interval)}, at "
         f"{price_words(objective, point.config.gpus, promise.price)}.",
@@ -235,7 +236,7 @@ def _windows(trials: Sequence[TrialRecord], point: Point) -> str:
 
 
 def _effects(store: Store, study: Study, config: ServingConfig) -> dict[str, str]:
-    """Per flag what ablation measured of it, in words."""
+    """Per parameter what ablation measured of it, in words."""
     found = ablation(store, study, config) or {"effects": ()}
     words = {}
     for effect in found["effects"]:
@@ -244,12 +245,7 @@ def _effects(store: Store, study: Study, config: ServingConfig) -> dict[str, str
         words[effect["parameter"]] = effect["why"] + (
             f" (cost {middle} %, {low} to {high} %, without it)" if known else ""
         )
-    flags = {}
-    for p in study.space.parameters:
-        for name in {name.partition(".")[0] for emission in p.emissions for name in emission.flags}:
-            if p.name in words:
-                flags[name] = "; ".join(filter(None, [flags.get(name, ""), words[p.name]]))
-    return flags
+    return words
 
 
 def _between(interval: Interval | None, scale: float = 1.0) -> str:
@@ -259,21 +255,27 @@ def _between(interval: Interval | None, scale: float = 1.0) -> str:
     return f" (95 %: {low} to {high})" if math.isfinite(interval[1]) else f" (95 %: at least {low})"
 
 
-def _comments(study: Study, flags: Mapping[str, Value | None], effects: Mapping[str, str]) -> dict[str, str]:
+def _comments(
+    study: Study, config: ServingConfig, flags: Mapping[str, Value | None], effects: Mapping[str, str]
+) -> dict[str, str]:
+    """By what stands in the files: a flag, a variable, ``model`` where it is a variant, a parameter of a function."""
+    givers: dict[str, list[Parameter]] = {flag: [] for flag in flags}
+    for p in study.space.parameters:
+        given = {p.name} if study.engine.kind == "function" else set()
+        for emission in p.emissions:
+            given |= {*(name.partition(".")[0] for name in emission.flags), *emission.env}
+            given |= {"model"} if config.model_variant and emission.model_variant == config.model_variant else set()
+        for name in given:
+            givers.setdefault(name, []).append(p)
     found: dict[str, str] = {}
-    for flag in flags:
-        words = [effects[flag]] if flag in effects else []
-        parameters = [
-            p
-            for p in study.space.parameters
-            if any(name.partition(".")[0] == flag for emission in p.emissions for name in emission.flags)
-        ]
+    for name, parameters in givers.items():
+        words = ["; ".join(effects[p.name] for p in parameters if p.name in effects)]
         for p in parameters:
             default = "on" if p.default is True else "off" if p.default is False else p.default
             words.append(f"{p.name} (default {default})" + (f": {p.trades}" if p.trades else ""))
         if not parameters:
             words.append("given to every server, not tuned")
-        if random_weights({flag: flags[flag]}):
+        if name in flags and random_weights({name: flags[name]}):
             words.append("RANDOM WEIGHTS: take this out to serve the model")
-        found[flag] = "; ".join(words)
+        found[name] = "; ".join(filter(None, words))
     return found

@@ -10,7 +10,7 @@ from tuner.engines.command import LAUNCHERS, PLACE, filled
 from tuner.errors import UsageError, replacing
 from tuner.export import containers, vllm
 from tuner.export.deployment import Deployment, deployment
-from tuner.export.text import comments, dump
+from tuner.export.text import comments
 from tuner.pareto.choice import Choice
 from tuner.record.secrets import hide, secrets
 from tuner.space.config import ServingConfig
@@ -69,7 +69,8 @@ def _generic(what: Deployment, store: Store, study: Study) -> str:
     flags = {flag: True if value is None else value for flag, value in {**what.served, **what.flags}.items()}
     if what.engine == "function" and not flags and (trial := store.trial(what.promise.trial or 0)):
         flags = dict(trial.params)
-    return what.header() + _started(what, study) + "\n" + dump({"model": what.model, **flags})
+    body = vllm.commented(what, {"model": what.model, **flags})
+    return "".join((what.header(), _started(what, study), *body))
 
 
 def _started(what: Deployment, study: Study) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tuner.engines.command import PLACE
@@ -42,11 +43,15 @@ def config_text(what: Deployment) -> str:
     lines = [what.header(), "#\n"]
     lines += [f"# Start:  {'; '.join(start(what))}\n"]
     lines += [f"# (without the vllm command: {_WITHOUT})\n"] * (_WITHOUT not in start(what))
-    for name, value in settings(what).items():
+    return "".join([*lines, *commented(what, settings(what))])
+
+
+def commented(what: Deployment, values: Mapping[str, Any]) -> Iterator[str]:
+    """Each of ``values`` as YAML below its comment."""
+    for name, value in values.items():
         words = _CLIENTS if name in what.served else what.comments.get(name, "")
-        lines.append(f"\n# {comment(words)}\n" if words else "\n")
-        lines.append(dump({name: value}))
-    return "".join(lines)
+        yield f"\n# {comment(words)}\n" if words else "\n"
+        yield dump({name: value})
 
 
 _CLIENTS = "the name that clients ask for; change it as you like"
@@ -72,7 +77,11 @@ def env_text(what: Deployment) -> str:
         f"# {name} was {comment(value)}, filled at each launch: set it yourself.\n" for name, value in filled.items()
     ]
     kept = {name: value for name, value in what.env.items() if name not in filled}
-    return "".join([*lines, *(f"{name}={_quoted(value)}\n" for name, value in kept.items())])
+    for name, value in kept.items():
+        if words := what.comments.get(name):
+            lines.append(f"# {comment(words)}\n")
+        lines.append(f"{name}={_quoted(value)}\n")
+    return "".join(lines)
 
 
 def _quoted(value: str) -> str:
