@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -66,7 +67,7 @@ class AskTell:
         self._guess_usd = session.launch_usd(ready)
         self.store = self._stack.enter_context(session.opened(study))
         peers = self._stack.enter_context(joined(study, self.store, lambda _name, _data: None))
-        book = session.book(ready, self.store, self._out_of_reach, peers)
+        book = session.book(ready, self.store, self._out_of_reach, peers, _warn)
         refuse = lambda config: self._out_of_reach(config) or ready.unfit(config)  # noqa: E731
         self._queue = Queue(study, self.store, book, refuse, ready.predicted, peers)
         self._queue.over = self._over
@@ -154,3 +155,9 @@ class AskTell:
         misses = tuple(miss for slo in self.study.objective.slos if (miss := slo.miss(known)))
         objective = at_price(self.study, price_of(self.study, proposal.config)).objective
         return priced(Step(load, "told", known, slo_misses=misses), proposal.config, objective)
+
+
+def _warn(name: str, data: Mapping[str, Any]) -> None:
+    """What ``tuner tune`` says as it begins (an earlier study is of no use here, say) is a warning."""
+    if name == "say":
+        warnings.warn(str(data["text"]), stacklevel=2)

@@ -293,3 +293,11 @@ def test_what_an_earlier_study_is_worth_is_noted_and_on_the_page(study, tmp_path
     assert said.keys() == {"latency", "capacity", "cost"}
     text = build(search.store, search.study, tmp_path / "report.html").read_text()
     assert f"in the earlier study mine it takes: latency {said['latency']:.2f}, " in text
+
+
+def test_that_an_earlier_study_is_of_no_use_is_a_warning(study, tmp_path):
+    with AskTell(study):
+        pass
+    with pytest.warns(UserWarning, match="mine is not used: too few of its launches were measured"):
+        with AskTell({**study, "name": "later", "warm_start": [str(tmp_path / "mine")]}):
+            pass
