@@ -131,7 +131,19 @@ def test_what_is_recorded_of_a_prediction_is_finite(study: Any) -> None:
 def test_a_server_of_which_nothing_is_expected_is_not_in_the_plan(study: Any) -> None:
     nothing = "def foresee(config, load):\n    return {'tpot_p99_s': 1, 'ttft_p99_s': .1, 'output_tokens_per_s': 0}"
     found = plan(prepare_(study(nothing)))
-    assert found["front"] == [] and found["capable"] == 0
+    assert found["front"] == [] and found["capable"] == 0 and found["nearest"] is None
+
+
+def test_where_nothing_is_foretold_to_meet_the_slos_the_plan_says_what_comes_nearest(study: Any) -> None:
+    slow = (
+        "def foresee(config, load):\n"
+        "    slow = 9 + abs(config['batch'] - 64) + load\n"
+        "    return {'tpot_p99_s': .1, 'ttft_p99_s': slow, 'output_tokens_per_s': 9}"
+    )
+    ready = prepare_(study(slow))
+    near = plan(ready)["nearest"]
+    assert near["load"] == ready.study.load.ladder[0] and near["flags"] == "batch=64"
+    assert near["misses"] == ["ttft_p99 9,500 ms > 500 ms"]
 
 
 def test_the_report_names_the_model_and_its_constants_as_they_are(study: Any, tmp_path: Path) -> None:

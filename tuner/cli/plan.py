@@ -61,6 +61,13 @@ def run(path: Path, json: bool) -> None:
         console.print(f"No prediction: {data['no_model']}.")
         return
     console.print(f"{data['capable']} of them are predicted to meet the SLOs at some load of the ladder.")
+    if near := data["nearest"]:
+        console.print(
+            f"Nearest, at load {near['load']:g}: {near['flags']} ({'; '.join(near['misses'])}). "
+            "Loosen the SLO, add lower loads, or give the study other GPUs, or more."
+        )
+    if not data["front"]:
+        return
     table = Table(title="Predicted front (not measured)", title_justify="left", box=None, header_style="dim")
     for title in ("load", "USD/M output tokens", f"{study.objective.latency} ms", "flags"):
         table.add_column(title, justify="right" if title != "flags" else "left", overflow="fold")
@@ -84,7 +91,7 @@ def plan(ready: Any) -> dict[str, Any]:
     allowed = [
         space.config(params, study.model) for params, reason in zip(candidates, reasons, strict=True) if not reason
     ]
-    front, capable, steps = _front(ready, allowed) if ready.predictor else ([], 0, len(study.load.ladder))
+    front, near, capable, steps = _front(ready, allowed) if ready.predictor else ([], None, 0, len(study.load.ladder))
     whole = len(grid) == len(candidates) > 0
     return {
         "name": study.name,
@@ -100,6 +107,7 @@ def plan(ready: Any) -> dict[str, Any]:
         "unchecked": ready.unchecked,
         "capable": capable,
         "front": front,
+        "nearest": near,
     }
 
 
@@ -216,19 +224,24 @@ def _filling(data: dict[str, Any]) -> str:
     return f" Filling the prefix cache before each step is in it: about {each} each time."
 
 
-def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int, float]:
-    """Non-dominated (configuration, load) points by prediction, how many configurations meet the SLOs at all, and how
-    many loads a launch of one of those measures: up to the first that misses."""
+def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any] | None, int, float]:
+    """Non-dominated (configuration, load) points by prediction; where there is none, what misses the SLOs by the least
+    at the lowest load; how many configurations meet the SLOs at all, and how many loads a launch of one of those
+    measures: up to the first that misses."""
     from tuner.pareto.changes import changes, describe
     from tuner.study.price import COST
 
     study = ready.study
-    found, steps = [], []
+    slos = [slo for slo in study.objective.slos if slo.latency]
+    found, steps, missed = [], [], []
     for config in allowed:
         good = []
         for load in study.load.ladder:
             metrics = ready.predictor.predict(config, load).metrics
-            if COST not in metrics or any(slo.miss(metrics) for slo in study.objective.slos if slo.latency):
+            misses = [said for slo in slos if (said := slo.miss(metrics))]
+            if misses and load == study.load.ladder[0]:
+                missed.append((max(slo.gap(metrics) for slo in slos), load, config, misses))
+            if COST not in metrics or misses:
                 break
             good.append((metrics[COST], metrics[study.objective.latency_key], load, config))
         if good:
@@ -243,4 +256,8 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], int, f
             flags = describe(config, default)
             row = {"load": load, COST: cost, "latency_s": latency, "flags": flags}
             front.append(row)
-    return front, len(steps), sum(steps) / len(steps) if steps else 1.0
+    near = None
+    if missed and not front:
+        _, load, config, misses = min(missed, key=lambda one: (one[0], len(changes(one[2], default))))
+        near = {"load": load, "flags": describe(config, default), "misses": misses}
+    return front, near, len(steps), sum(steps) / len(steps) if steps else 1.0
