@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -309,28 +311,36 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks an arrow shows the rest
     try:
-        as_interrupts()
-        code = app(standalone_mode=False)
-    except TunerError as error:
-        print(f"tuner: {printable(str(error))}", file=sys.stderr)
-        code = error.exit_code
-    except typer.Exit as stop:
-        code = stop.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-    except Exception as error:
-        show = getattr(error, "show", None)  # the command line's own errors print their usage
-        fault = _fault(error)
-        if show is not None:
-            show()
-            code = 2
-        elif fault is not None:
-            print(f"tuner: {fault}", file=sys.stderr)
-            code = fault.exit_code
-        else:
+        try:
+            as_interrupts()
+            code = app(standalone_mode=False)
+        except TunerError as error:
+            code = error.exit_code
+            print(f"tuner: {printable(str(error))}", file=sys.stderr)
+        except typer.Exit as stop:
+            code = stop.exit_code
+        except (KeyboardInterrupt, typer.Abort):
+            code = 130
+        except BrokenPipeError:
             raise
+        except Exception as error:
+            show = getattr(error, "show", None)  # the command line's own errors print their usage
+            fault = _fault(error)
+            if show is not None:
+                code = 2
+                show()
+            elif fault is not None:
+                code = fault.exit_code
+                print(f"tuner: {fault}", file=sys.stderr)
+            else:
+                raise
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough: what is left unwritten must not fail at the exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+            os.dup2(nowhere, stream.fileno())
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -117,9 +117,11 @@ def resolve(document: Document, beside: Path) -> Study:
     resolved = {
         "beside": str(base.resolve()),
         "facts": dict(facts),
-        "hardware": asdict(hardware),
+        "hardware": {name: value for name, value in asdict(hardware).items() if name != "rows"},
         "price_usd_per_gpu_hour": objective.price_usd_per_gpu_hour,
     }
+    if hardware.rows:
+        resolved["hardware"]["rows"] = list(hardware.rows)
     resolved |= {rule: True for rule in RULES if not frozen or rule in frozen}
     if "ladder" in frozen:
         resolved["ladder"] = frozen["ladder"]  # it was left to the tuner, and is settled
