@@ -1,6 +1,7 @@
 """What a study file may say, and the one clear line for everything it may not."""
 
 import json
+import shutil
 
 import pytest
 from ruamel.yaml import YAML
@@ -8,7 +9,7 @@ from ruamel.yaml import YAML
 from tuner.errors import UsageError
 from tuner.spec import shipped, studyfile
 from tuner.spec.text import Document
-from tuner.study import session
+from tuner.study import mirror, session
 from tuner.study.store import Store
 
 GOOD = """\
@@ -283,3 +284,17 @@ def test_folders_of_the_engines_options_lie_beside_the_study(workplace, monkeypa
     command = "engine: {kind: command, command: 'server {port}', options: {tokenizer: ./model}}"
     text = GOOD.replace("engine: {kind: emulator, options: {gpu: H100-SXM}}", command)
     assert studyfile.load(write(workplace, text)).engine.options["tokenizer"] == str(workplace / "model")
+
+
+def test_tuners_share_a_study_wherever_the_folders_of_its_options_lie(workplace, tmp_path_factory):
+    """What tells their studies apart are the options as they are written; one of them may be a folder's own file."""
+    options = "engine: {kind: vllm, options: {variants: {awq: ./model}, start_limit_s: 900}}"
+    text = GOOD.replace("engine: {kind: emulator, options: {gpu: H100-SXM}}", options)
+    elsewhere = shutil.copytree(workplace, tmp_path_factory.mktemp("elsewhere") / "too")
+    here, there = (studyfile.load(write(folder, text)) for folder in (workplace, elsewhere))
+    assert here.engine.options != there.engine.options
+    assert mirror.identity(here) == mirror.identity(there)
+    kept = studyfile.resolve(Document("study.yaml", dict(there.frozen)), elsewhere)
+    assert mirror.identity(here) == mirror.identity(kept)
+    other = studyfile.load(write(workplace, text.replace("900", "901")))
+    assert mirror.identity(here)["engine"] != mirror.identity(other)["engine"]

@@ -40,7 +40,7 @@ def packed(study: Study, folder: Path) -> str:
     """A finished trial's documents for the other tuners: model and environment of the study are their own there."""
     start, end = json.loads((folder / "config.json").read_text()), json.loads((folder / "outcome.json").read_text())
     config = dict(start["config"])
-    config["env"] = {k: v for k, v in config["env"].items() if k not in study.space.env and not is_secret(k)}
+    config["env"] = {k: v for k, v in config["env"].items() if k not in study.space.env and not is_secret(k, v)}
     config["model"] = MODEL if config["model"] == study.model else config["model"]
     said = {key: value for key, value in start.items() if key != "model_folder"}  # where the model lies here
     return squeezed({"start": {**said, "config": config}, "end": end})
@@ -99,12 +99,14 @@ def identity(study: Study) -> dict[str, str]:
 
     engine, space, trace = study.engine, study.space, study.trace
     env = {name: value for name, value in engine.env.items() if not _LEFT_OUT.search(name)}
+    # as they are written: folders among them are resolved beside the study, wherever that lies
+    options = {**engine.options, **((study.frozen.get("engine") or {}).get("options") or {})}
     file = Path(trace.file)
     traffic = hashlib.sha256(file.read_bytes()).hexdigest() if trace.file else ""
     filled = () if trace.fill_cache_s is None else (trace.fill_cache_s,)  # studies that were begun before stay the same
     parts: dict[str, Any] = {
         "model": (Path(study.model).name, model_hash(Path(study.model)) if study.model else ""),
-        "engine": (engine.kind, sorted(engine.args.items()), sorted(env.items()), sorted(engine.options.items())),
+        "engine": (engine.kind, sorted(engine.args.items()), sorted(env.items()), sorted(options.items())),
         "space": (space.name, space.parameters, space.rules, sorted(space.fixed.items(), key=str), *_meant(study)),
         "objective": study.objective,
         "trace": (traffic, trace.window_s, trace.search_windows, trace.heldout_windows, trace.output, *filled),
