@@ -16,6 +16,7 @@ from tuner.errors import alike, printable
 from tuner.pareto.changes import describe
 from tuner.record.secrets import hide, secrets
 from tuner.report.console import printer
+from tuner.spec.study import USERS
 from tuner.study.outcome import Aborted, Infeasible, Measured, Step, held
 from tuner.study.price import COST
 from tuner.words import figure
@@ -53,7 +54,7 @@ class View:
             live.start()
         if self.study.engine.kind == "emulator":
             self.say(f"EMULATED: a model of the hardware answers, nothing is measured{_slow(self.study)}.")
-        if self.study.hardware.gpus == 0 and self.study.engine.kind in ("vllm", "sglang", "command", "own"):
+        if self.study.hardware.gpus == 0 and self.study.engine.kind in ("vllm", "sglang", *USERS):
             from tuner.search.hardware import strangers
 
             if here := strangers():

@@ -97,7 +97,7 @@ class SglangEngine:
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol."""
         recipe = self.recipe(config, site)
-        if config.flags.get("load-format") != "dummy":
+        if not config.random_weights:
             fetch(Path(recipe.tokenizer))  # the weights into memory while it imports
         return launch(recipe, site)
 

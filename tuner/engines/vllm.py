@@ -106,7 +106,7 @@ class VllmEngine:
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol."""
         recipe = self.recipe(config, site)
-        if config.flags.get("load-format") != "dummy":
+        if not config.random_weights:
             fetch(Path(recipe.tokenizer))  # the weights into memory while it imports
         return launch(recipe, site)
 
@@ -165,7 +165,7 @@ class VllmEngine:
             return config.model
         if name in self.variants:
             return self.variants[name]
-        if config.flags.get("load-format") != "dummy":
+        if not config.random_weights:
             message = f"no {name} variant of {config.model} is given, and one with real weights cannot be made up"
             fix = f"name a quantized model under engine.options.variants.{name}"
             raise LaunchFailed(Infeasible("model-not-found", message, fix=fix, stage="before launch"))

@@ -72,11 +72,6 @@ class Deployment:
         return comments((*lines, *self.about)) + promise_block(self.promise)
 
 
-def random_weights(flags: Mapping[str, Value | None]) -> bool:
-    """Whether a server with ``flags`` makes its weights up: good for a measurement, not for answers."""
-    return flags.get("load-format") == "dummy"
-
-
 def _is_folder(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~")) or Path(model).is_dir()
 
@@ -223,7 +218,7 @@ def _about(
         lines.append(f"quality: {said}")
     if point.config.model_variant:
         lines.append(f"The model was served as its variant {point.config.model_variant!r}.")
-    if random_weights(point.config.flags):
+    if point.config.random_weights:
         lines.append("RANDOM WEIGHTS (load-format dummy): the answers mean nothing until that flag is taken out.")
     return tuple(lines)
 
@@ -275,7 +270,7 @@ def _comments(
             words.append(f"{p.name} (default {default})" + (f": {p.trades}" if p.trades else ""))
         if not parameters:
             words.append("given to every server, not tuned")
-        if name in flags and random_weights({name: flags[name]}):
+        if name == "load-format" and config.random_weights:
             words.append("RANDOM WEIGHTS: take this out to serve the model")
         found[name] = "; ".join(filter(None, words))
     return found

@@ -61,6 +61,11 @@ class ServingConfig:
         data = {name: getattr(self, name) for name in names}  # asdict would copy everything
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def random_weights(self) -> bool:
+        """Whether the server makes its weights up (``load-format: dummy``): good for a measurement, not for answers."""
+        return self.flags.get("load-format") == "dummy"
+
     def args(self) -> list[str]:
         """The flags as command-line words, ``--name value`` (a JSON value is passed as it is)."""
         words: list[str] = []

@@ -12,7 +12,7 @@ from tuner.space import condition
 from tuner.space.config import Value, same
 from tuner.space.space import SIZES, Emission, Parameter, Rule, SearchSpace, heads
 from tuner.spec.facts import FACTS, WORDS
-from tuner.spec.study import COUNTED
+from tuner.spec.study import COUNTED, USERS
 from tuner.spec.text import NUMERIC, TEXT, Document, Strict, check_env, check_flags, suggest, twice, validate
 
 Scalar = bool | int | float | str
@@ -82,7 +82,7 @@ def build(
     file = validate(SpaceFile, document, data, prefix)
     if not file.engine:
         kind = study.data.get("engine", {}).get("kind")
-        file = file.model_copy(update={"engine": kind if kind in ("command", "own") else "vllm"})
+        file = file.model_copy(update={"engine": kind if kind in USERS else "vllm"})
     if file.engine == "function":  # it has no flags: names tell configs apart
         named = {
             name: spec if spec.flag or isinstance(spec.values, dict) else spec.model_copy(update={"flag": name})

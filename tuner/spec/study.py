@@ -15,6 +15,7 @@ COUNTED = "counts_fixed"  # see spacefile.as_before
 RULES = ("planned_ends", "fills_cache", COUNTED)  # that are newer than some studies: those go on without
 
 
+USERS = ("command", "own")  # engines of which nobody but the user knows whose flags they take
 Rows = Sequence[Mapping[str, Any]]  # of a study's own hardware table, as its user wrote them
 
 

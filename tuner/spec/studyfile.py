@@ -22,6 +22,7 @@ from tuner.spec.spacefile import NO_SWITCH, as_before, build, off
 from tuner.spec.study import (
     COUNTED,
     RULES,
+    USERS,
     Budget,
     EngineSpec,
     ExecutorSpec,
@@ -487,8 +488,8 @@ def _meant(space: SearchSpace, kind: str, hardware: HardwareFile) -> SearchSpace
     reads = kind in ("vllm", "emulator")
     if not reads:  # elsewhere a dot may be a part of a flag's name
         parts &= set(space.fixed)
-    sized = space.sized if reads or kind in ("sglang", "command", "own") else ()
-    if kind in ("command", "own"):
+    sized = space.sized if reads or kind in ("sglang", *USERS) else ()
+    if kind in USERS:
         sized = tuple(flag for flag in sized if flag.endswith("-parallel-size"))
     gpus = space.gpus
     counted = gpus > 1 or any(p.counts_gpus for p in space.parameters)

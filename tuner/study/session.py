@@ -25,7 +25,7 @@ from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
 from tuner.space.space import heads, join
 from tuner.spec import studyfile
-from tuner.spec.study import COUNTED, Study
+from tuner.spec.study import COUNTED, USERS, Study
 from tuner.spec.text import Document, suggest
 from tuner.study import budget, queue, workload
 from tuner.study.evaluate import Bench
@@ -125,7 +125,7 @@ class Prepared:
         from tuner.search.expert import knows, meant
 
         study = self.study
-        known = study.engine.kind not in ("function", "command", "own")
+        known = study.engine.kind not in ("function", *USERS)
         if known or self.predictor is not None or study.sampler != "auto":
             return ""
         parameters = [p for p in meant(study.space).parameters if len(p.values) > 1 and not p.counts_gpus]
@@ -291,7 +291,7 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
     said = study.frozen.get("hardware") or {}
     if study.engine.kind in ("function", "attach") and (not study.trace.file or said.get("gpu", "auto") == "auto"):
         return None, f"the {study.engine.kind} engine says nothing about its hardware, and the study names none"
-    if study.engine.kind in ("command", "own") and not _known_flags(study):
+    if study.engine.kind in USERS and not _known_flags(study):
         return None, "nothing is known of a server whose flags are neither vLLM's nor SGLang's"
     row = _row(study, study.space.gpu) if study.hardware.gpus else hardware.cpu()
     compared = {e.gpu for p in study.space.parameters for e in p.emissions if e.gpu and study.hardware.gpus}
