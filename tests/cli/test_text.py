@@ -1,5 +1,6 @@
 """What users, servers and functions say is printed as it is: it may look like markup or emoji."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -78,5 +79,6 @@ def test_the_live_view_prints_what_a_server_says_as_it_is_but_for_secrets(tmp_pa
 @pytest.mark.parametrize(("file", "code"), [("s.yaml", 0), ("none.yaml", 2)])
 def test_a_reader_that_has_read_enough_is_no_error(run, tmp_path, file, code):
     command = f"{sys.executable} -m tuner check {file} 2>&1 | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # what waits till the exit
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, "")

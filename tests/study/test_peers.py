@@ -540,11 +540,13 @@ def test_neither_secrets_nor_where_the_model_lies_go_through_the_database(tmp_pa
     )
     store, other = Store(tmp_path / "here"), Store(tmp_path / "there")
     config = here.space.config({}, here.model)
-    config = replace(config, env={**config.env, "HF_TOKEN": "hf_secret", "VLLM_X": "2"})
+    config = replace(
+        config, env={**config.env, "HF_TOKEN": "hf_secret", "VLLM_X": "2", "PROXY": "http://bob:hunter2@proxy"}
+    )
     store.start_trial(0, config, {}, started_s=1.0, model_folder=here.model)
     store.end_trial(0, Measured((studies.step(1.0, here.objective),)))
     packed = mirror.packed(here, store.trial_folder(0))
-    assert not {word for word in ("hf_secret", "/here/model", "OWN") if word in str(mirror.expanded(packed))}
+    assert not {word for word in ("hf_secret", "hunter2", "/here/model", "OWN") if word in str(mirror.expanded(packed))}
     mirror.unpacked(there, packed, other, 7, "claim", "host")
     copied = other.trial(7)
     assert copied is not None and copied.outcome == store.trial(0).outcome and mirror.elsewhere(copied) == "host"
