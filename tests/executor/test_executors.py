@@ -143,16 +143,21 @@ def test_an_interrupt_ends_what_runs(rigged):
 
 def test_a_job_that_waits_for_gpus_when_the_user_interrupts_was_never_launched(rigged):
     made = rigged(ladder=[1 + step / 1000 for step in range(1000)])
+    nodes = 1 if made.study.executor.kind == "local" else 3  # of two GPUs each
     with executor(made.bench) as where:
-        for number in range(3):  # on two GPUs
-            where.submit(made.job(number))
-        while len({data["trial"] for data in made.seen("step")}) < 2:
+        for number in range(nodes + 1):
+            job = made.job(number)
+            where.submit(replace(job, config=replace(job.config, gpus=2)))
+        while len({data["trial"] for data in made.seen("step")}) < nodes:
             assert where.wait(0.05) == []
         assert not where.room()
         made.cancel.set()
-        ended = {end.job.number: (end.outcome and end.outcome.reason, end.error) for end in made.all(where, 3)}
-    assert ended == {0: ("interrupted", None), 1: ("interrupted", None), 2: (None, None)}
-    assert {data["trial"] for data in made.seen("launch")} == {0, 1}
+        ended = {end.job.number: (end.outcome and end.outcome.reason, end.error) for end in made.all(where, nodes + 1)}
+    (never,) = (number for number, end in ended.items() if end == (None, None))  # the last one here; Ray keeps no order
+    assert never == nodes or nodes == 3
+    launched = {*range(nodes + 1)} - {never}
+    assert all(ended[number] == ("interrupted", None) for number in launched)
+    assert {data["trial"] for data in made.seen("launch")} == launched
 
 
 def test_while_a_job_waits_for_gpus_none_is_taken_that_would_replace_it(workplace):
