@@ -10,6 +10,7 @@ import pytest
 
 from tests.spec.conftest import workplace as workplace
 from tests.spec.test_studyfile import GOOD, write
+from tuner.cli import doctor
 from tuner.cli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +121,21 @@ def test_doctor_says_what_is_missing_and_how_to_mend_it():
     found = {f["what"]: f for f in json.loads(done.stdout)}
     assert found["Python"]["state"] == "ok"
     assert all(f["fix"] for f in found.values() if f["state"] == "bad")
+
+
+def test_doctor_looks_where_a_study_looks_for_its_engine(monkeypatch, tmp_path):
+    """For vLLM by TUNER_VLLM_PYTHON too; whoever has another engine alone lacks nothing that every study needs."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho \'[["vllm", "0.99", "/x"]]\'\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("TUNER_VLLM_PYTHON", str(python))
+    assert [(f.what, f.state, f.found) for f in doctor.engines()] == [("vLLM", "ok", f"0.99 in {python}")]
+    python.write_text("#!/bin/sh\necho '[]'\n")
+    assert [(f.what, f.state) for f in doctor.engines()] == [("vLLM", "bad")]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "llama-server").write_text("")
+    (tmp_path / "llama-server").chmod(0o755)
+    vllm, llama = doctor.engines()
+    assert (vllm.state, llama.what, llama.found) == ("warn", "llama.cpp", str(tmp_path / "llama-server"))
+    assert "names the engine that it wants" in vllm.found

@@ -58,8 +58,9 @@ def test_a_study_files_words_are_printed_as_they_are(run, command):
 
 
 def test_a_finding_of_the_machine_is_printed_as_it_is(run, monkeypatch):
-    for name in ("gpu", "engine", "memory", "disk", "clock"):
+    for name in ("gpu", "memory", "disk", "clock"):
         monkeypatch.setattr(doctor, name, lambda: doctor.Finding("x", "bad", ODD, ODD))
+    monkeypatch.setattr(doctor, "engines", lambda: [doctor.Finding("x", "bad", ODD, ODD)])
     assert run("doctor").count(ODD) == 10
 
 

