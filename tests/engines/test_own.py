@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tuner.cli import tune
 from tuner.engines import build
+from tuner.engines.own import OwnEngine
 from tuner.errors import UsageError
 from tuner.spec import studyfile
 from tuner.study import session
-from tuner.study.outcome import Measured
+from tuner.study.outcome import Infeasible, Measured
 from tuner.study.store import Store
 
 ENGINE = """
@@ -58,6 +60,45 @@ class FromStudy(MyEngine):
 
 class NoEngine:
     kind = "none"
+
+
+class Wrong(MyEngine):
+    def __init__(self, at):
+        self.at = at
+
+    def version(self):
+        return self.fails("version") or "1.0"
+
+    def flags(self):
+        return self.fails("flags") or ["lanes"]
+
+    def launch(self, config, site):
+        if config.flags.get("lanes") == 8:
+            self.fails("launch")
+        server = MyServer(4)
+        if config.flags.get("lanes") == 8:
+            server.measure = self.measure
+            server.stop = self.stop
+        return server
+
+    def measure(self, plan):
+        self.fails("measure")
+        if self.at == "refusal":
+            import tuner
+
+            raise tuner.Infeasible("eight lanes are too many")
+        step = MyServer(4).measure(plan)
+        if self.at == "metrics":
+            del step.metrics["tpot_p99_s"]
+        return {} if self.at == "step" else step
+
+    def stop(self):
+        self.fails("stop")
+        return Teardown()
+
+    def fails(self, here):
+        if self.at == here:
+            raise RuntimeError("nobody knows")
 """
 STUDY = """
 model: any/model
@@ -125,3 +166,38 @@ def test_a_space_that_was_checked_with_another_version_says_so(workplace: Path, 
 def test_what_is_no_engine_is_refused_in_one_line(workplace: Path, old: str, new: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         session.prepare(studyfile.load(written(workplace, old, new)))
+
+
+@pytest.mark.parametrize("at", ["version", "flags"])
+def test_an_engine_that_cannot_say_what_it_is_is_refused_in_one_line(workplace: Path, at: str) -> None:
+    path = written(workplace, 'MyEngine", options: {speed: 2}', f'Wrong", options: {{at: {at}}}')
+    with pytest.raises(UsageError, match=rf"Wrong\.{at}: .*my_engine.py:\d+: RuntimeError: nobody knows"):
+        tune.run(path, tune.Flags(), plain=True)
+
+
+@pytest.mark.parametrize(
+    ("at", "cause", "said"),
+    [
+        ("launch", "crash", "RuntimeError: nobody knows"),
+        ("measure", "crash", "RuntimeError: nobody knows"),
+        ("metrics", "crash", "did not return tpot_p99_s, which the objective needs"),
+        ("refusal", "infeasible", "eight lanes are too many"),
+    ],
+)
+def test_what_an_engine_raises_is_that_configurations_outcome(workplace: Path, at: str, cause: str, said: str) -> None:
+    path = written(workplace, 'MyEngine", options: {speed: 2}', f'Wrong", options: {{at: {at}}}')
+    assert tune.run(path, tune.Flags(), plain=True) == 0
+
+    outcomes = {t.config.params["lanes"]: t.outcome for t in Store(workplace / "reports" / "study").trials()}
+    assert isinstance(outcomes[2], Measured)
+    failed = outcomes[8]
+    assert isinstance(failed, Infeasible) and failed.cause == cause and said in failed.message
+
+
+def test_what_measures_no_step_ends_the_study_and_a_stop_that_fails_is_told(workplace: Path) -> None:
+    path = written(workplace, 'MyEngine", options: {speed: 2}', 'Wrong", options: {at: step}')
+    with pytest.raises(UsageError, match=r"Wrong\.measure returned dict, not a Step"):
+        tune.run(path, tune.Flags(), plain=True)
+    engine = OwnEngine(SimpleNamespace(kind="x", emulated=False, launch=lambda *_: object()), "x.py:X", ())
+    (left,) = engine.launch(None, None).stop().left_over  # type: ignore[arg-type]
+    assert "x.py:X" in left and "AttributeError" in left

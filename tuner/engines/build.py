@@ -73,33 +73,13 @@ def engine(study: Study) -> Engine:
 
 
 def _own(study: Study) -> Engine:
-    """The engine that ``engine.target`` names: by its ``from_study(study)`` where it has one, else the class is called
-    with the other options."""
-    from tuner.engines.function import beside, load_target, raised_in
+    from tuner.engines.own import OwnEngine
 
-    options = dict(study.engine.options)
-    target = options.pop("target", "")
-    if not isinstance(target, str) or not target:
-        raise UsageError(
-            "an engine of your own needs a target",
-            where=place(study, "engine"),
-            fix='write engine: {kind: own, target: "my_engine.py:MyEngine"}',
-        )
     try:
-        made: Any = load_target(target, beside(study))
-        made = made.from_study(study) if hasattr(made, "from_study") else made(**options)
+        return OwnEngine.from_study(study)
     except UsageError as error:
-        error.where = error.where or place(study, "engine", "target")
+        error.where = error.where or place(study, "engine", *(["target"] if "target" in study.engine.options else []))
         raise
-    except Exception as error:
-        raise UsageError(f"{target}: {raised_in(error)}", where=place(study, "engine", "target")) from error
-    if lacks := [name for name in (*get_type_hints(Engine), "version", "flags", "launch") if not hasattr(made, name)]:
-        raise UsageError(
-            f"{target} is no engine: it has no {', '.join(lacks)}",
-            where=place(study, "engine", "target"),
-            fix="python -m tuner.engines.conformance says what else is missing",
-        )
-    return made
 
 
 def _wrong(option: str, value: Any, hint: Any) -> str:
