@@ -36,6 +36,8 @@ DEFAULTS = {
     "idle_close_s": 0.0,  # closes a connection this long after a response
     "close_on_reuse": False,  # takes a connection's second request and hangs up, as when closing it as idle
     "max_output": 0,  # stops by itself, as a model does at its end of sequence
+    "template": -1,  # tokens that it adds to a prompt of text, whose words it counts (-1: it guesses)
+    "reads": 0,  # tokens of a prompt that it reads, 0: all
     "tls": [],  # certificate and key
     "html": False,  # answers with a web page
     "log": "",  # file that gets one JSON line per request: number of prompt tokens, what was asked
@@ -148,7 +150,12 @@ class Server:
         return True
 
     def usage(self, prompt: object, made: int) -> dict:
-        tokens = len(prompt) if isinstance(prompt, list) else len(str(prompt)) // 4 + 1
+        chat = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
+        text = prompt[-1]["content"] if chat else prompt
+        tokens = len(text) if isinstance(text, list) else len(str(prompt)) // 4 + 1
+        if self.c["template"] >= 0 and isinstance(text, str):
+            tokens = len(text.split()) + self.c["template"]
+        tokens = min(tokens, self.c["reads"] or tokens)
         return {"prompt_tokens": tokens, "completion_tokens": made, "total_tokens": tokens + made}
 
     def event(self, writer: asyncio.StreamWriter, data: dict) -> None:

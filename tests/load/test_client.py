@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.load.replays import endpoint, plan, poisson, quantile, seconds, trace, undisturbed
 from tests.load.stub import stub
@@ -187,6 +188,30 @@ def test_a_server_whose_streams_end_without_a_word_is_refused_for_that(tmp_path)
         probe(endpoint(url))
     with stub(usage="final", done=False) as (_, url):
         assert measure(endpoint(url), plan(tmp_path, trace([0.0, 0.1]))).metrics["error_rate"] == 0
+
+
+@pytest.mark.parametrize(("options", "route"), [({"refuse": ["ids"]}, "completions"), ({"chat_only": True}, "chat")])
+def test_prompts_of_text_have_the_traces_tokens_with_what_the_server_adds(tmp_path, options, route):
+    words = ["One", "two", "three", *(f"a{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(200))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="One"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    replayed = replace(trace(np.arange(20) / 200), input_tokens=np.arange(20) + 40)
+    with stub(first_s=0.0, gap_s=0.0, template=7, **options) as (_, url):
+        asked = plan(tmp_path, replayed)
+        step = measure(replace(endpoint(url), tokenizer=str(tmp_path)), asked)
+    records = read(asked.records)
+    assert records.meta["dialect"]["route"] == route and records.meta["exact_prompts"]
+    assert (records.columns["prompt_tokens"] == replayed.input_tokens).all()
+    assert step.metrics["input_share"] == 1 and "made-up" not in "".join(records.meta["notes"])
+
+
+def test_a_server_that_cuts_prompts_off_is_not_believed(tmp_path):
+    replayed = replace(trace(np.arange(20) / 200), input_tokens=np.arange(20) + 40)
+    with stub(first_s=0.0, gap_s=0.0, reads=45) as (_, url):
+        step = measure(endpoint(url), plan(tmp_path, replayed))
+    said = [reason for reason in step.untrusted if "prompt" in reason]
+    assert said == ["the server counted 89.4% of the prompt tokens that were sent: it cuts prompts off"]
 
 
 def test_a_server_that_only_pings_is_given_up(tmp_path):

@@ -173,11 +173,6 @@ def test_texts_leave_room_for_the_chat_template(tokenizer):
     assert [len(tokenizer.encode(text).ids) for text in made] == [40, 1]
 
 
-def test_texts_of_the_trace_itself_are_used_as_they_are(tokenizer):
-    trace = Trace("t", np.zeros(1), np.ones(1, int), np.ones(1, int), 0, np.empty(0, int), np.zeros(2, int), ("hello",))
-    assert list(prompts.texts(trace, tokenizer, 0)) == ["hello"]
-
-
 def test_a_tokenizer_without_whole_words_is_refused_with_the_way_out():
     from tokenizers import Tokenizer, models
 

@@ -46,6 +46,23 @@ def test_answers_shorter_than_their_forced_length_are_no_speed():
     assert "its chunks hold several" in not_their_length(chunks, {"output_share": 0.21})[0]
 
 
+@pytest.mark.parametrize(
+    ("exact", "share", "tokens", "cut"),
+    [
+        (True, 0.98, 1000, True),
+        (True, 0.98, 40, False),  # a token of the beginning that the server does not count
+        (True, 0.995, 10_000, False),
+        (True, 1.3, 100, False),
+        (True, 0.0, 0, False),  # it counts none
+        (False, 0.5, 100, False),  # made-up words: nobody knows their tokens
+    ],
+)
+def test_prompts_that_the_server_cut_off_are_no_speed(exact, share, tokens, cut):
+    meta = {"exact_prompts": exact, "dialect": {"prompt": "text"}}
+    said = not_their_length(meta, {"input_share": share, "mean_prompt_tokens": tokens})
+    assert bool(said) == cut == ("cuts prompts off, or has another tokenizer" in "".join(said))
+
+
 @pytest.mark.parametrize(("output", "share", "tokens", "more"), [("free", 2.0, 48, True), ("forced", 1.04, 25, False)])
 def test_answers_longer_than_they_may_be_are_no_tokens(output, share, tokens, more):
     said = not_their_length({"output": output}, {"output_share": share, "mean_output_tokens": tokens})

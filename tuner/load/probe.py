@@ -7,15 +7,20 @@ import json
 import ssl
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from tuner.engines.protocol import Endpoint
 from tuner.errors import EnvironmentFault, NoCompletions, Unreachable, UsageError
 from tuner.load.client import OUR_ERRORS
-from tuner.load.prompts import vocabulary
+from tuner.load.prompts import load_tokenizer, model_folder, vocabulary
 from tuner.load.sse import CUT_OFF, Response
 from tuner.load.wire import Dialect, Target, Writer, deadline, target
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 _TOKENS = 8
+_TEXT = "One two three"
 # Tried in turn where the tokenizer is unknown: ids up to here, without the first few hundred, which are often special.
 _GUESSED_VOCABULARIES = (30_000, 8_000, 2_000)
 _GUESSED_SPECIAL = 256
@@ -36,20 +41,27 @@ _LADDER = (
 @dataclass(frozen=True, slots=True)
 class Found:
     """The dialect, the token ids that prompts may use (below ``vocab_size``, not in ``special_ids``), and whether the
-    vocabulary is known or guessed."""
+    vocabulary is known or guessed. For prompts of text: the tokenizer, where it is known, and the tokens that the
+    server adds to each (its chat template, a mark of the beginning)."""
 
     dialect: Dialect
     vocab_size: int
     special_ids: Collection[int]
     guessed: bool
+    tokenizer: Tokenizer | None = None
+    overhead_tokens: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """In words what is less exact than it could be."""
-        if self.guessed and self.dialect.prompt == "ids":
-            ids = f"token ids from {_GUESSED_SPECIAL} to {self.vocab_size - 1}"
-            return (*self.dialect.notes, f"the tokenizer is not known: prompts use {ids} (name it with --tokenizer)")
-        return self.dialect.notes
+        """In words what is less exact than it could be; of prompts as if they were not the trace's own texts."""
+        text, notes = self.dialect.prompt == "text", self.dialect.notes
+        if text:
+            notes = ("the server takes no token ids: prompts are text", *notes)
+        if not self.guessed:
+            return notes
+        ids = f"use token ids from {_GUESSED_SPECIAL} to {self.vocab_size - 1}"
+        prompts = "are made-up words of one or two tokens each" if text else ids
+        return (*notes, f"the tokenizer is not known: prompts {prompts} (name it with --tokenizer)")
 
 
 def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120.0) -> Found:
@@ -76,7 +88,7 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
                 if status == 200 and not answer.error and _counts(answer, counting):
                     if counting == "total" and answer.output_tokens is None:
                         dialect = replace(dialect, counting="chunks")
-                    return Found(dialect, size, special, known is None)
+                    return Found(dialect, size, special, known is None, *_tokenizer(endpoint, dialect, answer))
                 refusal = refusal or answer.error
                 if answer.error == CUT_OFF:
                     refusal = "its streams do not say that they end (no [DONE], no usage, no finish_reason)"
@@ -86,6 +98,17 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
         why=refusal,
         fix="Give the URL of an OpenAI-compatible server and the model's served name",
     )
+
+
+def _tokenizer(endpoint: Endpoint, dialect: Dialect, answer: Response) -> tuple[Tokenizer | None, int]:
+    """The tokenizer of prompts of text, and how many tokens the server counted beyond those of the text."""
+    if dialect.prompt != "text" or not endpoint.tokenizer:
+        return None, 0
+    if not (model_folder(endpoint.tokenizer) / "tokenizer.json").is_file():
+        return None, 0
+    found = load_tokenizer(endpoint.tokenizer)
+    sent = len(found.encode(_TEXT, add_special_tokens=False).ids)
+    return found, max(0, (answer.prompt_tokens or 0) - sent)
 
 
 def _counts(answer: Response, counting: str) -> bool:
@@ -100,7 +123,7 @@ def _counts(answer: Response, counting: str) -> bool:
 def _ask(where: Target, writer: Writer, vocab_size: int, timeout_s: float) -> tuple[int, Response]:
     """Asks for a few tokens. The prompt holds the highest id, so that a smaller vocabulary refuses it."""
     text = writer.dialect.prompt == "text"
-    prompt = "One two three" if text else [vocab_size - 1 - i for i in range(_TOKENS)]
+    prompt = _TEXT if text else [vocab_size - 1 - i for i in range(_TOKENS)]
     request = writer.request(prompt, _TOKENS)
     head, _, body = request.partition(b"\r\n\r\n")
     path = head.split(b" ", 2)[1].decode()

@@ -90,15 +90,11 @@ def token_ids(trace: Trace, vocab_size: int, special_ids: Collection[int], seed:
 class PromptTexts(Sequence[str]):
     """A trace's prompts as texts, made when asked for; see :func:`texts`."""
 
-    def __init__(
-        self, trace: Trace, tokenizer: Tokenizer, words: list[str], seed: int, overhead_tokens: int, verify: bool
-    ) -> None:
+    def __init__(self, trace: Trace, words: list[str], seed: int, overhead_tokens: int) -> None:
         self._trace = trace
-        self._tokenizer = tokenizer
         self._words = np.array(words)
         self._units = _Units(trace, len(words), seed)
         self._overhead_tokens = overhead_tokens
-        self._verify = verify
 
     def __len__(self) -> int:
         return len(self._trace)
@@ -112,37 +108,27 @@ class PromptTexts(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
         tokens = max(1, int(self._trace.input_tokens[i]) - self._overhead_tokens)
-        text = " ".join(self._words[self._units.request(i, tokens)])
-        if self._verify and (got := len(self._tokenizer.encode(text, add_special_tokens=False).ids)) != tokens:
-            raise UsageError(
-                f"the tokenizer makes {got} tokens of a prompt of {tokens} words",
-                fix="Send token ids (the completions endpoint) instead of texts",
-            )
-        return text
+        return " ".join(self._words[self._units.request(i, tokens)])
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
 
 
-def texts(
-    trace: Trace, tokenizer: Tokenizer, seed: int, *, overhead_tokens: int = 0, verify: bool = True
-) -> Sequence[str]:
-    """The prompts of ``trace`` as texts, for endpoints that take no token ids; the texts of the file where it has them.
+def texts(trace: Trace, tokenizer: Tokenizer, seed: int, *, overhead_tokens: int = 0) -> PromptTexts:
+    """The prompts of ``trace`` as texts, for endpoints that take no token ids.
 
     A text is a row of words that the tokenizer keeps as one token each, whatever stands beside them, so that its
-    encoding (without special tokens) has exactly ``input_tokens[i] - overhead_tokens`` tokens, at least 1; with
-    ``verify`` each text is encoded again to prove it. ``overhead_tokens`` is what the server's chat template adds.
-    Prefixes are shared as in :func:`token_ids`. Raises UsageError where the tokenizer has no such words.
+    encoding (without special tokens) has exactly ``input_tokens[i] - overhead_tokens`` tokens, at least 1.
+    ``overhead_tokens`` is what the server's chat template adds. Prefixes are shared as in :func:`token_ids`. Raises
+    UsageError where the tokenizer has no such words.
     """
-    if trace.texts is not None:
-        return trace.texts
     words = _whole_words(tokenizer)
     if len(words) < _FEWEST_WORDS:
         raise UsageError(
             f"the tokenizer has {len(words)} words that stay one token each: too few to write prompts with",
             fix="Send token ids (the completions endpoint) instead of texts",
         )
-    return PromptTexts(trace, tokenizer, words, seed, overhead_tokens, verify)
+    return PromptTexts(trace, words, seed, overhead_tokens)
 
 
 def _whole_words(tokenizer: Tokenizer) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -17,7 +18,7 @@ from tuner.engines.protocol import Cancelled, Endpoint, StepPlan
 from tuner.errors import UsageError, printable
 from tuner.load.flight import Tower
 from tuner.load.probe import Found, probe
-from tuner.load.prompts import token_ids
+from tuner.load.prompts import texts, token_ids
 from tuner.load.records import Record, Records, RecordWriter, read
 from tuner.load.shards import Fleet, Job, shard_count
 from tuner.load.sharing import shared_tokens
@@ -66,9 +67,10 @@ def measure(
     if not len(plan.trace):
         raise UsageError(f"trace {plan.trace.name} has no request")
     found = probe(endpoint, text_only=plan.trace.texts is not None)
-    for note in found.notes:
+    replay = _Replay(endpoint, plan, found, alive, concurrency, shards)
+    for note in replay.notes:
         plan.on_event("note", {"text": note})
-    return _Replay(endpoint, plan, found, alive, concurrency, shards).run()
+    return replay.run()
 
 
 @dataclass(slots=True)
@@ -81,6 +83,12 @@ class _Replay:
     shards: int | None
     stopped: str = ""
     filled: Mapping[str, float] = field(default_factory=dict)
+    exact: bool = False  # the prompts have the trace's number of tokens, by the server's own count
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """In words what is less exact than it could be."""
+        return self.found.notes if self.plan.trace.texts is None else self.found.dialect.notes
 
     def run(self) -> Step:
         plan, trace = self.plan, self.plan.trace
@@ -171,13 +179,20 @@ class _Replay:
         where, forced = target(self.endpoint.url), plan.output == "forced"
         request = Writer(where, found.dialect, self.endpoint.api_key, plan.sampling, forced).request
         if trace.texts is not None:
-            texts = trace.texts
-            return lambda i, wanted: request(texts[i], wanted)
-        prompts = token_ids(trace, found.vocab_size, found.special_ids, prompt_seed(plan))
+            own = trace.texts
+            return lambda i, wanted: request(own[i], wanted)
+        seed = prompt_seed(plan)
+        if found.dialect.prompt == "text" and found.tokenizer:
+            with suppress(UsageError):  # too few words that stay one token each
+                words = texts(trace, found.tokenizer, seed, overhead_tokens=found.overhead_tokens)
+                self.exact = True
+                return lambda i, wanted: request(words[i], wanted)
+        prompts = token_ids(trace, found.vocab_size, found.special_ids, seed)
         if found.dialect.prompt == "ids":
+            self.exact = True
             few = lru_cache(2 * shards)(lambda k: prompts[_FEW * k : _FEW * (k + 1)])
             return lambda i, wanted: request(few(i // _FEW)[i % _FEW].tolist(), wanted)
-        text = _texts(self.endpoint.tokenizer)
+        text = found.tokenizer.decode if found.tokenizer else _made_up
         return lambda i, wanted: request(text(prompts[i].tolist()), wanted)
 
     def _follow(self, fleet: Fleet, tower: Tower, watch: Watch, span_s: float) -> None:
@@ -229,11 +244,12 @@ class _Replay:
             "warmup_s": plan.warmup_s,
             "request_timeout_s": plan.request_timeout_s,
             "output": plan.output,
+            "exact_prompts": self.exact,
             "prompt_seed": prompt_seed(plan),
             "stopped": self.stopped,
             "slos": {slo.metric: slo.limit for slo in plan.slos},
             "dialect": asdict(dialect),
-            "notes": self.found.notes,
+            "notes": self.notes,
             "client": client,
             "server": dict(server),
         }
@@ -353,16 +369,9 @@ def prompt_seed(plan: StepPlan) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _texts(tokenizer: str) -> Callable[[list[int]], str]:
-    """Token ids to text, for servers that take no ids: by the tokenizer where it is known, else one word per token."""
-    if tokenizer:
-        from tokenizers import Tokenizer
-
-        from tuner.load.prompts import model_folder
-
-        decode = Tokenizer.from_file(str(model_folder(tokenizer) / "tokenizer.json")).decode
-        return lambda ids: decode(ids)
-    return lambda ids: " ".join(_word(i) for i in ids)
+def _made_up(ids: list[int]) -> str:
+    """Token ids as words, for servers that take no ids and whose tokenizer is not known."""
+    return " ".join(map(_word, ids))
 
 
 def _word(number: int) -> str:

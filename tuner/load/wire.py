@@ -110,8 +110,6 @@ class Dialect:
     def notes(self) -> tuple[str, ...]:
         """In words what is less exact than it could be; empty for a server that takes everything."""
         notes = []
-        if self.prompt != "ids":
-            notes.append("the server takes no token ids: prompts are text, their length is the server's count")
         if self.counting == "total":
             notes.append("the server tells only the total of tokens: they are spread evenly over the chunks")
         if self.counting == "chunks":

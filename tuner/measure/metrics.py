@@ -62,6 +62,8 @@ def compute(records: Records, slos: Sequence[Slo], quantiles: Sequence[float]) -
     metrics["sent_requests_per_s"] = sent_requests_per_s(records, is_measured(records, paced), paced)
     if (measured & _whole(records)).any():
         metrics["output_share"] = output_share(records, measured)
+        if (share := input_share(records, measured)) is not None:
+            metrics["input_share"] = share
         metrics["mean_prompt_tokens"], metrics["mean_output_tokens"] = mean_tokens(records, measured)
     limits = {name: min((s.limit for s in slos if s.latency == name), default=math.inf) for name in REQUEST_LATENCIES}
     for name, latency in REQUEST_LATENCIES.items():
@@ -247,6 +249,16 @@ def output_share(records: Records, measured: np.ndarray) -> float:
     """Output tokens that came / output tokens the trace asks for, over the measured requests that did not fail."""
     whole = _whole(records) & measured
     return float(records.columns["output_tokens"][whole].sum() / max(1, records.columns["wanted_tokens"][whole].sum()))
+
+
+def input_share(records: Records, measured: np.ndarray) -> float | None:
+    """Prompt tokens by the server's count / prompt tokens of the trace, over the measured requests that did not fail.
+    None where the server counts none."""
+    c = records.columns
+    counted = _whole(records) & measured & (c["prompt_tokens"] != ABSENT)
+    if not counted.any():
+        return None
+    return float(c["prompt_tokens"][counted].sum() / max(1, c["input_tokens"][counted].sum()))
 
 
 def mean_tokens(records: Records, measured: np.ndarray) -> tuple[float, float]:

@@ -63,8 +63,21 @@ def untrusted(metrics: Mapping[str, float], slos: Sequence[Slo]) -> tuple[str, .
 
 
 def not_their_length(meta: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
-    """Where answers that did not fail were shorter than the server was told to make them: less work passes for speed.
-    And where they were longer than they may be, which no count of tokens is. ``meta`` is the records'."""
+    """Where prompts were shorter than they were sent, or answers that did not fail shorter than the server was told to
+    make them: less work passes for speed. And where answers were longer than they may be, which no count of tokens is.
+    ``meta`` is the records'."""
+    return [*_prompts_cut(meta, metrics), *_not_as_asked(meta, metrics)]
+
+
+def _prompts_cut(meta: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
+    share, tokens = metrics.get("input_share", 1.0), metrics.get("mean_prompt_tokens", 0.0)
+    if not meta.get("exact_prompts") or not 0 < share < 1 - TOKENS_OFF or tokens * (1 / share - 1) <= 1:
+        return []  # 0: it does not count
+    why = "it cuts prompts off" + ("" if meta["dialect"]["prompt"] == "ids" else ", or has another tokenizer")
+    return [f"the server counted {share:.1%} of the prompt tokens that were sent: {why}"]
+
+
+def _not_as_asked(meta: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
     forced = meta.get("output") == "forced" and meta.get("dialect", {}).get("forced")
     share = metrics.get("output_share", 1.0)
     more = metrics.get("mean_output_tokens", 0.0) * (1 - 1 / share) if share > 1 + TOKENS_OFF else 0.0
