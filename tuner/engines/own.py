@@ -59,25 +59,17 @@ class OwnEngine:
 
     def launch(self, config: ServingConfig, site: Site) -> OwnServer:
         """See the protocol."""
-        server = _crashing("start-up", lambda: self._made.launch(config, site))
-        return OwnServer(server, f"{self._target}.measure", self._required)
+        name = f"{self._target}.measure"
+        return _crashing("start-up", lambda: OwnServer(self._made.launch(config, site), name, self._required))
 
 
 class OwnServer:
     """Implements :class:`tuner.engines.protocol.Server` by what the user's engine launched."""
 
     def __init__(self, server: Server, name: str, required: tuple[str, ...]) -> None:
+        self.endpoint: Endpoint | None = server.endpoint
+        self.boot: Boot = server.boot
         self._server, self._name, self._required = server, name, required
-
-    @property
-    def endpoint(self) -> Endpoint | None:
-        """See the protocol."""
-        return self._server.endpoint
-
-    @property
-    def boot(self) -> Boot:
-        """See the protocol."""
-        return self._server.boot
 
     def measure(self, plan: StepPlan) -> Step:
         """See the protocol. Raises ``UsageError`` for what is no step; one without records that says too little is a
