@@ -70,7 +70,7 @@ def gpu() -> Finding:
     if shutil.which("nvidia-smi"):
         return Finding("GPU", "warn", "nvidia-smi is here, but NVML finds no GPU", "check the driver: nvidia-smi")
     return Finding(
-        "GPU", "warn", words, "without an NVIDIA GPU only vLLM's CPU build can be tuned (search space vllm-cpu/quick)"
+        "GPU", "warn", words, "without an NVIDIA GPU: vLLM's CPU build (search space vllm-cpu/quick), or llama.cpp"
     )
 
 
