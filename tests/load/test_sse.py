@@ -1,5 +1,6 @@
 """The parser of streamed responses: the same tokens however the bytes were split."""
 
+import codecs
 import json
 import re
 from itertools import pairwise
@@ -50,7 +51,7 @@ def streams(draw):
     counting = draw(st.sampled_from(["usage", "ids"]))
     end = draw(st.sampled_from([b"\n\n", b"\r\n\r\n"]))
     texts = st.text(alphabet=st.sampled_from('ab"\\{}\n\r0é,:[]'), max_size=6)
-    total, payload = 0, draw(st.sampled_from([b"", b": ping" + end]))
+    total, payload = 0, draw(st.sampled_from([b"", b": ping" + end, codecs.BOM_UTF8]))
     for count in counts:
         total += count
         text = draw(texts)

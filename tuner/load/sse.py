@@ -6,6 +6,7 @@ stream was split. It runs outside the process that reads the sockets.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -239,7 +240,8 @@ class Response:
 
     def _event(self, time: int, event: bytes) -> None:
         if b"\n" in event or b"\r" in event or not event.startswith(b"data:"):
-            lines = [line[5:].lstrip(b" ") for line in _LINE_END.split(event) if line.startswith(b"data:")]
+            lines = _LINE_END.split(event.removeprefix(codecs.BOM_UTF8))  # which a stream may begin with
+            lines = [line[5:].lstrip(b" ") for line in lines if line.startswith(b"data:")]
             if not lines:
                 return  # a comment, or another field
             data = b"\n".join(lines)
