@@ -163,6 +163,17 @@ def test_what_is_within_the_slos_is_a_part_of_what_is_printed_beside_it(tmp_path
     assert len(pairs) == 3 and all(within == whole > 0 for whole, within in pairs)
 
 
+@pytest.mark.parametrize(("counted", "said"), [(18, "prompts: 180% of the trace's tokens"), (10, ""), (None, "")])
+def test_prompts_of_another_length_than_the_traces_are_told(tmp_path, monkeypatch, capsys, counted, said):
+    rows = [request(i, [i + 0.1, i + 0.2], prompt_tokens=counted, input_tokens=10) for i in range(10)]
+    path = records(tmp_path, rows).path
+    monkeypatch.setattr(sys, "argv", ["tuner", "replay", "--recompute", "--records", str(path)])
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert said in out and ("prompts:" in out) == bool(said)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

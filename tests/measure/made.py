@@ -23,6 +23,7 @@ def request(
     error: str = "",
     warmup: bool = False,
     input_tokens: int = 100,
+    prompt_tokens: int | None = None,
     wanted: int | None = None,
 ) -> Record:
     """A request whose tokens came at ``tokens_s`` (absolute, seconds after the start)."""
@@ -31,7 +32,7 @@ def request(
     ended = end_s if end_s is not None else (tokens_s[-1] if len(tokens_s) else intended_s + 1)
     return Record(
         0, ns(intended_s), ns(intended_s if sent_s is None else sent_s), first, first, first, last, ns(ended), times,
-        input_tokens, None, len(times) if wanted is None else wanted, len(times), error, warmup, False, 0,
+        input_tokens, prompt_tokens, len(times) if wanted is None else wanted, len(times), error, warmup, False, 0,
     )  # fmt: skip
 
 

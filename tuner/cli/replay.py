@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tuner.study.outcome import Step
 
 _MISSED, _UNTRUSTED = 3, 4
+_PROMPTS_OFF = 0.02  # of the trace's tokens, to be worth a line
 
 
 def replay(
@@ -229,6 +230,8 @@ def _page(step: Step, slos: tuple[Slo, ...], failures: Mapping[str, int], whole:
         lines += ["", *_latencies(step), "", *_rates(step, whole)]
     if said := in_words(m):
         lines += [f"server: {said}"]
+    if abs((share := m.get("input_share", 1.0)) - 1) > _PROMPTS_OFF:
+        lines += [f"prompts: {share:.0%} of the trace's tokens, by the server's count"]
     if step.stopped_early:
         lines += ["", f"stopped early: {step.stopped_early}"]
     for slo in slos:
