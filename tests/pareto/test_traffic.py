@@ -12,7 +12,7 @@ from tests import studies
 from tuner.cli import certify
 from tuner.export.formats import best_config
 from tuner.pareto.front import points
-from tuner.pareto.traffic import per_request, price_words, traffic
+from tuner.pareto.traffic import per_request, price_words, total_per_output, traffic
 from tuner.report.page import build
 from tuner.report.summary import summarize
 from tuner.report.terminal import front_data, front_table
@@ -41,6 +41,8 @@ def test_a_point_is_told_in_requests_per_second_tokens_and_money_a_month(made):
     assert found and (found.rps, found.trace_rps, found.requests, found.windows) == (10.0, 5.0, 300, 1)
     assert (found.input_tokens, found.output_tokens) == (1000.0, 200.0)
     assert found.month_usd == 1825 and found.default_usd == pytest.approx(3650)
+    (point,) = [p for p in points(made[0].trials(), OBJECTIVE) if p.trial == 1]
+    assert found.total_usd == pytest.approx(point.cost / 6)  # prompts are five times as long as answers
 
 
 def test_what_a_replica_takes_is_of_the_launches_of_its_point_and_not_of_its_configurations_others(made):
@@ -90,7 +92,10 @@ def test_every_view_says_it_and_that_the_price_is_an_assumption(made, tmp_path: 
     for name, text in texts.items():
         assert re.search("10(</b><span>| )requests/s", text) and "assumed: --gpu-price sets yours" in text, name
         assert "prompts of 1,000 and answers of 200 tokens" in text and "$1,825" in text and "$3,650" in text, name
-    assert front_data(*made)["traffic"]["requests_per_s"] == 10.0
+        assert "$0.0579 per million total tokens" in text, name
+    data = front_data(*made)
+    assert data["traffic"]["requests_per_s"] == 10.0
+    assert data["recommended"]["cost_usd_per_mtok_total"] == pytest.approx(data["traffic"]["total_usd"])
 
 
 def test_without_an_arrival_rate_nothing_is_said(made):
@@ -145,3 +150,13 @@ def test_whether_the_prefix_cache_held_what_came_before_is_said_of_what_was_meas
     assert found and found.measured.endswith("what came before in the prefix cache") == bool(filled)
     monkeypatch.setattr(certify, "opened", lambda _path: (study, store))
     assert ("holds" in certify._side(tmp_path / "s").facts["prefix cache"]) == bool(filled)
+
+
+def test_what_total_tokens_cost_is_of_the_load_that_is_promised_where_the_slos_held_there():
+    """More of the tokens are prompts where long answers are late."""
+    step = studies.step(1.0, OBJECTIVE)
+    cost = step.metrics["cost_usd_per_mtok_output"]
+    higher = replace(step, load=2.0, metrics=step.metrics | {"cost_usd_per_mtok_total": cost / 8})
+    assert total_per_output([step, higher], 1.0) == pytest.approx(1 / 6)
+    assert total_per_output([replace(step, slo_misses=("late",)), higher], 1.0) == pytest.approx(1 / 8)
+    assert math.isnan(total_per_output([replace(step, metrics={"cost_usd_per_mtok_output": cost})], 1.0))

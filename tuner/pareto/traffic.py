@@ -11,7 +11,7 @@ from tuner.pareto.choice import Change
 from tuner.pareto.front import Point, trusted_steps
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
-from tuner.study.price import per_hour
+from tuner.study.price import COST, TOTAL, per_hour
 from tuner.study.store import TrialRecord
 from tuner.words import figure
 
@@ -23,7 +23,8 @@ class Traffic:
     """One replica at ``load``. ``trace_rps`` are the requests per second of load 1 on the ``windows`` windows that it
     was measured on, with ``requests`` measured requests; tokens are means per request (NaN where not measured).
     ``month_usd`` is what the replica costs a month, ``default_usd`` what the engine's default would for the same
-    traffic (NaN where not known); ``price`` says at what price; ``filled`` as in :class:`tuner.study.outcome.Step`."""
+    traffic, ``total_usd`` what a million tokens within SLO cost there, prompts counted (NaN where not known); ``price``
+    says at what price; ``filled`` as in :class:`tuner.study.outcome.Step`."""
 
     load: float
     trace_rps: float
@@ -34,6 +35,7 @@ class Traffic:
     output_tokens: float
     month_usd: float
     default_usd: float
+    total_usd: float
     price: str
     filled: bool = False
 
@@ -62,7 +64,8 @@ class Traffic:
         text = (
             f"At load {figure(self.load)} one replica takes {figure(self.rps)} requests/s "
             f"({figure(self.load)} x {figure(self.trace_rps)}; measured with {self.measured}) and costs "
-            f"${self.month_usd:,.0f} a month ({HOURS} h at {self.price})."
+            f"${self.month_usd:,.0f} a month ({HOURS} h at {self.price})"
+            f"{f', ${figure(self.total_usd)} per million total tokens' if math.isfinite(self.total_usd) else ''}."
         )
         if math.isfinite(self.default_usd):
             text += f" With the engine's default the same traffic would cost about ${self.default_usd:,.0f}."
@@ -95,9 +98,18 @@ def traffic(
         output_tokens=per_request(steps, "output"),
         month_usd=month_usd,
         default_usd=month_usd / (1 + change.value) if change and change.value > -1 else math.nan,
+        total_usd=point.cost * total_per_output(steps, point.load),
         price=price_words(objective, point.config.gpus, price),
         filled=all(step.filled for step in steps),
     )
+
+
+def total_per_output(steps: Sequence[Step], load: float) -> float:
+    """What a token of prompt or output costs where an output token costs one: at ``load``, or where the SLOs held if
+    they did not there; NaN where not measured."""
+    told = [s for s in steps if s.ok and {COST, TOTAL} <= s.metrics.keys()]
+    told = [s for s in told if s.load == load] or told
+    return fmean(s.metrics[TOTAL] / s.metrics[COST] for s in told) if told else math.nan
 
 
 def price_words(objective: Objective, gpus: int, price: float | None = None) -> str:

@@ -15,7 +15,7 @@ from tuner.record.secrets import hide
 from tuner.report.summary import Summary, clean, kind, label, ms, spread, summarize, why
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible, Step, to_dict
-from tuner.study.price import GOODPUT, OUTPUT
+from tuner.study.price import GOODPUT, OUTPUT, TOTAL
 from tuner.study.store import Store, TrialRecord
 from tuner.words import figure
 
@@ -192,6 +192,7 @@ def _point_data(s: Summary, p: Point) -> dict[str, Any]:
         "load": p.load,
         COST: p.cost,
         f"{COST}_95": p.cost_interval,
+        TOTAL: p.metrics.get(TOTAL),
         s.study.objective.latency_key: p.latency,
         f"{s.study.objective.latency_key}_95": p.latency_interval,
         OUTPUT: p.metrics.get(OUTPUT),

@@ -10,7 +10,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
 
-COST = "cost_usd_per_mtok_output"
+COST, TOTAL = "cost_usd_per_mtok_output", "cost_usd_per_mtok_total"  # the second: prompts counted
 OUTPUT, GOODPUT = "output_tokens_per_s", "goodput_output_tokens_per_s"
 
 
@@ -41,7 +41,7 @@ def priced(step: Step, config: ServingConfig, objective: Objective) -> Step:
     usd_per_s = per_hour(config, objective) / 3600
     for name, goodput in (
         (COST, "goodput_output_tokens_per_s"),
-        ("cost_usd_per_mtok_total", "goodput_total_tokens_per_s"),
+        (TOTAL, "goodput_total_tokens_per_s"),
     ):
         rate = metrics.get(goodput, 0.0)
         if name in metrics or not rate > 0:
