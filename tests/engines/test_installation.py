@@ -85,6 +85,13 @@ def test_a_failing_interpreter_shows_its_last_line():
         run([sys.executable, "-c", "raise SystemExit('boom')"], 30)
 
 
+def test_a_torchvision_of_another_build_is_taken_out_by_the_command_that_is_named():
+    text = "raise RuntimeError('operator torchvision::nms does not exist')"
+    with pytest.raises(EnvironmentFault, match="nms does not exist") as failed:
+        run([sys.executable, "-c", text], 30)
+    assert failed.value.fix.startswith(f"{sys.executable} -m pip uninstall -y torchvision torchaudio torchcodec")
+
+
 def test_a_real_interpreter_answers_for_a_package_that_it_has(tmp_path):
     import pytest as package
 

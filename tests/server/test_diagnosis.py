@@ -154,6 +154,7 @@ CASES = [
     Case("model-not-found", "huggingface_hub.errors.RepositoryNotFoundError: 404 Client Error.\nRepository Not Found"),
     Case("model-broken", "safetensors_rust.SafetensorError: Error while deserializing header: MetadataIncomplete"),
     Case("missing-dependency", "ModuleNotFoundError: No module named 'flashinfer'"),
+    Case("missing-dependency", "RuntimeError: operator torchvision::nms does not exist", phase="imports"),
     Case("missing-dependency", "FileNotFoundError: [Errno 2] No such file or directory: 'ninja'"),
     Case("missing-dependency", "No such file or directory: /does/not/exist", exit=127, phase="exec"),
     Case("invalid-combination", "  Value error, Speculative tokens must be positive [type=value_error, input_value=0]"),

