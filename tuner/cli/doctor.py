@@ -7,7 +7,7 @@ import json as json_
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -79,26 +79,20 @@ def engines() -> list[Finding]:
     from tuner.engines.sglang import SglangEngine
     from tuner.engines.vllm import VllmEngine
 
-    vllm, others = _installed("vLLM", VllmEngine()), _installed("SGLang", SglangEngine())
+    vllm, sglang = _installed("vLLM", VllmEngine()), _installed("SGLang", SglangEngine())
+    others = [sglang] if sglang.state == "ok" else []
     if program := shutil.which("llama-server"):
         others.append(Finding("llama.cpp", "ok", program))
-    if not vllm:
-        where = "not found beside tuner, in .venv-vllm or on the path"
-        if others:
-            where += ": a study names the engine that it wants (docs/engines.md)"
-        fix = (
-            "make setup, or pip install vllm (GPU) in an environment of its own and name its interpreter: "
-            "tuner tune --python PATH (engine.python in a study file)"
-        )
-        vllm.append(Finding("vLLM", "warn" if others else "bad", where, fix))
-    return vllm + others
+    if others and vllm.state == "bad":
+        vllm = replace(vllm, state="warn", found=f"{vllm.found}: a study names its engine (docs/engines.md)")
+    return [vllm, *others]
 
 
-def _installed(name: str, engine: VllmEngine | SglangEngine) -> list[Finding]:
+def _installed(name: str, engine: VllmEngine | SglangEngine) -> Finding:
     try:
-        return [Finding(name, "ok", f"{engine.version()} in {engine.python}")]
-    except EnvironmentFault:
-        return []
+        return Finding(name, "ok", f"{engine.version()} in {engine.python}")
+    except EnvironmentFault as absent:
+        return Finding(name, "bad", absent.message, f"make setup, or {absent.fix}")
 
 
 def memory() -> Finding:
