@@ -1,5 +1,5 @@
 # make tune    set everything up and tune a real vLLM (the CUDA build with an NVIDIA GPU, else the CPU build)
-# make test    set everything up and run every test, real CPU vLLM launches included
+# make test    set everything up and run every test, launches of a real vLLM included (of the CPU build, or one on a GPU)
 # make quick   the tests that need neither vLLM nor patience
 
 PYTHON ?= python3

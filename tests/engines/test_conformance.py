@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests import real
 from tests.engines.conftest import LLAMA_8B
 from tuner.engines.command import CommandEngine
 from tuner.engines.conformance import EngineConformance
 from tuner.engines.emulator import EmulatorEngine
 from tuner.engines.function import FunctionEngine
 from tuner.engines.protocol import Engine
+from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
 from tuner.spec.facts import of_machine
 
@@ -84,19 +85,14 @@ class TestFunction(EngineConformance):
 class TestVllm(EngineConformance):
     """One launch of the real CPU build."""
 
+    build = "cpu"
     one_launch = True
 
     @pytest.fixture(autouse=True)
     def _real(self, tmp_path: Path) -> None:
-        python = os.environ.get("TUNER_VLLM_PYTHON") or str(ROOT / ".venv-vllm/bin/python")
-        if not Path(python).exists():
-            pytest.skip("no vLLM: set TUNER_VLLM_PYTHON or run make setup")
-        self.python, self.cache = python, tmp_path
         from tuner.load.prompts import vocabulary
 
-        self.model = os.environ.get("TUNER_TEST_MODEL") or str(ROOT / "models/tiny-qwen3")
-        if not Path(self.model, "tokenizer.json").exists():
-            pytest.skip("no small model: set TUNER_TEST_MODEL or run examples/make_model.py")
+        self.python, self.cache, self.model = real.vllm_of(self.build), tmp_path, real.model()
         vocabulary(self.model)
 
     def engine(self) -> Engine:
@@ -108,4 +104,18 @@ class TestVllm(EngineConformance):
     def config(self) -> ServingConfig:
         flags = {"load-format": "dummy", "dtype": of_machine()["native_dtype"], "max-model-len": 1024}
         flags |= {"enforce-eager": None}
-        return ServingConfig(self.model, {}, flags, {"VLLM_CPU_KVCACHE_SPACE": "1"}, gpus=0)
+        env = {} if self.gpus else {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        return ServingConfig(self.model, {}, flags, env, gpus=len(self.gpus))
+
+
+@pytest.mark.gpu
+class TestVllmOnAGpu(TestVllm):
+    """One launch of the CUDA build, on a GPU that is leased, and whose memory is back afterwards."""
+
+    build = "cuda"
+
+    @pytest.fixture(autouse=True)
+    def _gpu(self) -> None:
+        if not (mine := Gpus().visible()):
+            pytest.skip("no NVIDIA GPU here")
+        self.gpus = mine[:1]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.real import model, vllm_of
 from tests.server.test_process import eventually
 from tuner.engines.protocol import LaunchFailed, Site
 from tuner.engines.vllm import VllmEngine
@@ -25,14 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def real():
-    """Interpreter and a small model folder, or a skip that says what is missing."""
-    python = os.environ.get("TUNER_VLLM_PYTHON") or str(ROOT / ".venv-vllm/bin/python")
-    model = os.environ.get("TUNER_TEST_MODEL") or str(ROOT / "models/tiny-qwen3")
-    if not Path(python).exists():
-        pytest.skip("no vLLM: set TUNER_VLLM_PYTHON or run make setup")
-    if not Path(model, "config.json").exists():
-        pytest.skip("no small model: set TUNER_TEST_MODEL or run examples/make_model.py")
-    return python, model
+    """Interpreter and a small model folder."""
+    return vllm_of("cpu"), model()
 
 
 def config(model: str, **more: Value | None) -> ServingConfig:

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import studies
+from tests import real, studies
 from tuner.export.formats import best_config, export
 from tuner.study.outcome import Measured
 from tuner.study.store import Store
 
-ROOT = Path(__file__).parents[2]
 PARSE = """
 import json, sys
 import vllm.entrypoints.cli.serve as serve
@@ -27,17 +26,10 @@ print("ARGS " + json.dumps(found, default=str))
 """
 
 
-def vllm_python() -> Path:
-    path = Path(os.environ.get("TUNER_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
-    if not path.exists():
-        pytest.skip("no vLLM here: set TUNER_VLLM_PYTHON to a Python that has it, or run `make vllm`")
-    return path
-
-
 def parsed(*lines: list[str]) -> list[dict]:
     """What vLLM understands of each command line after ``vllm serve``."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    words = [str(vllm_python()), "-c", PARSE, json.dumps(lines)]
+    words = [real.vllm(), "-c", PARSE, json.dumps(lines)]
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ARGS "))[5:])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import real
 from tests.load.replays import plan
 from tuner.engines.protocol import Endpoint
 from tuner.load import formats, synth, windows
@@ -29,18 +30,13 @@ BLOCK = 32
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory):
     """The endpoint of a vLLM with prefix caching in blocks of 32 tokens, started once for this module."""
-    python = Path(os.environ.get("TUNER_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
-    model = Path(os.environ.get("TUNER_TEST_MODEL") or ROOT / "models/tiny-qwen3")
-    if not python.exists():
-        pytest.skip("no vLLM here: set TUNER_VLLM_PYTHON to a Python that has it, or run `make test`")
-    if not (model / "config.json").exists():
-        pytest.skip("no test model: set TUNER_TEST_MODEL, or run `make test`")
+    python, model = real.vllm(), real.model()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     dtype = of_machine()["native_dtype"]
     flags = f"--load-format dummy --dtype {dtype} --max-model-len 4096 --enforce-eager --block-size {BLOCK}"
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with log.open("w") as out:
@@ -57,7 +53,7 @@ def vllm(tmp_path_factory):
                 if server.poll() is not None or time.monotonic() > deadline:
                     pytest.fail(f"vLLM did not start:\n{log.read_text()[-3000:]}")
                 time.sleep(0.5)
-        yield Endpoint(f"http://127.0.0.1:{port}", str(model), tokenizer=str(model))
+        yield Endpoint(f"http://127.0.0.1:{port}", model, tokenizer=model)
     finally:
         server.terminate()
         server.wait(60)

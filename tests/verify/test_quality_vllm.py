@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import real
 from tuner.engines.protocol import Site
 from tuner.space.config import ServingConfig
 from tuner.spec.facts import of_machine
@@ -19,7 +19,6 @@ from tuner.spec.objective import QualityFloor
 from tuner.verify.quality import check, profile
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
 LAYERS = 2
 
 
@@ -78,15 +77,10 @@ def save(folder: Path, tensors: dict[str, np.ndarray]) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Launches the model with its weights rounded to so many bits (0: as they are); returns (endpoint, stop)."""
-    python = os.environ.get("TUNER_VLLM_PYTHON") or str(ROOT / ".venv-vllm/bin/python")
-    model = Path(os.environ.get("TUNER_TEST_MODEL") or ROOT / "models/tiny-qwen3")
-    if not Path(python).exists():
-        pytest.skip("no vLLM: set TUNER_VLLM_PYTHON or run `make test`")
-    if not (model / "tokenizer.json").exists():
-        pytest.skip("no small model: set TUNER_TEST_MODEL or run `make test`")
     from tuner.engines.vllm import VllmEngine
 
-    engine = VllmEngine(python=python, cache=tmp_path_factory.mktemp("cache"))
+    model = Path(real.model())
+    engine = VllmEngine(python=real.vllm_of("cpu"), cache=tmp_path_factory.mktemp("cache"))
     base = {**json.loads((model / "config.json").read_text()), "num_hidden_layers": LAYERS}
     tensors = weights(base)
 
