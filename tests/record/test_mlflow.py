@@ -7,7 +7,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,6 +377,30 @@ def test_an_unreachable_server_delays_logging_and_raises_nothing(tmp_path: Path)
     )
     with pytest.raises(EnvironmentFault, match="was not reached"):
         sync(study, store, env=NOWHERE)
+
+
+def test_that_mlflow_is_not_reached_is_said_when_it_is_first_met_and_once(tmp_path: Path):
+    study, store = studies.write(tmp_path / "s", trials=1, tracking_uri=f"http://127.0.0.1:{_free_port()}")
+    said, met = [], threading.Event()
+    recorder = Recorder(study, store, env=NOWHERE, retry_s=0.01, say=lambda text: (said.append(text), met.set()))
+    recorder.start()
+    assert met.wait(30)  # before any trial ends
+    recorder.trial_finished(0)
+    assert "1 trial(s) are not in MLflow" in recorder.close(60)
+    assert len(said) == 1 and "no MLflow server at 127.0.0.1" in said[0]
+
+
+def test_a_store_has_one_writer_at_a_time(made, monkeypatch):
+    """Of runs that twenty threads made at once in SQLite eleven were lost."""
+    study, store = made
+    make, writing = writer._make, threading.Event()
+    monkeypatch.setattr(writer, "_make", lambda place: (writing.set(), make(place)))
+    with place(study, NOWHERE).lock.open("w") as other, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        mine = pool.submit(sync, study, store, env=NOWHERE)
+        assert not writing.wait(0.5)
+        fcntl.flock(other, fcntl.LOCK_UN)
+        assert mine.result().startswith("8 trial(s) logged")
 
 
 def test_nothing_that_mlflow_does_reaches_the_study(made, monkeypatch):

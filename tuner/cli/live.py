@@ -69,7 +69,7 @@ class View:
         """One line that stays."""
         text = hide(text, self.secrets)
         if self.plain:
-            print(printable(text), file=sys.stderr, flush=True)
+            print(f"{printable(text)}\n", end="", file=sys.stderr, flush=True)  # one write: threads say things too
         else:
             self.console.print(text)
 

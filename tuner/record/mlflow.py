@@ -29,7 +29,8 @@ class Recorder:
     """Told of what happened; every method returns at once (but :meth:`close`) and raises nothing.
 
     ``retry_s``: how long after a failed attempt the next is made, where no trial ends before. ``turn``: a lock that
-    is held while MLflow is written, where several tuners share the study's run.
+    is held while MLflow is written, where several tuners share the study's run. ``say`` is told, from another thread,
+    when MLflow ceases to be written: who reads it hours later can mend nothing any more.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Recorder:
         retry_s: float = RETRY_S,
         env: Mapping[str, str] = os.environ,
         turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        say: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        self._turn = turn
+        self._turn, self._say = turn, say
         self._study, self._store, self._retry_s = study, store, retry_s
         self._place = place(study, env)
         self._wake: queue.Queue[str] = queue.Queue()
@@ -100,6 +102,10 @@ class Recorder:
                     flush(self._study, self._store, self._place, running=not closing, end="KILLED" if closing else "")
                 self._problem = ""
             except Exception as error:  # whatever MLflow, its database or the network came up with
+                if not self._problem and not closing:  # then it is said with what is left
+                    self._say(
+                        f"MLflow at {self._place.shown}: {self._place.words(error)[:200]}. It gets the trials later"
+                    )
                 self._note_problem(error)
 
     def _note_problem(self, error: Exception) -> None:

@@ -47,9 +47,8 @@ class Result:
 def recorder(study: Study, store: Store, say: Callable[[str], None], peers: Peers | None = None) -> Iterator[Recorder]:
     """MLflow's writer for one session; what it could not send is said, and kept in the folder. Tuners that share a
     study write one after the other: they share its run."""
-    writer = Recorder(
-        study, store, turn=(lambda: peers.database.turn("mlflow", patient=True)) if peers else nullcontext
-    )
+    turn = (lambda: peers.database.turn("mlflow", patient=True)) if peers else nullcontext
+    writer = Recorder(study, store, turn=turn, say=say)
     writer.start()
     wait_s = LOG_S
     try:
