@@ -65,6 +65,12 @@ FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
         ("load: {ladder: [1, 2, 4]}", "load: fast", ":7: load: keys and values are wanted here, not 'fast'"),
         ("", "frozen: {beside: .}\n", ":9: frozen.facts is missing"),
         ("", "frozen: {beside: ., facts: {}, hardware: {name: x}}\n", ":9: frozen.hardware.gpus is missing"),
+        (
+            "",
+            "tracking_uri: ./mlruns\n",
+            ":9: MLflow keeps no runs in files any more, as tracking_uri ./mlruns",
+        ),
+        ("", "tracking_uri: file:///x/mlruns\n", "write sqlite:///mlflow.db, or a server's http://HOST:5000"),
         ("", "parameters: {max_num_seqs: 64.5}\n", ":9: max_num_seqs has whole numbers as values, not 64.5"),
         ("", "parameters: {max_num_seqs: [64, -5]}\n", ":9: max_num_seqs has whole numbers as values, not -5"),
         ("objective: chat", (FLOOR % "")[:-1] + ", price_usd_per_gpu_hour: -1}", ":4: the price per GPU-hour must be"),

@@ -114,6 +114,12 @@ def resolve(document: Document, beside: Path) -> Study:
         )
     if isinstance(file.parallel, int) and file.parallel < 1:
         document.refuse(f"parallel is 1 or more, not {file.parallel}", ("parallel",), "or auto: as many as fit")
+    if _no_store(file.tracking_uri):
+        document.refuse(
+            f"MLflow keeps no runs in files any more, as tracking_uri {file.tracking_uri} asks for",
+            ("tracking_uri",),
+            "write sqlite:///mlflow.db, or a server's http://HOST:5000",
+        )
     budget = _budget(file.budget, document)
     resolved = {
         "beside": str(base.resolve()),
@@ -186,6 +192,12 @@ def _storage(file: StorageFile | str, document: Document) -> storage_.StorageSpe
     spec = StorageFile(url=file) if isinstance(file, str) else file
     heartbeat_s = _seconds(spec.heartbeat, document, ("storage", "heartbeat"))
     return storage_.storage(spec.url, heartbeat_s, _seconds(spec.grace, document, ("storage", "grace")), document)
+
+
+def _no_store(uri: str) -> bool:
+    """Whether ``uri`` names a folder, which MLflow 3 only takes where it is told to."""
+    told = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
+    return bool(uri) and not told and (uri.startswith("file:") or (":" not in uri and uri != "databricks"))
 
 
 def _budget(file: BudgetFile | str | int, document: Document) -> Budget:
