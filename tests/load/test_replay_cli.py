@@ -189,3 +189,12 @@ def test_numbers_that_no_replay_can_have_are_refused(replay, words, says, monkey
     code, err = replay(*words)
     assert code == 2
     assert says in err
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_where_the_kernel_stamps_no_reads_that_is_said(tmp_path, capsys, monkeypatch, share):
+    made = records(tmp_path, [request(k, (k + 0.1, k + 0.2)) for k in range(9)], client={"kernel_stamped_share": share})
+    monkeypatch.setattr(sys, "argv", ["tuner", "replay", "--recompute", "--records", str(made.path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert ("arrival times: the kernel's for 40.0% of the reads" in capsys.readouterr().out) == (share < 1)

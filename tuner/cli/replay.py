@@ -228,6 +228,8 @@ def _page(step: Step, slos: tuple[Slo, ...], failures: Mapping[str, int], whole:
         lines.append(f"failed: {sum([*failures.values()][3:]):,} x otherwise, in {len(failures) - 3} more ways")
     if m["measured_requests"]:
         lines += ["", *_latencies(step), "", *_rates(step, whole)]
+    if (share := m.get("kernel_stamped_share", 1.0)) < 1:
+        lines += [f"arrival times: the kernel's for {share:.1%} of the reads, else when this client read"]
     if said := in_words(m):
         lines += [f"server: {said}"]
     if abs((share := m.get("input_share", 1.0)) - 1) > _PROMPTS_OFF:
