@@ -11,7 +11,7 @@ import pytest
 
 from tuner.load.wire import target
 from tuner.measure import server as measure_server
-from tuner.measure.server import Sample, Sampler, beside, fold, in_words, parse, write
+from tuner.measure.server import SERIES, Sample, Sampler, beside, fold, in_words, parse, write
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -38,6 +38,14 @@ def test_engines_of_one_server_add_up_and_the_fullest_cache_counts():
         "ttft_sum_s": 12.5,
         "ttft_count": 50.0,
     }
+
+
+def test_the_page_of_a_real_vllm_that_drafts_has_every_column():
+    page = (Path(__file__).parent / "pages/vllm-0.32-cpu-draft.txt").read_text()
+    row = parse(page)
+    assert row.keys() == SERIES.keys()
+    assert (row["draft_tokens"], row["accepted_tokens"], row["prefix_query_tokens"]) == (1431, 117, 3584)
+    assert (row["prompt_tokens"], row["output_tokens"], row["ttft_count"]) == (3584, 615, 31)
 
 
 def test_a_page_without_such_metrics_is_empty():
