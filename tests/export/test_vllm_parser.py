@@ -9,7 +9,11 @@ import pytest
 import yaml
 
 from tests import real, studies
+from tests.spec.conftest import workplace as workplace
+from tests.spec.test_studyfile import GOOD, write
 from tuner.export.formats import best_config, export
+from tuner.space.config import ServingConfig
+from tuner.spec import shipped, studyfile
 from tuner.study.outcome import Measured
 from tuner.study.store import Store
 
@@ -80,3 +84,23 @@ def test_vllm_serve_takes_the_exported_file_unchanged(tmp_path: Path):
     assert (args["max_num_batched_tokens"], args["max_num_seqs"], args["max_model_len"]) == (8192, 128, 4096)
     assert args["enable_prefix_caching"] is False and args["kv_cache_dtype"] == "fp8"
     assert args["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}
+
+
+@pytest.mark.vllm
+def test_vllm_takes_every_value_of_the_shipped_spaces(workplace: Path):
+    """Off their defaults one by one, with what the value applies under."""
+    every: list[ServingConfig] = []
+    for name in (name for name in shipped.names("search_spaces") if name.startswith("vllm")):
+        gpus = "cpu" if name.startswith("vllm-cpu/") else "H100-SXM, gpus: 8"
+        text = GOOD.replace("kind: emulator, options: {gpu: H100-SXM}", "kind: vllm").replace("vllm/quick", name)
+        text += f"hardware: {{gpu: {gpus}}}\ndraft_model: ./model\neagle_model: ./model\n"
+        space = studyfile.load(write(workplace, text)).space
+        for p in space.parameters:
+            under = {"speculation": "ngram"} if p.when else {}
+            every += [space.config({**space.default(), **under, p.name: value}, "m") for value in p.values]
+    assert len(every) > 150
+    for config, args in zip(every, parsed(*(["m", *config.args()] for config in every)), strict=True):
+        for flag, value in config.flags.items():
+            taken = args[flag.removeprefix("no-").replace("-", "_")]
+            meant = json.loads(value) if str(value).startswith("{") else not flag.startswith("no-")
+            assert taken == (meant if value is None or isinstance(meant, dict) else value), config.args()
