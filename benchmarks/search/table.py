@@ -24,7 +24,7 @@ from tuner.study.outcome import Measured
 
 LAUNCHES = (5, 10, 20, 30, 60)
 HOURS = (2, 5, 10, 20)
-GOOD = 0.10  # the regret that "launches to .10" counts up to
+GOOD = 0.10  # the regret that "launches to .10" and "GPU-h to .10" count up to
 BELIEVED = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.01)
 MODELS = {"30%": "model wrong by 30 %", "badly": "badly wrong model", "none": "no model"}
 PEERS = {"nsga2": "NSGA-II", "tpe": "TPE", "gp": "GPSampler", "grid": "grid, shuffled"}
@@ -69,10 +69,18 @@ def launches_to(row: dict, level: float) -> float:
     return next((i + 1 for i, r in enumerate(row["regret"]) if r <= level), float("inf"))
 
 
-def needed(rows: list[dict]) -> str:
-    """Launches to a regret of GOOD, in the median; beyond the shortest run where the median run does not get there."""
-    need = float(np.median([launches_to(r, GOOD) for r in rows]))
-    return f"{need:.0f}" if np.isfinite(need) else f"> {min(len(r['regret']) for r in rows)}"
+def hours_to(row: dict, level: float) -> float:
+    n = launches_to(row, level)
+    return row["gpu_s"][int(n) - 1] / 3600 if np.isfinite(n) else n
+
+
+def needed(rows: list[dict], hours: bool = False) -> str:
+    """Launches (or GPU-hours) to a regret of GOOD, in the median; beyond the shortest run where the median run does not
+    get there."""
+    need = float(np.median([(hours_to if hours else launches_to)(r, GOOD) for r in rows]))
+    if not np.isfinite(need):
+        return f"> {min(r['gpu_s'][-1] / 3600 if hours else len(r['regret']) for r in rows):.{1 if hours else 0}f}"
+    return f"{need:.1f}" if hours else f"{need:.0f}"
 
 
 def cells(rows: list[dict], hours: bool) -> list[str]:
@@ -110,10 +118,11 @@ def place(name: str) -> tuple[str, int, str]:
 
 def table(groups: dict[str, list[dict]], hours: bool) -> list[str]:
     marks = [f"{h} GPU-h" for h in HOURS] if hours else [str(n) for n in LAUNCHES]
-    extra = [] if hours else ["crashes", "launches to .10", "runs"]
+    extra = ["GPU-h to .10", "runs"] if hours else ["crashes", "launches to .10", "runs"]
     lines = ["| method | " + " | ".join([*marks, *extra]) + " |", "|---" * (1 + len(marks) + len(extra)) + "|"]
     for name in sorted(groups, key=place):
-        rows, more = groups[name], []
+        rows = groups[name]
+        more = [needed(rows, hours=True), str(len(rows))]
         if not hours:
             crash = np.mean([np.mean(r["crash"]) for r in rows if r["crash"]])
             more = [f"{crash:.0%}", needed(rows), str(len(rows))]

@@ -44,7 +44,7 @@ def test_a_cell_is_the_median_and_quartiles_and_empty_where_most_runs_were_short
     line = table.table({"ours, no model": rows}, hours=False)[-1]
     assert line == "| ours, no model | .200 (.150-.250) |  |  |  |  | 33% | > 5 | 3 |"
     hours = table.table({"ours, no model": [run(regret=[0.5, 0.2, 0.1])]}, hours=True)[-1]
-    assert hours == "| ours, no model | .200 (.200-.200) |  |  |  |"
+    assert hours == "| ours, no model | .200 (.200-.200) |  |  |  | 3.0 | 1 |"
 
 
 def test_launches_that_were_believed_alike_are_counted_together():
@@ -93,13 +93,14 @@ def test_where_searches_end_is_said_as_promises_are_corrected_and_as_they_are():
 
 def test_a_cell_by_gpu_hours_is_what_was_reached_by_then():
     rows = [run(regret=[0.5, 0.2, 0.1], gpu_s=[3600, 7200, 19000])]
-    assert table.table({"x": rows}, hours=True)[-1] == "| x | .200 (.200-.200) | .200 (.200-.200) |  |  |"
+    assert table.table({"x": rows}, hours=True)[-1] == "| x | .200 (.200-.200) | .200 (.200-.200) |  |  | 5.3 | 1 |"
 
 
 def test_launches_to_a_tenth_are_counted_in_the_median():
     rows = [run(regret=r) for r in ([0.5, 0.1], [0.5, 0.4], [0.1, 0.05])]
     assert table.needed(rows) == "2"
     assert table.needed(rows[:2]) == "> 2"
+    assert (table.needed(rows, hours=True), table.needed(rows[:2], hours=True)) == ("2.0", "> 3.0")
 
 
 def test_a_cell_that_a_fifth_of_the_runs_or_more_does_not_reach_is_empty():
