@@ -298,3 +298,8 @@ def test_tuners_share_a_study_wherever_the_folders_of_its_options_lie(workplace,
     assert mirror.identity(here) == mirror.identity(kept)
     other = studyfile.load(write(workplace, text.replace("900", "901")))
     assert mirror.identity(here)["engine"] != mirror.identity(other)["engine"]
+
+
+def test_a_study_that_was_begun_with_a_folder_for_mlflow_is_read_all_the_same(workplace):
+    frozen = {**studyfile.load(write(workplace, GOOD)).frozen, "tracking_uri": "./mlruns"}
+    assert studyfile.resolve(Document("study.yaml", frozen), workplace).tracking_uri == "./mlruns"

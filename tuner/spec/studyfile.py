@@ -114,7 +114,7 @@ def resolve(document: Document, beside: Path) -> Study:
         )
     if isinstance(file.parallel, int) and file.parallel < 1:
         document.refuse(f"parallel is 1 or more, not {file.parallel}", ("parallel",), "or auto: as many as fit")
-    if _no_store(file.tracking_uri):
+    if not frozen and _no_store(file.tracking_uri):  # what was begun is read for ever
         document.refuse(
             f"MLflow keeps no runs in files any more, as tracking_uri {file.tracking_uri} asks for",
             ("tracking_uri",),
@@ -197,7 +197,8 @@ def _storage(file: StorageFile | str, document: Document) -> storage_.StorageSpe
 def _no_store(uri: str) -> bool:
     """Whether ``uri`` names a folder, which MLflow 3 only takes where it is told to."""
     told = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
-    return bool(uri) and not told and (uri.startswith("file:") or (":" not in uri and uri != "databricks"))
+    folder = uri.startswith("file:") or (":" not in uri and not uri.startswith("databricks"))
+    return bool(uri) and not told and folder
 
 
 def _budget(file: BudgetFile | str | int, document: Document) -> Budget:
