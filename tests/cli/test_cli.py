@@ -115,6 +115,22 @@ def test_flags_alone_make_a_study(workplace):
     assert study.name == "model"
 
 
+def test_a_profile_of_traffic_is_a_trace_that_is_made_once(workplace, monkeypatch):
+    from tuner.cli.tune import Flags, read
+
+    monkeypatch.chdir(workplace)
+    said: list[str] = []
+    flags = Flags("./model", Path("azure-conversation"), ("ttft_p95=300ms",), reports="r")
+    study = read(None, flags, said.append)
+    made = workplace / "r" / "azure-conversation.parquet"
+    assert study.trace.file == str(made) and 14_000 < study.space.facts["max_total_tokens"] < 16_000
+    written = made.stat().st_mtime_ns
+    assert read(None, flags, said.append).trace == study.trace and made.stat().st_mtime_ns == written
+    assert said == [
+        "Made r/azure-conversation.parquet, an hour of traffic like azure-conversation: a log of your own says more."
+    ]
+
+
 def test_doctor_says_what_is_missing_and_how_to_mend_it():
     done = tuner("doctor", "--json")
     assert done.returncode in (0, 4)

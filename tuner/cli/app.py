@@ -52,11 +52,15 @@ def tune(
         Path | None, typer.Argument(metavar="[STUDY]", help="A study file; run it again to resume.")
     ] = None,
     model: Annotated[str, typer.Option(help="A model folder or id: instead of a study file, or over its own.")] = "",
-    trace: Annotated[Path | None, typer.Option(help="The traffic to tune for.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="The traffic to tune for: a file, or azure-conversation (made up).")
+    ] = None,
     slo: Annotated[list[str] | None, typer.Option(help="An SLO, for example ttft_p99=500ms; may be repeated.")] = None,
     gpu_price: Annotated[float | None, typer.Option(help="USD per GPU-hour (per server-hour on CPUs).")] = None,
     budget: Annotated[str, typer.Option(help="When to stop: 4h, '20 launches' or 15usd.")] = "",
-    objective: Annotated[str, typer.Option(help="chat, code-completion, rag, batch, or a file.")] = "",
+    objective: Annotated[
+        str, typer.Option(help="chat, code-completion (low latency), rag, batch (throughput), or a file.")
+    ] = "",
     space: Annotated[str, typer.Option(help="A search space: vllm/quick, ..., or a file.")] = "",
     sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2, random or grid.")] = "",
     engine: Annotated[str, typer.Option(help="vllm, sglang, command, attach, function, emulator or own.")] = "",

@@ -13,6 +13,8 @@ from typing import Any
 from tuner.cli.signals import stopping
 from tuner.errors import NothingFeasible, UsageError
 
+MADE_S = 3600.0  # of a trace that is made: long enough for the windows of search and verification
+
 
 @dataclass(frozen=True, slots=True)
 class Flags:
@@ -93,7 +95,7 @@ def read(path: Path | None, flags: Flags, say: Callable[[str], None] = lambda _t
     from tuner.spec.text import Document
     from tuner.spec.text import read as read_yaml
 
-    over = _overrides(path, flags)
+    over = _overrides(path, flags, say)
     if path is None:
         if not flags.model or flags.trace is None:
             raise UsageError(
@@ -141,8 +143,7 @@ def _another(said: Any, kind: str, say: Callable[[str], None]) -> dict[str, Any]
     return {**kept, "kind": kind}
 
 
-def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
-    from tuner.spec import studyfile
+def _overrides(path: Path | None, flags: Flags, say: Callable[[str], None]) -> dict[str, Any]:
     from tuner.spec.text import twice
 
     over: dict[str, Any] = {}
@@ -156,9 +157,7 @@ def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
     if flags.space:
         over["search_space"] = flags.space
     if flags.trace is not None:
-        if not flags.trace.is_file():
-            raise UsageError(f"no such trace file: {flags.trace}", fix=studyfile.NO_TRACE)
-        over["trace"] = str(flags.trace.resolve())
+        over["trace"] = str(_traffic(flags.trace, Path(flags.reports or "reports"), say).resolve())
     if flags.gpu_price is not None:
         over["price_usd_per_gpu_hour"] = flags.gpu_price
     if flags.engine:
@@ -174,6 +173,23 @@ def _overrides(path: Path | None, flags: Flags) -> dict[str, Any]:
         if path is None and not flags.objective:
             over["objective"] = _objective(over["slo"])
     return over
+
+
+def _traffic(said: Path, reports: Path, say: Callable[[str], None]) -> Path:
+    """The trace file that ``--trace`` names. Of the name of a profile one like it, made once beside the studies."""
+    if said.is_file():
+        return said
+    from tuner.load import synth, tracefile
+    from tuner.spec import studyfile
+
+    if str(said) not in synth.PROFILES:
+        raise UsageError(f"no such trace file: {said}", fix=studyfile.NO_TRACE)
+    made = reports / f"{said}.parquet"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        tracefile.write(synth.synthesise(synth.profile(str(said)), duration_s=MADE_S), made)
+        say(f"Made {made}, an hour of traffic like {said}: a log of your own says more.")
+    return made
 
 
 def _said(over: dict[str, Any], flags: Flags) -> dict[tuple[str | int, ...], str]:
