@@ -160,7 +160,7 @@ def tokenizer():
 
 def test_texts_have_exactly_the_wanted_tokens_and_share_the_same_prefixes(tokenizer):
     trace = trace_of([(50, [1, 2, 3, 4]), (70, [1, 2, 9]), (33, []), (1, [])])
-    made = prompts.texts(trace, tokenizer, 7, overhead_tokens=0)
+    made = prompts.texts(trace, prompts.whole_words(tokenizer), 7)
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in made]
     assert [len(ids) for ids in encoded] == [50, 70, 33, 1]
     assert common(encoded[0], encoded[1]) == 32
@@ -169,16 +169,14 @@ def test_texts_have_exactly_the_wanted_tokens_and_share_the_same_prefixes(tokeni
 
 
 def test_texts_leave_room_for_the_chat_template(tokenizer):
-    made = prompts.texts(trace_of([(50, [1]), (3, [])]), tokenizer, 7, overhead_tokens=10)
+    made = prompts.texts(trace_of([(50, [1]), (3, [])]), prompts.whole_words(tokenizer), 7, overhead_tokens=10)
     assert [len(tokenizer.encode(text).ids) for text in made] == [40, 1]
 
 
-def test_a_tokenizer_without_whole_words_is_refused_with_the_way_out():
+def test_a_tokenizer_without_whole_words_has_too_few_to_write_prompts_with():
     from tokenizers import Tokenizer, models
 
-    characters = Tokenizer(models.BPE({chr(i): i - 97 for i in range(97, 123)}, []))
-    with pytest.raises(UsageError, match="token ids"):
-        prompts.texts(trace_of([(5, [])]), characters, 0)
+    assert not prompts.whole_words(Tokenizer(models.BPE({chr(i): i - 97 for i in range(97, 123)}, [])))
 
 
 def test_the_vocabulary_is_what_tokenizer_and_model_both_know(tokenizer, tmp_path):

@@ -5,19 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 from tuner.engines.protocol import Endpoint
 from tuner.errors import EnvironmentFault, NoCompletions, Unreachable, UsageError
 from tuner.load.client import OUR_ERRORS
-from tuner.load.prompts import load_tokenizer, model_folder, vocabulary
+from tuner.load.prompts import load_tokenizer, model_folder, vocabulary, whole_words
 from tuner.load.sse import CUT_OFF, Response
 from tuner.load.wire import Dialect, Target, Writer, deadline, target
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 _TOKENS = 8
 _TEXT = "One two three"
@@ -41,14 +38,14 @@ _LADDER = (
 @dataclass(frozen=True, slots=True)
 class Found:
     """The dialect, the token ids that prompts may use (below ``vocab_size``, not in ``special_ids``), and whether the
-    vocabulary is known or guessed. For prompts of text: the tokenizer, where it is known, and the tokens that the
-    server adds to each (its chat template, a mark of the beginning)."""
+    vocabulary is known or guessed. For prompts of text: the words that are one token each, where the tokenizer is
+    known, and the tokens that the server adds to them (its chat template, a mark of the beginning)."""
 
     dialect: Dialect
     vocab_size: int
     special_ids: Collection[int]
     guessed: bool
-    tokenizer: Tokenizer | None = None
+    words: Sequence[str] = ()
     overhead_tokens: int = 0
 
     @property
@@ -56,12 +53,12 @@ class Found:
         """In words what is less exact than it could be; of prompts as if they were not the trace's own texts."""
         text, notes = self.dialect.prompt == "text", self.dialect.notes
         if text:
-            notes = ("the server takes no token ids: prompts are text", *notes)
+            kind = "text" if self.words else "made-up words of one or more tokens each"
+            notes = (f"the server takes no token ids: prompts are {kind}", *notes)
         if not self.guessed:
             return notes
-        ids = f"use token ids from {_GUESSED_SPECIAL} to {self.vocab_size - 1}"
-        prompts = "are made-up words of one or two tokens each" if text else ids
-        return (*notes, f"the tokenizer is not known: prompts {prompts} (name it with --tokenizer)")
+        ids = "" if text else f": prompts use token ids from {_GUESSED_SPECIAL} to {self.vocab_size - 1}"
+        return (*notes, f"the tokenizer is not known{ids} (name it with --tokenizer)")
 
 
 def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120.0) -> Found:
@@ -83,12 +80,15 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
             names = ("max_tokens", "max_completion_tokens") if route == "chat" else ("max_tokens",)
             for name in names:
                 dialect = Dialect(model, route, prompt, counting, forced, name)
-                status, answer = _ask(where, Writer(where, dialect, endpoint.api_key), size, timeout_s)
+                words = _words(endpoint.tokenizer) if prompt == "text" and not text_only else ()
+                question = " ".join(words[:_TOKENS]) or _TEXT if prompt == "text" else _highest(size)
+                status, answer = _ask(where, Writer(where, dialect, endpoint.api_key), question, timeout_s)
                 _check(endpoint, status, answer.error)
                 if status == 200 and not answer.error and _counts(answer, counting):
                     if counting == "total" and answer.output_tokens is None:
                         dialect = replace(dialect, counting="chunks")
-                    return Found(dialect, size, special, known is None, *_tokenizer(endpoint, dialect, answer))
+                    more = max(0, (answer.prompt_tokens or 0) - _TOKENS) if words else 0
+                    return Found(dialect, size, special, known is None, words, more)
                 refusal = refusal or answer.error
                 if answer.error == CUT_OFF:
                     refusal = "its streams do not say that they end (no [DONE], no usage, no finish_reason)"
@@ -100,15 +100,12 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
     )
 
 
-def _tokenizer(endpoint: Endpoint, dialect: Dialect, answer: Response) -> tuple[Tokenizer | None, int]:
-    """The tokenizer of prompts of text, and how many tokens the server counted beyond those of the text."""
-    if dialect.prompt != "text" or not endpoint.tokenizer:
-        return None, 0
-    if not (model_folder(endpoint.tokenizer) / "tokenizer.json").is_file():
-        return None, 0
-    found = load_tokenizer(endpoint.tokenizer)
-    sent = len(found.encode(_TEXT, add_special_tokens=False).ids)
-    return found, max(0, (answer.prompt_tokens or 0) - sent)
+@lru_cache(2)
+def _words(tokenizer: str) -> tuple[str, ...]:
+    """The whole words of a model's tokenizer; none where it has no tokenizer.json."""
+    if not tokenizer or not (model_folder(tokenizer) / "tokenizer.json").is_file():
+        return ()
+    return tuple(whole_words(load_tokenizer(tokenizer)))
 
 
 def _counts(answer: Response, counting: str) -> bool:
@@ -120,10 +117,13 @@ def _counts(answer: Response, counting: str) -> bool:
     return bool(answer.times)
 
 
-def _ask(where: Target, writer: Writer, vocab_size: int, timeout_s: float) -> tuple[int, Response]:
-    """Asks for a few tokens. The prompt holds the highest id, so that a smaller vocabulary refuses it."""
-    text = writer.dialect.prompt == "text"
-    prompt = _TEXT if text else [vocab_size - 1 - i for i in range(_TOKENS)]
+def _highest(vocab_size: int) -> list[int]:
+    """A prompt that holds the highest id, so that a smaller vocabulary refuses it."""
+    return [vocab_size - 1 - i for i in range(_TOKENS)]
+
+
+def _ask(where: Target, writer: Writer, prompt: str | list[int], timeout_s: float) -> tuple[int, Response]:
+    """Asks for a few tokens."""
     request = writer.request(prompt, _TOKENS)
     head, _, body = request.partition(b"\r\n\r\n")
     path = head.split(b" ", 2)[1].decode()

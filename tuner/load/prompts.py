@@ -90,7 +90,7 @@ def token_ids(trace: Trace, vocab_size: int, special_ids: Collection[int], seed:
 class PromptTexts(Sequence[str]):
     """A trace's prompts as texts, made when asked for; see :func:`texts`."""
 
-    def __init__(self, trace: Trace, words: list[str], seed: int, overhead_tokens: int) -> None:
+    def __init__(self, trace: Trace, words: Sequence[str], seed: int, overhead_tokens: int) -> None:
         self._trace = trace
         self._words = np.array(words)
         self._units = _Units(trace, len(words), seed)
@@ -114,25 +114,17 @@ class PromptTexts(Sequence[str]):
         return (self[i] for i in range(len(self)))
 
 
-def texts(trace: Trace, tokenizer: Tokenizer, seed: int, *, overhead_tokens: int = 0) -> PromptTexts:
-    """The prompts of ``trace`` as texts, for endpoints that take no token ids.
-
-    A text is a row of words that the tokenizer keeps as one token each, whatever stands beside them, so that its
-    encoding (without special tokens) has exactly ``input_tokens[i] - overhead_tokens`` tokens, at least 1.
-    ``overhead_tokens`` is what the server's chat template adds. Prefixes are shared as in :func:`token_ids`. Raises
-    UsageError where the tokenizer has no such words.
+def texts(trace: Trace, words: Sequence[str], seed: int, *, overhead_tokens: int = 0) -> PromptTexts:
+    """The prompts of ``trace`` as texts of :func:`whole_words`, for endpoints that take no token ids: the encoding of
+    each (without special tokens) has exactly ``input_tokens[i] - overhead_tokens`` tokens, at least 1.
+    ``overhead_tokens`` is what the server's chat template adds. Prefixes are shared as in :func:`token_ids`.
     """
-    words = _whole_words(tokenizer)
-    if len(words) < _FEWEST_WORDS:
-        raise UsageError(
-            f"the tokenizer has {len(words)} words that stay one token each: too few to write prompts with",
-            fix="Send token ids (the completions endpoint) instead of texts",
-        )
     return PromptTexts(trace, words, seed, overhead_tokens)
 
 
-def _whole_words(tokenizer: Tokenizer) -> list[str]:
-    """Lower-case words that are one token at the beginning of a text and one after a space, by token id."""
+def whole_words(tokenizer: Tokenizer) -> list[str]:
+    """Lower-case words that the tokenizer keeps as one token each, whatever stands beside them, by token id; none where
+    they are too few to write prompts with."""
     by_id = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     # a token's own mark for a leading space: byte-level BPE and SentencePiece
     bare = dict.fromkeys(token.lstrip("\u0120\u2581") for _, token in by_id)
@@ -142,7 +134,7 @@ def _whole_words(tokenizer: Tokenizer) -> list[str]:
         for times in (1, 3)
     )
     kept = [w for w, a, t in zip(candidates, alone, thrice, strict=True) if len(a.ids) == 1 and len(t.ids) == 3]
-    return kept[:_MOST_WORDS]
+    return kept[:_MOST_WORDS] if len(kept) >= _FEWEST_WORDS else []
 
 
 def vocabulary(model: str | Path) -> tuple[int, frozenset[int]]:

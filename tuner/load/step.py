@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -182,18 +181,16 @@ class _Replay:
             own = trace.texts
             return lambda i, wanted: request(own[i], wanted)
         seed = prompt_seed(plan)
-        if found.dialect.prompt == "text" and found.tokenizer:
-            with suppress(UsageError):  # too few words that stay one token each
-                words = texts(trace, found.tokenizer, seed, overhead_tokens=found.overhead_tokens)
-                self.exact = True
-                return lambda i, wanted: request(words[i], wanted)
+        if found.words:
+            rows = texts(trace, found.words, seed, overhead_tokens=found.overhead_tokens)
+            self.exact = True
+            return lambda i, wanted: request(rows[i], wanted)
         prompts = token_ids(trace, found.vocab_size, found.special_ids, seed)
         if found.dialect.prompt == "ids":
             self.exact = True
             few = lru_cache(2 * shards)(lambda k: prompts[_FEW * k : _FEW * (k + 1)])
             return lambda i, wanted: request(few(i // _FEW)[i % _FEW].tolist(), wanted)
-        text = found.tokenizer.decode if found.tokenizer else _made_up
-        return lambda i, wanted: request(text(prompts[i].tolist()), wanted)
+        return lambda i, wanted: request(_made_up(prompts[i].tolist()), wanted)
 
     def _follow(self, fleet: Fleet, tower: Tower, watch: Watch, span_s: float) -> None:
         """Takes the events until the last; stops the fleet when there is a reason to."""
@@ -370,7 +367,7 @@ def prompt_seed(plan: StepPlan) -> int:
 
 
 def _made_up(ids: list[int]) -> str:
-    """Token ids as words, for servers that take no ids and whose tokenizer is not known."""
+    """Token ids as words, for servers that take no ids and of whose tokenizer no whole words are known."""
     return " ".join(map(_word, ids))
 
 
