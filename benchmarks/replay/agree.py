@@ -25,7 +25,7 @@ import pandas as pd
 
 from benchmarks.replay.clients import Setting, benching, our_figures, replaying, their_figures
 from tuner.load.formats import read
-from tuner.load.prompts import load_tokenizer, texts, whole_words
+from tuner.load.prompts import PromptTexts, load_tokenizer, whole_words
 from tuner.study.workload import shorten
 
 WARM = 60  # requests
@@ -36,7 +36,7 @@ def prompts(s: Setting, lengths: pd.DataFrame, seed: int) -> Path:
     """Text of the asked lengths in tokens, one JSON line a request."""
     lengths.assign(arrival_s=0.0).to_json(s.folder / "lengths.jsonl", orient="records", lines=True)
     rows = zip(
-        texts(read(s.folder / "lengths.jsonl"), whole_words(load_tokenizer(s.model)), seed),
+        PromptTexts(read(s.folder / "lengths.jsonl"), whole_words(load_tokenizer(s.model)), seed),
         lengths.output_tokens,
         strict=True,
     )

@@ -160,7 +160,7 @@ def tokenizer():
 
 def test_texts_have_exactly_the_wanted_tokens_and_share_the_same_prefixes(tokenizer):
     trace = trace_of([(50, [1, 2, 3, 4]), (70, [1, 2, 9]), (33, []), (1, [])])
-    made = prompts.texts(trace, prompts.whole_words(tokenizer), 7)
+    made = prompts.PromptTexts(trace, prompts.whole_words(tokenizer), 7)
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in made]
     assert [len(ids) for ids in encoded] == [50, 70, 33, 1]
     assert common(encoded[0], encoded[1]) == 32
@@ -169,7 +169,7 @@ def test_texts_have_exactly_the_wanted_tokens_and_share_the_same_prefixes(tokeni
 
 
 def test_texts_leave_room_for_the_chat_template(tokenizer):
-    made = prompts.texts(trace_of([(50, [1]), (3, [])]), prompts.whole_words(tokenizer), 7, overhead_tokens=10)
+    made = prompts.PromptTexts(trace_of([(50, [1]), (3, [])]), prompts.whole_words(tokenizer), 7, 10)
     assert [len(tokenizer.encode(text).ids) for text in made] == [40, 1]
 
 

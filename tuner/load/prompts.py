@@ -88,9 +88,11 @@ def token_ids(trace: Trace, vocab_size: int, special_ids: Collection[int], seed:
 
 
 class PromptTexts(Sequence[str]):
-    """A trace's prompts as texts, made when asked for; see :func:`texts`."""
+    """A trace's prompts as texts of :func:`whole_words`, made when asked for, for endpoints that take no token ids: the
+    encoding of each (without special tokens) has exactly ``input_tokens[i] - overhead_tokens`` tokens, at least 1.
+    ``overhead_tokens`` is what the server's chat template adds. Prefixes are shared as in :func:`token_ids`."""
 
-    def __init__(self, trace: Trace, words: Sequence[str], seed: int, overhead_tokens: int) -> None:
+    def __init__(self, trace: Trace, words: Sequence[str], seed: int, overhead_tokens: int = 0) -> None:
         self._trace = trace
         self._words = np.array(words)
         self._units = _Units(trace, len(words), seed)
@@ -112,14 +114,6 @@ class PromptTexts(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
-
-
-def texts(trace: Trace, words: Sequence[str], seed: int, *, overhead_tokens: int = 0) -> PromptTexts:
-    """The prompts of ``trace`` as texts of :func:`whole_words`, for endpoints that take no token ids: the encoding of
-    each (without special tokens) has exactly ``input_tokens[i] - overhead_tokens`` tokens, at least 1.
-    ``overhead_tokens`` is what the server's chat template adds. Prefixes are shared as in :func:`token_ids`.
-    """
-    return PromptTexts(trace, words, seed, overhead_tokens)
 
 
 def whole_words(tokenizer: Tokenizer) -> list[str]:

@@ -17,7 +17,7 @@ from tuner.engines.protocol import Cancelled, Endpoint, StepPlan
 from tuner.errors import UsageError, printable
 from tuner.load.flight import Tower
 from tuner.load.probe import Found, probe
-from tuner.load.prompts import texts, token_ids
+from tuner.load.prompts import PromptTexts, token_ids
 from tuner.load.records import Record, Records, RecordWriter, read
 from tuner.load.shards import Fleet, Job, shard_count
 from tuner.load.sharing import shared_tokens
@@ -82,7 +82,11 @@ class _Replay:
     shards: int | None
     stopped: str = ""
     filled: Mapping[str, float] = field(default_factory=dict)
-    exact: bool = False  # the prompts have the trace's number of tokens, by the server's own count
+
+    @property
+    def exact(self) -> bool:
+        """Whether the prompts have the trace's number of tokens by the server's own count."""
+        return self.plan.trace.texts is None and (self.found.dialect.prompt == "ids" or bool(self.found.words))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -182,12 +186,10 @@ class _Replay:
             return lambda i, wanted: request(own[i], wanted)
         seed = prompt_seed(plan)
         if found.words:
-            rows = texts(trace, found.words, seed, overhead_tokens=found.overhead_tokens)
-            self.exact = True
-            return lambda i, wanted: request(rows[i], wanted)
+            texts = PromptTexts(trace, found.words, seed, found.overhead_tokens)
+            return lambda i, wanted: request(texts[i], wanted)
         prompts = token_ids(trace, found.vocab_size, found.special_ids, seed)
         if found.dialect.prompt == "ids":
-            self.exact = True
             few = lru_cache(2 * shards)(lambda k: prompts[_FEW * k : _FEW * (k + 1)])
             return lambda i, wanted: request(few(i // _FEW)[i % _FEW].tolist(), wanted)
         return lambda i, wanted: request(_made_up(prompts[i].tolist()), wanted)
