@@ -290,6 +290,16 @@ def test_gpus_are_given_back_where_the_wait_for_who_is_on_them_is_cancelled(stag
     assert stage.clean()
 
 
+def test_nothing_is_started_on_a_gpu_that_somebody_else_stays_on(stage, monkeypatch):
+    monkeypatch.setattr("tuner.server.start._BUSY_WAIT_S", 0.0)
+    with pytest.raises(LaunchFailed) as failed:
+        start(stage.recipe(gpus=Held(0, "in use by pid 7")), replace(stage.site, gpus=(0,)), stage.root)
+    outcome = failed.value.outcome
+    assert (outcome.cause, outcome.stage, outcome.machines) == ("gpu-busy", "before launch", True)
+    assert "in use by pid 7" in outcome.message + outcome.evidence
+    assert stage.clean() and not (stage.site.folder / "server.log").exists()
+
+
 def test_gpus_are_given_back_where_there_is_no_port(stage, monkeypatch):
     def none(*_: object) -> None:
         raise EnvironmentFault("every port tried is in use")

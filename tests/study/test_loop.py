@@ -121,7 +121,8 @@ def test_the_ladder_goes_up_and_ends_at_the_first_miss_on_one_launch(runner):
 
 
 def test_cost_is_the_price_of_the_gpus_over_the_tokens_within_slo(runner):
-    runner.run(replace={"launches: 6": "launches: 1"})
+    all_of_them = {"output_tokens_per_s": 400.0}  # 100 of them within SLO
+    runner.run(FakeEngine(metrics=all_of_them), replace={"launches: 6": "launches: 1"})
     study = runner.study()
     step = runner.store.trial(0).outcome.steps[0]
     expected = study.objective.price_usd_per_gpu_hour / 3600 / 100 * 1e6
