@@ -586,6 +586,21 @@ def test_functions_run_side_by_side_and_to_the_end_whatever_their_costs(tmp_path
     assert min(point["cost_usd_per_mtok_output"] for point in front["front"]) == 0.01
 
 
+def test_where_nothing_meets_the_slos_commands_end_with_3_and_say_what_came_nearest(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def evaluate(config, load):\n    return {'tpot_p99_s': 0.5 / config['batch'], 'output_tokens_per_s': 900.0}\n"
+    )
+    (tmp_path / "study.yaml").write_text(MINE.replace("50ms", "25ms"))
+    for words in (("tune", "study.yaml"), ("front", "study.yaml"), ("export", "study.yaml")):
+        done = tuner(*words, cwd=tmp_path, check=3)
+        assert "Nearest: trial 1 (batch=16) at load 1, 25 % over" in " ".join((done.stdout + done.stderr).split()), (
+            words
+        )
+    assert not (tmp_path / "reports/mine/best-config.yaml").exists()
+
+
 def test_a_space_of_which_nothing_may_be_launched_is_not_called_valid(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(ODD)
     rule = "  rules: [{deny: {batch: {ge: 1}}, because: never}]\nobjective"
