@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -599,6 +603,37 @@ def test_where_nothing_meets_the_slos_commands_end_with_3_and_say_what_came_near
             words
         )
     assert not (tmp_path / "reports/mine/best-config.yaml").exists()
+
+
+WAITS = """\
+import time
+from pathlib import Path
+def evaluate(config, load):
+    Path(f"asked-{config['batch']}").touch()
+    while config["batch"] == 16 and not Path("go").exists():
+        time.sleep(0.02)
+    return {"tpot_p99_s": 0.01, "output_tokens_per_s": 900.0}
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_ends_with_130_and_the_command_that_goes_on_with_it(tmp_path: Path, number) -> None:
+    (tmp_path / "mine.py").write_text(WAITS)
+    (tmp_path / "study.yaml").write_text(MINE)
+    words = [sys.executable, "-m", "tuner", "tune", "study.yaml"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        while not (tmp_path / "asked-16").exists():
+            assert command.poll() is None
+            time.sleep(0.02)
+        command.send_signal(number)
+        (tmp_path / "go").touch()
+        said = command.communicate(timeout=60)[1]
+    assert command.returncode == 130, said
+    assert "Interrupted; everything measured is kept. Resume: tuner tune study.yaml" in said
+    assert (tmp_path / "reports/mine/trials/0000/outcome.json").exists()
+    (tmp_path / "asked-8").unlink()
+    assert "the search's 2 launches are spent" in tuner("tune", "study.yaml", cwd=tmp_path, check=0).stderr
+    assert not (tmp_path / "asked-8").exists()  # the default is not measured again
 
 
 def test_a_space_of_which_nothing_may_be_launched_is_not_called_valid(tmp_path: Path) -> None:
