@@ -581,7 +581,7 @@ def book(
         predictor=ready.predictor,
         model=study.model,
         seed=study.seed + later,
-        cost=LaunchCost(start_s=60.0, step_s=step_seconds(ready)),
+        cost=LaunchCost(start_seconds(ready), step_seconds(ready)),
         earlier=_earlier(study, on_event),
         refuse=lambda params: refuse(study.space.config(params, study.model)),
         min_gain=study.budget.min_gain,
@@ -608,10 +608,14 @@ def step_seconds(ready: Prepared) -> float:
     return max(1.0, min(ready.study.trace.window_s, lasts_s))
 
 
+def start_seconds(ready: Prepared) -> float:
+    """How long a start-up takes, before one has shown it."""
+    return GPU_START_S if ready.study.hardware.gpus else START_S
+
+
 def launch_seconds(ready: Prepared) -> float:
     """How long a launch takes, before one has shown it."""
-    start_s = GPU_START_S if ready.study.hardware.gpus else START_S
-    return start_s + step_seconds(ready) * len(ready.study.load.ladder)
+    return start_seconds(ready) + step_seconds(ready) * len(ready.study.load.ladder)
 
 
 def launch_usd(ready: Prepared) -> float:
