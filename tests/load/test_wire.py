@@ -74,3 +74,4 @@ def test_a_url_with_a_password_is_refused_without_showing_it():
     with pytest.raises(UsageError, match="it names a user") as refused:
         target("http://me:secret@h:8000")
     assert "secret" not in str(refused.value)
+    assert "--api-key" in refused.value.fix and "engine.options.api_key_env" in refused.value.fix

@@ -3,14 +3,18 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from typer.testing import CliRunner
 
 from tests.spec.conftest import workplace as workplace
 from tests.spec.test_studyfile import GOOD, write
+from tuner.cli.app import app
 from tuner.errors import UsageError
+from tuner.load import formats
 from tuner.spec import studyfile
 from tuner.study import workload
 
@@ -60,8 +64,26 @@ def test_what_a_study_cannot_be_told_of_a_trace_is_asked_for_as_a_command_that_c
     rows = [{"conversations": talk("word", "word")}] * 120
     write(workplace, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
     Tokenizer(WordLevel({"word": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(workplace / "model" / "tokenizer.json"))
-    with pytest.raises(UsageError, match=r"tuner trace convert \S+trace.jsonl timed.parquet --arrivals poisson:4"):
+    with pytest.raises(UsageError, match=r"tuner trace convert \S+trace.jsonl timed.parquet --arrivals p") as refused:
         studyfile.load(write(workplace, STUDY))
+    follow(refused.value.fix, workplace, {})  # the texts are to be counted as well
+
+
+def test_the_command_for_texts_that_nobody_counted_gives_them_times_where_they_have_none(tmp_path):
+    Tokenizer(WordLevel({"word": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    path = write(tmp_path, json.dumps({"conversations": talk("word", "word")}) + "\n", "trace.jsonl")
+    with pytest.raises(UsageError, match="without their number of tokens") as refused:
+        formats.read(path)
+    follow(refused.value.fix, tmp_path, {"MODEL_FOLDER": str(tmp_path)})
+
+
+def follow(fix, folder, filled):
+    """Runs the command that a fix names, in ``folder``, with its places filled."""
+    said = re.search(r"tuner (trace convert .*?) \(", fix)
+    words = [filled.get(word, word) for word in said[1].split()]
+    out = str(folder / words[3])
+    assert CliRunner().invoke(app, [*words[:3], out, *words[4:]]).exit_code == 0
+    assert len(formats.read(Path(out)))
 
 
 def talk(prompt, reply):

@@ -49,7 +49,8 @@ def target(url: str) -> Target:
     except ValueError as error:  # a UnicodeError is one: a label that is empty, too long, or none in any language
         raise UsageError(f"bad URL {url!r}: {error}", fix=fix) from error
     if "@" in parts.netloc:  # not shown: it may be a password
-        raise UsageError("bad URL: it names a user", fix="Leave that out; a key is given with --api-key")
+        fix = "Leave that out; a key is given with --api-key (of an attached server: engine.options.api_key_env)"
+        raise UsageError("bad URL: it names a user", fix=fix)
     sound = port != 0 and re.fullmatch(r"[\w.-]+|[0-9a-f:.]+(%[\w.-]+)?", host, re.ASCII)
     sound = sound and re.fullmatch(r"[!-~]*", parts.path)
     if not sound or parts.scheme not in ("http", "https") or parts.query or parts.fragment:

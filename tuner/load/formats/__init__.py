@@ -82,11 +82,12 @@ def read_with_report(
     else:
         if not len(parts.input_tokens):
             tally.finish(0)  # what is wrong with the lines is more than that
+        counted = f" --tokenizer {tokenizer}" if parts.texts is not None and tokenizer else ""
         raise UsageError(
             f"a {known} file without arrival times",
             where=str(path),
-            fix=f"Say how requests arrive: tuner trace convert {path} timed.parquet --arrivals poisson:4 "
-            "(replay and the other trace commands take --arrivals themselves)",
+            fix=f"Say how requests arrive: tuner trace convert {path} timed.parquet --arrivals poisson:4{counted} "
+            "(replay and the other trace commands take that themselves)",
         )
     report = tally.finish(len(arrival_s))
     return trace_of(parts, arrival_s, path.stem, tally), report

@@ -88,6 +88,6 @@ class Tally:
         return UsageError(
             f"{kind} ({total} bad lines among {max(self.lines, total)} read as {self.format}: too many)",
             where=f"{self.path}:{line}",
-            fix="Repair the file, name its format with --format, or allow more: "
+            fix="Repair the file, name its format with --format (in a study file: trace.format), or allow more: "
             f"tuner trace convert {self.path} kept.parquet --max-bad {total * 10}",
         )

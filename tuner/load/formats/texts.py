@@ -57,11 +57,12 @@ class _Talk:
         lengths, tally = [], self.tally
         unknown = _UNKNOWN in self.input or _UNKNOWN in self.output
         if unknown and not tokenizer:
+            timed = "" if self.untimed or not all(map(math.isnan, self.arrival_s)) else " --arrivals poisson:4"
             raise UsageError(
                 f"{tally.format} holds texts without their number of tokens",
                 where=tally.path,
-                fix=f"Have them counted: tuner trace convert {tally.path} counted.parquet --tokenizer MODEL_FOLDER "
-                "(replay and the other trace commands take --tokenizer themselves)",
+                fix=f"Have them counted: tuner trace convert {tally.path} counted.parquet --tokenizer MODEL_FOLDER"
+                f"{timed} (replay and the other trace commands take that themselves)",
             )
         count = _counter(tokenizer) if unknown and tokenizer else _nothing
         for texts, known in ((self.prompts, self.input), (self.replies, self.output)):
