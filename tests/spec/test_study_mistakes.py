@@ -10,6 +10,7 @@ from tuner.errors import UsageError
 from tuner.spec import studyfile
 from tuner.spec.spacefile import off
 
+SPACE = "{parameters: {x: {flag: max-num-seqs, values: %s, default: a}}}"
 FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
 
 
@@ -63,6 +64,19 @@ FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
         ("budget: {launches: 5}", "budget:", ":8: budget is empty. write a value, or leave the entry out"),
         ("{launches: 5}", "{verify_share: }", ":8: budget.verify_share is empty. write a value"),
         ("load: {ladder: [1, 2, 4]}", "load: fast", ":7: load: keys and values are wanted here, not 'fast'"),
+        ("", "executor: rai\n", ":9: executor: input should be 'local' or 'ray'. Did you mean 'ray'?"),
+        ("", "parallel: some\n", "unable to parse string as an integer, or 'auto'"),
+        ("[1, 2, 4]", "2", ":7: load.ladder: input should be a valid list, or 'auto'"),
+        (
+            "kind: emulator,",
+            "kind: emulator, args: {speculative-config: {method: ngram}},",
+            ":2: engine.args.speculative-config: one value is wanted here, not {'method': 'ngram'}. write the parts "
+            "one by one: speculative-config.method: VALUE",
+        ),
+        ("kind: emulator,", "kind: emulator, args: {a: [1]},", ":2: engine.args.a: one value is wanted here, not [1]"),
+        ("vllm/quick", SPACE % "{a: 1}", ":3: search_space.parameters.x.values.a: keys and values are wanted here"),
+        ("vllm/quick", SPACE % "{a: {flgs: {}}}", ":3: unknown key 'flgs'. Did you mean 'flags'?"),
+        ("trace.csv,", "trace.csv, format: csvv,", ":6: there is no trace format 'csvv'"),
         ("", "frozen: {beside: .}\n", ":9: frozen.facts is missing"),
         ("", "frozen: {beside: ., facts: {}, hardware: {name: x}}\n", ":9: frozen.hardware.gpus is missing"),
         (
@@ -122,8 +136,8 @@ def test_a_study_that_was_begun_with_such_values_can_still_be_read(workplace, tm
 @pytest.mark.parametrize(
     ("kind", "flag", "fix"),
     [
-        ("vllm", "enable-prefix-caching", "write no-enable-prefix-caching: true, or leave it out"),
-        ("emulator", "no-enable-chunked-prefill", "write enable-chunked-prefill: true, or leave it out"),
+        ("vllm", "enable-prefix-caching", "of a switch write no-enable-prefix-caching: true; else leave it out"),
+        ("emulator", "no-enable-chunked-prefill", "of a switch write enable-chunked-prefill: true; else leave it out"),
         ("vllm", "compilation-config.use_cudagraph", 'write compilation-config.use_cudagraph: "false", in quotes'),
         ("vllm", "disable-log-stats", "leave it out"),
         ("sglang", "enable-mixed-chunk", "leave it out"),

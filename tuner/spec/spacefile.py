@@ -494,7 +494,8 @@ def off(flag: str, engine: str) -> str:
         return f'write {flag}: "false", in quotes'
     if engine not in ("vllm", "emulator") or flag.startswith("disable-"):
         return "leave it out"
-    return f"write {flag.removeprefix('no-') if flag.startswith('no-') else f'no-{flag}'}: true, or leave it out"
+    on = flag.removeprefix("no-") if flag.startswith("no-") else f"no-{flag}"
+    return f"of a switch write {on}: true; else leave it out"
 
 
 def _scalar(key: str) -> Value:

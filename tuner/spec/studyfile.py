@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tuner.errors import UsageError
 from tuner.space.condition import named
 from tuner.space.space import SHARED, SearchSpace, heads
 from tuner.spec import facts as facts_
@@ -369,7 +370,11 @@ def _facts(
         if given:
             facts[key] = _model(given, document, base, True, key)
     if trace.file:
-        whole = formats.read(Path(trace.file), trace.format, tokenizer=engine.tokenizer(model))
+        try:
+            whole = formats.read(Path(trace.file), trace.format, tokenizer=engine.tokenizer(model))
+        except UsageError as error:  # one of the trace file's own has its line there
+            error.where = error.where or document.where(("trace", "format"))
+            raise
         facts |= facts_.of_trace(whole.input_tokens, whole.output_tokens)
     facts |= _gpu_facts(file.hardware, document, engine, _executor(file), own)
     return facts | facts_.of_flags(engine.args, facts)

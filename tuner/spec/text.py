@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 from ruamel.yaml import YAML
@@ -187,7 +187,7 @@ def validate(model: type[M], document: Document, data: Any = None, prefix: Loc =
     try:
         return model.model_validate(data, context={"begun": document.begun})
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = _nearest(error.errors(), data)
         loc = [*prefix, *_keys(first["loc"], data, first["type"] == "missing")]
         name = ".".join(str(part) for part in loc)
         if first["type"] == "extra_forbidden":
@@ -200,11 +200,31 @@ def validate(model: type[M], document: Document, data: Any = None, prefix: Loc =
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] in ("dict_type", "model_type"):
             message = f"keys and values are wanted here, not {first['input']!r:.60}"
+        elif isinstance(first["input"], Mapping | list) and first["type"].partition("_")[0] in _SINGLE:
+            message = f"one value is wanted here, not {first['input']!r:.60}"
+        message += "".join(f", or {e['ctx']['expected']}" for e in others if e["type"] == "literal_error")
         expected = first.get("ctx", {}).get("expected", "") if first["type"] == "literal_error" else ""
         words = re.findall(r"'([^']*)'", expected)
         fix = suggest(str(first["input"]), words) if words else ""
         fix = "" if fix.startswith("Known") else fix  # the message lists them already
+        if isinstance(first["input"], Mapping) and {"args", "fixed", "flags"} & {*loc}:  # JSON, as vLLM writes it
+            fix = f"write the parts one by one: {loc[-1]}.{next(iter(first['input']), 'NAME')}: VALUE"
         raise document.error(f"{name}: {message[0].lower()}{message[1:]}" if name else message, loc, fix) from None
+
+
+_SINGLE = ("bool", "int", "float", "string")  # as pydantic names what is one value
+
+
+def _nearest(errors: Sequence[Any], data: Any) -> list[Any]:
+    """The first fault, as each member of a union sees it, the one first that is nearest to what was written: that which
+    looked deepest into it, and not one that wants keys of a word."""
+    found = [(_keys(e["loc"], data, e["type"] == "missing"), e) for e in errors]
+    base = found[0][0]
+    same = [(keys, e) for keys, e in found if keys[: len(base)] == base]
+    most = max(len(keys) for keys, _ in same)
+    deepest = [e for keys, e in same if len(keys) == most]
+    word = not isinstance(deepest[0]["input"], Mapping | list)
+    return sorted(deepest, key=lambda e: word and e["type"] in ("dict_type", "model_type"))
 
 
 def _keys(loc: Sequence[str | int], data: Any, missing: bool) -> list[str | int]:
@@ -221,14 +241,22 @@ def _keys(loc: Sequence[str | int], data: Any, missing: bool) -> list[str | int]
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         field = model.model_fields.get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not inner:
-            break
-        model = inner[0]
+        inner = next(_models(field.annotation), None) if field else None
+        if field and inner:
+            model = inner
+            if get_origin(field.annotation) is dict:
+                next(parts, None)  # its user's own word
     return list(model.model_fields)
+
+
+def _models(kind: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for inner in get_args(kind):
+        yield from _models(inner)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
