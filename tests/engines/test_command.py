@@ -305,6 +305,24 @@ def test_an_option_that_there_is_none_of_is_named_with_its_line(
     assert str(error.value).startswith(f"{file}:{says}")
 
 
+def test_the_options_that_are_named_instead_are_those_that_a_study_may_say(tmp_path: Path, model: str) -> None:
+    text = _STUDY.format(model=model, option="nonsense: 1").replace('version: "1"', "target: f.py:g")
+    (file := tmp_path / "s.yaml").write_text(text.replace("kind: command", "kind: function"))
+    with pytest.raises(UsageError, match=r"function has no engine\.options\.nonsense") as error:
+        build.engine(studyfile.load(file))
+    assert error.value.fix == "Known: emulated"
+    file.write_text(file.read_text().replace("nonsense: 1", "folder: x"))
+    with pytest.raises(UsageError, match=r"engine\.options\.folder is said elsewhere") as error:
+        build.engine(studyfile.load(file))
+    assert "target" not in error.value.fix
+
+
+def test_a_command_as_its_refusal_says_it_is_taken() -> None:
+    with pytest.raises(UsageError, match=r"no \{port\}") as error:
+        CommandEngine(command=["my-server"])
+    assert '--port {port} (in a list two words, "{port}" in quotes)' in error.value.fix
+
+
 def test_what_was_written_beside_the_options_is_named_as_it_was_written(tmp_path: Path, model: str) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(_STUDY.format(model=model, option="stop_wait_s: 5").replace("  options:", "  gpu: L4\n  options:"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -55,6 +56,11 @@ class TestCommandWithTheEmulatorsProcess(_OnEmulatedModel):
         words += ["--host", "{host}", "--served-model-name", "{served}", "--api-key", "{api_key}", "{flags}"]
         words += ["--emulator", '{"boot_scale": 0}']
         return CommandEngine(command=words, env={"PYTHONPATH": str(ROOT)}, host_alone=False, shares_port=True)
+
+
+def test_the_suite_says_how_it_is_run():
+    done = subprocess.run([sys.executable, "-m", "tuner.engines.conformance"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("write python -m tuner.engines.conformance my_tests:Test")
 
 
 class TestFunction(EngineConformance):

@@ -23,7 +23,10 @@ _CLASSES = {
 }
 
 
-ELSEWHERE = frozenset({"python", "command", "trust_remote_code"})  # arguments that the study says beside options
+#: Arguments that no study says under options: it says them elsewhere, or they follow from it.
+ELSEWHERE = frozenset(
+    {"python", "command", "env", "trust_remote_code", "models", "rows", "folder", "required", "default"}
+)
 
 
 def known_options(kind: str) -> dict[str, Any] | None:
@@ -64,7 +67,7 @@ def engine(study: Study) -> Engine:
         raise UsageError(
             f"engine.options.{said} is said elsewhere" if said else f"engine.options: {error}",
             where=place(study, "engine", "options", said),
-            fix=f"take it out of engine.options: {', '.join(options)}",
+            fix=f"take {'it' if said else 'what is wrong'} out of engine.options",
         ) from None
     except UsageError as error:
         said = next((option for option in options if option in error.message), "")

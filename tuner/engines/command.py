@@ -62,7 +62,8 @@ class CommandEngine:
     ) -> None:
         """Raises ``UsageError`` where the command has no ``{port}``."""
         if not any("{port}" in word for word in command):
-            raise UsageError("engine.command has no {port}", fix="let the launcher choose: --port {port}")
+            fix = 'let the launcher choose: --port {port} (in a list two words, "{port}" in quotes)'
+            raise UsageError("engine.command has no {port}", fix=fix)
         if log not in ("", "vllm"):
             raise UsageError(f"engine.options.log is vllm or nothing, not {log!r}")
         self.command, self.env, self.stop_command = tuple(command), dict(env or {}), tuple(stop_command)

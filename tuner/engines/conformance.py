@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from tuner.engines.protocol import Cancelled, Endpoint, Engine, LaunchFailed, Server, Site, StepPlan
+from tuner.errors import UsageError
 from tuner.load.trace import Trace
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo
@@ -312,4 +313,10 @@ def _text(path: str) -> str:
 if __name__ == "__main__":
     from tuner.engines.function import load_target
 
-    sys.exit(1 if run(load_target(sys.argv[1], Path.cwd())) else 0)  # type: ignore[arg-type]
+    try:
+        if len(sys.argv) != 2:
+            raise UsageError("write python -m tuner.engines.conformance my_tests:TestMyEngine (docs/engines.md)")
+        sys.exit(1 if run(load_target(sys.argv[1], Path.cwd())) else 0)  # type: ignore[arg-type]
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -15,7 +15,7 @@ from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
 
 T = TypeVar("T")
-_CONFORMANCE = "python -m tuner.engines.conformance says what else is missing"
+_CONFORMANCE = "python -m tuner.engines.conformance my_tests:TestMyEngine says what else is missing (docs/engines.md)"
 
 
 class OwnEngine:

@@ -238,7 +238,8 @@ class RayExecutor:
         most = max((node.gpus for node in usable), default=0)
         text = f"trial {run.job.number} wants {need} GPUs on one node; the largest has {most}"
         if time.monotonic() - run.since_s > _NO_NODE_S:
-            raise EnvironmentFault(text, fix="add such a node, or set hardware.gpus to what a node has")
+            fix = "Add such a node and run the same command again: everything measured is kept"
+            raise EnvironmentFault(text, fix=fix)
         if not run.waits:
             run.waits = True
             self._bench.of_trial(run.job.number).on_event("waiting", {"for": text})

@@ -164,5 +164,7 @@ class Seats:
         if wanted or (len(types) > 1 and not self._emulated):
             has = ", ".join(sorted(types)) or "no GPU of a known type"
             fix = "name one of them under hardware.gpu"
+            if wanted:  # by a value of the search space
+                fix = "Add such a node and run the same command again, or tune a space without it under another name"
             raise EnvironmentFault(f"no node has {wanted or device}; the cluster has {has}", fix=fix)
         return ""

@@ -103,8 +103,7 @@ def ui_command(where: Study | Path, port: int = 5000, env: Mapping[str, str] = o
     if isinstance(where, Study):
         known = place(where, env)
     else:
-        parent = where if (where / "mlflow.db").exists() else where.resolve().parent
-        known = default_place(parent)
+        known = default_place(where.resolve().parent if (where / "study.yaml").exists() else where)
     if known.server:
         raise UsageError(f"this study is logged to {known.shown}", fix="Open that address in a browser.")
     if known.file and not known.file.exists():

@@ -78,7 +78,7 @@ def recertify(
     (:func:`tuner.verify.fill.unfilled`).
     """
     if not windows:
-        raise UsageError("there is no window of the trace to replay", fix="Give the trace with --trace.")
+        raise UsageError("there is no window of the trace to replay")
 
     def replay(label: str, order: Sequence[Trace]) -> list[Step]:
         with launch(promise.config, label) as rig:
