@@ -558,6 +558,8 @@ def test_the_usual_budget_verifies_in_three_rounds(workplace: Path) -> None:
     found = read(write(workplace, GOOD.replace("budget: {launches: 5}", "")), Flags()).budget
     assert found == Budget(launches=20, verify_share=0.3)
     assert "6 are kept for verification" in search_is_over(SimpleNamespace(budget=found), Spent(14, 0.0, 0.0, 0.0, 0.0))
+    before = Spent(20, 0.0, 0.0, 0.0, 0.0)  # of a study that kept nothing for verification
+    assert search_is_over(SimpleNamespace(budget=found), before) == "the search's 20 launches are spent"
 
 
 ODD = """\

@@ -279,7 +279,11 @@ def test_the_model_knows_every_type_of_gpu_that_a_space_compares(workplace: Path
     assert isinstance(model, AnalyticModel)
     alone = replace(model, hardware=hardware.table()["H200"], price_usd_per_gpu_hour=3.0, types={}, _servers={})
     assert model.predict(large, 0.5) == alone.predict(small, 0.5)
-    (workplace / "two.yaml").write_text(TWO_TYPES.replace("gpu: H200}", "gpu: H1000}"))
+    text = TWO_TYPES.replace("gpu: H200}", "gpu: H1000}")
+    (workplace / "two.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"two\.yaml:11: the emulator does not know the GPU 'H1000'"):
+        prepare(studyfile.load(workplace / "two.yaml"), launching=False)
+    (workplace / "two.yaml").write_text(text.replace("kind: emulator", "kind: vllm"))
     assert (
         "H1000 is not in the hardware table"
         in prepare(studyfile.load(workplace / "two.yaml"), launching=False).no_model

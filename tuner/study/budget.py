@@ -120,10 +120,11 @@ def search_is_over(study: Study, used: Spent, whole: Spent | None = None, verify
     budget, whole = study.budget, whole or used
     launches, hours, usd = _of_search(budget, used, whole, verify_s)
     if budget.launches is not None and launches is not None and used.launches >= launches:
-        kept = budget.launches - launches
+        made = max(launches, used.launches)  # it may have had more before its share was lowered
+        kept = budget.launches - made
         to = "went to" if kept == whole.launches - used.launches else "are kept for"
-        rest = f" (of the budget's {budget.launches}, {kept} {to} verification)" if kept else ""
-        return f"the search's {launches} launches are spent{rest}"
+        rest = f" (of the budget's {budget.launches}, {kept} {to} verification)" if kept > 0 else ""
+        return f"the search's {made} launches are spent{rest}"
     if hours is not None and used.hours + used.launch_s / 3600 > hours:
         rest_min = max(hours - used.hours, 0) * 60
         return f"{rest_min:.0f} minutes of {hours:.4g} h are left, and a launch takes {used.launch_s / 60:.1f}"

@@ -20,6 +20,7 @@ from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError, naming, replacing
 from tuner.executor.build import executor
 from tuner.executor.cluster import device, price, price_of
+from tuner.executor.local import engine_of
 from tuner.record.secrets import secrets
 from tuner.server.gpu import Gpus
 from tuner.space.config import ServingConfig
@@ -192,6 +193,13 @@ def _prepared(study: Study, launching: bool = True) -> Prepared:
             if launching:
                 raise
             unchecked = f"{absent.message}: the flags are checked where the study runs"
+    if study.engine.kind == "emulator":
+        for gpu in sorted({e.gpu for p in study.space.parameters for e in p.emissions} - {""}):
+            try:
+                engine_of(study, gpu)  # one that it does not know would end the study in the middle
+            except UsageError as error:
+                error.where = _place(study, gpu)
+                raise
     traffic = workload.read(study)
     predictor, no_model = model_of(study, traffic)
     return Prepared(study, engine, traffic, predictor, no_model, unchecked)
