@@ -103,6 +103,12 @@ def test_init_writes_a_study_that_check_accepts_once_model_and_trace_are_there(w
     assert "exists already" in again.stderr
 
 
+def test_init_takes_paths_as_the_shell_has_them(workplace):
+    tuner("init", "studies/mine.yaml", "--model", "./model", "--trace", "trace.csv", cwd=workplace, check=0)
+    text = (workplace / "studies/mine.yaml").read_text()
+    assert "\nmodel: ../model #" in text and "\n  file: ../trace.csv #" in text
+
+
 def test_flags_alone_make_a_study(workplace):
     from tuner.cli.tune import Flags, read
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def run(path: Path, model: str, trace: str, force: bool) -> None:
     if path.exists() and not force:
         raise UsageError(f"{path} exists already", fix="Use --force to write over it, or give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = TEMPLATE.format(file=path, name=path.stem, model=model or "./my-model", trace=trace or "./trace.csv")
+    model, trace = (_beside(path, word) for word in (model or "./my-model", trace or "./trace.csv"))
+    text = TEMPLATE.format(file=path, name=path.stem, model=model, trace=trace)
     path.write_text(text, encoding="utf-8")
     print(f"Wrote {path}. Next: tuner check {path}", file=sys.stderr)
+
+
+def _beside(path: Path, said: str) -> str:
+    """What was said on the command line, where paths are relative to the current folder, as the file has to say it."""
+    if os.path.isabs(said) or path.parent.resolve() == Path.cwd() or not os.path.exists(said):
+        return said
+    return os.path.relpath(Path.cwd() / said, path.parent.resolve())
