@@ -2,7 +2,9 @@
 
 import pytest
 
-from tuner.server.limits import History, Limits, fixed
+from tuner.engines import sglang, vllmlog
+from tuner.server.bootlog import SILENT
+from tuner.server.limits import PHASES, History, Limits, fixed
 from tuner.study.outcome import Boot
 
 
@@ -70,3 +72,8 @@ def test_a_file_of_another_shape_is_as_none(tmp_path, entry):
     assert history.seen_s() == {"weights": (1.0,)}
     path.write_text("[" * 200_000)
     assert history.seen_s() == {}
+
+
+@pytest.mark.parametrize("dialect", [vllmlog.DIALECT, sglang.DIALECT, SILENT], ids=lambda dialect: dialect.name)
+def test_a_study_may_name_every_phase_that_a_log_has(dialect):
+    assert {name for name, _ in dialect.phases} <= {*PHASES}

@@ -73,6 +73,11 @@ FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
             ":2: engine.args.speculative-config: one value is wanted here, not {'method': 'ngram'}. write the parts "
             "one by one: speculative-config.method: VALUE",
         ),
+        (
+            "gpu: H100-SXM",
+            "gpu: H100-SXM, phase_limit_s: {wieghts: 60}",
+            ":2: phase_limit_s: there is no phase 'wieghts'. Did you mean 'weights'?",
+        ),
         ("kind: emulator,", "kind: emulator, args: {a: [1]},", ":2: engine.args.a: one value is wanted here, not [1]"),
         ("vllm/quick", SPACE % "{a: 1}", ":3: search_space.parameters.x.values.a: keys and values are wanted here"),
         ("vllm/quick", SPACE % "{a: {flgs: {}}}", ":3: unknown key 'flgs'. Did you mean 'flags'?"),

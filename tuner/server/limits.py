@@ -17,6 +17,8 @@ _UNSEEN_S = 900.0
 _FIRST_S: Mapping[str, float] = {"weights": 3600.0, "compile": 1800.0, "graphs": 1800.0}
 
 
+#: The names of phases, in order; ``start`` is all of them where nothing is known of the log.
+PHASES = ("start", "imports", "config", "engine", "weights", "compile", "kv", "warmup", "graphs", "api")
 #: What a study says about phases: one limit in seconds for all of them, or one each by name; None: learnt.
 PhaseLimit = float | Mapping[str, float] | None
 

@@ -189,8 +189,10 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
     if allowed.tests < 1:
         raise UsageError(f"{launches} launches cannot test a single parameter", fix=_LAUNCHES.format(allowed.least))
     verified = verification(store)
-    if verified is None or verified.config is None:
+    if verified is None:
         raise UsageError("there is no verified recommendation to take apart", where=str(store.folder), fix=_VERIFY)
+    if verified.config is None:
+        raise UsageError("verification recommends nothing that could be taken apart", where=str(store.folder))
     before = ablation(store, ready.study, verified.config)
     if before and before["winner"] == verified.config.hash and launches < before["budget"]:
         words, path = f"holds what up to {before['budget']} launches said", str(store.folder / ABLATED)
