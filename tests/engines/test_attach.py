@@ -67,8 +67,10 @@ def test_a_model_that_it_does_not_serve_is_refused_with_those_it_serves(theirs: 
 def test_a_wrong_key_is_said_to_be_one(theirs: Process, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THEIR_KEY", "wrong")
 
-    with pytest.raises(EnvironmentFault, match="refuses the key"):
+    with pytest.raises(EnvironmentFault, match=r"refuses the key .*Is the key in THEIR_KEY right\?"):
         attached(theirs).launch(NOTHING, site)
+    with pytest.raises(EnvironmentFault, match=r"refuses the key .*name the environment variable .*api_key_env"):
+        AttachEngine(url=f"http://127.0.0.1:{theirs.port}").launch(NOTHING, site)
 
 
 def test_nobody_at_the_url_is_the_environments_fault(site: Site) -> None:

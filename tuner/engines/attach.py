@@ -13,6 +13,8 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Boot, Infeasible, Step
 
+_NAME_IT = "name the environment variable that holds it in engine.options.api_key_env"
+
 
 class AttachEngine:
     """Implements :class:`tuner.engines.protocol.Engine`.
@@ -35,6 +37,7 @@ class AttachEngine:
         self.url = url.removesuffix("/").removesuffix("/v1")
         self.target = wire.target(self.url)
         self.model, self.tokenizer, self.health = model, tokenizer, health
+        self.key_in = api_key_env
         self._key = wire.checked_key(os.environ.get(api_key_env, ""), api_key_env) if api_key_env else ""
 
     @classmethod
@@ -100,7 +103,8 @@ class AttachEngine:
         status, body = asked(self.target, path, self._key, 10.0, most=2**20)
         if status in (401, 403):
             message = f"{self.url} refuses the key (HTTP {status})"
-            raise Unreachable(message, fix="name the key's variable in engine.options.api_key_env")
+            fix = f"Is the key in {self.key_in} right?" if self.key_in else _NAME_IT
+            raise Unreachable(message, fix=fix)
         if status != 200:
             raise Unreachable(f"{self.url} answers GET {path} with HTTP {status}")
         return body

@@ -35,6 +35,9 @@ _LADDER = (
 )
 
 
+_NAME_IT = "name it with --tokenizer, in a study engine.options.tokenizer"
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """The dialect, the token ids that prompts may use (below ``vocab_size``, not in ``special_ids``), and whether the
@@ -58,7 +61,7 @@ class Found:
         if not self.guessed:
             return notes
         ids = "" if text else f": prompts use token ids from {_GUESSED_SPECIAL} to {self.vocab_size - 1}"
-        return (*notes, f"the tokenizer is not known{ids} (name it with --tokenizer)")
+        return (*notes, f"the tokenizer is not known{ids} ({_NAME_IT})")
 
 
 def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120.0) -> Found:
@@ -163,7 +166,8 @@ def _check(endpoint: Endpoint, status: int, error: str) -> None:
     """Raises for a status that says nothing about what the server takes."""
     if status in (401, 403):
         message = f"{endpoint.url} refuses the key: {error}"
-        raise NoCompletions(message, why=f"it refuses the key: {error}", fix="Give the right API key")
+        fix = "Give the right one: --api-key, or OPENAI_API_KEY (of an attached server engine.options.api_key_env)"
+        raise NoCompletions(message, why=f"it refuses the key: {error}", fix=fix)
     if status in (429, 500, 502, 503, 504):
         raise Unreachable(f"{endpoint.url} is not serving: {error}")
 
