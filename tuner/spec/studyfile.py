@@ -116,7 +116,7 @@ def resolve(document: Document, beside: Path) -> Study:
         )
     if isinstance(file.parallel, int) and file.parallel < 1:
         document.refuse(f"parallel is 1 or more, not {file.parallel}", ("parallel",), "or auto: as many as fit")
-    if not frozen and _no_store(file.tracking_uri):  # what was begun is read for ever
+    if _no_store(file.tracking_uri):
         document.refuse(
             f"MLflow keeps no runs in files any more, as tracking_uri {file.tracking_uri} asks for",
             ("tracking_uri",),
