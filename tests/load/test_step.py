@@ -90,6 +90,23 @@ def test_the_prefix_share_is_that_of_what_was_sent(tmp_path):
     assert "trace_prefix_share" not in ended._meta(0.0, tower, 1, {})["client"], "nobody knows what texts share"
 
 
+def test_prompts_are_exact_that_are_ids_or_words_of_one_token_and_not_the_traces_own_texts(tmp_path):
+    mine = trace(np.arange(2))
+    given = replace(mine, texts=("the same",) * 2)
+
+    def meta(prompt, words=(), replayed=mine):
+        found = Found(Dialect("stub", prompt=prompt), 100, (), False, words)
+        replay = _Replay(endpoint("http://x"), plan(tmp_path, replayed), found, lambda: True, 0, None)
+        said = replay._meta(0.0, Tower(0, "usage", mine.input_tokens, mine.output_tokens, 0, lambda _: None), 1, {})
+        return said["exact_prompts"], said["notes"]
+
+    assert meta("ids") == (True, ())
+    assert meta("text", ("one",)) == (True, ("the server takes no token ids: prompts are text",))
+    exact, (note,) = meta("text")
+    assert not exact and "prompts are made-up words" in note
+    assert meta("text", replayed=given) == (False, ()), "nobody had asked for ids"
+
+
 @pytest.mark.parametrize(
     ("slos", "missed"),
     [

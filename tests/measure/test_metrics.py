@@ -286,9 +286,12 @@ def test_a_good_request_meets_every_limit_on_its_own(tmp_path, slo, good):
 
 
 def test_answers_are_as_long_as_they_came_of_what_was_asked_for_where_none_failed(tmp_path):
-    rows = [request(k / 10, k / 10 + 0.01 * np.arange(1, 11), wanted=40) for k in range(40)]
-    rows[35] = request(3.5, [3.6], error="boom", wanted=900)
-    assert compute(records(tmp_path, rows), (), Q)[0]["output_share"] == 0.25
+    rows = [request(k / 10, k / 10 + 0.01 * np.arange(1, 11), wanted=40, prompt_tokens=80) for k in range(40)]
+    rows[35] = request(3.5, [3.6], error="boom", wanted=900, prompt_tokens=1)
+    rows[34] = request(3.4, [3.5], wanted=4, input_tokens=1000)  # which tells no count
+    values = compute(records(tmp_path, rows), (), Q)[0]
+    assert values["output_share"] == pytest.approx(0.25, abs=0.001) and values["input_share"] == 0.8
+    assert "input_share" not in compute(records(tmp_path, [request(k, [k + 1]) for k in range(9)]), (), Q)[0]
 
 
 def test_the_offered_rate_is_of_all_the_planned_traffic_though_a_ramp_ends_with_an_arrival(tmp_path):

@@ -20,6 +20,7 @@ from tests import studies
 from tuner.cli import certify
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.pareto.recommend import recommended
+from tuner.record import mlflow as recording
 from tuner.record import writer
 from tuner.record.ledger import Ledger, note_file
 from tuner.record.mlflow import Recorder, sync, unsent
@@ -379,12 +380,21 @@ def test_an_unreachable_server_delays_logging_and_raises_nothing(tmp_path: Path)
         sync(study, store, env=NOWHERE)
 
 
-def test_that_mlflow_is_not_reached_is_said_when_it_is_first_met_and_once(tmp_path: Path):
+def test_that_mlflow_is_not_reached_is_said_when_it_is_first_met_and_once(tmp_path: Path, monkeypatch):
     study, store = studies.write(tmp_path / "s", trials=1, tracking_uri=f"http://127.0.0.1:{_free_port()}")
-    said, met = [], threading.Event()
+    said, tried, met, again = [], [], threading.Event(), threading.Event()
+
+    def flush(*args, **more):
+        tried.append(1)
+        if len(tried) > 2:
+            again.set()
+        return writer.flush(*args, **more)
+
+    monkeypatch.setattr(recording, "flush", flush)
     recorder = Recorder(study, store, env=NOWHERE, retry_s=0.01, say=lambda text: (said.append(text), met.set()))
     recorder.start()
     assert met.wait(30)  # before any trial ends
+    assert again.wait(30)
     recorder.trial_finished(0)
     assert "1 trial(s) are not in MLflow" in recorder.close(60)
     assert len(said) == 1 and "no MLflow server at 127.0.0.1" in said[0]

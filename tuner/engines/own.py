@@ -44,8 +44,6 @@ class OwnEngine:
 
     def __getattr__(self, name: str) -> Any:
         """What an engine may have beside the contract."""
-        if name.startswith("_"):
-            raise AttributeError(name)
         return getattr(self._made, name)
 
     def version(self) -> str:
