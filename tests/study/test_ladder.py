@@ -388,3 +388,14 @@ def test_a_fact_that_does_not_exist_is_one_clear_line(runner):
     with pytest.raises(UsageError, match="no such fact: native_type") as raised:
         runner.study()
     assert "native_dtype" in str(raised.value.fix)
+
+
+@pytest.mark.parametrize(("hardware", "seconds"), [("{gpu: H100-SXM, gpus: 2}", 110), ("{gpu: cpu}", 60)])
+def test_what_search_and_budget_guess_of_a_start_is_one_guess(runner, hardware, seconds):
+    changes = {"hardware: {gpu: H100-SXM, gpus: 2}": f"hardware: {hardware}", "sampler: random": "sampler: auto"}
+    study = runner.study(replace=changes)
+    ready = Prepared(study, FakeEngine(), workload.read(study), None, "none in this test")
+    with session.opened(study) as store:
+        guess = session.book(ready, store, ready.out_of_reach).sampler.cost
+    steps_s = guess.step_s * len(study.load.ladder)
+    assert guess.start_s == session.launch_seconds(ready) - steps_s == seconds
