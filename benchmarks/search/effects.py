@@ -10,7 +10,7 @@ the sizes in ``tuner/search/expert.py`` against what others, who had not read th
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import numpy as np
 
@@ -54,7 +54,9 @@ def _mean(of: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    for word in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("surfaces", nargs="+", metavar="blind_g:0")
+    for word in parser.parse_args().surfaces:
         surface = Blind(word)
         print(f"\n| {word} | value | latency | rules | capacity | rules | runs | crashes expected |")
         print("|---|---|---|---|---|---|---|---|")

@@ -9,7 +9,7 @@ this reason (:class:`benchmarks.search.surface.Surface`).
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import numpy as np
 
@@ -34,6 +34,8 @@ def _regret(surface: Blind, rows: list[int]) -> float:
 
 
 if __name__ == "__main__":
-    for word in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("surfaces", nargs="+", metavar="blind_g:0")
+    for word in parser.parse_args().surfaces:
         regret = left(Blind(word), Blind(word, lucky=True))
         print(f"{word}: ten launches by who knows all but the luck leave {regret:.3f}", flush=True)
