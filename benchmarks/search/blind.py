@@ -87,6 +87,8 @@ class Blind:
         """The model that came with the surface, wrong by ``kind``; None for ``none``."""
         if kind in ("none", ""):
             return None
+        if not hasattr(self.source, "predictor"):
+            raise SystemExit(f"{self.name} brought no model along: --models none")
         foresee: Any = self.source.predictor(self.scenario, kind, seed)
 
         @functools.wraps(foresee)
