@@ -73,15 +73,20 @@ class Place:
 
 def place(study: Study, env: Mapping[str, str] = os.environ) -> Place:
     """The study's own ``tracking_uri``, else ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` beside the study folder."""
+    return _place_of(study.tracking_uri, Path(study.folder).resolve(), env)
+
+
+def _place_of(uri: str, folder: Path, env: Mapping[str, str]) -> Place:
+    """Of the study in ``folder``, whose own ``uri`` may be empty."""
     experiment = env.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    uri = study.tracking_uri or env.get("MLFLOW_TRACKING_URI", "")
+    uri = uri or env.get("MLFLOW_TRACKING_URI", "")
     if not uri:
-        return default_place(Path(study.folder).resolve().parent, experiment)
+        return default_place(folder.parent, experiment)
     if uri.startswith("sqlite:///"):
         database = sqlite_file(uri).resolve()
         artifacts = (database.parent / "mlartifacts").as_uri()
         return Place(sqlite_url(database), artifacts, experiment, database.with_name(f".{database.name}.lock"))
-    return Place(uri, "", experiment, Path(study.folder).resolve() / ".mlflow.lock")
+    return Place(uri, "", experiment, folder / ".mlflow.lock")
 
 
 def default_place(folder: Path, experiment: str = EXPERIMENT) -> Place:
@@ -103,9 +108,9 @@ def ui_command(where: Study | Path, port: int = 5000, env: Mapping[str, str] = o
     if isinstance(where, Study):
         known = place(where, env)
     else:
-        known = default_place(where.resolve().parent if (where / "study.yaml").exists() else where)
+        known = _place_of("", (where if (where / "study.yaml").exists() else where / "any").resolve(), env)
     if known.server:
-        raise UsageError(f"this study is logged to {known.shown}", fix="Open that address in a browser.")
+        raise UsageError(f"studies are logged to {known.shown}", fix="Open that address in a browser.")
     if known.file and not known.file.exists():
         raise UsageError(f"there is no {known.file}", fix="Run a study first, or `tuner sync` one that was not logged.")
     words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", known.given]
