@@ -18,6 +18,7 @@ from tuner.errors import UsageError
 from tuner.server.start import Binding
 from tuner.space.config import ServingConfig
 from tuner.spec import studyfile
+from tuner.study import session
 
 ROOT = Path(__file__).parents[2]
 BINDING = Binding(8123, "secret", "tuner-abc", Path("/t"), (2, 3))
@@ -344,3 +345,15 @@ def test_options_with_values_that_they_may_have_are_taken(tmp_path: Path, model:
     file = tmp_path / "s.yaml"
     file.write_text(_STUDY.format(model=model, option="start_limit_s: .inf").replace('version: "1"', "version: 1.0"))
     build.engine(studyfile.load(file))
+
+
+@pytest.mark.parametrize("option", ["stop_command: [kill, '{ctx-size}']", "env: {CTX: '{ctx-size}'}"])
+def test_a_place_that_is_nothing_is_refused_with_its_line_before_a_launch(
+    tmp_path: Path, model: str, option: str
+) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(_STUDY.format(model=model, option=option.replace("ctx-size", "ctx-size=1")))
+    assert session.prepare(studyfile.load(file))
+    file.write_text(_STUDY.format(model=model, option=option))
+    with pytest.raises(UsageError, match=r"s\.yaml:5: engine\.command: \{ctx-size\} is neither"):
+        session.prepare(studyfile.load(file))

@@ -86,6 +86,11 @@ class CommandEngine:
         """See the protocol: nobody can be asked."""
         return None
 
+    def check_config(self, config: ServingConfig) -> None:
+        """Raises ``UsageError`` for a place that is neither known nor a flag of ``config``."""
+        template = [*self.command, *self.stop_command, *self.env.values(), *config.env.values()]
+        filled(template, config, dict.fromkeys((*LAUNCHERS, "model"), ""), flags=True)
+
     def launch(self, config: ServingConfig, site: Site) -> HttpServer:
         """See the protocol. Raises ``UsageError`` for a place that is neither known nor a flag of the config, and where
         the server does not know a flag of the command's own words, which every launch has."""

@@ -246,6 +246,12 @@ def check_flags(study: Study, engine: Engine) -> None:
     for flag in used:
         with _named(study, flag):
             check(flag)
+    if check_config := getattr(engine, "check_config", None):
+        try:
+            check_config(study.space.config(study.space.default(), study.model))
+        except UsageError as error:
+            error.where = error.where or build.place(study, "engine", "command")
+            raise
     if (known := engine.flags()) is None:
         return
     for flag, where in used.items():
