@@ -228,7 +228,7 @@ def test_a_command_s_server_has_a_model_where_its_flags_are_those_of_an_engine_t
     """To it a 4-bit file of another engine would be 16-bit weights, which fit nowhere."""
     space = "{name: s, ENGINE parameters: {weights: {flag: quant, values: [q8_0, q4_0], default: q4_0}}}"
     space = space.replace("ENGINE", f"engine: {space_engine}," if space_engine else "")
-    text = CPU.replace("KIND", "command\n  command: [s, '{port}', '{quant}']").replace("VALUE", "'1'")
+    text = CPU.replace("KIND", "command\n  command: [s, '{port}', '{quant=q4_0}']").replace("VALUE", "'1'")
     text += f"search_space: {space}\nprice_usd_per_gpu_hour: 1\n"
     options = "  options: {log: vllm}\nhardware" if log else "hardware"
     (workplace / "study.yaml").write_text(text.replace("WHERE", "T4, gpus: 1").replace("hardware", options))
