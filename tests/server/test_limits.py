@@ -4,7 +4,7 @@ import pytest
 
 from tuner.engines import sglang, vllmlog
 from tuner.server.bootlog import SILENT
-from tuner.server.limits import PHASES, History, Limits, fixed
+from tuner.server.limits import LIMITED, History, Limits, fixed
 from tuner.study.outcome import Boot
 
 
@@ -76,4 +76,4 @@ def test_a_file_of_another_shape_is_as_none(tmp_path, entry):
 
 @pytest.mark.parametrize("dialect", [vllmlog.DIALECT, sglang.DIALECT, SILENT], ids=lambda dialect: dialect.name)
 def test_a_study_may_name_every_phase_that_a_log_has(dialect):
-    assert {name for name, _ in dialect.phases} <= {*PHASES}
+    assert {name for name, _ in dialect.phases} <= {*LIMITED}

@@ -119,8 +119,7 @@ class FunctionServer:
             with printing_aside():
                 answer = self._evaluate(dict(self._config.params), plan.load)
         except SaysInfeasible as error:
-            reason = error.reason or "infeasible"
-            raise LaunchFailed(Infeasible("infeasible", reason, evidence=f"Infeasible: {reason}")) from None
+            raise LaunchFailed(refused(error)) from None
         except (Exception, SystemExit, GeneratorExit) as error:
             raise LaunchFailed(_crash(error, plan.load)) from error
         finally:
@@ -133,7 +132,7 @@ class FunctionServer:
         except UsageError as error:
             if self._engine.default in (None, self._config.params):
                 raise  # the study's first launch: nothing will come of it
-            raise LaunchFailed(_wrong(error)) from error
+            raise LaunchFailed(wrong(error)) from error
         return Step(load=plan.load, window=plan.window, metrics=metrics, slo_misses=misses)
 
     def stop(self) -> Teardown:
@@ -281,7 +280,14 @@ def _crash(error: BaseException, load: float) -> Infeasible:
     )
 
 
-def _wrong(error: UsageError) -> Infeasible:
+def refused(error: SaysInfeasible, stage: str = "start-up") -> Infeasible:
+    """The outcome of a configuration that the user's code refused."""
+    reason = error.reason or "infeasible"
+    return Infeasible("infeasible", reason, evidence=f"Infeasible: {reason}", stage=stage)
+
+
+def wrong(error: UsageError) -> Infeasible:
+    """The outcome of a configuration for which the user's code answered what is no answer."""
     return Infeasible("crash", error.message, evidence=error.message, fix=error.fix, stage="under load")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, get_type_hints
 
-from tuner.engines.function import beside, checked, load_target, needed, raised_in
+from tuner.engines.function import beside, checked, load_target, needed, raised_in, refused, wrong
 from tuner.engines.protocol import Cancelled, Endpoint, Engine, LaunchFailed, Server, Site, StepPlan, Teardown
 from tuner.errors import Infeasible as SaysInfeasible
 from tuner.errors import TunerError, UsageError, encodable
@@ -57,38 +57,36 @@ class OwnEngine:
 
     def launch(self, config: ServingConfig, site: Site) -> OwnServer:
         """See the protocol."""
-        name = f"{self._target}.measure"
-        return _crashing("start-up", lambda: OwnServer(self._made.launch(config, site), name, self._required))
+        return _crashing("start-up", lambda: OwnServer(self._made.launch(config, site), self._target, self._required))
 
 
 class OwnServer:
     """Implements :class:`tuner.engines.protocol.Server` by what the user's engine launched."""
 
-    def __init__(self, server: Server, name: str, required: tuple[str, ...]) -> None:
+    def __init__(self, server: Server, target: str, required: tuple[str, ...]) -> None:
         self.endpoint: Endpoint | None = server.endpoint
         self.boot: Boot = server.boot
-        self._server, self._name, self._required = server, name, required
+        self._server, self._target, self._required = server, target, required
 
     def measure(self, plan: StepPlan) -> Step:
         """See the protocol. Raises ``UsageError`` for what is no step; one without records that says too little is a
         crash."""
-        step = _crashing("under load", lambda: self._server.measure(plan))
+        step, name = _crashing("under load", lambda: self._server.measure(plan)), f"{self._target}.measure"
         if not isinstance(step, Step):
-            raise UsageError(f"{self._name} returned {type(step).__name__}, not a Step", fix=_CONFORMANCE)
+            raise UsageError(f"{name} returned {type(step).__name__}, not a Step", fix=_CONFORMANCE)
         if step.records or step.slo_misses or step.untrusted:
             return step
         try:
-            return replace(step, metrics=checked(step.metrics, self._name, self._required))
+            return replace(step, metrics=checked(step.metrics, name, self._required))
         except UsageError as error:
-            found = Infeasible("crash", error.message, error.message, error.fix, "under load")
-            raise LaunchFailed(found) from error
+            raise LaunchFailed(wrong(error)) from error
 
     def stop(self) -> Teardown:
         """See the protocol."""
         try:
             return self._server.stop()
         except Exception as error:
-            return Teardown(left_over=(f"what {self._name} was asked of: stop raised {raised_in(error)}",))
+            return Teardown(left_over=(f"{self._target}.stop: {raised_in(error)}",))
 
 
 def _told(name: str, ask: Callable[[], T]) -> T:
@@ -108,8 +106,7 @@ def _crashing(stage: str, attempt: Callable[[], T]) -> T:
     except (TunerError, LaunchFailed, Cancelled):
         raise
     except SaysInfeasible as error:
-        reason = error.reason or "infeasible"
-        raise LaunchFailed(Infeasible("infeasible", reason, f"Infeasible: {reason}", stage=stage)) from None
+        raise LaunchFailed(refused(error, stage)) from None
     except Exception as error:
         message = encodable(f"the engine raised {type(error).__name__}: {error}")
         fix = "correct it, or raise tuner.engines.protocol.LaunchFailed with the outcome"

@@ -79,12 +79,12 @@ def probe(endpoint: Endpoint, *, text_only: bool = False, timeout_s: float = 120
     for route, prompt, counting, forced in _LADDER:
         if text_only and prompt == "ids":
             prompt = "text"
+        words = _words(endpoint.tokenizer) if prompt == "text" and not text_only else ()
         for size in sizes if prompt == "ids" else sizes[:1]:
+            question = " ".join(words[:_TOKENS]) or _TEXT if prompt == "text" else _highest(size)
             names = ("max_tokens", "max_completion_tokens") if route == "chat" else ("max_tokens",)
             for name in names:
                 dialect = Dialect(model, route, prompt, counting, forced, name)
-                words = _words(endpoint.tokenizer) if prompt == "text" and not text_only else ()
-                question = " ".join(words[:_TOKENS]) or _TEXT if prompt == "text" else _highest(size)
                 status, answer = _ask(where, Writer(where, dialect, endpoint.api_key), question, timeout_s)
                 _check(endpoint, status, answer.error)
                 if status == 200 and not answer.error and _counts(answer, counting):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.errors import replacing
-from tuner.study.outcome import Boot
+from tuner.study.outcome import PHASES, Boot
 
 _ENOUGH = 3  # start-ups after which history counts
 _FACTOR = 4.0  # a phase may take this many times the longest seen
@@ -17,8 +17,8 @@ _UNSEEN_S = 900.0
 _FIRST_S: Mapping[str, float] = {"weights": 3600.0, "compile": 1800.0, "graphs": 1800.0}
 
 
-#: The names of phases, in order; ``start`` is all of them where nothing is known of the log.
-PHASES = ("start", "imports", "config", "engine", "weights", "compile", "kv", "warmup", "graphs", "api")
+#: The names of what has a limit; ``start`` is all phases where nothing is known of the log.
+LIMITED = ("start", *PHASES)
 #: What a study says about phases: one limit in seconds for all of them, or one each by name; None: learnt.
 PhaseLimit = float | Mapping[str, float] | None
 

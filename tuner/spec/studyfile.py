@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import UsageError
-from tuner.server.limits import PHASES
+from tuner.server.limits import LIMITED
 from tuner.space.condition import named
 from tuner.space.space import SHARED, SearchSpace, heads
 from tuner.spec import facts as facts_
@@ -324,9 +324,9 @@ def _engine(file: EngineFile, document: Document, base: Path, must_exist: bool) 
         }
     phases = options.get("phase_limit_s")
     for name in phases if isinstance(phases, dict) and file.kind != "own" else ():
-        if name not in PHASES:
+        if name not in LIMITED:
             at = ("engine", "options", "phase_limit_s", name)
-            document.refuse(f"phase_limit_s: there is no phase {name!r}", at, suggest(name, PHASES))
+            document.refuse(f"phase_limit_s: there is no phase {name!r}", at, suggest(name, LIMITED))
     if isinstance(tokenizer := options.get("tokenizer"), str) and tokenizer.startswith("."):
         options["tokenizer"] = os.path.normpath(base / tokenizer)
     return EngineSpec(file.kind, command, python, args, env, file.trust_remote_code, options)

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+#: Of a start-up, in order, as logs show them.
+PHASES = ("imports", "config", "engine", "weights", "compile", "kv", "warmup", "graphs", "api")
+
 
 @dataclass(frozen=True, slots=True)
 class Boot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PHASES = ("imports", "config", "engine", "weights", "compile", "kv", "warmup", "graphs", "api")
+from tuner.study.outcome import PHASES
 
 # Name -> (when, what it does). ``boot``: while starting; ``serve``: on a server that is up; ``stop``: at its end.
 CATALOGUE: Mapping[str, tuple[str, str]] = {
