@@ -104,8 +104,24 @@ def test_a_closed_terminal_ends_a_command_in_peace(how):
         assert command.wait(20) == 7
 
 
-def test_a_signal_in_the_middle_of_a_word_is_heard_though_nothing_can_be_said():
-    asked = threading.Event()
+def test_a_signal_while_the_main_thread_holds_the_events_lock_is_heard():
+    """As it does for a moment in each wait: an event set by the handler itself waited for its own thread for ever."""
+    lock, free = threading.Lock(), []
+
+    class Asked(threading.Event):
+        def set(self):
+            free.append(lock.acquire(timeout=10))
+            super().set()
+
+    asked = Asked()
+    with signals.stopping(asked):
+        with lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.wait(20) and free == [True]
+
+
+def test_a_signal_in_the_middle_of_a_word_is_heard_and_said_after_it():
+    asked, written = threading.Event(), []
 
     class Slow(io.RawIOBase):
         def writable(self) -> bool:
@@ -115,13 +131,15 @@ def test_a_signal_in_the_middle_of_a_word_is_heard_though_nothing_can_be_said():
             if not asked.is_set():
                 os.kill(os.getpid(), signal.SIGTERM)
                 asked.wait(10)
+            written.append(bytes(data))
             return len(data)
 
     said = io.BufferedWriter(Slow())
     with signals.stopping(asked, lambda: said.write(b"stopping")):
-        said.write(b"a word")
+        said.write(b"a word, ")
         said.flush()
-    assert asked.is_set()
+    said.flush()
+    assert b"".join(written) == b"a word, stopping"
 
 
 def test_a_replay_under_nohup_outlives_its_terminal():

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any
 
 AGAIN_S = 1.0  # one Ctrl-C may come twice: from the terminal, and from what runs the command
@@ -47,9 +48,11 @@ def as_interrupts() -> None:
 
 @contextmanager
 def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Within it the first of them sets ``cancel`` and calls ``first``; another, a second later at the earliest, raises
-    KeyboardInterrupt."""
+    """Within it the first of them sets ``cancel`` and calls ``first``, in a thread of their own: the main thread may be
+    in the middle of what holds the event's lock, or a stream's, and would never give it back to its own handler.
+    Another, a second later at the earliest, raises KeyboardInterrupt."""
     asked_s: list[float] = []
+    heard: SimpleQueue[bool] = SimpleQueue()  # its put, unlike an event's set, may come in the middle of itself
 
     def asked() -> None:
         now = time.monotonic()
@@ -57,13 +60,21 @@ def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None
             raise KeyboardInterrupt
         if not asked_s:
             asked_s.append(now)
+            heard.put(True)
+
+    def listen() -> None:
+        if heard.get():
             cancel.set()
-            with suppress(RuntimeError):  # in the middle of another word: Python's streams take no second one
+            with suppress(OSError):  # nobody reads what is said
                 first()
 
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
     before = _hear(asked)
     try:
         yield
     finally:
         for number, usual in before.items():
             signal.signal(number, usual)
+        heard.put(False)
+        listener.join()
