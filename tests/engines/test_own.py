@@ -83,6 +83,9 @@ class Wrong(MyEngine):
 
     def measure(self, plan):
         self.fails("measure")
+        print("on somebody's output")
+        if self.at == "exit":
+            raise SystemExit(3)
         if self.at == "refusal":
             import tuner
 
@@ -180,11 +183,14 @@ def test_an_engine_that_cannot_say_what_it_is_is_refused_in_one_line(workplace: 
     [
         ("launch", "crash", "RuntimeError: nobody knows"),
         ("measure", "crash", "RuntimeError: nobody knows"),
+        ("exit", "crash", "SystemExit: 3"),
         ("metrics", "crash", "did not return tpot_p99_s, which the objective needs"),
         ("refusal", "infeasible", "eight lanes are too many"),
     ],
 )
-def test_what_an_engine_raises_is_that_configurations_outcome(workplace: Path, at: str, cause: str, said: str) -> None:
+def test_what_an_engine_raises_is_that_configurations_outcome(
+    workplace: Path, at: str, cause: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = written(workplace, 'MyEngine", options: {speed: 2}', f'Wrong", options: {{at: {at}}}')
     assert tune.run(path, tune.Flags(), plain=True) == 0
 
@@ -192,6 +198,7 @@ def test_what_an_engine_raises_is_that_configurations_outcome(workplace: Path, a
     assert isinstance(outcomes[2], Measured)
     failed = outcomes[8]
     assert isinstance(failed, Infeasible) and failed.cause == cause and said in failed.message
+    assert "somebody's output" not in capsys.readouterr().out  # which is for data
 
 
 def test_what_measures_no_step_ends_the_study_and_a_stop_that_fails_is_told(workplace: Path) -> None:

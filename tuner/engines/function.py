@@ -31,6 +31,7 @@ from tuner.study.price import COST, GOODPUT, told
 _NEVER_NEGATIVE = re.compile(r"(ttft|tpot|itl|e2e|cost)_|error_rate$|.*_per_s$")  # other names are the function's own
 
 Evaluate = Callable[..., Mapping[str, float]]  # of the parameters (a dict) and the load
+RAISED = (Exception, SystemExit, GeneratorExit)  # what the user's code may raise: an interrupt is not its own
 FILES = "files"  # in a trial's folder: a callable's own, beside what is ours (a config.json, say)
 
 
@@ -120,7 +121,7 @@ class FunctionServer:
                 answer = self._evaluate(dict(self._config.params), plan.load)
         except SaysInfeasible as error:
             raise LaunchFailed(refused(error)) from None
-        except (Exception, SystemExit, GeneratorExit) as error:
+        except RAISED as error:
             raise LaunchFailed(_crash(error, plan.load)) from error
         finally:
             os.chdir(self._engine.home)
@@ -222,7 +223,7 @@ def load_target(target: str, folder: Path) -> Evaluate:
             module = _from_file(folder / where) if where.endswith(".py") else _from_name(where, folder)
     except UsageError:
         raise
-    except (Exception, SystemExit) as error:
+    except RAISED as error:
         why = f"it cannot be imported: {raised_in(error)}"
         if isinstance(error, ModuleNotFoundError) and error.name == where.partition(".")[0]:
             why = f"there is no module {error.name}"

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, get_type_hints
 
-from tuner.engines.function import beside, checked, load_target, needed, raised_in, refused, wrong
+from tuner.engines.function import (
+    RAISED,
+    beside,
+    checked,
+    load_target,
+    needed,
+    printing_aside,
+    raised_in,
+    refused,
+    wrong,
+)
 from tuner.engines.protocol import Cancelled, Endpoint, Engine, LaunchFailed, Server, Site, StepPlan, Teardown
 from tuner.errors import Infeasible as SaysInfeasible
 from tuner.errors import TunerError, UsageError, encodable
@@ -84,30 +94,33 @@ class OwnServer:
     def stop(self) -> Teardown:
         """See the protocol."""
         try:
-            return self._server.stop()
-        except Exception as error:
+            with printing_aside():
+                return self._server.stop()
+        except RAISED as error:
             return Teardown(left_over=(f"{self._target}.stop: {raised_in(error)}",))
 
 
 def _told(name: str, ask: Callable[[], T]) -> T:
     """What ``ask`` returns. Raises ``UsageError`` for what it raises of its own."""
     try:
-        return ask()
+        with printing_aside():
+            return ask()
     except TunerError:
         raise
-    except Exception as error:
+    except RAISED as error:
         raise UsageError(f"{name}: {raised_in(error)}") from error
 
 
 def _crashing(stage: str, attempt: Callable[[], T]) -> T:
     """What ``attempt`` returns. What it raises of its own is a crash of the configuration."""
     try:
-        return attempt()
+        with printing_aside():
+            return attempt()
     except (TunerError, LaunchFailed, Cancelled):
         raise
     except SaysInfeasible as error:
         raise LaunchFailed(refused(error, stage)) from None
-    except Exception as error:
+    except RAISED as error:
         message = encodable(f"the engine raised {type(error).__name__}: {error}")
         fix = "correct it, or raise tuner.engines.protocol.LaunchFailed with the outcome"
         raise LaunchFailed(Infeasible("crash", message, raised_in(error), fix, stage)) from error

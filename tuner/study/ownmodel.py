@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tuner.engines.function import beside, checked, load_target, needed, printing_aside, raised_in
+from tuner.engines.function import RAISED, beside, checked, load_target, needed, printing_aside, raised_in
 from tuner.engines.protocol import Cancelled
 from tuner.errors import Infeasible, UsageError
 from tuner.search.prediction import Prediction
@@ -88,7 +88,7 @@ class OwnModel:
                 answer = self.foresee(dict(config.params), load, **self.constants)
         except Infeasible as error:
             return Prediction(False, reason=error.reason or "infeasible")
-        except (Exception, SystemExit) as error:
+        except RAISED as error:
             raise UsageError(
                 f"the predictor {self.target} failed on {dict(config.params)}: {raised_in(error)}",
                 fix="return metrics, or raise tuner.Infeasible(reason) for what cannot run",
