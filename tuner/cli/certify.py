@@ -125,16 +125,19 @@ def _dumped(result: Any) -> str:
 def _session(path: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
     """Opens a study for more launches: lock, engine, traffic, signals and view, as ``tuner tune`` does."""
     from tuner.cli.live import View
+    from tuner.engines import hub
     from tuner.engines.protocol import Cancelled
     from tuner.study import session
     from tuner.study.evaluate import Bench
 
     study, _ = opened(path)
+    terminal = sys.stderr.isatty()
+    hub.bring(study, lambda text: print(text, file=sys.stderr), shown=terminal)
     cancel = threading.Event()
     try:
         with (
             session.opened(study) as store,
-            View(study, not sys.stderr.isatty()) as view,
+            View(study, not terminal) as view,
             stopping(cancel, view.stopping),
         ):
             ready = session.prepare(study)

@@ -42,15 +42,20 @@ class Flags:
 def run(path: Path | None, flags: Flags, plain: bool) -> int:
     """Runs or resumes a study; returns the exit code."""
     from tuner.cli.live import View
+    from tuner.engines import hub
     from tuner.study import finish, ladder, session
     from tuner.study.peers import joined
 
-    given = read(path, flags, lambda text: print(text, file=sys.stderr))
-    study = session.as_begun(_shared(path, flags, given))
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    plain = plain or not sys.stderr.isatty()
+    study = session.as_begun(_shared(path, flags, read(path, flags, say)))
+    hub.bring(study, say, shown=not plain)
     cancel = threading.Event()
     again = resume_command(path, sys.argv[1:])
     interrupted = f"Interrupted; everything measured is kept. Resume: {again}"
-    with View(study, plain or not sys.stderr.isatty()) as view, session.opened(study, view.say) as store:
+    with View(study, plain) as view, session.opened(study, view.say) as store:
         try:
             with stopping(cancel, view.stopping):
                 view.study = study = ladder.settled(study, store, cancel, view.on_event)

@@ -42,12 +42,15 @@ def local_model(model: str, env: Mapping[str, str] | None = None) -> Path | None
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
         return folder.resolve()
-    env = os.environ if env is None else env
-    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
-    hub = Path(env.get("HF_HUB_CACHE") or home / "hub")
-    snapshots = hub / f"models--{model.replace('/', '--')}" / "snapshots"
+    snapshots = hub_cache(os.environ if env is None else env) / f"models--{model.replace('/', '--')}" / "snapshots"
     found = [path.parent for path in snapshots.glob("*/config.json")] if model.count("/") <= 1 else []
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def hub_cache(env: Mapping[str, str]) -> Path:
+    """Where the Hugging Face client keeps what it downloads."""
+    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    return Path(env.get("HF_HUB_CACHE") or home / "hub")
 
 
 def variant(model: str, name: str, models: Path) -> Path:

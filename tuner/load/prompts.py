@@ -175,7 +175,8 @@ def model_folder(model: str | Path) -> Path:
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UsageError(
             f"model {model} is neither a folder nor in the local Hugging Face cache",
-            fix="Give a folder that holds tokenizer.json and config.json",
+            fix="Give a folder that holds tokenizer.json and config.json, or: "
+            f"hf download {model} tokenizer.json config.json",
         ) from error
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tuner.engines import hub
 from tuner.errors import UsageError
 from tuner.server.limits import LIMITED
 from tuner.space.condition import named
@@ -370,6 +371,8 @@ def _facts(
     """Facts of machine, model and trace as they are now; ``own`` rows of the hardware table."""
     from tuner.load import formats
 
+    if engine.kind in hub.SERVED:
+        hub.read(model)
     facts = {**facts_.of_machine(), **facts_.of_model(model)}
     for key in ("draft_model", "eagle_model"):
         given = getattr(file, key)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.engines import build
+from tuner.engines import build, hub
 from tuner.engines.protocol import Cancelled, Engine, LaunchFailed, OnEvent
 from tuner.errors import EnvironmentFault, UsageError, naming, replacing
 from tuner.executor.build import executor
@@ -319,8 +319,9 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
     if row is None or len(types) < len(compared):
         absent = device(study, study.space.gpu) if row is None else min(compared - types.keys())
         return None, f"{absent} is not in the hardware table (hardware: {{table: FILE}} adds a row of yours)"
+    why = hub.read(study.model) if study.engine.kind in hub.SERVED else ""  # of one begun elsewhere, too
     if not model_config(study.model):
-        return None, f"{study.model} has no config.json on this machine"
+        return None, f"{study.model} has no config.json on this machine{why and ', and '}{why}"
     try:
         shape = ModelShape.from_folder(study.model)
     except UsageError as error:
