@@ -187,7 +187,8 @@ def test_an_interrupt_ends_a_download(workplace: Path, hub: Hub) -> None:
                 assert command.poll() is None
                 time.sleep(0.1)
             command.send_signal(signal.SIGINT)
-            assert command.wait(30) == 130
+            _, said = command.communicate(timeout=30)
+            assert command.returncode == 130 and said.endswith("\nInterrupted; files that are whole are kept.\n")
         finally:
             command.kill()
     deadline = time.monotonic() + 30

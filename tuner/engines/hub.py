@@ -66,7 +66,7 @@ def read(model: str) -> str:
 def bring(study: Study, say: Callable[[str], None], shown: bool) -> None:
     """Downloads the weights of the study's model to the local Hugging Face cache, where its servers take them from
     there and they are not. ``say`` hears of it; ``shown``: the client's progress is on stderr. Where it cannot be done
-    the first server tries by itself, and says why not; what an interrupt cut off goes on from there the next time.
+    the first server tries by itself, and says why not. An interrupt ends it; files that are whole by then are kept.
 
     Raises EnvironmentFault where the disk has not enough room.
     """
@@ -99,7 +99,12 @@ def bring(study: Study, say: Callable[[str], None], shown: bool) -> None:
             start_new_session=True,
         ) as client,
     ):
-        if client.wait():
+        try:
+            failed = client.wait()
+        except KeyboardInterrupt:
+            say("\nInterrupted; files that are whole are kept.")
+            raise
+        if failed:
             told.seek(0)
             why = told.read().decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {client.returncode}"]
             say(f"It could not be downloaded ({why[0][:200]}): the first server tries by itself.")
