@@ -20,14 +20,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 class Hub(ThreadingHTTPServer):
     """``repos``: folders by the model's id. ``gated``: ids that nobody may have. ``asked``: the files that were asked
-    for. ``holds``: files of which only half is sent, ``held`` of them are on their way; ``refuses``: none of these."""
+    for. ``holds``: files of which only half is sent; ``refuses``: none of these. ``calls``: requests in all."""
 
     daemon_threads = True
 
     def __init__(self, port: int, repos: Mapping[str, Path], gated: frozenset[str] = frozenset()) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.repos, self.gated, self.asked = repos, gated, list[str]()
-        self.holds, self.held, self.refuses = frozenset[str](), 0, frozenset[str]()
+        self.holds, self.refuses, self.calls = frozenset[str](), frozenset[str](), 0
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -44,6 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        self.server.calls += 1
         path = unquote(urlsplit(self.path).path)
         api = path.startswith("/api/models/")
         words = path.removeprefix("/api/models").strip("/").split("/")
@@ -86,9 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
             return
         self.wfile.write(data[: len(data) // 2])
-        self.server.held += 1
         self.connection.recv(1)  # until the other side is gone
-        self.server.held -= 1
         self.close_connection = True
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from tests.engines.fakehub import Hub, serving
@@ -32,9 +33,11 @@ trace: trace.csv
 """
 WHY = """
 from pathlib import Path
+from tuner.engines import hub
 from tuner.spec import studyfile
 from tuner.study import session
-print(session.prepare(studyfile.load(Path("study.yaml")), launching=False).no_model)
+ready = session.prepare(studyfile.load(Path("study.yaml")), launching=False)
+print(ready.no_model or (ready.study.space.facts["max_model_len"], hub.commit(ready.study.model)))
 """
 BRING = """
 from pathlib import Path
@@ -50,7 +53,7 @@ def workplace(tmp_path: Path) -> Path:
     (repo / "original").mkdir(parents=True)
     (repo / "config.json").write_text(json.dumps(CONFIG))
     (repo / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-    for name in ("README.md", "pytorch_model.bin", "original/consolidated.pth", *SHARDS):
+    for name in ("README.md", "pytorch_model.bin", "original/consolidated.pth", "original/params.json", *SHARDS):
         (repo / name).write_text(name)
     index = {"weight_map": dict(zip("abc", [*SHARDS, SHARDS[0]], strict=True))}
     (repo / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -77,17 +80,22 @@ def run(workplace: Path, hub: Hub | None, *words: str, **more: str) -> subproces
     return subprocess.run([sys.executable, *words], cwd=workplace, env=env, capture_output=True, text=True, timeout=300)
 
 
+def room_for(size: int) -> str:
+    return f"import shutil; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 9, {size})"
+
+
 def unpredicted(workplace: Path, hub: Hub | None, **more: str) -> str:
-    """Why there is no analytic model of the study; empty where there is one."""
+    """Why there is no analytic model of the study; where there is one, the longest request and the model's commit."""
     done = run(workplace, hub, "-c", WHY, **more)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_a_study_reads_configuration_and_tokenizer_and_no_weights(workplace: Path, hub: Hub) -> None:
-    assert not unpredicted(workplace, hub)
+    known = "(2048, '0123456789ab')"
+    assert unpredicted(workplace, hub) == known
     assert sorted(hub.asked) == ["config.json", "model.safetensors.index.json", "tokenizer.json"]
-    assert not unpredicted(workplace, None)  # it is here now
+    assert unpredicted(workplace, None) == known  # it is here now
 
 
 @pytest.mark.parametrize(
@@ -117,9 +125,16 @@ def test_weights_are_downloaded_before_a_launch_those_alone_that_the_engine_load
         "org/tiny is not on this disk: its weights are downloaded first, 0.0 GB.\n"
     )
     assert sorted(name for name in hub.asked if not name.endswith(".json")) == SHARDS
-    asked = list(hub.asked)
+    calls = hub.calls
     done = run(workplace, hub, "-c", BRING)
-    assert (done.returncode, done.stdout, hub.asked) == (0, "", asked)
+    assert (done.returncode, done.stdout, hub.calls) == (0, "", calls)
+
+
+def test_a_study_that_was_begun_elsewhere_brings_what_it_reads_too(workplace: Path, hub: Hub) -> None:
+    elsewhere = "import shutil; study = studyfile.load(Path('study.yaml')); shutil.rmtree('hf'); hub.read.cache_clear()"
+    code = BRING.replace('hub.bring(studyfile.load(Path("study.yaml"))', f"{elsewhere}\nhub.bring(study")
+    assert run(workplace, hub, "-c", code).returncode == 0
+    assert hub.asked.count("config.json") == hub.asked.count("tokenizer.json") == 2
 
 
 def test_what_is_left_of_a_download_is_brought(workplace: Path, hub: Hub) -> None:
@@ -127,7 +142,8 @@ def test_what_is_left_of_a_download_is_brought(workplace: Path, hub: Hub) -> Non
     (second,) = (workplace / "hf").rglob(SHARDS[1])
     second.unlink()
     hub.asked.clear()
-    assert "downloaded first" in run(workplace, hub, "-c", BRING).stdout
+    done = run(workplace, hub, "-c", room_for(len(SHARDS[1])) + BRING)
+    assert "downloaded first" in done.stdout, done.stderr
     assert second.read_text() == SHARDS[1] and SHARDS[0] not in hub.asked
 
 
@@ -139,6 +155,7 @@ def test_what_is_left_of_a_download_is_brought(workplace: Path, hub: Hub) -> Non
         ("{kind: vllm}", "{kind: vllm, env: {HF_HOME: /data}}"),
         ("{kind: vllm}", "{kind: vllm, command: docker run vllm}"),
         ("{kind: vllm}", "{kind: emulator}"),
+        ("trace.csv", "trace.csv\nexecutor: ray"),
     ],
 )
 def test_weights_that_servers_take_from_elsewhere_are_left_to_them(
@@ -165,8 +182,7 @@ def test_the_files_that_an_engine_loads(kind: str, names: list[str], loaded: lis
 
 
 def test_a_disk_without_room_is_told_before_the_download(workplace: Path, hub: Hub) -> None:
-    full = "import shutil; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 9, 9)"
-    done = run(workplace, hub, "-c", f"{full}\n{BRING}")
+    done = run(workplace, hub, "-c", room_for(len("".join(SHARDS)) - 1) + BRING)
     assert "the weights of org/tiny take 0.0 GB, and " in done.stderr and not {*SHARDS} & {*hub.asked}
 
 
@@ -186,12 +202,10 @@ def test_an_interrupt_ends_a_download(workplace: Path, hub: Hub) -> None:
             while not {*SHARDS} & {*hub.asked}:
                 assert command.poll() is None
                 time.sleep(0.1)
+            downloading = psutil.Process(command.pid).children()
             command.send_signal(signal.SIGINT)
             _, said = command.communicate(timeout=30)
-            assert command.returncode == 130 and said.endswith("\nInterrupted; files that are whole are kept.\n")
         finally:
             command.kill()
-    deadline = time.monotonic() + 30
-    while hub.held and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not hub.held  # whoever downloaded is gone
+    assert command.returncode == 130 and said.endswith("\nInterrupted; files that are whole are kept.\n")
+    assert downloading and not psutil.wait_procs(downloading, timeout=30)[1]

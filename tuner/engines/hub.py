@@ -110,6 +110,13 @@ def bring(study: Study, say: Callable[[str], None], shown: bool) -> None:
             say(f"It could not be downloaded ({why[0][:200]}): the first server tries by itself.")
 
 
+def commit(model: str) -> str:
+    """Twelve hex digits of the commit that the local cache has of a hub's ``model``; empty where it is none, or not
+    there."""
+    here = None if Path(model).is_dir() else local_model(model)
+    return here.name[:12] if here else ""
+
+
 def _from_cache(study: Study) -> bool:
     """Whether the study's servers take the weights from the cache of whoever runs the tuner."""
     engine, space = study.engine, study.space

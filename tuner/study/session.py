@@ -97,7 +97,7 @@ class Prepared:
             driver=driver(),
             gpu=gpu_here(study, wanted) if study.executor.kind == "local" else study.hardware.name,
             model=Path(served).name,
-            model_hash=model_hash(Path(served)),
+            model_hash=model_hash(Path(served)) or hub.commit(served),
             trace=Path(study.trace.file).name,
             trace_hash=trace_hash(self.traffic.heldout),
             date=datetime.now(UTC).strftime("%Y-%m-%d"),

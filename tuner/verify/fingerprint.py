@@ -17,7 +17,8 @@ Run = Callable[[Sequence[str]], str]
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Everything is text; empty where it is not known. ``date`` is ISO 8601 (``2026-11-23``)."""
+    """Everything is text; empty where it is not known. ``date`` is ISO 8601 (``2026-11-23``); ``model_hash`` of a hub's
+    model is its commit."""
 
     engine: str = ""
     engine_version: str = ""
