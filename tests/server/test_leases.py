@@ -82,6 +82,9 @@ def test_the_files_of_killed_owners_are_swept_away_and_those_of_the_living_stay(
         return {path.name for path in (tmp_path / "leases").iterdir()}
 
     assert files() == {"gpu-0", "gpu-1", "gpu-3"}
+    (half := tmp_path / "leases" / ".wait-1 0").touch()  # it is being made, and is nobody's yet
+    assert half.name in files()
+    half.unlink()
     other.kill()
     other.wait()
     assert files() == {"gpu-3"}
@@ -115,6 +118,27 @@ def test_who_waits_has_it_before_who_comes_later_or_again(tmp_path):
     got[0].release()
     with leases.gpus((0, 1)):
         assert {path.name for path in (tmp_path / "leases").iterdir()} == {"gpu-0", "gpu-1"}, "the queue is empty"
+
+
+def test_nobody_sees_a_place_in_the_queue_before_it_is_locked_and_named(tmp_path, monkeypatch):
+    leases, early, waited = Leases(tmp_path), [], []
+
+    def places() -> list[Path]:
+        return list(leases.folder.glob("wait-*"))
+
+    def looked(do):
+        return lambda *given: (early.extend(() if waited else places()), do(*given))[1]
+
+    class Asked(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waited.extend(places())
+            return True
+
+    with leases.gpus((0,)), pytest.raises(EnvironmentFault):
+        monkeypatch.setattr(fcntl, "flock", looked(fcntl.flock))
+        monkeypatch.setattr(os, "pwrite", looked(os.pwrite))
+        leases.gpus((0,), wait_s=60, cancel=Asked())
+    assert (len(waited), early) == (1, [])
 
 
 def test_who_came_later_is_not_waited_for(tmp_path):

@@ -193,12 +193,21 @@ class Leases:
                     return taken
                 if time.monotonic() >= deadline:
                     return None
-                place = place or Lease.take(self.folder / f"{_QUEUE}{time.time_ns():020} {_short(names)}", label)
+                place = place or self._place(names, label)
                 if cancel.wait(_LOOK_S):
                     return None
         finally:
             if place:
                 place.release()
+
+    def _place(self, names: Sequence[str], label: str) -> Lease | None:
+        """A new place in the queue, which has its name when it is locked and says whose it is: whoever saw it before
+        that took it for a killed tuner's, removed it and went first."""
+        name = f"{_QUEUE}{time.time_ns():020} {_short(names)}"
+        place = Lease.take(self.folder / f".{name}", label)
+        if place:
+            place.path = place.path.rename(self.folder / name)
+        return place
 
     def _take(self, names: Sequence[str], label: str) -> list[Lease] | None:
         """All or none, without waiting."""
@@ -242,7 +251,7 @@ class Leases:
 
 def sweep(root: Path) -> None:
     """Removes the lease files that nobody holds, litter of tuners that were killed."""
-    for path in (root / "leases").glob("*"):
+    for path in (root / "leases").glob("[!.]*"):  # those with a dot are being made
         if lease := Lease.take(path):
             lease.release()
 
