@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,24 @@ def seconds(path: Path, column: str) -> np.ndarray:
     columns = read(path).columns
     values = columns[column][np.argsort(columns["request"])]
     return np.where(values == ABSENT, np.nan, values / 1e9)
+
+
+def truth(path: Path, times: Path) -> dict[str, float]:
+    """A step's latencies by the times at which the server let its tokens go, with the percentiles by numpy: whatever
+    the machine did to the server, the client has to tell. Of requests that are answered in the order in which they
+    were to be sent, all of the same length."""
+    meta = read(path).meta
+    start_s = meta["epoch_unix_s"] - (time.time() - time.monotonic())
+    left_s = np.sort(np.array([json.loads(line) for line in times.read_text().splitlines()]), axis=0)
+    first_s, last_s = left_s[:, 0], left_s[:, -1]
+    intended_s = seconds(path, "intended_ns") + start_s
+    return {
+        "ttft_p50_s": float(np.median(first_s - intended_s)),
+        "e2e_p50_s": float(np.median(last_s - intended_s)),
+        "tpot_p50_s": float(np.median(last_s - first_s)) / (left_s.shape[1] - 1),
+        "itl_p50_s": float(np.median(np.diff(left_s))),
+        "itl_p95_s": float(np.quantile(np.diff(left_s), 0.95)),
+    }
 
 
 def undisturbed(run: Callable[[], Any], fits: Callable[[Any], bool], tries: int = 8) -> Any:

@@ -1,7 +1,8 @@
 """A streaming OpenAI-compatible server with known timing, in a process of its own: what the client tests measure.
 
 Run as a script it takes one JSON argument (see ``DEFAULTS``), prints its port and serves until killed. Tokens of a
-request leave at ``release(arrival) + first_s + k * gap_s``, where ``release`` moves a time within a stall to its end.
+request leave at ``release(arrival) + first_s + k * gap_s``, where ``release`` moves a time within a stall to its end;
+on a busy machine they leave later, and ``times`` has when they did.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ DEFAULTS = {
     "reads": 0,  # tokens of a prompt that it reads, 0: all
     "tls": [],  # certificate and key
     "html": False,  # answers with a web page
+    "times": "",  # file that gets one JSON line per answer: when each of its tokens left, monotonic
     "log": "",  # file that gets one JSON line per request: number of prompt tokens, what was asked
 }
 
@@ -50,6 +52,7 @@ class Server:
         self.count = 0
         self.made = 0
         self.log = open(self.c["log"], "a", buffering=1) if self.c["log"] else None  # noqa: SIM115
+        self.times = open(self.c["times"], "a", buffering=1) if self.c["times"] else None  # noqa: SIM115
 
     def release(self, t: float) -> float:
         every, stall = self.c["stall_every_s"], self.c["stall_s"]
@@ -114,7 +117,7 @@ class Server:
             self.chunk(writer, b": ping\n\n")
             await writer.drain()
             await asyncio.sleep(0.05)
-        made, pending = 0, []
+        made, pending, left_s = 0, [], []
         step = 0
         while made < n:
             due = self.release(start + step * (0 if probing else c["gap_s"]))
@@ -127,6 +130,7 @@ class Server:
             new = min(c["tokens_per_chunk"], n - made)
             made += new
             self.made += new
+            left_s += [time.monotonic()] * new
             choice = {"index": 0, "text": "x" * new} if not chat else {"index": 0, "delta": {"content": "x" * new}}
             if body.get("return_token_ids"):
                 choice["token_ids"] = [7] * new
@@ -142,6 +146,8 @@ class Server:
             if not probing and c["cut_every"] and k % c["cut_every"] == 0 and made > n // 2:
                 writer.write(c["end"].encode())
                 return True
+        if self.times and not probing:
+            self.times.write(json.dumps(left_s) + "\n")
         if c["usage"] != "none":
             self.event(writer, {"choices": [], "usage": self.usage(prompt, made)})
         if c["done"]:

@@ -350,14 +350,17 @@ def test_what_came_before_is_sent_32_at_a_time(tmp_path):
 def test_a_cache_that_could_not_be_filled_is_no_measurement(tmp_path):
     with stub(first_s=0.0, gap_s=0.0, fail_every=8) as (_, url):
         step = measure(endpoint(url), plan(tmp_path, after(40)))
-    assert "5 of the 40 prompts failed that were to fill the prefix cache" in step.untrusted
+    (said,) = [reason for reason in step.untrusted if "to fill the prefix cache" in reason]
+    failed, _, words = said.partition(" ")
+    assert words == "of the 40 prompts failed that were to fill the prefix cache"
+    assert int(failed) >= 5  # with those that were not waited for once too many had failed
 
 
 def test_filling_a_cache_ends_when_it_is_cancelled_and_when_the_server_dies(tmp_path):
     told = threading.Event()
     asked = plan(tmp_path, after(40), on_event=lambda name, data: told.set() if name == "phase" else None)
     with stub(first_s=30.0) as (_, url):
-        threading.Thread(target=lambda: (told.wait(), asked.cancel.set())).start()
+        threading.Thread(target=lambda: (told.wait(60), asked.cancel.set())).start()
         with pytest.raises(Cancelled):
             measure(endpoint(url), asked)
         assert not asked.records.exists()
