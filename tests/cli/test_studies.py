@@ -564,7 +564,7 @@ def test_the_usual_budget_verifies_in_three_rounds(workplace: Path) -> None:
 
 ODD = """\
 import threading
-met = threading.Barrier(2, timeout=20)
+met = threading.Barrier(2, timeout=60)
 def evaluate(config, load):
     print("a function talks")
     if load == 1 and config["batch"] > 8:

@@ -30,8 +30,8 @@ def test_the_ui_needs_a_free_port_and_leaves_no_server_behind(tmp_path, capsys, 
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as ui:
         pid = int(ui.stdout.readline())
         ui.terminate()
-        assert ui.wait(10) == 0
-    gone = time.monotonic() + 5
+        assert ui.wait(60) == 0
+    gone = time.monotonic() + 30
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < gone
         time.sleep(0.02)

@@ -26,26 +26,29 @@ class Process:
     """An emulator on a free port."""
 
     def __init__(self, model: str, log: Path, *words: str, options: str = '{"boot_scale": 0}') -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        held = socket.socket()  # bound until the emulator has it, so that nobody else gets it meanwhile
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        self.port = held.getsockname()[1]
         argv = [sys.executable, "-m", "tuner.engines.emulator", "--model", model, "--host", "127.0.0.1"]
         argv += ["--port", str(self.port), "--served-model-name", "m", "--api-key", KEY, "--max-model-len", "2048"]
         argv += ["--emulator", options, *words]
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=out)
-        deadline = time.monotonic() + 20
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                if self.get("/health")[0] == 200:
-                    return
-            except OSError:
-                time.sleep(0.02)
+        deadline = time.monotonic() + 120
+        with held:
+            while self.process.poll() is None and time.monotonic() < deadline:
+                try:
+                    if self.get("/health")[0] == 200:
+                        return
+                except OSError:
+                    time.sleep(0.02)
+        self.end()
         raise AssertionError(log.read_text())
 
     def ask(self, method: str, path: str, body: Any = None, key: str = KEY) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         data = json.dumps(body) if body is not None else None
         try:
             connection.request(method, path, data, {"Authorization": f"Bearer {key}"})
@@ -173,31 +176,33 @@ def test_only_the_key_opens_the_api_and_nobody_needs_it_for_health(server: Proce
     assert json.loads(server.get("/v1/models")[1])["data"][0]["id"] == "m"
 
 
-def test_metrics_have_vllms_names_and_count(server: Process) -> None:
-    def value(name: str) -> float:
-        text = server.get("/metrics")[1]
-        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + "{"))
+def value(server: Process, name: str) -> float:
+    text = server.get("/metrics")[1]
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"vllm:{name}{{"))
 
-    before = value("vllm:generation_tokens_total")
+
+def test_metrics_have_vllms_names_and_count(server: Process) -> None:
+    before = value(server, "generation_tokens_total")
     server.complete(max_tokens=9, ignore_eos=True)
 
-    assert value("vllm:generation_tokens_total") == before + 9
+    assert value(server, "generation_tokens_total") == before + 9
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"):
         assert f"vllm:{name}{{" in server.get("/metrics")[1]
 
 
 def test_a_client_that_hangs_up_is_forgotten(server: Process) -> None:
-    with socket.create_connection(("127.0.0.1", server.port)) as client:
+    before = value(server, "generation_tokens_total")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
         body = json.dumps({"model": "m", "prompt": [1], "max_tokens": 2000, "ignore_eos": True, "stream": True})
         head = f"POST /v1/completions HTTP/1.1\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
         client.sendall((head + body).encode())
         got = b""
         while got.count(b"data: ") < 3:  # it runs
-            got += client.recv(4096)
-    deadline = time.monotonic() + 5
-    while 'running{engine="0",model_name="m"} 0.0' not in server.get("/metrics")[1]:
-        assert time.monotonic() < deadline, "the request of a client that is gone still runs"
+            got += (more := client.recv(4096))
+            assert more
+    while value(server, "num_requests_running"):
         time.sleep(0.05)
+    assert value(server, "generation_tokens_total") < before + 2000, "it ran to its end though its client was gone"
 
 
 def test_tokenize_and_detokenize(server: Process) -> None:
@@ -211,7 +216,7 @@ def test_tokenize_and_detokenize(server: Process) -> None:
 def test_the_log_is_understood_by_the_dialect_of_vllm(model: str, tmp_path: Path) -> None:
     process = Process(model, tmp_path / "log")
     process.process.send_signal(signal.SIGTERM)
-    assert process.process.wait(10) == 0
+    assert process.process.wait(60) == 0
     log = BootLog(DIALECT, 0.0)
     log.feed((tmp_path / "log").read_text().splitlines(), 1.0)
     boot = log.boot(1.0)
@@ -226,13 +231,13 @@ def test_start_up_takes_the_time_it_says_unless_it_is_scaled(model: str, tmp_pat
     began = time.monotonic()
     Process(model, tmp_path / "log", options='{"boot_scale": 0.05}').end()
 
-    assert 1.5 < time.monotonic() - began < 10  # about 43 s x 0.05
+    assert 1.5 < time.monotonic() - began < 40  # about 43 s x 0.05, and what a busy machine takes to start Python
 
 
 def test_a_model_whose_layers_are_not_known_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba2", "hidden_size": 64}')
     argv = [sys.executable, "-m", "tuner.engines.emulator", "--model", str(tmp_path), "--emulator", '{"boot_scale": 0}']
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     assert (done.returncode, done.stderr.count("\n"), "Traceback" in done.stdout) == (2, 1, False)
     assert f"{tmp_path}/config.json: tuner does not know this architecture: mamba2" in done.stderr
@@ -250,7 +255,7 @@ def test_a_model_whose_layers_are_not_known_is_one_line(tmp_path: Path) -> None:
 )
 def test_a_bad_command_line_ends_as_argparse_ends(words: list[str], says: str, model: str) -> None:
     argv = [sys.executable, "-m", "tuner.engines.emulator", "--model", model, *words]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 2
     assert says in done.stderr

@@ -577,7 +577,8 @@ def _free_port() -> int:
 
 
 def _until_open(port: int, server: subprocess.Popen) -> None:
-    for _ in range(600):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
         if server.poll() is not None:
             raise RuntimeError("the MLflow server ended")
         try:
