@@ -90,7 +90,7 @@ class Session:
     def seen(self, name):
         return [data for event, data in self.events if event == name]
 
-    def done(self, timeout_s=150):
+    def done(self, timeout_s=300):
         self.thread.join(timeout_s)
         assert not self.thread.is_alive(), "the study did not end"
         return Store(Path(self.study.folder)).trials()
@@ -113,7 +113,7 @@ def servers(folder):
     return found
 
 
-def until(happens, timeout_s=60):
+def until(happens, timeout_s=180):
     deadline = time.monotonic() + timeout_s
     while not (found := happens()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -138,7 +138,7 @@ def test_every_configuration_is_tried_once_and_its_record_says_where(cluster, wo
 def test_an_interrupt_ends_the_trials_on_all_nodes_and_keeps_what_is_done(cluster, workplace):
     more = FUNCTION.replace("[8, 16, 32]", "[8, 16, 32, 64, 128]")
     run = begin(workplace, more, interrupt_after=2)
-    trials = run.done(30)
+    trials = run.done()
     assert run.ended == "interrupted"
     kept = [t for t in trials if not isinstance(t.outcome, Aborted)]
     assert 2 <= len(kept) <= 8  # six GPUs
@@ -148,7 +148,7 @@ def test_an_interrupt_ends_the_trials_on_all_nodes_and_keeps_what_is_done(cluste
 
 
 def test_a_worker_killed_hard_leaves_no_server_and_an_interrupt_stops_those_on_all_nodes(cluster, workplace):
-    run = begin(workplace, EMULATOR.replace("[0.5]", "[0.05]"))
+    run = begin(workplace, EMULATOR.replace("[0.5]", "[0.005]"))  # seven minutes each
     server = until(lambda: len(servers(workplace)) > 2 and servers(workplace))[0]
     (worker,) = [parent for parent in server.parents() if "Seat" in parent.name() or "Seat" in parent.cmdline()[0]]
     worker.kill()
@@ -157,9 +157,9 @@ def test_a_worker_killed_hard_leaves_no_server_and_an_interrupt_stops_those_on_a
     assert "ended" in run.seen("lost")[0]["why"]
     until(lambda: servers(workplace))
     run.cancel.set()
-    run.done(30)
+    run.done(150)
     assert run.ended == "interrupted"
-    until(lambda: not servers(workplace), 20)
+    until(lambda: not servers(workplace))
 
 
 def test_a_node_that_dies_loses_no_trial_and_leaves_no_server(cluster, workplace):

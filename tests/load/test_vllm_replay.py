@@ -31,9 +31,11 @@ BLOCK = 32
 def vllm(tmp_path_factory):
     """The endpoint of a vLLM with prefix caching in blocks of 32 tokens, started once for this module."""
     python, model = real.vllm(), real.model()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    held = socket.socket()  # bound until the server has it, so that nobody else gets it meanwhile
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        held.setsockopt(socket.SOL_SOCKET, option, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     dtype = of_machine()["native_dtype"]
     flags = f"--load-format dummy --dtype {dtype} --max-model-len 4096 --enforce-eager --block-size {BLOCK}"
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1"]
@@ -44,7 +46,7 @@ def vllm(tmp_path_factory):
             [*command, "--port", str(port), *flags.split()], stdout=out, stderr=out, env=environment
         )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 500
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
@@ -53,10 +55,15 @@ def vllm(tmp_path_factory):
                 if server.poll() is not None or time.monotonic() > deadline:
                     pytest.fail(f"vLLM did not start:\n{log.read_text()[-3000:]}")
                 time.sleep(0.5)
+        held.close()
         yield Endpoint(f"http://127.0.0.1:{port}", model, tokenizer=model)
     finally:
+        held.close()
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(60)
+        finally:
+            server.kill()
 
 
 def shared_prefixes(groups: int = 6, each: int = 8) -> Trace:
