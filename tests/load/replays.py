@@ -71,6 +71,7 @@ def truth(path: Path, times: Path) -> dict[str, float]:
         "ttft_p50_s": float(np.median(first_s - intended_s)),
         "e2e_p50_s": float(np.median(last_s - intended_s)),
         "tpot_p50_s": float(np.median(last_s - first_s)) / (left_s.shape[1] - 1),
+        "first_token_p50_s": float(np.median(first_s)) - start_s,  # in any order of the answers
         "itl_p50_s": float(np.median(np.diff(left_s))),
         "itl_p95_s": float(np.quantile(np.diff(left_s), 0.95)),
     }
