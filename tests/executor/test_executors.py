@@ -129,6 +129,21 @@ def test_what_is_a_bug_ends_with_its_error(rigged):
     assert isinstance(end.error, UsageError) and "returned int" in str(end.error)
 
 
+def test_a_trial_for_which_the_system_has_no_thread_ends_with_that(workplace, monkeypatch):
+    """A limit on processes, as containers have one: nobody would ever have ended what close() then waits for."""
+    made = Rigged(workplace, "local", GOOD, 2, [1])
+
+    def none(_self):
+        raise RuntimeError("can't start new thread")
+
+    with executor(made.bench) as where:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none)
+            where.submit(made.job(0))
+        (end,) = made.all(where, 1, timeout_s=5)
+    assert isinstance(end.error, EnvironmentFault) and "can't start new thread" in str(end.error)
+
+
 def test_an_interrupt_ends_what_runs(rigged):
     made = rigged(ladder=[1 + step / 1000 for step in range(1000)])  # five minutes
     with executor(made.bench) as where:

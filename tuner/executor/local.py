@@ -125,7 +125,12 @@ class LocalExecutor:
         future: Future[tuple[Outcome, Teardown]] = Future()
         self._running[future] = (job, gpus)
         # a daemon: who leaves at once waits for no thread, and the guards end the servers
-        threading.Thread(target=self._run, args=(future, job, gpus), name=f"trial-{job.number}", daemon=True).start()
+        trial = threading.Thread(target=self._run, args=(future, job, gpus), name=f"trial-{job.number}", daemon=True)
+        try:
+            trial.start()
+        except RuntimeError as error:  # the system gives no more: a future that nobody ends is waited for, for ever
+            fix = "Allow more processes (ulimit -u), and run the same command again: everything measured is kept"
+            future.set_exception(EnvironmentFault(f"trial {job.number} got no thread: {error}", fix=fix))
 
     def _run(self, future: Future[tuple[Outcome, Teardown]], job: Job, gpus: tuple[int, ...]) -> None:
         try:
