@@ -1,16 +1,15 @@
 import dataclasses
-import io
 import math
-import urllib.request
 
 import pytest
 
 from benchmarks.verify.language import divergence as exact
 from benchmarks.verify.language import language, serve
+from tests.server.test_probe import HEADS, dripping
 from tuner.engines.protocol import Endpoint
 from tuner.spec.objective import QualityFloor
 from tuner.study.store import read_json, write_json
-from tuner.verify.completions import Unanswered
+from tuner.verify.completions import Completions, Unanswered
 from tuner.verify.quality import Profile, _agreement, _judge, check, divergence, profile
 from tuner.verify.statistics import Estimate
 
@@ -147,7 +146,7 @@ def test_the_baselines_own_noise_is_kept_beside_it(base):
 
 @pytest.mark.parametrize("body", [b"data: {}\n\n", b"[]", b'{"choices": []}'])
 def test_a_server_that_answers_with_something_else_is_unknown_in_words(base, body, monkeypatch):
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda *_, **__: io.BytesIO(body))
+    monkeypatch.setattr(Completions, "_answer", lambda *_: (200, body))
     found = check(Endpoint("http://127.0.0.1:1", "m", ""), base, FLOOR)
     assert found.verdict == "unknown" and "not streamed is answered with something else than JSON" in found.reason
 
@@ -169,6 +168,12 @@ def test_a_comparison_of_nothing_is_unknown_not_passed(base):
 
 def test_a_server_that_is_gone_is_unknown(base):
     assert check(Endpoint("http://127.0.0.1:9", "m"), base, FLOOR).verdict == "unknown"
+
+
+def test_a_server_whose_answer_drips_for_ever_is_unknown(base):
+    with dripping(HEADS[0]) as port:
+        found = check(Endpoint(f"http://127.0.0.1:{port}", "m"), base, FLOOR, timeout_s=0.5)
+    assert found.verdict == "unknown" and "no whole answer came within 0.5 s" in found.reason
 
 
 def test_a_profile_survives_the_way_to_disk_and_back(base, tmp_path):

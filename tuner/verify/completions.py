@@ -5,13 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tuner.engines.protocol import Endpoint
+from tuner.load.wire import deadline, target
 
 LISTED = 20  # vLLM gives at most so many per position unless it is started with --max-logprobs
 LONGEST_PROMPT_TOKENS = 256
@@ -54,13 +53,11 @@ def _number(logprob: Any) -> float:
 
 class Completions:
     """Requests one after the other: the server is to compare, not to be loaded. ``unaltered``: of the model's own
-    distribution, whatever its generation_config.json says."""
+    distribution, whatever its generation_config.json says. An answer, whole, may take ``timeout_s``."""
 
     def __init__(self, endpoint: Endpoint, timeout_s: float, *, unaltered: bool = True) -> None:
         self._endpoint, self._timeout_s = endpoint, timeout_s
         self._sampling = UNALTERED if unaltered else {}
-        # a proxy of the environment has no business between us and a server on this machine
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def draw(self, text: str, count: int, *, seed: int) -> tuple[tuple[int, ...], int]:
         """The tokens of ``text`` (cut to 256) and ``count`` more drawn at temperature 1; how many were given."""
@@ -101,17 +98,27 @@ class Completions:
         headers = {"Content-Type": "application/json"}
         if self._endpoint.api_key:
             headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
-        request = urllib.request.Request(
-            f"{self._endpoint.url}/v1/completions", json.dumps(wanted).encode(), headers, method="POST"
-        )
         try:
-            with self._opener.open(request, timeout=self._timeout_s) as response:
-                answer = json.load(response)
-            return answer["choices"][0]
-        except urllib.error.HTTPError as failure:
-            raise Unanswered(f"HTTP {failure.code}: {failure.read(300).decode(errors='replace')}") from failure
+            status, answer = self._answer(json.dumps(wanted).encode(), headers)
+        except TimeoutError:
+            raise Unanswered(f"no whole answer came within {self._timeout_s:g} s") from None
+        except (OSError, http.client.HTTPException) as failure:
+            raise Unanswered(f"{type(failure).__name__}: {failure}") from failure
+        if status != 200:
+            raise Unanswered(f"HTTP {status}: {answer[:300].decode(errors='replace')}")
+        try:
+            return json.loads(answer)["choices"][0]
         except (ValueError, KeyError, IndexError, TypeError) as failure:
             what = "a completion that is not streamed is answered with something else than JSON with choices"
             raise Unanswered(f"{what} ({type(failure).__name__}: {failure})") from failure
-        except (OSError, http.client.HTTPException) as failure:
-            raise Unanswered(f"{type(failure).__name__}: {failure}") from failure
+
+    def _answer(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        where = target(self._endpoint.url)
+        connection = where.connection(self._timeout_s)
+        try:
+            with deadline(connection, self._timeout_s):
+                connection.request("POST", f"{where.path}/v1/completions", body, headers)
+                response = connection.getresponse()
+                return response.status, response.read()
+        finally:
+            connection.close()
