@@ -1,5 +1,6 @@
 """Several client processes, one schedule."""
 
+import signal
 import subprocess
 import threading
 import time
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.load.replays import endpoint, plan, poisson, seconds, trace
 from tests.load.stub import stub
+from tuner.engines.protocol import Cancelled
 from tuner.errors import EnvironmentFault
 from tuner.load.flight import Tower
 from tuner.load.records import read
@@ -103,6 +105,58 @@ def test_a_client_process_that_dies_makes_the_step_untrusted_and_misses_no_slo(t
     assert len(killed) == shards
     assert any("a client process died" in reason for reason in step.untrusted) and not step.slo_misses
     assert step.metrics["client_processes_lost"] == 1
+
+
+class Suspended(subprocess.Popen):
+    """A client process that stands still from its start, as a machine without memory, or a hand, may have it."""
+
+    def __init__(self, *args, **more) -> None:
+        super().__init__(*args, **more)
+        self.send_signal(signal.SIGSTOP)
+
+
+def test_an_interrupt_does_not_wait_for_a_client_process_that_does_not_start(tmp_path, monkeypatch):
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        monkeypatch.setattr("tuner.load.shards.subprocess.Popen", Suspended)
+        asked = plan(tmp_path, trace(np.zeros(2)))
+        threading.Timer(0.5, asked.cancel.set).start()
+        with pytest.raises(Cancelled):
+            measure(endpoint(url), asked)
+
+
+def test_a_client_process_that_does_not_start_is_the_machines_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("tuner.load.shards._READY_S", 0.5)
+    with stub(first_s=0.0, gap_s=0.0) as (_, url):
+        monkeypatch.setattr("tuner.load.shards.subprocess.Popen", Suspended)
+        with pytest.raises(EnvironmentFault, match="not ready within"):
+            measure(endpoint(url), plan(tmp_path, trace(np.zeros(2))))
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_client_process_that_stands_still_does_not_keep_its_replay_for_ever(tmp_path, monkeypatch, interrupted):
+    """Its parent is all that could end it. Two of them, of which one goes on."""
+    monkeypatch.setattr("tuner.load.step._LEAVE_S", 1.0)
+    monkeypatch.setattr("tuner.load.step._STILL_S", 1.0)
+    suspended = []
+
+    def suspend(name: str, data: dict) -> None:
+        if name == "progress" and data["done"] >= 10 and not suspended:
+            suspended.extend(p for p in psutil.Process().children() if "tuner.load.worker" in p.cmdline())
+            suspended[0].suspend()
+            if interrupted:
+                asked.cancel.set()
+
+    with stub(first_s=0.05, gap_s=0.0) as (_, url):
+        asked = plan(tmp_path, trace(np.arange(80) / 40), "ttft_p99=60s", on_event=suspend, request_timeout_s=1.0)
+        if interrupted:
+            with pytest.raises(Cancelled):
+                measure(endpoint(url), asked, shards=2)
+        else:
+            step = measure(endpoint(url), asked, shards=2)
+            assert any("a client process died" in reason for reason in step.untrusted) and not step.slo_misses
+            assert step.metrics["client_processes_lost"] == 1
+    assert len(read(asked.records)) >= 10
+    assert not any(process.is_running() for process in suspended)
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -18,11 +18,12 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from tuner.engines.protocol import Cancelled
 from tuner.errors import EnvironmentFault, UsageError
 from tuner.load.client import Event
 from tuner.load.wire import Target
@@ -35,6 +36,7 @@ _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031  # Linux
 _FEED_REQUESTS = 64
 _FEED_BYTES = 1 << 18
+_READY_S = 300.0  # to start Python and take the first requests, on a machine that is busy with loading a model
 
 
 def shard_count(offsets_s: np.ndarray, output_tokens: np.ndarray, cores: int | None = None) -> int:
@@ -65,11 +67,13 @@ class Job:
     timeout_s: float
     shards: int = 1
     concurrency: int = 0  # closed loop; 0 is the open loop
+    cancel: threading.Event = field(default_factory=threading.Event)  # looked at until the start
     backlog_bytes: int = 256 << 20  # of events that a shard keeps where they are not taken; past it it gives up
 
 
 class Fleet:
-    """Runs a job. Use as a context manager: leaving it stops what still runs."""
+    """Runs a job. Use as a context manager: entering it raises Cancelled after ``job.cancel``, leaving it stops what
+    still runs."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -157,15 +161,20 @@ class Fleet:
                 os.write(control, struct.pack("<q", self.epoch_ns))
 
     def _await_ready(self) -> None:
-        waiting = set(self._rests)
+        waiting, deadline_s = set(self._rests), time.monotonic() + _READY_S
         while waiting:
-            for key, _ in self._selector.select(1.0):
+            for key, _ in self._selector.select(0.1):
                 if self._read(key.fd):
                     waiting.discard(key.fd)
                 elif key.fd not in self._rests:
                     raise _ended(next(p for p in self._processes if p.stdout and p.stdout.fileno() == key.fd))
             if self._feed_error:
                 raise self._feed_error
+            if self._job.cancel.is_set():
+                raise Cancelled("the replay was cancelled")
+            if time.monotonic() > deadline_s:
+                fix = "Is it suspended, or the machine overloaded? Run the same command again: what is measured is kept"
+                raise EnvironmentFault(f"a client process was not ready within {_READY_S:.0f} s", fix=fix)
 
     def _feed(self, shard: int) -> None:
         """A shard's requests, several per write: each write wakes it, and may hand the parsing thread the interpreter.

@@ -37,6 +37,9 @@ _FEW = 16  # prompts are made so many at once
 FILLING = 32  # earlier prompts under way at once
 _HANGING_S = 120.0  # in which not one of them ended
 
+_STILL_S = 60.0  # beyond what a request may take: in which none ended, or began, though all should have
+_LEAVE_S = 10.0  # in which a client that was told to stop says nothing: it is suspended, and ends no more
+
 TOLD = 200  # characters of an error
 CLIENT_DIED = "a client process died"
 CLIENT_BEHIND = "the client could not keep up with what it received"
@@ -108,7 +111,7 @@ class _Replay:
         def request(i: int) -> bytes:
             return requests(first + i, wanted[i])
 
-        job = Job(where, offsets_ns.tolist(), request, plan.request_timeout_s, shards, self.concurrency)
+        job = Job(where, offsets_ns.tolist(), request, plan.request_timeout_s, shards, self.concurrency, plan.cancel)
         warmup_ns = int(plan.warmup_s * 1e9)
         writer = RecordWriter(plan.records)
         early = plan.early_stop and not self.concurrency
@@ -158,7 +161,8 @@ class _Replay:
             nonlocal served
             served += not record.error
 
-        job = Job(where, [0] * n, lambda i: requests(i, 1), plan.request_timeout_s, concurrency=min(n, FILLING))
+        most, timeout_s = min(n, FILLING), plan.request_timeout_s
+        job = Job(where, [0] * n, lambda i: requests(i, 1), timeout_s, concurrency=most, cancel=plan.cancel)
         with Fleet(job) as fleet:
             counting, ones = self.found.dialect.counting, np.ones(n, dtype=np.int64)
             tower = Tower(fleet.epoch_ns, counting, earlier.input_tokens, ones, 0, done, 1)
@@ -197,17 +201,25 @@ class _Replay:
     def _follow(self, fleet: Fleet, tower: Tower, watch: Watch, span_s: float) -> None:
         """Takes the events until the last; stops the fleet when there is a reason to."""
         plan, total = self.plan, len(self.plan.trace)
+        last_s = 0.0 if self.concurrency else span_s  # a trace may have nothing to send for hours
         next_s: dict[str, float] = {"progress": 0.0, "alive": 0.0, "early": 0.0}
+        heard_s = 0.0  # after the start
         while (events := fleet.events(0.1)) is not None:
             tower.take(events)
             elapsed_s = time.monotonic() - fleet.epoch_ns / 1e9
-            if not self.stopped:
+            heard_s = elapsed_s if events else heard_s
+            if self.stopped:
+                if elapsed_s - heard_s > _LEAVE_S:
+                    return  # leaving the fleet kills it
+            else:
                 if plan.cancel.is_set():
                     self._stop(fleet, "cancelled", b"c")
                 elif fleet.running < tower.lost:
                     self._stop(fleet, CLIENT_DIED, b"s")  # what it had in flight is lost
                 elif tower.behind:
                     self._stop(fleet, CLIENT_BEHIND, b"s")
+                elif elapsed_s - max(heard_s, last_s) > plan.request_timeout_s + _STILL_S:
+                    self._stop(fleet, CLIENT_DIED, b"s")
                 elif _due(next_s, "alive", elapsed_s, _ALIVE_S) and not self.alive():
                     self._stop(fleet, "the server died", b"d")
                 elif _due(next_s, "early", elapsed_s, _EARLY_S) and (reason := watch.verdict(tower)):
