@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tuner.spec.study import Study
     from tuner.study.store import Store
 
+_STOP_S = 10.0  # for MLflow's server to end by itself
+
 
 def opened(path: Path) -> tuple[Study, Store]:
     """The study and its folder, from the folder or from the file it was begun with. Raises UsageError where no study
@@ -131,9 +133,15 @@ def _served(command: list[str]) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+        try:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):  # a page that is still being answered keeps it
+                server.wait(_STOP_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
     raise EnvironmentFault(f"MLflow's server ended (exit code {code})", fix="It says why above")
 
 
