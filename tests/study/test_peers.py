@@ -612,6 +612,25 @@ def test_what_a_suspended_tuner_locked_in_the_middle_of_a_transaction_is_free_ag
         made.close()
 
 
+def test_a_table_that_somebody_locked_and_keeps_is_waited_for_as_long_as_a_database_that_is_away(server, monkeypatch):
+    import psycopg
+
+    monkeypatch.setitem(database._SESSION, "statement_timeout", 500)
+    url = server.database()
+    made = database.Database(StorageSpec(url), "s")
+    try:
+        book = optuna.create_study(storage=made.storage, study_name="s")
+        with psycopg.connect(url) as somebody:
+            somebody.execute("LOCK TABLE trials IN ACCESS EXCLUSIVE MODE")
+            began_s = time.monotonic()
+            with pytest.raises(database.Away), database.answering():
+                book.ask()
+            assert time.monotonic() - began_s < 30
+        book.ask()
+    finally:
+        made.close()
+
+
 def test_a_database_that_grants_no_right_says_which_to_give(server, tmp_path):
     import psycopg
 

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 CONNECT_S = 10
 SILENT_S = 60  # after which whoever is at the other end of a connection is taken for gone
 # What the server is asked for on every connection: a tuner that is suspended, or whose machine is gone without a word,
-# must not keep what it had locked.
+# must not keep what it had locked, nor what somebody else locked (a dump, a hand in psql) keep the tuners for ever.
 _SESSION = {
     "tcp_keepalives_idle": SILENT_S // 2,
     "tcp_keepalives_interval": SILENT_S // 6,
     "tcp_keepalives_count": 3,
     "idle_in_transaction_session_timeout": SILENT_S * 1000,
+    "statement_timeout": SILENT_S * 1000,
 }
 LATE_S = 10.0  # another tuner's turn takes seconds: after that it is worth a word
 LEAVE_S = 2.0  # what an interrupted tuner still waits for its turn, to tell what it has
