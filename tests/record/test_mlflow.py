@@ -413,6 +413,19 @@ def test_a_store_has_one_writer_at_a_time(made, monkeypatch):
         assert mine.result().startswith("8 trial(s) logged")
 
 
+def test_a_writer_that_stands_still_is_not_waited_for_without_end_or_word(made, monkeypatch):
+    study, store = made
+    monkeypatch.setattr(writer, "BUSY_S", 0.3)
+    with place(study, NOWHERE).lock.open("w") as other, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        mine = pool.submit(sync, study, store, env=NOWHERE)
+        try:
+            with pytest.raises(EnvironmentFault, match="another tuner has written to it"):
+                mine.result(20)
+        finally:
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+
 def test_nothing_that_mlflow_does_reaches_the_study(made, monkeypatch):
     study, store = made
 

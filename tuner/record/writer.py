@@ -27,6 +27,7 @@ from tuner.spec.study import Study
 from tuner.study.store import Store, TrialRecord
 
 METRICS_PER_BATCH, OTHERS_PER_BATCH = 1000, 100  # MLflow's own limits
+BUSY_S = 60.0  # for which another tuner may write
 LONG_BYTES = 64 * 2**20  # of a log: a server may print for hours, and the store may be far away
 PARENT_FILES = ("study.yaml", "best-config.yaml", "best-config.env", "report.html", "verify.json", "ablation.json")
 
@@ -355,10 +356,19 @@ def _probe(server: tuple[str, int]) -> None:
 
 @contextlib.contextmanager
 def _only_writer(path: Path) -> Iterator[None]:
-    """MLflow on SQLite loses runs to concurrent writers: one at a time, across processes."""
+    """MLflow on SQLite loses runs to concurrent writers: one at a time, across processes. Raises :class:`Unreachable`
+    where another goes on for :data:`BUSY_S`: it may be suspended."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    until_s = time.monotonic() + BUSY_S
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until_s:
+                    raise Unreachable(f"another tuner has written to it for {BUSY_S:.0f} s: is it suspended?") from None
+            time.sleep(0.1)
         yield
 
 
