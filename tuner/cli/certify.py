@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.cli.read import opened
-from tuner.cli.signals import stopping
+from tuner.cli.signals import say_stopping, stopping
 from tuner.errors import UsageError, printable
 from tuner.pareto.recommend import plain
 
@@ -124,6 +124,14 @@ def _dumped(result: Any) -> str:
 
 def _session(path: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
     """Opens a study for more launches: lock, engine, traffic, signals and view, as ``tuner tune`` does."""
+    cancel = threading.Event()
+    with stopping(cancel, say_stopping) as instead:
+        return _opened_session(path, work, cancel, instead)
+
+
+def _opened_session(
+    path: Path, work: Callable[[Any, Any, Any], Any], cancel: threading.Event, instead: Callable[..., None]
+) -> Any:
     from tuner.cli.live import View
     from tuner.engines import hub
     from tuner.engines.protocol import Cancelled
@@ -132,14 +140,12 @@ def _session(path: Path, work: Callable[[Any, Any, Any], Any]) -> Any:
 
     study, _ = opened(path)
     terminal = sys.stderr.isatty()
-    hub.bring(study, lambda text: print(text, file=sys.stderr), shown=terminal)
-    cancel = threading.Event()
+    hub.bring(study, lambda text: print(text, file=sys.stderr), cancel, shown=terminal)
+    if cancel.is_set():
+        raise KeyboardInterrupt
     try:
-        with (
-            session.opened(study) as store,
-            View(study, not terminal) as view,
-            stopping(cancel, view.stopping),
-        ):
+        with session.opened(study) as store, View(study, not terminal) as view:
+            instead(view.stopping)
             ready = session.prepare(study)
             guard = session.guard(ready, store, view.on_event)
             return work(ready, store, Bench(study, ready.engine, cancel, view.on_event, guard))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,11 @@ def _hear(asked: Callable[[], object]) -> dict[signal.Signals, Any]:
     return {number: signal.signal(number, handle) for number in _ending()}
 
 
+def say_stopping() -> None:
+    """What an interrupt is answered with before there is more to say."""
+    print("Stopping. Again to leave at once.", file=sys.stderr)
+
+
 def _interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -47,11 +53,18 @@ def as_interrupts() -> None:
 
 
 @contextmanager
-def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Within it the first of them sets ``cancel`` and calls ``first``, in a thread of their own: the main thread may be
-    in the middle of what holds the event's lock, or a stream's, and would never give it back to its own handler.
-    Another, a second later at the earliest, raises KeyboardInterrupt."""
-    asked_s: list[float] = []
+def stopping(
+    cancel: threading.Event, first: Callable[[], object] = lambda: None
+) -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Within it the first of them sets ``cancel`` and calls ``first`` (or what was given to the function that this
+    yields), in a thread of their own: the main thread may be in the middle of what holds the event's lock, or a
+    stream's, and would never give it back to its own handler. Another, a second later at the earliest, raises
+    KeyboardInterrupt.
+
+    A command that has threads enters it before it imports anything large: an interrupt that is raised in the middle of
+    an import may be taken for a missing module, or leave the import lock locked, at which other threads wait for ever.
+    """
+    asked_s, firsts = list[float](), [first]
     heard: SimpleQueue[bool] = SimpleQueue()  # its put, unlike an event's set, may come in the middle of itself
 
     def asked() -> None:
@@ -66,13 +79,13 @@ def stopping(cancel: threading.Event, first: Callable[[], object] = lambda: None
         if heard.get():
             cancel.set()
             with suppress(OSError):  # nobody reads what is said
-                first()
+                firsts[-1]()
 
     listener = threading.Thread(target=listen, name="signals", daemon=True)
     listener.start()
     before = _hear(asked)
     try:
-        yield
+        yield firsts.append
     finally:
         for number, usual in before.items():
             signal.signal(number, usual)

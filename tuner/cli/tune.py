@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.cli.signals import stopping
+from tuner.cli.signals import say_stopping, stopping
 from tuner.errors import NothingFeasible, UsageError
 
 MADE_S = 3600.0  # of a trace that is made: long enough for the windows of search and verification
@@ -41,43 +41,50 @@ class Flags:
 
 def run(path: Path | None, flags: Flags, plain: bool) -> int:
     """Runs or resumes a study; returns the exit code."""
+    cancel = threading.Event()
+    with stopping(cancel, say_stopping) as instead:
+        return _run(path, flags, plain or not sys.stderr.isatty(), cancel, instead)
+
+
+def _run(path: Path | None, flags: Flags, plain: bool, cancel: threading.Event, instead: Callable[..., None]) -> int:
     from tuner.cli.live import View
     from tuner.engines import hub
     from tuner.study import finish, ladder, session
     from tuner.study.peers import joined
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    plain = plain or not sys.stderr.isatty()
-    study = session.as_begun(_shared(path, flags, read(path, flags, say)))
-    hub.bring(study, say, shown=not plain)
-    cancel = threading.Event()
+    study = session.as_begun(_shared(path, flags, read(path, flags, _say)))
+    hub.bring(study, _say, cancel, shown=not plain)
+    if cancel.is_set():
+        raise KeyboardInterrupt
     again = resume_command(path, sys.argv[1:])
     interrupted = f"Interrupted; everything measured is kept. Resume: {again}"
     with View(study, plain) as view, session.opened(study, view.say) as store:
+        instead(view.stopping)
         try:
-            with stopping(cancel, view.stopping):
-                view.study = study = ladder.settled(study, store, cancel, view.on_event)
-                ready = session.prepare(study)
-                with (
-                    joined(study, store, view.on_event, cancel=cancel) as peers,
-                    finish.recorder(study, store, view.say, peers) as recorder,
-                ):
-                    ready = session.as_shared(ready, store, peers)
-                    view.begin(ready)
-                    ladder.as_trial(ready, store, recorder, view.on_event)
-                    ended = session.search(ready, store, recorder, cancel, view.on_event, peers)
-                    store.log("ended", why=ended)
-                    result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event, peers)
+            view.study = study = ladder.settled(study, store, cancel, view.on_event)
+            ready = session.prepare(study)
+            with (
+                joined(study, store, view.on_event, cancel=cancel) as peers,
+                finish.recorder(study, store, view.say, peers) as recorder,
+            ):
+                ready = session.as_shared(ready, store, peers)
+                view.begin(ready)
+                ladder.as_trial(ready, store, recorder, view.on_event)
+                ended = session.search(ready, store, recorder, cancel, view.on_event, peers)
+                store.log("ended", why=ended)
+                result = finish.conclude(ready, store, recorder, ended, cancel, view.on_event, peers)
         except KeyboardInterrupt:
             view.say(interrupted)
             raise
     finish.show(study, store, result)
     if cancel.is_set():
-        print(interrupted, file=sys.stderr)
+        _say(interrupted)
         return 130
     return 0 if result.best else NothingFeasible.exit_code  # ``show`` has said why
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _shared(path: Path | None, flags: Flags, study: Any) -> Any:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -63,10 +64,10 @@ def read(model: str) -> str:
     return ""
 
 
-def bring(study: Study, say: Callable[[str], None], shown: bool) -> None:
+def bring(study: Study, say: Callable[[str], None], cancel: threading.Event, shown: bool) -> None:
     """Downloads the weights of the study's model to the local Hugging Face cache, where its servers take them from
     there and they are not. ``say`` hears of it; ``shown``: the client's progress is on stderr. Where it cannot be done
-    the first server tries by itself, and says why not. An interrupt ends it; files that are whole by then are kept.
+    the first server tries by itself, and says why not. ``cancel`` ends it; files that are whole by then are kept.
 
     Raises EnvironmentFault where the disk has not enough room.
     """
@@ -99,12 +100,12 @@ def bring(study: Study, say: Callable[[str], None], shown: bool) -> None:
             start_new_session=True,
         ) as client,
     ):
-        try:
-            failed = client.wait()
-        except KeyboardInterrupt:
-            say("\nInterrupted; files that are whole are kept.")
-            raise
-        if failed:
+        while client.poll() is None:
+            if cancel.wait(0.2):
+                client.kill()
+                say("The download is ended; files that are whole are kept.")
+                return
+        if client.returncode:
             told.seek(0)
             why = told.read().decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {client.returncode}"]
             say(f"It could not be downloaded ({why[0][:200]}): the first server tries by itself.")
