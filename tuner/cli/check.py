@@ -29,7 +29,8 @@ def run(path: Path, json: bool) -> None:
     else:
         _show(study, ready, data)
     if data["allowed"] == 0:
-        raise UsageError("no combination may be launched", where=study.source, fix="Widen the space, or mend its rules")
+        fix = data["cramped"] or "Widen the space, or mend its rules"
+        raise UsageError("no combination may be launched", where=study.source, fix=fix)
 
 
 def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
@@ -54,7 +55,7 @@ def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
         f"Budget: {shared_out(study.budget)}; sampler {study.sampler}; "
         f"model: {study.predictor or ready.no_model or 'analytic, of this hardware'}"
     )
-    for said in filter(None, (data["untried"], data["unread"])):
+    for said in filter(None, (data["cramped"], data["untried"], data["unread"])):
         console.print(said)
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("parameter", "values", "default", "trades"):
@@ -157,6 +158,7 @@ def describe(ready: Any) -> dict[str, Any]:
             {"name": p.name, "values": list(p.values), "default": p.default, "trades": p.trades}
             for p in space.parameters
         ],
+        "cramped": ready.cramped(),
         "untried": ready.untried(),
         "unread": ready.unread(),
         "combinations": len(grid) or space.size(),

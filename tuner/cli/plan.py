@@ -47,6 +47,8 @@ def run(path: Path, json: bool) -> None:
         console.print(f"  Not checked: {data['unchecked']}.")
     for reason, count in alike(data["refused"]).items():
         console.print(f"  {count} refused: {reason}")
+    if data["cramped"]:
+        console.print(data["cramped"])
     if laid:
         loads = ", ".join(f"{load:g}" for load in data["ladder"])
         console.print(f"Ladder: {loads}, if the default does as predicted; its launch settles it (load.ladder: auto).")
@@ -104,6 +106,7 @@ def plan(ready: Any) -> dict[str, Any]:
         "fills_cache": ready.traffic.fill_s > 0,
         **_cost(ready, allowed, steps, len(allowed) if whole else math.inf),
         "no_model": ready.no_model,
+        "cramped": ready.cramped(),
         "unchecked": ready.unchecked,
         "capable": capable,
         "front": front,

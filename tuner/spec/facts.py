@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuner.engines.modelfolder import local_model
 from tuner.errors import UsageError
@@ -14,11 +14,15 @@ from tuner.server.gpu import Gpus
 from tuner.space.condition import meant
 from tuner.space.config import number
 
+if TYPE_CHECKING:
+    from tuner.search.hardware import Hardware
+
 FACTS: Mapping[str, str] = {
     "platform": "cuda or cpu",
     "gpus": "how many GPUs the study may use (0 on a CPU server)",
     "gpu_name": "the GPU's row in the hardware table",
     "gpu_memory_gib": "memory of one GPU",
+    "fewest_gpus": "of several GPUs, the fewest (1, 2, 4, ...) with room for the engine's defaults, else all",
     "compute_capability": "9.0 for Hopper; absent on CPUs",
     "cpu_cores": "cores this process may use",
     "memory_gib": "the host's memory",
@@ -81,6 +85,29 @@ def of_flags(flags: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
         if length is not None and length > 0:  # -1 and auto: the engine's affair
             facts["max_model_len"] = int(length)
     return facts
+
+
+def fewest_gpus(
+    model: str, row: Hardware | None, gpus: int, flags: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Of ``gpus`` of the type ``row``, the fewest on which tensor parallelism leaves the memory arithmetic room for the
+    model, with the ``flags`` of every server, or as many as it can be split over; ``known`` are the facts that flags
+    may name. Nothing where there is one GPU, the flags say a size, or too little is known."""
+    from tuner.search.model.shape import ModelShape
+    from tuner.space.config import ServingConfig
+    from tuner.space.memory import fits
+    from tuner.space.space import SIZES
+
+    if gpus < 2 or row is None or {*SIZES} & {*flags}:
+        return {}
+    try:
+        shape = ModelShape.from_folder(model)
+    except UsageError:
+        return {}
+    said = {name: meant(value, known) for name, value in flags.items()}
+    sizes = [2**k for k in range(gpus.bit_length()) if shape.heads % 2**k == 0]
+    configs = {n: ServingConfig(model, {}, {**said, "tensor-parallel-size": n}, gpus=n) for n in sizes}
+    return {"fewest_gpus": next((n for n in sizes if fits(shape, row, configs[n]).fits), sizes[-1])}
 
 
 def model_config(model: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class EmissionFile(Strict):
 class DefaultCase(Strict):
     value: Scalar
     when: dict[str, Any] = {}
+    always: bool = False  # the engine's own default is another: the flag is given
 
 
 class ParameterFile(Strict):
@@ -331,13 +332,14 @@ def _parameter(
     name: str, spec: ParameterFile, document: Document, at: tuple[str, ...], facts: Mapping[str, Any]
 ) -> Parameter:
     values, emissions = _grid(name, spec, document, at, facts)
-    default = spec.default
+    default, always = spec.default, spec.always
     if isinstance(default, list):
-        default = next((c.value for c in default if condition.holds(c.when, facts)), None)
-        if default is None:
+        case = next((c for c in default if condition.holds(c.when, facts)), None)
+        if case is None:
             raise document.error(
                 f"{name}: no case of its default applies here", (*at, "default"), "add a last case without when"
             )
+        default, always = case.value, always or case.always
     numeric = all(_kind(value) is float for value in values)
     if not any(same(default, value) for value in values):
         if not numeric or _kind(default) is not float:
@@ -360,7 +362,7 @@ def _parameter(
         trades=spec.trades,
         alters_answers=spec.alters_answers,
         counts_gpus=spec.counts_gpus,
-        always=spec.always,
+        always=always,
         like=spec.like,
     )
     if spec.like:

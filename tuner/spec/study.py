@@ -12,7 +12,8 @@ from tuner.spec.storage import StorageSpec
 
 MIN_GAIN = 0.003  # budget.min_gain where the study says none
 COUNTED = "counts_fixed"  # see spacefile.as_before
-RULES = ("planned_ends", "fills_cache", COUNTED)  # that are newer than some studies: those go on without
+FITTING = "fitting_default"  # the default of a model that needs several GPUs is that on the fewest
+RULES = ("planned_ends", "fills_cache", COUNTED, FITTING)  # that are newer than some studies: those go on without
 
 
 USERS = ("command", "own")  # engines of which nobody but the user knows whose flags they take

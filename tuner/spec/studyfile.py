@@ -24,6 +24,7 @@ from tuner.spec.schema import BudgetFile, EngineFile, HardwareFile, ObjectiveFil
 from tuner.spec.spacefile import NO_SWITCH, as_before, build, off
 from tuner.spec.study import (
     COUNTED,
+    FITTING,
     RULES,
     USERS,
     Budget,
@@ -77,6 +78,8 @@ def resolve(document: Document, beside: Path) -> Study:
     )
     own = () if frozen else _rows(file.hardware, document, base)
     facts = frozen.get("facts") or _facts(file, document, base, model, engine, trace, own)
+    if frozen and FITTING not in frozen:
+        facts = {name: fact for name, fact in facts.items() if name != "fewest_gpus"}
     hardware = HardwareSpec(**frozen["hardware"]) if frozen else _hardware(facts, own)
     space = _with_args(_space(file, document, base, facts), engine, file, document)
     settled = facts if frozen else {**facts, **facts_.of_flags(space.fixed, facts)}
@@ -185,7 +188,7 @@ def by(rules: frozenset[str], study: Study) -> Study:
         return study
     resolved = {name: value for name, value in study.frozen["frozen"].items() if name not in RULES}
     frozen = {**study.frozen, "frozen": resolved | dict.fromkeys(sorted(rules), True)}
-    if COUNTED in study.rules ^ rules:
+    if {COUNTED, FITTING} & (study.rules ^ rules):
         again = resolve(Document(study.source, frozen), Path(study.folder))
         study = replace(study, space=again.space, engine=again.engine)
     return replace(study, frozen=frozen)
@@ -386,7 +389,13 @@ def _facts(
             raise
         facts |= facts_.of_trace(whole.input_tokens, whole.output_tokens)
     facts |= _gpu_facts(file.hardware, document, engine, _executor(file), own)
-    return facts | facts_.of_flags(engine.args, facts)
+    facts |= facts_.of_flags(engine.args, facts)
+    if engine.kind in hub.SERVED and facts["platform"] == "cuda":
+        from tuner.search import hardware
+
+        row = hardware.lookup(facts["gpu_name"], hardware.table(own))
+        facts |= facts_.fewest_gpus(model, row, facts["gpus"], engine.args, facts)
+    return facts
 
 
 def _gpu_facts(
@@ -463,7 +472,9 @@ def _space_name(file: StudyFile, facts: Mapping[str, Any]) -> str | dict[str, An
         return file.search_space
     if file.engine.kind == "sglang":
         return "sglang/quick"
-    return "vllm-cpu/quick" if facts.get("platform") == "cpu" else "vllm/quick"
+    if facts.get("platform") == "cpu":
+        return "vllm-cpu/quick"
+    return "vllm/multi-gpu" if facts.get("fewest_gpus", 1) > 1 else "vllm/quick"
 
 
 def _space(file: StudyFile, document: Document, base: Path, facts: Mapping[str, Any]) -> SearchSpace:

@@ -2,19 +2,22 @@
 
 A trace's arrival rate says nothing about one server: a fleet's traffic drowns it, a test's leaves it idle. So the
 default is launched, the load is doubled or halved until its capacity lies between two neighbours, and the ladder is
-laid around that. It is then frozen in ``study.yaml``: every configuration, and every later session, is measured at the
-same loads. The server that has told it goes on to the rungs that it was not asked about yet, and so has measured what
-the first trial of the search would: its launch becomes that trial (:func:`as_trial`).
+laid around that, and higher where other configurations are expected to hold more: on more GPUs, or beside a default
+that suits the traffic badly. It is then frozen in ``study.yaml``: every configuration, and every later session, is
+measured at the same loads. The server that has told it goes on to the rungs that it was not asked about yet, and so
+has measured what the first trial of the search would: its launch becomes that trial (:func:`as_trial`).
 """
 
 from __future__ import annotations
 
 import math
+import random
 import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.spec import studyfile
@@ -28,7 +31,14 @@ from tuner.study.store import Store, read_json, write_json
 from tuner.verify.rounds import insist
 from tuner.words import figure
 
+if TYPE_CHECKING:
+    from tuner.search.model.predictor import AnalyticModel
+    from tuner.space.config import ServingConfig
+    from tuner.study.ownmodel import OwnModel
+
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
+HIGHER = (5.6, 11.2, 22.4)  # for configurations that are expected to hold the rung below
+DRAWN = 400  # of which the best is looked for
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
 NEAR = 0.05  # a rung as near as that to a load that was measured is that load
 
@@ -86,10 +96,12 @@ class Unsettled(Exception):
     """No capacity was found; the message says why."""
 
 
-def rungs(capacity: float, top: float, measured: Collection[float] = ()) -> tuple[float, ...]:
-    """The ladder around a capacity: :data:`SHAPE`, two digits each, none above ``top``; the capacity itself is one, to
-    three digits where two are more than ``top``. What is as good as a load that was ``measured`` is that load."""
-    found = {load for share in SHAPE if (load := float(f"{share * capacity:.2g}")) <= top}
+def rungs(capacity: float, top: float, measured: Collection[float] = (), reach: float = 1.0) -> tuple[float, ...]:
+    """The ladder around a capacity: :data:`SHAPE`, and of :data:`HIGHER` what is twice ``reach`` at most; two digits
+    each, none above ``top``; the capacity itself is one, to three digits where two are more than ``top``. What is as
+    good as a load that was ``measured`` is that load."""
+    shares = [*SHAPE, *(share for share in HIGHER if share / 2 <= reach)]
+    found = {load for share in shares if (load := float(f"{share * capacity:.2g}")) <= top}
     if float(f"{capacity:.2g}") > top:
         found.add(_below(top))
 
@@ -97,6 +109,33 @@ def rungs(capacity: float, top: float, measured: Collection[float] = ()) -> tupl
         return min((m for m in measured if abs(m / load - 1) <= NEAR), key=lambda m: abs(m / load - 1), default=load)
 
     return tuple(sorted(set(map(known, found))))
+
+
+def reach(ready: session.Prepared) -> float:
+    """How many times what the default holds others are expected to hold, as a share of :data:`SHAPE` and
+    :data:`HIGHER`: by the model, of configurations drawn from the space; where there is none, or where it says that the
+    default holds nothing, as many as they may take more GPUs."""
+    study, model = ready.study, ready.predictor
+    space, rng = study.space, random.Random(0)
+    default = space.config(space.default(), study.model)
+    drawn = [space.snap({p.name: rng.choice(p.values) for p in space.parameters}) for _ in range(DRAWN)]
+    configs = {c.hash: c for c in (space.config(params, study.model) for params in drawn if not space.denied(params))}
+    left = [config for config in configs.values() if not ready.why_not(config)]
+    if model is not None:
+        holds = partial(_foreseen, model, study)
+        with suppress(Unsettled):
+            capacity, found = bracket(partial(holds, default), HIGHEST), 1.0
+            for share in (SHAPE[-1], *HIGHER[:-1]):
+                left = [config for config in left if holds(config, share * capacity)]
+                found = share if left else found
+            return found
+    return max((config.gpus for config in left), default=1) / max(default.gpus, 1)
+
+
+def _foreseen(model: AnalyticModel | OwnModel, study: Study, config: ServingConfig, load: float) -> bool:
+    """Whether the model says that the latencies' SLOs hold."""
+    metrics = model.predict(config, load).metrics
+    return bool(metrics) and not any(slo.miss(metrics) for slo in study.objective.slos if slo.latency)
 
 
 def _below(load: float) -> float:
@@ -144,11 +183,11 @@ def _capacity(
     default = study.space.config(params, study.model)
     if why := study.space.denied(params) or ready.why_not(default):
         raise Unsettled(f"the engine's default is refused before a launch: {why}")
-    window, top = ready.traffic.search[0], _top(ready.traffic, study)
+    window, top, further = ready.traffic.search[0], _top(ready.traffic, study), reach(ready)
     for ended in Store(store.ladder_folder).trials():  # before a kill
         known = {step.load: step for step in ended.outcome.steps} if isinstance(ended.outcome, Measured) else {}
         with suppress(KeyError):
-            capacity, ladder = _laid(known.__getitem__, top, known)
+            capacity, ladder = _laid(known.__getitem__, top, known, further)
             return capacity, top, ladder
     on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     bench = Bench(ready.study, ready.engine, cancel, tell, session.guard(ready, store, tell))
@@ -167,7 +206,7 @@ def _capacity(
                     return steps[load]
 
                 try:
-                    capacity, ladder = _laid(measured, top, steps)
+                    capacity, ladder = _laid(measured, top, steps, further)
                 except Unsettled as failure:
                     return failure  # not raised yet: what was measured is kept
                 with suppress(LaunchFailed):  # the ladder is settled: what a trial does at it, one will show
@@ -191,12 +230,11 @@ def foretold(ready: session.Prepared, prepare: Callable[[Study], session.Prepare
 
     def holds(load: float) -> bool:
         asked.append(load)
-        metrics = model.predict(default, load).metrics
-        return bool(metrics) and not any(slo.miss(metrics) for slo in study.objective.slos if slo.latency)
+        return _foreseen(model, study, default, load)
 
     top = _top(workload.read(_unbound(study)), study)
     try:
-        found = rungs(bracket(holds, top), top, asked)
+        found = rungs(bracket(holds, top), top, asked, reach(ready))
     except Unsettled:
         return None
     return prepare(replace(study, load=replace(study.load, ladder=found)))
@@ -207,7 +245,9 @@ def _unbound(study: Study) -> Study:
     return replace(study, load=replace(study.load, ladder=(LOWEST, HIGHEST)))
 
 
-def _laid(measured: Callable[[float], Step], top: float, seen: Collection[float]) -> tuple[float, tuple[float, ...]]:
+def _laid(
+    measured: Callable[[float], Step], top: float, seen: Collection[float], further: float
+) -> tuple[float, tuple[float, ...]]:
     """(The capacity, the ladder) by what is ``measured`` at a load, which is ``seen`` then. Raises Unsettled."""
 
     def holds(load: float) -> bool:
@@ -216,7 +256,7 @@ def _laid(measured: Callable[[float], Step], top: float, seen: Collection[float]
         return measured(load).ok
 
     capacity = bracket(holds, top)
-    return capacity, rungs(capacity, top, seen)
+    return capacity, rungs(capacity, top, seen, further)
 
 
 def _top(traffic: workload.Workload, study: Study) -> float:

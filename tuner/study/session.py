@@ -138,6 +138,15 @@ class Prepared:
             "space can say so (like: max-num-seqs): fewer launches are needed then."
         )
 
+    def cramped(self) -> str:
+        """That the model needs more GPUs than a server of this space gets, and what to do; empty where it does not."""
+        space = self.study.space
+        needs, has = space.facts.get("fewest_gpus", 1), space.config(space.default(), self.study.model).gpus
+        if needs <= has or any(p.counts_gpus for p in space.parameters):
+            return ""
+        how = "take search_space: vllm/multi-gpu" if space.engine == "vllm" else "add a parameter that counts GPUs"
+        return f"{self.study.model} needs {needs} GPUs at least, and {space.name} gives a server {has}: {how}."
+
     def untried(self) -> str:
         """That the space was not checked with the build, or the version, of the engine that serves; empty where it was,
         or names no versions."""

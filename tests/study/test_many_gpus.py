@@ -1,0 +1,108 @@
+"""A model that one GPU cannot hold: its default is on the fewest that can, the ladder goes as far as others hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuner.spec import studyfile
+from tuner.spec.study import FITTING
+from tuner.study import ladder, session
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
+    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "head_dim": 128, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
+}  # fmt: skip
+SMALL = {**LLAMA, "num_hidden_layers": 8, "max_position_embeddings": 8192}
+STUDY = """
+model: ./model
+engine: {kind: emulator}
+hardware: {gpu: H100-SXM, gpus: 8}
+trace: trace.csv
+objective: chat
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    lines = [f"{second / 5},1000,200" for second in range(3000)]
+    (tmp_path / "trace.csv").write_text("\n".join(["arrival_s,input_tokens,output_tokens", *lines]))
+    return tmp_path
+
+
+def written(workplace: Path, model: dict[str, Any], *changes: tuple[str, str], more: str = "") -> Any:
+    text = STUDY + more
+    for old, new in changes:
+        text = text.replace(old, new)
+    (workplace / "model" / "config.json").write_text(json.dumps(model))
+    (workplace / "study.yaml").write_text(text)
+    return studyfile.load(workplace / "study.yaml")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "more", "space", "flags"),
+    [
+        (LLAMA, [], "", "vllm/multi-gpu", {"tensor-parallel-size": 4}),
+        (LLAMA, [("emulator}", "emulator, args: {max-model-len: 8192}}")], "", "vllm/multi-gpu", None),
+        (LLAMA, [("gpus: 8", "gpus: 2")], "", "vllm/multi-gpu", {"tensor-parallel-size": 2}),  # no room there either
+        (LLAMA, [("gpus: 8", "gpus: 1")], "", "vllm/quick", {}),
+        (SMALL, [], "", "vllm/quick", {}),
+        (SMALL, [], "search_space: vllm/multi-gpu", "vllm/multi-gpu", {}),
+        (SMALL, [("gpu: H100-SXM, gpus: 8", "gpu: cpu")], "", "vllm-cpu/quick", None),
+        (LLAMA, [("emulator}", "emulator, args: {tensor-parallel-size: 8}}")], "", "vllm/quick", None),
+    ],
+)
+def test_a_model_begins_on_the_fewest_gpus_that_hold_it(
+    workplace: Path, model: dict[str, Any], changes: list[tuple[str, str]], more: str, space: str, flags: Any
+) -> None:
+    study = written(workplace, model, *changes, more=more)
+    assert study.space.name == space
+    default = study.space.config(study.space.default(), study.model)
+    if flags is not None:
+        assert default.flags == flags and default.gpus == flags.get("tensor-parallel-size", 1)
+    elif "max-model-len" in study.engine.args:
+        assert default.flags["tensor-parallel-size"] == default.gpus == 2
+
+
+def test_a_study_that_was_begun_with_a_default_on_one_gpu_goes_on_with_it(workplace: Path) -> None:
+    now = written(workplace, LLAMA, more="search_space: vllm/multi-gpu")
+    before = studyfile.by(now.rules - {FITTING}, now)
+    assert before.space.default()["tensor_parallel"] == 1 and now.space.default()["tensor_parallel"] == 4
+    assert "fewest_gpus" in now.space.facts and "fewest_gpus" not in before.space.facts
+    assert studyfile.by(now.rules, before).space == now.space
+
+
+def test_a_space_that_gives_a_server_too_few_gpus_says_which_does_not(workplace: Path) -> None:
+    said = "needs 4 GPUs at least, and vllm/standard gives a server 1: take search_space: vllm/multi-gpu."
+    cramped = session.prepare(written(workplace, LLAMA, more="search_space: vllm/standard")).cramped()
+    assert cramped.endswith(said)
+    assert not session.prepare(written(workplace, LLAMA)).cramped()
+    assert not session.prepare(written(workplace, SMALL)).cramped()
+
+
+def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold() -> None:
+    around = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+    for reach, higher in (
+        (1.0, ()),
+        (2.7, ()),
+        (2.8, (5.6,)),
+        (4, (5.6,)),
+        (8, (5.6, 11.0)),
+        (11.2, (5.6, 11.0, 22.0)),
+    ):
+        assert ladder.rungs(1.0, 100, reach=reach) == around + higher
+    assert ladder.rungs(1.0, 6, reach=8) == (*around, 5.6)
+
+
+def test_what_others_hold_is_said_by_the_model_and_else_by_their_gpus(workplace: Path) -> None:
+    short = ("emulator}", "emulator, args: {max-model-len: 8192}}")
+    ready = session.prepare(ladder._unbound(written(workplace, LLAMA, short)))
+    assert ladder.reach(ready) >= 5.6
+    assert ladder.reach(replace(ready, predictor=None)) == 4.0  # eight GPUs beside two
+    assert ladder.reach(session.prepare(ladder._unbound(written(workplace, SMALL)))) <= 2.8
