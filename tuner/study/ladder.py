@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tuner.study.ownmodel import OwnModel
 
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
-HIGHER = (5.6, 11.2, 22.4)  # for configurations that are expected to hold the rung below
+HIGHER = (4.0, 5.6, 8.0, 11.2, 16.0, 22.4)  # for configurations that are expected to hold the rung below
 DRAWN = 400  # of which the best is looked for
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
 NEAR = 0.05  # a rung as near as that to a load that was measured is that load
