@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tuner.cli import check, plan
 from tuner.spec import studyfile
 from tuner.spec.study import FITTING
 from tuner.study import ladder, session
+from tuner.study.outcome import Step
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
@@ -19,6 +22,10 @@ LLAMA = {
     "head_dim": 128, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
 }  # fmt: skip
 SMALL = {**LLAMA, "num_hidden_layers": 8, "max_position_embeddings": 8192}
+ODD = {**LLAMA, "num_attention_heads": 6, "num_key_value_heads": 2}
+OWN = (
+    "search_space: {parameters: {tp: {flag: tensor-parallel-size, values: [1, 2, 16], default: 1, counts_gpus: true}}}"
+)
 STUDY = """
 model: ./model
 engine: {kind: emulator}
@@ -52,6 +59,7 @@ def written(workplace: Path, model: dict[str, Any], *changes: tuple[str, str], m
         (LLAMA, [("emulator}", "emulator, args: {max-model-len: 8192}}")], "", "vllm/multi-gpu", None),
         (LLAMA, [("gpus: 8", "gpus: 2")], "", "vllm/multi-gpu", {"tensor-parallel-size": 2}),  # no room there either
         (LLAMA, [("gpus: 8", "gpus: 1")], "", "vllm/quick", {}),
+        (ODD, [("gpus: 8", "gpus: 4")], "", "vllm/multi-gpu", {"tensor-parallel-size": 2}),  # six heads on four: no
         (SMALL, [], "", "vllm/quick", {}),
         (SMALL, [], "search_space: vllm/multi-gpu", "vllm/multi-gpu", {}),
         (SMALL, [("gpu: H100-SXM, gpus: 8", "gpu: cpu")], "", "vllm-cpu/quick", None),
@@ -78,18 +86,26 @@ def test_a_study_that_was_begun_with_a_default_on_one_gpu_goes_on_with_it(workpl
     assert studyfile.by(now.rules, before).space == now.space
 
 
-def test_a_space_that_gives_a_server_too_few_gpus_says_which_does_not(workplace: Path) -> None:
+def test_a_space_that_gives_a_server_too_few_gpus_says_which_does_not(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = "needs 4 GPUs at least, and vllm/standard gives a server 1: take search_space: vllm/multi-gpu."
-    cramped = session.prepare(written(workplace, LLAMA, more="search_space: vllm/standard")).cramped()
-    assert cramped.endswith(said)
-    assert not session.prepare(written(workplace, LLAMA)).cramped()
-    assert not session.prepare(written(workplace, SMALL)).cramped()
+    study = written(workplace, LLAMA, more="search_space: vllm/standard")
+    assert session.prepare(study).cramped().endswith(said)
+    for command in (plan.run, check.run):
+        command(workplace / "study.yaml", json=False)
+        assert said in " ".join(capsys.readouterr().out.split())
+    for model, more in ((LLAMA, ""), (SMALL, ""), (LLAMA, OWN)):
+        assert not session.prepare(written(workplace, model, more=more)).cramped()
 
 
 def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold() -> None:
     around = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
     for reach, higher in ((1.9, ()), (2, (4.0,)), (2.8, (4.0, 5.6)), (5.6, (4.0, 5.6, 8.0, 11.0))):
         assert ladder.rungs(1.0, 100, reach=reach) == around + higher
+    step = Step(1.0, "w", {})
+    seen = {load: replace(step, load=load, slo_misses=("late",) * (load > 1)) for load in (1.0, 1.4, 2.0)}
+    assert ladder._laid(seen.__getitem__, 100, seen, 2.8) == (1.0, (*around, 4.0, 5.6))
     assert ladder.rungs(1.0, 6, reach=8) == (*around, 4.0, 5.6)
 
 
@@ -97,5 +113,9 @@ def test_what_others_hold_is_said_by_the_model_and_else_by_their_gpus(workplace:
     short = ("emulator}", "emulator, args: {max-model-len: 8192}}")
     ready = session.prepare(ladder._unbound(written(workplace, LLAMA, short)))
     assert ladder.reach(ready) >= 5.6
+    laid = ladder.foretold(ready, partial(session.prepare, launching=False))
+    assert laid and laid.study.load.ladder[-1] >= 11 * laid.study.load.ladder[0]
     assert ladder.reach(replace(ready, predictor=None)) == 4.0  # eight GPUs beside two
+    own = session.prepare(ladder._unbound(written(workplace, SMALL, more=OWN)))
+    assert ladder.reach(replace(own, predictor=None)) == 2.0  # nobody has sixteen
     assert ladder.reach(session.prepare(ladder._unbound(written(workplace, SMALL)))) <= 2.8
