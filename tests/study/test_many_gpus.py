@@ -22,7 +22,7 @@ LLAMA = {
     "head_dim": 128, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
 }  # fmt: skip
 SMALL = {**LLAMA, "num_hidden_layers": 8, "max_position_embeddings": 8192}
-ODD = {**LLAMA, "num_attention_heads": 6, "num_key_value_heads": 2}
+ODD = {**LLAMA, "num_hidden_layers": 120, "num_attention_heads": 6, "num_key_value_heads": 2}
 OWN = (
     "search_space: {parameters: {tp: {flag: tensor-parallel-size, values: [1, 2, 16], default: 1, counts_gpus: true}}}"
 )
