@@ -112,7 +112,7 @@ def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold() -> None:
 def test_what_others_hold_is_said_by_the_model_and_else_by_their_gpus(workplace: Path) -> None:
     short = ("emulator}", "emulator, args: {max-model-len: 8192}}")
     ready = session.prepare(ladder._unbound(written(workplace, LLAMA, short)))
-    assert ladder.reach(ready) >= 5.6
+    assert 2.8 < ladder.reach(ready) < 5.6  # the cheapest; eight GPUs hold more, and cost more
     laid = ladder.foretold(ready, partial(session.prepare, launching=False))
     assert laid and laid.study.load.ladder[-1] >= 11 * laid.study.load.ladder[0]
     assert ladder.reach(replace(ready, predictor=None)) == 4.0  # eight GPUs beside two

@@ -112,9 +112,9 @@ def rungs(capacity: float, top: float, measured: Collection[float] = (), reach: 
 
 
 def reach(ready: session.Prepared) -> float:
-    """How many times what the default holds others are expected to hold, as a share of :data:`SHAPE` and
-    :data:`HIGHER`: by the model, of configurations drawn from the space; where there is none, or where it says that the
-    default holds nothing, as many as they may take more GPUs."""
+    """How many times what the default holds the cheapest is expected to hold (of the fewest GPUs per load), as a share
+    of :data:`SHAPE` and :data:`HIGHER`: by the model, of configurations drawn from the space; where there is none, or
+    where it says that the default holds nothing, as many as they may take more GPUs."""
     study, model = ready.study, ready.predictor
     space, rng = study.space, random.Random(0)
     default = space.config(space.default(), study.model)
@@ -124,10 +124,11 @@ def reach(ready: session.Prepared) -> float:
     if model is not None:
         holds = partial(_foreseen, model, study)
         with suppress(Unsettled):
-            capacity, found = bracket(partial(holds, default), HIGHEST), 1.0
+            capacity, found, least = bracket(partial(holds, default), HIGHEST), 1.0, float(default.gpus)
             for share in (SHAPE[-1], *HIGHER[:-1]):
                 left = [config for config in left if holds(config, share * capacity)]
-                found = share if left else found
+                if (gpus := min((config.gpus for config in left), default=math.inf) / share) < least:
+                    found, least = share, gpus
             return found
     return max((config.gpus for config in left), default=1) / max(default.gpus, 1)
 
