@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tuner.study.ownmodel import OwnModel
 
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
-HIGHER = (4.0, 5.6, 8.0, 11.2, 16.0, 22.4)  # for configurations that are expected to hold the rung below
+HIGHER = (4.0, 5.6, 8.0, 11.2, 16.0, 22.4)  # rungs where the cheapest is expected to hold half of them
 DRAWN = 400  # of which the best is looked for
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
 NEAR = 0.05  # a rung as near as that to a load that was measured is that load
@@ -113,24 +113,32 @@ def rungs(capacity: float, top: float, measured: Collection[float] = (), reach: 
 
 def reach(ready: session.Prepared) -> float:
     """How many times what the default holds the cheapest is expected to hold (of the fewest GPUs per load), as a share
-    of :data:`SHAPE` and :data:`HIGHER`: by the model, of configurations drawn from the space; where there is none, or
-    where it says that the default holds nothing, as many as they may take more GPUs."""
+    of :data:`SHAPE` and :data:`HIGHER`: by the analytic model, of configurations drawn from the space; where there is
+    none (a user's own may take minutes for so many), or where it says that the default holds nothing, as many as they
+    may take more GPUs."""
+    from tuner.search.model.predictor import AnalyticModel
+
     study, model = ready.study, ready.predictor
     space, rng = study.space, random.Random(0)
     default = space.config(space.default(), study.model)
     drawn = [space.snap({p.name: rng.choice(p.values) for p in space.parameters}) for _ in range(DRAWN)]
     configs = {c.hash: c for c in (space.config(params, study.model) for params in drawn if not space.denied(params))}
     left = [config for config in configs.values() if not ready.why_not(config)]
-    if model is not None:
+    if isinstance(model, AnalyticModel):
         holds = partial(_foreseen, model, study)
         with suppress(Unsettled):
-            capacity, found, least = bracket(partial(holds, default), HIGHEST), 1.0, float(default.gpus)
+            capacity, found, least = bracket(partial(holds, default), HIGHEST), 1.0, float(_machines(default))
             for share in (SHAPE[-1], *HIGHER[:-1]):
                 left = [config for config in left if holds(config, share * capacity)]
-                if (gpus := min((config.gpus for config in left), default=math.inf) / share) < least:
-                    found, least = share, gpus
+                if (paid := min(map(_machines, left), default=math.inf) / share) < least:
+                    found, least = share, paid
             return found
-    return max((config.gpus for config in left), default=1) / max(default.gpus, 1)
+    return max(map(_machines, left), default=1) / _machines(default)
+
+
+def _machines(config: ServingConfig) -> int:
+    """What is paid for: its GPUs, or a server without any."""
+    return max(config.gpus, 1)
 
 
 def _foreseen(model: AnalyticModel | OwnModel, study: Study, config: ServingConfig, load: float) -> bool:
