@@ -101,20 +101,30 @@ def test_a_space_that_gives_a_server_too_few_gpus_says_which_does_not(
 
 def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold() -> None:
     around = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
-    for reach, higher in ((1.9, ()), (2, (4.0,)), (2.8, (4.0, 5.6)), (5.6, (4.0, 5.6, 8.0, 11.0))):
+    for reach, higher in ((5.6, ()), (8, (4.0,)), (11.2, (4.0, 5.6)), (16, (4.0, 5.6, 8.0))):
         assert ladder.rungs(1.0, 100, reach=reach) == around + higher
     step = Step(1.0, "w", {})
     seen = {load: replace(step, load=load, slo_misses=("late",) * (load > 1)) for load in (1.0, 1.4, 2.0)}
-    assert ladder._laid(seen.__getitem__, 100, seen, 2.8) == (1.0, (*around, 4.0, 5.6))
-    assert ladder.rungs(1.0, 6, reach=8) == (*around, 4.0, 5.6)
+    assert ladder._laid(seen.__getitem__, 100, seen, 11.2) == (1.0, (*around, 4.0, 5.6))
+    assert ladder.rungs(1.0, 6, reach=16) == (*around, 4.0, 5.6)
+
+
+def test_a_plan_foretells_the_ladder_as_far_as_it_will_go(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = session.prepare(written(workplace, LLAMA))
+    monkeypatch.setattr(ladder, "_top", lambda *_: 100.0)  # whatever the trace fills
+    tops = []
+    for reach in (1.0, 16.0):
+        monkeypatch.setattr(ladder, "reach", lambda _, reach=reach: reach)
+        laid = ladder.foretold(ready, partial(session.prepare, launching=False))
+        assert laid
+        tops.append(laid.study.load.ladder[-1])
+    assert tops[0] < tops[1]
 
 
 def test_what_others_hold_is_said_by_the_model_and_else_by_their_gpus(workplace: Path) -> None:
     short = ("emulator}", "emulator, args: {max-model-len: 8192}}")
     ready = session.prepare(ladder._unbound(written(workplace, LLAMA, short)))
     assert 2.8 < ladder.reach(ready) < 5.6  # the cheapest; eight GPUs hold more, and cost more
-    laid = ladder.foretold(ready, partial(session.prepare, launching=False))
-    assert laid and laid.study.load.ladder[-1] >= 11 * laid.study.load.ladder[0]
     assert ladder.reach(replace(ready, predictor=None)) == 4.0  # eight GPUs beside two
     own = session.prepare(ladder._unbound(written(workplace, SMALL, more=OWN)))
     assert ladder.reach(replace(own, predictor=None)) == 2.0  # nobody has sixteen

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tuner.study.ownmodel import OwnModel
 
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
-HIGHER = (4.0, 5.6, 8.0, 11.2, 16.0, 22.4)  # rungs where the cheapest is expected to hold half of them
+HIGHER = (4.0, 5.6, 8.0, 11.2, 16.0)  # rungs where the cheapest is expected to hold twice as much: models promise much
 DRAWN = 400  # of which the best is looked for
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
 NEAR = 0.05  # a rung as near as that to a load that was measured is that load
@@ -97,10 +97,10 @@ class Unsettled(Exception):
 
 
 def rungs(capacity: float, top: float, measured: Collection[float] = (), reach: float = 1.0) -> tuple[float, ...]:
-    """The ladder around a capacity: :data:`SHAPE`, and of :data:`HIGHER` what is twice ``reach`` at most; two digits
+    """The ladder around a capacity: :data:`SHAPE`, and of :data:`HIGHER` what is half of ``reach`` at most; two digits
     each, none above ``top``; the capacity itself is one, to three digits where two are more than ``top``. What is as
     good as a load that was ``measured`` is that load."""
-    shares = [*SHAPE, *(share for share in HIGHER if share / 2 <= reach)]
+    shares = [*SHAPE, *(share for share in HIGHER if share <= reach / 2)]
     found = {load for share in shares if (load := float(f"{share * capacity:.2g}")) <= top}
     if float(f"{capacity:.2g}") > top:
         found.add(_below(top))
@@ -128,7 +128,7 @@ def reach(ready: session.Prepared) -> float:
         holds = partial(_foreseen, model, study)
         with suppress(Unsettled):
             capacity, found, least = bracket(partial(holds, default), HIGHEST), 1.0, float(_machines(default))
-            for share in (SHAPE[-1], *HIGHER[:-1]):
+            for share in (SHAPE[-1], *HIGHER):
                 left = [config for config in left if holds(config, share * capacity)]
                 if (paid := min(map(_machines, left), default=math.inf) / share) < least:
                     found, least = share, paid
