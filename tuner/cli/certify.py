@@ -12,6 +12,7 @@ from typing import Any
 
 from tuner.cli.read import opened
 from tuner.cli.signals import say_stopping, stopping
+from tuner.cli.tune import say
 from tuner.errors import UsageError, printable
 from tuner.pareto.recommend import plain
 
@@ -140,7 +141,7 @@ def _opened_session(
 
     study, _ = opened(path)
     terminal = sys.stderr.isatty()
-    hub.bring(study, lambda text: print(text, file=sys.stderr), cancel, shown=terminal)
+    hub.bring(study, say, cancel, shown=terminal)
     if cancel.is_set():
         raise KeyboardInterrupt
     try:

@@ -52,8 +52,8 @@ def _run(path: Path | None, flags: Flags, plain: bool, cancel: threading.Event, 
     from tuner.study import finish, ladder, session
     from tuner.study.peers import joined
 
-    study = session.as_begun(_shared(path, flags, read(path, flags, _say)))
-    hub.bring(study, _say, cancel, shown=not plain)
+    study = session.as_begun(_shared(path, flags, read(path, flags, say)))
+    hub.bring(study, say, cancel, shown=not plain)
     if cancel.is_set():
         raise KeyboardInterrupt
     again = resume_command(path, sys.argv[1:])
@@ -78,12 +78,13 @@ def _run(path: Path | None, flags: Flags, plain: bool, cancel: threading.Event, 
             raise
     finish.show(study, store, result)
     if cancel.is_set():
-        _say(interrupted)
+        say(interrupted)
         return 130
     return 0 if result.best else NothingFeasible.exit_code  # ``show`` has said why
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line before there is a view, and after it."""
     print(text, file=sys.stderr)
 
 
