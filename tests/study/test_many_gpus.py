@@ -95,8 +95,9 @@ def test_a_space_that_gives_a_server_too_few_gpus_says_which_does_not(
     for command in (plan.run, check.run):
         command(workplace / "study.yaml", json=False)
         assert said in " ".join(capsys.readouterr().out.split())
-    for model, more in ((LLAMA, ""), (SMALL, ""), (LLAMA, OWN)):
-        assert not session.prepare(written(workplace, model, more=more)).cramped()
+    on_cpu = ("gpu: H100-SXM, gpus: 8", "gpu: cpu")
+    for model, changes, more in ((LLAMA, (), ""), (SMALL, (), ""), (LLAMA, (), OWN), (SMALL, (on_cpu,), "")):
+        assert not session.prepare(written(workplace, model, *changes, more=more)).cramped()
 
 
 def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold() -> None:

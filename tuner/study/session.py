@@ -141,7 +141,7 @@ class Prepared:
     def cramped(self) -> str:
         """That the model needs more GPUs than a server of this space gets, and what to do; empty where it does not."""
         space = self.study.space
-        needs, has = space.facts.get("fewest_gpus", 1), space.config(space.default(), self.study.model).gpus
+        needs, has = space.facts.get("fewest_gpus", 0), space.config(space.default(), self.study.model).gpus
         if needs <= has or any(p.counts_gpus for p in space.parameters):
             return ""
         how = "take search_space: vllm/multi-gpu" if space.engine == "vllm" else "add a parameter that counts GPUs"
