@@ -4,7 +4,7 @@
 
 A row is emulated as it was measured: that many requests held in flight (closed loop), all of one nominal length, each
 drawn from the row's spread, four times as many requests as the concurrency. Nothing is fitted per row or per model.
-Rows with data-parallel attention or several nodes are left out: the emulator does not model them. SGLang's rows are
+Rows of several nodes are left out: the emulator does not model them. SGLang's rows are
 emulated as vLLM's; they show as a group of their own.
 """
 
@@ -56,6 +56,7 @@ def emulate(row: Row) -> Result:
         "max-model-len": row.isl + row.osl + 256,
         "max-num-seqs": max(row.concurrency, 16),
         "tensor-parallel-size": row.parallelism.tp,
+        "data-parallel-size": row.parallelism.dp,
     }
     if not shape.quantization and row.precision.quantized:
         flags["quantization"] = "fp8"
@@ -127,9 +128,7 @@ def main() -> None:
     given = parser.parse_args()
     rows, left_out = read(given.table, SHAPES)
     unique = list({row.key: row for row in rows}.values())
-    chosen = [
-        row for row in unique if row.parallelism.dp == 1 and row.parallelism.pp == 1 and row.parallelism.gpus <= 8
-    ]
+    chosen = [row for row in unique if row.parallelism.pp == 1 and row.parallelism.gpus <= 8]
     if given.sample:
         chosen = chosen[:: max(len(chosen) // given.sample, 1)]
     began = time.perf_counter()

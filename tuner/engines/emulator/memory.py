@@ -50,7 +50,9 @@ def plan(shape: Shape, s: Settings, gpu: Gpu) -> Memory:
 
     Raises :class:`WeightsDoNotFit` or :class:`KvDoesNotFit`.
     """
-    weights = shape.weight_bytes(min(s.weight_bits, shape.weight_bits)) / (s.tp * s.pp)
+    bits = min(s.weight_bits, shape.weight_bits)
+    weights = shape.weight_bytes(bits) - shape.expert_bytes(bits) * (1 - 1 / s.sharing(shape))
+    weights /= s.tp * s.pp
     if s.draft:
         weights *= 1 + s.draft.cost
     if gpu.is_cpu:

@@ -98,6 +98,10 @@ class Settings:
     def gpus(self) -> int:
         return self.tp * self.pp * self.dp
 
+    def sharing(self, shape: Shape) -> int:
+        """How many data-parallel ranks share the experts, and step together for it; 1 where each is a replica."""
+        return self.dp if shape.experts else 1
+
 
 def resolve(
     flags: Mapping[str, Any],
@@ -161,7 +165,7 @@ def resolve(
         long_prefill_tokens=_int(flags, "long-prefill-token-threshold", 0),
         async_scheduling="no-async-scheduling" not in flags and not gpu.is_cpu,
         priority=flags.get("scheduling-policy") == "priority",
-        frontends=max(_int(flags, "api-server-count", 1), 1),
+        frontends=max(_int(flags, "api-server-count", dp), 1),
         draft=draft,
         kv_bytes=_length(flags.get("kv-cache-memory-bytes"), 0) or int(env.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB,
         kv_blocks=_int(flags, "num-gpu-blocks-override", 0),

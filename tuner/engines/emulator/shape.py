@@ -62,8 +62,15 @@ class Shape:
 
     def weight_bytes(self, bits: int) -> float:
         """Bytes of the whole model with linear layers of ``bits`` (scales of narrow formats: 1/16 more at 4 bits)."""
-        scale = 1.0625 if bits <= 4 else 1.0
-        return self.linear_weights * bits / 8 * scale + self.embedding * 2
+        return self.linear_weights * _bytes(bits) + self.embedding * 2
+
+    def expert_bytes(self, bits: int) -> float:
+        """Those of them that are routed experts'."""
+        return self.moe_layers * self.experts * self.expert * _bytes(bits)
+
+
+def _bytes(bits: int) -> float:
+    return bits / 8 * (1.0625 if bits <= 4 else 1.0)
 
 
 def read_shape(model: str | Path) -> Shape:

@@ -100,6 +100,8 @@ class Simulator:
         self.cost = StepCost(shape, settings, gpu)
         self.disturbance = Disturbance(noise or Noise(), seed)
         self.replicas = [Replica(self, index) for index in range(settings.dp)]
+        size = settings.sharing(shape)  # ranks that share experts take every step together
+        self._together = {r: self.replicas[i // size * size :][:size] for i, r in enumerate(self.replicas)}
         self.prompt_tokens = self.generation_tokens = 0
         self._events: list[tuple[float, int, int, object]] = []  # time, kind, order, payload
         self._order = itertools.count()
@@ -140,8 +142,9 @@ class Simulator:
                 self._owner[job.id] = replica
                 replica.scheduler.add(job)
                 self.prompt_tokens += job.prompt
-                if replica.batch is None:
-                    self._start(replica, at)
+                together = self._together[replica]
+                if all(one.batch is None for one in together):
+                    self._start(together, at)
             return []
         self._finish(payload, at)  # type: ignore[arg-type]
         return []
@@ -162,35 +165,41 @@ class Simulator:
     def _push(self, at_s: float, kind: int, payload: object) -> None:
         heapq.heappush(self._events, (at_s, kind, next(self._order), payload))
 
-    def _start(self, replica: Replica, at_s: float) -> None:
-        batch = replica.scheduler.next_batch(at_s)
-        if not batch.work:
-            replica.batch = None
-            return
-        replica.batch = batch
-        replica.steps += 1
-        seconds = self.cost.seconds(batch.prefill, batch.decodes, batch.context, batch.windowed, batch.queries)
-        self._check_memory(replica, batch)
-        self._push(at_s + self.disturbance.step(seconds), _STEP, replica)
+    def _start(self, together: list[Replica], at_s: float) -> None:
+        batches = {replica: replica.scheduler.next_batch(at_s) for replica in together}
+        everywhere = sum(batch.tokens for batch in batches.values())
+        seconds = 0.0
+        for replica, batch in batches.items():
+            replica.batch = batch if batch.work else None
+            if batch.work:
+                replica.steps += 1
+                parts = batch.prefill, batch.decodes, batch.context, batch.windowed, batch.queries
+                seconds = max(seconds, self.cost.seconds(*parts, everywhere))
+                self._check_memory(replica, batch)
+        if seconds:
+            self._push(at_s + self.disturbance.step(seconds), _STEP, together)
 
-    def _finish(self, replica: Replica, at_s: float) -> None:
-        batch = replica.batch
-        made = replica.scheduler.finish_batch(batch) if batch else []
-        if made:
-            tokens = sum(count for _, count in made)
-            self.generation_tokens += tokens
-            # The API server's process handles one step's tokens after the other; past its rate it falls behind.
-            begins = max(self._frontend_free_s, at_s)
-            self._frontend_free_s = begins + tokens * self.gpu.token_s / self.settings.frontends
-            sent = self._frontend_free_s
-            deliveries = []
-            for job, count in made:
-                last = job.generated >= job.output
-                deliveries.append(Delivery(sent, job, count, last))
-                if last:
-                    self._owner.pop(job.id, None)
-            self._push(sent, _DELIVER, deliveries)
-        self._start(replica, at_s)
+    def _finish(self, together: list[Replica], at_s: float) -> None:
+        for replica in together:
+            self._deliver(replica.scheduler.finish_batch(replica.batch) if replica.batch else [], at_s)
+        self._start(together, at_s)
+
+    def _deliver(self, made: list[tuple[Job, int]], at_s: float) -> None:
+        if not made:
+            return
+        tokens = sum(count for _, count in made)
+        self.generation_tokens += tokens
+        # The API server's process handles one step's tokens after the other; past its rate it falls behind.
+        begins = max(self._frontend_free_s, at_s)
+        self._frontend_free_s = begins + tokens * self.gpu.token_s / self.settings.frontends
+        sent = self._frontend_free_s
+        deliveries = []
+        for job, count in made:
+            last = job.generated >= job.output
+            deliveries.append(Delivery(sent, job, count, last))
+            if last:
+                self._owner.pop(job.id, None)
+        self._push(sent, _DELIVER, deliveries)
 
     def _check_memory(self, replica: Replica, batch: Batch) -> None:
         """What vLLM's profiling did not see: fragmentation grows with the steps taken, and long prefills next to many

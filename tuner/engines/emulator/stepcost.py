@@ -19,8 +19,9 @@ class StepCost:
 
     def __init__(self, shape: Shape, settings: Settings, gpu: Gpu) -> None:
         self.shape, self.s, self.gpu = shape, settings, gpu
-        self._dense: dict[int, float] = {}
+        self._dense: dict[tuple[int, int], float] = {}
         s = settings
+        self.sharing = s.sharing(shape)
         self.weight_bits = min(s.weight_bits, shape.weight_bits)
         split = 1 if shape.mla else min(s.tp, shape.kv_heads)
         self._kv_bytes = shape.kv_elements / split * s.kv_bits / 8
@@ -29,15 +30,24 @@ class StepCost:
         self._attention_rate = gpu.memory_bytes_per_s * (0.6 if gpu.is_cpu else paging)
         self._attention_flops = gpu.peak(16) * (0.50 if s.kv_bits == 16 else 0.56)
 
-    def seconds(self, prefill: list[tuple[int, int]], decodes: int, context: int, windowed: int, queries: int) -> float:
+    def seconds(
+        self,
+        prefill: list[tuple[int, int]],
+        decodes: int,
+        context: int,
+        windowed: int,
+        queries: int,
+        everywhere: int = 0,
+    ) -> float:
         """One step: ``prefill`` has (chunk, context before it) per sequence; ``decodes`` sequences with a summed
         ``context`` (``windowed``: the same with each cut to the sliding window), ``queries`` tokens in all decodes
-        (more than one per sequence while speculation verifies)."""
+        (more than one per sequence while speculation verifies), ``everywhere`` tokens on all ranks that share the
+        experts (default: as many on each)."""
         chunked = sum(chunk for chunk, _ in prefill)
         tokens = chunked + queries
         sampled = queries + len(prefill)
         graph = not self.s.eager and tokens <= self.s.graph_tokens
-        forward = self.dense(tokens) + self.attention(prefill, decodes, context, windowed, queries)
+        forward = self.dense(tokens, everywhere) + self.attention(prefill, decodes, context, windowed, queries)
         kernels = self.shape.layers * (11 + (5 if self.shape.experts else 0)) + 12
         gaps = kernels * (self.gpu.kernel_s if graph else self.gpu.launch_s)
         # Without a graph the CPU launches while the GPU computes: the slower of the two counts, not the sum.
@@ -50,9 +60,10 @@ class StepCost:
             return max(forward + 0.25 * self.gpu.step_s, python) * self.s.pp**0.15
         return (forward + python) * self.s.pp**0.15
 
-    def dense(self, tokens: int) -> float:
-        """All linear layers and all-reduces for ``tokens`` tokens, experts included."""
-        known = self._dense.get(tokens)
+    def dense(self, tokens: int, everywhere: int = 0) -> float:
+        """All linear layers and all-reduces for ``tokens`` tokens, experts included (see :meth:`seconds`)."""
+        everywhere = everywhere or tokens * self.sharing
+        known = self._dense.get((tokens, everywhere))
         if known is not None:
             return known
         sh, s = self.shape, self.s
@@ -63,10 +74,13 @@ class StepCost:
             total += dense_layers * self._gemm(tokens, sh.hidden, 2 * inner // s.tp)
             total += dense_layers * self._gemm(tokens, max(inner // s.tp, 1), sh.hidden)
         if sh.moe_layers:
-            total += sh.moe_layers * self._experts(tokens)
+            total += sh.moe_layers * self._experts(tokens, everywhere)
+        exchanges = sh.moe_layers if self.sharing > 1 else 0
         if s.tp > 1:
-            total += 2 * sh.layers * self._all_reduce(tokens)
-        self._dense[tokens] = total
+            total += (2 * sh.layers - exchanges) * self._all_reduce(tokens, s.tp)
+        # Ranks that share experts gather the rows of all, and scatter the sums: together what an all-reduce moves.
+        total += exchanges * self._all_reduce(everywhere, s.tp * self.sharing)
+        self._dense[tokens, everywhere] = total
         return total
 
     def _gemm(self, m: int, k: int, n: int, share: float = 1.0) -> float:
@@ -87,22 +101,23 @@ class StepCost:
         moved = (k * n * self.weight_bits / 8 + m * (k + n) * 2) / (gpu.memory_bytes_per_s * gpu.memory_share)
         return _corner(compute, moved)
 
-    def _experts(self, tokens: int) -> float:
-        """Router, shared expert and the experts that this many tokens touch (each token picks at random)."""
+    def _experts(self, tokens: int, everywhere: int) -> float:
+        """Router, shared expert and the experts that all ranks' tokens touch (each token picks at random)."""
         sh, s = self.shape, self.s
-        touched = sh.experts * (1 - (1 - sh.experts_per_token / sh.experts) ** tokens)
-        routed = tokens * sh.experts_per_token
+        split = s.tp * self.sharing
+        touched = sh.experts * (1 - (1 - sh.experts_per_token / sh.experts) ** everywhere)
+        routed = everywhere * sh.experts_per_token
         rate = self.gpu.peak(s.gemm_bits) * self.gpu.gemm_share * 0.55
         # Rows per expert are padded to the kernel's tile of 16.
         padded = touched * math.ceil(routed / max(touched, 1) / 16) * 16
-        compute = 2.0 * max(padded, routed) * sh.expert / s.tp / rate
-        moved = touched * sh.expert / s.tp * self.weight_bits / 8 / (self.gpu.memory_bytes_per_s * 0.70)
+        compute = 2.0 * max(padded, routed) * sh.expert / split / rate
+        moved = touched * sh.expert / split * self.weight_bits / 8 / (self.gpu.memory_bytes_per_s * 0.70)
         shared = self._gemm(tokens, sh.hidden, max(sh.shared // sh.hidden // s.tp, 1)) if sh.shared else 0.0
         return _corner(compute, moved) + shared + 35e-6
 
-    def _all_reduce(self, tokens: int) -> float:
-        size, tp = tokens * self.shape.hidden * 2, self.s.tp
-        return 6e-6 + 1.2e-6 * tp + 2 * (tp - 1) / tp * size / (self.gpu.link_bytes_per_s * 0.7)
+    def _all_reduce(self, tokens: int, ranks: int) -> float:
+        size = tokens * self.shape.hidden * 2
+        return 6e-6 + 1.2e-6 * ranks + 2 * (ranks - 1) / ranks * size / (self.gpu.link_bytes_per_s * 0.7)
 
     def attention(
         self, prefill: list[tuple[int, int]], decodes: int, context: int, windowed: int, queries: int
