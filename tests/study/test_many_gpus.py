@@ -109,6 +109,18 @@ def test_a_space_that_gives_a_server_too_few_gpus_says_which_does_not(
         assert not session.prepare(written(workplace, model, *changes, more=more)).cramped()
 
 
+def test_gpus_that_wait_are_told_of(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "7 of 8 GPUs wait while the default is measured: parallel: auto (--parallel auto) runs trials side by side."
+    assert session.prepare(written(workplace, SMALL)).idle() == said
+    for command in (plan.run, check.run):
+        command(workplace / "study.yaml", json=False)
+        assert said in " ".join(capsys.readouterr().out.split())
+    assert session.prepare(written(workplace, LLAMA)).idle().startswith("4 of 8 ")
+    one, on_cpu = (("gpu: H100-SXM, gpus: 8", there) for there in ("gpu: H100-SXM, gpus: 1", "gpu: cpu"))
+    for model, changes, more in ((SMALL, (one,), ""), (SMALL, (on_cpu,), ""), (SMALL, (), "parallel: auto")):
+        assert not session.prepare(written(workplace, model, *changes, more=more)).idle()
+
+
 def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold() -> None:
     around = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
     for reach, higher in ((5.6, ()), (8, (4.0,)), (11.2, (4.0, 5.6)), (16, (4.0, 5.6, 8.0))):

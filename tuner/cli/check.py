@@ -55,7 +55,7 @@ def _show(study: Any, ready: Any, data: dict[str, Any]) -> None:
         f"Budget: {shared_out(study.budget)}; sampler {study.sampler}; "
         f"model: {study.predictor or ready.no_model or 'analytic, of this hardware'}"
     )
-    for said in filter(None, (data["cramped"], data["untried"], data["unread"])):
+    for said in filter(None, (data["cramped"], data["idle"], data["untried"], data["unread"])):
         console.print(said)
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("parameter", "values", "default", "trades"):
@@ -159,6 +159,7 @@ def describe(ready: Any) -> dict[str, Any]:
             for p in space.parameters
         ],
         "cramped": ready.cramped(),
+        "idle": ready.idle(),
         "untried": ready.untried(),
         "unread": ready.unread(),
         "combinations": len(grid) or space.size(),

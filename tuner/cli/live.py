@@ -98,7 +98,7 @@ class View:
             self.say(f"Trace: {note}")
         if ready.no_model:
             self.say(f"No analytic model: {ready.no_model}. The search works without one.")
-        for said in filter(None, (ready.cramped(), ready.untried(), ready.unread())):
+        for said in filter(None, (ready.cramped(), ready.idle(), ready.untried(), ready.unread())):
             self.say(said)
 
     def on_event(self, name: str, data: Any) -> None:

@@ -47,8 +47,8 @@ def run(path: Path, json: bool) -> None:
         console.print(f"  Not checked: {data['unchecked']}.")
     for reason, count in alike(data["refused"]).items():
         console.print(f"  {count} refused: {reason}")
-    if data["cramped"]:
-        console.print(data["cramped"])
+    for said in filter(None, (data["cramped"], data["idle"])):
+        console.print(said)
     if laid:
         loads = ", ".join(f"{load:g}" for load in data["ladder"])
         console.print(f"Ladder: {loads}, if the default does as predicted; its launch settles it (load.ladder: auto).")
@@ -107,6 +107,7 @@ def plan(ready: Any) -> dict[str, Any]:
         **_cost(ready, allowed, steps, len(allowed) if whole else math.inf),
         "no_model": ready.no_model,
         "cramped": ready.cramped(),
+        "idle": ready.idle(),
         "unchecked": ready.unchecked,
         "capable": capable,
         "front": front,

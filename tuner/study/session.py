@@ -147,6 +147,15 @@ class Prepared:
         how = "take search_space: vllm/multi-gpu" if space.engine == "vllm" else "add a parameter that counts GPUs"
         return f"{self.study.model} needs {needs} GPUs at least, and {space.name} gives a server {has}: {how}."
 
+    def idle(self) -> str:
+        """That trials one after another leave GPUs waiting, and what to do; empty where they do not."""
+        study = self.study
+        needs = study.space.config(study.space.default(), study.model).gpus
+        if study.parallel != 1 or study.engine.kind == "attach" or not 0 < needs <= study.hardware.gpus // 2:
+            return ""
+        waiting = f"{study.hardware.gpus - needs} of {study.hardware.gpus} GPUs wait"
+        return f"{waiting} while the default is measured: parallel: auto (--parallel auto) runs trials side by side."
+
     def untried(self) -> str:
         """That the space was not checked with the build, or the version, of the engine that serves; empty where it was,
         or names no versions."""
