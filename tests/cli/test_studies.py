@@ -664,6 +664,7 @@ def test_a_study_that_an_earlier_version_began_is_gone_on_with_by_its_file(workp
     tuner("tune", "study.yaml", cwd=workplace, check=None)
     kept, store = workplace / "reports/s/study.yaml", Store(workplace / "reports/s")
     before = len(store.trials())
+    assert all(t.ended_s - t.started_s > t.outcome.boot.total_s > 20 for t in store.trials())  # emulated seconds
     assert "  counts_fixed: true\n" in kept.read_text()
     kept.write_text(kept.read_text().replace("  counts_fixed: true\n", ""))
     write(workplace, text.replace("LEFT", "4, verify_share: 0"))

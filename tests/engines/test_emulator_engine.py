@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from array import array
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +64,28 @@ def test_the_process_and_the_virtual_clock_tell_the_same_story(config: ServingCo
 
     assert wall.metrics["tpot_p50_s"] == pytest.approx(quiet.metrics["tpot_p50_s"], rel=0.25)
     assert wall.metrics["ttft_p50_s"] >= quiet.metrics["ttft_p50_s"] - 0.002
+
+
+@pytest.mark.parametrize("options", [{"clock": "virtual"}, {"time_scale": 4.0, "boot_scale": 0}, {"boot_scale": 0}])
+def test_a_launch_whose_time_is_not_the_walls_tells_what_it_took(
+    config: ServingConfig, site: Site, options: dict[str, Any]
+) -> None:
+    took = list[float]()
+    tell = replace(site, on_event=lambda name, data: took.append(data["seconds"]) if name == "took" else None)
+    begun_s = time.monotonic()
+    server = EmulatorEngine(**options).launch(config, tell)
+    server.measure(plan(tell, 1.0, trace(60, 20.0, 300, 50)))
+    server.stop()
+    wall_s, boot_s = time.monotonic() - begun_s, server.boot.total_s
+    if options.get("clock"):
+        assert took == [pytest.approx(boot_s + 3 + 1, abs=1.5)] and boot_s > 20  # requests for three seconds, a pause
+    else:
+        assert took == [pytest.approx(4 * wall_s, rel=0.05)] * ("time_scale" in options)
+    failing = {**options, "fault": "oom-kv"}
+    with pytest.raises(LaunchFailed) as failure:
+        EmulatorEngine(**failing).launch(config, tell)
+    assert len(took) == 2 * ("clock" in options or "time_scale" in options)
+    assert "clock" not in options or took[-1] == pytest.approx(failure.value.outcome.boot.total_s, abs=0.01)
 
 
 @pytest.mark.parametrize("options", [{"clock": "virtual"}, {"time_scale": 4.0, "boot_scale": 0}])

@@ -302,6 +302,25 @@ def test_the_ladders_launch_is_counted_once(settling):
     assert after.launches == before.launches + 1
 
 
+def test_an_emulated_verification_is_timed_by_what_its_launches_took(settling, monkeypatch):
+    _again, study, store, _labels = settling
+    seen, last = [], store.trials()[-1]
+
+    def verify(*_given, clock, **_more):
+        seen.append(clock())
+        studies.measured(last.number + 1, last.outcome.steps[:1], store, params=last.params, role="verify")
+        seen.append(clock())
+        raise UsageError("enough")
+
+    monkeypatch.setattr(verifying, "verify", verify)
+    ready = SimpleNamespace(study=replace(study, budget=Budget(launches=90, verify_share=0.5)))
+    ready.traffic, ready.engine = SimpleNamespace(heldout=[1]), SimpleNamespace(emulated=True)
+    with pytest.raises(UsageError, match="enough"):
+        verifying.run(ready, store, verifying.Nobody(), SimpleNamespace(on_event=lambda *_: None))
+    before_s, after_s = seen
+    assert after_s - before_s == pytest.approx(60)
+
+
 def test_where_nothing_is_left_a_verified_study_is_not_called_unverified(settling):
     again, study, _store, _labels = settling
     (text,) = again(replace(study.budget, launches=4))

@@ -24,7 +24,8 @@ class Site:
     """Where a launch happens: ``folder`` (absolute, exists) takes the server's log and temporary files; ``gpus`` the
     indices of the leased GPUs (empty on a CPU server), ``cancel`` is set when the user interrupts; ``on_event`` is
     told of progress (``("phase", {"name": "weights", "elapsed_s": 3.1})``) from any thread, and must not block. An
-    engine that waits for what others have tells ``waiting`` (``for`` what), and ``leased`` when its launch begins."""
+    engine that waits for what others have tells ``waiting`` (``for`` what), and ``leased`` when its launch begins. One
+    whose time is not the wall's tells ``took`` (its own ``seconds``) when a launch has ended."""
 
     folder: Path
     gpus: tuple[int, ...]

@@ -1,4 +1,5 @@
-"""For how long each trial has its GPUs: what budgets, costs and gains per second are reckoned with."""
+"""For how long each trial has its GPUs: what budgets, costs and gains per second are reckoned with. An emulated trial's
+time is the emulated one."""
 
 from __future__ import annotations
 
@@ -39,4 +40,6 @@ class Stopwatch:
             self._since_s[data["trial"]] = math.inf
         elif name == "leased":
             self.start(data["trial"])
+        elif name == "took":
+            self._took_s[data["trial"]] = data["seconds"]
         self._tell(name, data)

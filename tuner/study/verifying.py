@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -137,6 +138,11 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
             bench.on_event("say", {"text": too_little})
         return None
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
+
+    def clock() -> float:  # an emulated launch takes what it took on its own clock
+        emulated = ready.engine.emulated
+        return budget.spent(study, store.launched("verify")).hours * 3600 if emulated else time.monotonic()
+
     with executor(bench) as where:
         result = verify(
             study,
@@ -148,6 +154,7 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
             bench.on_event,
             done=_done(records, "verify"),
             known=launch_spread(records),
+            clock=clock,
         )
     if not result.launches:
         bench.on_event("say", {"text": too_little})

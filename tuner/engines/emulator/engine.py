@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -144,9 +145,19 @@ class EmulatorEngine:
             shares_port=True,
             stop_wait_s=self.stop_wait_s,
         )
-        # No real GPU is leased for an emulated one.
-        server: HttpServer = launch(recipe, replace(site, gpus=()))
-        return EmulatorServer(server, self.time_scale, self.axis)
+        begun_s = time.monotonic()
+
+        def ended() -> None:
+            if self.time_scale != 1.0:
+                site.on_event("took", {"seconds": (time.monotonic() - begun_s) * self.time_scale})
+
+        try:
+            # No real GPU is leased for an emulated one.
+            server: HttpServer = launch(recipe, replace(site, gpus=()))
+        except LaunchFailed:
+            ended()
+            raise
+        return EmulatorServer(server, self.time_scale, self.axis, ended)
 
     def _virtual(self, config: ServingConfig, site: Site, model: str, fault: str, seed: int) -> Server:
         from tuner.engines.emulator.virtual import launch_virtual
@@ -194,10 +205,10 @@ class EmulatorEngine:
 
 class EmulatorServer:
     """A launched emulator: measures on the wall clock and reports on the emulated one. ``axis`` is the objective's
-    latency."""
+    latency; ``ended`` is called when it has stopped."""
 
-    def __init__(self, server: Any, scale: float, axis: str = "") -> None:
-        self._server, self._scale, self._axis = server, scale, axis
+    def __init__(self, server: Any, scale: float, axis: str = "", ended: Callable[[], None] = lambda: None) -> None:
+        self._server, self._scale, self._axis, self._ended = server, scale, axis, ended
         self.endpoint = server.endpoint
         phases = {name: round(seconds * scale, 3) for name, seconds in server.boot.phases_s.items()}
         self.boot: Boot = replace(server.boot, total_s=round(server.boot.total_s * scale, 3), phases_s=phases)
@@ -223,7 +234,9 @@ class EmulatorServer:
 
     def stop(self) -> Teardown:
         """See the protocol."""
-        return self._server.stop()
+        teardown: Teardown = self._server.stop()
+        self._ended()
+        return teardown
 
     def _with_lateness(self, step: Step, plan: StepPlan) -> Step:
         late_s = self._state().get("lateness_p99_s", 0.0) * self._scale

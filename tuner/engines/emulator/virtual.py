@@ -19,7 +19,7 @@ from tuner.engines.emulator.faults import parse_faults
 from tuner.engines.emulator.hardware import Gpu
 from tuner.engines.emulator.rescale import step_from_records
 from tuner.engines.emulator.simulator import OutOfMemoryUnderLoad, Served, Simulator, Work, prefix_keys
-from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, Site, StepPlan, Teardown
+from tuner.engines.protocol import Cancelled, Endpoint, LaunchFailed, OnEvent, Site, StepPlan, Teardown
 from tuner.engines.vllmlog import DIALECT
 from tuner.load.records import Record, write
 from tuner.load.step import FILLING
@@ -52,8 +52,9 @@ class _Tape(Console):
 class VirtualServer:
     """Implements :class:`tuner.engines.protocol.Server` on virtual time; ``endpoint`` is None."""
 
-    def __init__(self, simulator: Simulator, boot: BootTimes) -> None:
+    def __init__(self, simulator: Simulator, boot: BootTimes, on_event: OnEvent) -> None:
         self.boot = boot
+        self._on_event = on_event
         self.endpoint: Endpoint | None = None
         self._simulator = simulator
         self._now_s = 0.0
@@ -109,6 +110,7 @@ class VirtualServer:
 
     def stop(self) -> Teardown:
         """See the protocol; there is nothing to stop."""
+        self._on_event("took", {"seconds": self.boot.total_s + self._now_s})
         return Teardown()
 
 
@@ -127,13 +129,14 @@ def launch_virtual(
         simulator, _ = assemble(boot, flags, options, gpu, environ)
     except BootFailed as failed:
         log = tape.boot_log
+        site.on_event("took", {"seconds": tape.now_s})
         evidence = Evidence(log="\n".join(tape.lines), exit_code=failed.code, phase=log.phase)
         raise LaunchFailed(_with_boot(diagnose(evidence), log.boot(tape.now_s))) from None
     finally:
         (site.folder / LOG).write_text("\n".join(tape.lines) + "\n", encoding="utf-8")
     times = tape.boot_log.boot(tape.now_s)
     site.on_event("phase", {"name": "ready", "elapsed_s": round(times.total_s, 1), "expected_s": None})
-    return VirtualServer(simulator, times)
+    return VirtualServer(simulator, times, site.on_event)
 
 
 def _with_boot(outcome: Any, boot: BootTimes) -> Any:
