@@ -284,6 +284,7 @@ def planned(workplace: Path, budget: str, more: str = "") -> dict:
 
 def test_a_budget_in_usd_pays_the_gpus_that_launches_use(workplace: Path) -> None:
     one, eight = (planned(workplace, "{usd: 10}", f"hardware: {{gpu: L40S, gpus: {gpus}}}\n") for gpus in (1, 8))
+    assert eight.pop("idle") and not one.pop("idle")
     assert eight == one and one["usd"] == pytest.approx(10)
     many = planned(workplace, "{usd: 4, verify_share: 0}", "hardware: {gpu: L40S, gpus: 8}\nparallel: 4\n")
     assert many["hours"] == pytest.approx(many["launches"] * many["launch_seconds"] / 3600 / 4, rel=0.01)
