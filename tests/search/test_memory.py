@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,18 @@ def test_dp_attention_copies_attention_and_spreads_the_feed_forward_blocks_and_t
     attention, blocks = 32 * 4096 * (2 * 4096 + 2 * 1024), 32 * 3 * 4096 * 14336
     words = (attention + blocks / 4 + 128256 * 4096 * (1 + 1 / 4)) / 2
     assert found.parts["weights"] == pytest.approx(2 * words, rel=0.01)
+
+
+def test_kv_heads_that_tensor_parallelism_neither_splits_nor_copies_evenly_are_refused() -> None:
+    """Phi-3-medium has 10 KV heads beside 40 of attention: two and five GPUs, not four."""
+    shape = ModelShape.from_folder(SHAPES / "llama-3.1-8b.json")
+    heads = tuple(replace(a, kv_heads=10) for a in shape.attention)
+    shape = replace(shape, heads=40, attention=heads)
+    for gpus, fine in ((1, True), (2, True), (4, False), (5, True), (8, False), (10, True), (20, True)):
+        config = ServingConfig("m", {}, {"tensor-parallel-size": gpus})
+        found = fits(shape, table.table()["H100-SXM"], config)
+        assert found.fits == fine
+        assert fine or found.reason == f"10 KV heads cannot be split over {gpus} GPUs (tensor-parallel-size)"
 
 
 def test_a_cpu_server_s_cache_is_what_the_variable_says() -> None:

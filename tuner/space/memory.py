@@ -216,6 +216,9 @@ def _held(shape: ModelShape, settings: Settings) -> float:
 def _impossible(shape: ModelShape, settings: Settings) -> str:
     if shape.heads % settings.tp:
         return f"{shape.heads} attention heads cannot be split over {settings.tp} GPUs (tensor-parallel-size)"
+    for a in shape.attention:
+        if a.kind in ("full", "window") and a.kv_heads % settings.tp and settings.tp % a.kv_heads:
+            return f"{a.kv_heads} KV heads cannot be split over {settings.tp} GPUs (tensor-parallel-size)"
     if settings.pp > shape.layers:
         return f"{shape.layers} layers cannot be split into {settings.pp} pipeline stages"
     return settings.refused
