@@ -404,7 +404,7 @@ def test_of_ranks_that_share_their_gpus_attention_alone_is_there_once_for_each()
     attention = sum(a.layers * a.weights for a in shape.attention) * shape.precision.linear_bits / 8
     table = shape.vocab * shape.hidden * shape.precision.embedding_bits / 8  # of the embedding; the head is spread
     assert inside.parts["weights"] - whole.parts["weights"] == pytest.approx((attention + table) * 7 / 8)
-    assert inside.kv_tokens * 8 > 4 * whole.kv_tokens  # every rank of MLA keeps a copy, where they are one
+    assert inside.kv_tokens * 8 > 2.5 * whole.kv_tokens  # every rank of MLA keeps a copy, where they are one
     rate = "goodput_output_tokens_per_s"
     usd = [found.metrics["cost_usd_per_mtok_output"] * found.metrics[rate] for found in (together, apart)]
     assert usd[0] == pytest.approx(usd[1])  # as many GPUs

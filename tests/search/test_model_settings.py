@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,9 @@ def test_each_engines_flags_mean_what_they_say(engine: str, flags: dict[str, Val
     assert {name: getattr(found, name) for name in said} == said
 
 
-@pytest.mark.parametrize(("gpu", "tokens"), [("L4", 2048), ("L40S", 4096), ("H100-SXM", 8192)])
+@pytest.mark.parametrize(
+    ("gpu", "tokens"), [("T4", 2048), ("L4", 4096), ("L40S", 4096), ("H100-SXM", 8192), ("B200", 16384)]
+)
 def test_sglang_s_chunk_goes_by_the_size_of_the_memory(gpu: str, tokens: int) -> None:
     assert read({}, gpu, engine="sglang").max_batched_tokens == tokens
 
@@ -192,16 +195,43 @@ def test_sglang_prefills_first_and_leaves_memory_for_its_chunk() -> None:
 
 def test_sglang_s_attention_ranks_lie_within_its_tensor_parallelism() -> None:
     """They share its GPUs, what SGLang is told of a step is theirs together, and each keeps sequences of its own."""
-    sizes = {"tp-size": 8, "dp-size": 4, "chunked-prefill-size": 8192, "max-running-requests": 256}
+    given = {"tp-size": 8, "chunked-prefill-size": 8192, "max-running-requests": 256}
+    sizes = {**given, "dp-size": 4}
     inside, beside = (read({**sizes, **more}, engine="sglang") for more in ({"enable-dp-attention": None}, {}))
+    assert inside == read({**given, "attn-dp-size": 4}, engine="sglang")  # as 0.5.23 says it
     assert (inside.gpus, inside.tp, inside.dp, inside.sharing) == (8, 2, 4, 4)
     assert (inside.max_batched_tokens, inside.max_seqs) == (2048, 64)
     assert (beside.gpus, beside.tp, beside.dp, beside.sharing) == (32, 8, 4, 1)
     assert read({"tp-size": 8, "enable-dp-attention": None}, engine="sglang").tp == 8
     default = read({"tp-size": 8, "dp-size": 8, "enable-dp-attention": None}, engine="sglang")
-    assert default.max_seqs == read({}, engine="sglang").max_seqs and default.memory_share == inside.memory_share
+    assert default.max_seqs == read({}, engine="sglang").max_seqs
     odd = read({"tp-size": 8, "dp-size": 3, "enable-dp-attention": None}, engine="sglang")
-    assert odd.refused == "8 GPUs cannot be split over 3 ranks of DP attention (tp-size, dp-size)"
+    assert odd.refused == "8 GPUs cannot be split over 3 ranks of DP attention (tp-size)"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "mib", "model", "flags", "share"),
+    [
+        ("H200", 143771, "qwen3-30b-a3b", {"tp-size": 1}, 0.903),
+        ("H200", 143771, "llama-3.3-70b", {"tp-size": 8}, 0.893),  # larger graphs, and something for each GPU
+        ("H200", 143771, "deepseek-r1", {"tp-size": 8}, 0.886),  # MLA
+        ("H200", 143771, "deepseek-r1", {"tp-size": 8, "attn-dp-size": 8}, 0.758),
+        ("H200", 143771, "deepseek-r1", {"tp-size": 8, "attn-dp-size": 8, "max-running-requests": 16}, 0.89),
+        ("H200", 143771, "deepseek-r1", {"tp-size": 8, "attn-dp-size": 8, "chunked-prefill-size": 1024}, 0.822),
+        ("H100-SXM", 81559, "qwen3-235b-a22b", {"tp-size": 8, "attn-dp-size": 4}, 0.699),
+        ("A100-40GB", 40960, "llama-3.3-70b", {"tp-size": 8}, 0.795),
+        ("A100-40GB", 40960, "llama-3.3-70b", {"tp-size": 8, "chunked-prefill-size": 32768}, 0.0),  # -0.255: no start
+        ("B200", 183359, "deepseek-r1", {"tp-size": 8, "attn-dp-size": 8}, 0.743),
+    ],
+)
+def test_sglang_leaves_as_much_memory_as_its_own_resolution_says(
+    gpu: str, mib: int, model: str, flags: dict[str, Value | None], share: float
+) -> None:
+    """mem_fraction_static as SGLang 0.5.23 resolves it, told of such a GPU (nvidia-smi's MiB)."""
+    row = replace(table.table()[gpu], memory_bytes=mib * 2**20)
+    shape = ModelShape.from_folder(SHAPES / f"{model}.json")
+    found = settings.of(ServingConfig("m", {}, flags, {}), shape, row, "sglang")
+    assert found.memory_share == pytest.approx(share, abs=0.003)
 
 
 def test_gpus_that_no_known_flag_spreads_a_model_over_split_its_layers() -> None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Flags that are numbers of GPUs, as vLLM and SGLang name them.
 TENSOR, PIPELINE, DATA = ((f"{n}-parallel-size", f"{n[0]}p-size", f"{n[0]}p") for n in ("tensor", "pipeline", "data"))
 SIZES = (*TENSOR, *PIPELINE, *DATA, "prefill-context-parallel-size")
-SHARED = "enable-dp-attention"  # SGLang's data-parallel ranks share the GPUs
+SHARED = "enable-dp-attention"  # SGLang's data-parallel ranks share the GPUs; what 0.5.23 calls that:
+ATTENTION = ("attn-dp-size", "attention-data-parallel-size")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +13,10 @@ from tuner.search.model import precision as precisions
 from tuner.search.model.precision import Precision
 from tuner.search.model.shape import ModelShape
 from tuner.space.config import ServingConfig, Value, number
-from tuner.space.space import DATA, PIPELINE, SHARED, TENSOR
+from tuner.space.space import ATTENTION, DATA, PIPELINE, SHARED, TENSOR
 
 _GIB = 2**30
+EXPERT = ("ep-size", "expert-parallel-size", "ep")  # as SGLang names it
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB of KV cache of a server on a CPU
 # Chance that one draft token is accepted, before anything was measured. n-gram prompts hit rarely outside of
 # summaries and code edits; draft models and EAGLE heads: the ranges of Leviathan et al. 2023 (table 3) and Li et al.
@@ -82,7 +84,7 @@ class Settings:
 
 def ranks(flags: Mapping[str, Value | None]) -> int:
     """Data-parallel ranks; each has a KV cache of its own."""
-    return _int(flags, 1, *DATA)
+    return max(_int(flags, 1, *ATTENTION), _int(flags, 1, *DATA))
 
 
 def caches_prefixes(flags: Mapping[str, Value | None]) -> bool:
@@ -97,7 +99,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     tp = _int(flags, 1, *TENSOR)
     pp = _int(flags, 1, *PIPELINE)
     dp = ranks(flags)
-    joint = SHARED in flags and dp > 1
+    joint = dp > 1 and (SHARED in flags or _int(flags, 1, *ATTENTION) > 1)
     if tp * pp * dp == 1 and shape.heads % max(config.gpus, 1) == 0:
         tp = max(config.gpus, 1)  # no flag that is known here says how they are used
     speculation = _speculation(flags)
@@ -108,11 +110,14 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     gib, refused = space_gib(config.env) if on_cpu and engine == "vllm" else (None, "")
     kv_bytes = _float(flags, 0, "kv-cache-memory-bytes") or (None if gib is None else float(gib) * _GIB)
     if joint and tp % dp:
-        refused = f"{tp} GPUs cannot be split over {dp} ranks of DP attention (tp-size, dp-size)"
+        refused = f"{tp} GPUs cannot be split over {dp} ranks of DP attention (tp-size)"
     model_len = _int(flags, shape.max_model_len, "max-model-len", "context-length")
     batched = _int(flags, max(tokens, 0), "max-num-batched-tokens", "chunked-prefill-size")
-    share = _float(flags, memory_default(hardware, batched, engine), "gpu-memory-utilization", "mem-fraction-static")
     most = _int(flags, seqs, "max-num-seqs", "max-running-requests")
+    named = most if "max-running-requests" in flags else None
+    latent = any(a.kind in ("mla", "dsa") for a in shape.attention)
+    usual = memory_default(hardware, batched, engine, tp * pp, dp if joint else 1, named, latent)
+    share = _float(flags, usual, "gpu-memory-utilization", "mem-fraction-static")
     if joint:  # SGLang divides what it is told by the ranks, and takes its own default of sequences for each
         tp, batched = max(tp // dp, 1), max(batched // dp, 1)
         most = seqs if "max-running-requests" not in flags else max(most // dp, 1)
@@ -121,7 +126,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
         tp=tp,
         pp=pp,
         dp=dp,
-        expert_parallel="enable-expert-parallel" in flags or _int(flags, 1, "ep-size", "ep") > 1,
+        expert_parallel="enable-expert-parallel" in flags or _int(flags, 1, *EXPERT) > 1,
         max_batched_tokens=batched if chunked else max(batched, model_len),
         max_seqs=most,
         block_size=_int(flags, 128 if on_cpu else 16, "block-size", "page-size"),
@@ -155,7 +160,7 @@ def batch_defaults(hardware: Hardware, world_size: int, engine: str = "vllm") ->
     if hardware.kind == "cpu":
         return 2048 * world_size, 128 * world_size
     if engine == "sglang":
-        return (8192 if gib >= 60 else 2048 if gib < 35 else 4096), 2048
+        return (16384 if gib >= 160 else 8192 if gib >= 60 else 4096 if gib >= 20 else 2048), 2048
     if gib >= 160:
         return 16384, 1024
     if gib >= 70 and "A100" not in hardware.name:
@@ -163,13 +168,30 @@ def batch_defaults(hardware: Hardware, world_size: int, engine: str = "vllm") ->
     return 2048, 256
 
 
-def memory_default(hardware: Hardware, batched_tokens: int, engine: str = "vllm") -> float:
+def memory_default(
+    hardware: Hardware,
+    batched_tokens: int,
+    engine: str = "vllm",
+    gpus: int = 1,
+    ranks: int = 1,
+    most: int | None = None,
+    latent: bool = False,
+) -> float:
     """Default share of memory for weights and cache: vLLM 0.92 (0.32; 0.9 in older ones), all of its own use
-    included; SGLang leaves 1.5 MiB per token of its chunk, 1 GiB of graphs and 0.5 GiB outside."""
+    included. SGLang (0.5.23, ``memory_hook.py``) leaves outside what it expects activations and graphs to take, and
+    much more where ``ranks`` of DP attention share the ``gpus`` of a replica. ``most``: requests at once, where the
+    flags say so; ``latent``: MLA."""
     if engine != "sglang":
         return 0.92
     mib = hardware.memory_bytes / 2**20
-    return max(1 - (1.5 * batched_tokens + 1536) / mib, 0.5)
+    sizes = ((20, 8, 8), (35, 48, 160), (60, 32, 160), (160, 256, 512), (math.inf, 512, 512))  # GiB, on < 4 GPUs, on 4
+    few, many = next((few, many) for gib, few, many in sizes if mib < gib * 1024)
+    batch = min(few if gpus < 4 else many, most or many)  # of the largest decode graph
+    kept = 512 + 1.5 * max(batched_tokens, 2048) + 128 * gpus + 2 * batch + (1536 if latent else 480)
+    if ranks > 1:
+        kept += batch * ranks * (4.5 if batch > 300 else 3)
+    kept = max(kept, 10 * 1024) if mib > 60 * 1024 else kept
+    return round(max(1 - kept / mib, 0.0), 3)
 
 
 def precision_of(config: ServingConfig, shape: ModelShape) -> Precision:
