@@ -248,6 +248,13 @@ def test_a_model_is_a_mixture_of_experts_whatever_its_family_calls_their_number(
     assert studyfile.load(write(workplace, GOOD.replace("emulator", "vllm"))).space.facts["moe"] is moe
 
 
+@pytest.mark.parametrize(("more", "mla"), [({}, False), ({"text_config": {"kv_lora_rank": 512}}, True)])
+def test_a_model_has_latent_attention_where_its_config_says_how_wide(workplace, more, mla):
+    path = workplace / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    assert studyfile.load(write(workplace, GOOD.replace("emulator", "vllm"))).space.facts["mla"] is mla
+
+
 @pytest.mark.parametrize("note", ["x" * 40 + "  " + "y" * 40 + " z", "a\x85b", " a\n\nb ", "1e3"])
 def test_the_study_folders_file_gives_back_every_text(workplace, tmp_path, note):
     text = GOOD.replace("kind: emulator,", f"kind: emulator, env: {{NOTE: {json.dumps(note)}}},")

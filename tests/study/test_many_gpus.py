@@ -13,6 +13,7 @@ import pytest
 from tuner.cli import check, plan
 from tuner.spec import studyfile
 from tuner.spec.study import FITTING
+from tuner.spec.text import Document
 from tuner.study import ladder, session
 from tuner.study.outcome import Step
 
@@ -65,6 +66,13 @@ def written(workplace: Path, model: dict[str, Any], *changes: tuple[str, str], m
         (SMALL, [], "search_space: vllm/multi-gpu", "vllm/multi-gpu", {}),
         (SMALL, [("gpu: H100-SXM, gpus: 8", "gpu: cpu")], "", "vllm-cpu/quick", None),
         (LLAMA, [("emulator}", "emulator, args: {tensor-parallel-size: 8}}")], "", "vllm/quick", None),
+        (LLAMA, [("emulator}", "sglang}")], "", "sglang/multi-gpu", {"tp-size": 4}),
+        (LLAMA, [("emulator}", "sglang}"), ("gpus: 8", "gpus: 1")], "", "sglang/quick", {}),
+        (LLAMA, [("emulator}", "sglang, args: {tp-size: 8}}")], "", "sglang/quick", None),
+        (LLAMA, [("emulator}", "sglang}"), ("H100-SXM", "H200")], "", "sglang/multi-gpu", {"tp-size": 2}),
+        (SMALL, [("emulator}", "sglang}")], "", "sglang/quick", {}),
+        (SMALL, [("emulator}", "sglang}")], "search_space: sglang/multi-gpu", "sglang/multi-gpu", {}),
+        (SMALL, [("emulator}", "sglang}"), ("gpu: H100-SXM, gpus: 8", "gpu: cpu")], "", "sglang/quick", None),
     ],
 )
 def test_a_model_begins_on_the_fewest_gpus_that_hold_it(
@@ -74,7 +82,7 @@ def test_a_model_begins_on_the_fewest_gpus_that_hold_it(
     assert study.space.name == space
     default = study.space.config(study.space.default(), study.model)
     if flags is not None:
-        assert default.flags == flags and default.gpus == flags.get("tensor-parallel-size", 1)
+        assert default.flags == flags and default.gpus == next(iter(flags.values()), 1)
     elif "max-model-len" in study.engine.args:
         assert default.flags["tensor-parallel-size"] == default.gpus == 2
 
@@ -87,12 +95,77 @@ def test_only_the_experts_of_a_mixture_are_shared_by_data_parallel_ranks(workpla
     assert config.gpus == 8 and config.flags == {"tensor-parallel-size": 2, "data-parallel-size": 4}
 
 
+def test_room_is_what_the_study_s_own_engine_leaves(workplace: Path) -> None:
+    """At 8192 tokens vLLM has room for 70B on two GPUs; SGLang keeps 14 GiB of each free."""
+    for engine, length, fewest in (("emulator", "max-model-len", 2), ("sglang", "context-length", 4)):
+        short = ("emulator}", f"{engine}, args: {{{length}: 8192}}}}")
+        assert written(workplace, LLAMA, short).space.facts["fewest_gpus"] == fewest
+
+
+SGLANG = [("emulator}", "sglang}"), ("H100-SXM", "H200")]
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "because"),
+    [
+        (MIXTURE, {"tensor_parallel": 8, "dp_attention_size": 4, "expert_parallel": 8}, ""),
+        (MIXTURE, {"tensor_parallel": 8, "dp_attention_size": 8, "load_balance": "tokens"}, ""),
+        (MIXTURE, {"tensor_parallel": 4, "dp_attention_size": 8}, "must be able to divide among them"),
+        (MIXTURE, {"tensor_parallel": 1, "dp_attention_size": 2}, "must be able to divide among them"),
+        (MIXTURE, {"tensor_parallel": 4, "expert_parallel": 8}, "on every GPU of tp-size or on none"),
+        (MIXTURE, {"tensor_parallel": 4, "expert_parallel": 2}, "on every GPU of tp-size or on none"),
+        ({**MIXTURE, "num_local_experts": 12}, {"tensor_parallel": 8, "expert_parallel": 8}, "must hold as many"),
+        (MIXTURE, {"tensor_parallel": 2, "speculation": "ngram", "max_running_requests": 64}, ""),
+        (
+            MIXTURE,
+            {"tensor_parallel": 2, "dp_attention_size": 2, "speculation": "ngram", "max_running_requests": 64},
+            "refuses n-gram drafts beside",
+        ),
+        (
+            {**MIXTURE, "kv_lora_rank": 512},
+            {"speculation": "ngram", "max_running_requests": 64},
+            "latent attention in pages of 64",
+        ),
+        (SMALL, {"tensor_parallel": 8, "speculation": "ngram"}, "the number must be named"),
+        (SMALL, {"tensor_parallel": 8, "speculation": "ngram", "max_running_requests": 64}, ""),
+    ],
+)
+def test_what_sglang_refuses_is_not_launched(
+    workplace: Path, model: dict[str, Any], params: dict[str, Any], because: str
+) -> None:
+    space = written(workplace, model, *SGLANG, more="search_space: sglang/multi-gpu").space
+    denied = space.denied(space.default() | params)
+    assert because in denied and bool(denied) == bool(because)
+
+
+def test_groups_of_attention_take_no_more_gpus_and_only_a_mixture_has_them(workplace: Path) -> None:
+    space = written(workplace, MIXTURE, *SGLANG, more="search_space: sglang/multi-gpu").space
+    params = {**space.default(), "tensor_parallel": 8, "dp_attention_size": 4, "load_balance": "tokens"}
+    config = space.config(params | {"expert_parallel": 8}, "m")
+    flags = {"tp-size": 8, "attn-dp-size": 4, "load-balance-method": "total_tokens", "ep-size": 8}
+    assert config.gpus == 8 and config.flags == flags
+    alone = space.config(params | {"dp_attention_size": 1}, "m")  # nothing to balance
+    assert alone.flags == {"tp-size": 8} and alone.gpus == 8
+    space = written(workplace, SMALL, *SGLANG, more="search_space: sglang/multi-gpu").space
+    for name in ("dp_attention_size", "load_balance", "expert_parallel"):
+        assert len(space[name].values) == 1
+
+
 def test_a_study_that_was_begun_with_a_default_on_one_gpu_goes_on_with_it(workplace: Path) -> None:
-    now = written(workplace, LLAMA, more="search_space: vllm/multi-gpu")
-    before = studyfile.by(now.rules - {FITTING}, now)
-    assert before.space.default()["tensor_parallel"] == 1 and now.space.default()["tensor_parallel"] == 4
-    assert "fewest_gpus" in now.space.facts and "fewest_gpus" not in before.space.facts
-    assert studyfile.by(now.rules, before).space == now.space
+    for engine, changes in (("vllm", []), ("sglang", [("emulator}", "sglang}")])):
+        now = written(workplace, LLAMA, *changes, more=f"search_space: {engine}/multi-gpu")
+        before = studyfile.by(now.rules - {FITTING}, now)
+        assert before.space.default()["tensor_parallel"] == 1 and now.space.default()["tensor_parallel"] == 4
+        assert "fewest_gpus" in now.space.facts and "fewest_gpus" not in before.space.facts
+        assert studyfile.by(now.rules, before).space == now.space
+
+
+def test_a_study_that_was_begun_on_one_gpu_keeps_its_space(workplace: Path) -> None:
+    """Before SGLang had a space for several GPUs, its studies took sglang/quick whatever the model."""
+    begun = written(workplace, LLAMA, ("emulator}", "sglang}"), more="search_space: sglang/quick")
+    frozen = {name: value for name, value in begun.frozen.items() if name != "name"}
+    again = studyfile.resolve(Document("study.yaml", frozen), workplace)
+    assert again.space == begun.space and again.space.name == "sglang/quick"
 
 
 def test_a_space_that_gives_a_server_too_few_gpus_says_which_does_not(
@@ -101,6 +174,9 @@ def test_a_space_that_gives_a_server_too_few_gpus_says_which_does_not(
     said = "needs 4 GPUs at least, and vllm/standard gives a server 1: take search_space: vllm/multi-gpu."
     study = written(workplace, LLAMA, more="search_space: vllm/standard")
     assert session.prepare(study).cramped().endswith(said)
+    other = written(workplace, LLAMA, ("emulator}", "sglang}"), more="search_space: sglang/standard")
+    assert session.prepare(other, launching=False).cramped().endswith("take search_space: sglang/multi-gpu.")
+    study = written(workplace, LLAMA, more="search_space: vllm/standard")
     for command in (plan.run, check.run):
         command(workplace / "study.yaml", json=False)
         assert said in " ".join(capsys.readouterr().out.split())

@@ -16,6 +16,7 @@ from tuner.space.config import number
 
 if TYPE_CHECKING:
     from tuner.search.hardware import Hardware
+    from tuner.spec.study import EngineSpec
 
 FACTS: Mapping[str, str] = {
     "platform": "cuda or cpu",
@@ -34,6 +35,7 @@ FACTS: Mapping[str, str] = {
     "num_layers": "layers",
     "vocab_size": "size of the vocabulary",
     "moe": "true for a mixture of experts",
+    "mla": "true where attention keeps one latent vector per token (DeepSeek's)",
     "num_experts": "experts per layer",
     "quantized": "true where the model as given is quantized already",
     "draft_model": "the study's draft model, where it names one",
@@ -72,6 +74,7 @@ def of_model(model: str) -> dict[str, Any]:
             facts[fact] = value
     if config:
         facts["moe"] = facts.get("num_experts", 0) > 1
+        facts["mla"] = bool(text.get("kv_lora_rank"))
         facts["quantized"] = bool(config.get("quantization_config") or text.get("quantization_config"))
     return facts
 
@@ -88,26 +91,28 @@ def of_flags(flags: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
 
 
 def fewest_gpus(
-    model: str, row: Hardware | None, gpus: int, flags: Mapping[str, Any], known: Mapping[str, Any]
+    model: str, row: Hardware | None, gpus: int, engine: EngineSpec, known: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Of ``gpus`` of the type ``row``, the fewest on which tensor parallelism leaves the memory arithmetic room for the
-    model, with the ``flags`` of every server, or as many as it can be split over; ``known`` are the facts that flags
-    may name. Nothing where there is one GPU, the flags say a size, or too little is known."""
+    model, with the defaults of the ``engine`` and its flags of every server, or as many as it can be split over;
+    ``known`` are the facts that flags may name. Nothing where there is one GPU, the flags say a size, or too little is
+    known."""
     from tuner.search.model.shape import ModelShape
     from tuner.space.config import ServingConfig
     from tuner.space.memory import fits
     from tuner.space.space import SIZES
 
-    if gpus < 2 or row is None or {*SIZES} & {*flags}:
+    if gpus < 2 or row is None or {*SIZES} & {*engine.args}:
         return {}
     try:
         shape = ModelShape.from_folder(model)
     except UsageError:
         return {}
-    said = {name: meant(value, known) for name, value in flags.items()}
+    said = {name: meant(value, known) for name, value in engine.args.items()}
+    kind = "sglang" if engine.kind == "sglang" else "vllm"
     sizes = [2**k for k in range(gpus.bit_length()) if shape.heads % 2**k == 0]
     configs = {n: ServingConfig(model, {}, {**said, "tensor-parallel-size": n}, gpus=n) for n in sizes}
-    return {"fewest_gpus": next((n for n in sizes if fits(shape, row, configs[n]).fits), sizes[-1])}
+    return {"fewest_gpus": next((n for n in sizes if fits(shape, row, configs[n], kind).fits), sizes[-1])}
 
 
 def model_config(model: str) -> dict[str, Any]:

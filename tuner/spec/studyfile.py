@@ -394,7 +394,7 @@ def _facts(
         from tuner.search import hardware
 
         row = hardware.lookup(facts["gpu_name"], hardware.table(own))
-        facts |= facts_.fewest_gpus(model, row, facts["gpus"], engine.args, facts)
+        facts |= facts_.fewest_gpus(model, row, facts["gpus"], engine, facts)
     return facts
 
 
@@ -470,11 +470,10 @@ def _part(
 def _space_name(file: StudyFile, facts: Mapping[str, Any]) -> str | dict[str, Any]:
     if file.search_space:
         return file.search_space
-    if file.engine.kind == "sglang":
-        return "sglang/quick"
-    if facts.get("platform") == "cpu":
+    flags = "sglang" if file.engine.kind == "sglang" else "vllm"
+    if flags == "vllm" and facts.get("platform") == "cpu":
         return "vllm-cpu/quick"
-    return "vllm/multi-gpu" if facts.get("fewest_gpus", 1) > 1 else "vllm/quick"
+    return f"{flags}/multi-gpu" if facts.get("fewest_gpus", 1) > 1 else f"{flags}/quick"
 
 
 def _space(file: StudyFile, document: Document, base: Path, facts: Mapping[str, Any]) -> SearchSpace:

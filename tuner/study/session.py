@@ -144,7 +144,8 @@ class Prepared:
         needs, has = space.facts.get("fewest_gpus", 0), space.config(space.default(), self.study.model).gpus
         if needs <= has or any(p.counts_gpus for p in space.parameters):
             return ""
-        how = "take search_space: vllm/multi-gpu" if space.engine == "vllm" else "add a parameter that counts GPUs"
+        shipped = space.engine in ("vllm", "sglang")
+        how = f"take search_space: {space.engine}/multi-gpu" if shipped else "add a parameter that counts GPUs"
         return f"{self.study.model} needs {needs} GPUs at least, and {space.name} gives a server {has}: {how}."
 
     def idle(self) -> str:
