@@ -110,11 +110,15 @@ SGLANG = [("emulator}", "sglang}"), ("H100-SXM", "H200")]
     [
         (MIXTURE, {"tensor_parallel": 8, "dp_attention_size": 4, "expert_parallel": 8}, ""),
         (MIXTURE, {"tensor_parallel": 8, "dp_attention_size": 8, "load_balance": "tokens"}, ""),
-        (MIXTURE, {"tensor_parallel": 4, "dp_attention_size": 8}, "must be able to divide among them"),
-        (MIXTURE, {"tensor_parallel": 1, "dp_attention_size": 2}, "must be able to divide among them"),
-        (MIXTURE, {"tensor_parallel": 4, "expert_parallel": 8}, "on every GPU of tp-size or on none"),
-        (MIXTURE, {"tensor_parallel": 4, "expert_parallel": 2}, "on every GPU of tp-size or on none"),
-        ({**MIXTURE, "num_local_experts": 12}, {"tensor_parallel": 8, "expert_parallel": 8}, "must hold as many"),
+        (MIXTURE, {"tensor_parallel": 4, "dp_attention_size": 8}, "attn-dp-size must divide tp-size"),
+        (MIXTURE, {"tensor_parallel": 1, "dp_attention_size": 2}, "attn-dp-size must divide tp-size"),
+        (MIXTURE, {"tensor_parallel": 4, "expert_parallel": 8}, "ep-size is 1 or that of tp-size"),
+        (MIXTURE, {"tensor_parallel": 4, "expert_parallel": 2}, "ep-size is 1 or that of tp-size"),
+        (
+            {**MIXTURE, "num_local_experts": 12},
+            {"tensor_parallel": 8, "expert_parallel": 8},
+            "divisible among the GPUs of ep-size",
+        ),
         (MIXTURE, {"tensor_parallel": 2, "speculation": "ngram", "max_running_requests": 64}, ""),
         (
             MIXTURE,
