@@ -12,6 +12,7 @@ from tests.study.fake import FakeEngine, oom
 from tuner.engines.protocol import LaunchFailed
 from tuner.errors import EnvironmentFault
 from tuner.search import ledger
+from tuner.search.model.predictor import AnalyticModel
 from tuner.spec import studyfile
 from tuner.study import ladder, session, verifying, workload
 from tuner.study.outcome import Infeasible, Measured
@@ -40,12 +41,19 @@ class Limited(FakeEngine):
         return server
 
 
-def settle(runner, engine, cancel=None, **changes):
+def settle(runner, engine, cancel=None, predictor=None, **changes):
     study = runner.study(replace={**AUTO, **changes.get("replace", {})})
     with session.opened(study) as store:
-        prepared = lambda s: Prepared(s, engine, workload.read(s), None, "none in this test")  # noqa: E731
+        prepared = lambda s: Prepared(s, engine, workload.read(s), predictor, "none in this test")  # noqa: E731
         tell = lambda n, d: runner.events.append((n, d))  # noqa: E731
         return ladder.settled(study, store, cancel or threading.Event(), tell, prepared)
+
+
+def traffic(runner, per_s, seconds):
+    """The change to a study that replays a trace of its own."""
+    lines = [f"{n / per_s:g},100,10" for n in range(per_s * seconds)]
+    (runner.folder / "many.csv").write_text("\n".join(["arrival_s,input_tokens,output_tokens", *lines]))
+    return {"trace: {file: trace.csv": "trace: {file: many.csv"}
 
 
 def search(runner, engine, launches=6, predictor=None):
@@ -290,14 +298,88 @@ def test_another_ladder_than_the_settled_one_is_another_study(runner):
         pass
 
 
-@pytest.mark.parametrize("engine", [FakeEngine(fail=oom), Limited(0.0)], ids=["does not start", "holds nowhere"])
-def test_where_the_default_cannot_say_the_usual_loads_stay_for_good_and_the_reason_is_said(runner, engine):
-    study = settle(runner, engine)
+def test_where_nobody_can_say_the_usual_loads_stay_for_good_and_the_reason_is_said(runner):
+    study = settle(runner, FakeEngine(fail=oom))
     assert study.load.ladder == studyfile.USUAL_LADDER
     assert any("The ladder stays 0.5, 1" in d["text"] for n, d in runner.events if n == "say")
     later = Limited(2.0)
     assert settle(runner, later).load.ladder == studyfile.USUAL_LADDER, "trials may have been measured at these loads"
     assert later.launched == []
+
+
+@pytest.mark.parametrize("engine", [FakeEngine(fail=oom), Limited(0.0)], ids=["does not start", "holds nowhere"])
+@pytest.mark.parametrize(("held", "ends"), [(0.04, (0.01, 0.16)), (100.0, (2.5, 4.99))])  # the trace fills 4.99
+def test_where_the_default_cannot_say_the_ladder_lies_around_what_the_model_says_of_the_cheapest(
+    runner, engine, held, ends
+):
+    class Model(AnalyticModel):
+        def __init__(self):
+            """Holds ``held`` with few sequences, half of that with many."""
+
+        def capacity(self, config):
+            return held if config.flags.get("max-num-seqs", 1024) < 256 else held / 2
+
+        def predict(self, config, load):
+            return SimpleNamespace(metrics={})
+
+        def fit(self, config):
+            return SimpleNamespace(fits=True, short_bytes=0, reason="")
+
+    study = settle(runner, engine, predictor=Model(), replace=traffic(runner, 100, 200))
+    assert (study.load.ladder[0], study.load.ladder[-1]) == ends
+    assert any(
+        f"predicted of the cheapest configuration (load {held:g})" in d.get("text", "") for _, d in runner.events
+    )
+    assert studyfile.load(runner.store.folder).load == study.load
+
+
+def test_without_a_model_a_default_that_misses_everywhere_begins_the_ladder_at_the_lowest_load_tried(runner):
+    many = traffic(runner, 1000, 100)  # 10,000 requests in a step: 39 at the lowest load that others are asked about
+    study = settle(runner, Limited(0.0), replace=many)
+    (launch,) = Store(runner.store.ladder_folder).trials()
+    lowest = min(step.load for step in launch.outcome.steps)
+    assert 0.001 <= lowest < 0.002 and study.load.ladder[:3] == pytest.approx(
+        (lowest, 1.4 * lowest, 2 * lowest), rel=0.1
+    )
+
+
+def test_a_default_that_misses_is_not_asked_about_loads_that_have_no_request(runner):
+    """A step of it cannot be believed, and said nothing; every trial of such a rung would end so."""
+    study = settle(runner, Limited(0.0), replace=traffic(runner, 1, 60))
+    (launch,) = Store(runner.store.ladder_folder).trials()
+    assert min(step.load for step in launch.outcome.steps) == study.load.ladder[0]
+    ready = Prepared(study, FakeEngine(), workload.read(study), None, "")  # pyright: ignore[reportArgumentType]
+    assert all(workload.measured(study, window, study.load.ladder[0]) for window in ready.traffic.search)
+    assert any("has no request to measure" in d.get("text", "") for _, d in runner.events)
+
+
+def test_a_default_that_crashes_under_load_is_asked_for_what_it_held_before(runner):
+    engine = Limited(3.0)
+
+    def crash(_config, plan):
+        assert [load for _, load in engine.measured] in ([1.0], [1.0, 2.0]), "a server that is gone is asked no more"
+        if plan.load > 1:
+            raise LaunchFailed(replace(oom(None), stage="under load"))
+
+    engine.during = crash
+    assert settle(runner, engine, replace=traffic(runner, 5, 200)).load.ladder == (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+    (launch,) = Store(runner.store.ladder_folder).trials()
+    assert isinstance(launch.outcome, Infeasible) and len(engine.launched) == 1
+
+
+def test_a_load_that_cannot_be_believed_ends_the_search_for_the_capacity_where_others_held(runner):
+    engine = Limited(3.0)
+    launch = engine.launch
+
+    def late(config, site):
+        server = launch(config, site)
+        measure = server.measure
+        doubt = ("the client was late",)
+        server.measure = lambda plan: replace(measure(plan), untrusted=doubt if plan.load > 1 else ())
+        return server
+
+    engine.launch = late
+    assert settle(runner, engine, replace=traffic(runner, 5, 200)).load.ladder == (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 
 
 def test_a_failure_of_the_default_that_may_pass_leaves_the_ladder_to_a_second_launch(runner):
@@ -355,11 +437,11 @@ def test_a_default_that_the_search_would_refuse_is_not_launched_for_the_ladder(r
     assert any("is refused before a launch: 70 GiB short" in d["text"] for n, d in runner.events if n == "say")
 
 
-def test_what_was_measured_is_kept_where_it_settles_nothing(runner):
+def test_what_was_measured_is_kept_where_the_default_holds_nothing(runner):
     settle(runner, Limited(0.0))
     (launch,) = Store(runner.store.ladder_folder).trials()
     assert isinstance(launch.outcome, Measured)
-    assert [step.load for step in launch.outcome.steps] == [2.0**-n for n in range(9)]
+    assert [step.load for step in launch.outcome.steps] == [2.0**-n for n in range(4)]  # below is no request
 
 
 def test_the_launch_of_the_ladder_is_shown_as_no_trial_of_the_study(runner):

@@ -201,13 +201,18 @@ def test_gpus_that_wait_are_told_of(workplace: Path, capsys: pytest.CaptureFixtu
         assert not session.prepare(written(workplace, model, *changes, more=more)).idle()
 
 
-def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold() -> None:
+def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     around = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
     for reach, higher in ((5.6, ()), (8, (4.0,)), (11.2, (4.0, 5.6)), (16, (4.0, 5.6, 8.0))):
         assert ladder.rungs(1.0, 100, reach=reach) == around + higher
     step = Step(1.0, "w", {})
     seen = {load: replace(step, load=load, slo_misses=("late",) * (load > 1)) for load in (1.0, 1.4, 2.0)}
-    assert ladder._laid(seen.__getitem__, 100, seen, 11.2) == (1.0, (*around, 4.0, 5.6))
+    ready = session.prepare(ladder._unbound(written(workplace, SMALL)))
+    monkeypatch.setattr(ladder, "_top", lambda *_: 100.0)  # whatever the trace fills
+    monkeypatch.setattr(ladder, "reach", lambda *_: 11.2)
+    assert ladder._laid(ready, seen.__getitem__, seen) == (1.0, (*around, 4.0, 5.6))
     assert ladder.rungs(1.0, 6, reach=16) == (*around, 4.0, 5.6)
 
 
@@ -231,3 +236,13 @@ def test_what_others_hold_is_said_by_the_model_and_else_by_their_gpus(workplace:
     own = session.prepare(ladder._unbound(written(workplace, SMALL, more=OWN)))
     assert ladder.reach(replace(own, predictor=None)) == 2.0  # nobody has sixteen
     assert ladder.reach(session.prepare(ladder._unbound(written(workplace, SMALL)))) <= 2.8
+
+
+def test_a_plan_of_a_default_that_will_not_start_foretells_the_ladder_of_the_others(workplace: Path) -> None:
+    ready = session.prepare(written(workplace, LLAMA, ("gpus: 8", "gpus: 2")))
+    assert ready.why_not(ready.study.space.config(ready.study.space.default(), ready.study.model))
+    laid = ladder.foretold(ready, partial(session.prepare, launching=False))
+    assert laid and laid.predictor
+    best = max(ladder._drawn(ready), key=laid.predictor.capacity)
+    holds = laid.predictor.capacity(best)
+    assert laid.study.load.ladder[0] < holds < laid.study.load.ladder[-1]

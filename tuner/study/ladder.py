@@ -3,9 +3,10 @@
 A trace's arrival rate says nothing about one server: a fleet's traffic drowns it, a test's leaves it idle. So the
 default is launched, the load is doubled or halved until its capacity lies between two neighbours, and the ladder is
 laid around that, and higher where other configurations are expected to hold more: on more GPUs, or beside a default
-that suits the traffic badly. It is then frozen in ``study.yaml``: every configuration, and every later session, is
-measured at the same loads. The server that has told it goes on to the rungs that it was not asked about yet, and so
-has measured what the first trial of the search would: its launch becomes that trial (:func:`as_trial`).
+that suits the traffic badly. Where the default cannot say, the model is asked in its place. The ladder is then frozen
+in ``study.yaml``: every configuration, and every later session, is measured at the same loads. The server that has told
+it goes on to the rungs that it was not asked about yet, and so has measured what the first trial of the search would:
+its launch becomes that trial (:func:`as_trial`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
 HIGHER = (4.0, 5.6, 8.0, 11.2, 16.0)  # rungs where the cheapest is expected to hold twice as much: models promise much
 DRAWN = 400  # of which the best is looked for
+FORETOLD = 0.5  # of what the model alone says: a ladder around it goes from a quarter to four times of that
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
+FEW = 10  # requests in a step: of a trace of more than that at LOWEST, lower loads are looked at
 NEAR = 0.05  # a rung as near as that to a load that was measured is that load
 
 
@@ -53,8 +56,9 @@ def settled(
     """``study`` with its ladder; launches the default once where the study leaves the ladder to the tuner and no
     earlier session has settled it.
 
-    Where the default is refused or does not start, or its measurements cannot be believed, the study keeps the loads it
-    has, and for good: its trials are measured at them. An interrupt leaves the ladder to the next session. Raises what
+    Where the default is refused, does not start, misses its SLOs at every load or cannot be believed, the ladder is
+    laid by what the analytic model says (:func:`otherwise`), and where that says nothing the study keeps the loads it
+    has: for good, its trials are measured at them. An interrupt leaves the ladder to the next session. Raises what
     :func:`tuner.study.session.prepare` does.
     """
     if not study.load.auto:
@@ -64,11 +68,20 @@ def settled(
         return before
     if not asks(study):
         return replace(study, load=replace(study.load, auto=False))
+    ready = prepare(_unbound(study))
+    top = _top(ready.traffic, study)
     try:
-        capacity, top, found = _capacity(study, store, cancel, on_event, prepare)
+        capacity, found = _capacity(ready, store, cancel, on_event)
     except (LaunchFailed, Unsettled) as failure:
-        on_event("say", {"text": f"The ladder stays {_words(study.load.ladder)}: {failure}"})
-        return _freeze(replace(study, load=replace(study.load, auto=False)), store)
+        found, why = otherwise(ready, top, failure.load if isinstance(failure, Missed) else 0.0)
+        found = found or study.load.ladder
+        text = (
+            f"The ladder is {_words(found)}, {why}: {failure}"
+            if why
+            else f"The ladder stays {_words(found)}: {failure}"
+        )
+        on_event("say", {"text": text})
+        return _freeze(replace(study, load=replace(study.load, ladder=found, auto=False)), store)
     except Cancelled:
         return study
     most = f" (the trace fills no more than {figure(top)})" if max(SHAPE) * capacity > top else ""
@@ -96,6 +109,14 @@ class Unsettled(Exception):
     """No capacity was found; the message says why."""
 
 
+class Missed(Unsettled):
+    """The default misses its SLOs even at ``load``, the lowest that it was asked about."""
+
+    def __init__(self, load: float, more: str = "") -> None:
+        super().__init__(f"the engine's default misses its SLOs even at load {load:.3g}{more}")
+        self.load = load
+
+
 def rungs(capacity: float, top: float, measured: Collection[float] = (), reach: float = 1.0) -> tuple[float, ...]:
     """The ladder around a capacity: :data:`SHAPE`, and of :data:`HIGHER` what is half of ``reach`` at most; two digits
     each, none above ``top``; the capacity itself is one, to three digits where two are more than ``top``. What is as
@@ -118,12 +139,8 @@ def reach(ready: session.Prepared) -> float:
     may take more GPUs."""
     from tuner.search.model.predictor import AnalyticModel
 
-    study, model = ready.study, ready.predictor
-    space, rng = study.space, random.Random(0)
-    default = space.config(space.default(), study.model)
-    drawn = [space.snap({p.name: rng.choice(p.values) for p in space.parameters}) for _ in range(DRAWN)]
-    configs = {c.hash: c for c in (space.config(params, study.model) for params in drawn if not space.denied(params))}
-    left = [config for config in configs.values() if not ready.why_not(config)]
+    study, model, left = ready.study, ready.predictor, _drawn(ready)
+    default = study.space.config(study.space.default(), study.model)
     if isinstance(model, AnalyticModel):
         holds = partial(_foreseen, model, study)
         with suppress(Unsettled):
@@ -134,6 +151,45 @@ def reach(ready: session.Prepared) -> float:
                     found, least = share, paid
             return found
     return max(map(_machines, left), default=1) / _machines(default)
+
+
+def promised(ready: session.Prepared) -> float:
+    """The load that the cheapest configuration (of the fewest GPUs per load) holds by the analytic model; 0 where there
+    is none, or it says that none holds any."""
+    from tuner.search.model.predictor import AnalyticModel
+
+    if not isinstance(model := ready.predictor, AnalyticModel):
+        return 0.0
+    paid = [(model.capacity(config), _machines(config)) for config in _drawn(ready)]
+    return max(paid, key=lambda one: (one[0] / one[1], one[0]), default=(0.0, 1))[0]
+
+
+def otherwise(ready: session.Prepared, top: float, missed: float) -> tuple[tuple[float, ...], str]:
+    """(The ladder of a study whose default cannot say, why those loads, in words): around what the analytic model says
+    that the cheapest configuration holds. Where it says that none holds anything, or there is none, from ``missed`` on,
+    the lowest load at which the default was seen to miss its SLOs; nothing where that is 0. Every rung has something to
+    measure."""
+    load, why = 2 * missed, "from the lowest load that was tried on"
+    if holds := promised(ready):
+        load, why = FORETOLD * holds, f"by what is predicted of the cheapest configuration (load {figure(holds)})"
+    laid = rungs(min(load, top), top, (missed,), HIGHER[-1]) if load else ()
+    windows = (*ready.traffic.search, *ready.traffic.heldout)
+    ladder = tuple(rung for rung in laid if all(workload.measured(ready.study, window, rung) for window in windows))
+    return ladder, why if ladder else ""
+
+
+def _drawn(ready: session.Prepared) -> list[ServingConfig]:
+    """Configurations of the space that may be launched."""
+    study, rng = ready.study, random.Random(0)
+    space = study.space
+    drawn = [space.snap({p.name: rng.choice(p.values) for p in space.parameters}) for _ in range(DRAWN)]
+    configs = {c.hash: c for c in (space.config(params, study.model) for params in drawn if not space.denied(params))}
+    return [config for config in configs.values() if not ready.why_not(config)]
+
+
+def _fewest(ready: session.Prepared) -> float:
+    """The load at which a step has :data:`FEW` requests."""
+    return FEW / max(1, int((ready.traffic.search[0].arrival_s < ready.study.trace.window_s).sum()))
 
 
 def _machines(config: ServingConfig) -> int:
@@ -155,7 +211,7 @@ def _below(load: float) -> float:
 
 def bracket(holds: Callable[[float], bool], top: float, lowest: float = LOWEST) -> float:
     """The highest load found at which the SLOs hold, to a factor of 1.4: doubled or halved from 1 (at most ``top``),
-    then once between the neighbours. Raises Unsettled where even ``lowest`` does not hold."""
+    then once between the neighbours. Raises Missed where even ``lowest`` does not hold."""
     load = min(1.0, top)
     if holds(load):
         while (higher := min(2 * load, top)) > load * 1.05:
@@ -169,35 +225,29 @@ def bracket(holds: Callable[[float], bool], top: float, lowest: float = LOWEST) 
         while load >= lowest and not holds(load):
             higher, load = load, load / 2
         if load < lowest:
-            raise Unsettled(f"the engine's default misses its SLOs even at load {higher:g}")
+            raise Missed(higher)
     between = float(f"{(load * higher) ** 0.5:.2g}")
     return between if load < between < higher and holds(between) else load
 
 
 def _capacity(
-    study: Study,
-    store: Store,
-    cancel: threading.Event,
-    on_event: OnEvent,
-    prepare: Callable[[Study], session.Prepared],
-) -> tuple[float, float, tuple[float, ...]]:
-    """(The default's capacity, the highest load that the trace can fill, the ladder)."""
+    ready: session.Prepared, store: Store, cancel: threading.Event, on_event: OnEvent
+) -> tuple[float, tuple[float, ...]]:
+    """(The default's capacity, the ladder)."""
     from tuner.executor.build import executor
 
     def tell(name: str, data: Mapping[str, Any]) -> None:
         on_event(name, {**data, "trial": verifying.LADDER})  # it is no trial of the study
 
-    ready = prepare(_unbound(study))
-    params = study.space.default()
-    default = study.space.config(params, study.model)
-    if why := study.space.denied(params) or ready.why_not(default):
+    params = ready.study.space.default()
+    default = ready.study.space.config(params, ready.study.model)
+    if why := ready.study.space.denied(params) or ready.why_not(default):
         raise Unsettled(f"the engine's default is refused before a launch: {why}")
-    window, top, further = ready.traffic.search[0], _top(ready.traffic, study), reach(ready)
+    window = ready.traffic.search[0]
     for ended in Store(store.ladder_folder).trials():  # before a kill
         known = {step.load: step for step in ended.outcome.steps} if isinstance(ended.outcome, Measured) else {}
         with suppress(KeyError):
-            capacity, ladder = _laid(known.__getitem__, top, known, further)
-            return capacity, top, ladder
+            return _laid(ready, known.__getitem__, known)
     on_event("say", {"text": "Looking for the loads worth measuring: the engine's default is launched once."})
     bench = Bench(ready.study, ready.engine, cancel, tell, session.guard(ready, store, tell))
     with executor(bench) as where:
@@ -207,30 +257,36 @@ def _capacity(
 
         def look() -> tuple[float, tuple[float, ...]] | Unsettled:
             steps: dict[float, Step] = {}
-            with launch(default, "which loads are worth measuring") as rig:
+            try:
+                with launch(default, "which loads are worth measuring") as rig:
 
-                def measured(load: float) -> Step:
-                    if load not in steps:
-                        steps[load] = rig.measure(load, window, window.name)
-                    return steps[load]
+                    def measured(load: float) -> Step:
+                        if load not in steps:
+                            steps[load] = rig.measure(load, window, window.name)
+                        return steps[load]
 
-                try:
-                    capacity, ladder = _laid(measured, top, steps, further)
-                except Unsettled as failure:
-                    return failure  # not raised yet: what was measured is kept
-                with suppress(LaunchFailed):  # the ladder is settled: what a trial does at it, one will show
-                    all(measured(load).ok for load in ladder)
-            return capacity, ladder
+                    try:
+                        found = _laid(ready, measured, steps)
+                    except Unsettled as failure:
+                        return failure  # not raised yet: what was measured is kept
+                    with suppress(LaunchFailed):  # the ladder is settled: what a trial does at it, one will show
+                        all(measured(load).ok for load in found[1])
+                return found
+            except LaunchFailed as crash:
+                if crash.outcome.transient or not any(step.ok for step in steps.values()):
+                    raise
+                missed = Step(math.inf, window.name, {}, slo_misses=(str(crash),))
+                return _laid(ready, lambda load: steps.get(load, missed), steps)  # it holds what it held
 
         found = insist(look)
     if isinstance(found, Unsettled):
         raise found
-    return found[0], top, found[1]
+    return found
 
 
 def foretold(ready: session.Prepared, prepare: Callable[[Study], session.Prepared]) -> session.Prepared | None:
     """``ready`` with the ladder that :func:`settled` would lay if the default did as the model says. None where it lays
-    none, where there is no model, and where the model says that the default meets the SLOs nowhere."""
+    none, where there is no model, and where the model says that nothing meets the SLOs."""
     study, model = ready.study, ready.predictor
     if not asks(study) or model is None:
         return None
@@ -241,12 +297,13 @@ def foretold(ready: session.Prepared, prepare: Callable[[Study], session.Prepare
         asked.append(load)
         return _foreseen(model, study, default, load)
 
-    top = _top(workload.read(_unbound(study)), study)
+    traffic = workload.read(_unbound(study))
+    top = _top(traffic, study)
     try:
         found = rungs(bracket(holds, top), top, asked, reach(ready))
     except Unsettled:
-        return None
-    return prepare(replace(study, load=replace(study.load, ladder=found)))
+        found, _ = otherwise(replace(ready, traffic=traffic), top, missed=0.0)
+    return prepare(replace(study, load=replace(study.load, ladder=found))) if found else None
 
 
 def _unbound(study: Study) -> Study:
@@ -255,17 +312,23 @@ def _unbound(study: Study) -> Study:
 
 
 def _laid(
-    measured: Callable[[float], Step], top: float, seen: Collection[float], further: float
+    ready: session.Prepared, measured: Callable[[float], Step], seen: Mapping[float, Step]
 ) -> tuple[float, tuple[float, ...]]:
-    """(The capacity, the ladder) by what is ``measured`` at a load, which is ``seen`` then. Raises Unsettled."""
+    """(The capacity, the ladder) by what is ``measured`` at a load, which is ``seen`` then. A load that cannot be
+    believed is none that it holds, where it held another. Raises Unsettled."""
 
     def holds(load: float) -> bool:
-        if untrusted := measured(load).untrusted:
-            raise Unsettled("; ".join(untrusted))
-        return measured(load).ok
+        held = any(step.ok for step in seen.values())
+        if seen and not held and not workload.measured(ready.study, ready.traffic.search[0], load):
+            raise Missed(min(seen), f"; a step at {load:.3g} has no request to measure")
+        step = measured(load)
+        if step.untrusted and not held:
+            raise Unsettled("; ".join(step.untrusted))
+        return step.ok
 
-    capacity = bracket(holds, top)
-    return capacity, rungs(capacity, top, seen, further)
+    top = _top(ready.traffic, ready.study)
+    capacity = bracket(holds, top, min(LOWEST, _fewest(ready)))
+    return capacity, rungs(capacity, top, seen, reach(ready))
 
 
 def _top(traffic: workload.Workload, study: Study) -> float:

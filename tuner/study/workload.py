@@ -117,7 +117,7 @@ def _read(study: Study) -> Workload:
     return replace(found, notes=(*notes, *_uneven(study, found), *_colder(study, found)))
 
 
-def _measured(study: Study, window: Trace, load: float) -> int:
+def measured(study: Study, window: Trace, load: float) -> int:
     """How many requests of ``window`` a step at ``load`` measures: those that it replays after its warm-up."""
     begin, end = np.searchsorted(window.arrival_s, [study.load.warmup_s * load, study.trace.window_s * load])
     return int(end - begin)
@@ -130,7 +130,7 @@ def _refuse_empty(study: Study, traffic: Workload) -> None:
     loads = [load for load in ladder if load <= max(traffic.fills, min(ladder))]
     if study.load.auto:
         several, loads = several[:1], [min(1.0, float(several[0].arrival_s[-1]) / study.trace.window_s) or 1.0]
-    empty = [(window, load) for window in several for load in loads if not _measured(study, window, load)]
+    empty = [(window, load) for window in several for load in loads if not measured(study, window, load)]
     if empty and not Store(Path(study.folder)).begun():
         window, load = empty[0]
         raise UsageError(
@@ -148,7 +148,7 @@ def _uneven(study: Study, traffic: Workload) -> list[str]:
     if not traffic.rps or lasts_s <= 0:
         return []
     rates = {
-        _short(window): [_measured(study, window, load) / lasts_s for load in loads]
+        _short(window): [measured(study, window, load) / lasts_s for load in loads]
         for window in (*traffic.search, *traffic.heldout)
     }
     notes = []
