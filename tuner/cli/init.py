@@ -23,7 +23,7 @@ engine:
 
 # hardware: {{gpu: H100-SXM, gpus: 1}} # found by itself where left out
 
-# search_space: vllm/standard # vllm/quick, vllm/full, vllm/multi-gpu (sglang/... likewise), vllm-cpu/quick, or your own file
+# search_space: vllm/standard # or quick, full, multi-gpu; vllm-cpu/quick; sglang/standard, ...; or your own file
 # parameters: {{max_num_seqs: [64, 128, 256]}} # narrow or pin single parameters
 
 objective: chat # chat, code-completion, rag, batch, or your own file
