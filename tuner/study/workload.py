@@ -114,7 +114,7 @@ def _read(study: Study) -> Workload:
         )
     found = Workload(trace, search, parts.held_out, fills=fills, fill_s=fill_s)
     _refuse_empty(study, found)
-    return replace(found, notes=(*notes, *_uneven(study, found), *_colder(study, found)))
+    return replace(found, notes=(*notes, *_few(study, found), *_uneven(study, found), *_colder(study, found)))
 
 
 def measured(study: Study, window: Trace, load: float) -> int:
@@ -138,6 +138,22 @@ def _refuse_empty(study: Study, traffic: Workload) -> None:
             f"{study.load.warmup_s:g} s (load.warmup) of the {study.trace.window_s:g} s of a step at load {load:.3g}",
             fix="Take a longer trace.window, a shorter load.warmup or another part of the trace (tuner trace cut)",
         )
+
+
+def _few(study: Study, traffic: Workload) -> list[str]:
+    """Where a step at the middle of the ladder measures fewer requests than let the strictest percentile be less than
+    the slowest of them."""
+    ladder, strict = study.load.ladder, max(slo.quantile or 0.0 for slo in study.objective.slos)
+    load, needed = ladder[(len(ladder) - 1) // 2], math.ceil(1 / (1 - strict) - 1e-9)
+    several = (*traffic.search, *traffic.heldout)
+    fewest = min(measured(study, window, load) for window in several)
+    if study.load.auto or load > traffic.fills or not 0 < fewest < needed:
+        return []
+    warmup_s = study.load.warmup_s
+    enough_s = warmup_s + (study.trace.window_s - warmup_s) * needed / fewest
+    slowest = f"what holds for {strict * 100:g} % of them is up to the slowest: a single long prompt decides"
+    window = f"A trace.window of {math.ceil(enough_s)} s measures {needed}"
+    return [f"few requests: at load {load:g} a step measures {fewest}, and {slowest}. {window}"]
 
 
 def _uneven(study: Study, traffic: Workload) -> list[str]:
