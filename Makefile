@@ -8,7 +8,8 @@ SERVER := .venv-vllm/bin
 MODEL  := models/tiny-qwen3
 STUDY  ?= examples/quickstart.yaml
 TORCH  := 2.13.0
-QUICK  := $(TUNER)/python -m pytest -m "not vllm and not slow" -n logical --maxprocesses 4
+# Three workers on two cores: each waits for servers a third of its time.
+QUICK  := $(TUNER)/python -m pytest -m "not vllm and not slow" -n 3
 PIP    := -m pip install --quiet --disable-pip-version-check
 # PyTorch's CPU build: from the package index at hand where it has it, else from PyTorch's own (never the CUDA build)
 CPU_TORCH = "torch==$(TORCH)+cpu" 2>/dev/null || $(1) $(PIP) "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
