@@ -6,6 +6,7 @@ import itertools
 import random
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tuner.engines.emulator.noise import QUIET
 from tuner.engines.emulator.settings import Refused, resolve
 from tuner.engines.emulator.shape import Shape, shape_of
 from tuner.engines.emulator.simulator import OutOfMemoryUnderLoad, Served, Simulator, Work, prefix_keys
+from tuner.engines.emulator.stepcost import StepCost
 from tuner.engines.modelfolder import VARIANTS
 from tuner.search.model import architecture
 from tuner.search.model.shape import ModelShape
@@ -240,6 +242,9 @@ def test_experts_cost_what_the_tokens_of_all_ranks_touch() -> None:
 
     assert cost.seconds([], 8, 800, 0, 8) == cost.seconds([], 8, 800, 0, 8, everywhere=16)
     assert cost.seconds([], 8, 800, 0, 8, everywhere=8) < cost.seconds([], 8, 800, 0, 8, everywhere=64)
+    slow = replace(H100, link_bytes_per_s=H100.link_bytes_per_s / 10)  # over which the tokens travel
+    behind = StepCost(QWEN_MOE, resolve({"data-parallel-size": 2}, QWEN_MOE, slow), slow)
+    assert behind.seconds([], 8, 800, 0, 8) > cost.seconds([], 8, 800, 0, 8)
     alone = simulator(QWEN_MOE, data_parallel_size=1).cost
     assert alone.seconds([], 8, 800, 0, 8) > cost.seconds([], 8, 800, 0, 8, everywhere=8)  # half of the experts each
 

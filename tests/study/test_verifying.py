@@ -245,7 +245,7 @@ def test_what_runs_counts_as_the_dearest_so_far_and_more_while_few_have_ended(tm
     [
         (360.0, None, 60 + 6 * 300 / 4),
         (360.0, {"loads": 10}, 60 + 6 * 300 / 10),  # steps that are no part of the trial took their time
-        (40.0, None, 6 * 40 / 4),  # on a virtual clock a start takes longer than all
+        (40.0, None, 6 * 40 / 4),  # emulated, and timed by the wall, as an earlier version did
     ],
 )
 def test_a_launch_of_verification_takes_a_start_and_its_steps(tmp_path, took_s, extra, expected_s):

@@ -107,7 +107,7 @@ def verify_launch_s(searched: Sequence[TrialRecord], windows: int) -> float:
         if trial.outcome.steps:
             took_s = max(0.0, trial.ended_s - trial.started_s)
             start_s = trial.outcome.boot.total_s
-            starts.append(start_s if start_s < took_s else 0.0)  # on a virtual clock it "takes" longer than all
+            starts.append(start_s if start_s < took_s else 0.0)  # emulated, and by an earlier version timed by the wall
             steps_s += took_s - starts[-1]
             steps += int((trial.extra or {}).get("loads", len(trial.outcome.steps)))
     return fmean(starts) + LOADS * windows * steps_s / steps if steps else 0.0
