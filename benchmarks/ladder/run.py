@@ -61,6 +61,7 @@ CASES = {
     "27b-4": Case("gemma-3-27b", "H100-SXM", 4, "vllm/multi-gpu"),
     "8b-1": Case("llama-3.1-8b", "L40S", 1, "vllm/quick"),
     "8b-2": Case("qwen3-8b", "A100-SXM-80GB", 2, "vllm/multi-gpu"),
+    "70b-8": Case("llama-3.3-70b", "H100-SXM", 8, "vllm/multi-gpu"),
 }
 
 
