@@ -199,6 +199,8 @@ def test_gpus_that_wait_are_told_of(workplace: Path, capsys: pytest.CaptureFixtu
     one, on_cpu = (("gpu: H100-SXM, gpus: 8", there) for there in ("gpu: H100-SXM, gpus: 1", "gpu: cpu"))
     for model, changes, more in ((SMALL, (one,), ""), (SMALL, (on_cpu,), ""), (SMALL, (), "parallel: auto")):
         assert not session.prepare(written(workplace, model, *changes, more=more)).idle()
+    ready = session.prepare(study := written(workplace, SMALL))
+    assert not replace(ready, study=replace(study, engine=replace(study.engine, kind="attach"))).idle()
 
 
 def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold(

@@ -109,10 +109,9 @@ def fewest_gpus(
     except UsageError:
         return {}
     said = {name: meant(value, known) for name, value in engine.args.items()}
-    kind = "sglang" if engine.kind == "sglang" else "vllm"
     sizes = [2**k for k in range(gpus.bit_length()) if shape.heads % 2**k == 0]
     configs = {n: ServingConfig(model, {}, {**said, "tensor-parallel-size": n}, gpus=n) for n in sizes}
-    return {"fewest_gpus": next((n for n in sizes if fits(shape, row, configs[n], kind).fits), sizes[-1])}
+    return {"fewest_gpus": next((n for n in sizes if fits(shape, row, configs[n], engine.read_as).fits), sizes[-1])}
 
 
 def model_config(model: str) -> dict[str, Any]:

@@ -36,6 +36,11 @@ class EngineSpec:
     trust_remote_code: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def read_as(self) -> str:
+        """As whose its flags and defaults are read by memory arithmetic and analytic model: ``vllm`` or ``sglang``."""
+        return "sglang" if self.kind == "sglang" else "vllm"
+
     def tokenizer(self, model: str) -> str:
         """The folder or id whose tokenizer counts a trace's texts: the ``tokenizer`` option, else the model."""
         return str(self.options.get("tokenizer") or model)

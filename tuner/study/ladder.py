@@ -75,12 +75,8 @@ def settled(
     except (LaunchFailed, Unsettled) as failure:
         found, why = otherwise(ready, top, failure.load if isinstance(failure, Missed) else 0.0)
         found = found or study.load.ladder
-        text = (
-            f"The ladder is {_words(found)}, {why}: {failure}"
-            if why
-            else f"The ladder stays {_words(found)}: {failure}"
-        )
-        on_event("say", {"text": text})
+        laid = f"is {_words(found)}, {why}" if why else f"stays {_words(found)}"
+        on_event("say", {"text": f"The ladder {laid}: {failure}"})
         return _freeze(replace(study, load=replace(study.load, ladder=found, auto=False)), store)
     except Cancelled:
         return study

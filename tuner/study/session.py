@@ -353,7 +353,7 @@ def model_of(study: Study, traffic: workload.Workload) -> tuple[AnalyticModel | 
         objective.slos,
         objective.latency,
         price_of(study, study.space.config({}, study.model)),
-        engine="sglang" if study.engine.kind == "sglang" else "vllm",
+        engine=study.engine.read_as,
         drafts=_drafts(study),
         types=types,
     )

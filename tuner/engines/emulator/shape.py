@@ -118,7 +118,7 @@ def shape_of(model: ModelShape) -> Shape:
         expert=int(moe.expert_weights) if moe else 0,
         shared=int(moe.weights) if moe else 0,
         dense_layers=dense.layers if dense else 0,
-        mla=bool(layers["mla"] or layers["dsa"]),
+        mla=model.latent,
         weight_bits=bits,
         quantization=scheme,
         quant_method=model.quant_method,

@@ -115,8 +115,7 @@ def of(config: ServingConfig, shape: ModelShape, hardware: Hardware, engine: str
     batched = _int(flags, max(tokens, 0), "max-num-batched-tokens", "chunked-prefill-size")
     most = _int(flags, seqs, "max-num-seqs", "max-running-requests")
     named = most if "max-running-requests" in flags else None
-    latent = any(a.kind in ("mla", "dsa") for a in shape.attention)
-    usual = memory_default(hardware, batched, engine, tp * pp, dp if joint else 1, named, latent)
+    usual = memory_default(hardware, batched, engine, tp * pp, dp if joint else 1, named, shape.latent)
     share = _float(flags, usual, "gpu-memory-utilization", "mem-fraction-static")
     if joint:  # SGLang divides what it is told by the ranks, and takes its own default of sequences for each
         tp, batched = max(tp // dp, 1), max(batched // dp, 1)

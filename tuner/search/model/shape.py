@@ -108,6 +108,11 @@ class ModelShape:
         return self.linear_weights + routed + self.vocab * self.hidden
 
     @property
+    def latent(self) -> bool:
+        """Whether attention keeps one latent vector per token (MLA, sparse or not)."""
+        return any(a.kind in ("mla", "dsa") for a in self.attention)
+
+    @property
     def has_experts(self) -> bool:
         return any(f.experts for f in self.ffn)
 
