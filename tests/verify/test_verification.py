@@ -17,12 +17,13 @@ from tuner.study.outcome import IN_A_ROW, Infeasible, Measured, Step
 from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
 from tuner.verify.capacity import REACH, cost_at, margin_of_all, slope_below
-from tuner.verify.judge import COST_SHARE, Arm, Judgement, Table, judge
+from tuner.verify.judge import COST_SHARE, PROMISED, Arm, Judgement, Table, judge
 from tuner.verify.power import power
 from tuner.verify.repeats import Repeats
 from tuner.verify.rounds import Done, insist
-from tuner.verify.verdict import Verification, figures
+from tuner.verify.verdict import Verification, figures, verdict
 from tuner.verify.verification import VerifyBudget, _narrow, _Race, verify
+from tuner.words import figure
 
 WINDOWS = [window(70 + i, name=f"heldout-{i}") for i in range(3)]
 
@@ -550,6 +551,43 @@ def test_configurations_never_measured_in_one_round_are_not_compared(price):
     found = judge(arms, launches, (), "ttft_p99_s")
     assert (found.choice, found.reason) == ("default", "nothing-proven")
     assert math.isnan(found.arms["v1"].difference[0]) and found.arms["v1"].best == pytest.approx(0.5, abs=0.05)
+
+
+FAILING = {"a": 0.1, "b": 1.0, "c": 1.1}  # what a default holds that all but fails on one window
+
+
+@pytest.mark.parametrize(
+    ("rival", "launches", "reason"),
+    [
+        ({"a": 2.0, "b": 1.7, "c": 1.5}, 2, "promise"),
+        ({"a": 2.0, "b": 1.7, "c": 1.0}, 2, "nothing-proven"),  # the dearer one on a window
+        ({"a": 0.12, "b": 1.2, "c": 1.32}, 2, "cheaper"),  # the same on each: proven
+        ({"a": 0.12, "b": 2.0, "c": 2.2}, 2, "nothing-proven"),  # as little can be promised of it
+        ({"a": 2.0, "b": 1.7, "c": 1.5}, 1, "nothing-proven"),  # how sure a promise is takes two launches
+    ],
+)
+def test_who_keeps_a_far_higher_load_on_every_window_is_recommended_unproven(rival, launches, reason):
+    """The larger the gain on the one window where the default all but fails, the less of a gain is proven by three."""
+    both = [*_cells(FAILING, slow=0.01, launches=launches), *_cells(rival, slow=0.01, launches=launches, arm="v1")]
+    found, _ = _judged(both, ("default", "v1"))
+    assert (found.choice, found.reason) == ("default" if reason == "nothing-proven" else "v1", reason)
+    if reason == "promise":
+        arm, base = found.arms["v1"], found.arms["default"]
+        assert arm.load_difference[0] == pytest.approx(arm.load_cost[0] / base.load_cost[0], rel=1e-6)
+        assert arm.load_difference[2] < 1 / PROMISED and arm.difference[2] > 1, "a promise, no proof"
+        assert found.power is not None and found.power.label == "v1" and found.power.windows
+
+
+def test_a_recommendation_by_what_can_be_promised_says_that_no_gain_is_proven():
+    bench = Bench({"v0": 1.0, "v1": 1.0}, LATENCY)
+    arms = [bench.finalist("v0"), bench.finalist("v1")]
+    rival = {"a": 2.0, "b": 1.7, "c": 1.5}
+    launches = [*_cells(FAILING, slow=0.01), *_cells(rival, slow=0.01, arm="v1")]
+    found = judge(arms, launches, bench.study.objective.slos, "ttft_p99_s")
+    text = verdict(found, arms, launches, bench.study, windows=3, stopped="-", confidence=0.95).text
+    assert text.startswith("**Recommended: v1** at load")
+    assert f"Of the default no load above {figure(found.arms['default'].load)} can be promised at 95 %" in text
+    assert "not proven" in text and "would prove it" in text
 
 
 @pytest.mark.parametrize(

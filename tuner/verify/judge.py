@@ -18,6 +18,7 @@ from tuner.verify.statistics import Estimate, chosen_tails, exp, holm, share_bes
 Cell = tuple[str, int, str]  # arm, round, window
 UNKNOWN: Range = (math.nan, math.nan, math.nan)
 COST_SHARE = 0.9  # of the doubt that is allowed, what the test on cost may use; the rest is for latency at equal cost
+PROMISED = 1.5  # times what can be promised of another arm: so much cheaper is taken though no gain is proven
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class Arm:
     is proven.
     ``load`` is what to deploy at (:meth:`Table.promised`; NaN where the SLOs hold at none), ``load_cost`` and
     ``latency`` (seconds) belong to it. ``difference`` is cost over the default's, each at its capacity (0.9: 10 %
-    cheaper), ``latency_difference`` latency over the default's, both at ``common_load``.
+    cheaper), ``load_difference`` each at its ``load``, ``latency_difference`` latency over the default's, both at
+    ``common_load``.
     ``doubt`` is the p-value, corrected for several finalists, of "not cheaper than the default by what is worth it",
     ``latency_doubt`` of "not as cheap, or not faster". ``best`` is the probability of being the cheapest arm.
     ``at_most``: on some window no load nearly as low as ``load`` was measured, and ``latency`` is partly that of higher
@@ -47,6 +49,7 @@ class Arm:
     load_cost: Range = UNKNOWN
     latency: Range = UNKNOWN
     difference: Range = UNKNOWN
+    load_difference: Range = UNKNOWN
     latency_difference: Range = UNKNOWN
     common_load: float = math.nan
     doubt: float = math.nan
@@ -59,9 +62,10 @@ class Arm:
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """``choice`` is an arm's label (empty: nothing meets the SLOs); ``reason`` is a slug: ``cheaper``, ``faster`` (as
-    cheap, but lower latency), ``default-fails`` (the default failed, or meets no SLO), ``default-unmeasured`` (no
-    launch of it came to an end), ``nothing-proven``, ``nothing-holds``.
-    ``power`` is about the cheapest finalist where nothing is proven."""
+    cheap, but lower latency), ``promise`` (not proven cheaper, but far more can be promised of it),
+    ``default-fails`` (the default failed, or meets no SLO), ``default-unmeasured`` (no launch of it came to an end),
+    ``nothing-proven``, ``nothing-holds``.
+    ``power`` is about the choice where it is a promise, and about the cheapest finalist where nothing is proven."""
 
     choice: str
     reason: str
@@ -87,7 +91,10 @@ def judge(
 
     A finalist is recommended over the default when it is cheaper by more than ``worth`` at ``confidence``, corrected
     for the number of finalists (Holm); or, with the rest of the allowed doubt, when it is at most ``worth`` more
-    expensive and its latency is lower by more than ``worth``. ``active`` are the labels still in the race.
+    expensive and its latency is lower by more than ``worth``; or when it measured cheaper on every window and what can
+    be promised of it costs less by a factor of more than :data:`PROMISED`, at the same confidence: a default that all
+    but fails on one window has a capacity that nobody knows, and the larger the gain there, the less of it is proven.
+    ``active`` are the labels still in the race.
     ``explain`` False leaves out :attr:`Judgement.power`, which takes a few hundred fits and decides nothing.
     """
     base = next(a.label for a in arms if a.baseline)
@@ -115,12 +122,21 @@ def judge(
     slow = {k: max(gains[k].doubt(worth), s.doubt(-worth)) for k, s in speeds.items()}
     latency_doubts = _adjusted(slow, weights, 1 - COST_SHARE)
     racing = [label for label in able if active is None or label in active]
+    sure = [label for label in gains if safe[label] and safe[base]]
+    held_costs = {label: load_costs.difference(label, base) for label in sure}
+    ahead = {k: d.doubt(-math.log(PROMISED)) if costs.ahead(k, base) else 1.0 for k, d in held_costs.items()}
     choice, reason = _choose(
-        base if base in holding else "", racing, gains, costs, speeds, doubts, latency_doubts, (1 - confidence) / 2
+        base if base in holding else "",
+        racing,
+        (gains, doubts),
+        (speeds, latency_doubts),
+        (held_costs, _adjusted(ahead, weights, 1.0)),
+        costs,
+        (1 - confidence) / 2,
     )
     if reason == "default-fails" and base not in failures and base not in capacities.arms:
         reason = "default-unmeasured"
-    ahead = _best(costs, holding, seed)
+    likely = _best(costs, holding, seed)
     found: dict[str, Arm] = {}
     even = ((1 - confidence) / 2, (1 - confidence) / 2)
     for label in (a.label for a in arms):
@@ -141,17 +157,18 @@ def judge(
             load_cost=_of(load_costs, label, tails),
             latency=_of(load_delays, label, tails),
             difference=_factor(gains[label], *tails) if label in gains else UNKNOWN,
+            load_difference=_factor(held_costs[label], *tails) if label in held_costs else UNKNOWN,
             latency_difference=_factor(speeds[label], *tails) if label in speeds else UNKNOWN,
             common_load=common,
             doubt=doubts.get(label, math.nan),
             latency_doubt=latency_doubts.get(label, math.nan),
-            best=ahead.get(label, 0.0),
+            best=likely.get(label, 0.0),
             failure=failures.get(label, ""),
             at_most=not table.measured_as_low(label, promised[label]),
         )
-    hope = min(gains, key=lambda label: gains[label].mean, default=None)
+    hope = choice if reason == "promise" else min(gains, key=lambda label: gains[label].mean, default=None)
     could = None
-    if explain and reason == "nothing-proven" and hope is not None:
+    if explain and reason in ("promise", "nothing-proven") and hope is not None:
         share = weights[hope] / sum(weights[label] for label in gains)
         could = power(costs, hope, base, worth, (1 - confidence) / 2 * COST_SHARE * share)
     return Judgement(choice, reason, found, costs.total(), could)
@@ -294,24 +311,18 @@ def _factor(estimate: Estimate, below: float, above: float) -> Range:
     return exp(estimate.mean), exp(low), exp(high)
 
 
+Test = tuple[Mapping[str, Estimate], Mapping[str, float]]  # by label: what an arm gains, and the doubt that it does
+
+
 def _choose(
-    base: str,
-    contenders: Sequence[str],
-    gains: Mapping[str, Estimate],
-    costs: Repeats,
-    speeds: Mapping[str, Estimate],
-    cheaper: Mapping[str, float],
-    faster: Mapping[str, float],
-    allowed: float,
+    base: str, contenders: Sequence[str], cost: Test, latency: Test, promise: Test, costs: Repeats, allowed: float
 ) -> tuple[str, str]:
     if not base:
         if not contenders:
             return "", "nothing-holds"
         return min(contenders, key=lambda label: costs.estimate(label).mean), "default-fails"
-    proven = [label for label in contenders if cheaper.get(label, 1.0) < allowed]
-    if proven:
-        return min(proven, key=lambda label: gains[label].mean), "cheaper"
-    proven = [label for label in contenders if faster.get(label, 1.0) < allowed]
-    if proven:
-        return min(proven, key=lambda label: speeds[label].mean), "faster"
+    for reason, (gains, doubts) in (("cheaper", cost), ("faster", latency), ("promise", promise)):
+        proven = [label for label in contenders if doubts.get(label, 1.0) < allowed]
+        if proven:
+            return min(proven, key=lambda label: gains[label].mean), reason
     return base, "nothing-proven"

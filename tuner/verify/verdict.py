@@ -155,6 +155,12 @@ def _text(
             words.append(
                 f"and its {latency} is {_change(state.latency_difference, 'lower', 'higher')}, proven at {sure}."
             )
+        case "promise":
+            default = judgement.arms[base.label]
+            words.append(f"Of the default no load above {figure(default.load)} can be promised at {sure}:")
+            words.append(f"what can be promised of this costs {_change(state.load_difference, 'less', 'more')}.")
+            words.append("At the load that each just holds it was cheaper too, on every window; not proven:")
+            words += _could(judgement.power)
         case "default-fails":
             failed = "failed" if judgement.arms[base.label].failure else "did not meet the SLOs"
             words.append(f"The engine's default {failed} on the held-out windows.")
@@ -166,7 +172,7 @@ def _text(
             words.append(f"No finalist is proven better than the default at {sure}.")
             words += _could(judgement.power)
     known = math.isfinite(state.load_cost[2]) or math.isfinite(state.latency[2])
-    words.append(f"At that load it costs {figures(state, latency)}" + (f" ({sure} intervals)." if known else "."))
+    words.append(f"At load {figure(state.load)} it costs {figures(state, latency)}" + (f" ({sure} intervals)." if known else "."))
     if len(arms) > 1:
         likely = max(judgement.arms.values(), key=lambda arm: arm.best)
         if likely.best >= LIKELY:
