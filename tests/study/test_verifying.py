@@ -17,6 +17,8 @@ from tuner.study.outcome import Aborted, Boot, Infeasible, Measured
 from tuner.study.store import Store, read_json, write_json
 from tuner.verify.arm import Finalist
 
+WINDOWS = [SimpleNamespace(name=f"held-out-{i}") for i in range(5)]
+
 
 @pytest.fixture
 def made(tmp_path):
@@ -24,7 +26,7 @@ def made(tmp_path):
     store = Store(tmp_path / "s")
     studies.measured(0, (studies.step(1.0, studies.objective()),), store, baseline=True)
     study = studies.study(tmp_path / "s", budget=Budget(launches=None, hours=None, usd=20.0, verify_share=0.2))
-    return SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=[object()])), store
+    return SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=WINDOWS[:1])), store
 
 
 def arm(study, gpus, trial=None):
@@ -36,15 +38,15 @@ def test_a_verification_lasts_as_long_as_its_dearest_configuration_can_be_paid(m
     ready, store = made
     left_usd = 20 - 2.5 / 60
     for gpus in (1, 8):
-        within = verifying.limits(ready, store, [arm(ready.study, 1), arm(ready.study, gpus)])
-        assert within and within.seconds == pytest.approx(left_usd / (2.5 * gpus) * 3600)
+        within, _ = verifying.limits(ready, store, [arm(ready.study, 1), arm(ready.study, gpus)])
+        assert within.seconds == pytest.approx(left_usd / (2.5 * gpus) * 3600)
 
 
 def test_a_verification_has_the_hours_that_the_search_left(made):
     ready, store = made
     ready.study = replace(ready.study, budget=Budget(launches=None, hours=0.5, usd=None, verify_share=0.2))
-    within = verifying.limits(ready, store, [arm(ready.study, 1)])
-    assert within and within.seconds == pytest.approx(1800 - 60)
+    within, _ = verifying.limits(ready, store, [arm(ready.study, 1)])
+    assert within.seconds == pytest.approx(1800 - 60)
 
 
 def test_the_time_that_is_left_bounds_the_arms_by_three_rounds_of_what_their_launches_take(made):
@@ -54,14 +56,33 @@ def test_the_time_that_is_left_bounds_the_arms_by_three_rounds_of_what_their_lau
     for minutes, most in ((26, 2), (29, 3), (5, 2)):  # one is spent; a launch is three steps of a minute
         hours = Budget(launches=None, hours=minutes / 60, usd=None, verify_share=0.2)
         ready.study = replace(ready.study, budget=hours)
-        within = verifying.limits(ready, store, arms)
-        assert within and within.launch_s == pytest.approx(180) and within.arms == most
+        within, _ = verifying.limits(ready, store, arms)
+        assert within.launch_s == pytest.approx(180) and within.arms == most
     ready.study = replace(ready.study, budget=Budget(launches=None, hours=29 / 60, usd=None, verify_share=0.2))
     arms[0] = replace(arms[0], config=store.trials()[0].config)
     for number in range(1, 9):
         studies.measured(number, (step,), store, role="verify", label=f"verify {number} default")
-        within = verifying.limits(ready, store, arms)
-        assert within and within.arms == 3, "those that were launched before count as they did"
+        within, _ = verifying.limits(ready, store, arms)
+        assert within.arms == 3, "those that were launched before count as they did"
+
+
+def test_where_time_is_short_it_is_verified_on_fewer_windows_over_the_whole_trace_and_those_stay(made):
+    ready, store = made
+    ready.traffic, ready.study = SimpleNamespace(heldout=WINDOWS), replace(ready.study, frozen={})
+
+    def on(minutes):  # one is spent; a launch is three steps of a minute on each window
+        hours = Budget(launches=None, hours=(minutes + 1) / 60, usd=None, verify_share=0.2)
+        ready.study = replace(ready.study, budget=hours)
+        return [w.name[-1] for w in verifying.limits(ready, store, [arm(ready.study, 1)])[1]]
+
+    assert on(4 * 15 + 1) == ["0", "1", "2", "3", "4"] and on(4 * 15 - 1) == ["0", "1", "3", "4"]
+    assert on(4 * 12 - 1) == on(5) == ["0", "2", "4"]
+    ready.study = replace(ready.study, trace=replace(ready.study.trace, heldout_windows=5))
+    assert on(5) == ["0", "1", "2", "3", "4"], "which the study asks for"
+    ready.study = replace(ready.study, trace=replace(ready.study.trace, heldout_windows=None))
+    steps = tuple(replace(studies.step(1.0, studies.objective()), window=WINDOWS[i].name) for i in (1, 3))
+    studies.measured(1, steps, store, role="verify", label="verify 1 default")
+    assert on(1000) == ["1", "3"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +147,7 @@ def ablated(tmp_path, monkeypatch):
     study, store = studies.write(tmp_path / "s", trials=24, verified=True)
     winner = studies.verification(study, store).config
     assert winner
-    ready = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=[object()]))
+    ready = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=WINDOWS[:1]))
     monkeypatch.setattr(verifying, "executor", lambda _bench: contextlib.nullcontext())
 
     def ablate(_study, _launch, finalist, _windows, budget, _on_event, *, done):
@@ -171,8 +192,8 @@ def test_an_ablation_by_fewer_launches_does_not_replace_one_by_more(ablated):
 def test_gpus_of_another_price_are_paid_at_theirs(made):
     ready, store = made
     studies.measured(1, (studies.step(1.0, studies.objective()),), store, price_usd_per_gpu_hour=10.0)
-    within = verifying.limits(ready, store, [arm(ready.study, 2, trial=1)])
-    assert within and within.seconds == pytest.approx((20 - 12.5 / 60) / 20 * 3600)
+    within, _ = verifying.limits(ready, store, [arm(ready.study, 2, trial=1)])
+    assert within.seconds == pytest.approx((20 - 12.5 / 60) / 20 * 3600)
 
 
 @pytest.fixture
@@ -188,7 +209,7 @@ def settling(tmp_path, monkeypatch):
     for number, arm in enumerate((*written.arms, *written.arms), start=max(t.number for t in store.trials()) + 1):
         studies.measured(number, (step,), store, params=params[arm.label], role="verify", label=arm.label)
     monkeypatch.setattr(verifying, "executor", lambda _bench: contextlib.nullcontext())
-    ready = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=[1]))
+    ready = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=WINDOWS[:1]))
 
     def again(within, made=4):
         seen = []
@@ -314,7 +335,7 @@ def test_an_emulated_verification_is_timed_by_what_its_launches_took(settling, m
 
     monkeypatch.setattr(verifying, "verify", verify)
     ready = SimpleNamespace(study=replace(study, budget=Budget(launches=90, verify_share=0.5)))
-    ready.traffic, ready.engine = SimpleNamespace(heldout=[1]), SimpleNamespace(emulated=True)
+    ready.traffic, ready.engine = SimpleNamespace(heldout=WINDOWS[:1]), SimpleNamespace(emulated=True)
     with pytest.raises(UsageError, match="enough"):
         verifying.run(ready, store, verifying.Nobody(), SimpleNamespace(on_event=lambda *_: None))
     before_s, after_s = seen

@@ -50,6 +50,34 @@ def test_a_study_counts_a_logs_texts_with_its_models_tokenizer(workplace):
     assert workload.read(study).whole.input_tokens.tolist() == [1] * 120
 
 
+@pytest.mark.parametrize(
+    ("seconds", "ladder", "said", "heldout"),
+    [
+        (250, "[1, 2, 4]", "", 5),  # six parts of 41.7 s: a step of ten seconds at load 4
+        (210, "[1, 2, 4]", "", 4),
+        (60, "[1, 2, 4]", "", 3),  # too short even so
+        (60, "[0.5, 1]", "", 5),
+        (250, "[1, 2, 4]", "heldout_windows: 2, ", 2),
+        (60, "[1, 2, 4]", "heldout_windows: 5, ", 5),
+        (250, "[1, 2, 4]", "heldout_windows: auto, ", 5),
+    ],
+)
+def test_as_many_windows_are_held_out_as_leave_each_a_whole_step(workplace, seconds, ladder, said, heldout):
+    rows = "".join(f"{i},100,10\n" for i in range(seconds))
+    write(workplace, "arrival_s,input_tokens,output_tokens\n" + rows, "trace.csv")
+    text = GOOD.replace("trace: {", "trace: {" + said).replace("[1, 2, 4]", ladder)
+    assert len(workload.read(studyfile.load(write(workplace, text))).heldout) == heldout
+
+
+def test_a_study_that_an_earlier_version_began_holds_out_three_windows(workplace):
+    rows = "".join(json.dumps({"arrival_s": i, "input_tokens": 9, "output_tokens": 5}) + "\n" for i in range(300))
+    write(workplace, rows, "trace.jsonl")
+    study = studyfile.load(write(workplace, STUDY))
+    assert len(workload.read(study).heldout) == 5
+    before = studyfile.by(study.rules - {"verifies_widely"}, study)
+    assert len(workload.read(before).heldout) == 3 and studyfile.differences(before, study) == []
+
+
 def test_a_log_that_counts_by_itself_needs_no_tokenizer(workplace):
     usage = {"prompt_tokens": 30, "completion_tokens": 7}
     rows = [

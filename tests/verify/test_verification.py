@@ -18,7 +18,7 @@ from tuner.study.store import read_json, write_json
 from tuner.verify.arm import COST, Finalist, Launched
 from tuner.verify.capacity import REACH, cost_at, margin_of_all, slope_below
 from tuner.verify.judge import COST_SHARE, PROMISED, Arm, Judgement, Table, judge
-from tuner.verify.power import power
+from tuner.verify.power import Power, power
 from tuner.verify.repeats import Repeats
 from tuner.verify.rounds import Done, insist
 from tuner.verify.verdict import Verification, figures, verdict
@@ -438,7 +438,7 @@ def test_below_every_measured_load_a_server_puts_out_what_is_asked_of_it():
 def test_launches_known_from_before_do_not_buy_new_ones():
     """A default that was launched five times for other finalists is no licence for five more of the new ones."""
     bench = Bench({"v0": 1.0, "v1": 1.02, "v2": 1.02})
-    bench.verify("v1", launches=8)
+    bench.verify("v1", launches=8, minimum=4)
     done = [d for d in bench.done if d.label.endswith("default")]
     assert len(done) == 4
     bench.machine.labels.clear()
@@ -714,7 +714,7 @@ def test_what_did_not_serve_before_the_interruption_is_not_launched_again():
 def test_launches_too_few_for_all_go_to_the_most_promising():
     """Eleven launches for three arms: three rounds, and the two left over are not thrown away."""
     bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0}, seed=3)
-    found = bench.verify("v1", "v2", launches=11, width=0.001)
+    found = bench.verify("v1", "v2", launches=11, width=0.001, minimum=4)
     assert found.launches == 11
     assert sorted(arm.launches for arm in found.arms) == [3, 4, 4]
 
@@ -723,6 +723,25 @@ def test_it_stops_early_when_the_intervals_are_narrow_enough():
     found = Bench({"v0": 1.0, "v1": 1.5}).verify("v1", launches=40, width=0.3)
     assert found.stopped == "the intervals are narrow enough"
     assert found.launches < 12
+
+
+@pytest.mark.parametrize(("speed", "reason"), [(1.25, "cheaper"), (1.0, "nothing-proven")])
+def test_it_stops_after_three_rounds_where_more_would_not_change_the_choice(speed, reason):
+    found = Bench({"v0": 1.0, "v1": speed}).verify("v1", launches=12, width=0.001)
+    assert (found.reason, found.launches) == (reason, 6)
+    assert found.stopped == "another round would not change the choice"
+
+
+@pytest.mark.parametrize(("rounds", "settled"), [(1, True), (2, False), (3, False)])
+def test_it_goes_on_where_the_rounds_that_are_left_may_prove_what_was_seen(monkeypatch, rounds, settled):
+    bench = Bench({"v0": 1.0, "v1": 1.0})
+    arms = [bench.finalist("v0"), bench.finalist("v1")]
+    race = _Race(bench.study, arms, None, VerifyBudget(12), None, arms)
+    found = Judgement("default", "nothing-proven", {}, power=Power("v1", 0.9, 0.95, rounds=2))
+    monkeypatch.setattr(_Race, "judge", lambda self, explain=True: found)
+    assert race._settled(rounds) == settled
+    found = replace(found, power=Power("v1", 0.9, 0.95, rounds=2, windows=1))
+    assert race._settled(rounds), "no launch proves what windows hide"
 
 
 @pytest.mark.parametrize(

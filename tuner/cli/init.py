@@ -34,7 +34,7 @@ trace:
   file: {trace} # Azure, BurstGPT, Mooncake, Bailian, ShareGPT, vLLM or tuner's own format
   window: 60s # how long one load step is replayed
   search_windows: 1
-  heldout_windows: 3 # never seen by the search; the recommendation is measured on them
+  heldout_windows: auto # never seen by the search; the recommendation is measured on them: 3 to 5
   # fill_cache: auto # where prompts share prefixes: so much of the trace before a window is in the cache (0s: nothing)
 
 load:

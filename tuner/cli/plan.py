@@ -132,7 +132,7 @@ def _cost(ready: Any, allowed: list[Any], steps: float, different: float) -> dic
     from tuner.executor.cluster import price_of
     from tuner.search.sampler import Options
     from tuner.study import session
-    from tuner.study.budget import for_search, without
+    from tuner.study.budget import fewest_windows, for_search, verify_windows, without
     from tuner.study.price import per_hour
     from tuner.verify.verification import LOADS
 
@@ -151,17 +151,23 @@ def _cost(ready: Any, allowed: list[Any], steps: float, different: float) -> dic
     fill_s = _fill_s(ready, default)
     step_s = session.step_seconds(ready) + (more_s := _response_s(ready, default) + (fill_s or 0.0))
     launch_s = session.launch_seconds(ready) + more_s * len(ladder) - (len(ladder) - steps) * step_s
-    verify_s = launch_s + (LOADS * len(ready.traffic.heldout) - steps) * step_s
+    held_out = len(ready.traffic.heldout)
+
+    def on(windows: int) -> float:
+        """What a launch of verification takes on so many windows."""
+        return launch_s + (LOADS * windows - steps) * step_s
+
+    least_s = on(fewest_windows(study, held_out)) if verifies else 0.0
     side = _side_by_side(study, fmean(max(config.gpus, 1) for config in configs))
     rate = fmean(per_hour(config, study.objective, price_of(study, config)) for config in configs) / 3600
     wall_s, gpu_s = (budget.hours or math.inf) * 3600, (budget.usd or math.inf) / rate
-    mine_s, mine_gpu_s = (without(budget.verify_share, s, verify_s if verifies else 0.0) for s in (wall_s, gpu_s))
+    mine_s, mine_gpu_s = (without(budget.verify_share, s, least_s) for s in (wall_s, gpu_s))
     searched = min(mine_s * side, mine_gpu_s) / launch_s
-    searched, verified = max(1, min(searched, search)), 0.0
-    if verifies:
-        wall_left, gpu_left = wall_s - searched * launch_s / side, gpu_s - searched * launch_s
-        verified = min(most - searched, wall_left / verify_s, gpu_left / verify_s)
-        verified = verified if verified >= 2 else 0.0  # the default's and a finalist's
+    searched = max(1, min(searched, search))
+    left_s = min(wall_s - searched * launch_s / side, gpu_s - searched * launch_s)
+    verify_s = on(verify_windows(study, held_out, left_s, on))
+    verified = min(most - searched, left_s / verify_s) if verifies else 0.0
+    verified = verified if verified >= 2 else 0.0  # the default's and a finalist's
     hours = (searched * launch_s / side + verified * verify_s) / 3600
     usd = (searched * launch_s + verified * verify_s) * rate
     fill_usd = None if fill_s is None else fill_s * rate

@@ -46,7 +46,7 @@ class TraceFile(Strict):
     format: str = "auto"
     window: Duration = "60s"
     search_windows: Whole = 1
-    heldout_windows: Whole = 3
+    heldout_windows: Annotated[int | Literal["auto"], NUMERIC] = "auto"
     fill_cache: Duration = "auto"  # a duration or auto
     max_input_tokens: Whole | None = None
     max_output_tokens: Whole | None = None

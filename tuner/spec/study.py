@@ -13,9 +13,12 @@ from tuner.spec.storage import StorageSpec
 MIN_GAIN = 0.003  # budget.min_gain where the study says none
 COUNTED = "counts_fixed"  # see spacefile.as_before
 FITTING = "fitting_default"  # the default of a model that needs several GPUs is that on the fewest
-RULES = ("planned_ends", "fills_cache", COUNTED, FITTING)  # that are newer than some studies: those go on without
+WIDELY = "verifies_widely"  # see Study.heldout_windows
+# newer than some studies, which go on without:
+RULES = ("planned_ends", "fills_cache", COUNTED, FITTING, WIDELY)
 
 
+HELD_OUT = (3, 5)  # windows, at least and at most, where a study does not say how many
 USERS = ("command", "own")  # engines of which nobody but the user knows whose flags they take
 Rows = Sequence[Mapping[str, Any]]  # of a study's own hardware table, as its user wrote them
 
@@ -50,7 +53,8 @@ class EngineSpec:
 class TraceSpec:
     """The trace file and how it is cut into windows.
 
-    ``search_windows`` windows for the search and ``heldout_windows`` that it never sees; one load step replays
+    ``search_windows`` windows for the search and ``heldout_windows`` that it never sees (None: as many of
+    :data:`HELD_OUT` as the trace has room for); one load step replays
     ``window_s`` seconds from one of them, whatever the load. Before each step the prompts of ``fill_cache_s`` seconds
     of the trace before its window are sent (None: of as many as its prefixes ask for), so that the prefix cache holds
     what it would hold then.
@@ -60,7 +64,7 @@ class TraceSpec:
     format: str = "auto"
     window_s: float = 60.0
     search_windows: int = 1
-    heldout_windows: int = 3
+    heldout_windows: int | None = None
     max_input_tokens: int | None = None
     max_output_tokens: int | None = None
     output: str = "forced"
@@ -156,6 +160,13 @@ class Study:
         """Whether a trace's prefixes decide what is sent before each step. A study that earlier versions began fills
         nothing unless it says so."""
         return self._has("fills_cache")
+
+    @property
+    def heldout_windows(self) -> int | None:
+        """How many windows are held out; None: as many as the trace has room for (:data:`HELD_OUT`). A study that
+        earlier versions began holds out three unless it says so."""
+        asked = self.trace.heldout_windows
+        return HELD_OUT[0] if asked is None and not self._has(WIDELY) else asked
 
     @property
     def rules(self) -> frozenset[str]:

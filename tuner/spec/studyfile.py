@@ -277,7 +277,8 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
         near = suggest(path.name, [p.name for p in path.parent.glob("*")] if os.path.isdir(path.parent) else [])
         fix = near if near.startswith("Did you mean") else NO_TRACE
         raise document.error(f"no such trace file: {spec.file}", at, fix)
-    if not 1 <= spec.search_windows <= MOST_WINDOWS or not 0 <= spec.heldout_windows <= MOST_WINDOWS:
+    heldout = None if spec.heldout_windows == "auto" else spec.heldout_windows
+    if not 1 <= spec.search_windows <= MOST_WINDOWS or not 0 <= (heldout or 0) <= MOST_WINDOWS:
         raise document.error(
             f"a study has 1 to {MOST_WINDOWS} search windows, and as many held out at most", ("trace",)
         )
@@ -290,7 +291,7 @@ def _trace(file: TraceFile | str, document: Document, base: Path, kind: str, mus
         spec.format,
         _seconds(spec.window, document, ("trace", "window")),
         spec.search_windows,
-        spec.heldout_windows,
+        heldout,
         spec.max_input_tokens,
         spec.max_output_tokens,
         spec.output,

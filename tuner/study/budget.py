@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from tuner.spec.study import Budget, Study
+from tuner.spec.study import HELD_OUT, Budget, Study
 from tuner.study.price import per_hour
 from tuner.study.store import TrialRecord
 
@@ -111,6 +111,18 @@ def verify_launch_s(searched: Sequence[TrialRecord], windows: int) -> float:
             steps_s += took_s - starts[-1]
             steps += int((trial.extra or {}).get("loads", len(trial.outcome.steps)))
     return fmean(starts) + LOADS * windows * steps_s / steps if steps else 0.0
+
+
+def fewest_windows(study: Study, held_out: int) -> int:
+    """On how many of the ``held_out`` windows to verify where time is short: those that a study asks for, or three."""
+    return min(held_out, HELD_OUT[0]) if study.heldout_windows is None else held_out
+
+
+def verify_windows(study: Study, held_out: int, seconds: float, launch_s: Callable[[int], float]) -> int:
+    """On how many of the ``held_out`` windows to verify in ``seconds``: as many as leave time for two launches of the
+    default and of a finalist, or :func:`fewest_windows`. ``launch_s`` says what a launch takes on so many."""
+    fewest = fewest_windows(study, held_out)
+    return next((count for count in range(held_out, fewest, -1) if 4 * launch_s(count) <= seconds), fewest)
 
 
 def search_is_over(study: Study, used: Spent, whole: Spent | None = None, verify_s: float = 0.0) -> str:

@@ -109,7 +109,7 @@ def identity(study: Study) -> dict[str, str]:
         "engine": (engine.kind, sorted(engine.args.items()), sorted(env.items()), sorted(options.items())),
         "space": (space.name, space.parameters, space.rules, sorted(space.fixed.items(), key=str), *_meant(study)),
         "objective": study.objective,
-        "trace": (traffic, trace.window_s, trace.search_windows, trace.heldout_windows, trace.output, *filled),
+        "trace": (traffic, trace.window_s, trace.search_windows, study.heldout_windows, trace.output, *filled),
         "load": study.load,
         "hardware": study.hardware.name,
     }

@@ -437,9 +437,11 @@ def _freeze(study: Study, store: Store, say: Callable[[str], None]) -> None:
                 fix=f"go on with it by tuner tune {store.folder}{without}, or give this one another name (--name)",
             )
         _tell_before(before, say)
-        if (count := study.trace.heldout_windows) != before.trace.heldout_windows:
+        if study.heldout_windows != before.heldout_windows:
             _hold_out(study, before, store)
-            write_study({**before.frozen, "trace": {**before.frozen["trace"], "heldout_windows": count}}, store)
+            said = before.frozen["trace"]
+            trace = {"file": said} if isinstance(said, str) else said
+            write_study({**before.frozen, "trace": {**trace, "heldout_windows": _counted(study)}}, store)
         return
     write_study(study.frozen, store)
 
@@ -484,10 +486,15 @@ def _hold_out(study: Study, before: Study, store: Store) -> None:
     else:
         return
     raise UsageError(
-        f"trace.heldout_windows of this study is {before.trace.heldout_windows}: {why}",
+        f"trace.heldout_windows of this study is {_counted(before)}: {why}",
         where=study.source,
         fix="put it back, or give this study another name",
     )
+
+
+def _counted(study: Study) -> int | str:
+    """``trace.heldout_windows`` as a study file says it."""
+    return "auto" if study.heldout_windows is None else study.heldout_windows
 
 
 def write_study(document: Mapping[str, Any], store: Store) -> None:
@@ -535,7 +542,7 @@ def _search(
     proposals = queue.Queue(study, store, ledger, asked.why_not, ready.notes, peers)
     _tell_refusals(study, store, proposals, on_event)
 
-    guess_usd, windows = launch_usd(ready), len(ready.traffic.heldout)
+    guess_usd, windows = launch_usd(ready), budget.fewest_windows(study, len(ready.traffic.heldout))
     races = study.load.early_stop and study.engine.kind != "function"  # whose figures need not be a server's
 
     def stop_reason(running: int) -> str:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
 from tuner.errors import UsageError
 from tuner.executor.build import executor
@@ -132,11 +134,12 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     too_little = f"Not verified{' further' if before else ''}: {_TOO_LITTLE}"
     finalists = _to_settle(study, store, before) if before else ()
     finalists = [f for f in listed.finalists if f.label in finalists] or listed.finalists
-    within = limits(ready, store, (listed.baseline, *finalists))
-    if within is None:
+    found = limits(ready, store, (listed.baseline, *finalists))
+    if found is None:
         if study.budget.verify_share > 0 and ready.traffic.heldout:
             bench.on_event("say", {"text": too_little})
         return None
+    within, windows = found
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
 
     def clock() -> float:  # an emulated launch takes what it took on its own clock
@@ -149,7 +152,7 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
             launcher(ready, store, recorder, where, bench.on_event, "verify"),
             finalists,
             listed.baseline,
-            ready.traffic.heldout,
+            windows,
             within,
             bench.on_event,
             done=_done(records, "verify"),
@@ -213,7 +216,7 @@ def minimal(ready: Prepared, store: Store, recorder: Recorder, bench: Bench, lau
             ready.study,
             launcher(ready, store, recorder, where, bench.on_event, "ablate"),
             winner,
-            ready.traffic.heldout,
+            _verified_on(ready, store) or ready.traffic.heldout,
             allowed,
             bench.on_event,
             done=_done(store.trials(), "ablate"),
@@ -229,7 +232,7 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
     promise = replace(promise, config=_with_secrets(promise.config, ready.study))
     own = Store(store.folder / "certify")
     recorder = Nobody()
-    windows = ready.traffic.heldout
+    windows = _verified_on(ready, store) or ready.traffic.heldout
     study = _at_its_price(ready.study, promise)
     where = LocalExecutor(replace(bench, study=study, quality=unchecked))
     launch = launcher(ready, own, recorder, where, bench.on_event, "certify")
@@ -291,10 +294,23 @@ def _known(done: Sequence[Done], arms: Sequence[Finalist]) -> int:
     return sum(launch.config in hashes for launch in done)
 
 
-def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBudget | None:
-    """What of the budget is left to verify ``arms``; None where its share is 0 or too little is left. USD last as long
-    as the dearest of them can run for them: how long each will run is not known. There are as many arms as three rounds
-    of launches fit into the time for, by what those of the search took; two at least."""
+def _verified_on(ready: Prepared, store: Store) -> tuple[Trace, ...]:
+    """The held-out windows that launches of verification measured; empty before there are any."""
+    launches = [t.outcome for t in store.launched("verify") if isinstance(t.outcome, Measured)]
+    names = {step.window for outcome in launches for step in outcome.steps}
+    return tuple(window for window in ready.traffic.heldout if window.name in names)
+
+
+def _spread(windows: Sequence[Trace], count: int) -> tuple[Trace, ...]:
+    """So many of them, over the whole trace."""
+    return tuple(windows[round(at)] for at in np.linspace(0, len(windows) - 1, count))
+
+
+def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> tuple[VerifyBudget, tuple[Trace, ...]] | None:
+    """What of the budget is left to verify ``arms``, and the windows for it; None where its share is 0 or too little is
+    left. USD last as long as the dearest of them can run for them: how long each will run is not known. By what the
+    search's launches took there are as many windows as two rounds of two launches fit into the time for (three at
+    least, if the trace has them; those that were measured stay), and as many arms as three rounds do; two at least."""
     study = ready.study
     if study.budget.verify_share <= 0 or not ready.traffic.heldout:
         return None
@@ -319,8 +335,14 @@ def limits(ready: Prepared, store: Store, arms: Sequence[Finalist]) -> VerifyBud
         whole.append(seconds[-1] + again.usd / dearest * 3600)
     if launches < 2 or (seconds and min(seconds) <= 0):
         return None
+    before = _verified_on(ready, store)
+    windows = before or tuple(ready.traffic.heldout)
     if not seconds:
-        return VerifyBudget(launches=launches, fresh=fresh)
-    launch_s = budget.verify_launch_s(budget.of_search(trials), len(ready.traffic.heldout))
+        return VerifyBudget(launches=launches, fresh=fresh), windows
+    searched = budget.of_search(trials)
+    if not before:
+        takes_s = partial(budget.verify_launch_s, searched)
+        windows = _spread(windows, budget.verify_windows(study, len(windows), min(whole), takes_s))
+    launch_s = budget.verify_launch_s(searched, len(windows))
     most = max(int(min(whole) / (3 * launch_s)), 2) if launch_s else None
-    return VerifyBudget(launches=launches, seconds=min(seconds), fresh=fresh, arms=most, launch_s=launch_s)
+    return VerifyBudget(launches=launches, seconds=min(seconds), fresh=fresh, arms=most, launch_s=launch_s), windows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from tuner.load.sharing import FILLS_S, NEAR, SHARED, shared_tokens, sharing, to
 from tuner.load.summary import rate_per_s
 from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.slo import bound_responses
-from tuner.spec.study import Study
+from tuner.spec.study import HELD_OUT, Study
 from tuner.study.store import Store
 from tuner.verify.capacity import BEYOND
 from tuner.words import figure
@@ -88,21 +89,14 @@ def _read(study: Study) -> Workload:
             fix="Leave it out, or take a trace with prefixes (docs/traces.md)",
         )
     top = max(study.load.ladder)
-    parts = windows.split(
-        trace,
-        search=spec.search_windows,
-        held_out=max(1, spec.heldout_windows),
-        max_seconds=spec.window_s * top * BEYOND,
-        earlier_s=fill_s,
-    )
+    parts = _parts(trace, study, fill_s)
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
     if study.engine.kind == "function":  # it never sees the trace: nothing is replayed
         return Workload(trace, search, parts.held_out, tuple(notes), fill_s=fill_s)
-    shortest_s = min(_lasts_s(trace, window) for window in parts.windows)
-    fills = shortest_s / spec.window_s
+    fills = _fills(trace, parts, spec.window_s)
     if fills < top:
         notes.append(
-            f"too short: its windows have no more requests after {figure(shortest_s / top)} s of the "
+            f"too short: its windows have no more requests after {figure(fills * spec.window_s / top)} s of the "
             f"{spec.window_s:g} s of a step at load {top:g}, and fill a step up to load {fills:.2g} only. "
             "Take a longer trace, a shorter trace.window, fewer windows or lower loads"
         )
@@ -115,6 +109,38 @@ def _read(study: Study) -> Workload:
     found = Workload(trace, search, parts.held_out, fills=fills, fill_s=fill_s)
     _refuse_empty(study, found)
     return replace(found, notes=(*notes, *_few(study, found), *_uneven(study, found), *_colder(study, found)))
+
+
+def _parts(trace: Trace, study: Study, fill_s: float) -> windows.Split:
+    """The trace's windows. Where the study leaves open how many are held out, as many of :data:`HELD_OUT` as leave each
+    of them a whole step at the ladder's top: by windows a difference to the default is proven with fewer GPU-hours than
+    by launches (docs/statistics.md)."""
+    spec, top = study.trace, max(study.load.ladder)
+
+    def parts(held_out: int) -> windows.Split:
+        return windows.split(
+            trace,
+            search=spec.search_windows,
+            held_out=held_out,
+            max_seconds=spec.window_s * top * BEYOND,
+            earlier_s=fill_s,
+        )
+
+    if study.heldout_windows is not None:
+        return parts(max(1, study.heldout_windows))
+    least, most = HELD_OUT
+    if study.engine.kind == "function":  # it sees no traffic: one window is like another
+        return parts(least)
+    for held_out in range(most, least, -1):
+        with suppress(UsageError):  # not a request for each
+            if _fills(trace, found := parts(held_out), spec.window_s) >= top:
+                return found
+    return parts(least)
+
+
+def _fills(trace: Trace, parts: windows.Split, window_s: float) -> float:
+    """The load up to which every window lasts as long as a step of ``window_s``."""
+    return min(_lasts_s(trace, window) for window in parts.windows) / window_s
 
 
 def measured(study: Study, window: Trace, load: float) -> int:

@@ -172,7 +172,8 @@ def _text(
             words.append(f"No finalist is proven better than the default at {sure}.")
             words += _could(judgement.power)
     known = math.isfinite(state.load_cost[2]) or math.isfinite(state.latency[2])
-    words.append(f"At load {figure(state.load)} it costs {figures(state, latency)}" + (f" ({sure} intervals)." if known else "."))
+    costs = f"At load {figure(state.load)} it costs {figures(state, latency)}"
+    words.append(costs + (f" ({sure} intervals)." if known else "."))
     if len(arms) > 1:
         likely = max(judgement.arms.values(), key=lambda arm: arm.best)
         if likely.best >= LIKELY:

@@ -136,9 +136,21 @@ class _Race:
                 return "the intervals are narrow enough"
         if left < len(self.active):
             return "the launches set aside are spent"
+        if rounds >= self.budget.minimum and self._settled(left // len(self.active)):
+            return "another round would not change the choice"
         if self.budget.seconds is not None and seconds + self._next_s(seconds) > self.budget.seconds:
             return "no further round fits into the time set aside"
         return ""
+
+    def _settled(self, rounds: int) -> bool:
+        """Whether so many more rounds would leave the choice what it is: it is proven, or nothing is and they would not
+        prove what the cheapest finalist showed, if all differs as before. What launches differ by is known by then, and
+        what windows differ by, which most intervals are made of, is no less after another round."""
+        found = self.judge()
+        if found.reason != "nothing-proven":
+            return found.reason != "default-unmeasured"
+        hope = found.power
+        return hope is None or hope.rounds is None or bool(hope.windows) or hope.rounds > rounds
 
     def _next_s(self, seconds: float) -> float:
         """How long the next round takes, if its launches take what those of the last ``seconds`` did."""
