@@ -65,12 +65,19 @@ CASES = {
 }
 
 
-def study(case: Case, seed: int, folder: Path, name: str = "tuned", noise: Mapping[str, float] | None = None) -> Study:
+def study(
+    case: Case,
+    seed: int,
+    folder: Path,
+    name: str = "tuned",
+    noise: Mapping[str, float] | None = None,
+    lasts_s: float = TRACE_S,
+) -> Study:
     """The study of ``case`` in ``folder``, where its model and trace are made; each ``seed`` has its own traffic."""
     (folder / "model").mkdir(parents=True, exist_ok=True)
     shutil.copy(SHAPES / f"{case.model}.json", folder / "model/config.json")
     like = replace(synth.profile("azure-conversation"), arrivals=Arrivals(RPS))
-    tracefile.write(synth.synthesise(like, duration_s=TRACE_S, seed=seed), folder / f"{seed}.parquet")
+    tracefile.write(synth.synthesise(like, duration_s=lasts_s, seed=seed), folder / f"{seed}.parquet")
     options: dict[str, Any] = {"clock": "virtual"} | ({"noise": dict(noise)} if noise else {})
     said = {
         "name": name,

@@ -84,6 +84,20 @@ def test_what_the_machine_cannot_carry_is_never_proposed(wide, predictor):
         assert not any(map(beyond, tried)) and len({tuple(p.values()) for p in tried}) >= 13  # one may be a repeat
 
 
+def test_a_sample_is_of_what_may_be_launched_as_things_are_known():
+    """Of eight combinations in a thousand memory is said to suffice; the others may join later, as neighbours."""
+    of = SearchSpace("large", "emulator", tuple(knob(f"x{i}", *range(5), default=0) for i in range(8)))
+
+    def unfit(params) -> str:
+        return "" if sum(v == 0 for v in params.values()) >= 5 else "too large"
+
+    found = Candidates.of(of, 0, unfit=unfit)
+    assert len(found.params) > 100 and not any(map(unfit, found.params))
+    assert all(found.number(params) is not None for params in found.neighbours(found.params[0]))
+    nothing = Candidates.of(of, 0, unfit=lambda _params: "too large")
+    assert nothing.keys == Candidates.of(of, 0).keys, "a model that refuses all there is says nothing"
+
+
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_a_sample_of_several_sizes_is_as_large_on_a_small_machine(gpus):
     """Of five sizes, one draw in a thousand is within one GPU."""

@@ -45,9 +45,18 @@ class Candidates:
     beyond: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, space: SearchSpace, seed: int, *, asked: bool = False, refuse: Refuse | None = None) -> Candidates:
+    def of(
+        cls,
+        space: SearchSpace,
+        seed: int,
+        *,
+        asked: bool = False,
+        refuse: Refuse | None = None,
+        unfit: Refuse | None = None,
+    ) -> Candidates:
         """The whole grid where it is small enough, else a seeded sample; what rules deny, or the machine cannot carry,
-        is left out. ``asked``: an analytic model will be asked of each."""
+        is left out. ``asked``: an analytic model will be asked of each. What is ``unfit`` would be refused before a
+        launch as things are known now: it is not drawn, if anything else is, and may join later."""
         found = cls(space, refuse)
         if space.size() <= (ASKED_GRID if asked else WHOLE_GRID):
             found.whole = True
@@ -64,7 +73,11 @@ class Candidates:
             rare = drawn >= sample and len(found.params) < drawn // 200
             if rare or len(found.params) >= sample:
                 break
-            found.add([found._within_reach(_drawn(space, rng), order)])
+            params = found._within_reach(_drawn(space, rng), order)
+            if unfit is None or space.denied(tried := space.snap(params)) or not unfit(tried):
+                found.add([params])
+        if unfit and not found.params:
+            return cls.of(space, seed, asked=asked, refuse=refuse)
         if rare:
             mended = (found._within_reach(_mended(space, rng), order) for _ in range(MENDED))
             found.add([space.snap(space.default()), *mended])

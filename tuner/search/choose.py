@@ -33,11 +33,12 @@ def sampler(
     cost: LaunchCost | None = None,
     earlier: Sequence[Earlier] = (),
     refuse: Refuse | None = None,
+    unfit: Refuse | None = None,
     min_gain: float = MIN_GAIN,
 ) -> BaseSampler:
     """The sampler called ``name``: ``auto`` is :class:`tuner.search.sampler.TunerSampler`, the others are Optuna's,
     which see a trial's two values and its constraint. ``grid`` goes through the whole grid in a seeded order. These two
-    never propose what ``refuse`` says the machine cannot carry.
+    never propose what ``refuse`` says the machine cannot carry; what is ``unfit`` ``auto`` does not begin with.
 
     Raises :class:`UsageError` for another name, and where a sampler cannot work on this space.
     """
@@ -47,7 +48,7 @@ def sampler(
         from tuner.search.sampler import Options, TunerSampler
 
         options = Options(min_gain=min_gain)
-        return TunerSampler(space, objective, loads, predictor, model, seed, cost, earlier, options, refuse)
+        return TunerSampler(space, objective, loads, predictor, model, seed, cost, earlier, options, refuse, unfit)
     from optuna import samplers
 
     if name == "gp":

@@ -85,7 +85,8 @@ class TunerSampler(BaseSampler):
     """Proposes serving configurations for ``space`` under ``objective``, measured at ``loads`` (the ladder, low to
     high). ``predictor`` is the analytic model, None where there is none for this hardware; ``model`` the model's name
     or folder (it goes into serving configs); ``cost`` a first estimate of a launch's seconds, replaced by what launches
-    really took; ``earlier`` studies to start warm from; ``refuse`` says why the machine cannot carry a configuration.
+    really took; ``earlier`` studies to start warm from; ``refuse`` says why the machine cannot carry a configuration,
+    ``unfit`` why it would be refused as things are known at first.
 
     ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share
     (corrected by what earlier promises kept);
@@ -105,6 +106,7 @@ class TunerSampler(BaseSampler):
         earlier: Sequence[Earlier] = (),
         options: Options | None = None,
         refuse: Refuse | None = None,
+        unfit: Refuse | None = None,
     ) -> None:
         if not loads or min(loads) <= 0:
             raise ValueError("a ladder needs at least one load, all above zero")
@@ -113,7 +115,7 @@ class TunerSampler(BaseSampler):
         # what promises less may end the search; where nothing ends it so, the usual rule says when to try what is new
         self.at_last = Stopping(self.options.min_gain or MIN_GAIN)
         self.predictor = predictor
-        self.candidates = Candidates.of(space, seed, asked=predictor is not None, refuse=refuse)
+        self.candidates = Candidates.of(space, seed, asked=predictor is not None, refuse=refuse, unfit=unfit)
         self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
         self.beliefs = Beliefs(self.candidates, Sources(self.candidates, self.foresight, earlier))
         self.expected_gain: float | None = None

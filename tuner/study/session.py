@@ -625,6 +625,7 @@ def book(
         cost=LaunchCost(start_seconds(ready), step_seconds(ready)),
         earlier=_earlier(study, on_event),
         refuse=lambda params: refuse(study.space.config(params, study.model)),
+        unfit=lambda params: ready.unfit(study.space.config(params, study.model)),
         min_gain=study.budget.min_gain,
     )
     return optuna.create_study(
