@@ -5,7 +5,7 @@
     python -m benchmarks.verify.coverage latency --faster-by 0
     python -m benchmarks.verify.coverage latency --faster-by 0.1
 
-Each of 200 studies searches 20 configurations and the default (ties repeated) and verifies on three held-out windows,
+Each of 200 studies searches 20 configurations and the default (ties repeated) and verifies on five held-out windows,
 with 60 launches in all, 12 of them (20 %) for verification. One of the 20 is faster than the others, or none is.
 
 With ``--out FILE`` every study is appended as a JSON line, and studies that are in the file are not repeated: an
@@ -47,10 +47,11 @@ class Seen:
     launches: int = 0
 
 
-def one(scenario: Scenario, speed: float, seed: int, launches: int) -> Seen:
+def one(scenario: Scenario, speed: float, seed: int, launches: int, heldout: int) -> Seen:
     """One study; ``speed`` is that of one of the twenty (1.0: all are equal)."""
     begun = time.monotonic()
-    result = run({f"v{i}": _speed(f"v{i}", speed) for i in range(21)}, seed, scenario, launches=launches)
+    speeds = {f"v{i}": _speed(f"v{i}", speed) for i in range(21)}
+    result = run(speeds, seed, scenario, launches=launches, heldout=heldout)
     found = result.verification
     apparent = (result.apparent, result.apparent_load, result.apparent_interval if result.apparent else None)
     if found.chosen is None or found.config is None:
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("scenario", choices=("throughput", "latency"))
     parser.add_argument("--faster-by", type=float, default=0.0)
     parser.add_argument("--launches", type=int, default=60)
+    parser.add_argument("--heldout", type=int, default=5, help="windows")
     parser.add_argument("--studies", type=int, default=200)
     parser.add_argument("--seed", type=int, default=20000)
     parser.add_argument("--out", type=Path, help="keep every study here, and go on from what is there")
@@ -111,13 +113,14 @@ def main() -> None:
     scenario = {"throughput": THROUGHPUT, "latency": LATENCY}[a.scenario]
     kept, seen = _kept(a.out), []
     for seed in range(a.seed, a.seed + a.studies):
-        key = f"{scenario.name} {a.faster_by:g} {a.launches} {seed}"
+        key = f"{scenario.name} {a.faster_by:g} {a.launches} {a.heldout} {seed}"
         before = kept.get(key)
-        seen.append(before or one(scenario, 1 + a.faster_by, seed, a.launches))
+        seen.append(before or one(scenario, 1 + a.faster_by, seed, a.launches, a.heldout))
         if a.out and before is None:
             with a.out.open("a") as out:
                 out.write(json.dumps({"study": key} | dataclasses.asdict(seen[-1])) + "\n")
     what = {"scenario": scenario.name, "one_is_faster_by": a.faster_by, "studies": a.studies, "launches": a.launches}
+    what |= {"heldout": a.heldout}
     print(json.dumps(what | row(seen, scenario, 1 + a.faster_by)), flush=True)
 
 

@@ -2,10 +2,10 @@
 
     nice python -m benchmarks.verify.windows --out FILE     # twenty minutes on one core; goes on where it ended
 
-Each pair, the engine's default and one change of it, is launched six times on twelve held-out windows (emulator with its
-usual noise, virtual clock, traffic with the lengths of Azure's conversations, a TTFT p99 of 500 ms and a TPOT p99 of
-50 ms). Of these, so many windows and rounds are drawn 200 times and judged as verification judges them. ``minutes`` is
-what the launches of both take, start-up and a minute per load step; ``proven`` the share that is called cheaper,
+Each pair, the engine's default and one change of it, is launched six times on twelve held-out windows: emulator with
+its usual noise, virtual clock, traffic with the lengths of Azure's conversations, a TTFT p99 of 500 ms and a TPOT p99
+of 50 ms. Of these, so many windows and rounds are drawn 200 times and judged as verification judges them. ``minutes``
+is what the launches of both take, start-up and a minute per load step; ``proven`` the share that is called cheaper,
 ``recommended`` the share in which the change is recommended, proven or by what can be promised of it.
 """
 

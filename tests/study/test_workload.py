@@ -70,12 +70,14 @@ def test_as_many_windows_are_held_out_as_leave_each_a_whole_step(workplace, seco
 
 
 def test_a_study_that_an_earlier_version_began_holds_out_three_windows(workplace):
-    rows = "".join(json.dumps({"arrival_s": i, "input_tokens": 9, "output_tokens": 5}) + "\n" for i in range(300))
+    rows = "".join(json.dumps({"arrival_s": i, "input_tokens": 9, "output_tokens": 5}) + "\n" for i in range(600))
     write(workplace, rows, "trace.jsonl")
     study = studyfile.load(write(workplace, STUDY))
     assert len(workload.read(study).heldout) == 5
     before = studyfile.by(study.rules - {"verifies_widely"}, study)
     assert len(workload.read(before).heldout) == 3 and studyfile.differences(before, study) == []
+    lasts_s = [[window.arrival_s[-1] for window in workload.read(of).heldout] for of in (before, study)]
+    assert max(lasts_s[0]) < 2 * 4 * 10 < min(lasts_s[1]), "nor is it followed further than it was"
 
 
 def test_a_log_that_counts_by_itself_needs_no_tokenizer(workplace):

@@ -18,9 +18,9 @@ from tuner.load.sharing import FILLS_S, NEAR, SHARED, shared_tokens, sharing, to
 from tuner.load.summary import rate_per_s
 from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.slo import bound_responses
-from tuner.spec.study import HELD_OUT, Study
+from tuner.spec.study import HELD_OUT, WIDELY, Study
 from tuner.study.store import Store
-from tuner.verify.capacity import BEYOND
+from tuner.verify.capacity import BEYOND, FOLLOWED
 from tuner.words import figure
 
 FULL = 0.9  # share of a step that the last arrivals of a trace must span
@@ -116,13 +116,14 @@ def _parts(trace: Trace, study: Study, fill_s: float) -> windows.Split:
     of them a whole step at the ladder's top: by windows a difference to the default is proven with fewer GPU-hours than
     by launches (docs/statistics.md)."""
     spec, top = study.trace, max(study.load.ladder)
+    followed = FOLLOWED if WIDELY in study.rules else BEYOND
 
     def parts(held_out: int) -> windows.Split:
         return windows.split(
             trace,
             search=spec.search_windows,
             held_out=held_out,
-            max_seconds=spec.window_s * top * BEYOND,
+            max_seconds=spec.window_s * top * followed,
             earlier_s=fill_s,
         )
 

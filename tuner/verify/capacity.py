@@ -25,15 +25,16 @@ THROUGHPUT, SHARE = "output_tokens_per_s", "slo_share"
 FEW = 0.005  # of the tokens: no step is long enough to tell less of them from none
 NEAR = 0.99  # of a load: what lies above that is taken for the load itself
 REACH = 1.25  # times a load: from how far above it latencies are followed down to it without a doubt
-BEYOND = 2.0  # how far above the ladder's top a launch is followed that holds there
+BEYOND = 2.0  # how far above the last load a capacity is looked for
+FOLLOWED = 8.0  # how far above the ladder's top a launch is followed that holds there
 
 
 def highest_load(study: Study, windows: Sequence[Trace]) -> float:
-    """The highest load worth measuring: twice the ladder's top, as far as the shortest of ``windows`` has the requests
-    for a whole step."""
+    """The highest load to follow a launch to: :data:`FOLLOWED` times the ladder's top, which is low where the default
+    all but fails, as far as the shortest of ``windows`` has the requests for a whole step."""
     top = max(study.load.ladder)
     lasts_s = min(float(window.arrival_s[-1]) for window in windows)
-    return max(top, min(BEYOND * top, lasts_s / study.trace.window_s))
+    return max(top, min(FOLLOWED * top, lasts_s / study.trace.window_s))
 
 
 def still_pays(steps: Sequence[Step | Point]) -> bool:
