@@ -1,4 +1,4 @@
-"""A model that one GPU cannot hold: its default is on the fewest that can, the ladder goes as far as others hold."""
+"""A model that one GPU cannot hold: its default is on the fewest that can."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tuner.spec import studyfile
 from tuner.spec.study import FITTING
 from tuner.spec.text import Document
 from tuner.study import ladder, session
-from tuner.study.outcome import Step
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
@@ -201,43 +200,6 @@ def test_gpus_that_wait_are_told_of(workplace: Path, capsys: pytest.CaptureFixtu
         assert not session.prepare(written(workplace, model, *changes, more=more)).idle()
     ready = session.prepare(study := written(workplace, SMALL))
     assert not replace(ready, study=replace(study, engine=replace(study.engine, kind="attach"))).idle()
-
-
-def test_the_ladder_reaches_as_far_as_others_are_expected_to_hold(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    around = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
-    for reach, higher in ((5.6, ()), (8, (4.0,)), (11.2, (4.0, 5.6)), (16, (4.0, 5.6, 8.0))):
-        assert ladder.rungs(1.0, 100, reach=reach) == around + higher
-    step = Step(1.0, "w", {})
-    seen = {load: replace(step, load=load, slo_misses=("late",) * (load > 1)) for load in (1.0, 1.4, 2.0)}
-    ready = session.prepare(ladder._unbound(written(workplace, SMALL)))
-    monkeypatch.setattr(ladder, "_top", lambda *_: 100.0)  # whatever the trace fills
-    monkeypatch.setattr(ladder, "reach", lambda *_: 11.2)
-    assert ladder._laid(ready, seen.__getitem__, seen) == (1.0, (*around, 4.0, 5.6))
-    assert ladder.rungs(1.0, 6, reach=16) == (*around, 4.0, 5.6)
-
-
-def test_a_plan_foretells_the_ladder_as_far_as_it_will_go(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready = session.prepare(written(workplace, LLAMA))
-    monkeypatch.setattr(ladder, "_top", lambda *_: 100.0)  # whatever the trace fills
-    tops = []
-    for reach in (1.0, 16.0):
-        monkeypatch.setattr(ladder, "reach", lambda _, reach=reach: reach)
-        laid = ladder.foretold(ready, partial(session.prepare, launching=False))
-        assert laid
-        tops.append(laid.study.load.ladder[-1])
-    assert tops[0] < tops[1]
-
-
-def test_what_others_hold_is_said_by_the_model_and_else_by_their_gpus(workplace: Path) -> None:
-    short = ("emulator}", "emulator, args: {max-model-len: 8192}}")
-    ready = session.prepare(ladder._unbound(written(workplace, LLAMA, short)))
-    assert 2.8 < ladder.reach(ready) < 5.6  # the cheapest; eight GPUs hold more, and cost more
-    assert ladder.reach(replace(ready, predictor=None)) == 4.0  # eight GPUs beside two
-    own = session.prepare(ladder._unbound(written(workplace, SMALL, more=OWN)))
-    assert ladder.reach(replace(own, predictor=None)) == 2.0  # nobody has sixteen
-    assert ladder.reach(session.prepare(ladder._unbound(written(workplace, SMALL)))) <= 2.8
 
 
 def test_a_plan_of_a_default_that_will_not_start_foretells_the_ladder_of_the_others(workplace: Path) -> None:

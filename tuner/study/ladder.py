@@ -2,11 +2,10 @@
 
 A trace's arrival rate says nothing about one server: a fleet's traffic drowns it, a test's leaves it idle. So the
 default is launched, the load is doubled or halved until its capacity lies between two neighbours, and the ladder is
-laid around that, and higher where other configurations are expected to hold more: on more GPUs, or beside a default
-that suits the traffic badly. Where the default cannot say, the model is asked in its place. The ladder is then frozen
-in ``study.yaml``: every configuration, and every later session, is measured at the same loads. The server that has told
-it goes on to the rungs that it was not asked about yet, and so has measured what the first trial of the search would:
-its launch becomes that trial (:func:`as_trial`).
+laid around that. Where the default cannot say, the model is asked in its place. The ladder is then frozen in
+``study.yaml``: every configuration, and every later session, is measured at the same loads. The server that has told it
+goes on to the rungs that it was not asked about yet, and so has measured what the first trial of the search would: its
+launch becomes that trial (:func:`as_trial`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, OnEvent
@@ -33,13 +31,11 @@ from tuner.verify.rounds import insist
 from tuner.words import figure
 
 if TYPE_CHECKING:
-    from tuner.search.model.predictor import AnalyticModel
     from tuner.space.config import ServingConfig
-    from tuner.study.ownmodel import OwnModel
 
 SHAPE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # rungs, as shares of the default's capacity
-HIGHER = (4.0, 5.6, 8.0, 11.2, 16.0)  # rungs where the cheapest is expected to hold twice as much: models promise much
-DRAWN = 400  # of which the best is looked for
+WIDE = (*SHAPE, 4.0, 5.6, 8.0)  # where the default's is not known
+DRAWN = 400  # of which the cheapest is looked for
 FORETOLD = 0.5  # of what the model alone says: a ladder around it goes from a quarter to four times of that
 LOWEST, HIGHEST = 2.0**-8, 2.0**8  # loads beyond which nobody looks
 FEW = 10  # requests in a step: of a trace of more than that at LOWEST, lower loads are looked at
@@ -113,11 +109,11 @@ class Missed(Unsettled):
         self.load = load
 
 
-def rungs(capacity: float, top: float, measured: Collection[float] = (), reach: float = 1.0) -> tuple[float, ...]:
-    """The ladder around a capacity: :data:`SHAPE`, and of :data:`HIGHER` what is half of ``reach`` at most; two digits
-    each, none above ``top``; the capacity itself is one, to three digits where two are more than ``top``. What is as
-    good as a load that was ``measured`` is that load."""
-    shares = [*SHAPE, *(share for share in HIGHER if share <= reach / 2)]
+def rungs(
+    capacity: float, top: float, measured: Collection[float] = (), shares: Collection[float] = SHAPE
+) -> tuple[float, ...]:
+    """The ladder around a capacity: ``shares`` of it, two digits each, none above ``top``; the capacity itself is one,
+    to three digits where two are more than ``top``. What is as good as a load that was ``measured`` is that load."""
     found = {load for share in shares if (load := float(f"{share * capacity:.2g}")) <= top}
     if float(f"{capacity:.2g}") > top:
         found.add(_below(top))
@@ -128,27 +124,6 @@ def rungs(capacity: float, top: float, measured: Collection[float] = (), reach: 
     return tuple(sorted(set(map(known, found))))
 
 
-def reach(ready: session.Prepared) -> float:
-    """How many times what the default holds the cheapest is expected to hold (of the fewest GPUs per load), as a share
-    of :data:`SHAPE` and :data:`HIGHER`: by the analytic model, of configurations drawn from the space; where there is
-    none (a user's own may take minutes for so many), or where it says that the default holds nothing, as many as they
-    may take more GPUs."""
-    from tuner.search.model.predictor import AnalyticModel
-
-    study, model, left = ready.study, ready.predictor, _drawn(ready)
-    default = study.space.config(study.space.default(), study.model)
-    if isinstance(model, AnalyticModel):
-        holds = partial(_foreseen, model, study)
-        with suppress(Unsettled):
-            capacity, found, least = bracket(partial(holds, default), HIGHEST), 1.0, float(_machines(default))
-            for share in (SHAPE[-1], *HIGHER):
-                left = [config for config in left if holds(config, share * capacity)]
-                if (paid := min(map(_machines, left), default=math.inf) / share) < least:
-                    found, least = share, paid
-            return found
-    return max(map(_machines, left), default=1) / _machines(default)
-
-
 def promised(ready: session.Prepared) -> float:
     """The load that the cheapest configuration (of the fewest GPUs per load) holds by the analytic model; 0 where there
     is none, or it says that none holds any."""
@@ -156,7 +131,7 @@ def promised(ready: session.Prepared) -> float:
 
     if not isinstance(model := ready.predictor, AnalyticModel):
         return 0.0
-    paid = [(model.capacity(config), _machines(config)) for config in _drawn(ready)]
+    paid = [(model.capacity(config), max(config.gpus, 1)) for config in _drawn(ready)]
     return max(paid, key=lambda one: (one[0] / one[1], one[0]), default=(0.0, 1))[0]
 
 
@@ -168,7 +143,7 @@ def otherwise(ready: session.Prepared, top: float, missed: float) -> tuple[tuple
     load, why = 2 * missed, "from the lowest load that was tried on"
     if holds := promised(ready):
         load, why = FORETOLD * holds, f"by what is predicted of the cheapest configuration (load {figure(holds)})"
-    laid = rungs(min(load, top), top, (missed,), HIGHER[-1]) if load else ()
+    laid = rungs(min(load, top), top, (missed,), WIDE) if load else ()
     windows = (*ready.traffic.search, *ready.traffic.heldout)
     ladder = tuple(rung for rung in laid if all(workload.measured(ready.study, window, rung) for window in windows))
     return ladder, why if ladder else ""
@@ -186,17 +161,6 @@ def _drawn(ready: session.Prepared) -> list[ServingConfig]:
 def _fewest(ready: session.Prepared) -> float:
     """The load at which a step has :data:`FEW` requests."""
     return FEW / max(1, int((ready.traffic.search[0].arrival_s < ready.study.trace.window_s).sum()))
-
-
-def _machines(config: ServingConfig) -> int:
-    """What is paid for: its GPUs, or a server without any."""
-    return max(config.gpus, 1)
-
-
-def _foreseen(model: AnalyticModel | OwnModel, study: Study, config: ServingConfig, load: float) -> bool:
-    """Whether the model says that the latencies' SLOs hold."""
-    metrics = model.predict(config, load).metrics
-    return bool(metrics) and not any(slo.miss(metrics) for slo in study.objective.slos if slo.latency)
 
 
 def _below(load: float) -> float:
@@ -291,12 +255,13 @@ def foretold(ready: session.Prepared, prepare: Callable[[Study], session.Prepare
 
     def holds(load: float) -> bool:
         asked.append(load)
-        return _foreseen(model, study, default, load)
+        metrics = model.predict(default, load).metrics
+        return bool(metrics) and not any(slo.miss(metrics) for slo in study.objective.slos if slo.latency)
 
     traffic = workload.read(_unbound(study))
     top = _top(traffic, study)
     try:
-        found = rungs(bracket(holds, top), top, asked, reach(ready))
+        found = rungs(bracket(holds, top), top, asked)
     except Unsettled:
         found, _ = otherwise(replace(ready, traffic=traffic), top, missed=0.0)
     return prepare(replace(study, load=replace(study.load, ladder=found))) if found else None
@@ -324,7 +289,7 @@ def _laid(
 
     top = _top(ready.traffic, ready.study)
     capacity = bracket(holds, top, min(LOWEST, _fewest(ready)))
-    return capacity, rungs(capacity, top, seen, reach(ready))
+    return capacity, rungs(capacity, top, seen)
 
 
 def _top(traffic: workload.Workload, study: Study) -> float:
