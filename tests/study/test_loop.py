@@ -991,20 +991,35 @@ def test_held_out_windows_that_would_move_the_searchs_own_are_refused(runner):
         runner.run(replace=more)
 
 
+def certified(runner, engine, seconds=60.0):
+    """Starts an exported file of ``runner``'s study again."""
+    ready = Prepared(runner.study(), engine, workload.read(runner.study()), None, "none in this test")
+    bench = Bench(ready.study, engine, threading.Event(), lambda _name, _data: None)
+    config, unsure = runner.store.trials()[0].config, (math.nan, math.nan, math.nan)
+    slos, mark = ready.study.objective.slos, ready.fingerprint("m")
+    promise = Promise("s", 0, config, 1.0, slos, unsure, "tpot_p99", unsure, mark)
+    return verifying.certify(ready, runner.store, bench, promise, seconds)
+
+
+def test_an_emulated_file_is_started_again_while_there_is_time_on_the_emulators_clock(runner):
+    class Emulated(FakeEngine):
+        def launch(self, config, site):
+            site.on_event("took", {"seconds": 100.0})
+            return super().launch(config, site)
+
+    runner.run()
+    assert [certified(runner, Emulated(emulated=True), seconds).launches for seconds in (190.0, 210.0)] == [1, 2]
+
+
 def test_what_starting_an_exported_file_again_found_is_kept(runner):
     short = runner.text.replace("window: 10s", "window: 1s, heldout_windows: 2")
     runner.text = short.replace("load: {", "load: {warmup: 0s, ")
     runner.run()
-    engine, best = FakeEngine(), runner.store.trials()[0]
+    engine = FakeEngine()
     engine.metrics = {"e2e_mean_s": 0.5}
-    ready = Prepared(runner.study(), engine, workload.read(runner.study()), None, "none in this test")
-    bench = Bench(ready.study, engine, threading.Event(), lambda _name, _data: None)
-    mark = ready.fingerprint("m")
     for launch_fails in (False, True):
         engine.fail = oom if launch_fails else None
-        unsure = (math.nan, math.nan, math.nan)
-        promise = Promise("s", 0, best.config, 1.0, ready.study.objective.slos, unsure, "tpot_p99", unsure, mark)
-        verifying.certify(ready, runner.store, bench, promise, 60.0)
+        certified(runner, engine)
     kept = [e for e in Store(runner.store.folder / "certify").events() if e["event"] == "certified"]
     assert [e["holds"] for e in kept] == [True, False]
     assert "The promise holds" in kept[0]["text"] and "does not fit" in kept[1]["text"]

@@ -142,10 +142,6 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
     within, windows = found
     bench.on_event("say", {"text": f"Verifying on traffic the search never saw: {listed.text}"})
 
-    def clock() -> float:  # an emulated launch takes what it took on its own clock
-        emulated = ready.engine.emulated
-        return budget.spent(study, store.launched("verify")).hours * 3600 if emulated else time.monotonic()
-
     with executor(bench) as where:
         result = verify(
             study,
@@ -157,7 +153,7 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
             bench.on_event,
             done=_done(records, "verify"),
             known=launch_spread(records),
-            clock=clock,
+            clock=partial(_clock, ready, store, "verify"),
         )
     if not result.launches:
         bench.on_event("say", {"text": too_little})
@@ -166,6 +162,12 @@ def run(ready: Prepared, store: Store, recorder: Recorder, bench: Bench) -> Veri
         result = replace(result, text=f"{result.text}\n\n{_go_on(study, store, result.more)}")
     write_json(store.folder / VERIFIED, result.to_dict())
     return result
+
+
+def _clock(ready: Prepared, store: Store, role: str) -> float:
+    """Seconds from no particular moment on; an emulated launch of ``role`` takes what it took on its own clock."""
+    emulated = ready.engine.emulated
+    return budget.spent(ready.study, store.launched(role)).hours * 3600 if emulated else time.monotonic()
 
 
 def _to_settle(study: Study, store: Store, before: Verification) -> Sequence[str]:
@@ -239,7 +241,8 @@ def certify(ready: Prepared, store: Store, bench: Bench, promise: Promise, secon
     served = str(ready.notes(promise.config).get("model_folder") or promise.config.model)
     now = replace(ready.fingerprint(served), gpu=gpu_here(study, promise.config.gpu))
     short = partial(unfilled, study, load=promise.load)
-    found = recertify(promise, launch, windows, now, bench.on_event, seconds=seconds, short=short)
+    clock = partial(_clock, ready, own, "certify")
+    found = recertify(promise, launch, windows, now, bench.on_event, seconds=seconds, clock=clock, short=short)
     own.log("certified", **found.to_dict())
     return found
 
