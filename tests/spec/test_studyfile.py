@@ -248,7 +248,14 @@ def test_a_model_is_a_mixture_of_experts_whatever_its_family_calls_their_number(
     assert studyfile.load(write(workplace, GOOD.replace("emulator", "vllm"))).space.facts["moe"] is moe
 
 
-@pytest.mark.parametrize(("more", "mla"), [({}, False), ({"text_config": {"kv_lora_rank": 512}}, True)])
+@pytest.mark.parametrize(
+    ("more", "mla"),
+    [
+        ({}, False),
+        ({"text_config": {"kv_lora_rank": 512}}, True),
+        ({"kv_lora_rank": 512, "use_mla": False}, False),  # Hunyuan's
+    ],
+)
 def test_a_model_has_latent_attention_where_its_config_says_how_wide(workplace, more, mla):
     path = workplace / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))

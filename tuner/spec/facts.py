@@ -74,9 +74,14 @@ def of_model(model: str) -> dict[str, Any]:
             facts[fact] = value
     if config:
         facts["moe"] = facts.get("num_experts", 0) > 1
-        facts["mla"] = bool(text.get("kv_lora_rank"))
+        facts["mla"] = mla(text)
         facts["quantized"] = bool(config.get("quantization_config") or text.get("quantization_config"))
     return facts
+
+
+def mla(text: Mapping[str, Any]) -> bool:
+    """Whether attention keeps one latent vector per token, by the model's (text) config."""
+    return bool(text.get("kv_lora_rank") and text.get("use_mla", True))
 
 
 def of_flags(flags: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

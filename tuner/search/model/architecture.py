@@ -9,7 +9,7 @@ from typing import Any
 from tuner.errors import UsageError
 from tuner.search.model import precision
 from tuner.search.model.shape import Attention, FeedForward, ModelShape
-from tuner.spec.facts import EXPERTS
+from tuner.spec.facts import EXPERTS, mla
 
 # Kernels per layer after fusion, counted from the layer's forward pass in vLLM: what costs launches, whatever its size.
 # Attention: norm, qkv, rope, cache write, attention, its split-KV reduction, output projection, all-reduce.
@@ -123,7 +123,7 @@ def _attention(
     if int(text.get("full_attn_mod") or 1) != 1:  # Phi-4-mini's: of every so many layers one attends to everything
         raise ValueError(f"full_attn_mod: {text['full_attn_mod']}")
     kinds = _layer_kinds(text, layers)
-    if text.get("kv_lora_rank") and text.get("use_mla", True):
+    if mla(text):
         if other := set(kinds) - {"full"}:
             raise _unknown(f"latent attention beside {' and '.join(sorted(other))} layers", where)
         return (_mla(text, hidden, layers, heads),)
