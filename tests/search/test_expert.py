@@ -236,6 +236,9 @@ def test_sizes_that_lie_within_others_take_no_more_gpus():
     assert effects(inside)[1][1, 1] < effects(replicas)[1][1, 1]
     whole = SearchSpace("s", "mine", (knob("gpus", 1, 2, 4, default=1), *sizes))
     assert sorted(World.of(whole).sizes) == [0]
+    for name in ("attn_dp_size", "attention-data-parallel-size", "dp_attention_size"):  # whatever else is tuned
+        dense = SearchSpace("s", "sglang", (sizes[0], knob(name, 1, 2, 4, default=1)))
+        assert sorted(World.of(dense).sizes) == [0] and (effects(dense)[1] == effects(inside)[1]).all()
     none = SearchSpace("s", "mine", (knob("gpus", 0, 2, 4, default=0), *sizes))
     assert sorted(World.of(none).sizes) == [1, 2], "what may be 0 counts no GPUs"
 

@@ -244,7 +244,7 @@ def _replicas(n: float) -> Effect:
     return -0.15 * math.log2(n), 0.55 * math.log2(n), 0.0
 
 
-DP_INSIDE = r"^_dp_size_$|dp_attention_size"
+DP_INSIDE = r"dp_attention_size|_att(entio)?n_(dp|data_parallel)_size"
 # names that have a known one's words, and mean something about it
 ABOUT = r"top_?k|lookup_m(ax|in)|_min_|threshold|_hash|evict|cascade|balance|_lora|_kv.*offload"
 WEIGHTS_AWAY = r"cpu_offload|offload_(weights|layers|param)|weights?_offload|cpu_moe"
@@ -343,22 +343,27 @@ def _experts(space: SearchSpace) -> bool:
 
 def _parallel(p: Parameter, experts: bool) -> Callable[[float], Effect] | None:
     """The effect of a size of parallelism, where the name tells one (not of a draft model, nor of experts).
-    SGLang's ``dp-size`` divides the GPUs of ``tp-size`` where there are ``experts``: it takes no more of them."""
+    What divides the GPUs of another size takes no more of them."""
     name = _plain(p.name)
-    if experts and re.search(DP_INSIDE, name):
+    if _inside(name, experts):
         return None
     if re.search(r"draft|spec|expert|moe|attention", name) or any((_number(v) or 0) < 1 for v in p.values):
         return None
     return next((effect for has, effect in PARALLEL if re.search(has, name)), None)
 
 
+def _inside(name: str, experts: bool) -> bool:
+    """Whether it is SGLang's data-parallel attention, which divides the GPUs of ``tp-size``: its own names, and where
+    there are ``experts`` ``dp-size``."""
+    return bool(re.search(DP_INSIDE, name)) or (experts and name == "_dp_size_")
+
+
 def _effects(p: Parameter, experts: bool) -> list[Effect]:
     """What the rules say of each value. Where they know numbers alone, a word is no drafts, or like the mean of the
     numbers ("auto")."""
     name = _plain(p.name)
-    inside = experts and re.search(DP_INSIDE, name)
-    rule = _attention if inside else next((rule for has, rule in NUMBERS if re.search(has, name)), None)
-    no_length = "parallel" in name and rule is not _sequences  # a draft model's own parallel size
+    rule = _attention if _inside(name, experts) else next((rule for has, rule in NUMBERS if re.search(has, name)), None)
+    no_length = "parallel" in name and rule not in (_sequences, _attention)  # a draft model's own parallel size
     if no_length or re.search(ABOUT, name):
         return [NOTHING] * len(p.values)
     negated = "_false_" in name
