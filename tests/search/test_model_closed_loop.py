@@ -12,6 +12,8 @@ import pytest
 from tuner.search import hardware as table
 from tuner.search.model.closed_loop import ClosedLoop, Parallelism, predict_closed_loop
 from tuner.search.model.shape import ModelShape
+from tuner.space.config import ServingConfig
+from tuner.space.memory import fits
 
 ROOT = Path(__file__).parents[2]
 SHAPES = Path(__file__).with_name("shapes")
@@ -59,6 +61,15 @@ def test_what_does_not_fit_says_so() -> None:
     assert not found.fit.fits and "short" in found.fit.reason and found.output_tokens_per_s == 0
 
 
+@pytest.mark.parametrize(("model", "tp"), [("qwen3-32b", 1), ("qwen3-32b", 4), ("deepseek-r1", 8)])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_cache_is_as_large_as_that_of_the_engine_s_default(engine: str, model: str, tp: int) -> None:
+    shape, row = ModelShape.from_folder(SHAPES / f"{model}.json"), table.table()["H200"]
+    found = predict_closed_loop(shape, row, engine, Parallelism(tp), shape.precision, 1000, 200, 8)
+    flags = {"tensor-parallel-size": tp, "max-model-len": 1200}
+    assert found.fit.kv_tokens == fits(shape, row, ServingConfig("m", {}, flags, gpus=tp), engine).kv_tokens > 0
+
+
 @needs_table
 def test_the_model_meets_its_bars_on_measured_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/model"))
@@ -96,7 +107,6 @@ def test_the_predictor_s_queues_are_near_a_simulated_scheduler_s(
     from tuner.search.model import predictor, settings
     from tuner.search.model.constants import Constants
     from tuner.search.model.roofline import StepTime
-    from tuner.space.config import ServingConfig
 
     shape, row = ModelShape.from_folder(SHAPES / "qwen3-32b.json"), table.table()["H100-SXM"]
     config = ServingConfig("m", {}, {"tensor-parallel-size": 2, "max-model-len": 8192, **flags}, gpus=2)

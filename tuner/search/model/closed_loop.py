@@ -68,10 +68,12 @@ def predict_closed_loop(
     ``isl`` and ``osl`` are tokens in and out; ``length_spread`` is the relative standard deviation of the output
     length. ``concurrency`` counts clients over all data-parallel ranks. ``memory_share`` replaces the engine's default.
     """
-    budget, seqs = batch_defaults(hardware, parallelism.tp * parallelism.pp, engine)
+    gpus = parallelism.tp * parallelism.pp
+    budget, seqs = batch_defaults(hardware, gpus, engine)
+    usual = memory_default(hardware, budget, engine, gpus, latent=shape.latent)
     settings = Settings(
         parallelism.tp, parallelism.pp, parallelism.dp, parallelism.expert_parallel, budget, seqs, 16,
-        memory_share or memory_default(hardware, budget, engine), None, True, False, False, isl + osl, precision,
+        memory_share or usual, None, True, False, False, isl + osl, precision,
         prefill_first=engine == "sglang", engine=engine,
     )  # fmt: skip
     fit = fits_settings(shape, hardware, settings)
