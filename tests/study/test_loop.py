@@ -1113,6 +1113,13 @@ def test_a_study_goes_on_where_the_host_has_another_memory(runner):
     assert studyfile.differences(before, replace(before, space=replace(before.space, facts=facts))) == ["space"]
 
 
+def test_a_study_goes_on_that_was_begun_before_a_fact_was_known(runner):
+    runner.run()
+    study = studyfile.load(runner.store.folder)
+    older = {name: fact for name, fact in study.space.facts.items() if name not in ("quantized", "native_dtype")}
+    assert not studyfile.differences(replace(study, space=replace(study.space, facts=older)), study)
+
+
 def test_a_study_that_never_began_may_be_corrected_under_its_name(runner):
     with session.opened(runner.study()) as store:
         assert store.study_file.exists()

@@ -622,15 +622,13 @@ def _slo(metric: str, limit: Any, document: Document, at: tuple[str, ...]) -> sl
 def differences(before: Study, now: Study) -> list[str]:
     """Which parts of a study changed in a way that makes its measurements incomparable. Held-out windows are the
     caller's to judge: before anything was measured on them, there may be more or fewer. Another host's cores and memory
-    count where the space's parameters depend on them."""
+    count where the space's parameters depend on them; a fact that ``before`` did not know as yet counts as little."""
     parts = ("model", "engine", "space", "objective", "trace", "load", "hardware")
     if now.load.auto and "ladder" in before.frozen["frozen"]:
         now = replace(now, load=replace(now.load, ladder=before.load.ladder, auto=False))
     now = replace(now, trace=replace(now.trace, heldout_windows=before.trace.heldout_windows))
     known = before.space.facts
     host = {fact: known[fact] for fact in ("cpu_cores", "memory_gib") if fact in known}
-    facts = {**now.space.facts, **host}
-    if "compute_capability" not in known:  # as earlier versions froze it for some rows of the hardware table
-        facts.pop("compute_capability", None)
+    facts = {name: fact for name, fact in {**now.space.facts, **host}.items() if name in known}
     now = replace(now, space=replace(now.space, facts=facts))
     return [part for part in parts if getattr(before, part) != getattr(now, part)]
