@@ -86,6 +86,16 @@ def test_its_own_parser_takes_our_command_line_with_every_value_of_the_shipped_s
             assert args[flag.replace("-", "_")] == (True if value is None else value)
 
 
+def test_its_code_of_the_mixtures_that_the_space_keeps_from_attention_groups_knows_none():
+    find = "import importlib.util; print(importlib.util.find_spec('sglang').submodule_search_locations[0])"
+    found = subprocess.run([PYTHON, "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    code = [file.read_text() for file in (Path(found) / "srt" / "models").glob("*.py")]
+    space = read(shipped.root("search_spaces") / "sglang/multi-gpu.yaml", "search space").data
+    for name in space["parameters"]["dp_attention_size"]["when"]["architecture"]["not_in"]:
+        (written,) = (text for text in code if f"\nclass {name}(" in text)
+        assert "attn_tp" not in written, f"{name} may know them by now"
+
+
 class TestSglangOnTheCpu(EngineConformance):
     """One launch of a real server: PyTorch's own attention and sampling, dummy weights."""
 

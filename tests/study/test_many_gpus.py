@@ -148,6 +148,9 @@ def test_groups_of_attention_take_no_more_gpus_and_only_a_mixture_has_them(workp
     flags = {"tp-size": 8, "attn-dp-size": 4, "load-balance-method": "total_tokens", "ep-size": 8}
     assert config.gpus == 8 and config.flags == flags
     alone = space.config(params | {"dp_attention_size": 1}, "m")  # nothing to balance
+    mixtral = {**MIXTURE, "architectures": ["MixtralForCausalLM"]}  # whose code knows no groups
+    without = written(workplace, mixtral, *SGLANG, more="search_space: sglang/multi-gpu").space
+    assert not without.denied(params) and without.config(params, "m").flags == alone.flags
     assert alone.flags == {"tp-size": 8} and alone.gpus == 8
     space = written(workplace, SMALL, *SGLANG, more="search_space: sglang/multi-gpu").space
     for name in ("dp_attention_size", "load_balance", "expert_parallel"):

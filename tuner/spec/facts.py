@@ -29,6 +29,7 @@ FACTS: Mapping[str, str] = {
     "memory_gib": "the host's memory",
     "native_dtype": "bfloat16; float32 on a CPU without AVX-512, where bfloat16 is emulated, some 20 times slower",
     "max_model_len": "longest request the servers take, in tokens",
+    "architecture": "the class that the model's config names first (LlamaForCausalLM)",
     "num_heads": "attention heads",
     "num_kv_heads": "KV heads",
     "hidden_size": "width of the model",
@@ -72,6 +73,8 @@ def of_model(model: str) -> dict[str, Any]:
         value = next((n for n in numbers if isinstance(n, int)), None)
         if value is not None:
             facts[fact] = value
+    if isinstance(named := config.get("architectures"), list) and named and isinstance(named[0], str):
+        facts["architecture"] = named[0]
     if config:
         facts["moe"] = facts.get("num_experts", 0) > 1
         facts["mla"] = mla(text)
