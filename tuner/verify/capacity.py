@@ -26,7 +26,7 @@ FEW = 0.005  # of the tokens: no step is long enough to tell less of them from n
 NEAR = 0.99  # of a load: what lies above that is taken for the load itself
 REACH = 1.25  # times a load: from how far above it latencies are followed down to it without a doubt
 BEYOND = 2.0  # how far above the last load a capacity is looked for
-FOLLOWED = 8.0  # how far above the ladder's top a launch is followed that holds there
+FOLLOWED = 64.0  # how far above the ladder's top a launch is followed that holds there
 
 
 def highest_load(study: Study, windows: Sequence[Trace]) -> float:
