@@ -6,7 +6,8 @@ Each pair, the engine's default and one change of it, is launched six times on t
 its usual noise, virtual clock, traffic with the lengths of Azure's conversations, a TTFT p99 of 500 ms and a TPOT p99
 of 50 ms. Of these, so many windows and rounds are drawn 200 times and judged as verification judges them. ``minutes``
 is what the launches of both take, start-up and a minute per load step; ``proven`` the share that is called cheaper,
-``recommended`` the share in which the change is recommended, proven or by what can be promised of it.
+``recommended`` the share in which the change is recommended, proven or by what can be promised of it; ``promised`` the
+load that can be promised of it over what it holds by all launches (median).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SHAPES = Path(__file__).parents[2] / "tests/search/shapes"
 TRACE_S, RPS = 10_800.0, 5.0
 WINDOWS, ROUNDS, DRAWS = 12, 6, 200
 LADDER = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-TRIED = ((3, 2), (3, 4), (4, 3), (5, 2), (5, 3), (6, 2), (6, 3))  # windows, rounds
+TRIED = ((3, 2), (3, 4), (4, 3), (5, 2), (5, 3), (5, 4), (6, 2), (6, 3))  # windows, rounds
 GEMMA = ("gemma-3-27b", "H100-SXM")
 LLAMA = ("llama-3.1-8b", "H100-SXM")
 SMALL = ("llama-3.1-8b", "L40S")
@@ -117,7 +118,8 @@ def drawn(of: Measured, windows: int, rounds: int) -> dict[str, float]:
     """What :data:`DRAWS` verifications with so many windows and rounds say."""
     rng = np.random.default_rng([windows, rounds])
     names = sorted({step.window for launch in of.launches for step in launch.steps})
-    minutes, reasons = [], []
+    minutes, reasons, loads = [], [], []
+    holds = judged(of, of.launches).arms["other"].capacity[0]
     for _ in range(DRAWS):
         some = set(rng.choice(names, windows, replace=False))
         order = {int(number): i + 1 for i, number in enumerate(rng.choice(ROUNDS, rounds, replace=False) + 1)}
@@ -129,8 +131,10 @@ def drawn(of: Measured, windows: int, rounds: int) -> dict[str, float]:
         found = judged(of, sorted(launches, key=lambda x: x.round))
         minutes.append(sum(of.start_s + 60 * len(x.steps) for x in launches) / 60)
         reasons.append(found.reason if found.choice == "other" else "")
+        loads.append(found.arms["other"].load / holds)
     proven = fmean(reason == "cheaper" for reason in reasons)
-    return {"minutes": fmean(minutes), "proven": proven, "recommended": fmean(map(bool, reasons))}
+    said = {"minutes": fmean(minutes), "proven": proven, "recommended": fmean(map(bool, reasons))}
+    return said | {"promised": float(np.nanmedian(loads))}
 
 
 def _deaf(_name: str, _data: Any) -> None:
