@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from ruamel.yaml import YAML
@@ -312,6 +313,9 @@ def test_tuners_share_a_study_wherever_the_folders_of_its_options_lie(workplace,
     assert mirror.identity(here) == mirror.identity(kept)
     other = studyfile.load(write(workplace, text.replace("900", "901")))
     assert mirror.identity(here)["engine"] != mirror.identity(other)["engine"]
+    before = studyfile.by(here.rules - {"verifies_widely"}, here)
+    three = replace(here, trace=replace(here.trace, heldout_windows=3))
+    assert mirror.identity(before) == mirror.identity(three) != mirror.identity(here), "begun with three, unsaid"
 
 
 def test_a_study_that_was_begun_with_a_folder_for_mlflow_is_read_all_the_same(workplace):

@@ -984,6 +984,17 @@ def test_held_out_windows_may_become_more_until_something_was_measured_on_them(r
         runner.run()
 
 
+def test_a_trace_that_was_said_by_its_file_alone_may_get_held_out_windows(runner):
+    runner.text = re.sub(r"trace: \{.*\}", "trace: trace.csv", runner.text)
+    with session.opened(runner.study()) as store:
+        config = runner.study().space.config(runner.study().space.default(), runner.study().model)
+        store.start_trial(0, config, config.params)
+        store.end_trial(0, Aborted("interrupted"))
+    with session.opened(runner.study(replace={"trace: trace.csv": "trace: {file: trace.csv, heldout_windows: 3}"})):
+        pass
+    assert studyfile.load(store.folder).trace.heldout_windows == 3
+
+
 def test_held_out_windows_that_would_move_the_searchs_own_are_refused(runner):
     runner.run()
     more = {"trace: {": "trace: {heldout_windows: 50, "}
@@ -1025,6 +1036,20 @@ def test_what_starting_an_exported_file_again_found_is_kept(runner):
     assert "The promise holds" in kept[0]["text"] and "does not fit" in kept[1]["text"]
     assert "A window measured 1 s, 2 mean responses" in kept[0]["text"]
     assert kept[0]["fingerprint"]["engine_version"] == "0.0-fake"
+
+
+def test_a_file_is_started_again_on_the_windows_that_its_promise_was_measured_on(runner):
+    short = runner.text.replace("window: 10s", "window: 1s, heldout_windows: 2")
+    runner.text = short.replace("load: {", "load: {warmup: 0s, ")
+    runner.run()
+    (step, *_), config = runner.store.trials()[0].outcome.steps, runner.store.trials()[0].config
+    second = workload.read(runner.study()).heldout[1].name
+    number = len(runner.store.trials())
+    runner.store.start_trial(number, config, config.params, role="verify", label="verify 1 default")
+    runner.store.end_trial(number, Measured((replace(step, window=second),)))
+    certified(runner, FakeEngine())
+    again = Store(runner.store.folder / "certify").trials()
+    assert again and {s.window for trial in again for s in trial.outcome.steps} == {second}
 
 
 @pytest.mark.parametrize(

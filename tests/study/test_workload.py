@@ -69,6 +69,22 @@ def test_as_many_windows_are_held_out_as_leave_each_a_whole_step(workplace, seco
     assert len(workload.read(studyfile.load(write(workplace, text))).heldout) == heldout
 
 
+def test_a_function_is_verified_on_three_windows_of_a_trace_that_it_never_sees(workplace):
+    write(workplace, "def serve(config, load): return {}\n", "mine.py")
+    rows = "".join(json.dumps({"arrival_s": i, "input_tokens": 9, "output_tokens": 5}) + "\n" for i in range(600))
+    write(workplace, rows, "trace.jsonl")
+    engine = "engine: {kind: function, target: 'mine.py:serve'}"
+    text = STUDY.replace("engine: {kind: emulator, options: {gpu: H100-SXM}}", engine).replace("model: ./model\n", "")
+    assert engine in text and len(workload.read(studyfile.load(write(workplace, text))).heldout) == 3
+
+
+def test_a_trace_of_fewer_requests_than_windows_is_held_out_in_fewer(workplace):
+    rows = [{"arrival_s": 5 * i, "input_tokens": 9, "output_tokens": 5} for i in range(5)]
+    write(workplace, "".join(json.dumps(row) + "\n" for row in rows), "trace.jsonl")
+    text = STUDY.replace("[1, 2, 4]", "[0.1], warmup: 0s")
+    assert len(workload.read(studyfile.load(write(workplace, text))).heldout) in (3, 4)
+
+
 def test_a_study_that_an_earlier_version_began_holds_out_three_windows(workplace):
     rows = "".join(json.dumps({"arrival_s": i, "input_tokens": 9, "output_tokens": 5}) + "\n" for i in range(600))
     write(workplace, rows, "trace.jsonl")

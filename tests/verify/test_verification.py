@@ -564,6 +564,8 @@ FAILING = {"a": 0.1, "b": 1.0, "c": 1.1}  # what a default holds that all but fa
         ({"a": 2.0, "b": 1.7, "c": 1.5}, 2, "promise"),
         ({"a": 2.0, "b": 1.7, "c": 1.0}, 2, "nothing-proven"),  # the dearer one on a window
         ({"a": 0.12, "b": 1.2, "c": 1.32}, 2, "cheaper"),  # the same on each: proven
+        ({"a": 0.14, "b": 1.2, "c": 1.3}, 2, "nothing-proven"),  # 32 % less for what can be promised
+        ({"a": 0.16, "b": 1.2, "c": 1.3}, 2, "promise"),  # 43 %
         ({"a": 0.12, "b": 2.0, "c": 2.2}, 2, "nothing-proven"),  # as little can be promised of it
         ({"a": 2.0, "b": 1.7, "c": 1.5}, 1, "nothing-proven"),  # how sure a promise is takes two launches
     ],
@@ -578,6 +580,18 @@ def test_who_keeps_a_far_higher_load_on_every_window_is_recommended_unproven(riv
         assert arm.load_difference[0] == pytest.approx(arm.load_cost[0] / base.load_cost[0], rel=1e-6)
         assert arm.load_difference[2] < 1 / PROMISED and arm.difference[2] > 1, "a promise, no proof"
         assert found.power is not None and found.power.label == "v1" and found.power.windows
+
+
+def test_what_would_prove_it_is_said_of_who_is_recommended_by_its_promise():
+    """v2 saves more in the mean, but not on every window."""
+    bench = Bench({"v0": 1.0, "v1": 1.0, "v2": 1.0}, LATENCY)
+    rivals = {"v1": {"a": 2.0, "b": 1.7, "c": 1.5}, "v2": {"a": 9.0, "b": 6.0, "c": 1.0}}
+    launches = _cells(FAILING, slow=0.01)
+    for label, windows in rivals.items():
+        launches += _cells(windows, slow=0.01, arm=label)
+    found = judge([bench.finalist(v) for v in ("v0", "v1", "v2")], launches, bench.study.objective.slos, "ttft_p99_s")
+    assert found.arms["v2"].difference[0] < found.arms["v1"].difference[0]
+    assert (found.choice, found.reason) == ("v1", "promise") and found.power is not None and found.power.label == "v1"
 
 
 def test_a_recommendation_by_what_can_be_promised_says_that_no_gain_is_proven():
@@ -744,6 +758,9 @@ def test_it_goes_on_where_the_rounds_that_are_left_may_prove_what_was_seen(monke
     assert race._settled(rounds) == settled
     found = replace(found, power=Power("v1", 0.9, 0.95, rounds=2, windows=1))
     assert race._settled(rounds), "no launch proves what windows hide"
+    for reason in ("cheaper", "promise", "default-fails", "default-unmeasured"):
+        found = Judgement("v1", reason, {})
+        assert race._settled(rounds) == (reason != "default-unmeasured")
 
 
 @pytest.mark.parametrize(

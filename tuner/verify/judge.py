@@ -122,8 +122,7 @@ def judge(
     slow = {k: max(gains[k].doubt(worth), s.doubt(-worth)) for k, s in speeds.items()}
     latency_doubts = _adjusted(slow, weights, 1 - COST_SHARE)
     racing = [label for label in able if active is None or label in active]
-    sure = [label for label in gains if safe[label] and safe[base]]
-    held_costs = {label: load_costs.difference(label, base) for label in sure}
+    held_costs = {label: load_costs.difference(label, base) for label in gains}
     ahead = {k: d.doubt(-math.log(PROMISED)) if costs.ahead(k, base) else 1.0 for k, d in held_costs.items()}
     choice, reason = _choose(
         base if base in holding else "",
