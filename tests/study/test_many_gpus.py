@@ -213,3 +213,12 @@ def test_a_plan_of_a_default_that_will_not_start_foretells_the_ladder_of_the_oth
     best = max(ladder._drawn(ready), key=laid.predictor.capacity)
     holds = laid.predictor.capacity(best)
     assert laid.study.load.ladder[0] < holds < laid.study.load.ladder[-1]
+
+
+def test_what_memory_arithmetic_refuses_is_not_among_what_the_search_begins_with(workplace: Path) -> None:
+    study = written(workplace, LLAMA)
+    with session.opened(study) as store:
+        ready = session.prepare(study)
+        sampler: Any = session.book(ready, store, ready.out_of_reach).sampler
+    configs = [study.space.config(params, study.model) for params in sampler.candidates.params]
+    assert len(configs) > 900 and sum(bool(ready.unfit(config)) for config in configs) < len(configs) / 20
