@@ -327,6 +327,17 @@ def test_a_launch_is_planned_up_to_the_first_load_that_is_predicted_to_miss(work
     assert took_s == pytest.approx([took_s[0]] * 3)
 
 
+def test_a_plan_of_a_short_time_verifies_on_fewer_windows(workplace: Path) -> None:
+    """And keeps two launches on so few for it, which on five would be more than half of the time."""
+    rows = "".join(f"{second},100,10\n" for second in range(300))
+    (workplace / "trace.csv").write_text("arrival_s,input_tokens,output_tokens\n" + rows)
+    long, short = (planned(workplace, f"{{hours: {hours}, min_gain: 0}}") for hours in (10, 0.25))
+    window_s = (long["verify_launch_seconds"] - short["verify_launch_seconds"]) / 2
+    assert 3 * 10 < window_s < 3 * 12, "five windows and three, of three loads each"
+    assert 2 * short["verify_launch_seconds"] < 450 < 2 * long["verify_launch_seconds"]
+    assert short["hours"] == pytest.approx(0.25)
+
+
 def test_a_plan_has_the_windows_of_verification_and_says_what_bounds_it(workplace: Path, capsys) -> None:
     data = planned(workplace, "{launches: 20, verify_share: 0.4}")
     assert data["verify_launch_seconds"] > data["launch_seconds"]
