@@ -12,10 +12,10 @@ from tuner.errors import EnvironmentFault, NothingFeasible
 from tuner.export.deployment import deployment
 from tuner.export.formats import best_config
 from tuner.pareto.choice import choose
-from tuner.pareto.recommend import _further, _times, ablation, recommended
+from tuner.pareto.recommend import _further, _times, ablation, low_ladder, recommended
 from tuner.study.outcome import Measured
 from tuner.study.price import COST, GOODPUT
-from tuner.study.store import EXHAUSTED, UNFOUND, write_json
+from tuner.study.store import EXHAUSTED, UNFOUND, Store, write_json
 from tuner.study.verifying import verification
 from tuner.verify.judge import Arm
 
@@ -23,6 +23,27 @@ from tuner.verify.judge import Arm
 def test_without_a_verdict_the_search_decides(tmp_path: Path):
     study, store = studies.write(tmp_path / "s", trials=10)
     assert recommended(store, study) == choose(store.trials(), study.objective)
+
+
+@pytest.mark.parametrize(
+    ("costs", "said"),
+    [
+        ((9.0, 2.0, 2.0, 2.02, 2.0), "4 of the search's 5 configurations held the ladder's highest load (3)"),
+        ((9.0, 2.0, 2.0, 2.0, 3.0), ""),  # one is dearer: three alike are few
+        ((9.0, 2.0, 2.0, 2.02, 2.0, 9.0, 9.0, 9.0), ""),  # a half of them is not most
+    ],
+)
+def test_a_ladder_too_low_for_the_search_to_choose_is_told(tmp_path: Path, costs, said):
+    """Those of 9 USD do not hold the ladder's highest load."""
+    store, known = Store(tmp_path / "s"), studies.study(tmp_path / "s")
+    for number, cost in enumerate(costs):
+        load = 1.0 if cost == 9.0 else max(known.load.ladder)
+        one = studies.step(load, known.objective)
+        one = replace(one, metrics={**one.metrics, COST: cost}, intervals={COST: (cost * 0.99, cost * 1.01)})
+        params = {"max_num_seqs": (256, 64, 128, 512)[number % 4], "tensor_parallel_size": 1 + number // 4}
+        studies.measured(number, (one,), store, params=params, baseline=number == 0)
+    assert low_ladder(known, store.trials()).partition(",")[0] == said
+    assert (said in recommended(store, known).text) and ("load.ladder" in recommended(store, known).text) == bool(said)
 
 
 def test_a_verdict_decides_with_its_own_load_cost_and_latency(tmp_path: Path):

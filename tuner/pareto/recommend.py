@@ -10,7 +10,7 @@ from typing import Any
 
 from tuner.errors import alike
 from tuner.pareto.choice import Change, Choice, choose
-from tuner.pareto.front import Interval, Point, trusted_steps
+from tuner.pareto.front import Interval, Point, level, points, searched, trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.price import COST, GOODPUT
@@ -19,20 +19,23 @@ from tuner.verify.arm import as_range
 from tuner.verify.fill import WHY, unfilled
 from tuner.words import figure
 
+SAME = 4  # so many configurations at one cost are said to be too many
+
 
 def recommended(store: Store, study: Study, trials: Sequence[TrialRecord] | None = None) -> Choice:
     """``verify.json`` decides where it holds a verdict: its configuration, load, cost and latency come from windows
     that the search never saw. Where ``ablation.json`` took that configuration apart, its smallest one takes its place,
     with the load, cost and latency that were measured of it (an earlier version's file has its cost alone). Otherwise
-    :func:`choose` over the trials of the search. The text says where windows were too short for a server to fill, and
-    ends with what the quality floor said of it. ``trials`` are the store's, of a caller that has read them."""
+    :func:`choose` over the trials of the search. The text says where windows were too short for a server to fill and
+    the ladder too low for the search, and ends with what the quality floor said of it. ``trials`` are the store's, of a
+    caller that has read them."""
     trials = store.trials() if trials is None else trials
     choice = _recommended(store, study, trials)
     if choice.point is None:
         return choice
     # (verdicts of earlier versions say it themselves)
     short = "" if WHY in choice.text else short_windows(study, trials, choice.point)
-    said = [choice.text, short, quality_of(trials, choice.point.config)]
+    said = [choice.text, short, low_ladder(study, trials), quality_of(trials, choice.point.config)]
     return replace(choice, text="\n\n".join(filter(None, said)))
 
 
@@ -40,6 +43,23 @@ def short_windows(study: Study, trials: Sequence[TrialRecord], point: Point) -> 
     """What the windows of ``point`` are too short for (:func:`unfilled`); empty where for nothing."""
     own = trusted_steps(t for t in trials if t.config.hash == point.config.hash)
     return unfilled(study, [step for _, step in own], point.load)
+
+
+def low_ladder(study: Study, trials: Sequence[TrialRecord]) -> str:
+    """Where most configurations of the search held the ladder's highest load at one cost, so that it saw no difference
+    between them: a default that all but fails lays a low ladder. Empty where it saw one."""
+    found = points(searched(trials), study.objective)
+    top, configs = max(study.load.ladder), {point.config.hash for point in found}
+    held = {p.config.hash: p for p in found if p.ok and p.load >= top}
+    cheapest = min(held.values(), key=lambda p: p.cost, default=None)
+    same = sum(level(p, cheapest) for p in held.values()) if cheapest else 0
+    if same < SAME or 2 * same <= len(configs):
+        return ""
+    return (
+        f"{same} of the search's {len(configs)} configurations held the ladder's highest load ({figure(top)}), where "
+        "their costs cannot be told apart: it could not choose between them. "
+        "In a study with higher loads (load.ladder) it could."
+    )
 
 
 def quality_of(trials: Sequence[TrialRecord], config: ServingConfig) -> str:
