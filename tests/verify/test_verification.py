@@ -748,6 +748,15 @@ def test_it_stops_after_three_rounds_where_more_would_not_change_the_choice(spee
     assert found.stopped == "another round would not change the choice"
 
 
+def test_rounds_that_were_launched_before_count_though_the_choice_is_settled():
+    bench = Bench({"v0": 1.0, "v1": 1.25})
+    bench.verify("v1", launches=8, width=0.001, minimum=4)
+    assert len(bench.done) == 8
+    found = bench.verify("v1", launches=12, width=0.001, done=list(bench.done))
+    assert found.launches == 8 and len(bench.done) == 8
+    assert found.stopped == "another round would not change the choice"
+
+
 @pytest.mark.parametrize(("rounds", "settled"), [(1, True), (2, False), (3, False)])
 def test_it_goes_on_where_the_rounds_that_are_left_may_prove_what_was_seen(monkeypatch, rounds, settled):
     bench = Bench({"v0": 1.0, "v1": 1.0})

@@ -136,7 +136,8 @@ class _Race:
                 return "the intervals are narrow enough"
         if left < len(self.active):
             return "the launches set aside are spent"
-        if rounds >= self.budget.minimum and self._settled(left // len(self.active)):
+        costs = self.rounds.missing(self.active)  # what was launched before is free
+        if rounds >= self.budget.minimum and costs and self._settled(left // len(self.active)):
             return "another round would not change the choice"
         if self.budget.seconds is not None and seconds + self._next_s(seconds) > self.budget.seconds:
             return "no further round fits into the time set aside"
