@@ -15,6 +15,7 @@ from tuner.spec import studyfile
 from tuner.spec.study import FITTING
 from tuner.spec.text import Document
 from tuner.study import ladder, session
+from tuner.study.ownmodel import OwnModel
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
@@ -222,3 +223,13 @@ def test_what_memory_arithmetic_refuses_is_not_among_what_the_search_begins_with
         sampler: Any = session.book(ready, store, ready.out_of_reach).sampler
     configs = [study.space.config(params, study.model) for params in sampler.candidates.params]
     assert len(configs) > 900 and sum(bool(ready.unfit(config)) for config in configs) < len(configs) / 20
+
+
+def test_a_user_s_own_model_is_not_asked_of_every_draw(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, asked = written(workplace, LLAMA), []
+    told = {"ttft_p99_s": 0.1, "tpot_p99_s": 0.02, "error_rate": 0.0, "goodput_output_tokens_per_s": 100.0}
+    model = OwnModel.over(lambda _config, _load: told, "mine", study.objective, study.load.ladder[0])
+    monkeypatch.setattr(session.Prepared, "unfit", lambda _ready, config: asked.append(config) or "")
+    with session.opened(study) as store:
+        session.book(ready := replace(session.prepare(study), predictor=model), store, ready.out_of_reach)
+    assert not asked

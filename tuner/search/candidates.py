@@ -73,8 +73,8 @@ class Candidates:
             rare = drawn >= sample and len(found.params) < drawn // 200
             if rare or len(found.params) >= sample:
                 break
-            params = found._within_reach(_drawn(space, rng), order)
-            if unfit is None or space.denied(tried := space.snap(params)) or not unfit(tried):
+            params = space.snap(found._within_reach(_drawn(space, rng), order))
+            if unfit is None or not (space.denied(params) or unfit(params)):
                 found.add([params])
         if unfit and not found.params:
             return cls.of(space, seed, asked=asked, refuse=refuse)

@@ -609,11 +609,16 @@ def book(
 
     from tuner.search import choose
     from tuner.search.acquisition import LaunchCost
+    from tuner.search.model.predictor import AnalyticModel
 
     study = ready.study
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     own = study.sampler in ("auto", "grid")  # those know what the others are at
     later = len(peers.book.get_trials(deepcopy=False)) if peers and not own else 0
+
+    def unfit(params: Mapping[str, Any]) -> str:
+        return ready.unfit(study.space.config(params, study.model))
+
     sampler = choose.sampler(
         study.sampler,
         study.space,
@@ -625,7 +630,8 @@ def book(
         cost=LaunchCost(start_seconds(ready), step_seconds(ready)),
         earlier=_earlier(study, on_event),
         refuse=lambda params: refuse(study.space.config(params, study.model)),
-        unfit=lambda params: ready.unfit(study.space.config(params, study.model)),
+        # thousands of draws are no burden to arithmetic alone: a user's own model may be slow
+        unfit=unfit if isinstance(ready.predictor, AnalyticModel) else None,
         min_gain=study.budget.min_gain,
     )
     return optuna.create_study(
