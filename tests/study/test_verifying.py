@@ -147,10 +147,11 @@ def ablated(tmp_path, monkeypatch):
     study, store = studies.write(tmp_path / "s", trials=24, verified=True)
     winner = studies.verification(study, store).config
     assert winner
-    ready = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=WINDOWS[:1]))
+    ready, asked = SimpleNamespace(study=study, traffic=SimpleNamespace(heldout=WINDOWS[:2])), []
     monkeypatch.setattr(verifying, "executor", lambda _bench: contextlib.nullcontext())
 
-    def ablate(_study, _launch, finalist, _windows, budget, _on_event, *, done):
+    def ablate(_study, _launch, finalist, windows, budget, _on_event, *, done):
+        asked[:] = windows
         found = studies.ablation(study, finalist.config, "max_num_batched_tokens")
         return replace(found, budget=budget.launches, launches=budget.launches - 1)
 
@@ -160,6 +161,7 @@ def ablated(tmp_path, monkeypatch):
         bench = SimpleNamespace(on_event=lambda _name, _data: None)
         return verifying.minimal(ready, store, verifying.Nobody(), bench, launches)
 
+    run.asked = asked
     return run, store.folder / "ablation.json", study
 
 
@@ -187,6 +189,16 @@ def test_an_ablation_by_fewer_launches_does_not_replace_one_by_more(ablated):
     other = studies.ablation(study, study.space.config({"max_num_seqs": 64}, study.model), "max_num_seqs")
     write_json(path, replace(other, budget=99).to_dict())
     assert run(12).budget == 12  # another winner's is replaced
+
+
+def test_an_ablation_measures_the_windows_that_verification_did(ablated):
+    run, path, study = ablated
+    run(20)
+    assert run.asked == WINDOWS[:2], "of the others nothing is left here"
+    step = replace(studies.step(1.0, study.objective), window=WINDOWS[1].name)
+    studies.measured(99, (step,), Store(path.parent), role="verify", label="verify 9 default")
+    run(20)
+    assert run.asked == WINDOWS[1:2]
 
 
 def test_gpus_of_another_price_are_paid_at_theirs(made):
