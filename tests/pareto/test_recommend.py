@@ -13,6 +13,7 @@ from tuner.export.deployment import deployment
 from tuner.export.formats import best_config
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import _further, _times, ablation, low_ladder, recommended
+from tuner.spec.study import GROWS
 from tuner.study.outcome import Measured
 from tuner.study.price import COST, GOODPUT
 from tuner.study.store import EXHAUSTED, UNFOUND, Store, write_json
@@ -44,6 +45,21 @@ def test_a_ladder_too_low_for_the_search_to_choose_is_told(tmp_path: Path, costs
         studies.measured(number, (one,), store, params=params, baseline=number == 0)
     assert low_ladder(known, store.trials()).partition(",")[0] == said
     assert (said in recommended(store, known).text) and ("load.ladder" in recommended(store, known).text) == bool(said)
+
+
+def test_a_ladder_that_grew_and_that_all_held_asks_for_a_longer_trace(tmp_path: Path):
+    store, known = Store(tmp_path / "s"), studies.study(tmp_path / "s")
+    known = replace(known, frozen={"frozen": {"ladder": "auto", GROWS: True}})
+    assert known.grows
+    for number, seqs in enumerate((256, 64, 128, 512)):
+        steps = [studies.step(load, known.objective) for load in (max(known.load.ladder), 9.0)]
+        steps = [replace(s, metrics={**s.metrics, COST: 2.0}, intervals={COST: (1.98, 2.02)}) for s in steps]
+        studies.measured(number, (*steps,), store, params={"max_num_seqs": seqs}, baseline=number == 0)
+    said = low_ladder(known, store.trials())
+    assert "held the ladder's highest load (9)" in said and "whose trace fills higher loads" in said
+    missed = replace(steps[-1], load=12.0, slo_misses=("ttft_p99 too long",))
+    studies.measured(4, (*steps, missed), store, params={"max_num_seqs": 1024})
+    assert low_ladder(known, store.trials()) == "", "one of them was followed to where it misses"
 
 
 def test_a_verdict_decides_with_its_own_load_cost_and_latency(tmp_path: Path):

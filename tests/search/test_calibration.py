@@ -176,6 +176,20 @@ def test_the_search_goes_on_with_the_constants_that_its_launches_gave() -> None:
     assert objective().latency_key == "tpot_p99_s"
 
 
+def test_what_was_learnt_of_the_constants_outlasts_a_ladder_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = sampler(Slow(2.5))
+    book = study(one)
+    run(book, 4)
+    monkeypatch.setattr("tuner.search.sampler.LAUNCHES", 4)  # no launch to come says any more
+    monkeypatch.setattr("tuner.search.sampler.LONG", 4)
+    before = dict(one.factors)
+    tried = run(book, 2, loads=(*LOADS, 8.0))[-1]
+    assert one.loads == (*LOADS, 8.0) and one.factors == before and one.believed > 0.99
+    learnt, row = one.beliefs.sources.learnt, one.beliefs.index(space().snap(tried))
+    right = Model().predict(space().config(tried, "m"), 8.0).metrics["tpot_p99_s"]
+    assert learnt is not None and learnt.latency[row, -1] == pytest.approx(math.log(right), abs=0.4)
+
+
 def test_what_a_model_gets_wrong_in_another_way_is_not_put_on_its_constants() -> None:
     """Every value of every parameter is off by its own factor: the constants go where the first launches happened to
     be, and nowhere else does that help."""

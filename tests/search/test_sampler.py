@@ -270,6 +270,32 @@ def test_a_ladder_of_one_load_and_an_empty_ladder():
         TunerSampler(space(), objective(), (), None, "m")
 
 
+HIGHER = (0.1, 0.14, 0.2, *LOADS, 5.6)
+
+
+@pytest.mark.parametrize("model", [None, Model()])
+def test_what_launches_went_on_to_above_the_ladder_tells_them_apart(model):
+    """All hold at .2, up to where the ladder was laid."""
+    one = TunerSampler(space(), objective(), HIGHER[:3], model, "m", cost=LaunchCost(60, 30))
+    book = study(one)
+    tried = run(book, 1, loads=HIGHER)
+    assert one.loads == HIGHER[:3]
+    tried += run(book, 13, loads=HIGHER)
+    held = max(s.load for p in tried for s in launch(p, loads=HIGHER).steps)
+    assert one.loads == tuple(load for load in HIGHER if load <= held) and len(one.loads) >= 7
+    assert regret(tried) < 0.05
+    again = TunerSampler(space(), objective(), HIGHER[:3], model, "m", cost=LaunchCost(60, 30))
+    book.sampler = again
+    run(book, 1, loads=HIGHER)
+    assert again.loads == one.loads, "a resumed study has them, too"
+
+
+def test_a_load_that_was_missed_below_the_highest_adds_no_rung():
+    one = sampler(Model())
+    run(study(one), 4, loads=(0.5, 0.7, 1.0))
+    assert one.loads == LOADS
+
+
 def test_measured_steps_are_believed_over_the_estimate_of_a_launchs_seconds():
     from tuner.search.reading import read
     from tuner.search.scan import launch_cost

@@ -14,6 +14,7 @@ from tuner.errors import EnvironmentFault
 from tuner.search import ledger
 from tuner.search.model.predictor import AnalyticModel
 from tuner.spec import studyfile
+from tuner.spec.study import GROWS, RULES
 from tuner.study import ladder, session, verifying, workload
 from tuner.study.outcome import Infeasible, Measured
 from tuner.study.session import Prepared
@@ -56,9 +57,9 @@ def traffic(runner, per_s, seconds):
     return {"trace: {file: trace.csv": "trace: {file: many.csv"}
 
 
-def search(runner, engine, launches=6, predictor=None):
+def search(runner, engine, launches=6, predictor=None, replace=None):
     """As ``tuner tune``: settles the ladder, makes its launch the first trial, searches."""
-    changes = {"launches: 6": f"launches: {launches}"}
+    changes = {"launches: 6": f"launches: {launches}", **(replace or {})}
     study = settle(runner, engine, replace=changes)
     ready = Prepared(study, engine, workload.read(study), predictor, "none in this test")
     tell = lambda n, d: runner.events.append((n, d))  # noqa: E731
@@ -136,6 +137,82 @@ def test_the_launch_that_settled_the_ladder_is_the_first_trial_and_is_paid_once(
     seen = ledger.read(book, ready.study.space)
     assert len(seen) == 3 and not seen[0].free and seen[0].outcome == first.outcome
     assert seen[0].seconds == pytest.approx(first.ended_s - first.started_s)
+
+
+class Better(Limited):
+    """Every configuration but the default holds ``others``."""
+
+    def __init__(self, capacity, others):
+        super().__init__(capacity)
+        self.own, self.others = capacity, others
+
+    def launch(self, config, site):
+        self.capacity = self.others if self.launched else self.own
+        return super().launch(config, site)
+
+
+def climbed(runner, **changes):
+    """The loads of the trials, the default's first; it holds .36, the others 3."""
+    engine = Better(0.36, 3.0)
+    ready, book = search(runner, engine, launches=3, **changes)
+    assert ready.study.load.ladder == (0.17, 0.25, 0.35, 0.5, 0.7, 1.0)
+    return ready.study, book, [[s.load for s in t.outcome.steps] for t in runner.store.trials()]
+
+
+def test_what_holds_the_ladders_highest_load_is_asked_for_more_until_it_misses(runner):
+    ladder_, more = [0.17, 0.25, 0.35, 0.5, 0.7, 1.0], [1.4, 2.0, 2.8, 4.0]
+    _, _, loads = climbed(runner, replace=traffic(runner, 5, 600))
+    assert loads == [ladder_[:4], ladder_ + more, ladder_ + more]
+    assert [s.ok for s in runner.store.trials()[1].outcome.steps] == [True] * 9 + [False]
+    assert studyfile.load(runner.store.folder).load.ladder == tuple(ladder_), "windows were cut for it"
+
+
+def test_a_ladder_grows_as_far_as_the_window_fills_a_step(runner):
+    _, _, loads = climbed(runner, replace=traffic(runner, 5, 150))  # four windows of 37 s, steps of 10
+    assert loads[1] == [0.17, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0]
+
+
+def test_a_study_that_an_earlier_version_began_keeps_its_ladder(runner, monkeypatch):
+    monkeypatch.setattr("tuner.spec.studyfile.RULES", tuple(set(RULES) - {GROWS}))
+    study, _, loads = climbed(runner, replace=traffic(runner, 5, 600))
+    assert loads[1] == [0.17, 0.25, 0.35, 0.5, 0.7, 1.0] and not study.grows
+
+
+def test_loads_that_the_user_chose_are_all_that_is_measured(runner):
+    study = runner.study(replace={"[1, 2, 3, 4]": "[0.5, 1]", **traffic(runner, 5, 600)})
+    assert not study.grows and [*workload.rungs(study, workload.read(study).search[0])] == [0.5, 1]
+
+
+def test_a_server_that_holds_at_any_load_for_the_same_price_is_not_asked_for_ever(runner):
+    """Without an SLO on latency a saturated server misses none."""
+    engine = Better(0.36, 1e9)
+    engine.metrics = {"goodput_output_tokens_per_s": 50.0}
+    search(runner, engine, launches=2, **{"replace": traffic(runner, 5, 600)})
+    assert [s.load for s in runner.store.trials()[1].outcome.steps] == [0.17, 0.25, 0.35, 0.5, 0.7, 1.0]
+
+
+def test_a_slower_server_is_not_stopped_while_it_may_hold_what_the_others_did_not(runner):
+    class Slower(Better):
+        """The third holds more than the second, at twice its latency."""
+
+        def launch(self, config, site):
+            nth = len(self.launched)
+            self.others = (0.36, 3.0, 5.0)[nth]
+            server = super().launch(config, site)
+            measure = server.measure
+
+            def slow(plan):
+                step = measure(plan)
+                own = {key: (0.2, 0.2, 0.4)[nth] * 0.05 for key in step.metrics if key.startswith("tpot")}
+                own["goodput_output_tokens_per_s"] = 100 * plan.load
+                return replace(step, metrics={**step.metrics, **own})
+
+            server.measure = slow
+            return server
+
+    search(runner, Slower(0.36, 3.0), launches=3, replace=traffic(runner, 5, 600))
+    _, second, third = (t.outcome for t in runner.store.trials())
+    assert isinstance(third, Measured) and second.steps[-1].load == third.steps[-2].load == 4.0
 
 
 def test_a_session_that_follows_adds_no_first_trial(runner):

@@ -13,6 +13,7 @@ from tuner.pareto.choice import Change, Choice, choose
 from tuner.pareto.front import Interval, Point, level, points, searched, trusted_steps
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
+from tuner.study.outcome import grown
 from tuner.study.price import COST, GOODPUT
 from tuner.study.store import EXHAUSTED, UNFOUND, AsWritten, Store, TrialRecord, read_json
 from tuner.verify.arm import as_range
@@ -49,16 +50,18 @@ def low_ladder(study: Study, trials: Sequence[TrialRecord]) -> str:
     """Where most configurations of the search held the ladder's highest load at one cost, so that it saw no difference
     between them: a default that all but fails lays a low ladder. Empty where it saw one."""
     found = points(searched(trials), study.objective)
-    top, configs = max(study.load.ladder), {point.config.hash for point in found}
+    steps = (step for trial in searched(trials) for step in trial.outcome.steps)
+    top, configs = max(grown(study.load.ladder, steps)), {point.config.hash for point in found}
     held = {p.config.hash: p for p in found if p.ok and p.load >= top}
     cheapest = min(held.values(), key=lambda p: p.cost, default=None)
     same = sum(level(p, cheapest) for p in held.values()) if cheapest else 0
     if same < SAME or 2 * same <= len(configs):
         return ""
+    more = "whose trace fills higher loads" if study.grows else "with higher loads (load.ladder)"
     return (
         f"{same} of the search's {len(configs)} configurations held the ladder's highest load ({figure(top)}), where "
         "their costs cannot be told apart: it could not choose between them. "
-        "In a study with higher loads (load.ladder) it could."
+        f"In a study {more} it could."
     )
 
 

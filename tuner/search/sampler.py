@@ -37,7 +37,7 @@ from tuner.search.warmstart import Earlier
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.study import MIN_GAIN
-from tuner.study.outcome import Measured
+from tuner.study.outcome import Measured, grown
 from tuner.words import figure
 
 if TYPE_CHECKING:
@@ -83,10 +83,11 @@ class Options:
 
 class TunerSampler(BaseSampler):
     """Proposes serving configurations for ``space`` under ``objective``, measured at ``loads`` (the ladder, low to
-    high). ``predictor`` is the analytic model, None where there is none for this hardware; ``model`` the model's name
-    or folder (it goes into serving configs); ``cost`` a first estimate of a launch's seconds, replaced by what launches
-    really took; ``earlier`` studies to start warm from; ``refuse`` says why the machine cannot carry a configuration,
-    ``unfit`` why it would be refused as things are known at first.
+    high; higher loads that launches were measured at join them). ``predictor`` is the analytic model, None where there
+    is none for this hardware; ``model`` the model's name or folder (it goes into serving configs); ``cost`` a first
+    estimate of a launch's seconds, replaced by what launches really took; ``earlier`` studies to start warm from;
+    ``refuse`` says why the machine cannot carry a configuration, ``unfit`` why it would be refused as things are known
+    at first.
 
     ``proposal(number)`` says why a trial was proposed; ``expected_gain`` is the last expected gain, as a share
     (corrected by what earlier promises kept);
@@ -114,18 +115,24 @@ class TunerSampler(BaseSampler):
         self.seed, self.cost, self.options = seed, cost or LaunchCost(), options or Options()
         # what promises less may end the search; where nothing ends it so, the usual rule says when to try what is new
         self.at_last = Stopping(self.options.min_gain or MIN_GAIN)
-        self.predictor = predictor
+        self.predictor, self.model, self.earlier = predictor, model, tuple(earlier)
         self.candidates = Candidates.of(space, seed, asked=predictor is not None, refuse=refuse, unfit=unfit)
-        self.foresight = Foresight(self.candidates, objective, self.loads, predictor, model)
-        self.beliefs = Beliefs(self.candidates, Sources(self.candidates, self.foresight, earlier))
         self.expected_gain: float | None = None
         self.factors: dict[str, float] = {}
         self._learnt_from = 0  # launches
         self._warned = False
         self._proposals: dict[int, Proposal] = {}
         self._independent = RandomSampler(seed=seed)
-        if predictor is not None and not self.candidates.whole:
+        self._foresee()
+
+    def _foresee(self, share: tuple[float, float] = (0.0, 0.0)) -> None:
+        """What is expected at the ladder's loads; of launches it keeps the model's constants and their ``share``."""
+        self.foresight = Foresight(self.candidates, self.objective, self.loads, self.predictor, self.model)
+        self.beliefs = Beliefs(self.candidates, Sources(self.candidates, self.foresight, self.earlier, share=share))
+        if self.predictor is not None and not self.candidates.whole:
             self._grow_towards_front()
+        if self.factors and isinstance(self.predictor, Calibratable):
+            self._teach(self.predictor)
 
     @property
     def believed(self) -> float:
@@ -147,6 +154,10 @@ class TunerSampler(BaseSampler):
         if not search_space:
             return {}
         seen = [s for s in read(study, self.space) if s.number != trial.number]
+        loads = grown(self.loads, (step for s in seen if s.outcome for step in s.outcome.steps))
+        if loads != self.loads:
+            self.loads = loads
+            self._foresee(self.beliefs.sources.share)
         if not self._warned and not any(s.outcome for s in seen):
             self._warn_of_values(study)
         index, proposal = self._propose(seen, trial.number)
@@ -317,9 +328,14 @@ class TunerSampler(BaseSampler):
         launches = [Launched(self.space.config(params, self.foresight.model), o.steps) for params, o in outcomes]
         factors, sources = calibrate(self.predictor, launches, self.objective, self.factors), self.beliefs.sources
         if any(abs(math.log(f / self.factors.get(name, 1.0))) > NEWS for name, f in factors.items()):
-            self.factors, scaled = factors, self.predictor.scaled(factors)
-            sources.teach(Foresight(self.candidates, self.objective, self.loads, scaled, self.foresight.model))
+            self.factors = factors
+            self._teach(self.predictor)
         return None if sources.learnt is None else improbability(self.predictor, self.factors)
+
+    def _teach(self, model: Calibratable) -> None:
+        """``model`` with the learnt constants is believed beside it as it was."""
+        scaled = model.scaled(self.factors)
+        self.beliefs.sources.teach(Foresight(self.candidates, self.objective, self.loads, scaled, self.model))
 
     def _believe_constants(self, readings: Sequence[Reading], unlikely: float) -> None:
         """How far the learnt constants are believed: by how much better they explain the launches, and by how

@@ -14,8 +14,9 @@ MIN_GAIN = 0.003  # budget.min_gain where the study says none
 COUNTED = "counts_fixed"  # see spacefile.as_before
 FITTING = "fitting_default"  # the default of a model that needs several GPUs is that on the fewest
 WIDELY = "verifies_widely"  # see Study.heldout_windows
+GROWS = "ladder_grows"  # see Study.grows
 # newer than some studies, which go on without:
-RULES = ("planned_ends", "fills_cache", COUNTED, FITTING, WIDELY)
+RULES = ("planned_ends", "fills_cache", COUNTED, FITTING, WIDELY, GROWS)
 
 
 HELD_OUT = (3, 5)  # windows, at least and at most, where a study does not say how many
@@ -167,6 +168,12 @@ class Study:
         earlier versions began holds out three unless it says so."""
         asked = self.trace.heldout_windows
         return HELD_OUT[0] if asked is None and not self._has(WIDELY) else asked
+
+    @property
+    def grows(self) -> bool:
+        """Whether a launch of the search that holds the ladder's highest load is asked for more: where the ladder was
+        left to the tuner, and laid by what the default holds."""
+        return self.frozen.get("frozen", {}).get("ladder") == "auto" and self._has(GROWS)
 
     @property
     def rules(self) -> frozenset[str]:

@@ -17,7 +17,8 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
 from tuner.study.price import priced
-from tuner.study.workload import at_load
+from tuner.study.workload import at_load, rungs
+from tuner.verify.capacity import still_pays
 
 ROOM = 2**20  # tokens: more than most servers' caches hold, and no more than a minute or two to compute
 Check = Callable[[Server, ServingConfig, Path], Infeasible | None]
@@ -63,7 +64,8 @@ def of_trial(on_event: OnEvent, number: int | str) -> OnEvent:
 def evaluate(
     bench: Bench, config: ServingConfig, folder: Path, gpus: tuple[int, ...], window: Trace
 ) -> tuple[Outcome, Teardown]:
-    """Launches ``config`` in ``folder``, measures the ladder from low to high, stops the server.
+    """Launches ``config`` in ``folder``, measures the ladder from low to high (:func:`tuner.study.workload.rungs`),
+    stops the server.
 
     The ladder ends at the first SLO miss. Never raises for what a server can do; a bug does raise, after the teardown.
     """
@@ -91,9 +93,11 @@ def evaluate(
 def _ladder(
     bench: Bench, server: Server, config: ServingConfig, folder: Path, window: Trace, steps: list[Step]
 ) -> Outcome:
-    ladder = bench.study.load.ladder
-    for index, load in enumerate(ladder):
-        bench.on_event("step", {"index": index + 1, "of": len(ladder), "load": load})
+    known = len(bench.study.load.ladder)
+    for index, load in enumerate(rungs(bench.study, window), 1):
+        if index > known and not still_pays(steps):
+            break
+        bench.on_event("step", {"index": index, "of": max(index, known), "load": load})
         step = measure(bench, server, config, folder, window, load)
         steps.append(step)
         bench.on_event(

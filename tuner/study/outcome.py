@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,6 +70,12 @@ def held(steps: Iterable[Step]) -> dict[str, Step | None]:
 def held_everywhere(steps: Iterable[Step]) -> float:
     """The load that every window held; 0 where one held none, or nothing is believed."""
     return min((step.load if step else 0.0 for step in held(steps).values()), default=0.0)
+
+
+def grown(ladder: Sequence[float], steps: Iterable[Step]) -> tuple[float, ...]:
+    """``ladder`` and the loads above it of ``steps``: what launches went on to that held its highest load."""
+    top = max(ladder) * (1 + 1e-9)
+    return (*sorted(ladder), *sorted({step.load for step in steps if step.load > top}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from tuner.study import budget, queue, workload
 from tuner.study.evaluate import Bench
 from tuner.study.guard import QualityGuard
 from tuner.study.loop import Loop, Recorder
-from tuner.study.outcome import Step
+from tuner.study.outcome import Step, grown
 from tuner.study.price import per_hour
 from tuner.study.store import Store
 from tuner.study.together import Together
@@ -553,8 +553,10 @@ def _search(
         return why_over(study, proposals.book, used, whole, budget.verify_launch_s(mine, windows))
 
     def beaten(steps: Sequence[Step]) -> str:
-        found = front(points(searched(store.trials()), study.objective))
-        return racing.should_stop(steps, found, study.load.ladder, study.objective) if races else ""
+        before = searched(store.trials())
+        ladder = grown(study.load.ladder, (step for trial in before for step in trial.outcome.steps))
+        found = front(points(before, study.objective))
+        return racing.should_stop(steps, found, ladder, study.objective) if races else ""
 
     quality = guard(ready, store, on_event)
     proposals.awaited = quality.awaited

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +21,7 @@ from tuner.load.trace import Trace, texts_lost, with_lengths
 from tuner.spec.slo import bound_responses
 from tuner.spec.study import HELD_OUT, WIDELY, Study
 from tuner.study.store import Store
-from tuner.verify.capacity import BEYOND, FOLLOWED
+from tuner.verify.capacity import BEYOND, FOLLOWED, highest_load
 from tuner.words import figure
 
 FULL = 0.9  # share of a step that the last arrivals of a trace must span
@@ -31,7 +32,8 @@ FLAT = 0.25  # a load that is higher by 2 has at least 2 ** FLAT times the reque
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """``search`` and ``heldout`` windows never overlap; ``whole`` is the trace after cutting lengths. ``notes`` say
+    """``search`` and ``heldout`` windows never overlap; ``climbed`` are the search's with what a ladder that grows may
+    replay above its highest load; ``whole`` is the trace after cutting lengths. ``notes`` say
     what of the file is not in it as it stood, which loads it is too short for, where its windows have another rate
     than it has or share fewer prefixes, and what they cannot say; ``fills`` is the highest load at which every window
     lasts as long as a step is to; before each step the prompts of ``fill_s`` seconds before its
@@ -43,6 +45,7 @@ class Workload:
     notes: tuple[str, ...] = ()
     fills: float = math.inf
     fill_s: float = 0.0
+    climbed: tuple[Trace, ...] = ()
 
     @property
     def rps(self) -> float:
@@ -106,7 +109,8 @@ def _read(study: Study) -> Workload:
             f"{spec.window_s:g} s of a step, and two servers that both keep up differ by what is still on its way "
             "at its end. Take a trace.window of many responses' length, or add an SLO on tpot_p99"
         )
-    found = Workload(trace, search, parts.held_out, fills=fills, fill_s=fill_s)
+    climbed = parts.search if study.grows else search
+    found = Workload(trace, search, parts.held_out, fills=fills, fill_s=fill_s, climbed=climbed)
     _refuse_empty(study, found)
     return replace(found, notes=(*notes, *_few(study, found), *_uneven(study, found), *_colder(study, found)))
 
@@ -285,6 +289,15 @@ def at_load(window: Trace, load: float, window_s: float) -> Trace:
     Every step then takes the same time, whatever its load, and higher loads see more requests, not shorter ones.
     """
     return windows.cut_time(window, 0.0, window_s * load, name=window.name)
+
+
+def rungs(study: Study, window: Trace) -> Iterator[float]:
+    """The loads that a launch of the search is measured at on ``window``, low to high, until it misses at one: the
+    ladder's, and where that grows those above it, two to the doubling, for as far as the window fills a step."""
+    yield from study.load.ladder
+    top, highest = max(study.load.ladder), highest_load(study, (window,)) if study.grows else 0.0
+    above = (float(f"{top * 2 ** (number / 2):.2g}") for number in itertools.count(1))
+    yield from itertools.takewhile(lambda load: load <= highest, above)
 
 
 def shorten(trace: Trace, inputs: int | None, outputs: int | None, longest: int | None) -> tuple[Trace, int]:
