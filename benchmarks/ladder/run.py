@@ -1,7 +1,7 @@
 """What a ladder that grows is worth: whole studies on the emulator's virtual clock.
 
     nice python -m benchmarks.ladder.run --seeds 0 1          # one to three minutes per study; goes on where it ended
-    python -m benchmarks.ladder.run --seeds                   # the table of all lines
+    python -m benchmarks.ladder.run --seeds                   # the table of all lines of 24 launches
 
 A study is made once as it ships, and once with a ladder that ends at 2.8 times what the default holds. Each appends
 a line to ``benchmarks/ladder/grown.jsonl``: the ladder, the highest load that the search measured (``reached``), what
@@ -14,6 +14,7 @@ prompt may decide.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -69,7 +70,14 @@ CASES = {
 }
 
 
-def study(case: Case, seed: int, folder: Path, name: str = "tuned", noise: Mapping[str, float] | None = None) -> Study:
+def study(
+    case: Case,
+    seed: int,
+    folder: Path,
+    name: str = "tuned",
+    noise: Mapping[str, float] | None = None,
+    launches: int = LAUNCHES,
+) -> Study:
     """The study of ``case`` in ``folder``, where its model and trace are made; each ``seed`` has its own traffic."""
     (folder / "model").mkdir(parents=True, exist_ok=True)
     shutil.copy(SHAPES / f"{case.model}.json", folder / "model/config.json")
@@ -85,7 +93,7 @@ def study(case: Case, seed: int, folder: Path, name: str = "tuned", noise: Mappi
         "search_space": case.space,
         "trace": {"file": str(folder / f"{seed}.parquet")},
         "objective": "chat",
-        "budget": LAUNCHES,
+        "budget": launches,
         "parallel": 1,
         "seed": seed,
     }
@@ -152,11 +160,11 @@ def _deaf(_name: str, _data: Mapping[str, Any]) -> None:
     """Nobody looks."""
 
 
-def line(name: str, seed: int, grows: bool, folder: Path) -> dict[str, Any]:
+def line(name: str, seed: int, grows: bool, launches: int, folder: Path) -> dict[str, Any]:
     """One study and its truth."""
-    asked = study(CASES[name], seed, folder)
+    asked = study(CASES[name], seed, folder, launches=launches)
     made = tuned(asked if grows else studyfile.by(asked.rules - {GROWS}, asked))
-    said = {"case": name, "seed": seed, "grows": grows} | made
+    said = {"case": name, "seed": seed, "grows": grows, "budget": launches} | made
     if "params" not in made:
         return said
     asked = study(CASES[name], 1000 + seed, folder, "truth", QUIET)
@@ -195,20 +203,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--launches", type=int, default=LAUNCHES)
+    parser.add_argument("--arms", nargs="+", choices=["grows", "ends"], default=["grows", "ends"])
     parser.add_argument("--out", type=Path, default=MEASURED)
     args = parser.parse_args()
     lines = [json.loads(text) for text in args.out.read_text().splitlines()] if args.out.exists() else []
-    done = {(row["case"], row["seed"], row["grows"]) for row in lines}
-    for seed in args.seeds:
-        for name in args.cases:
-            for grows in (True, False):
-                if (name, seed, grows) in done:
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    lines.append(line(name, seed, grows, Path(folder)))
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(lines[-1]) + os.linesep)
-    table(lines)
+    done = {(row["case"], row["seed"], row["grows"], row["budget"]) for row in lines}
+    for seed, name, arm in itertools.product(args.seeds, args.cases, args.arms):
+        grows = arm == "grows"
+        if (name, seed, grows, args.launches) in done:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            lines.append(line(name, seed, grows, args.launches, Path(folder)))
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(lines[-1]) + os.linesep)
+    table([row for row in lines if row["budget"] == args.launches])
 
 
 if __name__ == "__main__":
