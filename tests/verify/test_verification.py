@@ -567,7 +567,9 @@ FAILING = {"a": 0.1, "b": 1.0, "c": 1.1}  # what a default holds that all but fa
         ({"a": 0.14, "b": 1.2, "c": 1.3}, 2, "nothing-proven"),  # 32 % less for what can be promised
         ({"a": 0.16, "b": 1.2, "c": 1.3}, 2, "promise"),  # 43 %
         ({"a": 0.12, "b": 2.0, "c": 2.2}, 2, "nothing-proven"),  # as little can be promised of it
-        ({"a": 2.0, "b": 1.7, "c": 1.5}, 1, "nothing-proven"),  # how sure a promise is takes two launches
+        ({"a": 2.0, "b": 1.7, "c": 1.5}, 1, "once"),  # how sure a promise is takes two launches
+        ({"a": 2.0, "b": 1.7, "c": 1.3}, 1, "nothing-proven"),  # by no more than launches may differ by
+        ({"a": 0.13, "b": 1.3, "c": 1.43}, 1, "nothing-proven"),  # on every window, but not by much in the mean
     ],
 )
 def test_who_keeps_a_far_higher_load_on_every_window_is_recommended_unproven(rival, launches, reason):
@@ -592,6 +594,20 @@ def test_what_would_prove_it_is_said_of_who_is_recommended_by_its_promise():
     found = judge([bench.finalist(v) for v in ("v0", "v1", "v2")], launches, bench.study.objective.slos, "ttft_p99_s")
     assert found.arms["v2"].difference[0] < found.arms["v1"].difference[0]
     assert (found.choice, found.reason) == ("v1", "promise") and found.power is not None and found.power.label == "v1"
+
+
+def test_one_launch_of_each_recommends_what_was_far_cheaper_on_every_window_and_says_that_it_proves_nothing():
+    bench = Bench({"v0": 1.0, "v1": 1.0}, LATENCY)
+    arms = [bench.finalist("v0"), bench.finalist("v1")]
+    rival = {"a": 2.0, "b": 1.7, "c": 1.5}
+    launches = [*_cells(FAILING, slow=0.01, launches=1), *_cells(rival, slow=0.01, launches=1, arm="v1")]
+    found = judge(arms, launches, bench.study.objective.slos, "ttft_p99_s")
+    said = verdict(found, arms, launches, bench.study, windows=3, stopped="-", confidence=0.95)
+    assert (said.choice, said.reason, said.more) == ("v1", "once", 6)
+    assert "On every window it costs less than the default, in the mean 72.2 % less," in said.text
+    assert "where each held throughout 93.3 % less; not proven. With one launch of each, no difference of any size could have been proven" in said.text
+    few = [replace(x, steps=tuple(s for s in x.steps if s.window != "c")) for x in launches]
+    assert judge(arms, few, bench.study.objective.slos, "ttft_p99_s").reason == "nothing-proven", "of two windows"
 
 
 def test_a_recommendation_by_what_can_be_promised_says_that_no_gain_is_proven():
@@ -767,9 +783,9 @@ def test_it_goes_on_where_the_rounds_that_are_left_may_prove_what_was_seen(monke
     assert race._settled(rounds) == settled
     found = replace(found, power=Power("v1", 0.9, 0.95, rounds=2, windows=1))
     assert race._settled(rounds), "no launch proves what windows hide"
-    for reason in ("cheaper", "promise", "default-fails", "default-unmeasured"):
+    for reason in ("cheaper", "promise", "once", "default-fails", "default-unmeasured"):
         found = Judgement("v1", reason, {})
-        assert race._settled(rounds) == (reason != "default-unmeasured")
+        assert race._settled(rounds) == (reason not in ("default-unmeasured", "once"))
 
 
 @pytest.mark.parametrize(

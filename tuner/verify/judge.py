@@ -19,6 +19,9 @@ Cell = tuple[str, int, str]  # arm, round, window
 UNKNOWN: Range = (math.nan, math.nan, math.nan)
 COST_SHARE = 0.9  # of the doubt that is allowed, what the test on cost may use; the rest is for latency at equal cost
 PROMISED = 1.5  # times what can be promised of another arm: so much cheaper is taken though no gain is proven
+CLEAR = 1.2  # times cheaper on every window: more than launches differ by, where one of each says nothing of that
+WINDOWS = 3  # at least, for that
+UNPROVEN = ("promise", "once")  # reasons for a finalist of which no gain is proven
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,8 @@ class Arm:
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """``choice`` is an arm's label (empty: nothing meets the SLOs); ``reason`` is a slug: ``cheaper``, ``faster`` (as
-    cheap, but lower latency), ``promise`` (not proven cheaper, but far more can be promised of it),
+    cheap, but lower latency), ``promise`` (not proven cheaper, but far more can be promised of it), ``once`` (launched
+    once, which proves nothing, but far cheaper throughout),
     ``default-fails`` (the default failed, or meets no SLO), ``default-unmeasured`` (no launch of it came to an end),
     ``nothing-proven``, ``nothing-holds``.
     ``power`` is about the choice where it is a promise, and about the cheapest finalist where nothing is proven."""
@@ -94,6 +98,9 @@ def judge(
     expensive and its latency is lower by more than ``worth``; or when it measured cheaper on every window and what can
     be promised of it costs less by a factor of more than :data:`PROMISED`, at the same confidence: a default that all
     but fails on one window has a capacity that nobody knows, and the larger the gain there, the less of it is proven.
+    Where the one or the other was launched once only, nothing is known of what launches differ by: a finalist is then
+    recommended which measured cheaper by more than :data:`CLEAR` on every one of :data:`WINDOWS` windows or more, and
+    by more than :data:`PROMISED` in their mean and at the loads that each is to be deployed at.
     ``active`` are the labels still in the race.
     ``explain`` False leaves out :attr:`Judgement.power`, which takes a few hundred fits and decides nothing.
     """
@@ -124,12 +131,16 @@ def judge(
     racing = [label for label in able if active is None or label in active]
     held_costs = {label: load_costs.difference(label, base) for label in gains}
     ahead = {k: d.doubt(-math.log(PROMISED)) if costs.ahead(k, base) else 1.0 for k, d in held_costs.items()}
+    once = {k: d for k, d in held_costs.items() if min(costs.count(k), costs.count(base)) == 1}
+    clear = {k for k, d in once.items() if len(costs.windows) >= WINDOWS and costs.ahead(k, base, math.log(CLEAR))}
+    unclear = {k: float(k not in clear or max(gains[k].mean, d.mean) >= -math.log(PROMISED)) for k, d in once.items()}
     choice, reason = _choose(
         base if base in holding else "",
         racing,
         (gains, doubts),
         (speeds, latency_doubts),
         (held_costs, _adjusted(ahead, weights, 1.0)),
+        (held_costs, unclear),
         costs,
         (1 - confidence) / 2,
     )
@@ -165,9 +176,9 @@ def judge(
             failure=failures.get(label, ""),
             at_most=not table.measured_as_low(label, promised[label]),
         )
-    hope = choice if reason == "promise" else min(gains, key=lambda label: gains[label].mean, default=None)
+    hope = choice if reason in UNPROVEN else min(gains, key=lambda label: gains[label].mean, default=None)
     could = None
-    if explain and reason in ("promise", "nothing-proven") and hope is not None:
+    if explain and reason in (*UNPROVEN, "nothing-proven") and hope is not None:
         share = weights[hope] / sum(weights[label] for label in gains)
         could = power(costs, hope, base, worth, (1 - confidence) / 2 * COST_SHARE * share)
     return Judgement(choice, reason, found, costs.total(), could)
@@ -310,17 +321,25 @@ def _factor(estimate: Estimate, below: float, above: float) -> Range:
     return exp(estimate.mean), exp(low), exp(high)
 
 
+REASONS = ("cheaper", "faster", "promise", "once")  # in the order in which they are looked for
 Test = tuple[Mapping[str, Estimate], Mapping[str, float]]  # by label: what an arm gains, and the doubt that it does
 
 
 def _choose(
-    base: str, contenders: Sequence[str], cost: Test, latency: Test, promise: Test, costs: Repeats, allowed: float
+    base: str,
+    contenders: Sequence[str],
+    cost: Test,
+    latency: Test,
+    promise: Test,
+    once: Test,
+    costs: Repeats,
+    allowed: float,
 ) -> tuple[str, str]:
     if not base:
         if not contenders:
             return "", "nothing-holds"
         return min(contenders, key=lambda label: costs.estimate(label).mean), "default-fails"
-    for reason, (gains, doubts) in (("cheaper", cost), ("faster", latency), ("promise", promise)):
+    for reason, (gains, doubts) in zip(REASONS, (cost, latency, promise, once), strict=True):
         proven = [label for label in contenders if doubts.get(label, 1.0) < allowed]
         if proven:
             return min(proven, key=lambda label: gains[label].mean), reason

@@ -74,9 +74,10 @@ class Repeats:
             grown = frozenset(name for name, number in self.launches if number in rounds)
         return found
 
-    def ahead(self, arm: str, other: str) -> bool:
-        """Whether ``arm`` measured lower than ``other`` on every window, in the mean over its launches."""
-        return bool(np.all(self._of(arm).mean(axis=0) < self._of(other).mean(axis=0)))
+    def ahead(self, arm: str, other: str, by: float = 0.0) -> bool:
+        """Whether ``arm`` measured lower than ``other``, by more than ``by``, on every window, in the mean over its
+        launches."""
+        return bool(np.all(self._of(arm).mean(axis=0) + by < self._of(other).mean(axis=0)))
 
     def estimate(self, arm: str) -> Estimate:
         """The arm's own mean, over launches and windows.

@@ -161,6 +161,11 @@ def _text(
             words.append(f"what can be promised of this costs {_change(state.load_difference, 'less', 'more')}.")
             words.append("At the load that each just holds it was cheaper too, on every window; not proven:")
             words += _could(judgement.power)
+        case "once":
+            mean, promised = (_change(factor, "less", "more") for factor in (state.difference, state.load_difference))
+            words.append(f"On every window it costs less than the default, in the mean {mean},")
+            words.append(f"and where each held throughout {promised}; not proven.")
+            words += _could(judgement.power)
         case "default-fails":
             failed = "failed" if judgement.arms[base.label].failure else "did not meet the SLOs"
             words.append(f"The engine's default {failed} on the held-out windows.")

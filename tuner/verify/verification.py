@@ -149,7 +149,7 @@ class _Race:
         what windows differ by, which most intervals are made of, is no less after another round."""
         found = self.judge()
         if found.reason != "nothing-proven":
-            return found.reason != "default-unmeasured"
+            return found.reason not in ("default-unmeasured", "once")
         hope = found.power
         return hope is None or hope.rounds is None or bool(hope.windows) or hope.rounds > rounds
 
