@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests import studies
+from tuner.cli import read
 from tuner.export.formats import FORMATS, export
 from tuner.record.secrets import hide, is_secret, secrets
 from tuner.report.terminal import trial_view
@@ -91,3 +92,14 @@ def test_neither_an_export_nor_the_screen_shows_one(tmp_path, capsys):
     assert all("key.pem" in text and "a-key" in text for text in (texts[0], texts[-1]))
     for name in ("DATABASE_URL", "HEADER", "--admin-api-key"):
         assert all(f"# {name} was set during the study and is a secret" in text for text in texts[:-1])
+
+
+def test_a_secret_that_is_a_common_word_leaves_json_what_it_is(tmp_path, monkeypatch, capsys):
+    env = {"ENABLE_AUTH": "false", "DB_PASSWORD": "trial", "A_TOKEN": "measured", "B_SECRET": "12345678"}
+    known = studies.write(tmp_path / "s", engine=EngineSpec("vllm", env=env))
+    monkeypatch.setattr(read, "opened", lambda _: known)
+    read.front(tmp_path, json=True)
+    assert json.loads(capsys.readouterr().out)["trials"]["measured"]
+    read.show(tmp_path, 0, json=True)
+    assert json.loads(capsys.readouterr().out)["emulated"] is False
+    assert hide("false, trial 12345678", secrets(known[0], ())) == "false, (secret) (secret)"

@@ -79,9 +79,9 @@ def show(path: Path, number: int, json: bool) -> None:
 
 def _public(data: Any, study: Study, store: Store) -> str:
     """``data`` as JSON, without the study's secrets."""
-    from tuner.record.secrets import hide, secrets
+    from tuner.record.secrets import hidden, secrets
 
-    return hide(json_.dumps(data, indent=1), secrets(study, store.trials()))
+    return json_.dumps(hidden(data, secrets(study, store.trials())), indent=1)
 
 
 def report(path: Path, out: Path | None) -> None:

@@ -25,7 +25,8 @@ _LOOKS = re.compile(
     re.IGNORECASE,
 )
 _VARIABLE = re.compile(r"\$\{\w+\}")  # its name is no secret
-_FIGURE = re.compile(r"[\d.]{1,7}|.{1,3}")  # left out of other texts it would blot out what is no secret
+# left out of other texts it would blot out what is no secret
+_PLAIN = re.compile(r"[\d.]{1,7}|.{1,3}|true|false|none|null|auto", re.IGNORECASE)
 _LONG = 12  # of a secret of several words or lines, those that are as long as this: texts may break it between them
 HIDDEN = "(secret)"
 
@@ -49,7 +50,7 @@ def secrets(study: Study, trials: Iterable[TrialRecord]) -> tuple[str, ...]:
             found |= _looks(value)
             if _SECRET.search(name):
                 found |= {value, *(word for word in value.split() if len(word) >= _LONG)}
-    found -= {text for text in found if _FIGURE.fullmatch(text) or _VARIABLE.fullmatch(text)}
+    found -= {text for text in found if _PLAIN.fullmatch(text) or _VARIABLE.fullmatch(text)}
     return tuple(sorted({form for text in found for form in _written(text)}, key=len, reverse=True))
 
 
@@ -58,6 +59,15 @@ def hide(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
     return text
+
+
+def hidden(data: Any, secrets: Iterable[str]) -> Any:
+    """``data`` as JSON has it, without them in its texts: its names, figures and truths are what it is read by."""
+    if isinstance(data, str):
+        return hide(data, secrets)
+    if isinstance(data, Mapping):
+        return {name: hidden(value, secrets) for name, value in data.items()}
+    return [hidden(value, secrets) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def _written(text: str) -> tuple[str, ...]:
