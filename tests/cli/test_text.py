@@ -83,3 +83,11 @@ def test_a_reader_that_has_read_enough_is_no_error(run, tmp_path, file, code):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # what waits till the exit
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize(("words", "code"), [("show s.yaml 0 --json", 0), ("tune s.yaml --plain", 130)])
+def test_a_reader_that_goes_in_the_middle_ends_a_view_well_and_a_study_as_an_interrupt_does(run, tmp_path, words, code):
+    run("tune", "s.yaml", "--plain")
+    command = f"{sys.executable} -u -m tuner {words} 2>&1 | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")

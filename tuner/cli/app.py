@@ -311,7 +311,8 @@ app.add_typer(
 
 def main() -> None:
     """Entry point: one clear line and the right exit code instead of a traceback; a bug keeps its traceback."""
-    code: object = 0
+    measures = sys.argv[1:2] in (["tune"], ["ablate"], ["verify"], ["replay"])
+    code: object = 130 if measures else 0  # where a pipe's reader is gone before the command is done
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks an arrow shows the rest
     try:
@@ -326,6 +327,10 @@ def main() -> None:
         except (KeyboardInterrupt, typer.Abort):
             code = 130
         except BrokenPipeError:
+            raise
+        except SystemExit as stop:
+            if isinstance(stop.__context__, BrokenPipeError):  # typer makes a 1 of it
+                raise stop.__context__ from None
             raise
         except Exception as error:
             show = getattr(error, "show", None)  # the command line's own errors print their usage
