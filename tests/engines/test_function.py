@@ -131,10 +131,11 @@ def test_where_an_slo_is_missed_there_may_be_no_tokens(tmp_path: Path, site: Sit
     assert measure(engine(tmp_path, body), site).slo_misses
 
 
-def test_what_a_callable_prints_is_no_data_of_ours(tmp_path: Path, site: Site, capsys: pytest.CaptureFixture) -> None:
-    """Two at once, the first of which ends first."""
+def test_what_a_callable_prints_is_no_data_of_ours(tmp_path: Path, site: Site, capfd: pytest.CaptureFixture) -> None:
+    """Two at once, the first of which ends first; each starts a process."""
     both, first = threading.Barrier(2, timeout=60), threading.Event()
-    body = "print('loud'); hook(load); return {'ttft_p99_s': 1, 'tpot_p99_s': 0.01, 'output_tokens_per_s': 5}"
+    loud = "print('loud', flush=True); hook(load); import os; os.system('echo loud')"
+    body = f"{loud}; return {{'ttft_p99_s': 1, 'tpot_p99_s': 0.01, 'output_tokens_per_s': 5}}"
     made = engine(tmp_path, body)
 
     def hook(load: float) -> None:
@@ -147,8 +148,8 @@ def test_what_a_callable_prints_is_no_data_of_ours(tmp_path: Path, site: Site, c
         assert steps[0].result().ok
         first.set()
         assert steps[1].result().ok
-    print("data")
-    assert capsys.readouterr() == ("data\n", "loud\nloud\n")
+    print("data", flush=True)
+    assert capfd.readouterr() == ("data\n", 4 * "loud\n")
 
 
 def test_an_endless_latency_is_a_latency(tmp_path: Path, site: Site) -> None:
@@ -203,7 +204,10 @@ def test_the_callable_may_change_its_dictionary_and_import_its_neighbours(tmp_pa
 NO_TEXT = "class Odd(Exception):\n        def __str__(self): raise ValueError('no text')\n    raise Odd"
 
 
-@pytest.mark.parametrize("leaves", ["import sys; sys.exit(0)", "raise GeneratorExit", NO_TEXT])
+CANCELLED = "import asyncio; raise asyncio.CancelledError"
+
+
+@pytest.mark.parametrize("leaves", ["import sys; sys.exit(0)", "raise GeneratorExit", CANCELLED, NO_TEXT])
 def test_a_callable_that_leaves_has_crashed(leaves: str, tmp_path: Path, site: Site) -> None:
     with pytest.raises(LaunchFailed) as failure:
         measure(engine(tmp_path, leaves), site)

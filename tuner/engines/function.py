@@ -12,8 +12,9 @@ import re
 import sys
 import threading
 import traceback
+from asyncio.exceptions import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +32,7 @@ from tuner.study.price import COST, GOODPUT, told
 _NEVER_NEGATIVE = re.compile(r"(ttft|tpot|itl|e2e|cost)_|error_rate$|.*_per_s$")  # other names are the function's own
 
 Evaluate = Callable[..., Mapping[str, float]]  # of the parameters (a dict) and the load
-RAISED = (Exception, SystemExit, GeneratorExit)  # what the user's code may raise: an interrupt is not its own
+RAISED = (Exception, SystemExit, GeneratorExit, CancelledError)  # of the user's code: an interrupt is not
 FILES = "files"  # in a trial's folder: a callable's own, beside what is ours (a config.json, say)
 
 
@@ -142,22 +143,37 @@ class FunctionServer:
 
 
 _aside_lock = threading.Lock()
-_aside: list[Any] = []  # what stdout was, once for each callable that runs
+_aside: list[Any] = []  # what stdout was, once for each callable that runs, and the file behind it
 
 
 @contextmanager
 def printing_aside() -> Iterator[None]:
-    """What is printed within goes to stderr: stdout is for data. Several threads may be within at once."""
+    """What is printed within goes to stderr, that of processes which are started there, too: stdout is for data.
+    Several threads may be within at once."""
     with _aside_lock:
-        _aside.append(_aside[0] if _aside else sys.stdout)
+        _aside.append(_aside[0] if _aside else (sys.stdout, _to_stderr()))
         sys.stdout = sys.stderr
     try:
         yield
     finally:
         with _aside_lock:
-            before = _aside.pop()
+            before, file = _aside.pop()
             if not _aside:
                 sys.stdout = before
+                if file is not None:
+                    os.dup2(file, 1)
+                    os.close(file)
+
+
+def _to_stderr() -> int | None:
+    """Makes file 1 another name of file 2; returns what it was. None where there is no such file."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        before = os.dup(1)
+        with suppress(OSError):
+            os.dup2(2, 1)
+        return before
+    return None
 
 
 def checked(answer: Any, target: str, required: Sequence[str] = ()) -> dict[str, float]:
