@@ -232,6 +232,15 @@ def test_format_forces_the_reader_and_an_unknown_one_lists_the_names(tmp_path):
         formats.read(path, "azure")
 
 
+def test_a_column_that_is_named_twice_is_not_guessed_at(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens,user,input_tokens,user\n0.5,700,120,a,7,b\n")
+    with pytest.raises(UsageError, match=r"log.csv:1: the header names the column input_tokens 2 times"):
+        formats.read(path)
+    path.write_text("arrival_s,input_tokens,output_tokens,user,user\n0.5,700,120,a,b\n")
+    assert formats.read(path).input_tokens[0] == 700
+
+
 # line, kind of mistake
 BAD_AZURE = [
     ("2023-11-16 18:15:46,1", "wrong number of columns"),

@@ -89,10 +89,14 @@ def _header(path: Path, table: Table) -> tuple[list[str], int]:
     for block in blocks(path):
         for number, line in block.lines():
             header = header_of(line.decode("utf-8", errors="replace"))
-            if matches(table, header):
-                return header, number
-            wanted = ", ".join(name for name in (table.time, table.input, table.output) if name)
-            raise UsageError(f"the header does not name the columns {wanted}", where=f"{path}:{number}")
+            wanted = [name for name in (table.time, table.input, table.output) if name]
+            if not matches(table, header):
+                said = f"the header does not name the columns {', '.join(wanted)}"
+                raise UsageError(said, where=f"{path}:{number}")
+            if twice := next((name for name in wanted if header.count(name) > 1), ""):
+                said = f"the header names the column {twice} {header.count(twice)} times"
+                raise UsageError(said, where=f"{path}:{number}", fix="Name the one that counts so, and no other")
+            return header, number
     raise UsageError("the file is empty", where=str(path))
 
 
