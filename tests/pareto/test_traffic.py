@@ -122,7 +122,17 @@ def test_a_price_named_for_another_type_of_gpu_is_no_assumption_and_the_tables_i
         ({"price_usd_per_gpu_hour": 3.0}, False),
         ({"price_usd_per_gpu_hour": {"A100-80GB": 1.0}}, True),  # of another GPU
         ({"price_usd_per_gpu_hour": {"H100-SXM": 3.0}}, False),
-        ({"objective": {"name": "o", "latency": "tpot_p99", "slo": {}, "price_usd_per_gpu_hour": 3.0}}, False),
+        (
+            {
+                "objective": {
+                    "name": "o",
+                    "latency": "tpot_p99",
+                    "slo": {"tpot_p99": "1s"},
+                    "price_usd_per_gpu_hour": 3.0,
+                }
+            },
+            False,
+        ),
     ],
 )
 def test_a_price_that_nobody_named_is_known_to_be_an_assumption(tmp_path: Path, more, assumed):

@@ -9,6 +9,7 @@ from tests.spec.test_studyfile import GOOD, write
 from tuner.errors import UsageError
 from tuner.spec import studyfile
 from tuner.spec.spacefile import off
+from tuner.study import workload
 
 SPACE = "{parameters: {x: {flag: max-num-seqs, values: %s, default: a}}}"
 FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
@@ -93,6 +94,7 @@ FLOOR = "objective: {latency: tpot_p99, slo: {tpot_p99: 50ms}, quality: {%s}}"
         ("", "parameters: {max_num_seqs: 64.5}\n", ":9: max_num_seqs has whole numbers as values, not 64.5"),
         ("", "parameters: {max_num_seqs: [64, -5]}\n", ":9: max_num_seqs has whole numbers as values, not -5"),
         ("objective: chat", (FLOOR % "")[:-1] + ", price_usd_per_gpu_hour: -1}", ":4: the price per GPU-hour must be"),
+        ("chat\nslo: {ttft_p99: 300ms}", "{latency: e2e_p90, slo: {error_rate: 1%}}", ":4: no SLO is on a latency"),
         ("", "parameters: {max_num_seqs: '64'}\n", ":9: max_num_seqs has no value '64'. write 64 without quotes"),
     ],
 )
@@ -127,7 +129,7 @@ def test_true_and_false_are_no_numbers(workplace, old, new, place):
 def test_a_study_that_was_begun_with_such_values_can_still_be_read(workplace, tmp_path):
     frozen = dict(studyfile.load(write(workplace, GOOD)).frozen)
     engine = {**frozen["engine"], "args": {"enforce-eager": False, "max-num-seqs": 1.0}, "env": {"A.B": True}}
-    objective = {**frozen["objective"], "latency": "tpot_p9", "quality": {"kl_max": False}}
+    objective = {**frozen["objective"], "latency": "tpot_p9", "quality": {"kl_max": False}, "slo": {}}
     space = {**frozen["search_space"], "fixed": {"max-num-seqs": 8, "x": False}, "parameters": {}, "rules": []}
     more = {"engine": engine, "objective": objective, "search_space": space, "budget": "nan usd"}
     (tmp_path / "begun").mkdir()
@@ -252,3 +254,11 @@ def test_a_link_to_nothing_is_not_suggested_in_its_own_place(tmp_path):
     with pytest.raises(UsageError) as error:
         studyfile.load(tmp_path / "study.yaml")
     assert str(error.value) == f"{tmp_path}/study.yaml: no such study file"
+
+
+def test_an_engine_of_ones_own_needs_no_slo(workplace):
+    text = GOOD.replace("objective: chat\nslo: {ttft_p99: 300ms}", "objective: {latency: e2e_p90, slo: {}}")
+    own = "engine: {kind: own, target: mine.py:Engine}"
+    study = studyfile.load(write(workplace, text.replace("engine: {kind: emulator, options: {gpu: H100-SXM}}", own)))
+    assert study.objective.slos == ()
+    assert not any("few requests" in note for note in workload.read(study).notes)

@@ -564,6 +564,12 @@ def _objective(
     spec = validate(ObjectiveFile, source, data, prefix)
     slos = [_slo(k, v, source, (*prefix, "slo", k)) for k, v in spec.slo.items() if k not in file.slo]
     slos += [_slo(k, v, document, ("slo", k)) for k, v in file.slo.items()]
+    if file.engine.kind not in ("function", "own") and not any(x.latency for x in slos):
+        document.refuse(
+            "no SLO is on a latency: a server whose queue grows for ever would hold every load",
+            ("slo",) if "slo" in document.data else ("objective",),
+            "Add one, a loose one where nobody waits: slo: {e2e_p99: 5min}",
+        )
     try:
         slo.check_metric(spec.latency)
         if spec.latency == "error_rate":

@@ -174,7 +174,7 @@ def _refuse_empty(study: Study, traffic: Workload) -> None:
 def _few(study: Study, traffic: Workload) -> list[str]:
     """Where a step at the middle of the ladder measures fewer requests than let the strictest percentile be less than
     the slowest of them."""
-    ladder, strict = study.load.ladder, max(slo.quantile or 0.0 for slo in study.objective.slos)
+    ladder, strict = study.load.ladder, max((slo.quantile or 0.0 for slo in study.objective.slos), default=0.0)
     load, needed = ladder[(len(ladder) - 1) // 2], math.ceil(1 / (1 - strict) - 1e-9)
     several = (*traffic.search, *traffic.heldout)
     fewest = min(measured(study, window, load) for window in several)
