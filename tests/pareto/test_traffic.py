@@ -55,6 +55,18 @@ def test_what_a_replica_takes_is_of_the_launches_of_its_point_and_not_of_its_con
     assert found and (found.trace_rps, found.requests, found.loads) == (8.0, 50, (3.0, 3.0))
 
 
+@pytest.mark.parametrize(("slo", "takes"), [("tpot_p99=50ms", 7.0), ("e2e_p99=60s", 10.0)])
+def test_where_no_slo_bounds_a_wait_a_replica_takes_what_was_served_and_not_what_came(tmp_path, slo, takes):
+    """10 requests/s came, of which 3 wait: an SLO that holds without end for whoever is served says nothing of them."""
+    want = studies.objective(slo)
+    step = studies.step(2.0, want, tokens_per_s=2000)
+    step = replace(step, metrics={**step.metrics, "requests_per_s": 7.0, "e2e_p99_s": 20.0})
+    studies.measured(0, (step,), Store(tmp_path / "s"), baseline=True)
+    found = summarize(Store(tmp_path / "s"), studies.study(tmp_path / "s", want=want)).traffic
+    assert found and found.rps == takes
+    assert ("10 came: no SLO bounds how long the rest waits" in str(found)) == (takes < 10)
+
+
 def test_tokens_per_request_are_of_the_requests_that_brought_them():
     """Of a short window 20 requests/s had ended and 30 answers' tokens had arrived: that is no length of an answer."""
     step = studies.step(1.0, OBJECTIVE, tokens_per_s=6000)

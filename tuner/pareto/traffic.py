@@ -38,11 +38,12 @@ class Traffic:
     total_usd: float
     price: str
     filled: bool = False
+    served_rps: float = math.inf  # the most that were served, where no SLO bounds a wait: what comes may be more
 
     @property
     def rps(self) -> float:
-        """Requests per second at the point's load."""
-        return self.trace_rps * self.load
+        """Requests per second that are served at the point's load."""
+        return min(self.trace_rps * self.load, self.served_rps)
 
     @property
     def lengths(self) -> str:
@@ -61,12 +62,16 @@ class Traffic:
         return ", ".join(filter(None, (f"{self.requests:,} requests at {at} on {many}", before, self.lengths)))
 
     def __str__(self) -> str:
+        come = self.trace_rps * self.load
+        product = f"{figure(self.load)} x {figure(self.trace_rps)}; " if self.rps == come else ""
         text = (
             f"At load {figure(self.load)} one replica takes {figure(self.rps)} requests/s "
-            f"({figure(self.load)} x {figure(self.trace_rps)}; measured with {self.measured}) and costs "
+            f"({product}measured with {self.measured}) and costs "
             f"${self.month_usd:,.0f} a month ({HOURS} h at {self.price})"
             f"{f', ${figure(self.total_usd)} per million total tokens' if math.isfinite(self.total_usd) else ''}."
         )
+        if self.rps < come:
+            text += f" {figure(come)} came: no SLO bounds how long the rest waits. Add one on ttft or e2e."
         if math.isfinite(self.default_usd):
             text += f" With the engine's default the same traffic would cost about ${self.default_usd:,.0f}."
         return text
@@ -101,7 +106,16 @@ def traffic(
         total_usd=point.cost * total_per_output(steps, point.load),
         price=price_words(objective, point.config.gpus, price),
         filled=all(step.filled for step in steps),
+        served_rps=_served(steps, objective),
     )
+
+
+def _served(steps: Sequence[Step], objective: Objective) -> float:
+    """The most requests per second that a step served; endless where an SLO bounds how long requests wait, for what
+    holds is served."""
+    if any(slo.latency in ("ttft", "e2e", "norm_latency") for slo in objective.slos):
+        return math.inf
+    return max((s.metrics["requests_per_s"] for s in steps if "requests_per_s" in s.metrics), default=math.inf)
 
 
 def total_per_output(steps: Sequence[Step], load: float) -> float:
