@@ -142,6 +142,29 @@ def test_a_promise_that_does_not_say_how_sure_it_is_is_not_taken_for_the_truth()
     assert broken(dataclasses.replace(promised(), cost=(middle, math.nan, math.inf))) == []
 
 
+@pytest.mark.parametrize(("slower", "interval", "breaks"), [(1.14, 0.15, False), (1.14, 0.01, True), (2.0, 0.15, True)])
+def test_the_percentile_of_one_short_window_is_as_unsure_as_its_requests_make_it(slower, interval, breaks):
+    """One launch on one window promised it, and another measures it: nothing says what windows differ by."""
+    unsure = (promised().latency[0], math.nan, math.nan)
+
+    @contextlib.contextmanager
+    def launch(config, label):
+        class Rig:
+            def measure(self, load, trace, window):
+                step = rig.measure(load, trace, window)
+                value = unsure[0] * slower
+                around = {"ttft_p99_s": (value * (1 - interval), value * (1 + interval))}
+                return dataclasses.replace(step, metrics={**step.metrics, "ttft_p99_s": value}, intervals=around)
+
+        with machine(1.0).launch(config, label) as rig:
+            yield Rig()
+
+    loose = tuple(Slo(slo.metric, slo.limit * 10) for slo in promised().slos)
+    asked = dataclasses.replace(promised(), latency=unsure, slos=loose, spread=Spread())
+    found = recertify(asked, launch, WINDOWS[:1], MARK, launches=1)
+    assert [check.name for check in found.checks if not check.holds] == ["ttft_p99"] * breaks
+
+
 def test_what_the_file_does_not_promise_is_not_judged():
     unknown = (math.nan, math.nan, math.nan)
     found = recertify(dataclasses.replace(promised(), latency=unknown), machine(0.95).launch, WINDOWS, MARK)

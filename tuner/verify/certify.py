@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from tuner.verify.capacity import margin_of_all
 from tuner.verify.fingerprint import Fingerprint
 from tuner.verify.judge import served_nothing
 from tuner.verify.promise import Promise
-from tuner.verify.repeats import Spread
+from tuner.verify.racing import inside
+from tuner.verify.repeats import BLOCKS, Spread
 from tuner.verify.rounds import Launcher, insist
 from tuner.verify.statistics import Estimate, pool
 from tuner.words import figure
@@ -138,9 +140,11 @@ def _checks(promise: Promise, steps: Sequence[Sequence[Step]]) -> tuple[Check, .
             text = f"{name} was not measured" + (f" on window {', '.join(lacking)}" if lacking else "")
             checks.append(Check(name, f"{figure(promised[0] * scale, 4)} {unit}", _NOTHING, False, text))
             continue
-        now = _now(logs, promise)
+        within = [inside(s.metrics[key], s.intervals.get(key)) ** 2 for s in every if key != COST and key in s.metrics]
+        alone = fmean(within) if within else 0.0
+        now = _now(logs, promise, alone)
         # the promise is itself an estimate: both errors count
-        both = (*now.parts, *_promised(promised, logs, promise))
+        both = (*now.parts, *_promised(promised, logs, promise, alone))
         worse = Estimate(math.log(promised[0]) - now.mean, both)
         same = abs(worse.mean) < SAME
         holds = same or worse.doubt() > 1 - promise.confidence
@@ -160,8 +164,9 @@ def _logs(steps: Sequence[Step], key: str) -> list[float]:
     return [math.log(s.metrics[key]) for s in steps if 0 < s.metrics.get(key, math.nan) < math.inf]
 
 
-def _now(logs: Sequence[Sequence[float]], promise: Promise) -> Estimate:
-    """The mean over launches and windows, with the larger of what is assumed and what is seen of either's spread."""
+def _now(logs: Sequence[Sequence[float]], promise: Promise, alone: float = 0.0) -> Estimate:
+    """The mean over launches and windows, with the larger of what is assumed and what is seen of either's spread. One
+    window does not show what windows differ by: there it is ``alone``, the variance within it."""
     means = [float(np.mean(values)) for values in logs]
     known = promise.spread if promise.spread.freedom > 0 else ASSUMED_SPREAD
     promised = (known.variance, known.freedom)
@@ -170,18 +175,21 @@ def _now(logs: Sequence[Sequence[float]], promise: Promise) -> Estimate:
     parts = [(launches / len(means), freedom)]
     width = min(len(values) for values in logs)
     if width > 1:
-        inside = [(float(np.var(values, ddof=1)), len(values) - 1.0) for values in logs]
-        windows, _ = pool(inside)
+        windows, _ = pool([(float(np.var(values, ddof=1)), len(values) - 1.0) for values in logs])
         parts.append((windows / width, width - 1.0))
+    elif alone:
+        parts.append((alone, float(BLOCKS)))
     return Estimate(float(np.mean(means)), tuple(parts))
 
 
-def _promised(promised: Range, logs: Sequence[Sequence[float]], promise: Promise) -> tuple[tuple[float, float], ...]:
+def _promised(
+    promised: Range, logs: Sequence[Sequence[float]], promise: Promise, alone: float
+) -> tuple[tuple[float, float], ...]:
     """The variance that the promised interval stands for (log scale, normal). A promise that does not say how sure it
     is counts as one launch on these windows, not as the truth."""
     _, low, high = promised
     if not (0 < low <= high < math.inf):
-        return _now(logs[:1], promise).parts
+        return _now(logs[:1], promise, alone).parts
     error = math.log(high / low) / (2 * float(-special.ndtri((1 - promise.confidence) / 2)))
     return ((error**2, math.inf),)
 

@@ -59,7 +59,7 @@ def should_stop(
 def end(value: float, interval: Interval | None, spread: float, confidence: float, *, low: bool) -> float:
     """The low (or high) one-sided limit of ``value``: what the interval (95 %, within one launch) and the launch
     spread say together, added in quadrature on the log scale."""
-    reach = float(special.ndtri(confidence)) * math.hypot(_inside(value, interval), spread)
+    reach = float(special.ndtri(confidence)) * math.hypot(inside(value, interval), spread)
     return value * math.exp(-reach if low else reach)
 
 
@@ -73,11 +73,11 @@ def _dominates(point: Point, cost: float, latency: float, spread: float, confide
 
 def log_error(point: Point, axis: str, spread: float) -> float:
     """Standard error of a point's log ``cost`` or ``latency``: the interval within a launch and the launch spread."""
-    inside = _inside(getattr(point, axis), getattr(point, f"{axis}_interval"))
-    return math.hypot(inside, spread / math.sqrt(max(len(point.trials), 1)))
+    within = inside(getattr(point, axis), getattr(point, f"{axis}_interval"))
+    return math.hypot(within, spread / math.sqrt(max(len(point.trials), 1)))
 
 
-def _inside(value: float, interval: Interval | None) -> float:
+def inside(value: float, interval: Interval | None) -> float:
     """Standard error of a log value by its 95 % interval. Where that has no upper end (a percentile of few requests),
     the whole lower half counts as one: it is itself of a handful of requests, and often short by chance. Where it says
     nothing of the lower half either, :data:`UNKNOWN`."""
