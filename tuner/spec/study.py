@@ -172,7 +172,7 @@ class Study:
     @property
     def grows(self) -> bool:
         """Whether a launch of the search that holds the ladder's highest load is asked for more: where the ladder was
-        left to the tuner, and laid by what the default holds."""
+        left to the tuner, and is settled. A study that earlier versions began keeps its own."""
         return self.frozen.get("frozen", {}).get("ladder") == "auto" and self._has(GROWS)
 
     @property

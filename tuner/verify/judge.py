@@ -131,16 +131,16 @@ def judge(
     racing = [label for label in able if active is None or label in active]
     held_costs = {label: load_costs.difference(label, base) for label in gains}
     ahead = {k: d.doubt(-math.log(PROMISED)) if costs.ahead(k, base) else 1.0 for k, d in held_costs.items()}
-    once = {k: d for k, d in held_costs.items() if min(costs.count(k), costs.count(base)) == 1}
-    clear = {k for k, d in once.items() if len(costs.windows) >= WINDOWS and costs.ahead(k, base, math.log(CLEAR))}
-    unclear = {k: float(k not in clear or max(gains[k].mean, d.mean) >= -math.log(PROMISED)) for k, d in once.items()}
+    once = [k for k in gains if min(costs.count(k), costs.count(base)) == 1 and len(costs.windows) >= WINDOWS]
+    clear = [k for k in once if costs.ahead(k, base, math.log(CLEAR))]
+    clear = [k for k in clear if all(x.mean < -math.log(PROMISED) for x in (gains[k], held_costs[k]))]
     choice, reason = _choose(
         base if base in holding else "",
         racing,
         (gains, doubts),
         (speeds, latency_doubts),
         (held_costs, _adjusted(ahead, weights, 1.0)),
-        (held_costs, unclear),
+        (held_costs, dict.fromkeys(clear, 0.0)),
         costs,
         (1 - confidence) / 2,
     )
