@@ -52,6 +52,13 @@ def test_no_time_at_all_is_bad_usage(file):
             certify.verify(file, None, minutes, json=False)
 
 
+def test_a_study_that_recommends_nothing_is_said_to_have_no_promise(tmp_path):
+    (tmp_path / "study.yaml").touch()
+    with pytest.raises(UsageError, match="has no exported recommendation") as refused:
+        certify.verify(tmp_path, None, 10.0, json=False)
+    assert refused.value.fix.endswith(f"tuner export {tmp_path}")
+
+
 def test_two_studies_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch, capsys):
     costs = {"one": 1000, "two": 3000}
     monkeypatch.setattr(certify, "_side", lambda path: side("chat", trial(0, 2048, costs[path.name], tpot_s=0.02)))

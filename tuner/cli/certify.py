@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -24,7 +25,11 @@ def verify(file: Path, study_folder: Path | None, minutes: float, json: bool) ->
 
     if not minutes > 0:
         raise UsageError("--minutes must be more than 0")
-    file = file / "best-config.yaml" if file.is_dir() else file
+    if file.is_dir():
+        file, named = file / "best-config.yaml", file
+        if not file.exists() and (named / "study.yaml").is_file():
+            fix = f"What it recommends, if anything, is written by: tuner export {shlex.quote(str(named))}"
+            raise UsageError("the study has no exported recommendation", where=str(named), fix=fix)
     promise = read_promise(file)
     folder = study_folder or file.parent
     if not (folder / "study.yaml").is_file():
