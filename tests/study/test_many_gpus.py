@@ -38,7 +38,8 @@ objective: chat
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # where the studies' folders come to lie
     (tmp_path / "model").mkdir()
     lines = [f"{second / 5},1000,200" for second in range(3000)]
     (tmp_path / "trace.csv").write_text("\n".join(["arrival_s,input_tokens,output_tokens", *lines]))
@@ -214,6 +215,20 @@ def test_a_plan_of_a_default_that_will_not_start_foretells_the_ladder_of_the_oth
     best = max(ladder._drawn(ready), key=laid.predictor.capacity)
     holds = laid.predictor.capacity(best)
     assert laid.study.load.ladder[0] < holds < laid.study.load.ladder[-1]
+
+
+def test_a_plan_goes_on_above_the_ladder_as_launches_will(workplace: Path) -> None:
+    """What eight GPUs hold lies above what is laid around the default's one."""
+    short = ("trace: trace.csv", "trace: {file: trace.csv, window: 10s}")
+    more = "search_space: vllm/multi-gpu\nslo: {tpot_p99: 7ms}"
+    ready = session.prepare(written(workplace, SMALL, short, more=more), launching=False)
+    laid = ladder.foretold(ready, partial(session.prepare, launching=False))
+    assert laid and laid.study.grows
+    found, highest = plan.plan(laid), laid.traffic.climbed[0].arrival_s[-1] / laid.study.trace.window_s
+    assert max(found["ladder"]) < max(row["load"] for row in found["front"]) <= highest
+    ends = plan.plan(replace(laid, study=replace(laid.study, frozen=ready.study.frozen)))
+    assert max(row["load"] for row in ends["front"]) == max(found["ladder"])
+    assert ends["launch_seconds"] < found["launch_seconds"]
 
 
 def test_what_memory_arithmetic_refuses_is_not_among_what_the_search_begins_with(workplace: Path) -> None:

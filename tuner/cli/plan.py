@@ -51,7 +51,8 @@ def run(path: Path, json: bool) -> None:
         console.print(said)
     if laid:
         loads = ", ".join(f"{load:g}" for load in data["ladder"])
-        console.print(f"Ladder: {loads}, if the default does as predicted; its launch settles it (load.ladder: auto).")
+        how = "its launch settles it (load.ladder: auto), and what holds its highest load is asked for more"
+        console.print(f"Ladder: {loads}, if the default does as predicted; {how}.")
     console.print(f"Budget: {shared_out(study.budget)}.")
     console.print(_effort(study, data))
     if study.engine.kind == "emulator":
@@ -240,22 +241,24 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], dict[s
     measures: up to the first that misses."""
     from tuner.pareto.changes import changes, describe
     from tuner.study.price import COST
+    from tuner.study.workload import rungs
 
     study = ready.study
+    loads = [*rungs(study, (ready.traffic.climbed or ready.traffic.search)[0])]
     slos = [slo for slo in study.objective.slos if slo.latency]
     found, steps, missed = [], [], []
     for config in allowed:
         good = []
-        for load in study.load.ladder:
+        for load in loads:
             metrics = ready.predictor.predict(config, load).metrics
             misses = [said for slo in slos if (said := slo.miss(metrics))]
-            if misses and load == study.load.ladder[0]:
+            if misses and load == loads[0]:
                 missed.append((max(slo.gap(metrics) for slo in slos), load, config, misses))
             if COST not in metrics or misses:
                 break
             good.append((metrics[COST], metrics[study.objective.latency_key], load, config))
         if good:
-            steps.append(min(len(good) + 1, len(study.load.ladder)))
+            steps.append(min(len(good) + 1, len(loads)))
         found += good
     default = study.space.config(study.space.default(), study.model)
     front, best = [], float("inf")

@@ -264,7 +264,8 @@ def foretold(ready: session.Prepared, prepare: Callable[[Study], session.Prepare
         found = rungs(bracket(holds, top), top, asked)
     except Unsettled:
         found, _ = otherwise(replace(ready, traffic=traffic), top, missed=0.0)
-    return prepare(replace(study, load=replace(study.load, ladder=found))) if found else None
+    frozen = {**study.frozen, "frozen": {**study.frozen["frozen"], "ladder": "auto"}}  # as :func:`_freeze` says it
+    return prepare(replace(study, load=replace(study.load, ladder=found), frozen=frozen)) if found else None
 
 
 def _unbound(study: Study) -> Study:
