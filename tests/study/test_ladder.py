@@ -165,6 +165,8 @@ def test_what_holds_the_ladders_highest_load_is_asked_for_more_until_it_misses(r
     assert loads == [ladder_[:4], ladder_ + more, ladder_ + more]
     assert [s.ok for s in runner.store.trials()[1].outcome.steps] == [True] * 9 + [False]
     assert studyfile.load(runner.store.folder).load.ladder == tuple(ladder_), "windows were cut for it"
+    told = [(d["index"], d["of"]) for n, d in runner.events if n == "step" and d["trial"] == 1]
+    assert told == [(n, max(n, 6)) for n in range(1, 11)], "replaying 7/7"
 
 
 def test_a_ladder_grows_as_far_as_the_window_fills_a_step(runner):
