@@ -142,27 +142,35 @@ def test_a_promise_that_does_not_say_how_sure_it_is_is_not_taken_for_the_truth()
     assert broken(dataclasses.replace(promised(), cost=(middle, math.nan, math.inf))) == []
 
 
-@pytest.mark.parametrize(("slower", "interval", "breaks"), [(1.14, 0.15, False), (1.14, 0.01, True), (2.0, 0.15, True)])
-def test_the_percentile_of_one_short_window_is_as_unsure_as_its_requests_make_it(slower, interval, breaks):
+@pytest.mark.parametrize(
+    ("slower", "interval", "dearer", "broken"),
+    [
+        (1.2, 0.15, 1.0, []),
+        (1.2, 0.01, 1.0, ["ttft_p99"]),
+        (2.0, 0.15, 1.0, ["ttft_p99"]),
+        (1.0, 0.15, 1.2, ["cost"]),  # of the same requests a cost is no luck
+    ],
+)
+def test_the_percentile_of_one_short_window_is_as_unsure_as_its_requests_make_it(slower, interval, dearer, broken):
     """One launch on one window promised it, and another measures it: nothing says what windows differ by."""
-    unsure = (promised().latency[0], math.nan, math.nan)
+    unsure, known = ((x[0], math.nan, math.nan) for x in (promised().latency, promised().cost))
 
     @contextlib.contextmanager
     def launch(config, label):
         class Rig:
             def measure(self, load, trace, window):
                 step = rig.measure(load, trace, window)
-                value = unsure[0] * slower
-                around = {"ttft_p99_s": (value * (1 - interval), value * (1 + interval))}
-                return dataclasses.replace(step, metrics={**step.metrics, "ttft_p99_s": value}, intervals=around)
+                told = {"ttft_p99_s": unsure[0] * slower, "cost_usd_per_mtok_output": known[0] * dearer}
+                around = {key: (value * (1 - interval), value * (1 + interval)) for key, value in told.items()}
+                return dataclasses.replace(step, metrics={**step.metrics, **told}, intervals=around)
 
         with machine(1.0).launch(config, label) as rig:
             yield Rig()
 
     loose = tuple(Slo(slo.metric, slo.limit * 10) for slo in promised().slos)
-    asked = dataclasses.replace(promised(), latency=unsure, slos=loose, spread=Spread())
+    asked = dataclasses.replace(promised(), latency=unsure, cost=known, slos=loose, spread=Spread())
     found = recertify(asked, launch, WINDOWS[:1], MARK, launches=1)
-    assert [check.name for check in found.checks if not check.holds] == ["ttft_p99"] * breaks
+    assert [check.name for check in found.checks if not check.holds] == broken
 
 
 def test_what_the_file_does_not_promise_is_not_judged():
