@@ -607,8 +607,8 @@ def test_one_launch_of_each_recommends_what_was_far_cheaper_on_every_window_and_
     found = judge(arms, launches, bench.study.objective.slos, "ttft_p99_s")
     said = verdict(found, arms, launches, bench.study, windows=3, stopped="-", confidence=0.95)
     assert (said.choice, said.reason, said.more) == ("v1", "once", 6)
-    assert "On every window it costs less than the default, in the mean 72.2 % less," in said.text
-    assert "where each held throughout 93.3 % less; not proven. With one launch of each, no diff" in said.text
+    assert "On every window it costs less than the default: in the mean 72.2 % less," in said.text
+    assert "held on all of them 93.3 % less. With one launch of each, no difference" in said.text
     few = [replace(x, steps=tuple(s for s in x.steps if s.window != "c")) for x in launches]
     assert judge(arms, few, bench.study.objective.slos, "ttft_p99_s").reason == "nothing-proven", "of two windows"
 

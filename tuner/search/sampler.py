@@ -325,7 +325,7 @@ class TunerSampler(BaseSampler):
         if min(len(outcomes), LAUNCHES) == self._learnt_from or (not self._learnt_from and len(outcomes) > LONG):
             return None
         self._learnt_from = min(len(outcomes), LAUNCHES)
-        launches = [Launched(self.space.config(params, self.foresight.model), o.steps) for params, o in outcomes]
+        launches = [Launched(self.space.config(params, self.model), o.steps) for params, o in outcomes]
         factors, sources = calibrate(self.predictor, launches, self.objective, self.factors), self.beliefs.sources
         if any(abs(math.log(f / self.factors.get(name, 1.0))) > NEWS for name, f in factors.items()):
             self.factors = factors
@@ -359,7 +359,7 @@ class TunerSampler(BaseSampler):
         learned = None
         for r in readings:
             if r.seen.outcome is not None:
-                fit = model.fit(self.space.config(r.seen.params, self.foresight.model))
+                fit = model.fit(self.space.config(r.seen.params, self.model))
                 learned = learn(fit, r.seen.outcome, learned)
         if learned is None:
             return

@@ -163,8 +163,8 @@ def _text(
             words += _could(judgement.power)
         case "once":
             mean, promised = (_change(factor, "less", "more") for factor in (state.difference, state.load_difference))
-            words.append(f"On every window it costs less than the default, in the mean {mean},")
-            words.append(f"and where each held throughout {promised}; not proven.")
+            words.append(f"On every window it costs less than the default: in the mean {mean},")
+            words.append(f"at the loads that each held on all of them {promised}.")
             words += _could(judgement.power)
         case "default-fails":
             failed = "failed" if judgement.arms[base.label].failure else "did not meet the SLOs"
