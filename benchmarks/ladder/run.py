@@ -77,12 +77,14 @@ def study(
     name: str = "tuned",
     noise: Mapping[str, float] | None = None,
     launches: int = LAUNCHES,
+    seconds: float = TRACE_S,
 ) -> Study:
-    """The study of ``case`` in ``folder``, where its model and trace are made; each ``seed`` has its own traffic."""
+    """The study of ``case`` in ``folder``, where its model and its trace of ``seconds`` are made; each ``seed`` has its
+    own traffic."""
     (folder / "model").mkdir(parents=True, exist_ok=True)
     shutil.copy(SHAPES / f"{case.model}.json", folder / "model/config.json")
     like = replace(synth.profile("azure-conversation"), arrivals=Arrivals(RPS))
-    tracefile.write(synth.synthesise(like, duration_s=TRACE_S, seed=seed), folder / f"{seed}.parquet")
+    tracefile.write(synth.synthesise(like, duration_s=seconds, seed=seed), folder / f"{seed}.parquet")
     options: dict[str, Any] = {"clock": "virtual"} | ({"noise": dict(noise)} if noise else {})
     said = {
         "name": name,

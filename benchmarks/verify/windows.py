@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -25,27 +24,22 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.ladder.run import Case, study
 from tuner.executor.build import executor
-from tuner.load import synth, tracefile
-from tuner.load.arrivals import Arrivals
 from tuner.space.config import ServingConfig
-from tuner.spec import studyfile
-from tuner.spec.study import Study
-from tuner.spec.text import Document
 from tuner.study import session, verifying
 from tuner.study.evaluate import Bench
 from tuner.verify.arm import Finalist, Launched
 from tuner.verify.judge import Judgement, judge
 from tuner.verify.rounds import Rounds
 
-SHAPES = Path(__file__).parents[2] / "tests/search/shapes"
-TRACE_S, RPS = 10_800.0, 5.0
+TRACE_S = 10_800.0
 WINDOWS, ROUNDS, DRAWS = 12, 6, 200
 LADDER = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 TRIED = ((3, 2), (3, 4), (4, 3), (5, 2), (5, 3), (5, 4), (6, 2), (6, 3))  # windows, rounds
-GEMMA = ("gemma-3-27b", "H100-SXM")
-LLAMA = ("llama-3.1-8b", "H100-SXM")
-SMALL = ("llama-3.1-8b", "L40S")
+GEMMA = Case("gemma-3-27b", "H100-SXM", 1, "vllm/quick")
+LLAMA = Case("llama-3.1-8b", "H100-SXM", 1, "vllm/quick")
+SMALL = Case("llama-3.1-8b", "L40S", 1, "vllm/quick")
 PAIRS = {
     "llama-3.1-8b, H100, fp8": (LLAMA, {"quantization": "fp8"}),
     "llama-3.1-8b, L40S, fp8": (SMALL, {"quantization": "fp8"}),
@@ -66,30 +60,10 @@ class Measured:
     start_s: float
 
 
-def study(model: str, gpu: str, seed: int, folder: Path) -> Study:
-    """A study in ``folder``, where its model and trace are made; each ``seed`` has its own traffic."""
-    (folder / "model").mkdir(parents=True)
-    shutil.copy(SHAPES / f"{model}.json", folder / "model/config.json")
-    like = replace(synth.profile("azure-conversation"), arrivals=Arrivals(RPS))
-    tracefile.write(synth.synthesise(like, duration_s=TRACE_S, seed=seed), folder / f"{seed}.parquet")
-    said = {
-        "name": "pair",
-        "reports": str(folder),
-        "model": str(folder / "model"),
-        "engine": {"kind": "emulator", "options": {"clock": "virtual"}},
-        "hardware": {"gpu": gpu, "gpus": 1},
-        "search_space": "vllm/quick",
-        "trace": {"file": str(folder / f"{seed}.parquet")},
-        "objective": "chat",
-        "seed": seed,
-    }
-    return studyfile.resolve(Document("benchmark", said), folder)
-
-
-def measured(case: tuple[str, str], change: dict[str, Any], seed: int) -> Measured:
+def measured(case: Case, change: dict[str, Any], seed: int) -> Measured:
     """Launches both ``ROUNDS`` times on ``WINDOWS`` windows."""
     with tempfile.TemporaryDirectory() as folder:
-        asked = study(*case, seed, Path(folder))
+        asked = study(case, seed, Path(folder), seconds=TRACE_S)
         trace = replace(asked.trace, heldout_windows=WINDOWS)
         asked = replace(asked, trace=trace, load=replace(asked.load, ladder=LADDER, auto=False))
         usual = asked.space.default()

@@ -182,7 +182,7 @@ def test_a_study_that_an_earlier_version_began_keeps_its_ladder(runner, monkeypa
 
 def test_loads_that_the_user_chose_are_all_that_is_measured(runner):
     study = runner.study(replace={"[1, 2, 3, 4]": "[0.5, 1]", **traffic(runner, 5, 600)})
-    assert not study.grows and [*workload.rungs(study, workload.read(study).search[0])] == [0.5, 1]
+    assert not study.grows and [*workload.climb(study, workload.read(study).search[0])] == [0.5, 1]
 
 
 def test_a_server_that_holds_at_any_load_for_the_same_price_is_not_asked_for_ever(runner):

@@ -241,10 +241,10 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], dict[s
     measures: up to the first that misses."""
     from tuner.pareto.changes import changes, describe
     from tuner.study.price import COST
-    from tuner.study.workload import rungs
+    from tuner.study.workload import climb
 
     study = ready.study
-    loads = [*rungs(study, (ready.traffic.climbed or ready.traffic.search)[0])]
+    loads = [*climb(study, ready.traffic.climbed[0])]
     slos = [slo for slo in study.objective.slos if slo.latency]
     found, steps, missed = [], [], []
     for config in allowed:

@@ -49,9 +49,10 @@ def short_windows(study: Study, trials: Sequence[TrialRecord], point: Point) -> 
 def low_ladder(study: Study, trials: Sequence[TrialRecord]) -> str:
     """Where most configurations of the search held the ladder's highest load at one cost, so that it saw no difference
     between them: a default that all but fails lays a low ladder. Empty where it saw one."""
-    found = points(searched(trials), study.objective)
-    steps = (step for trial in searched(trials) for step in trial.outcome.steps)
-    top, configs = max(grown(study.load.ladder, steps)), {point.config.hash for point in found}
+    mine = searched(trials)
+    found = points(mine, study.objective)
+    top = max(grown(study.load.ladder, (trial.outcome for trial in mine)))
+    configs = {point.config.hash for point in found}
     held = {p.config.hash: p for p in found if p.ok and p.load >= top}
     cheapest = min(held.values(), key=lambda p: p.cost, default=None)
     same = sum(level(p, cheapest) for p in held.values()) if cheapest else 0

@@ -154,7 +154,7 @@ class TunerSampler(BaseSampler):
         if not search_space:
             return {}
         seen = [s for s in read(study, self.space) if s.number != trial.number]
-        loads = grown(self.loads, (step for s in seen if s.outcome for step in s.outcome.steps))
+        loads = grown(self.loads, (s.outcome for s in seen))
         if loads != self.loads:
             self.loads = loads
             self._foresee(self.beliefs.sources.share)

@@ -17,7 +17,7 @@ from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
 from tuner.study.price import priced
-from tuner.study.workload import at_load, rungs
+from tuner.study.workload import at_load, climb
 from tuner.verify.capacity import still_pays
 
 ROOM = 2**20  # tokens: more than most servers' caches hold, and no more than a minute or two to compute
@@ -64,7 +64,7 @@ def of_trial(on_event: OnEvent, number: int | str) -> OnEvent:
 def evaluate(
     bench: Bench, config: ServingConfig, folder: Path, gpus: tuple[int, ...], window: Trace
 ) -> tuple[Outcome, Teardown]:
-    """Launches ``config`` in ``folder``, measures the ladder from low to high (:func:`tuner.study.workload.rungs`),
+    """Launches ``config`` in ``folder``, measures the ladder from low to high (:func:`tuner.study.workload.climb`),
     stops the server.
 
     The ladder ends at the first SLO miss. Never raises for what a server can do; a bug does raise, after the teardown.
@@ -94,7 +94,7 @@ def _ladder(
     bench: Bench, server: Server, config: ServingConfig, folder: Path, window: Trace, steps: list[Step]
 ) -> Outcome:
     known = len(bench.study.load.ladder)
-    for index, load in enumerate(rungs(bench.study, window), 1):
+    for index, load in enumerate(climb(bench.study, window), 1):
         if index > known and not still_pays(steps):
             break
         bench.on_event("step", {"index": index, "of": max(index, known), "load": load})

@@ -86,7 +86,7 @@ class Loop:
             self.fault = self.fault or error
 
     def _job(self, proposal: Proposal) -> Job:
-        windows = self.workload.climbed or self.workload.search
+        windows = self.workload.climbed
         window = windows[proposal.repeat % len(windows)]
         folder = self.store.trial_folder(proposal.number)
         return Job(proposal.number, proposal.config, folder, window, proposal.baseline, proposal.why)

@@ -72,12 +72,6 @@ def held_everywhere(steps: Iterable[Step]) -> float:
     return min((step.load if step else 0.0 for step in held(steps).values()), default=0.0)
 
 
-def grown(ladder: Sequence[float], steps: Iterable[Step]) -> tuple[float, ...]:
-    """``ladder`` and the loads above it of ``steps``: what launches went on to that held its highest load."""
-    top = max(ladder) * (1 + 1e-9)
-    return (*sorted(ladder), *sorted({step.load for step in steps if step.load > top}))
-
-
 @dataclass(frozen=True, slots=True)
 class Measured:
     """The ladder ran; some of its steps may have missed an SLO."""
@@ -132,6 +126,15 @@ class Aborted:
 
 
 Outcome = Measured | Infeasible | Untrusted | Aborted
+
+
+def grown(ladder: Sequence[float], outcomes: Iterable[Outcome | None]) -> tuple[float, ...]:
+    """``ladder`` and the loads above it that launches went on to which held its highest (None: one that runs)."""
+    top = max(ladder) * (1 + 1e-9)
+    above = {step.load for outcome in outcomes if outcome for step in outcome.steps if step.load > top}
+    return (*sorted(ladder), *sorted(above))
+
+
 #: What no other configuration can cure: where what ought to serve (the engine's own default) meets it, the study ends
 #: with exit code 4, and the next session makes that launch again.
 ENVIRONMENT_CAUSES = frozenset(

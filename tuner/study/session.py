@@ -554,7 +554,7 @@ def _search(
 
     def beaten(steps: Sequence[Step]) -> str:
         before = searched(store.trials())
-        ladder = grown(study.load.ladder, (step for trial in before for step in trial.outcome.steps))
+        ladder = grown(study.load.ladder, (trial.outcome for trial in before))
         found = front(points(before, study.objective))
         return racing.should_stop(steps, found, ladder, study.objective) if races else ""
 

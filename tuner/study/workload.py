@@ -42,10 +42,10 @@ class Workload:
     whole: Trace
     search: tuple[Trace, ...]
     heldout: tuple[Trace, ...]
+    climbed: tuple[Trace, ...]
     notes: tuple[str, ...] = ()
     fills: float = math.inf
     fill_s: float = 0.0
-    climbed: tuple[Trace, ...] = ()
 
     @property
     def rps(self) -> float:
@@ -72,7 +72,7 @@ def _read(study: Study) -> Workload:
     if not spec.file:  # a function engine needs no traffic
         one = np.ones(1, dtype=np.int64)
         none = Trace("none", np.zeros(1), one, one, 0, one[:0], np.zeros(2, dtype=np.int64))
-        return Workload(none, (none,), (none,))
+        return Workload(none, (none,), (none,), (none,))
     given, report = formats.read_with_report(
         Path(spec.file), spec.format, tokenizer=study.engine.tokenizer(study.model)
     )
@@ -95,7 +95,7 @@ def _read(study: Study) -> Workload:
     parts = _parts(trace, study, fill_s)
     search = tuple(at_load(window, top, spec.window_s) for window in parts.search)
     if study.engine.kind == "function":  # it never sees the trace: nothing is replayed
-        return Workload(trace, search, parts.held_out, tuple(notes), fill_s=fill_s)
+        return Workload(trace, search, parts.held_out, search, tuple(notes), fill_s=fill_s)
     fills = _fills(trace, parts, spec.window_s)
     if fills < top:
         notes.append(
@@ -110,7 +110,7 @@ def _read(study: Study) -> Workload:
             "at its end. Take a trace.window of many responses' length, or add an SLO on tpot_p99"
         )
     climbed = parts.search if study.grows else search
-    found = Workload(trace, search, parts.held_out, fills=fills, fill_s=fill_s, climbed=climbed)
+    found = Workload(trace, search, parts.held_out, climbed, fills=fills, fill_s=fill_s)
     _refuse_empty(study, found)
     return replace(found, notes=(*notes, *_few(study, found), *_uneven(study, found), *_colder(study, found)))
 
@@ -291,7 +291,7 @@ def at_load(window: Trace, load: float, window_s: float) -> Trace:
     return windows.cut_time(window, 0.0, window_s * load, name=window.name)
 
 
-def rungs(study: Study, window: Trace) -> Iterator[float]:
+def climb(study: Study, window: Trace) -> Iterator[float]:
     """The loads that a launch of the search is measured at on ``window``, low to high, until it misses at one: the
     ladder's, and where that grows those above it, two to the doubling, for as far as the window fills a step."""
     yield from study.load.ladder

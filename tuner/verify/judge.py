@@ -137,10 +137,12 @@ def judge(
     choice, reason = _choose(
         base if base in holding else "",
         racing,
-        (gains, doubts),
-        (speeds, latency_doubts),
-        (held_costs, _adjusted(ahead, weights, 1.0)),
-        (held_costs, dict.fromkeys(clear, 0.0)),
+        {
+            "cheaper": (gains, doubts),
+            "faster": (speeds, latency_doubts),
+            "promise": (held_costs, _adjusted(ahead, weights, 1.0)),
+            "once": (held_costs, dict.fromkeys(clear, 0.0)),
+        },
         costs,
         (1 - confidence) / 2,
     )
@@ -321,25 +323,18 @@ def _factor(estimate: Estimate, below: float, above: float) -> Range:
     return exp(estimate.mean), exp(low), exp(high)
 
 
-REASONS = ("cheaper", "faster", "promise", "once")  # in the order in which they are looked for
 Test = tuple[Mapping[str, Estimate], Mapping[str, float]]  # by label: what an arm gains, and the doubt that it does
 
 
 def _choose(
-    base: str,
-    contenders: Sequence[str],
-    cost: Test,
-    latency: Test,
-    promise: Test,
-    once: Test,
-    costs: Repeats,
-    allowed: float,
+    base: str, contenders: Sequence[str], tests: Mapping[str, Test], costs: Repeats, allowed: float
 ) -> tuple[str, str]:
+    """(A label, the reason): ``tests`` are by reason, in the order in which they are looked at."""
     if not base:
         if not contenders:
             return "", "nothing-holds"
         return min(contenders, key=lambda label: costs.estimate(label).mean), "default-fails"
-    for reason, (gains, doubts) in zip(REASONS, (cost, latency, promise, once), strict=True):
+    for reason, (gains, doubts) in tests.items():
         proven = [label for label in contenders if doubts.get(label, 1.0) < allowed]
         if proven:
             return min(proven, key=lambda label: gains[label].mean), reason
