@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from tuner.study.peers import Peers
 
 PATIENCE = 40  # proposals in a row that were refused or known, before the grid is walked for something new
-BELIEVED = ("learnt", "serves", "promised", "kept")  # what the sampler says of a proposal that the trial's record keeps
+# what the sampler says of a proposal that the trial's record keeps
+BELIEVED = ("learnt", "serves", "promised", "kept", "holds")
 WHOLE, WALKED, DRAWN = 20_000, 200_000, 5_000  # grids above are drawn from first; above, not walked; draws
 
 
 @dataclass(slots=True)
 class Proposal:
     """One trial to run. ``repeat`` counts earlier launches of the same config; ``gpus`` are leased just before it;
-    ``alone`` says that none of this tuner's ran when it began."""
+    ``alone`` says that none of this tuner's ran when it began; ``start`` is the load to begin with (0: the lowest)."""
 
     number: int
     trial: optuna.Trial
@@ -44,6 +45,7 @@ class Proposal:
     remeasure_of: int | None = None
     gpus: tuple[int, ...] = field(default=())
     alone: bool = False
+    start: float = 0.0
 
 
 class Queue:
@@ -203,7 +205,11 @@ class Queue:
             **believed,
             **self.notes(config),
         )
-        return Proposal(number, trial, params, config, baseline, why, repeat, first)
+        proposal = Proposal(number, trial, params, config, baseline, why, repeat, first)
+        if self.study.starts_within:  # another measurement is of the same loads
+            known = earlier.outcome.steps if earlier and remeasure else ()
+            proposal.start = min((step.load for step in known), default=0.0 if remeasure else told.get("holds", 0.0))
+        return proposal
 
     def _remember(self, key: str, record: TrialRecord | None, again: bool) -> None:
         if not again:
