@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import optuna
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -601,6 +602,16 @@ def test_a_launch_begins_where_it_is_believed_to_hold_and_measures_below_what_ma
     assert measured[4][first:] == [*reversed(UP[: len(measured[4]) - first])], "from the highest of them on"
     begun = [d["of"] for n, d in runner.events if n == "step" and d["trial"] == 2]
     assert set(begun) == {0}, "nobody knows how many it will be"
+
+
+def test_another_measurement_is_of_the_same_loads(runner):
+    _, kept = within(runner)
+    slow, book = runner.store.trial(2), optuna.load_study(study_name="s", storage=runner.store.database)
+    book.enqueue_trial(dict(slow.params), user_attrs={"remeasure_of": slow.extra["optuna"], "holds": 4.0})
+    more = traffic(runner, 5, 600) | {"sampler: random": "sampler: auto"}
+    search(runner, Slow(3.0, 3.0), launches=6, replace=more)
+    again = runner.store.trial(5)
+    assert (again.remeasure_of, [s.load for s in again.outcome.steps][-len(kept[2]) :]) == (2, kept[2])
 
 
 @pytest.mark.parametrize("changes", [{"load: {": "load: {early_stop: false, "}, {"sampler: random": "sampler: random"}])

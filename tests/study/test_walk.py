@@ -28,6 +28,10 @@ def walked(capacity: float, start: float) -> list[float]:
     return [s.load for s in steps]
 
 
+def test_the_place_of_a_load_is_the_same_for_every_launch():
+    assert [walk.place((0.5, 0.7, 1.0), load) for load in (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)] == [0, 1, 2, 3, 4, 5]
+
+
 def test_without_a_start_a_ladder_is_measured_from_its_lowest_load_to_the_first_miss():
     assert walked(1.5, 0.0) == [0.25, 0.5, 1.0, 2.0]
     assert walked(0.1, 0.0) == [0.25]

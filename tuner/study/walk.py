@@ -15,6 +15,8 @@ from tuner.pareto.front import COST, LAUNCH_SPREAD, Point
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
 
+MEASURED = 0.75  # of the loads up to its first miss, those that a launch of the search measures (docs/search-log.md)
+
 
 def ahead(steps: Sequence[Step], rungs: Sequence[float], start: float) -> float | None:
     """The next of ``rungs`` (low to high) on the way to the first that misses: at first the highest up to ``start``
@@ -62,6 +64,15 @@ def below(
         if expected < doubt * min(as_cheap, default=math.inf):
             return load
     return None
+
+
+def place(ladder: Sequence[float], load: float) -> int:
+    """How many rungs lie below ``load``, of the ladder and above it (:func:`tuner.study.workload.climb`): the same for
+    every launch, whichever loads it measured."""
+    top = max(ladder)
+    if load > top * (1 + 1e-9):
+        return len(ladder) - 1 + max(round(2 * math.log2(load / top)), 1)
+    return sum(rung < load * (1 - 1e-9) for rung in ladder)
 
 
 def _falls(load: float, lowest: Step, launches: Sequence[Sequence[Step]], key: str) -> list[float]:
