@@ -36,6 +36,7 @@ from tuner.spec.objective import Objective
 from tuner.spec.slo import parse
 from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.ownmodel import OwnModel
+from tuner.study.walk import walked
 
 SHORT = {
     "tensor_parallel_size": "tp",
@@ -115,20 +116,20 @@ class Blind:
         return 1
 
     def launch(
-        self, params: Mapping[str, Any], loads: Sequence[float], rng: np.random.Generator
+        self, params: Mapping[str, Any], loads: Sequence[float], rng: np.random.Generator, **within: Any
     ) -> tuple[Outcome, float]:
         theirs = self._theirs(params)
         start_s = float(self.source.launch_s(theirs, self.scenario))
-        steps = []
-        for load in loads:
-            try:
-                metrics = dict(self.source.measure(dict(theirs), load, self.scenario, rng))
-            except tuner.Infeasible as error:
-                return Infeasible("engine-died", str(error)), 0.6 * start_s
+
+        def take(load: float) -> Step:
+            metrics = dict(self.source.measure(dict(theirs), load, self.scenario, rng))
             misses = tuple(text for slo in self.objective.slos if (text := slo.miss(metrics)))
-            steps.append(Step(load, "w", metrics, slo_misses=misses))
-            if misses:
-                break
+            return Step(load, "w", metrics, slo_misses=misses)
+
+        try:
+            steps = sorted(walked(take, loads, **within), key=lambda step: step.load)
+        except tuner.Infeasible as error:
+            return Infeasible("engine-died", str(error)), 0.6 * start_s
         return Measured(tuple(steps), Boot(start_s)), start_s + self.step_s * len(steps)
 
     def _theirs(self, params: Mapping[str, Any]) -> dict[str, Any]:

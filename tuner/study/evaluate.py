@@ -114,9 +114,9 @@ def _ladder(
     start: float,
     steps: list[Step],
 ) -> Outcome:
-    rungs, ladder = [*climb(bench.study, window)], bench.study.load.ladder
+    rungs, ladder, why = [*climb(bench.study, window)], bench.study.load.ladder, ""
 
-    def taken(load: float) -> Step:
+    def take(load: float) -> Step:
         of = 0 if start > rungs[0] else max(len(steps) + 1, len(ladder))  # nobody knows how many it will be
         bench.on_event("step", {"index": len(steps) + 1, "of": of, "load": load})
         step = measure(bench, server, config, folder, window, load)
@@ -126,15 +126,12 @@ def _ladder(
         )
         return step
 
-    why = ""
-    while not why and (load := walk.ahead(steps, rungs, start)) is not None:
-        if load > max(ladder) and not still_pays(steps):
-            break
-        if taken(load).ok:
-            why = bench.beaten(steps)
-    while min(s.load for s in steps) > rungs[0] and (load := bench.below(steps, rungs)) is not None:
-        if not taken(load).ok:
-            break
+    def enough(taken: Sequence[Step]) -> bool:
+        nonlocal why
+        why = bench.beaten(taken) if taken[-1].ok else ""
+        return bool(why) or (taken[-1].load >= max(ladder) and not still_pays(_by_load(taken)))
+
+    walk.walked(take, rungs, start, lambda taken: bench.below(taken, rungs), enough)
     if why:
         return Aborted(why, _by_load(steps), server.boot)
     if not any(not step.untrusted for step in steps):

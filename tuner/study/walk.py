@@ -8,7 +8,7 @@ is a point of the front by its latency alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from tuner.pareto.front import COST, LAUNCH_SPREAD, Point
@@ -16,6 +16,25 @@ from tuner.spec.objective import Objective
 from tuner.study.outcome import Step
 
 MEASURED = 0.75  # of the loads up to its first miss, those that a launch of the search measures (docs/search-log.md)
+
+
+def walked(
+    take: Callable[[float], Step],
+    rungs: Sequence[float],
+    start: float = 0.0,
+    below: Callable[[Sequence[Step]], float | None] = lambda _steps: None,
+    enough: Callable[[Sequence[Step]], bool] = lambda _steps: False,
+) -> list[Step]:
+    """The steps of one launch in the order in which they were measured; ``take`` measures one. Up to the first that
+    misses (:func:`ahead`), or until there are ``enough``; then what ``below`` asks for, to the first miss."""
+    steps: list[Step] = []
+    while not (steps and enough(steps)) and (load := ahead(steps, rungs, start)) is not None:
+        steps.append(take(load))
+    while min(s.load for s in steps) > rungs[0] and (load := below(steps)) is not None:
+        steps.append(take(load))
+        if not steps[-1].ok:
+            break
+    return steps
 
 
 def ahead(steps: Sequence[Step], rungs: Sequence[float], start: float) -> float | None:
