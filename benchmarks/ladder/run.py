@@ -35,7 +35,7 @@ from tuner.load.arrivals import Arrivals
 from tuner.load.trace import Trace
 from tuner.pareto.recommend import recommended
 from tuner.spec import studyfile
-from tuner.spec.study import GROWS, WITHIN, Study
+from tuner.spec.study import GROWS, Study
 from tuner.spec.text import Document
 from tuner.study import ladder, session, verifying
 from tuner.study.evaluate import Bench
@@ -48,7 +48,6 @@ MEASURED = HERE / "grown.jsonl"
 TRACE_S, RPS, LAUNCHES = 1800.0, 5.0, 24  # traffic with the lengths of Azure's conversations
 QUIET = {"launch": 0.0, "step": 0.0, "stalls_per_s": 0.0, "stall_s": 0.0}
 TOOK = ("launches", "steps", "gpu_hours")
-ARMS = {"ends": {GROWS, WITHIN}, "grows": {WITHIN}, "within": set()}  # by the rules that they go without
 STEP, NEAR = 1.3, 1.03  # how the truth looks for a capacity: by steps of, to within
 
 
@@ -163,11 +162,11 @@ def _deaf(_name: str, _data: Mapping[str, Any]) -> None:
     """Nobody looks."""
 
 
-def line(name: str, seed: int, arm: str, launches: int, folder: Path) -> dict[str, Any]:
+def line(name: str, seed: int, grows: bool, launches: int, folder: Path) -> dict[str, Any]:
     """One study and its truth."""
     asked = study(CASES[name], seed, folder, launches=launches)
-    made = tuned(studyfile.by(asked.rules - ARMS[arm], asked))
-    said = {"case": name, "seed": seed, "arm": arm, "budget": launches} | made
+    made = tuned(asked if grows else studyfile.by(asked.rules - {GROWS}, asked))
+    said = {"case": name, "seed": seed, "grows": grows, "budget": launches} | made
     if "params" not in made:
         return said
     asked = study(CASES[name], 1000 + seed, folder, "truth", QUIET)
@@ -176,16 +175,16 @@ def line(name: str, seed: int, arm: str, launches: int, folder: Path) -> dict[st
     return said | {"holds": holds, "truth": cost, "default_holds": default_holds, "default_truth": default_cost}
 
 
-def table(lines: list[dict[str, Any]], before: str, after: str) -> None:
-    """Of every case and seed the studies of two arms beside each other: before / after."""
+def table(lines: list[dict[str, Any]]) -> None:
+    """Of every case and seed the two studies beside each other: ends / grows."""
     print("| case | seed | highest load | truth, USD/M | launches | load steps | GPU-hours | the default's truth |")
     print("|" + "---|" * 8)
-    arms = {(row["case"], row["seed"], row["arm"]): row for row in lines}
+    arms = {(row["case"], row["seed"], row["grows"]): row for row in lines}
     ratios = []
-    for name, seed, arm in sorted(arms):
-        if arm != after or (name, seed, before) not in arms:
+    for name, seed, grows in sorted(arms):
+        if not grows or (name, seed, False) not in arms:
             continue
-        pair = arms[name, seed, before], arms[name, seed, after]
+        pair = arms[name, seed, False], arms[name, seed, True]
         cells = [
             _beside(row["reached"] for row in pair),
             _beside(row.get("truth", math.nan) for row in pair),
@@ -195,7 +194,7 @@ def table(lines: list[dict[str, Any]], before: str, after: str) -> None:
         print(f"| {name} | {seed} | {' | '.join(cells)} |")
         ratios.append([pair[1].get(key, math.nan) / pair[0].get(key, math.nan) for key in ("truth", *TOOK)])
     means = map(geometric_mean, zip(*ratios, strict=True))
-    print(f"{after} over {before} (geometric means):", ", ".join(f"{mean:.3f}" for mean in means))
+    print("Grows over ends (geometric means):", ", ".join(f"{mean:.3f}" for mean in means))
 
 
 def _beside(values: Iterable[float]) -> str:
@@ -207,21 +206,20 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--launches", type=int, default=LAUNCHES)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=["grows", "ends"], default=["grows", "ends"])
     parser.add_argument("--out", type=Path, default=MEASURED)
     args = parser.parse_args()
     lines = [json.loads(text) for text in args.out.read_text().splitlines()] if args.out.exists() else []
-    done = {(row["case"], row["seed"], row["arm"], row["budget"]) for row in lines}
+    done = {(row["case"], row["seed"], row["grows"], row["budget"]) for row in lines}
     for seed, name, arm in itertools.product(args.seeds, args.cases, args.arms):
-        if (name, seed, arm, args.launches) in done:
+        grows = arm == "grows"
+        if (name, seed, grows, args.launches) in done:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            lines.append(line(name, seed, arm, args.launches, Path(folder)))
+            lines.append(line(name, seed, grows, args.launches, Path(folder)))
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(lines[-1]) + os.linesep)
-    for before, after in itertools.pairwise(ARMS):
-        print(f"\n{before} / {after}\n")
-        table([row for row in lines if row["budget"] == args.launches], before, after)
+    table([row for row in lines if row["budget"] == args.launches])
 
 
 if __name__ == "__main__":

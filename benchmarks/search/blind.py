@@ -36,7 +36,6 @@ from tuner.spec.objective import Objective
 from tuner.spec.slo import parse
 from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
 from tuner.study.ownmodel import OwnModel
-from tuner.study.walk import walked
 
 SHORT = {
     "tensor_parallel_size": "tp",
@@ -116,20 +115,20 @@ class Blind:
         return 1
 
     def launch(
-        self, params: Mapping[str, Any], loads: Sequence[float], rng: np.random.Generator, **within: Any
+        self, params: Mapping[str, Any], loads: Sequence[float], rng: np.random.Generator
     ) -> tuple[Outcome, float]:
         theirs = self._theirs(params)
         start_s = float(self.source.launch_s(theirs, self.scenario))
-
-        def take(load: float) -> Step:
-            metrics = dict(self.source.measure(dict(theirs), load, self.scenario, rng))
+        steps = []
+        for load in loads:
+            try:
+                metrics = dict(self.source.measure(dict(theirs), load, self.scenario, rng))
+            except tuner.Infeasible as error:
+                return Infeasible("engine-died", str(error)), 0.6 * start_s
             misses = tuple(text for slo in self.objective.slos if (text := slo.miss(metrics)))
-            return Step(load, "w", metrics, slo_misses=misses)
-
-        try:
-            steps = sorted(walked(take, loads, **within), key=lambda step: step.load)
-        except tuner.Infeasible as error:
-            return Infeasible("engine-died", str(error)), 0.6 * start_s
+            steps.append(Step(load, "w", metrics, slo_misses=misses))
+            if misses:
+                break
         return Measured(tuple(steps), Boot(start_s)), start_s + self.step_s * len(steps)
 
     def _theirs(self, params: Mapping[str, Any]) -> dict[str, Any]:

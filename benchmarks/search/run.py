@@ -7,31 +7,25 @@ was launched, against the true front of the whole grid, hypervolume in logarithm
 ``seconds`` that each suggestion took, and what proposals of ours said: ``serves`` (the believed probability of no
 crash), ``promised``, ``kept`` and ``expected_gain`` (:class:`tuner.search.ledger.Proposal`), null where nothing was.
 Runs that are in the file already are not run again. The servers of ``dense:said`` and ``experts:said`` die with a
-message for each cause, those of the others with one for all. ``--loads within``: launches of ours begin within the
-ladder, as those of a study with ``load.ladder: auto`` do.
+message for each cause, those of the others with one for all.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import json
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.search.surface import Surface
-from tuner.pareto.front import COST, Point, front
 from tuner.search import choose, ledger
-from tuner.space.config import ServingConfig
-from tuner.spec.objective import Objective
-from tuner.study import walk
-from tuner.study.outcome import Infeasible, Measured, Outcome
+from tuner.study.outcome import Infeasible, Measured
 
 SURFACES = ("dense", "experts", "abstract")
 PEERS = ("random", "grid", "nsga2", "tpe", "gp")
@@ -39,9 +33,7 @@ SAID = ("serves", "promised", "kept", "expected_gain")  # what a proposal of our
 FREE_LIMIT = 400  # proposals that cost no launch (denied, repeated) before a run is given up
 
 
-def search(
-    surface: Surface, method: str, ladder: bool, model: str, seed: int, launches: int, within: bool = False
-) -> dict[str, Any]:
+def search(surface: Surface, method: str, ladder: bool, model: str, seed: int, launches: int) -> dict[str, Any]:
     import optuna
     from optuna.distributions import IntDistribution
 
@@ -51,7 +43,7 @@ def search(
     if method == "ours":
         from tuner.search.acquisition import LaunchCost
 
-        cost = LaunchCost(surface.start_s, surface.step_s, within)
+        cost = LaunchCost(surface.start_s, surface.step_s)
     sampler = choose.sampler(
         "auto" if method == "ours" else method,
         space,
@@ -89,9 +81,7 @@ def search(
         if denied:
             outcome, seconds = Infeasible("rule", denied, stage="before launch"), 0.0
         elif fresh:
-            start = within and proposal is not None and proposal.remeasure_of is None and proposal.holds
-            more = _within(start, loads, known.values(), objective) if start else {}
-            outcome, seconds = surface.launch(params, loads, rng, **more)
+            outcome, seconds = surface.launch(params, loads, rng)
             known[key] = outcome
         else:
             outcome, seconds = known[key], 0.0
@@ -119,26 +109,12 @@ def search(
         curve["seconds"].append(round(asked_s, 3))
     return {
         "surface": surface.name,
-        "method": method + "-within" * within,
+        "method": method,
         "ladder": ladder,
         "model": model if method == "ours" else "",
         "seed": seed,
         **curve,
     }
-
-
-def _within(start: float, loads: Sequence[float], known: Iterable[Outcome], objective: Objective) -> dict[str, Any]:
-    """How a launch of a study goes that begins at ``start``, after the outcomes that are known."""
-    launches = [outcome.steps for outcome in known if isinstance(outcome, Measured)]
-    config, at = ServingConfig("", {}, {}), objective.latency_key
-    held = [
-        Point(0, s.load, s.metrics[COST], s.metrics[at], None, None, False, True, config)
-        for steps in launches
-        for s in steps
-        if s.ok
-    ]
-    below = functools.partial(walk.below, rungs=loads, front=front(held), objective=objective, launches=launches)
-    return {"start": start, "below": below}
 
 
 def load_surface(name: str) -> Any:
@@ -169,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=["30%", "badly", "none"])
     parser.add_argument("--seeds", default="0-19")
     parser.add_argument("--launches", type=int, default=60)
-    parser.add_argument("--loads", nargs="+", choices=("ladder", "single", "within"), default=["ladder", "single"])
+    parser.add_argument("--loads", nargs="+", choices=("ladder", "single"), default=["ladder", "single"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting runs after this long")
     args = parser.parse_args(words)
@@ -188,17 +164,16 @@ def main(words: Sequence[str] | None = None) -> None:
     for seed in range(int(low), int(high or low) + 1):
         for surface in surfaces.values():
             for method in args.methods:
-                for loads in args.loads:
-                    ladder, within = loads != "single", loads == "within"
-                    if (method == "ours" and not ladder) or (method != "ours" and within):
+                for ladder in [w == "ladder" for w in args.loads]:
+                    if method == "ours" and not ladder:
                         continue
                     for model in args.models if method == "ours" else [""]:
-                        if (surface.name, method + "-within" * within, ladder, model, seed) in done:
+                        if (surface.name, method, ladder, model, seed) in done:
                             continue
                         if time.monotonic() - begun > args.seconds:
                             print("time is up: run again to go on")
                             return
-                        row = search(surface, method, ladder, model, seed, args.launches, within)
+                        row = search(surface, method, ladder, model, seed, args.launches)
                         with args.out.open("a") as file:
                             file.write(json.dumps(row, separators=(",", ":")) + "\n")
     print("all runs are there")

@@ -22,7 +22,6 @@ from tuner.space.config import ServingConfig
 from tuner.space.space import Emission, Parameter, SearchSpace
 from tuner.spec.objective import Objective
 from tuner.study.outcome import Boot, Infeasible, Measured, Outcome, Step
-from tuner.study.walk import walked
 
 Columns = Mapping[str, np.ndarray]
 # (columns, load, constants, effects) -> metrics; "short_bytes" > 0: does not fit; "crash_p": crashes otherwise, and
@@ -123,10 +122,9 @@ class Surface:
         return 1 - hypervolume(points, reference, log=True) / hypervolume(front, reference, log=True)
 
     def launch(
-        self, params: Mapping[str, Any], loads: Sequence[float], rng: np.random.Generator, **within: Any
+        self, params: Mapping[str, Any], loads: Sequence[float], rng: np.random.Generator
     ) -> tuple[Outcome, float]:
-        """One launch over ``loads`` up to the first miss, or as ``within`` says to :func:`tuner.study.walk.walked`: the
-        outcome, and the seconds it held its GPUs."""
+        """One launch over ``loads`` up to the first miss: the outcome, and the seconds it held its GPUs."""
         first = self.metrics([params], loads[0])
         if first["short_bytes"][0] > 0:
             short = int(first["short_bytes"][0])
@@ -134,8 +132,8 @@ class Surface:
         if rng.random() < first["crash_p"][0]:
             message = self.messages[int(first["cause"][0])] if self.says else "the engine died"
             return Infeasible("engine-died", message), 0.5 * self.start_s
-
-        def take(load: float) -> Step:
+        steps = []
+        for load in loads:
             m = self.lasting([params], load)
             shared = math.exp(rng.normal(0, self.noise * 0.7))
             values = {}
@@ -145,9 +143,9 @@ class Surface:
                 own = math.exp(rng.normal(0, self.noise * 0.7)) * shared
                 values[key] = float(m[key][0]) * (own**0.2 if key == COST_KEY else own)
             misses = tuple(text for slo in self.objective.slos if (text := slo.miss(values)))
-            return Step(load, "search-0", values, slo_misses=misses)
-
-        steps = sorted(walked(take, loads, **within), key=lambda step: step.load)
+            steps.append(Step(load, "search-0", values, slo_misses=misses))
+            if misses:
+                break
         facts = {"kv_cache_tokens": float(first["kv_tokens"][0])} if "kv_tokens" in first else {}
         return Measured(tuple(steps), Boot(self.start_s, {}, facts)), self.start_s + self.step_s * len(steps)
 

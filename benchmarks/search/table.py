@@ -48,9 +48,8 @@ def surface_of(row: dict) -> str:
 
 
 def label(row: dict) -> str:
-    if row["method"].startswith("ours"):
-        begins = ", begins within" if row["method"] == "ours-within" else ""
-        return f"ours, {MODELS.get(row['model'], row['model'])}{begins}"
+    if row["method"] == "ours":
+        return f"ours, {MODELS.get(row['model'], row['model'])}"
     return f"{PEERS.get(row['method'], row['method'])}, {'ladder' if row['ladder'] else 'one load'}"
 
 

@@ -4,13 +4,12 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from tuner.engines.protocol import Cancelled, LaunchFailed, Teardown
 from tuner.executor import line, parcel, seat
-from tuner.executor.desk import Desk, _short
+from tuner.executor.desk import _short
 from tuner.executor.protocol import NodeLost
 from tuner.executor.remote import told
 from tuner.executor.seat import Report
@@ -56,15 +55,6 @@ def test_what_nodes_say_is_taken_in_order_and_their_questions_are_answered_or_gi
         assert await home.take() == []
 
     asyncio.run(talk())
-
-
-def test_what_a_node_asks_the_bench_answers():
-    bench = SimpleNamespace(beaten=lambda steps: f"beaten by {len(steps)}", below=lambda steps, rungs: max(rungs))
-    desk = Desk.__new__(Desk)
-    desk._bench = bench
-    assert desk._answer("beaten", [1, 2]) == "beaten by 2"
-    assert desk._answer("below", ([1], [0.5, 1.0])) == 1.0
-    assert desk._answer("what a newer version asks", None) is None
 
 
 def test_of_rays_long_messages_the_line_that_says_why_is_told():

@@ -11,7 +11,6 @@ from tuner.record.secrets import HIDDEN
 from tuner.server import telemetry
 from tuner.server.gpu import GpuSample
 from tuner.space.config import ServingConfig
-from tuner.spec.study import WITHIN
 from tuner.study.outcome import Aborted, Infeasible, Measured, Untrusted
 from tuner.study.store import Store
 
@@ -34,17 +33,6 @@ def test_every_load_step_has_its_metrics_at_its_ladder_position_and_the_load_bes
     assert [(s.step, s.value) for s in made.samples if s.name == "tpot_p99_s"] == [(0, 0.02), (1, 0.08)]
     low = [s.value for s in made.samples if s.name == "tpot_p99_s.low95"]
     assert low == pytest.approx([0.0194, 0.0776])
-
-
-def test_of_a_launch_that_left_loads_out_every_step_is_at_its_place_on_the_ladder_and_above(tmp_path: Path):
-    steps = tuple(studies.step(load, OBJECTIVE) for load in (1.0, 2.0, 3.0, 4.2, 6.0))
-    for number, role in enumerate(("search", "verify")):
-        studies.measured(number, steps, Store(tmp_path / "s"), role=role)
-    rules = {"frozen": {"ladder": "auto", WITHIN: True}}  # the ladder is 0.5, 1, 1.5, 2, 2.5, 3
-    study = replace(studies.study(tmp_path / "s"), frozen=rules)
-    of_search, of_verification = (content(trial, study) for trial in Store(tmp_path / "s").trials())
-    assert [s.step for s in of_search.samples if s.name == "load"] == [1, 3, 5, 6, 7]
-    assert [s.step for s in of_verification.samples if s.name == "load"] == [0, 1, 2, 3, 4]
 
 
 def test_a_functions_own_metric_does_not_overwrite_one_of_ours(tmp_path: Path):

@@ -294,15 +294,6 @@ def test_the_gain_is_the_area_that_a_ladders_points_add():
     assert risky.gpu_seconds[0] == pytest.approx(60 + 3 * 30 / 2)  # a crash measures no load
 
 
-def test_a_launch_that_begins_within_the_ladder_takes_no_step_that_is_believed_to_be_beaten():
-    within, believed = LaunchCost(60, 30, within=True), posterior(1e-6, math.log(1.2))  # it begins at load 1
-    for rival, steps in (((2.0, 0.015), 3), ((3.5, 0.008), 2), ((4.5, 0.008), 3)):  # at load 0.5 it has (4, .010)
-        front = Front(np.log([rival]), np.log([8.0, 0.1]))
-        assert worth(believed, front, LOADS, within, draws(0)).gpu_seconds[0] == pytest.approx(60 + steps * 30)
-    nothing = Front(np.log([[0.1, 0.001]]), np.log([8.0, 0.1]))
-    assert worth(posterior(1e-6, -9.0), nothing, LOADS, within, draws(0)).gpu_seconds[0] == pytest.approx(60 + 30)
-
-
 def test_a_new_cheapest_point_gains_the_area_up_to_the_next_one():
     front = Front(np.log([[2.0, 0.01]]), np.log([8.0, 0.1]))
     point = np.log([[[[0.5, 0.05]]]])

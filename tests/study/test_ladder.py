@@ -4,7 +4,6 @@ import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
-import optuna
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -15,7 +14,7 @@ from tuner.errors import EnvironmentFault
 from tuner.search import ledger
 from tuner.search.model.predictor import AnalyticModel
 from tuner.spec import studyfile
-from tuner.spec.study import GROWS, RULES, WITHIN
+from tuner.spec.study import GROWS, RULES
 from tuner.study import ladder, session, verifying, workload
 from tuner.study.outcome import Infeasible, Measured
 from tuner.study.session import Prepared
@@ -561,66 +560,3 @@ def test_what_search_and_budget_guess_of_a_start_is_one_guess(runner, hardware, 
         guess = session.book(ready, store, ready.out_of_reach).sampler.cost
     steps_s = guess.step_s * len(study.load.ladder)
     assert guess.start_s == session.launch_seconds(ready) - steps_s == seconds
-
-
-class Slow(Better):
-    """From the third on they hold what the second does, at twice its latency; the fifth is half as slow as that."""
-
-    def launch(self, config, site):
-        tpot_s = (0.01, 0.01, 0.02, 0.02, 0.005)[min(len(self.launched), 4)]
-        server = super().launch(config, site)
-        measure = server.measure
-
-        def slow(plan):
-            step = measure(plan)
-            own = {key: tpot_s for key in step.metrics if key.startswith("tpot")}
-            return replace(step, metrics={**step.metrics, **own, "goodput_output_tokens_per_s": 100 * plan.load})
-
-        server.measure = slow
-        return server
-
-
-def within(runner, launches=5, **changes):
-    """(The loads of each trial of a study of slow servers in the order in which they were measured, those kept)."""
-    more = traffic(runner, 5, 600) | {"sampler: random": "sampler: auto", **changes}
-    search(runner, Slow(0.36, 3.0), launches=launches, replace=more)
-    told = [(d["trial"], d["load"]) for n, d in runner.events if n == "step"]
-    kept = [[s.load for s in t.outcome.steps] for t in runner.store.trials()]
-    return [[load for trial, load in told if trial == number] for number in range(launches)], kept
-
-
-UP = [0.17, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0]
-
-
-def test_a_launch_begins_where_it_is_believed_to_hold_and_measures_below_what_may_reach_the_front(runner):
-    measured, kept = within(runner)
-    assert kept[1] == UP and 0.17 < measured[1][0] < 1, "nothing but the default was known"
-    for slow in (2, 3):
-        assert measured[slow] == kept[slow] == UP[-len(kept[slow]) :] and len(kept[slow]) <= 5, "slower at any load"
-    assert kept[4] == UP and measured[4][0] >= 1.4, "faster at any load"
-    first = measured[4].index(4.0) + 1
-    assert measured[4][first:] == [*reversed(UP[: len(measured[4]) - first])], "from the highest of them on"
-    begun = [d["of"] for n, d in runner.events if n == "step" and d["trial"] == 2]
-    assert set(begun) == {0}, "nobody knows how many it will be"
-
-
-def test_another_measurement_is_of_the_same_loads(runner):
-    _, kept = within(runner)
-    slow, book = runner.store.trial(2), optuna.load_study(study_name="s", storage=runner.store.database)
-    book.enqueue_trial(dict(slow.params), user_attrs={"remeasure_of": slow.extra["optuna"], "holds": 4.0})
-    more = traffic(runner, 5, 600) | {"sampler: random": "sampler: auto"}
-    search(runner, Slow(3.0, 3.0), launches=6, replace=more)
-    again = runner.store.trial(5)
-    assert (again.remeasure_of, [s.load for s in again.outcome.steps][-len(kept[2]) :]) == (2, kept[2])
-
-
-@pytest.mark.parametrize("changes", [{"load: {": "load: {early_stop: false, "}, {"sampler: random": "sampler: random"}])
-def test_a_whole_ladder_is_measured_where_steps_may_not_end_early_and_where_nothing_is_believed(runner, changes):
-    measured, kept = within(runner, **changes)
-    assert measured[1:] == kept[1:] == [UP] * 4
-
-
-def test_a_study_that_an_earlier_version_began_measures_every_ladder_from_its_lowest_load_on(runner, monkeypatch):
-    monkeypatch.setattr("tuner.spec.studyfile.RULES", tuple(set(RULES) - {WITHIN}))
-    measured, kept = within(runner)
-    assert measured[1:] == kept[1:] == [UP] * 4

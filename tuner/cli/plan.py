@@ -238,10 +238,9 @@ def _filling(data: dict[str, Any]) -> str:
 def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any] | None, int, float]:
     """Non-dominated (configuration, load) points by prediction; where there is none, what misses the SLOs by the least
     at the lowest load; how many configurations meet the SLOs at all, and how many loads a launch of one of those
-    measures: of those up to the first that misses."""
+    measures: up to the first that misses."""
     from tuner.pareto.changes import changes, describe
     from tuner.study.price import COST
-    from tuner.study.walk import MEASURED
     from tuner.study.workload import climb
 
     study = ready.study
@@ -274,5 +273,4 @@ def _front(ready: Any, allowed: list[Any]) -> tuple[list[dict[str, Any]], dict[s
     if missed and not front:
         _, load, config, misses = min(missed, key=lambda one: (one[0], len(changes(one[2], default))))
         near = {"load": load, "flags": describe(config, default), "misses": misses}
-    share = MEASURED if study.starts_within else 1.0
-    return front, near, len(steps), share * sum(steps) / len(steps) if steps else 1.0
+    return front, near, len(steps), sum(steps) / len(steps) if steps else 1.0

@@ -15,7 +15,7 @@ _TURN_S = 0.5  # how soon an interrupt is seen
 
 
 class Desk:
-    """Not for several threads: the bench's callables are called while somebody listens."""
+    """Not for several threads: the bench's ``on_event`` and ``beaten`` are called while somebody listens."""
 
     def __init__(self, ray: Any, bench: Bench) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -78,15 +78,9 @@ class Desk:
     def _hear(self, said: Sequence[tuple[int, str, Any, int]]) -> None:
         for trial, name, data, question in said:
             if question:
-                self.line.answer.remote(question, self._answer(name, data))
+                self.line.answer.remote(question, self._bench.beaten(data) if name == "beaten" else None)
             else:
                 self._bench.of_trial(trial).on_event(name, data)
-
-    def _answer(self, name: str, data: Any) -> Any:
-        """What a node asks of the bench; None to a question that this version does not know."""
-        if name == "beaten":
-            return self._bench.beaten(data)
-        return self._bench.below(*data) if name == "below" else None
 
 
 def _short(error: Exception) -> str:

@@ -144,7 +144,7 @@ class LocalExecutor:
         if job.window is None:
             raise ValueError("a job without a window is for rig()")
         try:
-            return evaluate(bench, job.config, job.folder, gpus, job.window, job.start)
+            return evaluate(bench, job.config, job.folder, gpus, job.window)
         finally:
             self._watch.stop(job.number)  # whoever waits for it may be busy with the next proposal
 

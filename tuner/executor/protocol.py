@@ -21,8 +21,7 @@ from tuner.study.outcome import Boot, Outcome, Step
 class Job:
     """One launch to make. ``folder`` is the trial's in the study folder (it exists, and is complete when the job has
     ended), ``window`` what its ladder replays (None: a launch that is measured through :class:`Rig`); ``baseline`` and
-    ``why`` are told with the event ``launch``; ``checked``: its answers passed the quality floor before; ``start`` is
-    the load to begin with (0: the lowest)."""
+    ``why`` are told with the event ``launch``; ``checked``: its answers passed the quality floor before."""
 
     number: int
     config: ServingConfig
@@ -31,7 +30,6 @@ class Job:
     baseline: bool = False
     why: str = ""
     checked: bool = False
-    start: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ class Seat:
         try:
             if job.window is None:
                 raise ValueError("a job without a window is for a rig")
-            outcome, teardown = evaluate(launch.bench, job.config, launch.folder, launch.gpus, job.window, job.start)
+            outcome, teardown = evaluate(launch.bench, job.config, launch.folder, launch.gpus, job.window)
             return launch.report(outcome, teardown, self._kit.store)
         finally:
             launch.clean()
@@ -154,12 +153,7 @@ class Seat:
         if self._kit.prompts is not None:
             bench = replace(bench, quality=QualityGuard(study, store, self._kit.prompts, tell))
         if self._kit.races:
-            ask = partial(self._home.ask, job.number)
-            bench = replace(
-                bench,
-                beaten=lambda steps: ask("beaten", list(steps)) or "",
-                below=lambda steps, rungs: ask("below", (list(steps), list(rungs))),
-            )
+            bench = replace(bench, beaten=lambda steps: self._home.ask(job.number, "beaten", list(steps)) or "")
         return _Launch(job, bench, root, folder, gpu_indices()[: job.config.gpus])
 
     def _engine(self, study: Study, gpu: str) -> Any:

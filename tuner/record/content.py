@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -18,7 +17,6 @@ from tuner.space.space import Parameter
 from tuner.spec.study import Study
 from tuner.study.outcome import Aborted, Infeasible, Measured, Outcome, Untrusted, held, held_everywhere
 from tuner.study.store import TrialRecord
-from tuner.study.walk import place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,10 +173,8 @@ def _tags(trial: TrialRecord) -> dict[str, str]:
 
 def _samples(trial: TrialRecord, study: Study) -> Iterator[Sample]:
     end_ms = int(trial.ended_s * 1000)
-    steps, places = trial.outcome.steps, itertools.count()
-    if trial.role == "search" and study.starts_within:
-        places = (place(study.load.ladder, step.load) for step in steps)
-    for position, step in zip(places, steps, strict=False):
+    steps = trial.outcome.steps
+    for position, step in enumerate(steps):
         yield Sample("load", step.load, position, end_ms)
         for name, value in step.metrics.items():
             yield Sample(_theirs(name), float(value), position, end_ms)

@@ -151,8 +151,6 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
             if said := in_words(step.metrics):
                 window = f", {step.window.rpartition('/')[2]}" if windows else ""
                 parts.append(Text(f"Server at load {figure(step.load, 4)}{window}: {said}"))
-    if left := _left_out(trial, study):
-        parts.append(Text(left, style="dim"))
     parts += [Text(trial.quality)] if trial.quality and not isinstance(outcome, Infeasible) else []
     if why(outcome):
         parts.append(Text(hide(why(outcome), s.secrets), style="bold"))
@@ -161,13 +159,6 @@ def trial_view(store: Store, study: Study, number: int) -> RenderableType:
         parts += [Text(f"Fix: {hide(outcome.fix, s.secrets)}")] if outcome.fix else []
     parts.append(Text(str(trial.folder), style="dim"))
     return Group(*parts)
-
-
-def _left_out(trial: TrialRecord, study: Study) -> str:
-    """Which loads of the ladder a launch did not measure because they could not reach the front; empty where none."""
-    loads = [step.load for step in trial.outcome.steps] if trial.role == "search" and study.starts_within else []
-    left = [f"{load:g}" for load in study.load.ladder if loads and load < max(loads) and load not in loads]
-    return f"Not measured: load {', '.join(left)}: by what is known it is no point of the front there." if left else ""
 
 
 def _row(s: Summary, p: Point) -> tuple[str, ...]:

@@ -49,13 +49,10 @@ class Front:
 
 @dataclass(frozen=True, slots=True)
 class LaunchCost:
-    """Seconds of a launch: the start-up, one load step, and the teardown that goes with it. ``within``: it begins at a
-    load that it is believed to hold, and measures lower ones where they may reach the front alone
-    (:mod:`tuner.study.walk`)."""
+    """Seconds of a launch: the start-up, one load step, and the teardown that goes with it."""
 
     start_s: float = 120.0
     step_s: float = 60.0
-    within: bool = False
 
     def __post_init__(self) -> None:
         if self.start_s < 0 or self.step_s <= 0:
@@ -83,8 +80,6 @@ def worth(beliefs: Posterior, front: Front, loads: Sequence[float], cost: Launch
     """Expected gain and GPU-seconds of every candidate."""
     gain = gains(beliefs, front, loads, normal).mean(1) * beliefs.works
     steps = np.minimum(_within(beliefs, loads, normal).sum(2) + 1, len(loads)).mean(1)
-    if cost.within:
-        steps = np.maximum(steps - _left_out(beliefs, front, loads), 1.0)
     seconds = cost.start_s + cost.step_s * steps * beliefs.works
     return Worth(gain, seconds * beliefs.gpus)
 
@@ -98,18 +93,6 @@ def gains(beliefs: Posterior, front: Front, loads: Sequence[float], normal: Arra
     latency = beliefs.latency[:, None, :] + beliefs.latency_sd[:, None, :] * normal[None, :, None, 1]
     price = beliefs.cost[:, None, :] + beliefs.cost_sd[:, None, :] * normal[None, :, None, 2]
     return improvement(price, np.where(_within(beliefs, loads, normal), latency, np.inf), front)
-
-
-def surely(beliefs: Posterior) -> Array:
-    """Logarithm of the load that each candidate holds, less a standard deviation: where its launch begins."""
-    return beliefs.capacity - beliefs.capacity_sd
-
-
-def _left_out(beliefs: Posterior, front: Front, loads: Sequence[float]) -> Array:
-    """Of each candidate, how many loads below where its launch begins are believed to be no point of the front."""
-    held = np.log(np.array(loads))[None, :] <= surely(beliefs)[:, None]
-    lower = np.arange(len(loads))[None, :] < held.sum(1, keepdims=True) - 1
-    return (lower & (beliefs.latency > front.heights(beliefs.cost))).sum(1)
 
 
 def _within(beliefs: Posterior, loads: Sequence[float], normal: Array) -> NDArray[np.bool_]:

@@ -55,10 +55,9 @@ class Proposal:
     of what it has, by the best untried configuration, None where nothing was expected yet; ``promised`` the growth by
     this one as the beliefs have it (None: among the first), and ``kept`` the share that earlier promises kept, by which
     the other is corrected already (:meth:`tuner.search.scan.Scan.kept`); ``remeasure_of`` the trial that is measured
-    again; ``serves`` the probability that the server serves, and ``holds`` the load up to which it then meets the SLOs
-    at 84 %, both None where nothing was believed yet. ``learnt`` is what the launches before it say of the analytic
-    model: ``factors`` on its constants, the probability ``believed`` of these, the ``weight`` that is left of its
-    prediction of each quantity, and by its name of each ``earlier`` study."""
+    again; ``serves`` the probability that the server serves, None where nothing was believed yet. ``learnt`` is what
+    the launches before it say of the analytic model: ``factors`` on its constants, the probability ``believed`` of
+    these, the ``weight`` that is left of its prediction of each quantity, and by its name of each ``earlier`` study."""
 
     reason: str
     expected_gain: float | None = None
@@ -67,7 +66,6 @@ class Proposal:
     serves: float | None = None
     promised: float | None = None
     kept: float | None = None
-    holds: float | None = None
 
 
 def ask(study: Study, space: SearchSpace) -> tuple[Trial, dict[str, Value]]:

@@ -19,7 +19,7 @@ import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler
 from threadpoolctl import threadpool_limits
 
-from tuner.search.acquisition import Front, LaunchCost, draws, surely, worth
+from tuner.search.acquisition import Front, LaunchCost, draws, worth
 from tuner.search.beliefs import Beliefs
 from tuner.search.calibration import LAUNCHES, Calibratable, Launched, calibrate, improbability
 from tuner.search.candidates import Candidates, Key, Refuse, distribution_values, spread
@@ -37,7 +37,7 @@ from tuner.search.warmstart import Earlier
 from tuner.space.space import SearchSpace
 from tuner.spec.objective import Objective
 from tuner.spec.study import MIN_GAIN
-from tuner.study.outcome import Aborted, Measured, grown
+from tuner.study.outcome import Measured, grown
 from tuner.words import figure
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class TunerSampler(BaseSampler):
         if not self._warned and not any(s.outcome for s in seen):
             self._warn_of_values(study)
         index, proposal = self._propose(seen, trial.number)
-        self._proposals[trial.number] = replace(proposal, learnt=self._learnt(), holds=self._holds(index, seen))
+        self._proposals[trial.number] = replace(proposal, learnt=self._learnt())
         return distribution_values(self.space, self.candidates.params[index])
 
     def _warn_of_values(self, study: Study) -> None:
@@ -255,12 +255,6 @@ class TunerSampler(BaseSampler):
             reason = f"spread over {source}: {reason}"
             promised = None  # a prediction that no launch has corrected
         return shortlist[best], Proposal(reason, self.expected_gain, serves=serves, promised=promised, kept=kept)
-
-    def _holds(self, index: int, seen: Sequence[Seen]) -> float | None:
-        """The load that a candidate is believed to hold, less a standard deviation; None before a server has served."""
-        if not self.beliefs.fitted or not any(isinstance(s.outcome, Measured | Aborted) for s in seen):
-            return None
-        return float(np.exp(surely(self.beliefs.posterior([index]))[0]))
 
     def _price(self, minutes: float) -> str:
         """What a launch takes, in words; empty where that is next to nothing (of a function)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeGuard
 
@@ -212,7 +212,7 @@ def launch_cost(guess: LaunchCost, readings: Sequence[Reading]) -> LaunchCost:
         steps.append(max(r.seen.seconds - start, 1.0) / len(outcome.steps))
     if len(steps) > 1:  # what was measured outweighs what was guessed
         starts, steps = starts[1:], steps[1:]
-    return replace(guess, start_s=float(np.median(starts)), step_s=float(np.median(steps)))
+    return LaunchCost(float(np.median(starts)), float(np.median(steps)))
 
 
 def _points(believed: Posterior, loads: Sequence[float], latency_off: float, capacity_up: float) -> Array:

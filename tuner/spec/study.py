@@ -15,9 +15,8 @@ COUNTED = "counts_fixed"  # see spacefile.as_before
 FITTING = "fitting_default"  # the default of a model that needs several GPUs is that on the fewest
 WIDELY = "verifies_widely"  # see Study.heldout_windows
 GROWS = "ladder_grows"  # see Study.grows
-WITHIN = "starts_within"  # see Study.starts_within
 # newer than some studies, which go on without:
-RULES = ("planned_ends", "fills_cache", COUNTED, FITTING, WIDELY, GROWS, WITHIN)
+RULES = ("planned_ends", "fills_cache", COUNTED, FITTING, WIDELY, GROWS)
 
 
 HELD_OUT = (3, 5)  # windows, at least and at most, where a study does not say how many
@@ -175,14 +174,6 @@ class Study:
         """Whether a launch of the search that holds the ladder's highest load is asked for more: where the ladder was
         left to the tuner, and is settled. A study that earlier versions began keeps its own."""
         return self.frozen.get("frozen", {}).get("ladder") == "auto" and self._has(GROWS)
-
-    @property
-    def starts_within(self) -> bool:
-        """Whether a launch of the search begins at a load that it is believed to hold, and lower ones are measured
-        only where they may reach the front: where the ladder was left to the tuner, is settled, and steps may end
-        early. A study that earlier versions began measures every ladder from its lowest load on."""
-        settled = self.frozen.get("frozen", {}).get("ladder") == "auto"
-        return settled and self.load.early_stop and self._has(WITHIN)
 
     @property
     def rules(self) -> frozenset[str]:

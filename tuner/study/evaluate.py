@@ -15,7 +15,6 @@ from tuner.load.trace import Trace
 from tuner.search.model.settings import caches_prefixes, ranks
 from tuner.space.config import ServingConfig
 from tuner.spec.study import Study
-from tuner.study import walk
 from tuner.study.outcome import Aborted, Boot, Infeasible, Measured, Outcome, Step, Untrusted
 from tuner.study.price import priced
 from tuner.study.workload import at_load, climb
@@ -24,7 +23,6 @@ from tuner.verify.capacity import still_pays
 ROOM = 2**20  # tokens: more than most servers' caches hold, and no more than a minute or two to compute
 Check = Callable[[Server, ServingConfig, Path], Infeasible | None]
 Beaten = Callable[[Sequence[Step]], str]
-Below = Callable[[Sequence[Step], Sequence[float]], float | None]
 
 
 def unchecked(_server: Server, _config: ServingConfig, _folder: Path) -> Infeasible | None:
@@ -37,16 +35,10 @@ def unbeaten(_steps: Sequence[Step]) -> str:
     return ""
 
 
-def unasked(_steps: Sequence[Step], _rungs: Sequence[float]) -> float | None:
-    """What lies below a launch's first load is not measured."""
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class Bench:
     """What every trial of a study shares. ``quality`` looks at a fresh server's answers; ``beaten`` says after each
-    step why the rest of the ladder cannot matter any more (empty: go on); ``below``, where a launch began within the
-    ladder, which of the rungs below all of its steps to measure next (None: none)."""
+    step why the rest of the ladder cannot matter any more (empty: go on)."""
 
     study: Study
     engine: Engine
@@ -54,7 +46,6 @@ class Bench:
     on_event: OnEvent
     quality: Check = unchecked
     beaten: Beaten = unbeaten
-    below: Below = unasked
 
     def of_trial(self, number: int) -> Bench:
         """The same, with the trial's number in every event."""
@@ -71,15 +62,10 @@ def of_trial(on_event: OnEvent, number: int | str) -> OnEvent:
 
 
 def evaluate(
-    bench: Bench,
-    config: ServingConfig,
-    folder: Path,
-    gpus: tuple[int, ...],
-    window: Trace,
-    start: float = 0.0,
+    bench: Bench, config: ServingConfig, folder: Path, gpus: tuple[int, ...], window: Trace
 ) -> tuple[Outcome, Teardown]:
-    """Launches ``config`` in ``folder``, measures the ladder from low to high (:func:`tuner.study.workload.climb`), or
-    from ``start`` on and then what ``bench.below`` asks for, stops the server. The outcome's steps are by load.
+    """Launches ``config`` in ``folder``, measures the ladder from low to high (:func:`tuner.study.workload.climb`),
+    stops the server.
 
     The ladder ends at the first SLO miss. Never raises for what a server can do; a bug does raise, after the teardown.
     """
@@ -93,12 +79,11 @@ def evaluate(
     boot = server.boot
     try:
         refused = bench.quality(server, config, folder)
-        outcome = refused and replace(refused, boot=boot)
-        outcome = outcome or _ladder(bench, server, config, folder, window, start, steps)
+        outcome = replace(refused, boot=boot) if refused else _ladder(bench, server, config, folder, window, steps)
     except LaunchFailed as failure:
-        outcome = replace(failure.outcome, steps=_by_load(steps), boot=boot)
+        outcome = replace(failure.outcome, steps=tuple(steps), boot=boot)
     except Cancelled:
-        outcome = Aborted("interrupted", _by_load(steps), boot)
+        outcome = Aborted("interrupted", tuple(steps), boot)
     finally:
         bench.on_event("phase", {"name": "stopping"})
         teardown = server.stop()
@@ -106,41 +91,26 @@ def evaluate(
 
 
 def _ladder(
-    bench: Bench,
-    server: Server,
-    config: ServingConfig,
-    folder: Path,
-    window: Trace,
-    start: float,
-    steps: list[Step],
+    bench: Bench, server: Server, config: ServingConfig, folder: Path, window: Trace, steps: list[Step]
 ) -> Outcome:
-    rungs, ladder, why = [*climb(bench.study, window)], bench.study.load.ladder, ""
-
-    def take(load: float) -> Step:
-        of = 0 if start > rungs[0] else max(len(steps) + 1, len(ladder))  # nobody knows how many it will be
-        bench.on_event("step", {"index": len(steps) + 1, "of": of, "load": load})
+    known = len(bench.study.load.ladder)
+    for index, load in enumerate(climb(bench.study, window), 1):
+        if index > known and not still_pays(steps):
+            break
+        bench.on_event("step", {"index": index, "of": max(index, known), "load": load})
         step = measure(bench, server, config, folder, window, load)
         steps.append(step)
         bench.on_event(
             "measured", {"load": load, "ok": step.ok, "misses": step.slo_misses, "untrusted": step.untrusted}
         )
-        return step
-
-    def enough(taken: Sequence[Step]) -> bool:
-        nonlocal why
-        why = bench.beaten(taken) if taken[-1].ok else ""
-        return bool(why) or (taken[-1].load >= max(ladder) and not still_pays(_by_load(taken)))
-
-    walk.walked(take, rungs, start, lambda taken: bench.below(taken, rungs), enough)
-    if why:
-        return Aborted(why, _by_load(steps), server.boot)
+        if not step.ok:
+            break
+        why = bench.beaten(steps)
+        if why:
+            return Aborted(why, tuple(steps), server.boot)
     if not any(not step.untrusted for step in steps):
-        return Untrusted(steps[-1].untrusted, _by_load(steps), server.boot)
-    return Measured(_by_load(steps), server.boot)
-
-
-def _by_load(steps: Sequence[Step]) -> tuple[Step, ...]:
-    return tuple(sorted(steps, key=lambda step: step.load))
+        return Untrusted(steps[-1].untrusted, tuple(steps), server.boot)
+    return Measured(tuple(steps), server.boot)
 
 
 def measure(

@@ -89,9 +89,7 @@ class Loop:
         windows = self.workload.climbed
         window = windows[proposal.repeat % len(windows)]
         folder = self.store.trial_folder(proposal.number)
-        return Job(
-            proposal.number, proposal.config, folder, window, proposal.baseline, proposal.why, start=proposal.start
-        )
+        return Job(proposal.number, proposal.config, folder, window, proposal.baseline, proposal.why)
 
     def _conclude(self, proposal: Proposal, end: Ended, alone: bool) -> str:
         """Writes, tells and logs one trial's end; returns why the study must end with it, if it must. ``alone``: no

@@ -25,15 +25,14 @@ if TYPE_CHECKING:
     from tuner.study.peers import Peers
 
 PATIENCE = 40  # proposals in a row that were refused or known, before the grid is walked for something new
-# what the sampler says of a proposal that the trial's record keeps
-BELIEVED = ("learnt", "serves", "promised", "kept", "holds")
+BELIEVED = ("learnt", "serves", "promised", "kept")  # what the sampler says of a proposal that the trial's record keeps
 WHOLE, WALKED, DRAWN = 20_000, 200_000, 5_000  # grids above are drawn from first; above, not walked; draws
 
 
 @dataclass(slots=True)
 class Proposal:
     """One trial to run. ``repeat`` counts earlier launches of the same config; ``gpus`` are leased just before it;
-    ``alone`` says that none of this tuner's ran when it began; ``start`` is the load to begin with (0: the lowest)."""
+    ``alone`` says that none of this tuner's ran when it began."""
 
     number: int
     trial: optuna.Trial
@@ -45,7 +44,6 @@ class Proposal:
     remeasure_of: int | None = None
     gpus: tuple[int, ...] = field(default=())
     alone: bool = False
-    start: float = 0.0
 
 
 class Queue:
@@ -205,11 +203,7 @@ class Queue:
             **believed,
             **self.notes(config),
         )
-        proposal = Proposal(number, trial, params, config, baseline, why, repeat, first)
-        if self.study.starts_within:  # another measurement is of the same loads
-            known = earlier.outcome.steps if earlier and remeasure else ()
-            proposal.start = min((step.load for step in known), default=0.0 if remeasure else told.get("holds", 0.0))
-        return proposal
+        return Proposal(number, trial, params, config, baseline, why, repeat, first)
 
     def _remember(self, key: str, record: TrialRecord | None, again: bool) -> None:
         if not again:

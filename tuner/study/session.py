@@ -531,7 +531,6 @@ def _search(
     peers: Peers | None,
 ) -> str:
     from tuner.pareto.front import front, points, searched
-    from tuner.study import walk
     from tuner.study.ownmodel import OwnModel
     from tuner.verify import racing
 
@@ -559,14 +558,9 @@ def _search(
         found = front(points(before, study.objective))
         return racing.should_stop(steps, found, ladder, study.objective) if races else ""
 
-    def below(steps: Sequence[Step], rungs: Sequence[float]) -> float | None:
-        before = searched(store.trials())
-        found = front(points(before, study.objective))
-        return walk.below(steps, rungs, found, study.objective, [trial.outcome.steps for trial in before])
-
     quality = guard(ready, store, on_event)
     proposals.awaited = quality.awaited
-    bench = Bench(study, ready.engine, cancel, on_event, quality, beaten, below)
+    bench = Bench(study, ready.engine, cancel, on_event, quality, beaten)
     together = Together(peers, proposals, stop_reason, cancel) if peers else None
     reason = together.stop_reason if together else stop_reason
     with executor(bench) as where:
@@ -635,7 +629,7 @@ def book(
         predictor=ready.predictor,
         model=study.model,
         seed=study.seed + later,
-        cost=LaunchCost(start_seconds(ready), step_seconds(ready), study.starts_within),
+        cost=LaunchCost(start_seconds(ready), step_seconds(ready)),
         earlier=_earlier(study, on_event),
         refuse=lambda params: refuse(study.space.config(params, study.model)),
         # thousands of draws are no burden to arithmetic alone: a user's own model may be slow
