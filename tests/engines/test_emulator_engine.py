@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from array import array
 from dataclasses import replace
@@ -48,6 +49,9 @@ def test_the_same_trial_measures_the_same_and_another_folder_is_another_launch(
     three = virtual(config, replace(site, folder=other))
 
     assert latencies(one) == latencies(two)
+    elsewhere = shutil.copytree(config.model, tmp_path / "elsewhere" / Path(config.model).name)
+    moved = virtual(replace(config, model=str(elsewhere)), site)
+    assert latencies(moved) == latencies(one), "wherever the model lies"
     assert latencies(one) != latencies(three)
     assert three.metrics["tpot_p50_s"] == pytest.approx(one.metrics["tpot_p50_s"], rel=0.15)
 

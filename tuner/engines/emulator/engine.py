@@ -44,7 +44,8 @@ class EmulatorEngine:
     :class:`tuner.engines.emulator.noise.Noise`; ``acceptance`` overrides that of speculation, ``kl`` the stated damage
     of quantizations in nats per token. ``fault`` is shown by every server; of ``faults`` one by each server of a share
     ``fault_share`` of the configs, which the config's hash picks. Nothing is random beyond ``seed``: the same config in
-    a trial folder of the same name behaves the same, in another folder it is another launch.
+    a trial folder of the same name behaves the same, wherever study and model lie; in another folder it is another
+    launch.
     """
 
     kind = "emulator"
@@ -115,7 +116,7 @@ class EmulatorEngine:
 
     def launch(self, config: ServingConfig, site: Site) -> Server:
         """See the protocol."""
-        seed = int(hashlib.sha256(f"{self.seed}/{config.hash}/{site.folder.name}".encode()).hexdigest()[:8], 16)
+        seed = self._digits(f"{_anywhere(config)}/{site.folder.name}")
         model = self._model(config, site)
         fault = self._fault(config)
         if self.clock == "virtual":
@@ -174,9 +175,12 @@ class EmulatorEngine:
         gpu = from_datasheet(self.gpu, self.options["datasheet"]) if "datasheet" in self.options else find_gpu(self.gpu)
         return launch_virtual(flags, self.options, fault, gpu, config.env, site)
 
+    def _digits(self, what: str) -> int:
+        """Below 16 ** 8, by the study's seed."""
+        return int(hashlib.sha256(f"{self.seed}/{what}".encode()).hexdigest()[:8], 16)
+
     def _fault(self, config: ServingConfig) -> str:
-        digits = int(hashlib.sha256(f"{self.seed}/fault/{config.hash}".encode()).hexdigest()[:8], 16)
-        chosen = self.fault
+        digits, chosen = self._digits(f"fault/{_anywhere(config)}"), self.fault
         if self.faults and digits / 16**8 < self.fault_share:
             chosen = ",".join(filter(None, (chosen, self.faults[digits % len(self.faults)])))
         return chosen
@@ -273,6 +277,11 @@ def _absent(model: str) -> Infeasible:
         fix=f"the emulator reads nothing of a model but its config.json: hf download {model} config.json",
         stage="before launch",
     )
+
+
+def _anywhere(config: ServingConfig) -> str:
+    """The hash of ``config`` with the name of its model, wherever that lies."""
+    return replace(config, model=Path(config.model).name).hash
 
 
 def _datasheet(gpu: str, own: Rows) -> dict[str, Any]:
