@@ -303,6 +303,22 @@ def test_a_bad_json_line_is_reported_by_number_and_kind(tmp_path, line, kind):
     assert report.first_bad == ((21, kind),)
 
 
+@pytest.mark.parametrize("unit, said", [(1, 0), (1000, 1)])
+def test_times_of_our_own_that_may_be_milliseconds_are_pointed_out(tmp_path, unit, said):
+    rows = [(n * unit // 5, 100, 10) for n in range(20)]
+    table, lines = tmp_path / "a.csv", tmp_path / "a.jsonl"
+    table.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(f"{t},{i},{o}" for t, i, o in rows))
+    lines.write_text("\n".join(f'{{"arrival_s": {t}, "input_tokens": {i}, "output_tokens": {o}}}' for t, i, o in rows))
+    for path in (table, lines):
+        messages = formats.read_with_report(path)[1].messages()
+        assert (
+            messages
+            == ["20 requests: one every 200 s, arrival_s being in seconds (in milliseconds it would be 5 a second)"]
+            * said
+        )
+    assert not formats.read_with_report(table, arrivals="poisson:0.01")[1].messages()
+
+
 def test_reading_stops_at_the_first_bad_line_too_many_and_names_it(tmp_path):
     good = ["2023-11-16 18:15:46,1,2"] * 30
     path = save(tmp_path, lines(AZURE, *good, "x", *good, "y", *good, "z"))

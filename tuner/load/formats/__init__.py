@@ -14,6 +14,7 @@ from tuner.load.formats.parts import Parts, trace_of
 from tuner.load.formats.recognise import recognise
 from tuner.load.formats.report import ReadingReport, Tally
 from tuner.load.trace import Trace
+from tuner.words import figure
 
 Format = Literal[
     "azure",
@@ -29,6 +30,7 @@ Format = Literal[
     "parquet",
 ]
 FORMATS: tuple[str, ...] = get_args(Format)
+FEW, SPARSE_S = 10, 5.0  # requests; between two of them: nobody tunes a server for fewer
 
 __all__ = ["FORMATS", "ReadingReport", "read", "read_with_report"]
 
@@ -79,6 +81,8 @@ def read_with_report(
         parts.lasts_s = math.nan
     elif parts.arrival_s is not None:
         arrival_s = parts.arrival_s
+        if known in ("csv", "jsonl") and (said := _sparse(arrival_s)):
+            tally.note(said, len(arrival_s))
     else:
         if not len(parts.input_tokens):
             tally.finish(0)  # what is wrong with the lines is more than that
@@ -91,6 +95,15 @@ def read_with_report(
         )
     report = tally.finish(len(arrival_s))
     return trace_of(parts, arrival_s, path.stem, tally), report
+
+
+def _sparse(arrival_s: np.ndarray) -> str:
+    """What is said of times of our own formats that may have been meant in milliseconds; empty of others."""
+    gap_s = float(np.ptp(arrival_s)) / (len(arrival_s) - 1) if len(arrival_s) >= FEW else 0.0
+    if gap_s < SPARSE_S:
+        return ""
+    meant = f"in milliseconds it would be {figure(1000 / gap_s)} a second"
+    return f"one every {figure(gap_s)} s, arrival_s being in seconds ({meant})"
 
 
 def _parts(path: Path, format: str, tally: Tally, tokenizer: str | None, *, untimed: bool) -> Parts:
