@@ -72,6 +72,22 @@ def test_a_capacity_is_read_off_every_launch_and_window_of_the_verification(tmp_
     assert surer.capacity[1] < low
 
 
+@pytest.mark.parametrize("slos, most", [((), math.inf), (("tpot_p99=50ms", "error_rate=1%"), 6.0)])
+def test_where_no_slo_bounds_a_wait_a_replica_takes_what_it_served(tmp_path, slos, most):
+    want = studies.objective(*slos)
+    study, store = studies.write(tmp_path / "s", trials=1, verified=True)
+    for number in (7, 8, 9):
+        own = [s for i in range(2) for s in steps(1.5, 2.5, window=f"heldout-{i}")]
+        served = [
+            replace(s, metrics=s.metrics | {"requests_per_s": 6.0}, intervals={"requests_per_s": (5.8, 6.2)})
+            for s in own
+        ]
+        add(store, number, Measured(tuple(served), BOOT), role="verify", label=f"verify {number} trial 0")
+    (offer,) = [o for o in offers_of(replace(study, objective=want), store, 0.95)[0] if o.gpus == 1]
+    assert offer.capacity[0] == pytest.approx(min(10.0, most)) and offer.capacity[2] <= max(most, 10.5)
+    assert ("at most the 6 requests/s that were served: no SLO bounds a wait" in offer.basis) == bool(slos)
+
+
 def test_where_one_launch_tells_no_limit_launches_are_assumed_to_differ(tmp_path):
     study, store = studies.write(tmp_path / "s", trials=1, verified=True)
     own = [step for i in range(2) for step in steps(1.5, 2.5, window=f"heldout-{i}")]

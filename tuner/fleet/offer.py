@@ -20,7 +20,7 @@ from tuner.fleet.curve import Curve, Limit, curve, limits_of
 from tuner.pareto.changes import baseline_of, describe
 from tuner.pareto.choice import choose
 from tuner.pareto.recommend import recommended
-from tuner.pareto.traffic import per_request
+from tuner.pareto.traffic import bounds_waiting, per_request
 from tuner.space.config import ServingConfig
 from tuner.spec.slo import Slo
 from tuner.spec.study import Study
@@ -32,6 +32,7 @@ from tuner.verify.arm import Range
 from tuner.verify.fill import unfilled
 from tuner.verify.finalists import launch_sd, launch_spread
 from tuner.verify.judge import Arm
+from tuner.words import figure
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,6 +155,8 @@ def _verified(
         if not steps or not math.isfinite(capacity[0]):  # the launches are not in the folder: what the verdict kept
             steps = measured.steps(own)
             capacity, basis = kept(study, arm, steps, trials, confidence)
+        if steps and not bounds_waiting(study.objective):  # a load may hold of which half waits for ever
+            capacity, basis = _served(capacity, basis, steps)
         # verification measures around the capacity only: lower loads are the search's
         below = 0.9 * steps[0].load if steps else math.inf
         steps = [s for s in measured.steps([t for t in own if t.role == "search"]) if s.load < below] + steps
@@ -161,6 +164,15 @@ def _verified(
             basis += "; its superfluous flags are taken out (ablation)"
         offers.append(_offer(study, trials, deployed, steps, capacity, basis, verified=True))
     return offers, notes
+
+
+def _served(capacity: Range, basis: str, steps: Sequence[Step]) -> tuple[Range, str]:
+    """No more than a step served, and that in words where it is less."""
+    most = max(map(measured.kept_up, steps))
+    middle, low, high = (min(rate, most) for rate in capacity)
+    if middle == capacity[0]:
+        return (middle, low, high), basis
+    return (middle, low, high), f"{basis}; at most the {figure(most)} requests/s that were served: no SLO bounds a wait"
 
 
 def _searched(study: Study, trials: Sequence[TrialRecord], confidence: float) -> tuple[list[Offer], list[str]]:

@@ -110,10 +110,15 @@ def traffic(
     )
 
 
+def bounds_waiting(objective: Objective) -> bool:
+    """Whether an SLO bounds how long a request waits."""
+    return any(slo.latency in ("ttft", "e2e", "norm_latency") for slo in objective.slos)
+
+
 def _served(steps: Sequence[Step], objective: Objective) -> float:
     """The most requests per second that a step served; endless where an SLO bounds how long requests wait, for what
     holds is served."""
-    if any(slo.latency in ("ttft", "e2e", "norm_latency") for slo in objective.slos):
+    if bounds_waiting(objective):
         return math.inf
     return max((s.metrics["requests_per_s"] for s in steps if "requests_per_s" in s.metrics), default=math.inf)
 
