@@ -242,10 +242,12 @@ def test_rescaled_records_are_on_the_emulated_clock_and_so_are_the_clients_lags(
     assert (step.load, step.slo_misses, step.untrusted) == (4.0, (lost["stopped"],), ())
 
 
-def test_a_share_of_the_configs_fails_and_always_the_same_ones(model: str, site: Site) -> None:
+def test_a_share_of_the_configs_fails_and_always_the_same_ones(model: str, site: Site, tmp_path: Path) -> None:
     engine = EmulatorEngine(clock="virtual", faults=["oom-kv", "nccl"], fault_share=0.5)
 
-    def outcome(seqs: int) -> str:
+    elsewhere = str(shutil.copytree(model, tmp_path / "elsewhere" / Path(model).name))
+
+    def outcome(seqs: int, model: str = model) -> str:
         try:
             engine.launch(ServingConfig(model, {}, {"max-model-len": 4096, "max-num-seqs": seqs}), site)
         except LaunchFailed as failure:
@@ -254,7 +256,7 @@ def test_a_share_of_the_configs_fails_and_always_the_same_ones(model: str, site:
 
     causes = [outcome(seqs) for seqs in range(8, 72)]
 
-    assert causes == [outcome(seqs) for seqs in range(8, 72)]
+    assert causes == [outcome(seqs) for seqs in range(8, 72)] == [outcome(seqs, elsewhere) for seqs in range(8, 72)]
     assert set(causes) == {"ok", "oom-kv", "nccl"}
     assert 16 <= causes.count("ok") <= 48
 

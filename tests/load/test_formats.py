@@ -303,9 +303,9 @@ def test_a_bad_json_line_is_reported_by_number_and_kind(tmp_path, line, kind):
     assert report.first_bad == ((21, kind),)
 
 
-@pytest.mark.parametrize("unit, said", [(1, 0), (1000, 1)])
-def test_times_of_our_own_that_may_be_milliseconds_are_pointed_out(tmp_path, unit, said):
-    rows = [(n * unit // 5, 100, 10) for n in range(20)]
+@pytest.mark.parametrize("unit, requests, said", [(1, 20, 0), (1000, 20, 1), (1000, 9, 0)])
+def test_times_of_our_own_that_may_be_milliseconds_are_pointed_out(tmp_path, unit, requests, said):
+    rows = [(n * unit // 5, 100, 10) for n in range(requests)]
     table, lines = tmp_path / "a.csv", tmp_path / "a.jsonl"
     table.write_text("arrival_s,input_tokens,output_tokens\n" + "\n".join(f"{t},{i},{o}" for t, i, o in rows))
     lines.write_text("\n".join(f'{{"arrival_s": {t}, "input_tokens": {i}, "output_tokens": {o}}}' for t, i, o in rows))
