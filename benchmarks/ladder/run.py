@@ -8,7 +8,8 @@ a line to ``benchmarks/ladder/grown.jsonl``: the ladder, the highest load that t
 is recommended, and what search and verification took (launches, load steps, GPU-hours of the emulated start-ups and
 windows). ``truth`` is the cost of what is recommended at the highest load that it holds (to 3 %), ``holds``, by an
 emulator without noise on traffic that no study saw: geometric means over its windows, since on each of them one long
-prompt may decide.
+prompt may decide. The same line comes out again, but for those of 30 November: an emulated launch's noise depended on
+where its model lay.
 """
 
 from __future__ import annotations
